@@ -7,7 +7,7 @@ written, each process judges for itself.
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from hashlib import sha256
 
 from . import cache
@@ -52,10 +52,14 @@ def written() -> list[Verdict]:
     """Those of all processes of this user; what isn't one is passed over."""
     verdicts = []
     for text in cache.read(cache.cache_folder() / _FOLDER, "*.json").values():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(
+            ValueError, TypeError, LookupError, AttributeError, RecursionError
+        ):
             fields = json.loads(text)
             where = Environment(**fields["environment"])
-            verdicts.append(Verdict(str(fields["kernel"]), where, str(fields["fault"])))
+            kernel, fault = fields["kernel"], fields["fault"]
+            if kernel.split() and all(isinstance(w, str) for w in (fault, *astuple(where))):
+                verdicts.append(Verdict(kernel, where, fault))
     return verdicts
 
 

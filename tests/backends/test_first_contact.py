@@ -3,14 +3,18 @@
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from dataclasses import replace
 
 import pytest
 import torch
+from packed import random_int8
 
 import fastlora
-from fastlora.backends.triton import first_contact, trust
+from fastlora.backends import triton
+from fastlora.backends.triton import first_contact, packed, trust
+from fastlora.doctor import _compiled
 from fastlora.kernels import kept, script
+from fastlora.verdicts import _FOLDER as FOLDER
 from fastlora.verdicts import Environment, faults
 
 K = 40
@@ -49,7 +53,7 @@ def group(dtype=torch.float32, zero_b=False, r=4, out=24):
 def step(x, projections, p=0.0, backend="triton"):
     """Outputs and gradients of a training step."""
     torch.manual_seed(3)
-    leaves = [x, *[t for one in projections for t in one[:3] if t.requires_grad]]
+    leaves = [x, *[t for one in projections for t in one[1:3] if t.requires_grad]]
     ys = fastlora.lora_linears(x, projections, dropout=p, backend=backend)
     waves = [torch.arange(y.numel(), dtype=torch.float32).view(y.shape).sin() for y in ys]
     return [
@@ -196,6 +200,106 @@ def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
     agree(found, call("torch"))
 
 
+def spoiled_base(monkeypatch, name="gemm_lowrank"):
+    """A kernel that takes the base weight's rows in another order."""
+    from fastlora.backends.triton.cover import kernels
+
+    real = getattr(kernels, name)
+
+    def other(out, ps, qs, *arguments, **options):
+        return real(out, ps, [q.flip(-1).contiguous() for q in qs], *arguments, **options)
+
+    monkeypatch.setattr(kernels, name, other)
+
+
+DEGENERATE = {
+    "zero": torch.zeros(()),
+    "nan": torch.tensor(torch.nan),
+    "inf": torch.tensor(torch.inf),
+}
+
+
+@pytest.mark.parametrize("value", DEGENERATE.values(), ids=DEGENERATE)
+def test_a_weight_that_hides_a_wrong_kernel_does_not_make_it_believed(monkeypatch, value):
+    """A weight of zeros (adaLN-zero, ControlNet) and one with NaN, in the first call."""
+    spoiled_base(monkeypatch)
+    x, (one,) = rows(), group()
+    odd = one._replace(weight=torch.full_like(one.weight, value.item()))
+    with pytest.warns(RuntimeWarning, match="run no more"):
+        step(x, [odd])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(step(x, [one]), step(x, [one], backend="torch"))
+
+
+@pytest.mark.parametrize("value", DEGENERATE.values(), ids=DEGENERATE)
+def test_a_weight_that_hides_everything_is_verified_once(monkeypatch, value, recwarn):
+    x, (one,) = rows(), group()
+    odd = one._replace(weight=torch.full_like(one.weight, value.item()))
+    first, expected = step(x, [odd]), step(x, [odd], backend="torch")
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(first, expected, strict=True))
+    assert not faults()
+    monkeypatch.setattr(first_contact, "_judged", lambda *_: pytest.fail("verified again"))
+    step(x, [odd])
+    # The interpreter's numpy warns of infinities.
+    assert not [one for one in recwarn if "run no more" in str(one.message)]
+
+
+def experts_call(ends, backend="triton", scale=1.0):
+    torch.manual_seed(1)
+    x, weight = torch.randn(60, K), torch.randn(3, 24, K)
+    a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    y = fastlora.lora_grouped(x, weight, a, b, ends, scale=scale, backend=backend)
+    return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
+
+
+@pytest.mark.parametrize(
+    ("names", "hidden"),
+    [
+        (("project", "gemm_lowrank"), {"ends": [0, 0, 0]}),
+        (("project",), {"ends": [20, 41, 60], "scale": 0.0}),
+    ],
+    ids=["empty", "zero-scale"],
+)
+def test_empty_segments_and_zero_scales_do_not_hide_a_wrong_kernel(monkeypatch, names, hidden):
+    from fastlora.backends.triton.cover import kernels
+
+    for name in names:
+        real = getattr(kernels, name)
+
+        def cut(*arguments, real=real, **options):
+            return real(*arguments, **options | {"ends": torch.clamp(options["ends"], max=41)})
+
+        monkeypatch.setattr(kernels, name, cut)
+    with pytest.warns(RuntimeWarning, match="run no more"):
+        experts_call(**hidden)
+    agree(experts_call([20, 41, 60]), experts_call([20, 41, 60], "torch"))
+
+
+def test_a_packed_weight_of_zeros_leaves_kernels_unverified(monkeypatch, recwarn):
+    """Calls run on PyTorch until one has numbers to compare, which finds a wrong kernel."""
+    x, (one,) = rows(), group()
+    right = random_int8(24, K)
+    codes, scales = right.tensors
+    zero = one._replace(weight=right._replace(tensors=(codes, torch.zeros_like(scales))))
+    right = one._replace(weight=right)
+    real = packed.packed_of
+    monkeypatch.setattr(packed, "packed_of", lambda weight: swapped_codes(real(weight)))
+    for _ in range(2):
+        found, expected = step(x, [zero]), step(x, [zero], backend="torch")
+        assert all(map(torch.equal, found, expected))
+    assert not trust._verdicts
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match="run no more"):
+        found = step(x, [right])
+    agree(found, step(x, [right], backend="torch"))
+
+
+def swapped_codes(weight):
+    return replace(weight, codes=weight.codes.flip(-1).contiguous())
+
+
 def test_a_gated_product_is_judged_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
     gate, up, dy = (torch.randn(50, 64) for _ in range(3))
     from fastlora.backends import torch as by_torch
@@ -264,17 +368,37 @@ def test_other_versions_judge_again(monkeypatch):
     assert len(trust._known()) == 2 * before
 
 
-def test_files_that_say_nothing_are_passed_over(monkeypatch, tmp_path):
-    x, layers = rows(), group()
-    step(x, layers)
-    texts = "", "{", '{"kernel": 3}', '["a"]'
-    files = [*(tmp_path / "cache" / "verdicts").glob("*.json")]
-    assert len(files) >= len(texts)
-    for path, text in zip(files, cycle(texts), strict=False):
-        path.write_text(text)
-    forget(monkeypatch)
-    step(x, layers)
-    assert trust._verdicts
+WHERE = {name: "a" for name in ("device", "driver", "triton", "ptxas", "torch")}
+ODD = {
+    "empty": "",
+    "cut": "{",
+    "number": '{"kernel": 3}',
+    "list": '["a"]',
+    "list-in-environment": {
+        "kernel": "a 1",
+        "fault": "wrong",
+        "environment": WHERE | {"ptxas": []},
+    },
+    "environment-is-a-list": {"kernel": "a 1", "fault": "wrong", "environment": ["device"]},
+    "fault-is-a-list": {"kernel": "a 1", "fault": ["wrong"], "environment": WHERE},
+    "kernel-is-a-list": {"kernel": ["a 1"], "fault": "wrong", "environment": WHERE},
+    "no-name": {"kernel": " ", "fault": "wrong", "environment": WHERE},
+    "nested": "[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
+    """By calls, and by ``doctor``."""
+    folder = tmp_path / "cache" / FOLDER
+    folder.mkdir(parents=True)
+    (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    assert faults() == []
+    monkeypatch.setattr(first_contact, "_difference", lambda *_: "")
+    gate, up = torch.randn(2, 8, 16)
+    triton.gated(gate, up, "silu")
+    assert [one.name for one in trust._verdicts.values()] == ["gated"]
+    assert _compiled([torch.device("cpu")], []) == {}
 
 
 def test_a_home_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, recwarn):

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,10 +15,17 @@ from ...projection import Layout, Output, named_tensors, unflatten
 try:
     from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
 except ImportError as error:
-    raise ImportError(
-        f"{__package__.partition('.')[0]} was imported from a source tree, {__file__}, which "
-        "has no fastlora.kernels: run from another folder, or pip install --editable ."
-    ) from error
+    root = __package__.partition(".")[0]
+    text = (
+        f"{root} was imported from a source tree, {__file__}, which has no {root}.kernels: run "
+        "from another folder, or pip install --editable ."
+    )
+    if find_spec(f"{root}.kernels"):  # it is there, and so Triton is what fails
+        text = (
+            f"the Triton kernels can't be imported: {error}. Repair or remove the package triton, "
+            "or set FASTLORA_BACKEND=torch"
+        )
+    raise ImportError(text) from error
 
 Unproven = kernels.Unproven
 # The GPUs that calls can be planned for, without one.

@@ -1,24 +1,24 @@
 """Judges the first results of compiled kernels, by PyTorch's operations, before they are used.
 
 A call whose kernels nobody has judged on this device runs here instead, twice: with random numbers
-in the place of x, of dy and of the adapters (a fresh lora_b is zero, and would prove nothing), and
-as it came.  All that the kernels make is compared with what the torch backend makes; masks are the
-same there.  If both agree, the kernels are believed from then on (:mod:`.trust`).  If not, or if
-one doesn't compile, the caller gets PyTorch's result and a warning, and they never run again.
+in the place of all operands but a packed weight, and as it came.  All results of the kernels are
+compared with the torch backend's; masks are the same there.  If both agree, the kernels are
+believed from then on (:mod:`.trust`).  If not, or if one doesn't compile, the caller gets PyTorch's
+result and a warning, and they never run again.
 
 ``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...projection import Adapter, Base, Layout, Output, flatten
+from ...formats.format import Quantised
+from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import Call
 from . import trust
@@ -34,18 +34,23 @@ _FEW = 32  # rows or columns
 _BLOCK = 2**21  # elements that are compared at once
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
-# What a tensor is.  In a trial, random numbers take the place of rows and adapters; all but what a
-# packed weight has are widened, to measure PyTorch's own errors.
-_ROWS, _ADAPTER, _PLAIN, _PACKED = "rows", "adapter", "plain", "packed"
+# The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
+# zeros (a fresh lora_b, adaLN-zero) and NaN hide a wrong kernel, and a model that has them in every
+# step gets a definite result once.  A packed weight stays as it is.  If it is zero or not finite,
+# the call runs on PyTorch and its kernels stay unverified: two passes of PyTorch for each call.
+_ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
 
 
 def forward(
     run: Callable, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``run``, a backend's forward, returns for a call whose kernels are on trial."""
-    count, of = len(call.layouts), partial(of_forward, seeds=seeds, call=call)
-    results = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
-    return results[:count], results[count:]
+    runs = [
+        (of_forward(run, seeds, each), of_forward(torch_backend.forward, seeds, each))
+        for each in (call, _probe_of_call(call, len(inputs[0])))
+    ]
+    results = _judged(runs, inputs, _roles(call.layouts), _packed(inputs, call))
+    return results[: len(call.layouts)], results[len(call.layouts) :]
 
 
 def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
@@ -68,9 +73,15 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """The same of a backward."""
-    of = partial(of_backward, needs=needs, seeds=seeds, call=call)
+    runs = [
+        (
+            of_backward(run, needs, seeds, each),
+            of_backward(torch_backend.backward, needs, seeds, each),
+        )
+        for each in (call, _probe_of_call(call, len(inputs[0])))
+    ]
     roles = [*_roles(call.layouts), *[_ROWS] * (len(hs) + len(dys))]
-    return _judged(of(run), of(torch_backend.backward), [*inputs, *hs, *dys], roles)
+    return _judged(runs, [*inputs, *hs, *dys], roles, _packed(inputs, call))
 
 
 def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
@@ -102,7 +113,8 @@ def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int
 
         return made
 
-    results = _judged(of(run), of(by_torch), read, [_ROWS] * len(read))
+    runs = of(run), of(by_torch)
+    results = _judged([runs, runs], read, [_ROWS] * len(read))
     # Only now, since a matrix may be both read and filled.
     for target, result in zip(written, results, strict=False):
         target.copy_(result)
@@ -113,23 +125,62 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
     """What becomes of a call's inputs."""
     outputs = [
         Output(
-            Base(_PLAIN if layout.format is None else _PACKED, _PLAIN),
-            tuple([Adapter(_ADAPTER, _ADAPTER, scale) for scale in layout.scales]),
+            Base(_FACTOR if layout.format is None else _PACKED, _ROWS),
+            tuple([Adapter(_FACTOR, _FACTOR, scale) for scale in layout.scales]),
         )
         for layout in layouts
     ]
     return [_ROWS, *flatten(outputs, layouts)]
 
 
+def _packed(inputs: Sequence[Tensor], call: Call) -> list[Quantised]:
+    """The packed weights of a call."""
+    weights: list[Any] = [output.base.weight for output in unflatten(inputs[1:], call.layouts)]
+    return [weight for weight in weights if isinstance(weight, Quantised)]
+
+
+def _probe_of_call(call: Call, count: int) -> Call:
+    """The call without zero scales, with its ``count`` rows spread evenly over experts.
+
+    Zero scales and empty segments hide a wrong kernel.
+    """
+    layouts = tuple([one._replace(scales=_not_zero(one.scales)) for one in call.layouts])
+    rows = call.rows
+    if rows is not None and rows.numbers is not None:
+        numbers = rows.numbers._replace(scales=_not_zero(rows.numbers.scales))
+        rows = rows._replace(numbers=numbers)
+    elif rows is not None:
+        ends = _alike(rows.ends, _memory(rows.ends))
+        numbers_of_experts = torch.arange(1, len(ends) + 1, device=ends.device)
+        rows = rows._replace(ends=ends.copy_(numbers_of_experts * count // len(ends)), shares=None)
+    return call._replace(layouts=layouts, rows=rows)
+
+
+def _not_zero(scales: Sequence[float]) -> tuple[float, ...]:
+    return tuple([scale or 1.0 for scale in scales])
+
+
 def _judged(
-    by_kernels: Run, by_torch: Run, tensors: Sequence[Tensor | None], roles: Sequence[str]
+    runs: Sequence[tuple[Run, Run]],
+    tensors: Sequence[Tensor | None],
+    roles: Sequence[str],
+    packed: Sequence[Quantised] = (),
 ) -> list:
-    """What the kernels make of the tensors, if it is right; else what PyTorch makes of them."""
+    """What the kernels make of the tensors, if it is right; else what PyTorch makes of them.
+
+    ``runs``: of these tensors by the kernels and by PyTorch; and of the probe by both.
+    """
+    (by_kernels, by_torch), probe_runs = runs
     with _disable_current_modes(), torch.no_grad():
         right, results, fault = by_torch(tensors), [], ""
         with kernels.on_trial() as trial:
             try:
-                fault = _fault_of_probe(by_kernels, by_torch, _probe(tensors, roles), roles)
+                probe = _probe(tensors, roles)
+                expected = probe_runs[1](probe)
+                dense = (weight.dense(expected[0].dtype) for weight in packed)
+                if not all(map(_is_comparable, [expected, *([each] for each in dense)])):
+                    return right
+                fault = _fault_of_probe(*probe_runs, probe, roles, expected)
                 if not fault:
                     results = by_kernels(tensors)
                     fault = compared(by_torch, tensors, roles, results, right)
@@ -159,8 +210,18 @@ def _judged(
     return right
 
 
+def _is_comparable(results: Sequence[Tensor | None]) -> bool:
+    """Whether every result is finite, and none is zero everywhere."""
+    made = [result for result in results if result is not None]
+    return all(bool(each.isfinite().all()) and bool(each.any()) for each in made)
+
+
 def _fault_of_probe(
-    by_kernels: Run, by_torch: Run, tensors: Sequence[Tensor | None], roles: Sequence[str]
+    by_kernels: Run,
+    by_torch: Run,
+    tensors: Sequence[Tensor | None],
+    roles: Sequence[str],
+    expected: Sequence,
 ) -> str:
     """What is wrong with what the kernels make of random numbers; "" if nothing is."""
     results = by_kernels(tensors)
@@ -168,7 +229,7 @@ def _fault_of_probe(
         for first, again in zip(results, by_kernels(tensors), strict=True):
             if not _same_bits(first, again):
                 return f"two calls of {REPEATS} with the same tensors made other bits"
-    return compared(by_torch, tensors, roles, results, by_torch(tensors))
+    return compared(by_torch, tensors, roles, results, expected)
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
@@ -179,13 +240,13 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
     memories: dict[tuple, Tensor] = {}
     made: list[Tensor | None] = []
     for tensor, role in zip(tensors, roles, strict=True):
-        if tensor is None or role not in (_ROWS, _ADAPTER) or not tensor.numel():
+        if tensor is None or role == _PACKED or not tensor.numel():
             made.append(tensor)
             continue
         place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
         if place not in memories:
             # So all parts of a sum are of about one size.
-            spread = tensor.shape[-1] ** -0.5 if role == _ADAPTER else 1.0
+            spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
         made.append(_alike(tensor, memories[place]))
