@@ -29,7 +29,7 @@ import torch
 import triton
 
 import fastlora
-from fastlora.kernels import config, kept
+from fastlora.kernels import config, replay
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
 from fastlora.ops import functional
@@ -60,7 +60,7 @@ def only_row(target: str, i: int) -> Iterator[None]:
 def _forget() -> None:
     """What was resolved with other configurations."""
     config.chosen_config.cache_clear()
-    kept._calls.clear()
+    replay._calls.clear()
     functional._known.clear()
 
 

@@ -27,7 +27,6 @@ except ImportError as error:
         )
     raise ImportError(text) from error
 
-Unproven = kernels.Unproven
 # The GPUs that calls can be planned for, without one.
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)

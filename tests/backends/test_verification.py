@@ -1,4 +1,4 @@
-"""The first results of kernels are judged before they are used: with faults of every kind."""
+"""The first results of kernels are verified before they are used: with faults of every kind."""
 
 import json
 import warnings
@@ -10,21 +10,22 @@ import torch
 from packed import random_int8
 
 import fastlora
+from fastlora import kernels
 from fastlora.backends import triton
-from fastlora.backends.triton import first_contact, packed, trust
+from fastlora.backends.triton import packed, verification
+from fastlora.backends.triton.verification import Environment, faults
 from fastlora.doctor import _compiled
-from fastlora.kernels import kept, script
-from fastlora.verdicts import _FOLDER as FOLDER
-from fastlora.verdicts import Environment, faults
+from fastlora.kernels import replay
+from fastlora.kernels.capture import CapturedCall
 
 K = 40
 
 
 @pytest.fixture(autouse=True)
-def judging(monkeypatch, tmp_path):
+def verifying(monkeypatch, tmp_path):
     """As on a GPU, in the first process of a user."""
-    monkeypatch.setattr(trust, "_CHOSEN", trust.FIRST)
-    monkeypatch.setattr(first_contact, "REPEATS", 3)
+    monkeypatch.setattr(verification, "_CHOSEN", verification.FIRST)
+    monkeypatch.setattr(verification, "REPEATS", 3)
     forget(monkeypatch, tmp_path / "cache")
 
 
@@ -32,8 +33,8 @@ def forget(monkeypatch, folder=None):
     """As a process that starts, and of a user with another folder."""
     if folder:
         monkeypatch.setenv("FASTLORA_CACHE", str(folder))
-    monkeypatch.setattr(trust, "_verdicts", {})
-    monkeypatch.setattr(kept, "_calls", {})
+    monkeypatch.setattr(verification, "_records", {})
+    monkeypatch.setattr(replay, "_calls", {})
     monkeypatch.setattr("fastlora.ops.functional._known", {})
 
 
@@ -72,24 +73,24 @@ def agree(found, expected):
         assert (ours - its).abs().amax() <= tolerance * its.abs().amax()
 
 
-def faulty(monkeypatch, change, kernels=("project", "lowrank", "gemm_lowrank")):
-    """From now on, ``change`` is done to what calls with one of these kernels make."""
-    real, counts = script.script_of, []
+def faulty(monkeypatch, change, names=("project", "lowrank", "gemm_lowrank")):
+    """From now on, ``change`` is done to the results of calls with one of these kernels."""
+    real, counts = kernels.capture_call, []
 
-    def resolve(*call):
+    def capture(*call):
         made = real(*call)
-        if not {each.split()[0] for each in made.identities} & set(kernels):
+        if not {each.split()[0] for each in made.identities} & set(names):
             return made
 
-        def replay(*arguments):
+        def replayed(*arguments):
             counts.append(1)
             results = list(made.replay(*arguments))
             change(results, len(counts))
             return results
 
-        return made._replace(replay=replay)
+        return made._replace(replay=replayed)
 
-    monkeypatch.setattr(kept, "script_of", resolve)
+    monkeypatch.setattr(kernels, "capture_call", capture)
     return counts
 
 
@@ -126,15 +127,28 @@ FAULTS = [tile, one_row_is_nan, one_element, swapped, like_tf32, sometimes]
     [(torch.float32, 0.0, False), (torch.float32, 0.3, True), (torch.bfloat16, 0.3, False)],
     ids=["f32", "f32-dropout-fresh", "bf16-dropout"],
 )
-def test_right_kernels_are_believed_after_one_call(dtype, p, zero_b, recwarn):
+def test_right_kernels_are_verified_by_one_call(dtype, p, zero_b, recwarn):
     x, layers = rows(dtype=dtype), group(dtype, zero_b)
     agree(step(x, layers, p), step(x, layers, p, "torch"))
     assert not recwarn.list
-    assert trust._verdicts
+    assert verification._records
     assert not faults()
-    judged = len(trust._verdicts)
+    count = len(verification._records)
     step(x, layers, p)
-    assert len(trust._verdicts) == judged
+    assert len(verification._records) == count
+
+
+def test_a_new_kind_of_call_is_captured_once(monkeypatch):
+    """With verification, in later calls, and by a later process."""
+    real, kinds = kernels.capture_call, []
+    monkeypatch.setattr(kernels, "capture_call", lambda *call: kinds.append(call) or real(*call))
+    x, layers = rows(), group()
+    for _ in range(2):
+        step(x, layers)
+        assert len(kinds) == 2  # forward and backward
+    forget(monkeypatch)
+    step(x, layers)
+    assert len(kinds) == 4
 
 
 @pytest.mark.parametrize("change", FAULTS, ids=lambda change: change.__name__)
@@ -142,14 +156,16 @@ def test_a_wrong_kernel_gives_pytorch_s_result_and_one_warning(monkeypatch, chan
     x, layers = rows(), group()
     expected = step(x, layers, backend="torch")
     faulty(monkeypatch, change)
-    with pytest.warns(RuntimeWarning, match=r"gemm_lowrank run no more on Triton's interp") as said:
+    with pytest.warns(
+        RuntimeWarning, match=r"gemm_lowrank no longer run on Triton's"
+    ) as said:
         found = step(x, layers)
     agree(found, expected)
     assert faults()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agree(step(x, layers), expected)
-    assert len([each for each in said if "run no more" in str(each.message)]) >= 1
+    assert len([each for each in said if "no longer run" in str(each.message)]) >= 1
 
 
 def test_a_wrong_mask_is_seen(monkeypatch):
@@ -162,15 +178,13 @@ def test_a_wrong_mask_is_seen(monkeypatch):
         return real(*arguments, seeds=None if seeds is None else seeds + 1, **options)
 
     monkeypatch.setattr(layer.kernels, "project", other_mask)
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         found = step(x, layers, 0.3)
     agree(found, step(x, layers, 0.3, "torch"))
 
 
 @pytest.mark.parametrize("kind", ["experts", "many"])
 def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
-    from fastlora.backends.triton.cover import kernels
-
     def call(backend):
         torch.manual_seed(1)
         x, weight = torch.randn(60, K), torch.randn(3, 24, K)
@@ -195,15 +209,13 @@ def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
 
     name = "lowrank" if kind == "many" else "gemm_lowrank"
     monkeypatch.setattr(kernels, name, swapped)
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         found = call("triton")
     agree(found, call("torch"))
 
 
 def spoiled_base(monkeypatch, name="gemm_lowrank"):
     """A kernel that takes the base weight's rows in another order."""
-    from fastlora.backends.triton.cover import kernels
-
     real = getattr(kernels, name)
 
     def other(out, ps, qs, *arguments, **options):
@@ -220,12 +232,12 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("value", DEGENERATE.values(), ids=DEGENERATE)
-def test_a_weight_that_hides_a_wrong_kernel_does_not_make_it_believed(monkeypatch, value):
+def test_a_weight_that_hides_a_wrong_kernel_is_no_verification(monkeypatch, value):
     """A weight of zeros (adaLN-zero, ControlNet) and one with NaN, in the first call."""
     spoiled_base(monkeypatch)
     x, (one,) = rows(), group()
     odd = one._replace(weight=torch.full_like(one.weight, value.item()))
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         step(x, [odd])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -239,10 +251,10 @@ def test_a_weight_that_hides_everything_is_verified_once(monkeypatch, value, rec
     first, expected = step(x, [odd]), step(x, [odd], backend="torch")
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(first, expected, strict=True))
     assert not faults()
-    monkeypatch.setattr(first_contact, "_judged", lambda *_: pytest.fail("verified again"))
+    monkeypatch.setattr(verification, "_verified", lambda *_: pytest.fail("verified again"))
     step(x, [odd])
     # The interpreter's numpy warns of infinities.
-    assert not [one for one in recwarn if "run no more" in str(one.message)]
+    assert not [one for one in recwarn if "no longer run" in str(one.message)]
 
 
 def experts_call(ends, backend="triton", scale=1.0):
@@ -263,8 +275,6 @@ def experts_call(ends, backend="triton", scale=1.0):
     ids=["empty", "zero-scale"],
 )
 def test_empty_segments_and_zero_scales_do_not_hide_a_wrong_kernel(monkeypatch, names, hidden):
-    from fastlora.backends.triton.cover import kernels
-
     for name in names:
         real = getattr(kernels, name)
 
@@ -272,7 +282,7 @@ def test_empty_segments_and_zero_scales_do_not_hide_a_wrong_kernel(monkeypatch, 
             return real(*arguments, **options | {"ends": torch.clamp(options["ends"], max=41)})
 
         monkeypatch.setattr(kernels, name, cut)
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         experts_call(**hidden)
     agree(experts_call([20, 41, 60]), experts_call([20, 41, 60], "torch"))
 
@@ -289,9 +299,9 @@ def test_a_packed_weight_of_zeros_leaves_kernels_unverified(monkeypatch, recwarn
     for _ in range(2):
         found, expected = step(x, [zero]), step(x, [zero], backend="torch")
         assert all(map(torch.equal, found, expected))
-    assert not trust._verdicts
+    assert not verification._records
     assert not recwarn.list
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         found = step(x, [right])
     agree(found, step(x, [right], backend="torch"))
 
@@ -300,7 +310,7 @@ def swapped_codes(weight):
     return replace(weight, codes=weight.codes.flip(-1).contiguous())
 
 
-def test_a_gated_product_is_judged_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
+def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
     gate, up, dy = (torch.randn(50, 64) for _ in range(3))
     from fastlora.backends import torch as by_torch
     from fastlora.backends import triton
@@ -318,15 +328,15 @@ def test_a_gated_product_is_judged_and_may_be_written_over_its_operand(monkeypat
     assert not faults()
     forget(monkeypatch, tmp_path / "another")
     faulty(monkeypatch, one_row_is_nan, ["gated"])
-    with pytest.warns(RuntimeWarning, match="gated run no more"):
+    with pytest.warns(RuntimeWarning, match="gated no longer run"):
         agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
 
 
-def test_what_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
-    def resolve(*call):
+def test_a_kernel_that_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
+    def capture(*call):
         raise RuntimeError("gemm_lowrank doesn't compile: PassManager::run failed")
 
-    monkeypatch.setattr(kept, "script_of", resolve)
+    monkeypatch.setattr(kernels, "capture_call", capture)
     x, layers = rows(), group()
     with pytest.warns(RuntimeWarning, match=r"PassManager::run failed") as said:
         found = step(x, layers)
@@ -336,53 +346,49 @@ def test_what_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
     assert count == len(said) == 2  # the forward's, the backward's
 
 
-def test_what_does_not_compile_raises_where_nobody_judges(monkeypatch):
-    monkeypatch.setattr(trust, "_CHOSEN", trust.OFF)
-    monkeypatch.setattr(kept, "script_of", lambda *call: 1 / 0)
+def test_a_kernel_that_does_not_compile_raises_where_verification_is_off(monkeypatch):
+    monkeypatch.setattr(verification, "_CHOSEN", verification.OFF)
+    monkeypatch.setattr(kernels, "capture_call", lambda *call: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(rows(), group())
 
 
-def test_the_next_process_believes_a_verdict_and_refuses_what_was_wrong(monkeypatch, tmp_path):
+def test_the_next_process_runs_verified_kernels_and_refuses_wrong_ones(monkeypatch, tmp_path):
     x, layers = rows(), group()
     step(x, layers)
     forget(monkeypatch)
-    monkeypatch.setattr(first_contact, "_judged", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(verification, "_verified", lambda *_: pytest.fail("verified again"))
     step(x, layers)
-    for path in (tmp_path / "cache" / "verdicts").glob("*.json"):
+    for path in (tmp_path / "cache" / verification._FOLDER).glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"fault": "wrong"}))
     forget(monkeypatch)
     agree(step(x, layers), step(x, layers, backend="torch"))
-    assert len(faults()) == len(trust._verdicts)
+    assert len(faults()) == len(verification._records)
 
 
-def test_other_versions_judge_again(monkeypatch):
+def test_other_versions_verify_again(monkeypatch):
     x, layers = rows(), group()
     step(x, layers)
-    here = trust.environment(torch.device("cpu"))
+    here = verification.environment(torch.device("cpu"))
     forget(monkeypatch)
     other = Environment(here.device, here.driver, "99.0", here.ptxas, here.torch)
-    monkeypatch.setattr(trust, "environment", lambda device: other)
-    before = len(trust._known())
+    monkeypatch.setattr(verification, "environment", lambda device: other)
+    before = len(verification._known())
     step(x, layers)
-    assert len(trust._known()) == 2 * before
+    assert len(verification._known()) == 2 * before
 
 
-WHERE = {name: "a" for name in ("device", "driver", "triton", "ptxas", "torch")}
+RECORD = dict.fromkeys(("kernel", "fault", *Environment._fields), "a 1")
 ODD = {
     "empty": "",
     "cut": "{",
     "number": '{"kernel": 3}',
     "list": '["a"]',
-    "list-in-environment": {
-        "kernel": "a 1",
-        "fault": "wrong",
-        "environment": WHERE | {"ptxas": []},
-    },
-    "environment-is-a-list": {"kernel": "a 1", "fault": "wrong", "environment": ["device"]},
-    "fault-is-a-list": {"kernel": "a 1", "fault": ["wrong"], "environment": WHERE},
-    "kernel-is-a-list": {"kernel": ["a 1"], "fault": "wrong", "environment": WHERE},
-    "no-name": {"kernel": " ", "fault": "wrong", "environment": WHERE},
+    "older": {"kernel": "a 1", "fault": "", "environment": RECORD},
+    "list-in-environment": RECORD | {"ptxas": []},
+    "fault-is-a-list": RECORD | {"fault": ["wrong"]},
+    "kernel-is-a-list": RECORD | {"kernel": ["a 1"]},
+    "no-name": RECORD | {"kernel": " "},
     "nested": "[" * 200_000,
 }
 
@@ -390,15 +396,18 @@ ODD = {
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
 def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
     """By calls, and by ``doctor``."""
-    folder = tmp_path / "cache" / FOLDER
+    folder = tmp_path / "cache" / verification._FOLDER
     folder.mkdir(parents=True)
     (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text))
-    assert faults() == []
-    monkeypatch.setattr(first_contact, "_difference", lambda *_: "")
+    assert verification.read_records() == {}
+    monkeypatch.setattr(verification, "_difference", lambda *_: "")
     gate, up = torch.randn(2, 8, 16)
     triton.gated(gate, up, "silu")
-    assert [one.name for one in trust._verdicts.values()] == ["gated"]
-    assert _compiled([torch.device("cpu")], []) == {}
+    assert [kernel.split()[0] for kernel, _ in verification._records] == ["gated"]
+    assert _compiled([torch.device("cpu")], broken := []) == {}
+    (folder / "odd.json").write_text(json.dumps(RECORD))
+    assert _compiled([torch.device("cpu")], broken).keys() == {"a 1"}
+    assert "1 compiled kernels were wrong" in broken[0]
 
 
 def test_a_home_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, recwarn):
@@ -406,38 +415,35 @@ def test_a_home_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, re
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
     x, layers = rows(), group()
     agree(step(x, layers), step(x, layers, backend="torch"))
-    assert trust._verdicts
+    assert verification._records
     assert not recwarn.list
 
 
-def test_always_judges_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
-    monkeypatch.setattr(trust, "_CHOSEN", trust.ALWAYS)
-    monkeypatch.setattr(first_contact, "REPEATS", 1)
-    x, layers = rows(), group()
+def test_always_verifies_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
+    monkeypatch.setattr(verification, "_CHOSEN", verification.ALWAYS)
+    monkeypatch.setattr(verification, "REPEATS", 1)
+    x, layers, is_wrong = rows(), group(), []
     expected = step(x, layers, backend="torch")
-    agree(step(x, layers), expected)
-
-    def later(results, call):
-        if call > 4:
-            tile(results, call)
-
-    counts = faulty(monkeypatch, later)
-    agree(step(x, layers), expected)
-    assert len(counts) > 1
-    with pytest.warns(RuntimeWarning, match="run no more"):
+    counts = faulty(monkeypatch, lambda *made: tile(*made) if is_wrong else None)
+    for _ in range(2):
+        before = len(counts)
+        agree(step(x, layers), expected)
+        assert len(counts) > before + 2  # the probe, and the call itself, of two kinds
+    is_wrong.append(True)
+    with pytest.warns(RuntimeWarning, match="no longer run"):
         found = [step(x, layers) for _ in range(4)]
     for each in found:
         agree(each, expected)
 
 
-def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
+def test_several_threads_may_verify_at_one_time(monkeypatch, recwarn):
     x, layers = rows(), group()
     made = step(x, layers, backend="torch")[:1]  # the interpreter itself is one thread's
-    monkeypatch.setattr(first_contact, "compared", lambda *_: "")
+    monkeypatch.setattr(verification, "compared", lambda *_: "")
     monkeypatch.setattr(
-        kept,
-        "script_of",
-        lambda *_: script.Script(
+        kernels,
+        "capture_call",
+        lambda *_: CapturedCall(
             lambda *_: [made[0].detach(), torch.zeros(48, 4)], "", [], frozenset({"project 1"})
         ),
     )
@@ -447,12 +453,14 @@ def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
 
     with ThreadPoolExecutor(8) as threads:
         assert all(torch.equal(each, made[0]) for each in threads.map(run, range(8)))
-    assert list(trust._verdicts) == [("project 1", trust.environment(torch.device("cpu")))]
+    assert list(verification._records) == [
+        ("project 1", verification.environment(torch.device("cpu")))
+    ]
     assert not recwarn.list
 
 
 def test_another_word_in_the_variable_is_an_error(monkeypatch):
-    monkeypatch.setattr(trust, "_CHOSEN", "yes")
+    monkeypatch.setattr(verification, "_CHOSEN", "yes")
     with pytest.raises(ValueError, match="FASTLORA_VERIFY is 'yes', but must be 'first'"):
         step(rows(), group())
 
@@ -465,24 +473,24 @@ def test_the_caller_s_random_numbers_are_the_same():
     assert torch.equal(torch.rand(3), after)
 
 
-def test_too_little_memory_to_judge_runs_pytorch_s_operations(monkeypatch):
+def test_too_little_memory_to_verify_runs_pytorch_s_operations(monkeypatch):
     def none_left(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(first_contact, "compared", none_left)
+    monkeypatch.setattr(verification, "compared", none_left)
     x, layers = rows(), group()
-    with pytest.warns(RuntimeWarning, match="enough memory to judge"):
+    with pytest.warns(RuntimeWarning, match="enough memory to verify"):
         found = step(x, layers)
     expected = step(x, layers, backend="torch")
     agree(found, expected)
-    monkeypatch.setattr(first_contact, "_judged", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(verification, "_verified", lambda *_: pytest.fail("verified again"))
     agree(step(x, layers), expected)
-    assert not trust._verdicts
+    assert not verification._records
 
 
 def test_without_memory_for_a_wider_dtype_errors_are_those_of_a_rounding():
     its = torch.randn(64, 48).bfloat16()
     close = its + its.abs().amax() * 2**-7
-    assert first_contact._worst(its, its, None, 2**-7) == 0
-    assert first_contact._worst(close, its, None, 2**-7) <= 1
-    assert first_contact._worst(its.roll(1, 0), its, None, 2**-7) > 1
+    assert verification._worst(its, its, None, 2**-7) == 0
+    assert verification._worst(close, its, None, 2**-7) <= 1
+    assert verification._worst(its.roll(1, 0), its, None, 2**-7) > 1
