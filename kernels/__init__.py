@@ -19,7 +19,7 @@ from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
 from .plan import Plan, low_rank_pays, plan_for
 from .project import project
-from .replay import key_of, remember, replay_call
+from .replay import cache_key, remember, replay_call
 from .segments import SegmentNumbers
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad

@@ -29,7 +29,7 @@ torch function mode records each operation, also views: without it, backends wou
 their operations a second time, and a forgotten one would give wrong results.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from copy import copy
 from functools import partial
 from operator import add, getitem
@@ -47,9 +47,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import INTERPRETED
 from .launch import Launch, recording
 
-_BUFFERS = (Tensor.new_empty, torch.empty_like)  # what makes them
-_ALIGNED = 512  # bytes, as torch's allocations on a GPU
-# What torch.fx writes as it is.  Anything else that a replay doesn't make is a constant of it.
+_BUFFERS = (Tensor.new_empty, torch.empty_like)  # functions that make buffers
+_ALIGNED = 512  # bytes, like torch's allocations on a GPU
+# torch.fx writes these values into the source.  Any other value is a constant of the replay.
 _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -57,7 +57,7 @@ class CapturedCall(NamedTuple):
     replay: Callable[..., list[Tensor | None]]  # takes the stream, then the tensors
     source: str
     kernels: list[Any]  # Triton's, which unload their code when they are freed
-    identities: frozenset[str]  # each kernel's name, and the hash of its code
+    identities: Set[str]  # each kernel's name, and the hash of its code
     device: int | None = None  # a GPU's number
 
 
@@ -66,7 +66,7 @@ def capture_call(
     tensors: Sequence[Tensor | None],
     settings: Sequence[Hashable],
 ) -> CapturedCall:
-    """Capture what ``function(tensors, *settings)`` does, for all tensors like these.
+    """Capture ``function(tensors, *settings)`` for all tensors of the same kind.
 
     The caller of a replay has to keep the tensors alive until it returns.
     """
@@ -81,19 +81,19 @@ def capture_call(
 
 
 class _Recorder(TorchFunctionMode):
-    """Makes nodes of what happens to stand-ins, and answers for their device and their address."""
+    """Makes a node of each operation on stand-ins, and answers for their device and address."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
         self.graph = Graph()
-        self.nodes: dict[int, Node] = {}  # by the id of what they stand for
-        self.alive: list[Any] = []  # so that an id stays one object's
+        self.nodes: dict[int, Node] = {}  # by the id of the value
+        self.alive: list[Any] = []  # values, so that no id is reused
         self.constants = SimpleNamespace()
         self.buffers: dict[Node, Tensor] = {}
-        self.acts: set[Node] = set()  # on what is there: needed even if nobody uses its result
+        self.acts: set[Node] = set()  # have effects: needed even if their results aren't used
         self.addresses: dict[Node, Node] = {}
-        self.modulo_16: dict[Node, int] = {}  # addresses of what came
+        self.modulo_16: dict[Node, int] = {}  # addresses of the inputs
         self.launches: list[Node] = []
         self.uses: dict[Node, list[int]] = {}  # the numbers of launches that get its address
         self.kernels: list[Any] = []
@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
-            # Only what it is modulo 16 is looked at, and that it isn't 0, which is no address.
+            # Callers read only the address modulo 16, and that it isn't 0, which is no address.
             base = self.nodes[id(_base(arguments[0]))]
             return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
         if getattr(function, "__self__", None) is Tensor.device:
@@ -169,8 +169,7 @@ class _Recorder(TorchFunctionMode):
         scope = dict(code.globals)
         exec(compile(code.src, "<a captured call>", "exec"), scope)
         replay = MethodType(scope["forward"], self.constants)
-        identities = frozenset(self.identities)
-        return CapturedCall(replay, code.src, self.kernels, identities, self.device.index)
+        return CapturedCall(replay, code.src, self.kernels, self.identities, self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
@@ -203,7 +202,7 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def _argument(self, value: Any, address: bool = False) -> Any:
-        """As it is in the graph; ``address``: for a tensor its address, also inside of tuples."""
+        """The value's node or literal; ``address``: tensors give addresses, also in tuples."""
         if address and isinstance(value, Tensor):
             return self._address(value)
         if id(value) in self.nodes:
@@ -264,7 +263,7 @@ class _Recorder(TorchFunctionMode):
         return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
     def _hold(self, returned: Sequence[Node]) -> None:
-        """What a replay makes lives until the last launch with it; an address holds nothing."""
+        """Keep each new tensor alive until its last launch, because an address keeps none alive."""
         for node, uses in self.uses.items():
             if node.op.startswith("call") and node not in returned:
                 with self.graph.inserting_after(self.launches[max(uses)]):
@@ -278,9 +277,9 @@ class _Recorder(TorchFunctionMode):
 
 
 def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-    """What Triton's launcher calls for these arguments, and with what.
+    """The function in C that Triton's launcher calls for these arguments, and its arguments.
 
-    The launcher itself, where there is more to it: scratch memory, a sanitizer.
+    The launcher itself if it does more: scratch memory, a sanitizer.
     """
     fields = vars(launcher)
     scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
@@ -326,7 +325,7 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 class _Address(int):
-    """The base of a tensor descriptor, of which Triton's launcher asks the address alone."""
+    """The base of a tensor descriptor: Triton's launcher reads only its address."""
 
     data_ptr = int.__int__
 
@@ -342,7 +341,7 @@ class _Described(TensorDescriptor):
 
 
 def _describing(like: TensorDescriptor) -> type[_Described]:
-    # Of a plain tuple a tensor map is encoded in half the time that a torch.Size takes.
+    # A tensor map is encoded from plain tuples in half the time of a torch.Size.
     fields = {
         name: tuple(value) if isinstance(value, (tuple, list)) else value
         for name, value in vars(like).items()

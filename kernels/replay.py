@@ -25,7 +25,7 @@ _hooks = triton.knobs.runtime
 _changes = threading.Lock()  # no other thread may change a cache while one looks for its oldest key
 
 
-def key_of(
+def cache_key(
     function: Callable,
     tensors: Sequence[Tensor | None],
     settings: tuple[Hashable, ...],
@@ -33,8 +33,8 @@ def key_of(
 ) -> tuple[dict, Hashable]:
     """The cache of ``function(tensors, *settings)``, and its key there.
 
-    The function may use torch's operations and this package's launchers.  What it does may depend
-    on the settings and on all facts of the tensors but their elements.  ``calls``: the cache of a
+    The function may use torch's operations and this package's launchers.  It may depend on the
+    settings and on all facts of the tensors, but not on their elements.  ``calls``: the cache of a
     caller whose tensors agree in these facts from call to call, so that the key leaves them out.
     """
     key = function, settings, plan.forced, plan.edition, target.forced

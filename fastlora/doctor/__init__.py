@@ -116,17 +116,16 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """The environments that kernels are verified for, the tuned plans, and wrong kernels."""
     try:
-        from ..backends.triton import environment, faults, measured  # which import the kernels
+        from ..backends.triton import environment, measured, read_records  # import the kernels
     except ImportError:  # the section on backends says why
         return {}
     entries = {}
     for device in devices:
         if backend_name(device=device) == "triton":
-            entries[f"on {device}"] = str(environment(device))
+            entries[f"on {device}"] = environment(device)
             entries[f"tuned on {device}"] = measured.described(measured.name_of(device))
-    wrong = {
-        kernel[:40]: f"wrong on {where}: {fault}" for (kernel, where), fault in faults().items()
-    }
+    faults = [(*key, fault) for key, fault in read_records().items() if fault]
+    wrong = {kernel[:40]: f"wrong on {where}: {fault}" for kernel, where, fault in faults}
     if wrong:
         broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
     return entries | wrong

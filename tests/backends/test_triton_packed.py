@@ -90,7 +90,7 @@ def count_of(names: list[str]) -> dict[str, int]:
 
 
 def assert_numbers(found, kept, truth) -> None:
-    """A kept call has the same bits, and the truth is as near as rounding explains."""
+    """A replay has the same bits, and its error is within rounding."""
     for value, again, true in zip(found, kept, truth, strict=True):
         assert torch.equal(value, again)
         largest = float(true.detach().abs().amax())

@@ -40,7 +40,7 @@ def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
     assert found["replays"]["differences"] == []
 
 
-def test_what_a_kept_call_launches_stays_loaded(found):
+def test_kernels_of_a_captured_call_stay_loaded(found):
     assert found["unloaded"] == []
 
 

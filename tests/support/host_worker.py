@@ -305,7 +305,7 @@ def tensors_of(output) -> list[torch.Tensor]:
 
 
 def unloaded() -> list[str]:
-    """Which kernels of kept calls unload their code when Triton forgets them; it is the last."""
+    """The kernels of captured calls that unload when Triton drops them; it has to run last."""
     import triton
 
     from fastlora.kernels.launch import intercept

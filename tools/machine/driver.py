@@ -1,7 +1,7 @@
 """The machine as Triton's driver: what is launched for CPU tensors runs on it.
 
-All above is real: Triton's binder, its launcher, tensor maps, and the package's kept calls, whose
-replays hand over addresses.  What these may touch is what the replay holds at that moment; of an
+All above is real: Triton's binder, its launcher, tensor maps, and the package's captured calls.
+Their replays hand over addresses, which may touch what the replay holds at that moment; of an
 ordinary launch it is the tensors among its arguments.
 """
 

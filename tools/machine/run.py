@@ -6,7 +6,7 @@
 
 A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
 unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
-as a replay of the kept call (before Triton 3.7: launch by launch, too) with its CTAs and warps in
+as a replay of the captured call (before Triton 3.7: launched again) with its CTAs and warps in
 another order.  The bits must be equal.
 """
 

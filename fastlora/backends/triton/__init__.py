@@ -15,7 +15,7 @@ from ..protocol import Call
 from . import experts, layer, many, measured, verification
 from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
-from .verification import State, environment, faults
+from .verification import State, environment, read_records
 
 HANDS_TO = "torch"
 
@@ -25,12 +25,12 @@ __all__ = [
     "backward",
     "dropout_mask",
     "environment",
-    "faults",
     "forward",
     "gated",
     "gated_backward",
     "h_dtype",
     "measured",
+    "read_records",
     "takes_experts_in_turn",
     "why_not",
     "without_launching",

@@ -16,16 +16,10 @@ try:
     from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
 except ImportError as error:
     root = __package__.partition(".")[0]
-    text = (
-        f"{root} was imported from a source tree, {__file__}, which has no {root}.kernels: run "
-        "from another folder, or pip install --editable ."
-    )
-    if find_spec(f"{root}.kernels"):  # it is there, and so Triton is what fails
-        text = (
-            f"the Triton kernels can't be imported: {error}. Repair or remove the package triton, "
-            "or set FASTLORA_BACKEND=torch"
-        )
-    raise ImportError(text) from error
+    why = f"{error}. Repair or remove the package triton, or set FASTLORA_BACKEND=torch"
+    if find_spec(f"{root}.kernels") is None:
+        why = f"{__file__} is in a source tree. Run elsewhere, or run pip install --editable ."
+    raise ImportError(f"{root}.kernels can't be imported: {why}") from error
 
 # The GPUs that calls can be planned for, without one.
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")

@@ -40,7 +40,7 @@ def gated_backward(
 
 
 def _by_kernels(function: Callable[..., list[Tensor]], activation: str) -> Callable:
-    def run(matrices: Sequence[Tensor]) -> list[Tensor | None] | State:
+    def run(matrices: Sequence[Tensor]) -> list[Tensor] | State:
         x = matrices[0]
         return run_kernels(
             function,

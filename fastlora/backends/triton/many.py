@@ -46,7 +46,6 @@ def forward(
     if isinstance(made, State):
         return made
     (h,) = made
-    assert h is not None
     if len(h) < len(x):
         h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
     return [y], [h]

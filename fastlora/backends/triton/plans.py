@@ -1,4 +1,4 @@
-"""A base product by one plan after another, each judged by PyTorch's operations: for tuning."""
+"""A base product by one plan after another, each verified by PyTorch's operations: for tuning."""
 
 import warnings
 from collections.abc import Callable

@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ Run = Callable[[Sequence], Any]  # takes tensors; gives a list of results, or a 
 VARIABLE = "FASTLORA_VERIFY"
 FIRST, ALWAYS, OFF = "first", "always", "off"
 _CHOSEN = os.environ.get(VARIABLE) or None
-_FOLDER = "verification"
+_FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the files
 
 # All have to make the same bits.  A fault that shows in one call of three passes once in 1,000.
 REPEATS = 16
@@ -55,7 +55,7 @@ _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
 # zeros (a fresh lora_b, adaLN-zero) and NaN hide a wrong kernel, and a model that has them in every
-# step gets a definite result once.  A packed weight stays as it is.  If it is zero or not finite,
+# step gets a definite result once.  A packed weight isn't replaced.  If it is zero or not finite,
 # the call runs on PyTorch and its kernels stay unverified, which costs a dense weight each call.
 _ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
 
@@ -70,28 +70,14 @@ class State(Enum):
 UNVERIFIED, REFUSED = State
 
 
-class Environment(NamedTuple):
-    """Names and versions that a result holds for."""
-
-    device: str
-    driver: str
-    triton: str
-    ptxas: str  # "" where it isn't NVIDIA's
-    torch: str
-
-    def __str__(self) -> str:
-        assembler = f", ptxas {self.ptxas}" if self.ptxas else ""
-        return f"{self.device} (driver {self.driver}, Triton {self.triton}{assembler})"
-
-
 class _Unverified(NamedTuple):
     """A cached call that may not replay yet."""
 
     call: "kernels.CapturedCall"
 
 
-# The fault of each kernel (its name and the hash of its code) in an environment; "": it is right.
-Records = dict[tuple[str, Environment], str]
+# By kernel (its name and the hash of its code) and environment: its fault, or "" if it is right.
+Records = dict[tuple[str, str], str]
 _records: Records = {}
 # While this thread verifies a call: the captured calls that it runs, with their caches and keys.
 _here = threading.local()
@@ -104,14 +90,14 @@ def run_kernels(
     settings: tuple[Hashable, ...],
     covers: Callable[[], bool],
     calls: dict | None = None,
-) -> list[Tensor | None] | State:
-    """The list of new tensors that ``function(tensors, *settings)`` returns; or why it can't run.
+) -> list[Any] | State:
+    """The tensors (or None) that ``function(tensors, *settings)`` makes, or why it can't run.
 
     All tensors are on one device, which is the current one meanwhile.  ``covers`` is asked for a
-    new kind of call.  ``calls`` is as in ``kernels.key_of``.  Raises RuntimeError for a new kind
+    new kind of call.  ``calls`` is as in ``kernels.cache_key``.  Raises RuntimeError for a new kind
     inside of a CUDA graph's capture.
     """
-    calls, key = kernels.key_of(function, tensors, settings, calls)
+    calls, key = kernels.cache_key(function, tensors, settings, calls)
     call = calls.get(key)
     is_captured = type(call) is kernels.CapturedCall
     if not is_captured or kernels.replay.is_observed():
@@ -133,7 +119,8 @@ def _lookup(
     function: Callable, tensors: Sequence, settings: tuple, calls: dict, key: Hashable
 ) -> "kernels.CapturedCall | State":
     """A call that is captured and may replay, or UNVERIFIED, or REFUSED."""
-    known, device, trial = calls.get(key), kernels.replay.device_of(tensors), _trial()
+    known, device = calls.get(key), kernels.replay.device_of(tensors)
+    trial: Trial | None = getattr(_here, "trial", None)
     if isinstance(known, State):
         return known
     if trial is None and kernels.replay.is_in_graph_capture(device):
@@ -166,10 +153,6 @@ def _lookup(
     return call
 
 
-def _trial() -> Trial | None:
-    return getattr(_here, "trial", None)
-
-
 def mode(device: torch.device) -> str:
     """FIRST, ALWAYS or OFF.  Raises ValueError for another word in the variable."""
     if _CHOSEN not in (None, FIRST, ALWAYS, OFF):
@@ -179,18 +162,19 @@ def mode(device: torch.device) -> str:
 
 
 @cache
-def environment(device: torch.device) -> Environment:
-    target = kernels.target_of(device)
-    name, ptxas = "Triton's interpreter", ""
+def environment(device: torch.device) -> str:
+    """The device and the versions that a result holds for."""
+    target, name, ptxas = kernels.target_of(device), "Triton's interpreter", ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     if target is not None and target.kind == "cuda":
-        ptxas = ".".join(map(str, kernels.ptxas(int(target.arch))))
-    return Environment(name, _driver(), triton.__version__, ptxas, torch.__version__)
+        ptxas = ", ptxas " + ".".join(map(str, kernels.ptxas(int(target.arch))))
+    versions = f"driver {_driver()}, Triton {triton.__version__}{ptxas}, torch {torch.__version__}"
+    return f"{name} ({versions})"
 
 
 def _driver() -> str:
-    """Its version, or that of the CUDA or HIP that it speaks."""
+    """The driver's version, or the version of the CUDA or HIP that it speaks."""
     for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(path).read_text(encoding="utf-8").strip()
@@ -204,16 +188,11 @@ def read_records() -> Records:
     for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
         # RecursionError: of a file with too many nested brackets.
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            fields = json.loads(text)
-            words = [fields[name] for name in ("fault", "kernel", *Environment._fields)]
-            if all(isinstance(word, str) for word in words) and words[1].split():
-                records[words[1], Environment(*words[2:])] = words[0]
+            record = json.loads(text)
+            kernel, where, fault = [record[name] for name in _FIELDS]
+            if all(isinstance(word, str) for word in (kernel, where, fault)) and kernel.split():
+                records[kernel, where] = fault
     return records
-
-
-def faults() -> Records:
-    """The records of kernels that were wrong."""
-    return {kernel: fault for kernel, fault in read_records().items() if fault}
 
 
 def _known() -> Records:
@@ -232,8 +211,8 @@ def _settle(trial: Trial, device: torch.device, fault: str) -> str:
     new = [each for each in identities if always or (each, here) not in known]
     for identity in new:
         known[identity, here] = fault
-        name = sha256("\n".join([identity, *here]).encode()).hexdigest()[:32]
-        text = json.dumps({"kernel": identity, "fault": fault, **here._asdict()}, indent=1)
+        name = sha256(f"{identity}\n{here}".encode()).hexdigest()[:32]
+        text = json.dumps(dict(zip(_FIELDS, (identity, here, fault), strict=True)), indent=1)
         files.write(files.cache_folder() / _FOLDER / f"{name}.json", text + "\n")
     if fault:
         _refuse(trial)
@@ -247,26 +226,23 @@ def _refuse(trial: Trial) -> None:
 
 
 def _warn_of_fault(names: str, device: torch.device, fault: str) -> None:
-    warnings.warn(
+    _warn(
         f"the Triton kernels {names} no longer run on {environment(device)}, and PyTorch's "
         f"operations run instead: {fault}. Please report it, with the output of `python -m "
-        "fastlora doctor`",
-        RuntimeWarning,
-        stacklevel=user_level(),
+        "fastlora doctor`"
     )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=user_level())
 
 
 def forward(
     state: State, run: Callable, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A forward whose kernels are unverified or refused; ``run`` is the kernels' forward."""
-    if state is REFUSED:
-        return torch_backend.forward(inputs, seeds, call)
-    runs = [
-        (of_forward(run, seeds, each), of_forward(torch_backend.forward, seeds, each))
-        for each in (call, _probe_of_call(call, len(inputs[0])))
-    ]
-    results = _verified(runs, inputs, _roles(call.layouts), _packed(inputs, call))
+    of = partial(of_forward, seeds=seeds)
+    results = _verified(state, of, run, torch_backend.forward, inputs, call)
     return results[: len(call.layouts)], results[len(call.layouts) :]
 
 
@@ -291,15 +267,8 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """A backward whose kernels are unverified or refused; ``run`` is the kernels' backward."""
-    by_torch = torch_backend.backward
-    if state is REFUSED:
-        return by_torch(dys, inputs, hs, needs, seeds, call)
-    runs = [
-        (of_backward(run, needs, seeds, each), of_backward(by_torch, needs, seeds, each))
-        for each in (call, _probe_of_call(call, len(inputs[0])))
-    ]
-    roles = [*_roles(call.layouts), *[_ROWS] * (len(hs) + len(dys))]
-    return _verified(runs, [*inputs, *hs, *dys], roles, _packed(inputs, call))
+    of = partial(of_backward, needs=needs, seeds=seeds)
+    return _verified(state, of, run, torch_backend.backward, [*inputs, *hs, *dys], call)
 
 
 def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
@@ -322,7 +291,7 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
         return by_torch(matrices)
     read, filled = matrices[: len(matrices) - fills], matrices[len(matrices) - fills :]
 
-    def of(function: Run) -> Run:
+    def of(function: Run, call: None) -> Run:
         def run(tensors: Sequence) -> list | State:
             new = [_alike(each, _memory(each, tensors[0].dtype)) for each in filled]
             made = function([*tensors, *new])
@@ -330,7 +299,7 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
 
         return run
 
-    results = _verified([(of(run), of(by_torch))] * 2, read, [_ROWS] * len(read))
+    results = _verified(made, of, run, by_torch, read)
     # Only now, because a matrix may be both read and filled.
     for target, result in zip(filled, results, strict=False):
         target.copy_(result)
@@ -347,12 +316,6 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
         for layout in layouts
     ]
     return [_ROWS, *flatten(outputs, layouts)]
-
-
-def _packed(inputs: Sequence[Tensor], call: Call) -> list[Quantised]:
-    """The packed weights of a call."""
-    weights: list[Any] = [output.base.weight for output in unflatten(inputs[1:], call.layouts)]
-    return [weight for weight in weights if isinstance(weight, Quantised)]
 
 
 def _probe_of_call(call: Call, count: int) -> Call:
@@ -376,60 +339,59 @@ def _not_zero(scales: Sequence[float]) -> tuple[float, ...]:
 
 
 def _verified(
-    runs: Sequence[tuple[Run, Run]],
+    state: State,
+    of: Callable[..., Run],
+    run: Callable,
+    torch_run: Callable,
     tensors: Sequence[Tensor | None],
-    roles: Sequence[str],
-    packed: Sequence[Quantised] = (),
+    call: Call | None = None,
 ) -> list:
     """The kernels' results for the tensors if the kernels are right; otherwise PyTorch's.
 
-    ``runs``: of these tensors by the kernels and by PyTorch; and of the probe by both.
+    ``of`` makes a function of the tensors from a backend's ``run`` and a call.
     """
-    (by_kernels, by_torch), of_probe = runs
+    by_kernels, by_torch = of(run, call=call), of(torch_run, call=call)
+    if state is REFUSED:
+        return by_torch(tensors)
+    x, roles, packed, probe_call = tensors[0], list[str](), list[Any](), call
+    assert x is not None
     with _disable_current_modes(), torch.no_grad():
-        right, results = by_torch(tensors), list[Any]()
+        if call is not None:
+            roles, probe_call = _roles(call.layouts), _probe_of_call(call, len(x))
+            outputs = unflatten(tensors[1 : len(roles)], call.layouts)
+            packed = [o.base.weight for o in outputs if isinstance(o.base.weight, Quantised)]
+        roles += [_ROWS] * (len(tensors) - len(roles))
+        right, results, fault = by_torch(tensors), list[Any](), None
         _here.trial = trial = Trial()
         try:
-            fault = _fault_of_probe(*of_probe, tensors, roles, packed)
-            if not fault:
+            if all(_is_comparable([weight.dense(x.dtype)]) for weight in packed):
+                of_probe = of(run, call=probe_call), of(torch_run, call=probe_call)
+                fault = _fault_of_probe(*of_probe, _probe(tensors, roles), roles)
+            if fault == "":
                 results = by_kernels(tensors)
             if fault is None or isinstance(results, State):
                 return right
             fault = fault or compared(by_torch, tensors, roles, results, right)
         except torch.OutOfMemoryError:
             _refuse(trial)
-            warnings.warn(
+            _warn(
                 "there isn't enough memory to verify Triton kernels: calls of this kind run on "
-                "PyTorch's operations in this process",
-                RuntimeWarning,
-                stacklevel=user_level(),
+                "PyTorch's operations in this process"
             )
             return right
         except Exception as error:  # a driver's, for instance
             fault = f"{type(error).__name__}: {error}"
         finally:
             _here.trial = None
-    device = kernels.replay.device_of(tensors)
-    names = _settle(trial, device, fault)
+    names = _settle(trial, x.device, fault)
     if not fault:
         return results
-    _warn_of_fault(names, device, fault)
+    _warn_of_fault(names, x.device, fault)
     return right
 
 
-def _fault_of_probe(
-    by_kernels: Run,
-    by_torch: Run,
-    tensors: Sequence[Tensor | None],
-    roles: Sequence[str],
-    packed: Sequence[Quantised],
-) -> str | None:
+def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
     """The fault that random numbers show, "" for none; or None if the kernels can't be verified."""
-    x = tensors[0]
-    assert x is not None
-    if not all(_is_comparable([weight.dense(x.dtype)]) for weight in packed):
-        return None
-    probe = _probe(tensors, roles)
     right = by_torch(probe)
     results = by_kernels(probe) if _is_comparable(right) else UNVERIFIED
     if isinstance(results, State):
@@ -447,9 +409,9 @@ def _is_comparable(results: Sequence[Tensor | None]) -> bool:
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
-    """The tensors, with random numbers in the place of some, which lie in memory as they do.
+    """Random tensors with the same layouts in memory; packed weights are the same tensors.
 
-    Adapters that lie in one memory, as a bank's do, lie in one again.
+    Tensors of one storage, such as the adapters of a bank, share a storage again.
     """
     memories: dict[tuple, Tensor] = {}
     made: list[Tensor | None] = []
@@ -459,7 +421,7 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
             continue
         place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
         if place not in memories:
-            # So all parts of a sum are of about one size.
+            # These sizes make all terms of a sum similar in size.
             spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
@@ -468,7 +430,7 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The elements of its storage that go with it, first and count: all, if not many more."""
+    """The part of its storage to copy, first element and count: all unless that is far more."""
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     if count <= 4 * tensor.numel():
         return 0, count
@@ -477,18 +439,18 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _shift(tensor: Tensor) -> int:
-    """The elements before the first: an address modulo 16 is a part of what is compiled for."""
+    """Elements before the first one: kernels are compiled for an address modulo 16."""
     size = tensor.element_size()
     return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """New memory for a tensor :func:`_alike`."""
+    """New memory for :func:`_alike`."""
     return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
 
 
 def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
-    """A tensor in this memory, with the other's shape, strides, and address modulo 16."""
+    """A tensor in this memory with the shape, strides, and address modulo 16 of the first."""
     offset = int(tensor.storage_offset()) - _extent(tensor)[0] + _shift(tensor)
     return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
@@ -500,32 +462,27 @@ def compared(
     results: Sequence,
     right: Sequence,
 ) -> str:
-    """What is wrong with the kernels' results beside PyTorch's; "" if nothing is."""
+    """The fault of the kernels' results, measured by the errors of PyTorch's; "" for none."""
     x = tensors[0]
     assert x is not None
-    wide = [
-        tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
-        for tensor, role in zip(tensors, roles, strict=True)
-    ]
-    try:
-        truth = by_torch(wide)
+    try:  # the same in a wider dtype
+        truth = by_torch(
+            [
+                tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
+                for tensor, role in zip(tensors, roles, strict=True)
+            ]
+        )
     except torch.OutOfMemoryError:
         truth = None
-    del wide
-    return _difference(results, right, truth, torch.finfo(x.dtype).eps)
-
-
-def _difference(results: Sequence, right: Sequence, truth: Sequence | None, eps: float) -> str:
-    """What is wrong with these results, measured by PyTorch's own errors; "" if nothing is."""
     for i, (ours, its) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
-        if ours is None or its is None:  # a gradient of nothing may be left out
+        if ours is None or its is None:  # a gradient that is zero may be left out
             made = its if ours is None else ours
             if made is not None and torch.count_nonzero(made):
                 return f"{name} is missing"
         elif its.numel():
             wide = None if truth is None else _as_matrix(truth[i])
-            share = _worst(_as_matrix(ours), _as_matrix(its), wide, eps)
+            share = _worst(_as_matrix(ours), _as_matrix(its), wide, torch.finfo(x.dtype).eps)
             if not share <= 1:
                 shape = f"{name}, {list(its.shape)}"
                 return f"{shape}, has an error of {share:.3g} times what rounding explains"
@@ -533,12 +490,12 @@ def _difference(results: Sequence, right: Sequence, truth: Sequence | None, eps:
 
 
 def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
-    """The largest error, in parts of what is allowed.
+    """The largest error over the allowed error.
 
-    That is some times PyTorch's largest error in the same row or in the same column, whichever is
-    less, so that no row or column of large numbers hides an error in another one; and a rounding.
-    Without a truth, PyTorch's result is it, with errors of a rounding.  Where PyTorch's isn't
-    finite, nothing can be said.
+    Allowed are _SLACK times PyTorch's largest error in the same row or in the same column, the
+    smaller of the two, and a rounding.  So large numbers in one row or column hide no error in
+    another one.  Without a truth, PyTorch's result replaces it, with errors of a rounding.  Where
+    PyTorch's result isn't finite, elements are skipped.
     """
     matrices = ours, its, its if truth is None else truth
     of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
@@ -547,7 +504,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
         of_rows.append(sizes.amax(2))
         of_columns = torch.maximum(of_columns, sizes.amax(1))
     rows_in_all = torch.cat(of_rows, 1)
-    if its.shape[0] < _FEW:  # too few to know what an error in a column may be
+    if its.shape[0] < _FEW:  # too few rows to estimate a column's error
         of_columns = torch.full_like(of_columns, torch.inf)
     if its.shape[1] < _FEW:
         rows_in_all = rows_in_all.amax(1, keepdim=True).expand_as(rows_in_all)
@@ -565,7 +522,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 
 def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
-    """Some rows of each, in float64: of a whole result that may be more than there is room for."""
+    """Some rows of each matrix at a time in float64, to save memory."""
     step = max(1, _BLOCK // matrices[0].shape[1])
     for first in range(0, len(matrices[0]), step):
         yield [matrix[first : first + step].double() for matrix in matrices]
@@ -578,5 +535,4 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.contiguous().view(numbers), other.contiguous().view(numbers))
+    return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
