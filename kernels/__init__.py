@@ -7,7 +7,7 @@ order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``pac
 ``replay``.
 """
 
-from . import defaults  # fills the tables that launchers choose from
+from . import defaults, replay  # fills the tables that launchers choose from
 from .capture import CapturedCall, capture_call
 from .common import dropout_threshold
 from .dequant import dequant
@@ -19,7 +19,6 @@ from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
 from .plan import Plan, low_rank_pays, plan_for
 from .project import project
-from .replay import cache_key, remember, replay_call
 from .segments import SegmentNumbers
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad

@@ -8,47 +8,29 @@ times as long on the host (``make bench ARGS=host``).
 """
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from . import launch, plan, target
+from . import launch
 from .capture import CapturedCall
 from .common import INTERPRETED
 
 _MOST = 1024  # cached calls: about 15 kB each, a group of three 24
-_calls: dict[Hashable, Any] = {}
+calls: dict[Hashable, Any] = {}
 _hooks = triton.knobs.runtime
 _changes = threading.Lock()  # no other thread may change a cache while one looks for its oldest key
 
 
-def cache_key(
-    function: Callable,
-    tensors: Sequence[Tensor | None],
-    settings: tuple[Hashable, ...],
-    calls: dict | None = None,
-) -> tuple[dict, Hashable]:
-    """The cache of ``function(tensors, *settings)``, and its key there.
-
-    The function may use torch's operations and this package's launchers.  It may depend on the
-    settings and on all facts of the tensors, but not on their elements.  ``calls``: the cache of a
-    caller whose tensors agree in these facts from call to call, so that the key leaves them out.
-    """
-    key = function, settings, plan.forced, plan.edition, target.forced
-    if calls is not None:
-        return calls, key
-    return _calls, (key, device_of(tensors), *map(_facts, tensors))
-
-
-def remember(calls: dict, key: Hashable, value: Any) -> None:
+def remember(cache: dict, key: Hashable, value: Any) -> None:
     """Cache a captured call, or what stands for it; the oldest entries make space."""
     with _changes:
-        while len(calls) >= _MOST and key not in calls:
-            del calls[next(iter(calls))]
-        calls[key] = value
+        while len(cache) >= _MOST and key not in cache:
+            del cache[next(iter(cache))]
+        cache[key] = value
 
 
 def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -82,7 +64,7 @@ def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
     raise ValueError("a call has no tensor")
 
 
-def _facts(tensor: Tensor | None) -> Hashable:
+def facts_of(tensor: Tensor | None) -> Hashable:
     """The facts that launchers, Triton and ``covers`` read; all tensors are on one device.
 
     Aligned addresses allow loads of 16 bytes.

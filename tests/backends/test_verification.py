@@ -37,7 +37,7 @@ def forget(monkeypatch, folder=None):
     if folder:
         monkeypatch.setenv("FASTLORA_CACHE", str(folder))
     monkeypatch.setattr(verification, "_records", {})
-    monkeypatch.setattr(replay, "_calls", {})
+    monkeypatch.setattr(replay, "calls", {})
     monkeypatch.setattr("fastlora.ops.functional._known", {})
 
 

@@ -178,14 +178,14 @@ def test_nothing_of_the_callers_is_kept():
 
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(replay, "_calls", {})
+    monkeypatch.setattr(replay, "calls", {})
     monkeypatch.setattr(replay, "_MOST", 4)
     monkeypatch.setattr(functional, "_known", {})
     monkeypatch.setattr(functional, "_MOST_KINDS", 4)
     one = projection()
     for rows in range(1, 8):
         step(torch.randn(rows, K, requires_grad=True), [one])
-    assert len(replay._calls) == len(functional._known) == 4
+    assert len(replay.calls) == len(functional._known) == 4
     with captured() as new:
         step(torch.randn(7, K, requires_grad=True), [one])
     assert not new

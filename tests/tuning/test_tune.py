@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     """The interpreter as a device with a name, and a user who has tuned nothing."""
     monkeypatch.setattr(target, "_of_cpu", device(GPU))
     monkeypatch.setattr(measured, "_rows", {})
-    monkeypatch.setattr(replay, "_calls", {})
+    monkeypatch.setattr(replay, "calls", {})
     monkeypatch.setattr(tuning, "_MOST_TILES", 2)
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     with fastlora.use_backend("triton"):

@@ -60,7 +60,7 @@ def only_row(target: str, i: int) -> Iterator[None]:
 def _forget() -> None:
     """What was resolved with other configurations."""
     config.chosen_config.cache_clear()
-    replay._calls.clear()
+    replay.calls.clear()
     functional._known.clear()
 
 

@@ -82,7 +82,7 @@ class Contest:
             each.normal_(generator=self.draw)
         results = self.step(plan)()
         if isinstance(results, verification.State):
-            return str(said[-1].message) if said else f"it doesn't run: {results.value}"
+            return str(said[-1].message) if said else f"it doesn't run: {results}"
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
         return verification.compared(by_torch, self.tensors, plain, results, right)

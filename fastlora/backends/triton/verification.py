@@ -20,7 +20,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from enum import Enum
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +37,13 @@ from .. import torch as torch_backend
 from ..protocol import Call
 from .cover import kernels, user_level
 
+# Bound once, because every call needs them.
+plan, replay, target, _CapturedCall = (
+    kernels.plan,
+    kernels.replay,
+    kernels.target,
+    kernels.CapturedCall,
+)
 Run = Callable[[Sequence], Any]  # takes tensors; gives a list of results, or a State
 
 VARIABLE = "FASTLORA_VERIFY"
@@ -60,14 +66,12 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 _ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
 
 
-class State(Enum):
-    """Why the kernels of a call don't run."""
-
-    UNVERIFIED = "a kernel has not been compared with PyTorch on this device"
-    REFUSED = "a kernel was wrong, or the kernels don't cover the call: PyTorch runs it"
+class State(str):
+    """Why the kernels of a call don't run.  No Enum: every call asks for it by isinstance."""
 
 
-UNVERIFIED, REFUSED = State
+UNVERIFIED = State("a kernel has not been compared with PyTorch on this device")
+REFUSED = State("a kernel was wrong, or the kernels don't cover the call: PyTorch runs it")
 
 
 class _Unverified(NamedTuple):
@@ -93,37 +97,42 @@ def run_kernels(
 ) -> list[Any] | State:
     """The tensors (or None) that ``function(tensors, *settings)`` makes, or why it can't run.
 
-    All tensors are on one device, which is the current one meanwhile.  ``covers`` is asked for a
-    new kind of call.  ``calls`` is as in ``kernels.cache_key``.  Raises RuntimeError for a new kind
-    inside of a CUDA graph's capture.
+    The function may use torch's operations and the kernels' launchers.  It may depend on the
+    settings and on all facts of the tensors, but not on their elements.  All tensors are on one
+    device, which is the current one meanwhile.  ``covers`` is asked for a new kind of call.
+    ``calls``: the cache of a caller whose tensors agree in these facts from call to call, so that
+    the key leaves them out.  Raises RuntimeError for a new kind inside of a CUDA graph's capture.
     """
-    calls, key = kernels.cache_key(function, tensors, settings, calls)
+    key: Hashable = (function, settings, plan.forced, plan.edition, target.forced)
+    if calls is None:
+        calls = replay.calls
+        key = (key, replay.device_of(tensors), *map(replay.facts_of, tensors))
     call = calls.get(key)
-    is_captured = type(call) is kernels.CapturedCall
-    if not is_captured or kernels.replay.is_observed():
-        device = kernels.replay.device_of(tensors)
+    is_captured = type(call) is _CapturedCall
+    if not is_captured or replay.is_observed():
+        device = replay.device_of(tensors)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             if call is None and not covers():
                 return REFUSED
             may_run = is_captured or (call is None and mode(device) == OFF)
-            if kernels.launch.interceptor or (may_run and kernels.replay.is_observed()):
+            if kernels.launch.interceptor or (may_run and replay.is_observed()):
                 return list(function(tensors, *settings))
             if not is_captured:
                 call = _lookup(function, tensors, settings, calls, key)
         if isinstance(call, State):
             return call
-    return kernels.replay_call(call, tensors)
+    return replay.replay_call(call, tensors)
 
 
 def _lookup(
     function: Callable, tensors: Sequence, settings: tuple, calls: dict, key: Hashable
 ) -> "kernels.CapturedCall | State":
     """A call that is captured and may replay, or UNVERIFIED, or REFUSED."""
-    known, device = calls.get(key), kernels.replay.device_of(tensors)
+    known, device = calls.get(key), replay.device_of(tensors)
     trial: Trial | None = getattr(_here, "trial", None)
     if isinstance(known, State):
         return known
-    if trial is None and kernels.replay.is_in_graph_capture(device):
+    if trial is None and replay.is_in_graph_capture(device):
         raise RuntimeError(
             "a CUDA graph is being captured, and no call of this kind has run before: kernels "
             "are compiled, loaded and verified outside of a capture. Run the same step once "
@@ -135,16 +144,16 @@ def _lookup(
         except Exception as error:
             if mode(device) == OFF:
                 raise
-            kernels.remember(calls, key, REFUSED)
+            replay.remember(calls, key, REFUSED)
             _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
             return REFUSED
-        kernels.remember(calls, key, known)
+        replay.remember(calls, key, known)
     call, here = known.call, environment(device)
     faults = [_known().get((identity, here)) for identity in call.identities]
     if mode(device) == OFF or (mode(device) == FIRST and all(fault == "" for fault in faults)):
-        kernels.remember(calls, key, call)
+        replay.remember(calls, key, call)
     elif any(faults):
-        kernels.remember(calls, key, REFUSED)
+        replay.remember(calls, key, REFUSED)
         return REFUSED
     elif trial is None:
         return UNVERIFIED
@@ -164,11 +173,11 @@ def mode(device: torch.device) -> str:
 @cache
 def environment(device: torch.device) -> str:
     """The device and the versions that a result holds for."""
-    target, name, ptxas = kernels.target_of(device), "Triton's interpreter", ""
+    gpu, name, ptxas = kernels.target_of(device), "Triton's interpreter", ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    if target is not None and target.kind == "cuda":
-        ptxas = ", ptxas " + ".".join(map(str, kernels.ptxas(int(target.arch))))
+    if gpu is not None and gpu.kind == "cuda":
+        ptxas = ", ptxas " + ".".join(map(str, kernels.ptxas(int(gpu.arch))))
     versions = f"driver {_driver()}, Triton {triton.__version__}{ptxas}, torch {torch.__version__}"
     return f"{name} ({versions})"
 
@@ -222,7 +231,7 @@ def _settle(trial: Trial, device: torch.device, fault: str) -> str:
 def _refuse(trial: Trial) -> None:
     """Run calls of these kinds on PyTorch in this process."""
     for calls, key, _ in trial.values():
-        kernels.remember(calls, key, REFUSED)
+        replay.remember(calls, key, REFUSED)
 
 
 def _warn_of_fault(names: str, device: torch.device, fault: str) -> None:
@@ -301,8 +310,8 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
 
     results = _verified(made, of, run, by_torch, read)
     # Only now, because a matrix may be both read and filled.
-    for target, result in zip(filled, results, strict=False):
-        target.copy_(result)
+    for matrix, result in zip(filled, results, strict=False):
+        matrix.copy_(result)
     return results
 
 
