@@ -1,6 +1,7 @@
 """The middle of a gated MLP by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tens
         gate, up = matrices
         return [torch_backend.gated(gate, up, activation, wide)]
 
-    return elementwise(_by_kernels(_gated, activation), by_torch, [gate, up])[0]
+    return elementwise(partial(_by_kernels, _gated, activation), by_torch, [gate, up])[0]
 
 
 def gated_backward(
@@ -36,23 +37,23 @@ def gated_backward(
         return []
 
     matrices = [dy, gate, up, d_gate, d_up]
-    elementwise(_by_kernels(_gated_backward, activation), by_torch, matrices, fills=2)
+    run = partial(_by_kernels, _gated_backward, activation)
+    elementwise(run, by_torch, matrices, fills=2)
 
 
-def _by_kernels(function: Callable[..., list[Tensor]], activation: str) -> Callable:
-    def run(matrices: Sequence[Tensor]) -> list[Tensor] | State:
-        x = matrices[0]
-        return run_kernels(
-            function,
-            matrices,
-            (activation,),
-            lambda: (
-                not why_not(x.dtype, x.device, ())
-                and not any(kernels.why_not_gated(matrix) for matrix in matrices)
-            ),
-        )
-
-    return run
+def _by_kernels(
+    function: Callable[..., list[Tensor]], activation: str, matrices: Sequence[Tensor]
+) -> list[Tensor] | State:
+    x = matrices[0]
+    return run_kernels(
+        function,
+        matrices,
+        (activation,),
+        lambda: (
+            not why_not(x.dtype, x.device, ())
+            and not any(kernels.why_not_gated(matrix) for matrix in matrices)
+        ),
+    )
 
 
 def _gated(matrices: Sequence[Tensor], activation: str) -> list[Tensor]:
