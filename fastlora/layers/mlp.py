@@ -147,7 +147,7 @@ def read_frozen(linear: nn.Module) -> Reading:
     if is_hooked(linear):
         return Reading(WATCHED)
     if "parametrizations" in linear._modules:
-        return Reading("its weight is computed (a parametrisation)")
+        return Reading("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__

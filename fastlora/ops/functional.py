@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import Call, asked_backend
 from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import Adapter, Base, Output, Projection, as_outputs, facts_of, is_plain
 from ..rows import AdapterMapping, Many, Rows
 from .door import run, through
@@ -41,7 +41,7 @@ def lora_linear(
 
     The formula is that of Hu et al., arXiv 2106.09685.
 
-    ``weight`` may be packed (docs/quantised.md): then it has no dtype to agree with x's, gets no
+    ``weight`` may be packed (docs/quantized.md): then it has no dtype to agree with x's, gets no
     gradient, and no dense copy of it outlives the call.
 
     Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
@@ -135,7 +135,7 @@ def key_of(
             if isinstance(projection, Projection):
                 weight, lora_a, lora_b, bias, scale = projection
                 rest += weight is None, bias is None, scale, type(scale)
-                if isinstance(weight, Quantised):
+                if isinstance(weight, Quantized):
                     rest.append(weight.format)
                     inputs += weight.tensors
                     weight = None
@@ -145,7 +145,7 @@ def key_of(
                 base, adapters = projection
                 weight, bias = base
                 rest += type(base), type(adapters), len(adapters), bias is None
-                if isinstance(weight, Quantised):
+                if isinstance(weight, Quantized):
                     rest.append(weight.format)
                     inputs += weight.tensors if bias is None else (*weight.tensors, bias)
                 else:
@@ -173,7 +173,7 @@ def remember(key: Hashable, call: Any) -> None:
         _known[key] = call
 
 
-def lora_grouped(
+def grouped_lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,

@@ -97,7 +97,7 @@ def _why_not_base(base: Any) -> str:
     if type(base).__call__ is not nn.Module.__call__ or is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
-        return "its experts are parametrised"
+        return "its experts are parametrized"
     places = [getattr(proxy.forward, "__globals__", {}).get("__name__") for proxy in _PROXIES]
     if any(place != peft_layer.__name__ for place in places):
         return "something watches, or replaces, how PEFT adds an adapter to experts' weights"

@@ -55,7 +55,7 @@ def why_not_merged(layers: Layers) -> str:
                 "and PEFT's merge misreads that: load the model again, and optimize it before"
             )
         elif "parametrizations" in base._modules:
-            reason = "has a base whose weight is computed (a parametrisation)"
+            reason = "has a base whose weight is computed (a parametrization)"
         else:
             continue
         return f"{called(name)} {reason}"

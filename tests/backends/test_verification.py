@@ -193,7 +193,7 @@ def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
         ends = torch.tensor([20, 41, 60], dtype=torch.int32)
         with fastlora.use_backend(backend):
             if kind == "experts":
-                y = fastlora.lora_grouped(x, weight, a, b, ends)
+                y = fastlora.grouped_lora_linear(x, weight, a, b, ends)
             else:
                 indices = torch.arange(60) % 3
                 y = fastlora.multi_lora_linear(x, weight[0], a, b, indices, scales=[1.0, 2.0, 0.5])
@@ -263,7 +263,7 @@ def experts_call(ends, backend="triton", scale=1.0):
     x, weight = torch.randn(60, K), torch.randn(3, 24, K)
     a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
     ends = torch.tensor(ends, dtype=torch.int32)
-    y = fastlora.lora_grouped(x, weight, a, b, ends, scale=scale, backend=backend)
+    y = fastlora.grouped_lora_linear(x, weight, a, b, ends, scale=scale, backend=backend)
     return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import cache as files
-from ...formats.format import Quantised
+from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import Call
@@ -368,7 +368,7 @@ def _verified(
         if call is not None:
             roles, probe_call = _roles(call.layouts), _probe_of_call(call, len(x))
             outputs = unflatten(tensors[1 : len(roles)], call.layouts)
-            packed = [o.base.weight for o in outputs if isinstance(o.base.weight, Quantised)]
+            packed = [o.base.weight for o in outputs if isinstance(o.base.weight, Quantized)]
         roles += [_ROWS] * (len(tensors) - len(roles))
         right, results, fault = by_torch(tensors), list[Any](), None
         _here.trial = trial = Trial()
