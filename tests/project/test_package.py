@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"kernels"},
     {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
-    | {"reference", "cache", "verdicts", "clock"},
+    | {"reference", "cache", "clock"},
     {"backends"},
     {"ops"},
     {"layers", "report"},

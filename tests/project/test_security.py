@@ -52,7 +52,7 @@ def test_torch_loads_weights_only_and_one_file_runs_lines_of_torch_fx():
     for call in loads:
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert given["weights_only"] == "True"
-    assert set(calls("exec", "eval", "__import__", "compile")) == {"kernels/script.py"}
+    assert set(calls("exec", "eval", "__import__", "compile")) == {"kernels/capture.py"}
     assert not calls("os.system", "os.popen", "os.execv", "torch.hub.load", "pickle.load")
     for path in FILES:
         assert "trust_remote_code" not in path.read_text()
@@ -70,10 +70,9 @@ def test_every_module_that_reads_files_is_listed():
     assert opening.keys() == {
         *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored")),
         "fastlora/doctor/machine.py",  # /proc/cpuinfo
-        "fastlora/backends/triton/trust.py",  # /sys/module/nvidia/version
-        "fastlora/cache.py",  # verdicts on kernels, and results of tuning
-        "fastlora/verdicts.py",  # reads the first as JSON
-        "fastlora/backends/triton/measured.py",  # reads the second as JSON
+        "fastlora/cache.py",  # results of verification and tuning, which are JSON to
+        "fastlora/backends/triton/verification.py",  # which also reads /sys/module/nvidia/version
+        "fastlora/backends/triton/measured.py",
         *(f"fastlora/model/{name}.py" for name in ("checkpoint", "files", "packed_files")),
         "fastlora/sweeps/record.py",
     }

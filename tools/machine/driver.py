@@ -1,7 +1,7 @@
 """The machine as Triton's driver: what is launched for CPU tensors runs on it.
 
-All above is real: Triton's binder, its launcher, tensor maps, and the package's kept calls, whose
-replays hand over addresses.  What these may touch is what the replay holds at that moment; of an
+All above is real: Triton's binder, its launcher, tensor maps, and the package's captured calls.
+Their replays hand over addresses, which may touch what the replay holds at that moment; of an
 ordinary launch it is the tensors among its arguments.
 """
 
@@ -17,14 +17,14 @@ import triton
 from torch import Tensor
 from triton.backends.nvidia import driver as of_triton
 
-from fastlora.kernels import kept, target
+from fastlora.kernels import replay, target
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.target import TARGETS, Target
 
 from . import compiled
 from .memory import RACES, Kernel, Memory
 
-KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are in
+CAPTURED = "<a captured call>"  # the file name of replays in kernels/capture.py
 
 
 _ROWS = [row for row in TARGETS.values() if row.kind == "cuda"]
@@ -81,7 +81,7 @@ def install(name: str, processors: int | None = None) -> None:
     compiled.use(card.arch)
     if not hasattr(of_triton, "PyKernelArg"):
         # Before 3.7 Triton makes a launcher in C for each kernel: calls only run step by step.
-        Launch.run, kept._is_watched = _run, lambda: True
+        Launch.run, replay.is_observed = _run, lambda: True
         return
     active = triton.runtime.driver.active
     active.launcher_cls = of_triton.CudaLauncher
@@ -177,10 +177,10 @@ def _held(values: Sequence[Any]) -> list[Tensor]:
     """The tensors that may be meant: the replay's, the launch's, or those among the operands."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename == KEPT:
+        if frame.f_code.co_filename == CAPTURED:
             values = [*frame.f_locals.values(), *vars(frame.f_locals["self"]).values()]
             values = [each for each in values if isinstance(each, Tensor)]
-        if frame.f_code is kept.replayed.__code__:
+        if frame.f_code is replay.replay_call.__code__:
             values = [*values, *frame.f_locals["tensors"]]
             break
         if frame.f_code is Launch.run.__code__:

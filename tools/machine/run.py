@@ -6,7 +6,7 @@
 
 A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
 unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
-as a replay of the kept call (before Triton 3.7: launch by launch, too) with its CTAs and warps in
+as a replay of the captured call (before Triton 3.7: launched again) with its CTAs and warps in
 another order.  The bits must be equal.
 """
 
@@ -29,7 +29,7 @@ import torch
 import triton
 
 import fastlora
-from fastlora.kernels import config, kept
+from fastlora.kernels import config, replay
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
 from fastlora.ops import functional
@@ -60,7 +60,7 @@ def only_row(target: str, i: int) -> Iterator[None]:
 def _forget() -> None:
     """What was resolved with other configurations."""
     config.chosen_config.cache_clear()
-    kept._calls.clear()
+    replay.calls.clear()
     functional._known.clear()
 
 

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from ...projection import Layout, Output, named_tensors, unflatten
 try:
     from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
 except ImportError as error:
-    raise ImportError(
-        f"{__package__.partition('.')[0]} was imported from a source tree, {__file__}, which "
-        "has no fastlora.kernels: run from another folder, or pip install --editable ."
-    ) from error
+    root = __package__.partition(".")[0]
+    why = f"{error}. Repair or remove the package triton, or set FASTLORA_BACKEND=torch"
+    if find_spec(f"{root}.kernels") is None:
+        why = f"{__file__} is in a source tree. Run elsewhere, or run pip install --editable ."
+    raise ImportError(f"{root}.kernels can't be imported: {why}") from error
 
-Unproven = kernels.Unproven
 # The targets that calls can be planned for without a GPU, and GPUs that take these rows.
 TARGETS = {
     "sm_80": "A100, A30",

@@ -19,6 +19,7 @@ from .at_once import aligned, runs_at_once
 from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
+from .verification import REFUSED, State, run_kernels
 
 # Bytes of the largest dense weight of all experts that is made of a packed one, for one product.
 _LARGEST = 2**32
@@ -26,18 +27,18 @@ _LARGEST = 2**32
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Any], list[Any]] | State:
     """As the torch backend's."""
     if needs_torch(call.layouts, of_experts=True):
         inputs, call = made_dense(inputs, call)
     ends = _ends_of(call)
     if ends is None:
-        return torch_backend.forward(inputs, seeds, call)
+        return REFUSED
     facts = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
     tensors = [seeds, ends, *inputs]
-    made = kernels.replayed(_forward, tensors, facts, lambda: covers(inputs, call.layouts))
-    if made is None:
-        return torch_backend.forward(inputs, seeds, call)
+    made = run_kernels(_forward, tensors, facts, lambda: covers(inputs, call.layouts))
+    if isinstance(made, State):
+        return made
     return made[:1], made[1:]
 
 
@@ -48,19 +49,19 @@ def backward(
     needs: Sequence[bool],
     seeds: Tensor | None,
     call: Call,
-) -> list[Tensor | None]:
+) -> list[Tensor | None] | State:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     if needs_torch(call.layouts, of_experts=True):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
     if ends is None or dys[0] is None:
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+        return REFUSED
     by_torch, by_kernels = _shared_out(needs, layouts)
     facts = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
     tensors = [seeds, ends, *inputs, *hs, dys[0]]
-    made = kernels.replayed(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
-    if made is None:
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+    made = run_kernels(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
+    if isinstance(made, State):
+        return made
     if any(by_torch):
         others = torch_backend.backward(dys, inputs, hs, by_torch, seeds, call)
         made = [b if a is None else a for a, b in zip(made, others, strict=True)]

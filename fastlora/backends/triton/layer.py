@@ -12,24 +12,25 @@ from .. import torch as torch_backend
 from ..protocol import Call
 from .cover import covers, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
+from .verification import State, run_kernels
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Any], list[Any]] | State:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
     x, count = inputs[0], len(call.layouts)
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
-    made = kernels.replayed(
+    made = run_kernels(
         _forward,
         [seeds, *inputs],
         (call.layouts, call.dropout, precision_of(x)),
         lambda: covers(inputs, call.layouts),
         call.memo,
     )
-    if made is None:
-        return torch_backend.forward(inputs, seeds, call)
+    if isinstance(made, State):
+        return made
     return made[:count], made[count:]
 
 
@@ -40,20 +41,17 @@ def backward(
     needs: Sequence[bool],
     seeds: Tensor | None,
     call: Call,
-) -> list[Tensor | None]:
+) -> list[Tensor | None] | State:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     x = inputs[0]
     if needs_torch(call.layouts):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
-    made = kernels.replayed(
+    return run_kernels(
         _backward,
         [seeds, *inputs, *hs, *dys],
         (call.layouts, call.dropout, precision_of(x), tuple(needs)),
         lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
     )
-    if made is None:
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
-    return made
 
 
 class Common(NamedTuple):

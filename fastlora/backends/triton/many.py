@@ -9,7 +9,7 @@ bank nothing is copied.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +21,31 @@ from ..protocol import Call
 from . import layer
 from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
+from .verification import REFUSED, State, run_kernels
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Any], list[Any]] | State:
     """As the torch backend's."""
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
     if not _is_covered(inputs, call):
-        return torch_backend.forward(inputs, seeds, call)
+        return REFUSED
     (output,) = unflatten(flat, call.layouts)
-    (y,), _ = layer.forward(*_base_call(x, output))
+    base = layer.forward(*_base_call(x, output))
+    if isinstance(base, State):
+        return base
+    (y,), _ = base
     width, places = _width(output), _places(x, rows)
     if not places.rows:
         return [y], [x.new_zeros(len(x), width)]
     lora_a, lora_b = _banks(output, rows)
     tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
-    made = kernels.replayed(_added, tensors, (precision_of(x),), lambda: True)
-    assert made is not None
+    made = run_kernels(_added, tensors, (precision_of(x),), lambda: True)
+    if isinstance(made, State):
+        return made
     (h,) = made
-    assert h is not None
     if len(h) < len(x):
         h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
     return [y], [h]
@@ -54,16 +58,19 @@ def backward(
     needs: Sequence[bool],
     seeds: Tensor | None,
     call: Call,
-) -> list[Tensor | None]:
+) -> list[Tensor | None] | State:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
     assert rows is not None
     if dy is None or not _is_covered(inputs, call, dys):
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+        return REFUSED
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
     base_inputs, _, base_call = _base_call(x, output)
     base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
-    dx, *of_tensors = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+    base = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+    if isinstance(base, State):
+        return base
+    dx, *of_tensors = base
     ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
     places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
     some = [wanted.adapters[i] for i in segments]
@@ -77,8 +84,9 @@ def backward(
             h[: places.rows] if need.lora_b and h is not None else None,
         ]  # fmt: skip
         facts = precision_of(x), need.lora_a, need.lora_b
-        made = kernels.replayed(_added_backward, tensors, facts, lambda: True)
-        assert made is not None
+        made = run_kernels(_added_backward, tensors, facts, lambda: True)
+        if isinstance(made, State):
+            return made
         for place, i in enumerate(segments):
             gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
     return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]

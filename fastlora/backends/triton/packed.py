@@ -9,6 +9,7 @@ from ...formats.format import Format, Quantized
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import Call
 from .cover import LONGEST, kernels
+from .verification import State
 
 # More blocks than any weights have: they share one outer scale.
 _ALL = 2**40
@@ -87,19 +88,22 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
 
 
 def of_dense(
-    run: Callable[..., list[Tensor | None]],
+    run: Callable[..., list[Tensor | None] | State],
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
     needs: Sequence[bool],
     seeds: Tensor | None,
     call: Call,
-) -> list[Tensor | None]:
-    """What this backward makes where weights have formats that no kernel reads."""
+) -> list[Tensor | None] | State:
+    """A backward whose weights have formats that no kernel reads."""
     needs_x, *rest = needs
     inputs, dense = made_dense(inputs, call)
     needs = [needs_x, *flatten(unflatten(rest, call.layouts), dense.layouts)]
-    dx, *gradients = run(dys, inputs, hs, needs, seeds, dense)
+    made = run(dys, inputs, hs, needs, seeds, dense)
+    if isinstance(made, State):
+        return made
+    dx, *gradients = made
     return [dx, *flatten(unflatten(gradients, dense.layouts), call.layouts)]
 
 

@@ -1,4 +1,4 @@
-"""A base product by one plan after another, each judged by PyTorch's operations: for tuning."""
+"""A base product by one plan after another, each verified by PyTorch's operations: for tuning."""
 
 import warnings
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .. import torch as torch_backend
 from .. import triton as triton_backend
 from ..protocol import Call
 from ..sizes import Sizes
-from . import experts, first_contact, layer
+from . import experts, layer, verification
 from .cover import kernels, precision_of
 
 _SEED = 7  # any number
@@ -77,22 +77,21 @@ class Contest:
         """Why its results aren't PyTorch's; "" if they are.  It raises what a compiler does."""
         with warnings.catch_warnings(record=True) as said, kernels.plan.use_plan(plan):
             warnings.simplefilter("always")
-            self._by(triton_backend)(self.tensors)  # as any first call, that may be judged
+            self._by(triton_backend)(self.tensors)  # which may verify it
         for each in self.dys or [self.x]:  # what is right in memory now is so no more
             each.normal_(generator=self.draw)
-        try:
-            results = self.step(plan)()
-        except kernels.Unproven:
-            return str(said[-1].message) if said else "its kernels aren't believed"
+        results = self.step(plan)()
+        if isinstance(results, verification.State):
+            return str(said[-1].message) if said else f"it doesn't run: {results}"
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
-        return first_contact.compared(by_torch, self.tensors, plain, results, right)
+        return verification.compared(by_torch, self.tensors, plain, results, right)
 
-    def step(self, plan: "kernels.Plan") -> Callable[[], list]:
-        """The pass by the kernels alone: it raises Unproven if they aren't believed."""
+    def step(self, plan: "kernels.Plan") -> Callable[[], list | verification.State]:
+        """The pass by the kernels; the step returns a State if they are refused or unverified."""
         run = self._by(experts if self.sizes.experts else layer)
 
-        def step() -> list:
+        def step() -> list | verification.State:
             with kernels.plan.use_plan(plan):
                 return run(self.tensors)
 
@@ -112,13 +111,13 @@ class Contest:
 
         return step
 
-    def _by(self, module: Any) -> first_contact.Run:
+    def _by(self, module: Any) -> verification.Run:
         """As a backend, or a part of it, does it."""
         if not self.sizes.backward:
-            return first_contact.of_forward(module.forward, self.seeds, self.call)
+            return verification.of_forward(module.forward, self.seeds, self.call)
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
         needs = [True, *flatten(alike, self.call.layouts)]
-        return first_contact.of_backward(module.backward, needs, self.seeds, self.call)
+        return verification.of_backward(module.backward, needs, self.seeds, self.call)
 
     def _choice(self) -> "tuple[kernels.config.Call, int]":
         """What a plan is chosen by: the call, and its depth."""
