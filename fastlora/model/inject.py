@@ -21,7 +21,6 @@ from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, 
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
-from .declare import admit_training, give_back_quantizer
 from .loading import watch_loading
 from .targets import (
     check_places,
@@ -31,6 +30,7 @@ from .targets import (
     trained_biases,
     warn_of_passed_over,
 )
+from .trainable import admit_training, give_back_quantizer
 
 RECORD = "_fastlora"
 
