@@ -61,7 +61,7 @@ class Rows(NamedTuple):
         return self.order is not None
 
     def items(self, rows: int) -> int:
-        """The number of items, for a call with ``rows`` rows."""
+        """The number of items in a call with ``rows`` rows."""
         return rows if self.order is None else len(self.order)
 
     def shares_of(self, rows: int) -> list[Share]:
@@ -223,8 +223,8 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
     *stops, last = ends.tolist()
     if last != len(order):
         raise ValueError(
-            f"adapter_indices has numbers beyond the {len(stops)} adapters: each must be -1 (none) "
-            f"or 0 to {len(stops) - 1}"
+            f"adapter_indices has numbers beyond the adapters: each must be -1 (none) or 0 to "
+            f"{len(stops) - 1}, because there are {len(stops)} adapters"
         )
     places = [slice(*pair) for pair in zip([0, *stops[:-1]], stops, strict=True)]
     used = [(i, place) for i, place in enumerate(places) if place.stop > place.start]

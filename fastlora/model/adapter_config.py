@@ -28,7 +28,7 @@ _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
     """The JSON object that PEFT reads.
 
-    ``fan_in_fan_out``: whether the layers' weights are [in, out], as those of a Conv1D are.
+    ``fan_in_fan_out``: whether weights are [in, out], as a Conv1D's.
     """
     values = {name: getattr(config, name) for name in _OURS}
     for name, value in values.items():

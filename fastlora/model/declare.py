@@ -18,7 +18,7 @@ from ..layers.experts import PackedWeight, packed_names, read_module
 from ..layers.modules import plain_name
 
 _RECORD = "_fastlora_declared"
-# The rules by which save_pretrained renames and splits tensors.
+# save_pretrained renames and splits tensors by these rules.
 _CONVERSIONS = "_weight_conversions"
 QUANTIZER = "hf_quantizer"
 _ATTRIBUTES = (
@@ -33,7 +33,7 @@ _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
 
 
 class _Declared(NamedTuple):
-    """What a model declares about its quantized layers."""
+    """A model's declarations about its quantized layers."""
 
     attributes: dict[str, Any]  # the attributes of the model that transformers sets, by name
     config: Any  # its quantization_config, or None

@@ -47,7 +47,7 @@ def _trainable(kind: Any) -> Any:
     return Trainable
 
 
-def _blank(kind: Any) -> Any:  # unpickling: an instance that gets its attributes afterwards  # unpickling: an instance that gets its attributes afterwards
+def _blank(kind: Any) -> Any:  # for pickle, which sets the attributes afterwards
     return object.__new__(_trainable(kind))
 
 
