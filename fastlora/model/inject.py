@@ -146,7 +146,7 @@ def inject(
     for name, target in targets.items():
         if target.module in held:
             raise ValueError(
-                f"{called(name)} can't take an adapter: FSDP or DDP wraps it already, and would "
+                f"{called(name)} can't take an adapter: FSDP or DDP has it already, and would "
                 "leave the adapter out: call apply_lora before wrapping the model"
             )
     for name, module in saved.items():

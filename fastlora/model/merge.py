@@ -69,7 +69,9 @@ def merge_in_turn(
     for name, layer in bar(layers, "checking", least=_BAR_FROM):
         merged = layer.merged_weight(torch.float32 if layer in packed else dense)
         _check_finite(name, merged)
-        if layer in packed and not keep_base:  # quantizing may fail, so try it while it can be undone
+        if (
+            layer in packed and not keep_base
+        ):  # quantizing may fail, so try it while it can be undone
             layer.use_merged(merged)
             layer.unmerge()
         del merged
@@ -144,8 +146,7 @@ def _layers(model: nn.Module) -> list:
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The dtype of most parameters, without adapters and quantized layers; None if there are none.
-    """
+    """The dtype of most parameters, without adapters and quantized layers; None if there are none."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if not isinstance(module, LoRAQuantized) and vendor_of(module) is None:

@@ -175,7 +175,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
         if packed_names(module) or quantized_weight(module) is not None:
             reason = "it is packed already"
         if module in wrapped:
-            reason = "FSDP or DDP wraps it already: call fastlora.pack before wrapping the model"
+            reason = "FSDP or DDP has it already: call fastlora.pack before wrapping the model"
         held = [module, *[module._parameters.get(parameter) for parameter in names or ("weight",)]]
         if not others.isdisjoint(map(id, held)):
             reason = (
