@@ -176,7 +176,7 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
 
 
 def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
-    """Every tensor of an output with its name; the bias may be None.  A packed weight is left out."""
+    """The tensors of an output with their names, without a packed weight; the bias may be None."""
     (weight, bias), adapters = output
     named: list[tuple[str, T | None]] = []
     if not isinstance(weight, Quantized):

@@ -156,7 +156,7 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
 
 
 def _resident_bytes(model: nn.Module) -> int:
-    """Bytes of all storages of the model's tensors, and of tensors inside vendors' packed weights."""
+    """Bytes of the storages of all tensors, with the tensors inside vendors' packed weights."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
     for _, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):

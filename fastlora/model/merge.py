@@ -146,7 +146,7 @@ def _layers(model: nn.Module) -> list:
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The dtype of most parameters, without adapters and quantized layers; None if there are none."""
+    """The most common dtype of parameters outside adapters and quantized layers, or None."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if not isinstance(module, LoRAQuantized) and vendor_of(module) is None:
