@@ -168,11 +168,11 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert len(losses(resumed)) == STEPS
 
 
-NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* is transformers.Trainer's"
+NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* use transformers.Trainer"
 MODELS = {
     "plain": (base_model, NO_ADAPTERS),
     "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),
-    "changed": (lambda: changed(adapted()), "not those that apply_lora made"),
+    "changed": (lambda: changed(adapted()), "adapters changed after apply_lora"),
 }
 
 
@@ -316,7 +316,7 @@ def test_unsupported_sampling_stops_training_before_the_first_step(tmp_path):
     trainer.model.unmerge_adapter()
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         setattr(trainer.args, name, True)
-        with pytest.raises(ValueError, match=f"{name}: MergedSampling"):
+        with pytest.raises(ValueError, match=f"{name} is set, but MergedSampling"):
             trainer.train()
         setattr(trainer.args, name, False)
     assert trainer.state.global_step == 0

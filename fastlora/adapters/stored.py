@@ -182,6 +182,6 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
     foreign = {file.name for file in inside if not files.is_scratch(file)} - {WEIGHTS, CONFIG}
     if foreign:
         raise ValueError(
-            f"output is {path}, which holds other files ({some(sorted(foreign))}): give a new folder"
+            f"output is {path}, which has other files ({some(sorted(foreign))}): give a new folder"
         )
     return path

@@ -67,7 +67,7 @@ class FrozenCosts:
       backward for the input only;
     * ``kept_bytes``: bytes per token that a forward saves for the backward;
     * ``seconds``: the median time of forward and backward;
-    * ``bytes``: memory of parameters and buffers, packed weights as they are packed.
+    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size.
     """
 
     parameters: int

@@ -75,8 +75,8 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     is_older = numbers and tuple(int(number or 0) for number in numbers.groups()) < (0, 19, 1)
     if is_older and ours.get("target_parameters"):
         raise ValueError(
-            f"{source} has adapters of experts, saved by PEFT {version}, which swapped their in "
-            "and out features: save them again with PEFT 0.19.1 or newer"
+            f"{source} has adapters of experts that PEFT {version} saved with in and out features "
+            "swapped: fastlora reads adapters of experts from PEFT 0.19.1 or newer"
         )
     init = ours.get("init_lora_weights")
     word = init.lower() if isinstance(init, str) else init

@@ -112,7 +112,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     adapted output head is also replaced, with a warning if the values differ.  Also warns of NaN
     and infinity.
 
-    Raises FileNotFoundError if the two files are missing; the message says what the folder holds.
+    Raises FileNotFoundError if the two files are missing; the message describes the folder.
     Raises TypeError if ``model`` is not a module or ``folder`` not a path.  Raises ValueError for a
     damaged file, a config of another PEFT method or with unsupported settings, missing or extra
     keys, other shapes, and a merged model.  After an error the model is unchanged.  Shapes are

@@ -159,7 +159,7 @@ class LoRAConfig:
 
 
 def kind_of(value: object) -> str:
-    """The kind of an unexpected value, for an error message."""
+    """The kind of an unexpected value; error messages use it."""
     if value is None:
         return "None"
     if isinstance(value, type):

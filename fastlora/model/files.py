@@ -61,7 +61,7 @@ def check_files(folder: Path) -> None:
 
 
 def _hint(folder: Path) -> str:
-    """A sentence that says what the folder holds, if it isn't an adapter's folder; or ""."""
+    """A sentence about the folder and the next step, or "" if there is no guess."""
     if folder.is_file():
         return " Give the folder, not a file."
     if not folder.is_dir():

@@ -56,7 +56,7 @@ def _find_adapters(
     lack = some(absent) if here else "all adapters of the model"
     warnings.warn(
         f"load_state_dict: {lack} are not in this state dict, and keep their values: check that "
-        "it isn't the base model's, or only a part of a checkpoint",
+        "it isn't a base model's, or only a part of a checkpoint",
         stacklevel=4,
     )
 

@@ -1,7 +1,7 @@
 """Train many LoRA configurations on one base at once: ``fastlora.sweep``.
 
-Each step is one call of the model in which every configuration has rows, so the base's weights are
-read once for all.  Eight configurations take 0.48 to 0.83 × the time of eight separate runs
+Each step is one call of the model, and every configuration has rows in it, so the base's weights
+are read once for all.  Eight configurations take 0.48 to 0.83 × the time of eight separate runs
 (``python -m tools.sweep_speed 16 256``).
 """
 

@@ -145,7 +145,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of the next token, in float32, as in transformers; it ignores labels of -100."""
+    """The mean loss of the next token, in float32, ignoring labels of -100, as in transformers."""
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 

@@ -25,7 +25,7 @@ class Trial:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The trial as plain values, for the state file."""
+        """The trial as plain values, to be written to the state file."""
         fields = asdict(self.config).items()
         settings = {key: dict(v) if isinstance(v, Mapping) else v for key, v in fields}
         return {"name": self.name, "learning_rate": self.learning_rate} | settings
@@ -90,7 +90,7 @@ def is_folder_s(name: object) -> bool:
 
 
 def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
-    """The given name, or one made of the fields in which the configurations differ."""
+    """The given name, or a name made of the fields that differ among the configurations."""
     if "name" in entry:
         return str(entry["name"])
     keys = [

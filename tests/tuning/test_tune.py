@@ -331,7 +331,7 @@ def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monk
     found = tuned()
     assert found.path == ""
     assert found.notes == (
-        "/dev/null/tuning/A-GPU.json can't be written: it is for this process alone",
+        "/dev/null/tuning/A-GPU.json can't be written: only this process uses the results",
     )
     assert planned() == IN_PLACE
 
@@ -475,7 +475,7 @@ def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
     ("call", "message"),
     [
         ({"tokens": 0}, "tokens is 0, but must be a whole number of at least 1"),
-        ({"dtype": torch.int8}, "dtype is torch.int8, but must be a floating dtype"),
+        ({"dtype": torch.int8}, "dtype is torch.int8, but must be one of torch.float16"),
         ({"seconds": 0}, "seconds is 0, but must be a number above 0"),
         ({"progress": 1}, "progress is 1"),
         ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.apply_lora or peft.get_peft"),
@@ -491,9 +491,9 @@ def test_invalid_arguments_are_refused(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "give a model, or --shape: one of the two"),
-        ("x --shape 1,2,3", "give a model, or --shape: one of the two"),
-        ("--shape 1,2,3 --tokens 5", "--tokens is of a model: a --shape has its rows"),
+        ("", "give either a model or --shape"),
+        ("x --shape 1,2,3", "give either a model or --shape"),
+        ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
         ("x --tokens 0", "'0' is no number of tokens"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
