@@ -83,3 +83,5 @@ def wait_for(device: torch.device) -> None:
     """Wait until all launched work is done.  Errors of earlier launches are raised here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)

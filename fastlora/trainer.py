@@ -57,6 +57,7 @@ class AdapterTrainer(Trainer):
             return
         folder = output_dir or self.args.output_dir
         save_adapter(self.model, folder)
+        # The tokenizer or processor and the arguments, as Trainer writes them.
         processing = self.processing_class
         if processing is None:
             processing = getattr(self.data_collator, "tokenizer", None)
@@ -123,10 +124,7 @@ class MergedSampling(TrainerCallback):
         self.put_back()
         for name in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(args, name, False):
-                raise ValueError(
-                    f"{name} is set, but MergedSampling works only where model.generate samples: "
-                    f"set {name}=False, or remove the callback"
-                )
+                raise ValueError(f"{name}: MergedSampling works only with model.generate")
         model: Any = unwrap(kwargs["model"])
         with merged(model, keep=self.keep):  # raises here, before the first step, if it can't merge
             generate = model.generate

@@ -316,7 +316,7 @@ def test_unsupported_sampling_stops_training_before_the_first_step(tmp_path):
     trainer.model.unmerge_adapter()
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         setattr(trainer.args, name, True)
-        with pytest.raises(ValueError, match=f"{name} is set, but MergedSampling"):
+        with pytest.raises(ValueError, match=f"{name}: MergedSampling"):
             trainer.train()
         setattr(trainer.args, name, False)
     assert trainer.state.global_step == 0

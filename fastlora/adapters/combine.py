@@ -107,8 +107,7 @@ def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any
         said = [value for value in values if value not in (None, "", [])] or values
         if any(value != said[0] for value in said):
             raise ValueError(
-                f"the adapters have {field} {' and '.join(map(shown, said))}, and can't be summed: "
-                "give adapters that agree"
+                f"the adapters have {field} {' and '.join(map(shown, said))}: they can't be summed"
             )
         fields[field] = said[0]
     configs = [adapter.config for adapter in adapters]

@@ -31,15 +31,11 @@ _INTERLEAVED = {"arcee", "granite", "llama", "mistral", "mixtral", "olmo", "smol
 _KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8, "smollm3": 4}
 # It splits gate_up_proj into gate and up.  They are its halves; in these models, alternating rows.
 _ALTERNATING = {"gpt_oss"}
-_DTYPES = ("f32", "f16", "q8_0")
+_DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # and their file types
 
 
 def export_gguf(
-    folder: str | os.PathLike,
-    path: str | os.PathLike,
-    *,
-    model_config: Any,
-    dtype: str = "f32",
+    folder: str | os.PathLike, path: str | os.PathLike, *, model_config: Any, dtype: str = "f32"
 ) -> None:
     """Convert the adapter in ``folder`` (PEFT's files) to a GGUF file that llama.cpp loads.
 
@@ -63,9 +59,7 @@ def export_gguf(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
     if place.exists() and not (place.is_file() and _is_adapter(place)):
-        raise ValueError(
-            f"path is {place}, which exists and isn't an adapter's GGUF file: give another path"
-        )
+        raise ValueError(f"path is {place}, which isn't an adapter's GGUF file: give another")
     config = _config_of(model_config)
     stored = open_adapter(folder)
     _check_base(stored, config["model_type"])
@@ -77,7 +71,6 @@ def export_gguf(
         )
     kind = getattr(gguf.MODEL_ARCH, _NAMES[config["model_type"]])
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[dtype]
     alpha = stored.config.lora_alpha
     if abs(alpha) < 1e-30:  # llama.cpp would read an alpha of 0 as a scale of 1
         alpha = 1.0
@@ -88,7 +81,7 @@ def export_gguf(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_file_type(gguf.LlamaFileType[file_type])
+        writer.add_file_type(gguf.LlamaFileType[_DTYPES[dtype]])
         for name, layer in stored.layers.items():
             lora_a, lora_b, scale = stored.read(name)
             if not layer.is_parameter:

@@ -53,9 +53,7 @@ def resize_adapter(
     if rank is not None and energy is not None:
         raise ValueError("rank and energy both set the rank to keep: give only one")
     if output is not None and rank is energy is None:
-        raise ValueError(
-            "output is given, but rank and energy are None, so nothing is cut: give one"
-        )
+        raise ValueError("output is given, but nothing is cut: give rank or energy")
     if isinstance(adapter, nn.Module):
         with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
             folder = _saved(adapter, adapter_name, scratch)
@@ -91,8 +89,6 @@ def _saved(model: nn.Module, name: str, scratch: str) -> Path:
             "PeftModel: save the adapter, and give its folder"
         )
     if name not in peft.peft_config:
-        raise ValueError(
-            f"adapter_name is {name!r}, but must be one of {', '.join(peft.peft_config)}"
-        )
+        raise ValueError(f"adapter_name is {name!r}, not one of {', '.join(peft.peft_config)}")
     peft.save_pretrained(scratch, selected_adapters=[name])
     return Path(scratch) / ("" if name == "default" else name)

@@ -74,10 +74,7 @@ def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tenso
     lora_B = lora_b.permute(1, 2, 0).reshape(lora_b.shape[1], -1)
     pair = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
     if not all(tensor.isfinite().all() for tensor in pair):
-        raise ValueError(
-            f"{called(name)} would have numbers that are too large for {dtype}: save the adapter "
-            "in float32 first"
-        )
+        raise ValueError(f"{called(name)} would have numbers that are too large for {dtype}")
     return pair
 
 
@@ -118,6 +115,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
                 f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
                 "but both must be floating-point"
             )
+        # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
         fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
@@ -125,7 +123,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
                 f"says that its rank is {r}"
             )
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
-        if dtype == other and dtype.itemsize > 1:
+        if dtype == other and dtype.itemsize > 1:  # keep the file's dtype; 8-bit becomes float32
             wide = dtype
         layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
     others = [key for key in header if "lora_" not in key]
@@ -181,7 +179,5 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
     inside = path.iterdir() if path.exists() else ()
     foreign = {file.name for file in inside if not files.is_scratch(file)} - {WEIGHTS, CONFIG}
     if foreign:
-        raise ValueError(
-            f"output is {path}, which has other files ({some(sorted(foreign))}): give a new folder"
-        )
+        raise ValueError(f"output is {path}, which has {some(sorted(foreign))} in it: give another")
     return path

@@ -1,6 +1,5 @@
 """Memory, time and file size of a LoRA rank, before training: ``fastlora.estimate``."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..clock import HostClock, timed
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
@@ -172,16 +172,9 @@ def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
 
 def step_seconds(model: nn.Module, batch: Any) -> float:
     """Seconds of one forward and backward, from cleared gradients."""
-    device = next(model.parameters()).device
-    wait = (
-        (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
-    )
+    clock = HostClock(next(model.parameters()).device)
     model.zero_grad()
-    wait()
-    start = time.perf_counter()
-    loss_and_outputs(call(model, batch))[0].backward()
-    wait()
-    return time.perf_counter() - start
+    return timed(clock, lambda: loss_and_outputs(call(model, batch))[0].backward())
 
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:

@@ -146,6 +146,7 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
             for name in layer._parameters.keys() - {"bias"}:
                 sizes.pop(id(layer._parameters[name]), None)
             sizes[id(layer)] = math.prod(weight.shape)
+    # Packed experts: replace the packed tensors and their scales by the dense shape.
     for module in model.modules():
         for name in packed_names(module):
             for parameter in (name, f"{name}{SCALE}"):

@@ -75,9 +75,7 @@ def save_adapter(
     if injection is None:
         if hasattr(model, "peft_config"):
             raise ValueError("this is a PEFT model: save it with model.save_pretrained(folder)")
-        raise ValueError(
-            "the model has no adapters to save: call fastlora.apply_lora or load_adapter first"
-        )
+        raise ValueError("the model has no adapters to save: call fastlora.apply_lora first")
     check_injection(model, injection)
     config = spell_out(model, injection.config, injection.layers, experts_weights(model))
     tensors = adapter_tensors(model, injection)
@@ -121,9 +119,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     check_model(model)
     path, outer, model = check_folder(folder), model, unwrap(model)
     if hasattr(model, "peft_config"):
-        raise ValueError(
-            "this is a PEFT model: load the adapter with model.load_adapter(folder, adapter_name)"
-        )
+        raise ValueError("this is a PEFT model: load the adapter with model.load_adapter")
     check_files(path)
     reshard(outer)
     config = from_peft(read_json(path / CONFIG), str(path / CONFIG))
@@ -150,6 +146,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         if fresh:
             undo_injection(model)
         raise
+    # Nothing below can fail.
     for key in fitting.untied:
         untie(model, name_of(key))
     with torch.no_grad():
@@ -173,6 +170,7 @@ def _warn(model: nn.Module, changed: list[str], tensors: Mapping[str, Tensor], p
             stacklevel=3,
         )
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    # isfinite isn't implemented for 8-bit floats.
     wide = {key: one.float() if one.itemsize == 1 else one for key, one in floating.items()}
     bad = [key for key, tensor in wide.items() if not tensor.isfinite().all()]
     if bad:

@@ -193,8 +193,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return _compile(pattern)
     except ValueError as error:
         raise ValueError(
-            f"{shown(pattern)} is not a valid regular expression ({error}): give a list for plain "
-            "names"
+            f"{shown(pattern)} is no regular expression ({error}): give a list for plain names"
         ) from None
 
 

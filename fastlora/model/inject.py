@@ -151,10 +151,7 @@ def inject(
             )
     for name, module in saved.items():
         if any(packed_names(each) or vendor_of(each) for each in module.modules()):
-            raise ValueError(
-                f"{name} can't train in full, because it has packed weights: take it out of "
-                "modules_to_save"
-            )
+            raise ValueError(f"{name} can't train in full: it has packed weights")
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
@@ -162,6 +159,7 @@ def inject(
         if is_lazy(parameter):  # and torch can't freeze it
             raise ValueError(f"{name} has no shape yet: call the model once before")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
+    # Choose the new classes and make the adapters first, because both may fail.
     made = {}
     for name, target in targets.items():
         kind, quantized = type(target.module), not isinstance(target.weight, Tensor)
@@ -216,6 +214,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
+    # An experts module appears once for each adapted weight; detach it once.
     for module in {layer.adapted_module: None for _, layer in layers}:
         module.detach_adapter()
     give_back_frozen(inner.modules())

@@ -69,9 +69,8 @@ def merge_in_turn(
     for name, layer in bar(layers, "checking", least=_BAR_FROM):
         merged = layer.merged_weight(torch.float32 if layer in packed else dense)
         _check_finite(name, merged)
-        if (
-            layer in packed and not keep_base
-        ):  # quantizing may fail, so try it while it can be undone
+        if layer in packed and not keep_base:
+            # Quantizing may fail, so try it while it can be undone.
             layer.use_merged(merged)
             layer.unmerge()
         del merged
@@ -89,7 +88,7 @@ def merge_in_turn(
                 del merged
                 if after is not None:
                     after(layer)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: undo the layers that are merged already
         for _, layer in layers:
             if layer.can_unmerge:
                 layer.unmerge()
@@ -139,8 +138,7 @@ def _layers(model: nn.Module) -> list:
         if layer.adapted_module in held:
             raise ValueError(
                 f"{called(name)} is under FSDP, which would ignore the merged weight: save the "
-                "adapter with fastlora.save_adapter, load it into a model without FSDP with "
-                "fastlora.load_adapter, and merge there"
+                "adapter, load it into a model that isn't, and merge there"
             )
     return layers
 

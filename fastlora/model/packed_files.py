@@ -151,10 +151,7 @@ def _stored_in(folder: Path) -> dict[str, _Stored]:
         headers = {name: read_header(folder / name) for name in names}
         torn = [key for key, name in places.items() if key not in headers[str(name)]]
         if torn:
-            raise ValueError(
-                f"{folder / _INDEX} names {some(torn)}, but the files don't hold these: download "
-                "the checkpoint again"
-            )
+            raise ValueError(f"{folder / _INDEX} names {some(torn)}, but its file lacks it")
         return {k: _Stored(folder / n, headers[n][k]) for k, n in places.items()}
     if (folder / _WHOLE).is_file():
         header = read_header(folder / _WHOLE)
@@ -190,7 +187,7 @@ def _stack(name: str, module: nn.Module, parameter: str, kind: str, is_gpt_oss: 
         raise ValueError(f"{name} can't be {kind}: {error}") from None
     bits = dict(PackedWeight(weight).named_buffers())
     shapes = {f"{name}.{part}": tuple(tensor.shape) for part, tensor in bits.items()}
-    if is_gpt_oss:
+    if is_gpt_oss:  # its blocks have 32 values, two in a byte
         blocks, scales = shapes.values()
         rows = (*blocks[:2], scales[2], MXFP4.block // 2)
         shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
@@ -222,8 +219,7 @@ def _fitting(
     extra = [key for key in stored if key not in expected]
     if missing or extra:
         raise ValueError(
-            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}: "
-            "build the model from the checkpoint's config.json"
+            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}"
         )
     for key, one in stored.items():
         shape, dtype = expected[key]

@@ -32,10 +32,8 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
             "pip install 'fastlora-kernels[quantized]'"
         ) from error
     if linear.weight.is_meta or is_hooked(linear):
-        raise ValueError(
-            f"{name} can't be packed: it is on the meta device, or has hooks or a replaced forward"
-        )
-    if kind == "fp8":
+        raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
+    if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
         made = around[0]
@@ -45,6 +43,7 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
         made = theirs.Linear4bit(*sizes, **how, device="meta")
         dense, device = linear.weight.detach().cpu(), linear.weight.device
         made.weight = theirs.Params4bit(dense, requires_grad=False, module=made, **how).to(device)
+    # A transformers model's quantization_config names one quantizer only.
     if other_vendor(model, vendor_of(made)):
         raise ValueError(
             f"{name} can't be packed as {kind}: the model has another vendor's packed layers, and "
@@ -102,9 +101,7 @@ def read_linear(
         header = {"tensor_names": json.dumps([key]), key: about()[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
         if weight is None:  # torchao waits for further tensors of this weight
-            raise ValueError(
-                f"the file is incomplete: of {called(name)} it has only {some(sorted(tensors))}"
-            )
+            raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
         made = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
         made.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return _readable(name, made.train(linear.training), kind)

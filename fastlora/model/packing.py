@@ -114,6 +114,7 @@ class Packing:
             error = packing_error(dense, packed)
             if not math.isfinite(error):
                 raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+        # Packed values are rounded, so they may exceed float16 where the dense ones don't.
         if dense.dtype == torch.float16 and packed.device.type != "meta":
             parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
             if not all(bool(one.dense(torch.float16).isfinite().all()) for one in parts):
@@ -209,14 +210,9 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
         dense = {name: module for name, module in experts.items() if not packed_names(module)}
         if dense:
             return dense
-        raise ValueError(
-            "modules is None, but the model has no dense experts that fastlora knows: name the "
-            "modules to pack"
-        )
+        raise ValueError("the model has no dense experts that fastlora knows: name modules to pack")
     if not isinstance(modules, str | Sequence | Set):
-        raise ValueError(
-            f"modules is {shown(modules)}, but must be a list of names or a regular expression"
-        )
+        raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     chosen: dict[str, nn.Module] = {}
     for pattern in [modules] if isinstance(modules, str) else [(name,) for name in modules]:
         test = name_test(pattern)

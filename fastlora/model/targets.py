@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
-from ..layers.experts import (
-    PackedWeight,
-    features_of,
-    packed_names,
-    parameter_names,
-    weight_in,
-)
+from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.modules import called, full_name, plain_name, some
 from ..projection import shown
@@ -92,6 +86,7 @@ def find_targets(
                 raise ValueError(
                     f"target_modules has {target!r}, which matches no module. {could_match(model)}"
                 )
+    # Everything matched; now refuse what can't be a base.
     around = bypassed(model)
     for name, module in matched.items():
         reason = why_not_base(module)
@@ -141,6 +136,7 @@ def _find_experts(
     for ending in wanted if every_name else ():
         if not any(names_any((ending,), name) for name, *_ in places):
             raise ValueError(f"target_parameters has {ending!r}, which matches no parameter")
+    # A named weight of a linear layer is a target already; all other weights must be experts'.
     by_module: dict[str, list[str]] = {}
     for name, owner, parameter in places:
         if not names_any(wanted, name) or any(is_inside(name, outer) for outer in saved):
@@ -179,6 +175,7 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
         for key, child in parent._modules.items():
             if child is not None:
                 places.setdefault(child, []).append((parent, full_name(outer, key)))
+    # A module in full counts with everything inside it; places within it are one place.
     whole = [model.get_submodule(name) for name in saved]
     for top, inside in [
         *((module, {module}) for module in adapted),

@@ -119,8 +119,7 @@ def sweep(
         held_out = [as_batch(batch) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
-            "eval_data gives no batch with labels, but trials are compared by their held-out loss: "
-            "give at least one label that isn't -100"
+            "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
     fingerprints = {"base": of_base(inner), "eval_data": of_batches(held_out)}
@@ -208,8 +207,7 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     if mixing:
         raise ValueError(
             f"{some(mixing)} would mix trials, because it normalizes by the statistics of the "
-            "batch: give it running statistics (track_running_stats=True), or train each "
-            "configuration in a separate run"
+            "batch: set track_running_stats=True, or train each configuration in a separate run"
         )
     if norms:
         warnings.warn(

@@ -95,10 +95,7 @@ class TrialsLayer(nn.Module):
         with torch.enable_grad():
             packed = quantized_weight(self, self.plain_class)
         if isinstance(packed, str):
-            raise ValueError(
-                f"the weight of {called(adapters.name)}, a {self.plain_class.__name__}, can't be "
-                f"read: {packed}"
-            )
+            raise ValueError(f"the weight of {called(adapters.name)} can't be read: {packed}")
         weight: Any = matrix_of(self, self.plain_class) if packed is None else packed.weight
 
         lora_a, lora_b = map(list, zip(*adapters.pairs, strict=True))
@@ -141,6 +138,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
             torch.manual_seed(seed)
             made.append({n: one.new_adapter(n, trial.config) for n, one in of_trial.items()})
     rows = TrialRows(len(trials))
+    # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
         for parameter in [weight for weight in model.parameters() if weight.requires_grad]:
             parameter.requires_grad_(False)

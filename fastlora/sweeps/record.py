@@ -53,10 +53,7 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
     if the sweep to resume has other settings or can't be read.
     """
     if resume and replace:
-        raise ValueError(
-            "resume and replace are both set, but resume continues a sweep and replace deletes it: "
-            "give only one"
-        )
+        raise ValueError("resume continues a sweep, and replace deletes it: give only one")
     there = [name for name in (FILE, TABLE) if (folder / name).exists()]
     if not there or replace:
         return None

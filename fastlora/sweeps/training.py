@@ -110,10 +110,7 @@ def as_batch(batch: Any) -> Batch:
         )
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         sizes = {name: len(tensor) for name, tensor in tensors.items()}
-        raise ValueError(
-            f"a batch has tensors of different numbers of examples, {sizes}, but their first "
-            "dimensions must be equal"
-        )
+        raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
     return tensors
 
 
@@ -208,7 +205,7 @@ class Training:
     def train(
         self, state: State, feed: Feed, folder: Path, interrupted: threading.Event, progress: bool
     ) -> None:
-        stops = self.options.rungs(len(self.trials))
+        stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
         while (left := self.options.steps - state.step) > 0:
@@ -254,7 +251,7 @@ class Training:
                 losses = share * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
                 sums += losses.detach()
-        if self.options.max_grad_norm:
+        if self.options.max_grad_norm:  # clipped separately, as in separate runs
             for i in state.alive:
                 parameters = list(self.parts.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
@@ -298,7 +295,7 @@ class Training:
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters
         ]
-        if self.replaces:
+        if self.replaces:  # only now, so that a failed start keeps the old sweep
             delete(folder)
             self.replaces = False
         save(state, folder)

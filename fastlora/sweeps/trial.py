@@ -61,9 +61,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
         )
     rate: Any = entry.get(_RATE)
     if not is_number(rate) or not 0 < rate < float("inf"):
-        raise ValueError(
-            f"configs[{number}] has {_RATE} {shown(rate)}, but it must be a finite number above 0"
-        )
+        raise ValueError(f"configs[{number}] has {_RATE} {shown(rate)}, but it must be above 0")
     settings = {key: value for key, value in entry.items() if key in known}
     config = LoRAConfig(**({"target_modules": "all-linear"} | settings))
     if config.bias != "none" or config.modules_to_save or config.target_parameters:
@@ -72,10 +70,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             "other parameters: leave out bias, modules_to_save and target_parameters"
         )
     if not is_folder_s(name):
-        raise ValueError(
-            f"configs[{number}] is called {shown(name)}, which can't name a folder: give a 'name' "
-            "of letters, digits and _.,=+- that doesn't begin with a dot"
-        )
+        raise ValueError(f"configs[{number}] is called {shown(name)}, which can't name a folder")
     if len(name.encode()) > _LONGEST:
         raise ValueError(
             f"configs[{number}] is called {shown(name)}, too long for a folder: give it a 'name' "
@@ -93,6 +88,7 @@ def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
     """The given name, or a name made of the fields that differ among the configurations."""
     if "name" in entry:
         return str(entry["name"])
+    # Only fields whose value differs from another configuration's distinguish the trial.
     keys = [
         key
         for key in entry
@@ -135,10 +131,7 @@ class Options(NamedTuple):
             if not is_number(value) or not value >= 0:
                 raise ValueError(f"{name} is {shown(value)}, but must be a number of at least 0")
         if self.steps <= self._halvings(trials):
-            raise ValueError(
-                f"steps is {self.steps}, too few to halve {trials} trials to one: give more than "
-                f"{self._halvings(trials)}"
-            )
+            raise ValueError(f"steps is {self.steps}, too few to halve {trials} trials to one")
 
     def rungs(self, trials: int) -> dict[int, int]:
         """The number of trials that continue after a step, by step; at equal intervals."""

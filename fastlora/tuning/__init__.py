@@ -62,9 +62,7 @@ def tune(
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(
-            f"dtype is {shown(dtype)}, but must be one of {', '.join(map(str, DTYPES))}"
-        )
+        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
     check_switch("progress", progress)
     _check_seconds(seconds)
     with torch.no_grad():
@@ -145,9 +143,7 @@ def _tuned(
                 said.append(f"{product} wasn't measured: {reason}")
     path = measured.keep(name, [row for _, row in measured_rows]) if measured_rows else ""
     if measured_rows and not path:
-        said.append(
-            f"{measured.path_of(name)} can't be written: only this process uses the results"
-        )
+        said.append(f"{measured.path_of(name)} can't be written: only this process uses it")
     return Tuning(name, tuple(line for line, _ in measured_rows), tuple(said), path)
 
 

@@ -44,13 +44,14 @@ def products_of(
     if not (layers or experts or reasons):
         raise ValueError(f"this {type(model).__name__} has {NO_LAYERS}")
     products = [*layers.values(), *experts]
+    # A gated MLP's block computes gate and up in one call, with one dx.
     for block in [module for module in inner.modules() if isinstance(module, GatedMLP)]:
         gate, up = [getattr(block, name) for name in PARTS[:2]]
         if gate in layers and up in layers:
             g, u = layers[gate], layers[up]
             both = replace(g, outs=g.outs + u.outs, ranks=g.ranks + u.ranks)
             if replace(u, outs=g.outs, ranks=g.ranks) == g:
-                layers[gate] = layers[up] = both  # a block computes one dx for both
+                layers[gate] = layers[up] = both
     backward = [replace(sizes, backward=True) for sizes in (*layers.values(), *experts)]
     notes = [f"{count} layers weren't measured: {reason}" for reason, count in reasons.items()]
     return distinct([*products, *backward]), notes

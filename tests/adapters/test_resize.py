@@ -165,9 +165,7 @@ def test_a_model_in_memory(kind, tmp_path):
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     assert all(before[key].equal(value) for key, value in model.state_dict().items())
     if kind != "fastlora":
-        with pytest.raises(
-            ValueError, match="adapter_name is 'third', but must be one of default, other"
-        ):
+        with pytest.raises(ValueError, match="adapter_name is 'third', not one of default, other"):
             fastlora.resize_adapter(model, adapter_name="third")
 
 
@@ -333,7 +331,7 @@ def test_a_broken_folder_is_one_clear_line(name, folder, tmp_path):
         ({"energy": 0.0}, "energy is 0.0"),
         ({"energy": math.nan}, "energy is nan"),
         ({"rank": 2, "energy": 0.5}, "give only one"),
-        ({}, "nothing is cut: give one"),
+        ({}, "nothing is cut: give rank or energy"),
     ],
 )
 def test_invalid_arguments(settings, message, folder, tmp_path):
@@ -350,7 +348,7 @@ def test_an_output_that_would_be_spoilt(folder, tmp_path):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"which has other files \(notes\.txt\)"):
+    with pytest.raises(ValueError, match=r"which has notes\.txt in it"):
         fastlora.resize_adapter(folder, rank=2, output=tmp_path / "else")
     with pytest.raises(ValueError, match="which is a file"):
         fastlora.resize_adapter(folder, rank=2, output=folder / CONFIG)

@@ -131,7 +131,7 @@ ERRORS = {  # a model, its targets or all settings, and the error message
     "nothing-matches": (Mlp, ["qproj"], r"matches no module. It could match: up \(1\)"),
     "one-name-matches-nothing": (Mlp, ["up", "gate"], "has 'gate', which matches no module"),
     "regex-matches-nothing": (Mlp, "q.*", "It could match"),
-    "no-regex": (Mlp, "*up", "is not a valid regular expression"),
+    "no-regex": (Mlp, "*up", "is no regular expression"),
     "no-target-and-no-transformer": (Mlp, None, "target_modules is None"),
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),

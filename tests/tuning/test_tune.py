@@ -331,7 +331,7 @@ def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monk
     found = tuned()
     assert found.path == ""
     assert found.notes == (
-        "/dev/null/tuning/A-GPU.json can't be written: only this process uses the results",
+        "/dev/null/tuning/A-GPU.json can't be written: only this process uses it",
     )
     assert planned() == IN_PLACE
 
@@ -475,7 +475,7 @@ def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
     ("call", "message"),
     [
         ({"tokens": 0}, "tokens is 0, but must be a whole number of at least 1"),
-        ({"dtype": torch.int8}, "dtype is torch.int8, but must be one of torch.float16"),
+        ({"dtype": torch.int8}, "dtype is torch.int8, but must be a floating dtype"),
         ({"seconds": 0}, "seconds is 0, but must be a number above 0"),
         ({"progress": 1}, "progress is 1"),
         ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.apply_lora or peft.get_peft"),
