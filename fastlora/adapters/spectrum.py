@@ -102,8 +102,8 @@ _TITLES = ("layer", "rank", "effective rank", "rank after", "lost")
 
 
 def _ratio(layers: tuple[LayerSpectrum, ...] | list[LayerSpectrum]) -> float:
-    whole = sum(float(one.values.square().sum()) for one in layers)
-    lost = sum(float(one.values[:, one.r_after :].square().sum()) for one in layers)
+    whole = sum(float(layer.values.square().sum()) for layer in layers)
+    lost = sum(float(layer.values[:, layer.r_after :].square().sum()) for layer in layers)
     return math.sqrt(lost / whole) if whole else 0.0
 
 

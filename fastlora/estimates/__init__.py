@@ -74,8 +74,8 @@ def estimate(
     about = getattr(getattr(inner, "config", None), "quantization_config", None)
     notes: tuple[str, ...] = ()
     if about is not None and not any(
-        isinstance(quantized_weight(each), PackedLayer) or packed_names(each)
-        for each in inner.modules()
+        isinstance(quantized_weight(module), PackedLayer) or packed_names(module)
+        for module in inner.modules()
     ):
         read = about.get if isinstance(about, Mapping) else partial(getattr, about)
         notes = (

@@ -140,7 +140,7 @@ _TITLES = (
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers, and of a token's experts."""
-    sizes: dict[Any, int] = {id(each): each.numel() for each in model.parameters()}
+    sizes: dict[Any, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for layer, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):  # packed tensors have other numbers of elements
             for name in layer._parameters.keys() - {"bias"}:
@@ -189,7 +189,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
                 f"each token uses: set {PER_TOKEN[0]} in it"
             )
         flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
-    trained = {id(each): each for each in full.values() if isinstance(each, nn.Parameter)}
+    trained = {id(tensor): tensor for tensor in full.values() if isinstance(tensor, nn.Parameter)}
     parts = [*adapters.values(), *map(_planned, trained.values())]
     saved_whole = full
     if must_save_embeddings(model, AUTO):

@@ -36,20 +36,21 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
-        made = around[0]
+        packed = around[0]
     else:
         how: Any = {"quant_type": "nf4", "compress_statistics": False}
         sizes = linear.in_features, linear.out_features, False, linear.weight.dtype
-        made = theirs.Linear4bit(*sizes, **how, device="meta")
+        packed = theirs.Linear4bit(*sizes, **how, device="meta")
         dense, device = linear.weight.detach().cpu(), linear.weight.device
-        made.weight = theirs.Params4bit(dense, requires_grad=False, module=made, **how).to(device)
+        weight = theirs.Params4bit(dense, requires_grad=False, module=packed, **how)
+        packed.weight = weight.to(device)  # the move quantizes it
     # A transformers model's quantization_config names one quantizer only.
-    if other_vendor(model, vendor_of(made)):
+    if other_vendor(model, vendor_of(packed)):
         raise ValueError(
             f"{name} can't be packed as {kind}: the model has another vendor's packed layers, and "
             "its quantization_config can name only one vendor"
         )
-    return _readable(name, made.train(linear.training), kind)
+    return _readable(name, packed.train(linear.training), kind)
 
 
 def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
@@ -89,12 +90,12 @@ def read_linear(
     if name + _FOUR_BIT in tensors:
         kind = "nf4"
         theirs: Any = import_module("bitsandbytes.nn")
-        made = theirs.Linear4bit(*sizes, False, device="meta")
+        packed = theirs.Linear4bit(*sizes, False, device="meta")
         stats = {key.removeprefix(f"{name}.weight."): each for key, each in tensors.items()}
-        made.weight = theirs.Params4bit.from_prequantized(
-            stats.pop(f"{name}.weight"), stats, device=device, module=made
+        packed.weight = theirs.Params4bit.from_prequantized(
+            stats.pop(f"{name}.weight"), stats, device=device, module=packed
         )
-        made.quant_state = made.weight.quant_state
+        packed.quant_state = packed.weight.quant_state
     else:
         theirs = import_module("torchao.prototype.safetensors.safetensors_support")
         key = f"{name}.weight"
@@ -102,6 +103,6 @@ def read_linear(
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
         if weight is None:  # torchao waits for further tensors of this weight
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
-        made = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    return _readable(name, made.train(linear.training), kind)
+        packed = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
+        packed.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    return _readable(name, packed.train(linear.training), kind)

@@ -117,7 +117,7 @@ class Packing:
         # Packed values are rounded, so they may exceed float16 where the dense ones don't.
         if dense.dtype == torch.float16 and packed.device.type != "meta":
             parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
-            if not all(bool(one.dense(torch.float16).isfinite().all()) for one in parts):
+            if not all(bool(part.dense(torch.float16).isfinite().all()) for part in parts):
                 raise ValueError(
                     f"{name} can't be {packed.format.label} in float16: its largest values, after "
                     "packing, are beyond 65504: make the model bfloat16 first (model.bfloat16())"

@@ -125,18 +125,18 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     """
     targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
     routers = sorted(
-        n for of_trial in targets for n, one in of_trial.items() if is_router(one.module)
+        n for of_trial in targets for n, target in of_trial.items() if is_router(target.module)
     )
     if routers:
         raise ValueError(
             f"{routers[0]} is a router, and trials can't share a batch there: exclude it with "
             f"exclude_modules=[{routers[0]!r}]"
         )
-    made = []
+    pairs = []
     for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made.append({n: one.new_adapter(n, trial.config) for n, one in of_trial.items()})
+            pairs.append({n: target.new_adapter(n, trial.config) for n, target in of_trial.items()})
     rows = TrialRows(len(trials))
     # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
@@ -144,7 +144,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for name, layer in model.named_modules():
-            adapters = _adapters_of(name, trials, made, rows)
+            adapters = _adapters_of(name, trials, pairs, rows)
             if adapters.members:
                 stack.callback(layer.__dict__.pop, _RECORD)
                 stack.callback(setattr, layer, "__class__", type(layer))
@@ -156,17 +156,17 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
                 for name, pair in adapters.items()
                 for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
             }
-            for adapters in made
+            for adapters in pairs
         ]
         yield Attached(named, rows)
 
 
 def _adapters_of(
-    name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: TrialRows
+    name: str, trials: Sequence[Trial], pairs: Sequence[dict[str, Pair]], rows: TrialRows
 ) -> Adapters:
     """The adapters of the layer of this name, of the trials that target it."""
-    members = tuple([i for i, adapters in enumerate(made) if name in adapters])
+    members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
     configs = [trials[i].config for i in members]
     scales = [scaling_of(c.alpha_of(name), c.rank_of(name), c.use_rslora) for c in configs]
     numbers = {"scales": scales, "dropout": [config.lora_dropout for config in configs]}
-    return Adapters(name, members, [made[i][name] for i in members], numbers, rows)
+    return Adapters(name, members, [pairs[i][name] for i in members], numbers, rows)
