@@ -61,7 +61,7 @@ def combine_adapters(
     keys = pairs_of(names, {name for name in names if experts[name]})
     settings = adapters[0].settings | _settings(adapters, experts)
     tensors = _others(adapters)
-    alpha = rank or sum(each.config.r for each in adapters)
+    alpha = rank or sum(each.config.r for each in adapters)  # so that the sum's scale is near 1
     spectra: list[LayerSpectrum] = []
     for name in names:
         total, dtype = _stacked(name, adapters, weights)
@@ -80,6 +80,7 @@ def _stacked(
 ) -> tuple[Adapter[Tensor], torch.dtype]:
     """The sum of the adapters that have this layer, in float64, and the dtype to write it in."""
     lora_a, lora_b, sizes, dtype = [], [], set(), torch.float32
+    # Σ wᵢ sᵢ Bᵢ Aᵢ = [w₁ s₁ B₁, w₂ s₂ B₂, …] [A₁; A₂; …]
     for each, weight in zip(adapters, weights, strict=True):
         if name in each.layers:
             adapter = each.read(name)

@@ -54,7 +54,7 @@ def resize_adapter(
         raise ValueError("rank and energy both set the rank to keep: give only one")
     if output is not None and rank is energy is None:
         raise ValueError("output is given, but nothing is cut: give rank or energy")
-    if isinstance(adapter, nn.Module):
+    if isinstance(adapter, nn.Module):  # save it, so that both kinds take the same path
         with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
             folder = _saved(adapter, adapter_name, scratch)
             return resize_adapter(folder, rank=rank, energy=energy, output=output)
@@ -63,6 +63,7 @@ def resize_adapter(
     config, spectra = stored.config, []
     tensors: dict[str, Tensor] = {}
     alphas = {name: config.alpha_of(name) for name in stored.layers}
+    # One layer at a time, so memory is needed for one layer in float64.
     for name, layer in stored.layers.items():
         whole, alpha = stored.read(name), alphas[name]
         small, spectrum = cut(name, whole, rank, energy, alpha, config.use_rslora)

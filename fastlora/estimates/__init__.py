@@ -68,6 +68,7 @@ def estimate(
         raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
+    # Count first: it finds errors in the config before anything is measured.
     counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
     rank_costs = tuple(cost for _, cost in counts)
     name, layers = type(inner).__name__, counts[0][0]

@@ -89,6 +89,7 @@ class LoRAConfig:
     def _check_layers(self) -> None:
         """Check ``layers_to_transform`` and ``layers_pattern``, and store them as tuples."""
         numbers, pattern = self.layers_to_transform, self.layers_pattern
+        # The record is frozen, hence object.__setattr__.
         if numbers is not None:
             numbers = (numbers,) if isinstance(numbers, int) else numbers
             is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
@@ -104,6 +105,7 @@ class LoRAConfig:
         self._check_names("layers_pattern", or_pattern=False)
         for name in self.layers_pattern or ():
             compile_pattern(name)
+        # As in PEFT, a regular expression must match the whole name, layer's number included.
         if self.layers_to_transform and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform is {self.layers_to_transform} and target_modules is "
@@ -116,6 +118,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
+            # Compile it alone and as it will be used, because "a)(b" is valid only in the latter.
             try:
                 _compile(pattern)
                 _at_end(pattern)

@@ -35,6 +35,7 @@ def _find_adapters(
     tensors, ends = _trained(model)
     if not _absent(tensors, state, prefix):
         return
+    # First rename: transformers' names become the model's.
     names, parts = _saved_names(model, tensors)
     for name, saved in names.items():
         if prefix + name not in state and saved not in tensors and prefix + saved in state:
@@ -42,6 +43,7 @@ def _find_adapters(
     absent = _absent(tensors, state, prefix)
     if not absent:
         return
+    # Still missing: adapters under unknown names are an error, and no adapters a warning.
     here = [key for key in state if key.startswith(prefix) and key.rpartition(".")[2] in ends]
     foreign = [key for key in here if key.removeprefix(prefix) not in tensors]
     foreign += [prefix + part for part in parts if prefix + part in state]
@@ -63,6 +65,7 @@ def _find_adapters(
 
 def _absent(tensors: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str) -> list[str]:
     """The names of tensors that are missing in the state dict under all of their names."""
+    # By identity, because one name of a tied parameter is enough.
     there = {id(tensor) for name, tensor in tensors.items() if prefix + name in state}
     return [name for name, tensor in tensors.items() if id(tensor) not in there]
 

@@ -136,6 +136,7 @@ class Packing:
                 take_packed(module, weights)
             for linear, layer in self._linears.items():
                 layer.bias = linear.bias
+            # Replace a layer at all of its places.
             for parent in list(self.model.modules()):
                 for key, child in parent._modules.items():
                     if child is not None and child in self._linears:
@@ -205,6 +206,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """The modules to pack, by name."""
     named = {plain_name(name): module for name, module in model.named_modules()}
+    # read_module gives no reason against modules that are supported experts.
     experts = {name: module for name, module in named.items() if not read_module(module).reason}
     if modules is None:
         dense = {name: module for name, module in experts.items() if not packed_names(module)}

@@ -170,6 +170,7 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
     module may be at several places, because PEFT's replacement is then at all of them.  ``saved``:
     names, as in :func:`find_targets`.
     """
+    # All places of each module: its parents, and its full name under each.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for outer, parent in model.named_modules():
         for key, child in parent._modules.items():
@@ -183,6 +184,7 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
     ]:
         for module in inside:
             names = [name for parent, name in places.get(module, ()) if parent not in inside]
+            # The top module has one place outside of itself; modules inside it must have none.
             if len(names) > (module is top) and any(True for _ in module.parameters()):
                 first = next(name for name, found in model.named_modules() if found is module)
                 others = ", ".join(name for name in names if name != first)
@@ -374,6 +376,7 @@ def numbers_in(model: nn.Module) -> int:
 
 def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Texts on the linear layers that can't be adapted, one for each reason."""
+    # Group by reason, so that a message names each reason once.
     head, around = embeddings_of(model, "output"), bypassed(model)
     reasons: dict[str, list[str]] = {}
     for name, module in model.named_modules():

@@ -68,6 +68,7 @@ def check_same(
 
     For data, only batches that both runs have read are compared.  An empty ``before`` passes.
     """
+    # Data may be read further in one run than in the other; other parts must match completely.
     for part, new in now.items() if before else ():
         old, (what, hint) = before[part], _WHAT[part]
         names = [n for n in {**old, **new} if part != "data" or (n in old and n in new)]

@@ -68,6 +68,7 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
             "another output_dir keeps it"
         )
     earlier = _read(folder / FILE)
+    # Only the same trials and options end with the same result as an uninterrupted sweep.
     for name, value in settings.items():
         if earlier.settings.get(name) != value:
             raise ValueError(

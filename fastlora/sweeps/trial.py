@@ -143,6 +143,7 @@ class Options(NamedTuple):
 
     def batches(self, trials: int) -> int:
         """The number of batches that a sweep takes: remaining trials take over free rows."""
+        # A step takes as many batches as each remaining trial has free places for.
         stops, left, taken = self.rungs(trials), trials, 0
         for step in range(self.steps):
             taken += trials // left
