@@ -75,8 +75,8 @@ class Rows(NamedTuple):
         starts, edges = [0, *ends[:-1]], [0, *ends, rows]
         if edges != sorted(edges):
             raise ValueError(
-                f"offsets are {shown(ends)}, but must be the ends of the experts' rows: they must "
-                f"not decrease, and none may be above {rows}, the rows of x"
+                f"offsets are {shown(ends)}, but must be the ends of the experts' rows: in "
+                f"ascending order, and none above {rows}, the rows of x"
             )
         places = enumerate(map(slice, starts, ends))
         return [Share(e, at, at) for e, at in places if at.stop > at.start]

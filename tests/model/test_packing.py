@@ -138,7 +138,7 @@ REFUSED = {
     "nothing": ({"modules": ["experts", "quux"]}, "'quux', which matches no module"),
     "pattern": ({"modules": "quux"}, "'quux', which matches no module"),
     "neither": ({"modules": ["norm"]}, "a GptOssRMSNorm is neither experts that fastlora knows"),
-    "linear": ({"modules": ["experts", "q_proj"]}, "torchao's linear layers of mxfp4"),
+    "linear": ({"modules": ["experts", "q_proj"]}, "torchao's mxfp4 linear layers"),
     "adapters": ({"before": _adapt}, "has an adapter already"),
     "numbers": ({"before": _with_infinity}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
     "a head": ({"before": _head_of_inf} | HEAD, "lm_head can.*NaN"),
@@ -433,7 +433,9 @@ def test_a_failing_quantizer_config_leaves_the_model_unchanged(tmp_path, monkeyp
 def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
     model = empty(checkpoint)
     model.model.norm.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
-    with pytest.raises(ValueError, match=r"model\.norm's odd is on meta, no checkpoint has it"):
+    with pytest.raises(
+        ValueError, match=r"model\.norm's odd is on meta, checkpoints don't hold it"
+    ):
         fastlora.load_packed(model, checkpoint)
     assert all(parameter.is_meta for parameter in model.parameters())
     model = empty(checkpoint)

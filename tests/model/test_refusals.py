@@ -307,7 +307,7 @@ def several(folder) -> None:
 
 
 FOLDERS = {
-    "pickle": (pickled, "adapter_model.bin, which is a pickle.* PeftModel.from_pretrained"),
+    "pickle": (pickled, "adapter_model.bin, a pickle.* PeftModel.from_pretrained"),
     "subfolders": (several, r"in its subfolders \(first, second\): give one of these"),
     "whole-model": (
         lambda folder: tiny_llama().save_pretrained(folder),

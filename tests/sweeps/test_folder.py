@@ -251,7 +251,7 @@ def test_there_is_no_best_where_no_loss_is_finite(tmp_path):
     with pytest.warns(UserWarning, match="no trial has a finite held-out loss"):
         found = swept(tmp_path, configs=configs, max_grad_norm=0.0, halving=True)
     assert found.best is None
-    assert str(found).endswith("best: none, for no loss is finite")
+    assert str(found).endswith("best: none, because no loss is finite")
     assert not (tmp_path / "best").exists()
     assert json.loads((tmp_path / TABLE).read_text())["best"] is None
     assert (tmp_path / "adapters" / "rank1" / WEIGHTS).exists()
