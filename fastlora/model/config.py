@@ -118,7 +118,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
-            # Compile it alone and as it will be used, because "a)(b" is valid only in the latter.
+            # Compile the pattern itself and its final form, because "a)(b" is valid only in that form.
             try:
                 _compile(pattern)
                 _at_end(pattern)

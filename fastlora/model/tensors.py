@@ -163,7 +163,7 @@ def read_fitting(
     stored = {key: there for key, there in stored.items() if key in here or key not in again}
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
-    # Tied in the model: compare each key's values with those of its first key.
+    # A tied tensor has several keys, and the file must have equal values under them.
     first: dict[int, str] = {}
     untied = [
         key
