@@ -118,7 +118,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
-            # Compile the pattern itself and its final form, because "a)(b" is valid only in that form.
+            # Compile the pattern and its final form, because "a)(b" is valid only in the latter one.
             try:
                 _compile(pattern)
                 _at_end(pattern)
