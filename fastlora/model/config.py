@@ -118,7 +118,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
-            # Compile the pattern and its final form, because "a)(b" is valid only in the latter one.
+            # Compile it alone and in its final form: "a)(b" is only valid in the latter.
             try:
                 _compile(pattern)
                 _at_end(pattern)
