@@ -168,11 +168,11 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert len(losses(resumed)) == STEPS
 
 
-NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* is transformers.Trainer's"
+NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* use transformers.Trainer"
 MODELS = {
     "plain": (base_model, NO_ADAPTERS),
     "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),
-    "changed": (lambda: changed(adapted()), "not those that apply_lora made"),
+    "changed": (lambda: changed(adapted()), "adapters changed after apply_lora"),
 }
 
 
@@ -205,7 +205,9 @@ def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_p
             super().create_accelerator_and_postprocess()
             setattr(self, f"is_{engine}_enabled", True)
 
-    with pytest.raises(ValueError, match=f"(?i)alone under {engine}.*use transformers.Trainer"):
+    with pytest.raises(
+        ValueError, match=f"(?i)only adapters under {engine}.*use transformers.Trainer"
+    ):
         trainer_for(adapted(), tmp_path, Engine)
 
 
@@ -213,7 +215,7 @@ def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
     model = adapted()
     # FSDP1 marks its flattened parameters with this attribute
     model.lm_head.weight._fsdp_flattened = True
-    with pytest.raises(ValueError, match="alone under FSDP"):
+    with pytest.raises(ValueError, match="only adapters under FSDP"):
         trainer_for(model, tmp_path)
 
 

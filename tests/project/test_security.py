@@ -109,10 +109,10 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch):
     fastlora.load_adapter(Mlp(), folder)  # it ignores the pickle beside the other file
     for read in (lambda: fastlora.load_adapter(Mlp(), folder), lambda: resize(folder)):
         (folder / WEIGHTS).unlink(missing_ok=True)
-        with pytest.raises(FileNotFoundError, match="is a pickle, and fastlora opens none"):
+        with pytest.raises(FileNotFoundError, match="a pickle, and fastlora doesn't open pickles"):
             read()
         (folder / WEIGHTS).write_bytes(bomb)
-        with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
             read()
     from fastlora.sweeps.record import FILE, earlier
 
@@ -130,7 +130,7 @@ def resize(folder):
 def test_a_header_that_lies_about_its_length(length, folder):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + b"{}      ")
     for read in (lambda: fastlora.load_adapter(Mlp(), folder), lambda: resize(folder)):
-        with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+        with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
             read()
 
 

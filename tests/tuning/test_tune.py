@@ -331,7 +331,7 @@ def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monk
     found = tuned()
     assert found.path == ""
     assert found.notes == (
-        "/dev/null/tuning/A-GPU.json can't be written: it is for this process alone",
+        "/dev/null/tuning/A-GPU.json can't be written: only this process uses it",
     )
     assert planned() == IN_PLACE
 
@@ -491,9 +491,9 @@ def test_invalid_arguments_are_refused(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "give a model, or --shape: one of the two"),
-        ("x --shape 1,2,3", "give a model, or --shape: one of the two"),
-        ("--shape 1,2,3 --tokens 5", "--tokens is of a model: a --shape has its rows"),
+        ("", "give either a model or --shape"),
+        ("x --shape 1,2,3", "give either a model or --shape"),
+        ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
         ("x --tokens 0", "'0' is no number of tokens"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
