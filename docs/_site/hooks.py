@@ -27,6 +27,9 @@ PAGES = {
 REFERENCE = ROOT / "docs" / "reference.md"
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 _SENTENCE = r"(?<=[.;])\s+(?=[`A-Z])"
+_BADGE = re.compile(
+    r"^(?:\[!\[[^\]]*\]\(\S+\)\]\(\S+\)|!\[[^\]]*\]\((?:http|\.\./)\S+\))\n", re.M
+)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
@@ -35,15 +38,17 @@ def title(page: str) -> str:
 
 
 def relink(text: str, folder: str) -> str:
-    """A file's Markdown with its links, relative to ``folder``, as those of a page in docs/."""
+    """A file's Markdown, without badges, with its links as a page in docs/ needs them.
+
+    Links are relative to ``folder``.  A badge is a picture of another host.
+    """
+    text = _BADGE.sub("", text)
 
     def link(found: re.Match) -> str:
         path, hash_, anchor = found[3].partition("#")
         if not path or urlsplit(path).scheme:
             return found[0]
         path = posixpath.normpath(posixpath.join(folder, path))
-        if found[1] and path.startswith("../"):  # a badge, which is another host's
-            return ""
         if path in PAGES:
             path = PAGES[path]
         elif path.startswith("docs/"):
