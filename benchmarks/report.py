@@ -75,7 +75,7 @@ def _times(rows: list[dict]) -> Table:
     head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
     head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
     head += ["over PEFT"] * ("peft" in names)
-    head += [f"{_SHORT.get(name, name)} keeps" for name in kept]
+    head += [f"{_SHORT.get(name, name)} saves" for name in kept]
     head += [f"{_SHORT.get(name, name)} peak" for name in peaks]
     lines = [(*head, "target")]
     for row, quantity in timed:
@@ -143,7 +143,7 @@ def brief(rows: list[dict]) -> str:
         return _brief_of_blocks(rows)
     if all(not row.get("saved") for row in rows):
         return _brief_of_steps(rows)
-    heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
+    heads = ("frozen", "fastlora", "PEFT", "fastlora saves", "PEFT saves")
     lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
         both, saved = row["ratios"]["both"], row["saved"]
@@ -157,7 +157,7 @@ def _brief_of_blocks(rows: list[dict]) -> str:
     """Times over the frozen block's, and MiB: kept, and at the peak of a step."""
     names = list(dict.fromkeys(name for row in rows for name in row["peak"]))
     shown = [_SHORT.get(name, name) for name in names]
-    lines = [("", *(f"{name}: time" for name in shown), *(f"kept, peak: {name}" for name in shown))]
+    lines = [("", *(f"{name}: time" for name in shown), *(f"saved, peak: {name}" for name in shown))]
     for row in rows:
         both, line = row["ratios"]["both"] | {"frozen/frozen": [1, 1, 1]}, [row["id"]]
         line += [_median(both, f"{name}/frozen").removesuffix(".000") for name in names]
@@ -170,7 +170,7 @@ def _brief_of_blocks(rows: list[dict]) -> str:
 
 def _brief_of_steps(rows: list[dict]) -> str:
     """Of each, the time of a step over another's, and the quartiles of that."""
-    lines = [("", "over", "time of a step (quartiles)")]
+    lines = [("", "ratio to", "time of a step (quartiles)")]
     for row in rows:
         for pair, (low, median, high) in row["ratios"]["step"].items():
             name, over = pair.split("/")
