@@ -1,11 +1,12 @@
-"""What a forward and a backward on a GPU cost the host, without a GPU: ``make bench ARGS=host``.
+"""The host's time of a forward and a backward on a GPU, without a GPU: ``make bench ARGS=host``.
 
-The Triton backend runs on tests/support/cuda_standin.py: layers of real sizes, for these decide
-launches, and every call down to the driver, which launches nothing.  All else is tiny, on one
-thread, so that only calls take time: PEFT's layer, base products, the others.
+The Triton backend runs on tests/support/cuda_standin.py, with layers of real sizes, because sizes
+decide the launches, and with every call down to the driver, which launches nothing.  Everything
+else is tiny, on one thread, so that only calls take time: PEFT's layer, base products, the others.
 
-To the measured ``both`` comes a modeled one: on a GPU each of torch's kernels costs the host some
-3 µs more.  What nobody adds: the look-up of device and stream, the driver's part of a launch.
+A modeled time stands next to the measured ``both``: on a GPU, each of torch's kernels costs the
+host some 3 µs more.  The look-up of device and stream, and the driver's part of a launch, are not
+included.
 """
 
 from dataclasses import replace
@@ -21,14 +22,14 @@ from .lineup import make_tensors, makers_for
 from .measure import Step, in_turn, row_of, step_of, threads_for
 
 TINY = ("peft", "frozen", "torch backend")
-# The last is by the default plan; of a block it is PEFT's, optimized.
+# The last uses the default plan; for a block it is PEFT's, optimized.
 REAL = ("peft, optimized", "fused", "in place", "fastlora")
 
 
 def measure(case: Case, seconds: float) -> dict:
-    """A row.  ``kernels`` of a step: torch's, and Triton's."""
+    """A row.  ``kernels`` are the counts of torch's and of Triton's kernels in a step."""
     clock, steps, kernels = HostClock(torch.device("cpu")), {}, {}
-    # A group's layers, optimized, would really sum their large dx.
+    # The optimized layers of a group would really sum their large dx.
     real = REAL[1:] if len(case.outputs) > 1 and not case.is_block else REAL
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, inner=8)
     with fastlora.use_backend("triton"), threads_for(case):

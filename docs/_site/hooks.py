@@ -27,9 +27,7 @@ PAGES = {
 REFERENCE = ROOT / "docs" / "reference.md"
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 _SENTENCE = r"(?<=[.;])\s+(?=[`A-Z])"
-_BADGE = re.compile(
-    r"^(?:\[!\[[^\]]*\]\(\S+\)\]\(\S+\)|!\[[^\]]*\]\((?:http|\.\./)\S+\))\n", re.M
-)
+_BADGE = re.compile(r"^(?:\[!\[[^\]]*\]\(\S+\)\]\(\S+\)|!\[[^\]]*\]\((?:http|\.\./)\S+\))\n", re.M)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
@@ -68,8 +66,8 @@ def relink(text: str, folder: str) -> str:
 
 
 def part_of_readme(found: re.Match) -> str:
-    """``<!-- README.md -->`` stands for the text above its first section, ``<!-- README.md: A, B -->``
-    for these sections.
+    """The text for ``<!-- README.md -->``, which is above its first section, or for the sections of
+    ``<!-- README.md: A, B -->``.
     """
     top, *sections = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
     if not found[1]:

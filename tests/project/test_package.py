@@ -25,7 +25,7 @@ FLOORS = (
     {"ops"},
     {"layers", "report"},
     {"model", "peft"},
-    {"adapters", "estimates", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
+    {"adapters", "estimates", "sweeps", "tuning", "sampling", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # the number of files in the longest chain of imports

@@ -164,7 +164,9 @@ def numbers_without_source(page: Path, head: str, below: str) -> list[str]:
 
     The tables are those below the head, and on the pages that the head links.
     """
-    from_files = {number for name, _, found in SENTENCES if name == name_of(page) for number in found}
+    from_files = {
+        number for name, _, found in SENTENCES if name == name_of(page) for number in found
+    }
     linked = re.findall(r"\]\(([\w./]+\.md)", head)
     texts = [below, *((page.parent / path).read_text() for path in linked)]
     tables = "\n".join(line for text in texts for line in text.splitlines() if line[:1] == "|")
@@ -265,7 +267,7 @@ def test_they_are_short():
 def test_the_first_screen_of_the_readme_has_badges_and_a_picture():
     """The badges show the workflow's state, and the versions of pyproject.toml."""
     head = README.read_text().partition("\n## ")[0]
-    *badges, picture = re.findall(r"!\[[^\]]*\]\((\S+)\)", head)
+    *badges, picture = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", head)
     assert picture == "docs/demo.png"
     workflow, *shields = badges
     assert (ROOT / ".github" / workflow.removeprefix("../../actions/")).parent.exists()
