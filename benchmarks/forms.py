@@ -219,7 +219,7 @@ class Operands:
         return self._random(*self.banks, *shape, dtype=self.form.adapter_dtype)
 
     def _packed(self, depth: int) -> Packed:
-        """A packed weight [depth, columns]; for y, the codes are in the order of [columns, depth]."""
+        """A packed weight [depth, columns]; for y, the codes are ordered as [columns, depth]."""
         of_y = self.form.name.startswith("y")
         rows, columns = (self.form.columns, depth) if of_y else (depth, self.form.columns)
         experts = self.form.segments

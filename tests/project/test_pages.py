@@ -25,12 +25,10 @@ from pages import (
     code_of,
     name_of,
     printed_by,
+    save_tiny_model,
     sentences,
+    tiny_tokenizer,
 )
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 import fastlora
 from fastlora.__main__ import main
@@ -56,22 +54,11 @@ def mixture() -> torch.nn.Module:
     return base_model("qwen3", moe_intermediate_size=32)  # a block of MXFP4
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and ChatML's."""
-    words = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
-
-
 @pytest.fixture
 def as_on_the_hub(tmp_path, monkeypatch) -> None:
     """The working directory gets a tiny model under the name of the model on the Hub."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    save_tiny_model(tmp_path)
 
 
 MODELS = {"experts.md": mixture, "quantized.md": quantized_llama}

@@ -50,6 +50,29 @@ def printed_by(command: str) -> str:
     return result.stdout.strip()
 
 
+def tiny_tokenizer():
+    """A tokenizer with a token for each byte, and ChatML's tokens."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A tiny model in this folder, under the name of the model on the Hub that pages load."""
+    from models import tiny_llama
+
+    tokenizer = tiny_tokenizer()
+    name = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    tokenizer.save_pretrained(name)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(name)
+
+
 def report_of(page: str, kind: str) -> dict:
     """The results file of this kind that the page links."""
     [name] = set(re.findall(rf"results/[\w-]+/{kind}-[\d-]+\.json", (ROOT / page).read_text()))
