@@ -1,6 +1,7 @@
-"""What ran on the machine, as a table: ``python tools/machine/table.py RESULTS.json``.
+"""The table of the emulator's cases: ``python tools/machine/table.py RESULTS.json``.
 
-A line for each Triton and set of cases, a column for each card.  It needs Python alone.
+It has a line for each Triton and set of cases, and a column for each card.  This file needs only
+Python.
 """
 
 import json
@@ -11,14 +12,14 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from report import pipes
 
-USUAL = "--quick --share 8"  # words that the table doesn't say
+USUAL = "--quick --share 8"  # words that the table omits
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine.json"
 
 
 def add(cases: str, version: str, cards: dict[str, dict[str, int]]) -> None:
-    """What came of cases, chosen by these words, on each card under a Triton: results and counts.
+    """Add the counts of results of these cases on each card with one Triton.
 
-    In the place of what came of the same before.
+    They replace the counts of the same cases.
     """
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     rows = [row for row in rows if (row["cases"], row["triton"]) != (cases, version)]
@@ -33,7 +34,7 @@ def said(counts: dict[str, int]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Bare numbers are of cases that were right."""
+    """The Markdown table.  Bare numbers count correct cases."""
     cards = [*dict.fromkeys(name for row in rows for name in row["cards"])]
     lines = [("Triton", *cards)]
     for row in rows:

@@ -17,7 +17,7 @@ def optimize_and_count() -> Counter:
     """Start optimizing and counting, in this process.
 
     Returns the counter: FAST, and the reasons of calls that ran PEFT's forward.  Raises
-    RuntimeError if a plain optimized layer doesn't run fast, because then nothing would be compared.
+    RuntimeError if a plain optimized layer doesn't run fast: then nothing would be compared.
     """
     from peft.tuners import lora
 
