@@ -152,7 +152,7 @@ def test_a_part_that_ends_its_process_or_has_no_time_costs_only_itself(tmp_path,
     assert "the process ended with -9" in died["failures"]["the process"]
     assert judged["failures"] == {}
     a_visit.end = time.monotonic() + 63
-    assert a_visit.row("tune", "h m34 n48 r16")["skipped"] == {"time": "none was left"}
+    assert a_visit.row("tune", "h m34 n48 r16")["skipped"] == {"time": "no time was left"}
     with monkeypatch.context() as patch:
         patch.setattr(a_visit.worker, "ask", lambda *part, seconds: {"asked": part})
         assert a_visit.row("tests", "script") == {"asked": ("part", "tests", "script")}
@@ -169,7 +169,7 @@ def test_a_part_that_ends_its_process_or_has_no_time_costs_only_itself(tmp_path,
     assert files == [*range(1, len(parts) + 1)]
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert {row["table"] for row in rows} == {"calls", "compile", "layers", "tune", "tests"}
-    assert all(row["skipped"] == {"time": "none was left"} for row in rows)
+    assert all(row["skipped"] == {"time": "no time was left"} for row in rows)
 
 
 def test_a_dry_visit_s_numbers_and_interpreter_are_its_own(monkeypatch, capsys):

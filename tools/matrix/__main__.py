@@ -1,9 +1,9 @@
-"""fastlora's wheel under the versions that people have: ``make matrix``.
+"""fastlora's wheel with many versions of its dependencies: ``make matrix``.
 
-Each cell (``cells.py``) is an environment of its own, in which ``cell.py`` runs.  The results go
-into benchmarks/results/matrix.json, beside those of cells that didn't run this time, and from there
-into docs/.  A cell whose Python isn't here is told, and no failure.  Else an exit status other than
-0 if anything fails.
+Each cell (``cells.py``) is a separate environment that runs ``cell.py``.  The results go into
+benchmarks/results/matrix.json, which keeps the results of other cells, and from there into docs/.
+A cell whose Python is missing is printed, but is no failure.  Any failure gives an exit status
+other than 0.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("cell.py")
 
 
 def checked(python: Path) -> dict:
-    """What ``cell.py`` says in this environment; a check that has no line went down with it."""
+    """The outcomes of ``cell.py`` in this environment; a check without a line ended the process."""
     row: dict = {"date": date.today().isoformat(), "checks": {}}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(SCRIPT, folder)
@@ -41,7 +41,7 @@ def checked(python: Path) -> dict:
 
 
 def result(cell: Cell, whole: bool, keep: bool) -> dict:
-    """A cell's row: its checks, or why there are none."""
+    """A cell's row: its checks, or the reason why there are none."""
     row, python = {"asked": cell._asdict()}, environment.interpreter(cell.python)
     if python is None:
         return row | {"why": f"Python {cell.python} is not here"}
@@ -61,7 +61,7 @@ def result(cell: Cell, whole: bool, keep: bool) -> dict:
 
 
 def write(results: dict, kind: str, name: str, row: dict | list) -> None:
-    """A line for each row; and the tables."""
+    """Write the file, with a line for each row, and the tables."""
     results[kind][name] = row
     order = [cell.name for cell in CELLS] if kind == "cells" else tritons.VERSIONS
     results[kind] = {each: results[kind][each] for each in order if each in results[kind]}
@@ -76,12 +76,20 @@ def main() -> int:
     names = [cell.name for cell in CELLS]
     add = parser.add_argument
     add("--cell", nargs="+", default=names, choices=names, metavar="NAME", help="these alone")
-    add("--quick", action="store_true", help="the oldest and the newest alone")
-    add("--whole", action="store_true", help="all tests too, in one cell: --cell, or the newest")
+    add("--quick", action="store_true", help="only the oldest and the newest cell")
+    add(
+        "--whole", action="store_true", help="also run all tests in one cell: --cell, or the newest"
+    )
     add("--keep", action="store_true", help="don't remove the environments afterwards")
     add("--list", action="store_true", help="print the cells, and run nothing")
-    add("--json", action="store_true", help="for a workflow")
-    add("--triton", nargs="*", choices=tritons.VERSIONS, metavar="X.Y.Z", help="the kernels alone")
+    add("--json", action="store_true", help="print JSON for a workflow")
+    add(
+        "--triton",
+        nargs="*",
+        choices=tritons.VERSIONS,
+        metavar="X.Y.Z",
+        help="test only the kernels",
+    )
     options = parser.parse_args()
     chosen = [cell for cell in CELLS if cell.name in options.cell]
     if options.quick:

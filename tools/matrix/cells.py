@@ -1,8 +1,8 @@
-"""The cells: versions that are installed together.  It needs Python alone.
+"""The cells: versions that are installed together.  This file needs only Python.
 
-Not every version with every other: each cell has a reason, its name.  The extremes are combined
-(all oldest, all newest, and the oldest of each beside the newest of the others); each Python has
-all newest; and each version between the extremes stands in one cell at least.
+Not all versions are combined: each cell has a reason, its name.  The extremes are combined (all
+oldest, all newest, and the oldest of each with the newest of the others).  Each Python has a cell
+with all newest.  Each version between the extremes is in at least one cell.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ TORCH = {
     "2.14.1": "3.8.0",
     "2.15.0": "3.9.0",
 }
-NEWEST = ""  # what the registry has, on the day
+NEWEST = ""  # the newest version that pip finds
 
 
 class Cell(NamedTuple):

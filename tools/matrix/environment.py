@@ -1,4 +1,4 @@
-"""Environments: an interpreter that is here, the wheel of this tree, and packages by uv."""
+"""Environments: an installed interpreter, the wheel of this tree, and packages by uv."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ SETTINGS = {"UV_CACHE_DIR": str(ROOT / ".cache" / "uv"), "UV_PYTHON_DOWNLOADS": 
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> tuple[bool, list[str]]:
-    """Whether it passed, and what it printed; without that, its errors."""
+    """Whether the command passed, and its output, or its errors if there is no output."""
     own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     own = SETTINGS | own | {"HF_HUB_OFFLINE": "1"} | environment
     print("$", *command, flush=True)
@@ -32,11 +32,11 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> tuple[boo
 
 @cache
 def interpreter(version: str) -> str | None:
-    """By its name on PATH, of pyenv's, or by uv; None if it isn't here."""
+    """The interpreter on PATH, of pyenv, or of uv; None if none has this version."""
     root = os.environ.get("PYENV_ROOT") or str(Path.home() / ".pyenv")
     found = [shutil.which(f"python{version}"), *glob(f"{root}/versions/{version}.*/bin/python")]
     ask = "import sys; print('%d.%d' % sys.version_info[:2])"
-    for path in filter(None, found):  # one of pyenv's on PATH may stand for none
+    for path in filter(None, found):  # pyenv's command on PATH may have no interpreter
         done = subprocess.run([path, "-c", ask], capture_output=True, text=True, check=False)
         if done.stdout.strip() == version:
             return path
@@ -46,7 +46,7 @@ def interpreter(version: str) -> str | None:
 
 @cache
 def wheel() -> Path:
-    """Of the tree as it is now; made in a copy, where building leaves nothing behind."""
+    """Build the wheel of the current tree, in a copy, so that no build files are left."""
     source, out = FOLDER / "source", FOLDER / "wheel"
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,11 +58,11 @@ def wheel() -> Path:
 
 
 def install(cell: Cell, python: str, with_tests: bool) -> tuple[Path, str]:
-    """The environment's Python, and why it can't be: "" if it is."""
+    """The environment's Python, and the reason why it can't be made, or ""."""
     folder = FOLDER / cell.name
     made, lines = run(UV, "venv", "--quiet", "--clear", "--python", python, folder)
     what: Sequence[str] = [f"{wheel()}[peft,trainer]", *cell.requirements()]
-    if with_tests:  # which read the tree
+    if with_tests:  # the tests read the tree
         what = ["--editable", f"{ROOT}[test,peft,trainer]", *cell.requirements()]
     if made:
         own = folder / "bin" / "python"

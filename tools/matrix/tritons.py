@@ -1,6 +1,6 @@
-"""The kernels alone under a Triton: what the compiler makes of them, and launches.
+"""The kernels under one Triton: their compiled code, and their launches.
 
-Each version is installed into ``.cache/`` by itself, beside this environment's torch.
+Each version is installed into a folder of ``.cache/``, and used with this environment's torch.
 """
 
 import re
@@ -26,7 +26,7 @@ def installed(version: str) -> Path:
 
 
 def row(version: str) -> tuple[bool, list[str]]:
-    """Whether everything passed under this version, and its columns of the table."""
+    """Whether everything passed with this version, and its columns of the table."""
     folder, good = str(installed(version)), True
     by = [torch.rpartition(".")[0] for torch, pinned in TORCH.items() if pinned == version]
     columns = [", ".join(by)]
