@@ -87,7 +87,8 @@ def _few_rows(
         lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         rows = x[items].to(lora_a.weight.dtype)
         change = lora_b(lora_a(layer.lora_dropout[name](rows))) * scale
-        y[items] += change.to(y.dtype)
+        # Not +=: torch refuses that for a slice of all of a view, as linear's y [B, T, N] is.
+        y[items] = y[items] + change.to(y.dtype)
     return y
 
 
