@@ -108,7 +108,7 @@ class GatedMLP(nn.Module):
             return Reading(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Reading("its activation is none that fastlora knows, or is hooked")
+            return Reading("its activation is none that fastlora knows, or is hooked or patched")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.experts import OTHER, Experts, packed_names, read_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
-from ..layers.members import is_hooked, why_not_tensor
+from ..layers.members import is_hooked, why_not_tensor, why_patched
 from ..layers.reading import Reading
 from ..projection import Adapter, Base, Output
 from . import newer
@@ -35,6 +35,8 @@ class ParamWrapper(PeftParamWrapper):
     It has PEFT's name, which PEFT asks for, and no state of its own.  Calls that
     :func:`read_experts` doesn't allow, and those of an inner one, are PEFT's.
     """
+
+    plain_class = PeftParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs and not why_not_now():
@@ -75,7 +77,8 @@ def _read_experts(
 ) -> Reading:
     experts = read_module(base, type(base))
     # A node runs the activation twice.
-    reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)
+    reason = experts.reason or ("" if experts.repeats else OTHER)
+    reason = reason or why_patched(PeftParamWrapper) or _why_not_base(base)
     if reason:
         return Reading(reason)
     if not wrappers.keys() <= set(experts.names):
@@ -94,12 +97,11 @@ def _read_experts(
 
 def _why_not_base(base: Any) -> str:
     """Why the module inside of the layers can't be left uncalled; "" if it can."""
-    if type(base).__call__ is not nn.Module.__call__ or is_hooked(base):
+    if is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
         return "its experts are parametrised"
-    places = [getattr(proxy.forward, "__globals__", {}).get("__name__") for proxy in _PROXIES]
-    if any(place != peft_layer.__name__ for place in places):
+    if any(map(why_patched, _PROXIES)):
         return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:
         return "experts are PEFT's where this version of PEFT isn't a tested one"

@@ -13,12 +13,20 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.model import LoraModel as PeftModel
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.members import change_class, class_over, is_hooked, is_over, is_replaced
+from ..layers.members import (
+    change_class,
+    class_over,
+    is_hooked,
+    is_over,
+    is_replaced,
+    why_patched,
+)
 from ..layers.reading import Reader, Reading, call_as_read, fits, forget
 from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
@@ -35,6 +43,8 @@ class Linear(PeftLinear):
     It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
     and ceases to be one, by its ``__class__``.  What :mod:`.reading` refuses is PEFT's.
     """
+
+    plain_class = PeftLinear
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
@@ -79,6 +89,8 @@ def _run_reading(
 ) -> tuple[Tensor | None, Call | None]:
     if reading.output is None or not fits(x, reading.output.base.weight):
         return None, None
+    if reading.how is not None and why_patched(DoraLinearVariant):
+        return None, None  # a variant is no module, so no guard has its class
     return fast_forward(x, reading)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..backends.products import are_wide
+from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
 from ..layers.reading import fits
 from ..ops.functional import multi_lora_linear
@@ -44,8 +45,8 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(layer._modules["lora_A"]._modules))
-    if not used:
-        return None  # it is the base layer's call
+    if not used or why_patched(type(layer)):
+        return None  # without names it is the base layer's call
     if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
     reading = read(layer, used, mixed=True)

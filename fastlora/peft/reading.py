@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_dtensor
 from ..layers.frozen import read_base
-from ..layers.members import is_hooked, tensor_of, why_not_part
+from ..layers.members import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
 from ..layers.reading import Reading
 from ..ops.way import why_not_here
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
@@ -67,6 +67,9 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
     """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+    patched = why_patched(plain_class_of(layer))
+    if patched:
+        return Reading(patched)
     base = layer._modules["base_layer"]
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return Reading(_why_hooked(base, "its base layer"))
@@ -127,6 +130,9 @@ def _read_variant(
     if name is None:
         return "", None
     variant = layer.lora_variant[name]
+    patched = why_patched(DoraLinearVariant)
+    if patched:
+        return patched, None
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
@@ -181,6 +187,9 @@ def _why_hooked(module: nn.Module, name: str) -> str:
     weight = module._parameters.get("weight")
     if weight is not None and is_dtensor(weight):
         return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
+    patched = why_patched(type(module))
+    if patched:
+        return f"{name} is a {type(module).__name__} ({patched})"
     return f"a hook watches, or something replaces, the calls of {name}"
 
 

@@ -163,7 +163,10 @@ PEFT_S = {  # with what the report says of it; "" where it is the call's x that 
     "lora-float64": (weight("lora_A", 4, K, dtype=torch.float64), "its lora_A is torch.float64"),
     "bias-lora_A": (weight("lora_A", 4, name="bias"), "its lora_A has a bias"),
     "class-base": (to("base", Doubled), "its base is a Doubled, no torch.nn.Linear"),
-    "call-base": (to("base", DoubledCall), "its base is a DoubledCall"),
+    "call-base": (
+        to("base", DoubledCall),
+        "its base layer is a DoubledCall (DoubledCall.__call__ isn't torch.nn.Module's)",
+    ),
     "class-lora_A": (to("lora_A", Doubled), "its lora_A is a Doubled, no torch.nn.Linear"),
     "inside-another": (
         lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
@@ -268,7 +271,7 @@ def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
     run = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)  # of torch's own class
     torch.testing.assert_close(layer(x), theirs(x))
-    assert "no torch.nn.Linear" in readings[-1].reason
+    assert "Linear.forward was replaced on the class" in readings[-1].reason
 
 
 @pytest.mark.parametrize("made", ["base", "model"])
