@@ -79,8 +79,8 @@ def why_patched(kind: Any) -> str:
     that uses a cached reading skips this, because it compares the functions themselves.
     """
     kind = getattr(kind, "plain_class", kind)
-    _ = kind.forward  # torch.compile guards it
-    return _why_patched(kind)
+    # torch.compile guards a function that is compared, and compiles again when it is replaced.
+    return "" if kind.forward is None else _why_patched(kind)
 
 
 def _why_patched(kind: Any) -> str:
