@@ -1,4 +1,4 @@
-"""The checks of a call at its door: one set for layers, experts and many adapters.
+"""The checks of a call: one set for layers, experts and many adapters.
 
 A call of a kind that passed isn't checked again.  So whatever a check looks at is in the kind: in
 ``facts_of`` a tensor or in ``key_of`` a call (:mod:`fastlora.ops.functional`).

@@ -77,8 +77,8 @@ def backend(request):
 @pytest.fixture
 def node(monkeypatch):
     """A call of a few rows is a node too."""
-    monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft_models import counted_calls
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlora.layers import reading
+from fastlora.layers import guards
 from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
@@ -120,17 +120,17 @@ def test_each_change_means_what_it_means_to_peft(kind, walk):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_call_reads_nothing(kind, monkeypatch):
     """But the numbers of its tensors, which training changes."""
-    state, readings = State(kind).compile("kept"), []
-    kept = reading.Memory.__init__
+    state, records = State(kind).compile("kept"), []
+    kept = guards.GuardedRecord.__init__
     monkeypatch.setattr(
-        reading.Memory, "__init__", lambda self, it: readings.append(it) or kept(self, it)
+        guards.GuardedRecord, "__init__", lambda self, it: records.append(it) or kept(self, it)
     )
     state.numbers(True)
-    assert readings or "experts" in state.words
-    readings.clear()
+    assert records or "experts" in state.words
+    records.clear()
     changes_of(kind)["step"](state)
     state.numbers(True)
-    assert not readings
+    assert not records
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_is_kept_keeps_no_weights(kind):
         (layer, *_) = (
             m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
         )
-        assert bool(calls) == any(place in vars(layer) for place in reading._PLACES)
+        assert bool(calls) == any(place in vars(layer) for place in guards._PLACES)
         weights = [weakref.ref(each) for each in (layer, *layer.parameters())]
         gc.collect()
         gc.disable()
@@ -164,7 +164,7 @@ def test_what_is_kept_keeps_no_weights(kind):
 
 @pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
 def test_a_replaced_weight_is_let_go(kind):
-    """Of a view a reading knows how it lies, and holds none."""
+    """A record knows how a view lies, and holds no view."""
     state = State(kind).compile("kept")
     state.numbers(True)
     state.compare()

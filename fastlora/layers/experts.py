@@ -15,8 +15,8 @@ from ..foreign import is_class
 from ..formats import float8, gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantised
+from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
-from ..ops.way import autocast_is_on
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from .adapted import Features
 from .members import (

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..backends.products import are_wide
 from ..foreign import is_class
 from ..formats import SHARDED, PackedLayer, quantised_weight, vendor_of
+from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
-from ..ops.way import why_not_here
 from ..projection import HALF_DTYPES, Base, Output
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
+from .guards import fits
 from .members import (
     change_class,
     plain_class_of,
@@ -27,7 +28,6 @@ from .members import (
     why_not_tensor,
     why_patched,
 )
-from .reading import fits
 
 
 class Linear(nn.Linear):

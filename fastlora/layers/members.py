@@ -76,7 +76,7 @@ def why_patched(kind: Any) -> str:
 
     Every class is asked whose forward the fast path doesn't call.  The function must come from the
     body of a class in ``__mro__``, so that a patch before ``import fastlora`` counts also.  A call
-    that uses a cached reading skips this, because it compares the functions themselves.
+    that uses a cached record skips this, because it compares the functions themselves.
     """
     kind = getattr(kind, "plain_class", kind)
     # torch.compile guards a function that is compared, and compiles again when it is replaced.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
+from ..layers.guards import Record, Recorder, call_recorded, fits, forget
 from ..layers.members import (
     change_class,
     class_over,
@@ -27,21 +28,20 @@ from ..layers.members import (
     is_replaced,
     why_patched,
 )
-from ..layers.reading import Reader, Reading, call_as_read, fits, forget
-from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
+from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
-from .reading import parts_of, read_active, why_not_now
+from .read import parts_of, read_active, why_not_now
 
 
 class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
     It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
-    and ceases to be one, by its ``__class__``.  What :mod:`.reading` refuses is PEFT's.
+    and ceases to be one, by its ``__class__``.  What :mod:`.read` refuses is PEFT's.
     """
 
     plain_class = PeftLinear
@@ -78,32 +78,30 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
     """The output of a layer's forward; None where the call is PEFT's."""
     if not args and not kwargs:
-        return call_as_read(layer, x, _READER)
+        return call_recorded(layer, x, _RECORDER)
     if not args and kwargs.keys() == {"adapter_names"} and not why_not_now():
         return mixed_forward(layer, x, kwargs["adapter_names"])
     return None
 
 
-def _run_reading(
-    layer: LoraLayer, x: Tensor, reading: Reading
-) -> tuple[Tensor | None, Call | None]:
-    if reading.output is None or not fits(x, reading.output.base.weight):
+def _run_record(layer: LoraLayer, x: Tensor, record: Record) -> tuple[Tensor | None, Call | None]:
+    if record.output is None or not fits(x, record.output.base.weight):
         return None, None
-    if reading.how is not None and why_patched(DoraLinearVariant):
+    if record.how is not None and why_patched(DoraLinearVariant):
         return None, None  # a variant is no module, so no guard has its class
-    return fast_forward(x, reading)
+    return fast_forward(x, record)
 
 
 # The call's adapters are the active ones.
-_READER = Reader(lambda *_: why_not_now(), read_active, parts_of, _run_reading, run_one)
+_RECORDER = Recorder(lambda *_: why_not_now(), read_active, parts_of, _run_record, run_one)
 
 
-def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
-    """The output for x by fastlora's ops; and what it is, if it is one node of the reading's."""
-    (output,), (packed,), p = reading.outputs, reading.packed, max(reading.dropouts)
+def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
+    """The output for x by fastlora's ops; and what it is, if it is one node of the record's."""
+    (output,), (packed,), p = record.outputs, record.packed, max(record.dropouts)
     if packed is not None:
-        return packed.run(x, lambda x: fast_forward(x, reading._replace(packed=(None,))))
-    magnitude = reading.how
+        return packed.run(x, lambda x: fast_forward(x, record._replace(packed=(None,))))
+    magnitude = record.how
     if magnitude is None:
         (y,), call = linears(x, (output,), p)
         return y, call
@@ -117,8 +115,8 @@ def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
         magnitude.weight,
         bias=bias,
         scale=scale,
-        drop=reading.drop if p > 0.0 else None,
-        norm=_norm(magnitude, weight, adapter, adapter_name=reading.adapter),
+        drop=record.drop if p > 0.0 else None,
+        norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
     )
     # PEFT's gain is [1, N], and so is this output.
     return y if x.dim() > 1 else y.unsqueeze(0), None
@@ -199,7 +197,7 @@ class PeftGatedMLP(mlp.GatedMLP):
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
         return parts_of(module) if isinstance(module, LoraLayer) else []
 
-    def read_part(self, linear: nn.Module) -> Reading:
+    def read_part(self, linear: nn.Module) -> Record:
         """gate, up or down, where the layer's own call would be fast."""
         if not isinstance(linear, LoraLayer):
             return mlp.read_frozen(linear)
@@ -207,6 +205,6 @@ class PeftGatedMLP(mlp.GatedMLP):
         if not reason and is_hooked(linear):
             reason = mlp.WATCHED
         if reason:
-            return Reading(reason)
-        reading = read_active(linear)
-        return reading if reading.how is None else Reading("it is DoRA")
+            return Record(reason)
+        record = read_active(linear)
+        return record if record.how is None else Record("it is DoRA")

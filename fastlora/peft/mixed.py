@@ -1,7 +1,7 @@
 """A mixed batch: ``model(…, adapter_names=[…])``, a name a sample, in training too.
 
 PEFT hands the names to every LoRA layer by hooks, which it removes when the call ends.  A layer
-reads its adapters by name (:mod:`.reading`), and runs them all as one node.
+reads its adapters by name (:mod:`.read`), and runs them all as one node.
 
 PEFT refuses names in training, where its own code would be right, with two exceptions: activation
 checkpointing runs layers again in the backward, when PEFT's hooks are gone and with them the names;
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..backends.products import are_wide
+from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
-from ..layers.reading import fits
+from ..ops.dispatch import autocast_is_on
 from ..ops.functional import multi_lora_linear
-from ..ops.way import autocast_is_on
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
-from .reading import read
+from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
 _FEW = 64  # rows in all
@@ -49,18 +49,18 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
         return None  # without names it is the base layer's call
     if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
-    reading = read(layer, used, mixed=True)
-    if reading.output is None or not fits(x, reading.output.base.weight):
+    record = read(layer, used, mixed=True)
+    if record.output is None or not fits(x, record.output.base.weight):
         return None
-    (weight, bias), adapters = reading.output
+    (weight, bias), adapters = record.output
     lora_a, lora_b, scales = zip(*adapters, strict=True)
 
     def run(x: Tensor) -> Tensor:
         return multi_lora_linear(
-            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=reading.dropouts
+            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=record.dropouts
         )
 
-    (packed,) = reading.packed
+    (packed,) = record.packed
     return run(x) if packed is None else packed.call(x, run)
 
 

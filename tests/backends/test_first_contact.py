@@ -30,7 +30,7 @@ def forget(monkeypatch, folder=None):
         monkeypatch.setenv("FASTLORA_CACHE", str(folder))
     monkeypatch.setattr(trust, "_verdicts", {})
     monkeypatch.setattr(kept, "_calls", {})
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
 
 
 def group(dtype=torch.float32, zero_b=False, r=4, out=24):

@@ -14,7 +14,7 @@ import fastlora
 from fastlora.kernels import kept
 from fastlora.kernels.launch import Launch, intercept, launch, recording
 from fastlora.kernels.script import Script
-from fastlora.ops import functional
+from fastlora.ops import kinds
 
 K = 40
 
@@ -178,12 +178,12 @@ def test_nothing_of_the_callers_is_kept():
 def test_the_oldest_go_when_there_are_too_many(monkeypatch):
     monkeypatch.setattr(kept, "_calls", {})
     monkeypatch.setattr(kept, "_MOST", 4)
-    monkeypatch.setattr(functional, "_known", {})
-    monkeypatch.setattr(functional, "_MOST_KINDS", 4)
+    monkeypatch.setattr(kinds, "_calls", {})
+    monkeypatch.setattr(kinds, "_MOST", 4)
     one = projection()
     for rows in range(1, 8):
         step(torch.randn(rows, K, requires_grad=True), [one])
-    assert len(kept._calls) == len(functional._known) == 4
+    assert len(kept._calls) == len(kinds._calls) == 4
     with resolved() as new:
         step(torch.randn(7, K, requires_grad=True), [one])
     assert not new

@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
-from fastlora.peft import reading
+from fastlora.peft import read as peft_read
 
 K, N = 8, 6
 
@@ -62,11 +62,11 @@ def step(layer: nn.Module) -> list:
 
 
 @pytest.fixture
-def readings(monkeypatch):
+def records(monkeypatch):
     """How often a layer is read."""
-    seen, read = [], reading.read
-    monkeypatch.setattr(reading, "read", lambda *all: seen.append(read(*all)) or seen[-1])
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    seen, read = [], peft_read.read
+    monkeypatch.setattr(peft_read, "read", lambda *all: seen.append(read(*all)) or seen[-1])
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
     return seen
 
 
@@ -210,14 +210,14 @@ DORA = {
 }  # fmt: skip
 
 
-def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str]:
+def assert_seen(change: Callable, records: list, **settings) -> tuple[bool, str]:
     """Whether a changed layer's call is fast, which gives what PEFT's gives; and its reason."""
     ours, theirs = layer_of(**settings).train(), layer_of(**settings).train()
     fastlora.optimize(ours)
-    readings.clear()
+    records.clear()
     for _ in range(2):
         torch.testing.assert_close(step(ours), step(theirs))
-    assert len(readings) == 1  # the second call has it, too
+    assert len(records) == 1  # the second call has it, too
     for each in (ours, theirs):
         torch.manual_seed(2)
         change(each)
@@ -233,19 +233,19 @@ def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_change_is_seen_by_a_fast_call(name, readings):
-    assert assert_seen(FAST[name], readings) == (True, "")
+def test_a_change_is_seen_by_a_fast_call(name, records):
+    assert assert_seen(FAST[name], records) == (True, "")
 
 
 @pytest.mark.parametrize("name", [*PEFT_S, *DORA])
-def test_a_change_makes_the_call_peft_s(name, readings):
+def test_a_change_makes_the_call_peft_s(name, records):
     change, reason = (PEFT_S | DORA)[name]
-    is_fast, said = assert_seen(change, readings, **{"use_dora": True} if name in DORA else {})
+    is_fast, said = assert_seen(change, records, **{"use_dora": True} if name in DORA else {})
     assert not is_fast
     assert reason in said
 
 
-def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
+def test_a_change_of_the_moment_is_seen(records, monkeypatch):
     layer, x = layer_of(), inputs()
     theirs = copy.deepcopy(layer)
     fastlora.optimize(layer)
@@ -264,14 +264,14 @@ def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
         assert seen.count(nn.Linear) >= 3  # PEFT's forward called them
     with fastlora.use_backend("triton"):
         torch.testing.assert_close(layer(x), plain)
-    readings.clear()
+    records.clear()
     with disable_input_dtype_casting(layer):
         layer(x)
-    assert "disable_input_dtype_casting" in readings[-1].reason
+    assert "disable_input_dtype_casting" in records[-1].reason
     run = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)  # of torch's own class
     torch.testing.assert_close(layer(x), theirs(x))
-    assert "Linear.forward was replaced on the class" in readings[-1].reason
+    assert "Linear.forward was replaced on the class" in records[-1].reason
 
 
 @pytest.mark.parametrize("made", ["base", "model"])

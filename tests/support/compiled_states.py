@@ -2,7 +2,7 @@
 
 A comparison is a call of the compiled model, and the same call of the same model without the
 compiler: outputs and all gradients, or an error of both.  Hooks are followed where torch is told to
-(``skip_nnmodule_hook_guards``).  Or, the way "kept", a call with the readings that earlier calls
+(``skip_nnmodule_hook_guards``).  Or, with "kept", a call with the records that earlier calls
 left on the modules, and the same call with all of them read anew; or, the way "peft", a call of an
 optimised model, and of a copy that is given back.
 """
@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from vendor_layers import BITSANDBYTES, quantised
 
 import fastlora
-from fastlora.layers import reading
+from fastlora.layers import guards
 from fastlora.layers.adapted import Adapted
 
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -211,15 +211,15 @@ class State:
 
 @contextmanager
 def _read_anew() -> Iterator[None]:
-    """Inside, no reading is kept, and none that is kept is used."""
+    """Inside, no record is cached, and no cached one is used."""
 
-    def read_once(module, reader):
+    def record_of(module, reader):
         found = reader.read(module)
-        return reading.Memory(found), found
+        return guards.GuardedRecord(found), found
 
     with (
-        mock.patch.object(reading, "read_once", read_once),
-        mock.patch.object(reading, "key_of", return_value=None),
+        mock.patch.object(guards, "record_of", record_of),
+        mock.patch.object(guards, "key_of_x", return_value=None),
     ):
         yield
 

@@ -18,7 +18,7 @@ from fastlora import Projection
 from fastlora.backends import Call
 from fastlora.backends import torch as torch_backend
 from fastlora.formats.format import Quantised
-from fastlora.ops.door import draw_seed
+from fastlora.ops.run import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
 
 K, HIDDEN, N = 24, 40, 20  # of a gated MLP
@@ -191,7 +191,10 @@ def check(
         return results(textbook(cast), own, its_dys)[0]
 
     found, dys = results(run(), leaves)
-    truth, eager = by_textbook(Tensor.double, dys), by_textbook(lambda tensor: tensor, dys)
+    truth, eager = (
+        by_textbook(Tensor.double, dys),
+        by_textbook(lambda tensor: tensor, dys),
+    )
     size = by_textbook(lambda tensor: tensor.double().abs(), [dy.abs() for dy in dys])
     for name, value in found.items():
         if value is None:  # an adapter of a list without rows

@@ -20,10 +20,10 @@ def optimize_and_count() -> Counter:
     """
     from peft.tuners import lora
 
-    from fastlora.ops import way
+    from fastlora.ops import dispatch
     from fastlora.peft.layer import PackedLinear
 
-    way.MOST_ROWS = 0  # tiny models have few rows, which are PEFT's own in training
+    dispatch.MOST_ROWS = 0  # tiny models have few rows, which are PEFT's own in training
     counter: Counter = Counter()
     fast_class = type(optimized_layer())
     if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:

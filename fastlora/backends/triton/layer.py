@@ -26,7 +26,7 @@ def forward(
         [seeds, *inputs],
         (call.layouts, call.dropout, precision_of(x)),
         lambda: covers(inputs, call.layouts),
-        call.memo,
+        call.captured,
     )
     if made is None:
         return torch_backend.forward(inputs, seeds, call)
