@@ -153,7 +153,7 @@ def blocks(model: nn.Module) -> set[str]:
 @contextmanager
 def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
     """``note`` is told of the module and the input of every fast call that this file makes."""
-    call = place.call_as_read
+    call = place.call_recorded
 
     def noted(module, x, *rest):
         y = x  # checkpointing leaves a call by an exception when it has what it wants
@@ -165,7 +165,7 @@ def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "call_as_read", noted)
+        patch.setattr(place, "call_recorded", noted)
         yield
 
 

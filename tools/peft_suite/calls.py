@@ -103,17 +103,17 @@ def count_blocks(counter: Counter) -> None:
 
     from fastlora.layers import mlp
 
-    original = mlp.call_as_read
+    original = mlp.call_recorded
 
     @functools.wraps(original)
-    def call_as_read(block, *rest):
+    def call_recorded(block, *rest):
         y = original(block, *rest)
         if y is not None and not torch.compiler.is_compiling():
             parts = [getattr(block, name) for name in mlp.PARTS]
             counter[FAST] += sum(isinstance(part, LoraLayer) for part in parts)
         return y
 
-    mlp.call_as_read = call_as_read
+    mlp.call_recorded = call_recorded
 
 
 def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:
