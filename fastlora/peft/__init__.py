@@ -2,7 +2,7 @@
 
 :mod:`.layer` is what a layer becomes, and does and undoes it; :mod:`.read` says which calls it
 takes.  This folder alone imports PEFT, and only where a model with PEFT's layers is met:
-:mod:`.optimize` and :mod:`.check`, do without.
+:mod:`.optimize` and :mod:`.check` do without.
 
 A PEFT that is older than those the tests were run with is left as it is; a newer one is sped up,
 and named.
