@@ -55,7 +55,7 @@ _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "me
 
 
 class Record(NamedTuple):
-    """What a module's calls compute with; or ``reason``, why no node runs them."""
+    """The tensors and numbers that a module's calls use; or ``reason``, why no node runs them."""
 
     reason: str
     outputs: tuple[Output[Tensor], ...] = ()  # a layer's; gate, up, down; experts' up and down
@@ -85,7 +85,7 @@ class Recorder(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One kind of guarded object, a row each: what a function of the row's objects gave.
+    """A row for each guarded object of one kind: the result of a function of that object.
 
     It is stored by columns, so that all rows are compared in C.
     """
@@ -96,7 +96,7 @@ class Table(NamedTuple):
 
 
 def _table(function: Callable, rows: Iterable[tuple]) -> list[Table]:
-    """The table of rows whose last item is what the function gives; none without rows."""
+    """The table of these rows, which end with the function's result; none without rows."""
     columns = [*zip(*rows, strict=True)]
     return [Table(function, tuple(columns[:-1]), columns[-1])] if columns else []
 
