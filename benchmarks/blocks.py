@@ -141,7 +141,7 @@ def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 def _adapted(
     case: Case, tensors: Tensors, dropout: float, blocks: bool | None = None
 ) -> Contestant:
-    """PEFT's, optimised where ``blocks`` isn't None.  A step's backward ends at the first adapter.
+    """PEFT's, optimized where ``blocks`` isn't None.  A step's backward ends at the first adapter.
 
     A step trains, with the gradients' norm clipped; as the learning rate is 0, all start alike.
     """

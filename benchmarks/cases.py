@@ -20,7 +20,7 @@ class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
     ``table``: the row's place in the report, and who takes part (``lineup.py``).  ``kind``: of
-    PEFT's layers lora, dora, or two-adapters, both active; in the table "quantised" that of
+    PEFT's layers lora, dora, or two-adapters, both active; in the table "quantized" that of
     the makers in ``tests/support``.  In the table "mixed" x is a sequence for each of ``ADAPTERS``.
 
     ``BLOCKS`` are more than a layer: experts, mlp (gated), all projections of a Llama layer, or
@@ -49,7 +49,7 @@ class Case:
     @property
     def id(self) -> str:
         parts = [self.name] * bool(self.name) + [self.block] * self.is_block
-        parts += [self.kind] * (self.table in ("optimized", "quantised") or self.kind in PACKS)
+        parts += [self.kind] * (self.table in ("optimized", "quantized") or self.kind in PACKS)
         parts += [f"{self.M}x{self.K}x{self.inner or '+'.join(map(str, self.outputs))}"]
         parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
         parts += [f"{self.layers}layers"] * (self.layers > 0) + [DTYPE_NAMES[self.dtype]]
@@ -72,13 +72,13 @@ class Case:
 
     @property
     def by_peft(self) -> bool:
-        """Whether all are PEFT's modules, or such optimised: in float64 they are the truth."""
+        """Whether all are PEFT's modules, or such optimized: in float64 they are the truth."""
         return self.table == "optimized" or self.is_block
 
     @property
     def has_peak(self) -> bool:
         """Whether the most memory of a step is measured, besides what is kept."""
-        return self.table == "quantised" or self.is_block
+        return self.table == "quantized" or self.is_block
 
     @property
     def decodes(self) -> bool:
@@ -115,7 +115,7 @@ class Case:
             return []
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
-            return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
+            return [("modeled", "fastlora/peft", limit), ("modeled", "peft, optimized/peft", 0.9)]
         if self.table == "mixed":
             limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
             return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
@@ -147,7 +147,7 @@ _OVER_FROZEN = {
     "4096x1024x1024-bf16-r16-p0": 1.45,
     "4096x1024x1024-bf16-r16-p0.1": 2.4,
 }
-# Of quantised bases: limits of forward + backward over the frozen dense layer's at 512 rows in
+# Of quantized bases: limits of forward + backward over the frozen dense layer's at 512 rows in
 # float32, and what may be kept there, in MiB, of which x is 4.
 _OVER_DENSE = {"nf4": 1.2, "int8": 1.15, "torchao-int8": 1.2, "gguf-q8_0": 1.25, "gguf-q4_k": 1.4}
 _KEPT = 4.1
@@ -182,15 +182,15 @@ def cpu_cases() -> list[Case]:
                 cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
     for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
-    return [*cases, *_blocks(), *_quantised()]
+    return [*cases, *_blocks(), *_quantized()]
 
 
-def _quantised() -> Iterator[Case]:
+def _quantized() -> Iterator[Case]:
     for kind, over_dense in _OVER_DENSE.items():
-        yield Case(34, 256, (96,), 8, F32, F32, 0.1, "quick-quantised", "quantised", kind)
+        yield Case(34, 256, (96,), 8, F32, F32, 0.1, "quick-quantized", "quantized", kind)
         peak = ("peak", "fastlora/peft", 0.6)
         dense, kept = ("both", "fastlora/frozen", over_dense), ("kept", "fastlora/MiB", _KEPT)
-        case = Case(512, 2048, (2048,), 16, F32, F32, 0.1, "quantised", "quantised", kind)
+        case = Case(512, 2048, (2048,), 16, F32, F32, 0.1, "quantized", "quantized", kind)
         yield replace(case, limits=(peak, dense, kept))
         for M, limit in ((64, 1.05), (2048, 0.85)):
             yield replace(case, M=M, limits=(peak, ("both", "fastlora/peft", limit)))
@@ -248,7 +248,7 @@ def host_cases() -> list[Case]:
         ("mlp", (512,), 0.62), ("projections", (512, 128, 128, 512, 512), 0.64),
     ):  # fmt: skip
         case = Case(96, 512, outputs, 16, BF16, F32, table="host", kind=kind, inner=2048)
-        limits = (("modelled", "fastlora/peft", limit),)
+        limits = (("modeled", "fastlora/peft", limit),)
         cases += [replace(case, dropout=p, limits=limits) for p in DROPOUTS]
     return cases
 

@@ -30,7 +30,7 @@ class Tensors:
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
     adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
-    # A block, which has no weights or adapters here; or a quantised layer, of this weight.
+    # A block, which has no weights or adapters here; or a quantized layer, of this weight.
     base: nn.Module | None = None
 
 
@@ -143,7 +143,7 @@ def peft_group(
     case: Case, tensors: Tensors, dropout: float, optimized: bool,
     base: Group | None = None, known: dict | None = None,
 ) -> Group:  # fmt: skip
-    """PEFT's own layers, in training mode, on these weights or a ``base``; perhaps optimised.
+    """PEFT's own layers, in training mode, on these weights or a ``base``; perhaps optimized.
 
     ``known``: layers of PEFT's for classes that it doesn't know.  DoRA's magnitude isn't the norm,
     or it would do nothing.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
 from fastlora.backends.protocol import Call
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
@@ -140,7 +140,7 @@ def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
 def bytes_of_fastlora(
     shape: Shape, plan: Plan, *, dropout: float = 0.0, projections: int = 1,
     adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
-    packed: Quantised | None = None,
+    packed: Quantized | None = None,
 ) -> Bytes:  # fmt: skip
     """A forward and a backward with gradients of x and of the adapters, as launched there.
 

@@ -4,7 +4,7 @@ The Triton backend runs on tests/support/cuda_standin.py: layers of real sizes, 
 launches, and every call down to the driver, which launches nothing.  All else is tiny, on one
 thread, so that only calls take time: PEFT's layer, base products, the others.
 
-To the measured ``both`` comes a modelled one: on a GPU each of torch's kernels costs the host some
+To the measured ``both`` comes a modeled one: on a GPU each of torch's kernels costs the host some
 3 µs more.  What nobody adds: the look-up of device and stream, the driver's part of a launch.
 """
 
@@ -41,14 +41,14 @@ def measure(case: Case, seconds: float) -> dict:
                     step()
                 products = cuda_standin.torch_kernels(step)
                 kernels[name] = [products, launches.total]
-                steps[name] = with_modelled(step, products)
+                steps[name] = with_modeled(step, products)
         summary = in_turn(steps, seconds)
     return row_of(case, summary, kernels=kernels, failures={})
 
 
-def with_modelled(step: Step, kernels: int) -> Step:
+def with_modeled(step: Step, kernels: int) -> Step:
     def run() -> dict[str, float]:
         seconds = step()
-        return seconds | {"modelled": seconds["both"] + 3e-6 * kernels}
+        return seconds | {"modeled": seconds["both"] + 3e-6 * kernels}
 
     return run

@@ -169,7 +169,7 @@ def _plain(parameter: Tensor) -> list[Tensor]:
 def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
     """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
 
-    And the scales of a quantised base, which are no parameters.
+    And the scales of a quantized base, which are no parameters.
 
     Few rows on a CPU have x in the adapter's dtype beside, if that is another; with dropout they
     have the mask and the dropped x in the seed's place.
@@ -184,10 +184,10 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
         allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
         allowed += 8 * n if case.dropout else 0
     if tensors.base is not None:
-        from fastlora.formats import quantised_weight
+        from fastlora.formats import quantized_weight
 
         allowed += sum(
-            scales.nbytes for scales in quantised_weight(tensors.base).weight.tensors[1:]
+            scales.nbytes for scales in quantized_weight(tensors.base).weight.tensors[1:]
         )
     if kept["added"] > allowed:
         raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")

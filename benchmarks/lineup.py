@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from . import blocks, quantised
+from . import blocks, quantized
 from .cases import ADAPTERS, SAME_DTYPE, Case
 from .contestants import (
     Maker,
@@ -38,8 +38,8 @@ def makers_for(case: Case) -> dict[str, Maker]:
     peft = {"peft": peft_layer(), "peft, optimized": peft_layer(optimized=True)}
     if case.is_block:
         return blocks.makers_for(case)
-    if case.table == "quantised":
-        return quantised.makers()
+    if case.table == "quantized":
+        return quantized.makers()
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
     if case.table == "mixed":
@@ -82,4 +82,4 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
         adapters={torch.float32: wide, case.dtype: pairs},
     )
-    return quantised.with_base(case, tensors) if case.table == "quantised" else tensors
+    return quantized.with_base(case, tensors) if case.table == "quantized" else tensors

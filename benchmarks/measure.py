@@ -35,7 +35,7 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
     Seconds of each, median and 10th percentile; quartiles of ratios: over the first's, the last's
-    over each, and PEFT's optimised over its own.
+    over each, and PEFT's optimized over its own.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):

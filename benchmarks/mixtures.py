@@ -2,7 +2,7 @@
 
     python -m benchmarks.mixtures mixtures.json
 
-Weights and adapters are counted by ``fastlora.plan`` on meta models of the real sizes.  What waits
+Weights and adapters are counted by ``fastlora.estimate`` on meta models of the real sizes.  What waits
 for the backward is counted in forwards of one layer and of two, with few experts: each further
 layer keeps as much as the second.  Scores of attention, which grow with the square of the tokens,
 aren't in it: flash attention keeps none.
@@ -33,7 +33,7 @@ _LORA = fastlora.LoRAConfig(
 )
 
 
-def price(config, kind: str = "", tokens: int = 0) -> fastlora.price.count.Plan:
+def cost(config, kind: str = "", tokens: int = 0) -> fastlora.estimates.count.Estimate:
     """Counted on meta; or with what a forward of so many tokens keeps."""
     device, rounds = ("cpu", 1) if tokens else ("meta", 0)
     with torch.device(device):
@@ -41,24 +41,24 @@ def price(config, kind: str = "", tokens: int = 0) -> fastlora.price.count.Plan:
     if kind:
         fastlora.pack(model, kind)
     batch = {name: torch.zeros(1, tokens, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return fastlora.plan(model, [RANK], config=_LORA, batch=batch, rounds=rounds)
+    return fastlora.estimate(model, [RANK], config=_LORA, batch=batch, rounds=rounds)
 
 
 def row(name: str) -> dict:
     kind, make, settings = MODELS[name]
     whole, kept = make(**settings), []
-    dense, packed = price(whole), price(whole, kind)
+    dense, packed = cost(whole), cost(whole, kind)
     for layers in (1, 2):
         few = {"num_hidden_layers": layers, "vocab_size": 1024}
         few |= {"num_experts": 8, "n_routed_experts": 8, "num_local_experts": 8}
         config = make(**(settings | few))
-        half, all_of_it = (price(config, "", n).prices[0].kept_bytes for n in (128, 256))
+        half, all_of_it = (cost(config, "", n).rank_costs[0].kept_bytes for n in (128, 256))
         kept.append(2 * half - all_of_it)
     layers = whole.num_hidden_layers
     return {
         "model": name, "packed as": kind, "parameters": dense.frozen.parameters,
         "dense": dense.frozen.bytes, "packed": packed.frozen.bytes,
-        "adapters with AdamW": dense.prices[0].training_bytes,
+        "adapters with AdamW": dense.rank_costs[0].training_bytes,
         "kept": TOKENS * (kept[0] + (layers - 1) * (kept[1] - kept[0])),
     }  # fmt: skip
 

@@ -16,11 +16,11 @@ except ImportError:  # run as a file
     from report import pipes
 
 RESULTS = Path(__file__).parent / "results"
-# What people run: a layer, DoRA, a gated MLP, experts, a quantised base, and a step of a model.
+# What people run: a layer, DoRA, a gated MLP, experts, a quantized base, and a step of a model.
 ROWS = {
     "2048x2048x2048-f32-r16-p0.1": "a layer",
     "layer-dora-1024x1024x1024-f32-r16-p0.1": "DoRA",
-    "quantised-nf4-512x2048x2048-f32-r16-p0.1": "over NF4",
+    "quantized-nf4-512x2048x2048-f32-r16-p0.1": "over NF4",
     "qwen3-0.6b-mlp-512x1024x3072-f32-r16-p0.1": "a gated MLP",
     "experts-512x1024x384-32top4-f32-r8-p0": "experts",
     "qwen3-0.6b-step-512x1024x3072-4layers-f32-r16-p0.05": "a step",

@@ -23,7 +23,7 @@ _TITLES = {
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward leads to its embeddings.",
-    "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
+    "quantized": "A quantized base, over the frozen layer with the dequantized weight; dense base: "
     "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",

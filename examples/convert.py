@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import gguf
 import torch
-from quantised import gguf_of
+from quantized import gguf_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 

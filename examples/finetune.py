@@ -3,7 +3,7 @@
     python examples/finetune.py      SmolLM2 135M on Python's documentation: 3 min on 2 cores
     python examples/finetune.py --steps 40       the same for longer
     python examples/finetune.py --experts        a small mixture of experts, dense and packed
-    python examples/finetune.py --quantised      over NF4 and over GGUF's blocks, and dense
+    python examples/finetune.py --quantized      over NF4 and over GGUF's blocks, and dense
     python examples/finetune.py --model gemma    Gemma 3 270M, under the Gemma Terms of Use
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
@@ -34,7 +34,7 @@ def main() -> None:
     texts = read_texts(options.data)
     packaged = PACKAGED.get(options.model)
     of_model = packaged.needs() if packaged else []
-    check_packages(options.compare, of_model, options.quantised, options.experts)
+    check_packages(options.compare, of_model, options.quantized, options.experts)
     # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
@@ -87,15 +87,15 @@ def sides_of(settings: dict) -> list[str]:
     """As they are printed."""
     names = [*["frozen"] * settings["frozen"], *["PEFT"] * settings["compare"]]
     names += [*["optimized"] * settings["optimize"], "fastlora"]
-    if settings["quantised"]:
+    if settings["quantized"]:
         names += ["dense", *["GGUF"] * any(Path(settings["model"]).glob("*.gguf"))]
     return names + PACKED_EXPERTS * settings["experts"]
 
 
 def side_settings(name: str, settings: dict) -> dict:
-    """The sides named for their base are fastlora's; with --quantised the others' is NF4."""
+    """The sides named for their base are fastlora's; with --quantized the others' is NF4."""
     named = "dense", "GGUF", *PACKED_EXPERTS
-    base = name if name in named else "NF4" if settings["quantised"] else "dense"
+    base = name if name in named else "NF4" if settings["quantized"] else "dense"
     return {"side": name, "base": base, "with_peft": name in ("PEFT", "optimized")}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from fastlora.price import kept_bytes
+from fastlora.estimates import kept_bytes
 
 
 class Growth:

@@ -28,7 +28,7 @@ def parse_options(description: str) -> Namespace:
     helped = "adapt a mixture's experts, too: of --model, or of a small one with random weights"
     first.add_argument("--experts", action="store_true", help=helped)
     helped = "over NF4 and over the blocks of the model's GGUF, too, beside the dense run"
-    first.add_argument("--quantised", action="store_true", help=helped)
+    first.add_argument("--quantized", action="store_true", help=helped)
     parser = ArgumentParser(prog="finetune.py", description=description, parents=[first])
     parser.error = lambda message: stop(f"{message} (--help lists the options)")
     add, count = parser.add_argument, number(int, 1)
@@ -55,14 +55,14 @@ def parse_options(description: str) -> Namespace:
         parser.set_defaults(**OF_EXPERTS)
     options = parser.parse_args()
     options.parameters = EXPERTS if options.experts else None
-    if options.experts and options.quantised:
-        stop("--quantised is about linear layers, and --experts packs experts as it is: choose one")
+    if options.experts and options.quantized:
+        stop("--quantized is about linear layers, and --experts packs experts as it is: choose one")
     if options.experts and options.compare and options.dropout:
         stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
     # Those two compare kinds of weights.
-    plain = options.compare and not (options.experts or options.quantised)
+    plain = options.compare and not (options.experts or options.quantized)
     options.frozen = plain
     options.optimize = plain if options.optimize is None else options.optimize
     return options
@@ -106,15 +106,15 @@ def folder(text: str) -> Path:
 
 
 def check_packages(
-    compare: bool, of_model: Sequence[str] = (), quantised: bool = False, experts: bool = False
+    compare: bool, of_model: Sequence[str] = (), quantized: bool = False, experts: bool = False
 ) -> None:
     """``of_model``: the modules that making the packaged model ready takes."""
     needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers", *of_model]
-    needed += ["peft"] * compare + ["bitsandbytes", "gguf"] * quantised
+    needed += ["peft"] * compare + ["bitsandbytes", "gguf"] * quantized
     needed += ["bitsandbytes"] * experts
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        extra = "demo-quantised" if quantised or experts else "demo"
+        extra = "demo-quantized" if quantized or experts else "demo"
         extra += ",demo-gemma" * any(name.startswith("gemma") for name in missing)
         named = ", ".join(dict.fromkeys(missing))
         stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")

@@ -68,7 +68,7 @@ def parse_options() -> Namespace:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="a Hub id or a folder")
     parser.add_argument("--data", required=True, help="a file of JSON lines")
-    parser.add_argument("--nf4", action="store_true", help="quantise the base, by bitsandbytes")
+    parser.add_argument("--nf4", action="store_true", help="quantize the base, by bitsandbytes")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--out", required=True, help="a folder of this model's own")
     for name, number in {"steps": 100, "batch": 4, "max-length": 1024, "save-steps": 50}.items():

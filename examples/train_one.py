@@ -1,4 +1,4 @@
-"""One fine-tuning run: fastlora, PEFT, or PEFT optimised.  Copy from add_adapter and finish.
+"""One fine-tuning run: fastlora, PEFT, or PEFT optimized.  Copy from add_adapter and finish.
 
 finetune.py runs main once for each side, in a process of its own; one side is the model alone,
 frozen.  ``run`` holds its options; ``run.scratch`` is a folder for files.
@@ -158,7 +158,7 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     else:
         fastlora.load_adapter(fresh, adapter)
     differences["loaded"] = difference(trained, logits(fresh, row))
-    fastlora.merge_lora(model, requantise=False)  # quantised again, it would be another model
+    fastlora.merge_lora(model, requantize=False)  # quantized again, it would be another model
     differences["merged"] = difference(trained, logits(model, row))
     print_sample("after training", tokenizer, continuation(model, prompt))
 
@@ -218,14 +218,14 @@ def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
 
 def load_model(run: SimpleNamespace) -> torch.nn.Module:
     if run.base == "GGUF":
-        from quantised import model_of_gguf
+        from quantized import model_of_gguf
 
         return model_of_gguf(run)
     model = load(AutoModelForCausalLM, run, dtype=getattr(torch, run.dtype))
     if run.base == "NF4":
-        from quantised import quantise_to_nf4
+        from quantized import quantize_to_nf4
 
-        quantise_to_nf4(model)
+        quantize_to_nf4(model)
     elif run.base.endswith("experts"):
         try:
             print(fastlora.pack(model, run.base.split()[0].lower()), flush=True)

@@ -12,6 +12,7 @@ from .adapters.combine import combine_adapters
 from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .backends import use_backend
+from .estimates import estimate
 from .layers.linear import LoRALinear
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
@@ -20,15 +21,14 @@ from .model.merge import merge_lora, unmerge_lora
 from .model.packed_files import load_packed
 from .model.packing import pack
 from .namesake import warn_of_namesake
-from .ops.functional import lora_grouped, lora_linear, lora_linears, multi_lora_linear
+from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.optimize import coverage, optimize, restore
-from .price import plan
 from .projection import Projection
 from .report import Coverage
 from .rows import AdapterMapping
 from .sampling import merged
-from .trials import sweep
+from .sweeps import sweep
 from .tuning import tune
 from .version import __version__
 
@@ -43,10 +43,11 @@ __all__ = [
     "check",
     "combine_adapters",
     "coverage",
+    "estimate",
     "export_gguf",
+    "grouped_lora_linear",
     "load_adapter",
     "load_packed",
-    "lora_grouped",
     "lora_linear",
     "lora_linears",
     "merge_lora",
@@ -54,7 +55,6 @@ __all__ = [
     "multi_lora_linear",
     "optimize",
     "pack",
-    "plan",
     "print_trainable_parameters",
     "reference",
     "remove_lora",

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m fastlora",
         allow_abbrev=False,
-        epilog="What a rank costs is fastlora.plan(model), of a model on meta too (docs/rank.md).",
+        epilog="What a rank costs is fastlora.estimate(model), of a model on meta too (docs/rank.md).",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     what = "what is here, what would run, and whether it works: the text for a bug report"

@@ -23,7 +23,7 @@ def block_of_rows(device: torch.device, columns: int) -> int:
 
 
 class Source(Protocol):
-    """A matrix that gives its rows in any dtype: a dense one, or what makes them (quantised)."""
+    """A matrix that gives its rows in any dtype: a dense one, or what makes them (quantized)."""
 
     @property
     def shape(self) -> torch.Size: ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .formats.format import Quantised
+from .formats.format import Quantized
 from .projection import (
     AUTOCAST_DTYPES,
     DTYPES,
@@ -107,7 +107,7 @@ def _dispatches(tensor: Tensor) -> bool:
 
 def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
     """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
-    if isinstance(output.base.weight, Quantised):
+    if isinstance(output.base.weight, Quantized):
         _check_packed(x, device, output.base.weight)
     for name, tensor in named_tensors(output):
         if tensor is None:
@@ -135,7 +135,7 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
             )
 
 
-def _check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
+def _check_packed(x: Tensor, device: torch.device, weight: Quantized) -> None:
     """Raise ValueError or TypeError unless a packed weight's tensors are its format's, with x."""
     if x.is_nested:
         raise TypeError("x is nested, and a packed weight is not: call this for each part")
@@ -168,7 +168,7 @@ def _check_base(
     features: int, dtype: torch.dtype, autocast: bool, output: Output, stacked: bool
 ) -> None:
     (weight, bias), adapters = output
-    fits = isinstance(weight, Quantised) or weight.dtype == dtype  # packed: made in any dtype
+    fits = isinstance(weight, Quantized) or weight.dtype == dtype  # packed: made in any dtype
     if not fits and not (autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES):
         raise TypeError(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "

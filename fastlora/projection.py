@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 from .foreign import PLAIN
-from .formats.format import Format, Quantised
+from .formats.format import Format, Quantized
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Base(NamedTuple, Generic[T]):
     """A frozen linear layer: ``weight`` [N, K], in the dtype of x, and ``bias`` [N] or None.
 
-    The weight may be packed (:class:`fastlora.formats.format.Quantised`), for an x of any dtype.
+    The weight may be packed (:class:`fastlora.formats.format.Quantized`), for an x of any dtype.
     """
 
     weight: T
@@ -84,7 +84,7 @@ def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
         Layout(
             base.bias is not None,
             tuple([adapter.scale for adapter in adapters]),
-            base.weight.format if isinstance(base.weight, Quantised) else None,
+            base.weight.format if isinstance(base.weight, Quantized) else None,
         )
         for base, adapters in outputs
     )
@@ -102,7 +102,7 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
             flat += [*base] if layout.has_bias else [base.weight]
         else:
             weight: Any = base.weight
-            packed = isinstance(weight, Quantised)
+            packed = isinstance(weight, Quantized)
             flat += weight.tensors if packed else [weight] * len(layout.format.names)
             flat += [base.bias] if layout.has_bias else []
         for adapter in adapters:
@@ -122,7 +122,7 @@ def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
 
 def _packed(format: Format, parts: list) -> Any:
     """A packed weight of its tensors.  What none of them needs or has, a gradient, is one thing."""
-    return Quantised(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
+    return Quantized(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]:
@@ -172,7 +172,7 @@ def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
     """Every tensor of an output with its name, but a packed weight's; the bias may be None."""
     (weight, bias), adapters = output
     named: list[tuple[str, T | None]] = []
-    if not isinstance(weight, Quantised):
+    if not isinstance(weight, Quantized):
         named.append(("weight", weight))
     for lora_a, lora_b, _ in adapters:
         named += ("lora_a", lora_a), ("lora_b", lora_b)
@@ -183,7 +183,7 @@ def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
 def packed_of(output: Output[Tensor]) -> tuple[Tensor, ...]:
     """The tensors of a weight that is packed."""
     weight = output.base.weight
-    return weight.tensors if isinstance(weight, Quantised) else ()
+    return weight.tensors if isinstance(weight, Quantized) else ()
 
 
 def is_plain(tensor: Tensor) -> bool:

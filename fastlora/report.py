@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .backends import planned_backend
-from .formats.format import Quantised
+from .formats.format import Quantized
 from .layers.adapted import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
@@ -48,7 +48,7 @@ class LayerCoverage:
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     ``parameters`` is how many of the base's are adapted: out · in, for each expert.
-    ``packed`` names the format of a quantised base that is read, as "NF4".
+    ``packed`` names the format of a quantized base that is read, as "NF4".
     """
 
     name: str
@@ -130,7 +130,7 @@ class Coverage:
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         formats = Counter(layer.packed for layer in self.layers if layer.packed)
-        lines += [f"{count} quantised: {name}" for name, count in formats.items()]
+        lines += [f"{count} quantized: {name}" for name, count in formats.items()]
         lines += self._lines_of_blocks()
         if self.frozen:
             lines.append(
@@ -163,7 +163,7 @@ def is_fast(plan: str) -> bool:
 def format_of(output: Output) -> str:
     """What the format of its packed weight is called; "" for a plain weight."""
     weight = output.base.weight
-    return weight.format.label if isinstance(weight, Quantised) else ""
+    return weight.format.label if isinstance(weight, Quantized) else ""
 
 
 def _percent(share: float) -> str:
@@ -210,7 +210,7 @@ def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
                 raise ValueError(layer.why_not_fast)
             output = layer.adapted_output()
             (plan, reason), packed = planned_backend([output]), format_of(output)
-        except ValueError as error:  # of a quantised layer that can't be read, and whose call fails
+        except ValueError as error:  # of a quantized layer that can't be read, and whose call fails
             reason = str(error)
     size = layer.adapted_parameters
     return LayerCoverage(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .formats.format import Quantised
+from .formats.format import Quantized
 from .projection import Adapter, Base, Output, check_scale, is_plain, shown
 
 # What stands in the place of a base that was done already: what comes is added to it.
@@ -89,7 +89,7 @@ class Rows(NamedTuple):
             rank = self.numbers.ranks[segment]
             cut = Adapter(lora_a[:rank], lora_b[:, :rank], self.numbers.scales[segment])
             return Output(NO_BASE, (cut,))
-        part = weight.one(segment) if isinstance(weight, Quantised) else weight[segment]
+        part = weight.one(segment) if isinstance(weight, Quantized) else weight[segment]
         base = Base(part, None if bias is None else bias[segment])
         return Output(base, tuple([Adapter(a[segment], b[segment], s) for a, b, s in adapters]))
 

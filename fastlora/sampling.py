@@ -32,7 +32,7 @@ _PLACES = ("device", "cpu")
 class merged:  # noqa: N801  # it reads as what a model is inside of it
     """A context manager, inside of which the model's active adapters are in its weights.
 
-    ``model`` is a PeftModel, optimised or not, or one of your own (:func:`fastlora.apply_lora`).
+    ``model`` is a PeftModel, optimized or not, or one of your own (:func:`fastlora.apply_lora`).
     Behind the block, and behind an exception, every weight has the bits that it had: the original
     parameters are put back.  Meanwhile adapters get no gradient.
 
@@ -41,7 +41,7 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
     that are tied to another module's stay.
 
     PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
-    bitsandbytes' layers too, which quantise what is merged again, and so sample a little off.
+    bitsandbytes' layers too, which quantize what is merged again, and so sample a little off.
     Layers whose adapters are disabled stay as they are.
 
     ``print(fastlora.merged(model))`` says what it takes.  Entering raises ValueError, and changes

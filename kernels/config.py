@@ -116,7 +116,7 @@ class Config:
             return f"rank {call.r} in one step, but a step has {self.block_r(call)}"
         return ""
 
-    def neighbours(self) -> "Iterator[Config]":
+    def neighbors(self) -> "Iterator[Config]":
         """What tuning may try beside it."""
         stages = range(max(2, self.stages - 1), self.stages + 2) if self.stages > 1 else (1,)
         yield from (replace(self, warps=w, stages=s) for w in (self.warps, 4, 8) for s in stages)
@@ -186,14 +186,14 @@ def chosen_config(
 
 
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
-    """What tuning tries: all rows of the target and their neighbours, as far as they fit.
+    """What tuning tries: all rows of the target and their neighbors, as far as they fit.
 
     The default comes first, and the nearer ones, by doublings, before the others.
     """
     kind = type(rows(kernel, target, call)[0])
     tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
     listed = [config for table in tables for each in table.values() for config in each]
-    tried = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbours())
+    tried = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbors())
     fitting = [config for config in tried if not config.why_not(target, call)]
     default = vars(default_config(kernel, target, call) or next(iter(tried))).values()
 

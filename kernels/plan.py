@@ -156,7 +156,7 @@ def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool) -> bool:
     """Whether dx's low-rank part, in place, comes with d lora_a: a launch less, for as many bytes.
 
-    Modelled: of few rows each of both takes about as long as a launch.  Of many they don't, and
+    Modeled: of few rows each of both takes about as long as a launch.  Of many they don't, and
     there one program a processor hides less of a mask's work than the many of ``lowrank``.  Four
     masks are more than a thread's registers hold, from compilation.
     """

@@ -5,7 +5,7 @@ import re
 import peft
 import pytest
 import torch
-from models import assert_untouched, randomise, refused, snapshot
+from models import assert_untouched, randomize, refused, snapshot
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -103,8 +103,8 @@ CLASSES = {
     "call": (lambda: Called(8, 6), "a Called, no torch.nn.Linear"),
 }
 TENSORS = {
-    "packed": (packed_weight, r"weight .*of class Packed \(quantised\?\)"),
-    "packed-bias": (packed_bias, r"bias is of class Packed \(quantised\?\)"),
+    "packed": (packed_weight, r"weight .*of class Packed \(quantized\?\)"),
+    "packed-bias": (packed_bias, r"bias is of class Packed \(quantized\?\)"),
     "sparse": (sparse, "weight .*has layout torch.sparse_csr"),
     "3-d": (deep, r"weight .*has shape \(1, 6, 8\)"),
     "1-d": (flat, r"weight .*has shape \(48,\)"),
@@ -116,7 +116,7 @@ TENSORS = {
 
 def with_peft(linear: nn.Module) -> nn.Module:
     config = peft.LoraConfig(target_modules=["0"], fan_in_fan_out=isinstance(linear, Conv1D))
-    return randomise(peft.get_peft_model(nn.Sequential(linear), config))
+    return randomize(peft.get_peft_model(nn.Sequential(linear), config))
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -22,12 +22,12 @@ from fastlora.layers.mlp import GatedMLP
 WALKS = {
     "linear": (
         "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",
-        "train dropout one-frozen adapters-train x step data", "load parametrised cast world",
+        "train dropout one-frozen adapters-train x step data", "load parametrized cast world",
         "forward forward rows layer-mode adapters-replaced",
     ),
     "saved": ("merge unmerge step remove",),
     "conv1d": ("merge unmerge bias",),
-    "quantised": ("merge unmerge merge-plain unmerge remove",),
+    "quantized": ("merge unmerge merge-plain unmerge remove",),
     "block": ("merge activation remove",),
     "experts": ("merge-one rescaled implementation", "pack remove"),
     "router": ("merge",),
@@ -39,7 +39,7 @@ WALKS = {
     ),
     "peft-saved": ("disable add delete",),
     "peft-dora": ("merge unmerge variant-dropped",),
-    "peft-quantised": ("merge restore",),
+    "peft-quantized": ("merge restore",),
     "peft-block": ("activation restore optimize",),
     "peft-experts": ("merge restore",),
 }  # fmt: skip
@@ -105,7 +105,7 @@ OF_PEFT += [("peft-block", "merge unmerge merge-one disable enable add set-adapt
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "walk"), OF_PEFT, ids=map("-".join, OF_PEFT))
 def test_each_change_means_what_it_means_to_peft(kind, walk):
-    """On an optimised model, whose calls are fast until then."""
+    """On an optimized model, whose calls are fast until then."""
     state = State(kind).compile("peft")
     with counted_calls() as calls:
         state.numbers(True)
@@ -134,7 +134,7 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantised"]
+    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantized"]
 )
 def test_what_is_kept_keeps_no_weights(kind):
     """Whoever lets go of a layer has its memory, without waiting for the collector."""
@@ -162,7 +162,7 @@ def test_what_is_kept_keeps_no_weights(kind):
     assert any(freed[0]) or "block" in kind  # transformers' module is in a circle of its own
 
 
-@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
+@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantized") if k in KINDS])
 def test_a_replaced_weight_is_let_go(kind):
     """A record knows how a view lies, and holds no view."""
     state = State(kind).compile("kept")

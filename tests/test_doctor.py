@@ -95,7 +95,7 @@ def test_backends_as_the_settings_choose_them(interpret):
         assert backends["triton on cpu"] == said
         assert found["plan"]["backend"] == f"torch, not triton: {NEEDS_INTERPRETER}"
     assert ("forward 1" in found["plan"]) == interpret
-    tested = ("torch on cpu", *["triton on cpu"] * interpret, "PEFT optimised")
+    tested = ("torch on cpu", *["triton on cpu"] * interpret, "PEFT optimized")
     assert tuple(found["self-test, relative errors"]) == tested
     for status, found in others:
         assert status == 1
@@ -225,7 +225,7 @@ def test_another_peft_or_a_switch_is_a_note(capsys, monkeypatch, version, text):
         monkeypatch.setenv("FASTLORA_DISABLE", "1")
     found = examined(capsys)
     assert found["fastlora.optimize"]["PEFT"].startswith(text)
-    assert ("PEFT optimised" in found["self-test, relative errors"]) == (version == "0.99.0")
+    assert ("PEFT optimized" in found["self-test, relative errors"]) == (version == "0.99.0")
     assert found["settings"].get("FASTLORA_DISABLE") == os.environ.get("FASTLORA_DISABLE")
 
 
@@ -278,7 +278,7 @@ def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
 def test_alone_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")
-    assert "fastlora.plan(model)" in printed
+    assert "fastlora.estimate(model)" in printed
 
 
 def test_an_interpreter_that_needs_an_older_numpy_is_named(monkeypatch):

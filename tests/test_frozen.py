@@ -15,7 +15,7 @@ from models import (
     assert_untouched,
     counted_frozen_calls,
     fast_layers,
-    randomise,
+    randomize,
     snapshot,
     tiny_llama,
 )
@@ -115,7 +115,7 @@ LEFT = {
     "trains": lambda: linear().requires_grad_(True),
     "meta": lambda: linear(device="meta"),
     "replaced-forward": replaced,
-    "parametrised": lambda: parametrizations.weight_norm(linear()),
+    "parametrized": lambda: parametrizations.weight_norm(linear()),
     "float32-bias": with_other_bias,
     "inference": inferred,
     "empty": lambda: nn.Linear(96, 0, dtype=torch.bfloat16).requires_grad_(False),
@@ -266,7 +266,7 @@ def test_remove_lora_gives_them_back():
 
 
 def test_files_load_and_take_them_in(tmp_path):
-    fastlora.save_adapter(randomise(tied()), tmp_path)
+    fastlora.save_adapter(randomize(tied()), tmp_path)
     model = fastlora.load_adapter(Tied().bfloat16(), tmp_path)
     assert fast_layers(model) == {"head"}
     plain = tied(frozen=False)

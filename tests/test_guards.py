@@ -5,12 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from models import Mlp, adapt, randomise
+from models import Mlp, adapt, randomize
 from peft_models import inputs, mlp, optimized, other_config, up
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 from fastlora.layers import adapted, guards
 from fastlora.peft import layer as peft_layer
@@ -25,7 +25,7 @@ def read_anew(model: nn.Module, *inputs):
 def two_adapters() -> nn.Module:
     model = mlp()
     model.add_adapter("b", other_config(target_modules=["up", "down"]))
-    return optimized(randomise(model))
+    return optimized(randomize(model))
 
 
 @pytest.mark.parametrize("replaced", ["default", "b"])
@@ -44,7 +44,7 @@ def test_a_weight_of_two_adapters_is_tied_no_more(world, replaced):
 @pytest.mark.parametrize("how", ["assign", "functional"])
 def test_gate_and_up_are_tied_no_more(how):
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
-    model = randomise(adapt(block, target_modules="all-linear"))
+    model = randomize(adapt(block, target_modules="all-linear"))
     model[0].up_proj.lora_A = model[0].gate_proj.lora_A
     x = torch.randn(64, 32, requires_grad=True)
     model(x)
@@ -80,7 +80,7 @@ def test_what_another_thread_changes_while_a_layer_is_read_is_read_again():
 
 
 def test_an_own_layer_that_changes_while_it_is_read_is_read_again():
-    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    model = randomize(adapt(Mlp(), target_modules=["up"]))
     read = type(model.up).read
 
     def changing(layer):
@@ -106,7 +106,7 @@ def test_a_list_of_active_adapters_of_a_class_of_its_own_is_looked_into():
 
 
 def test_a_layer_of_another_class_is_read_again():
-    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    model = randomize(adapt(Mlp(), target_modules=["up"]))
     kind = type(model.up)
     x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
     model(x)
@@ -124,7 +124,7 @@ def test_what_outlived_a_transform_is_an_input_like_others(kind, calls_before):
         "peft": lambda: up(two_adapters()),
         "block": lambda: adapt(block, target_modules="all-linear"),
     }
-    module, leaked = randomise(make[kind]()), []
+    module, leaked = randomize(make[kind]()), []
     size = 32 if kind == "block" else module.in_features
     x = torch.randn(64, size, dtype=next(module.parameters()).dtype)
     torch.func.grad(lambda x: leaked.append(x) or x.sum())(x)
@@ -134,7 +134,7 @@ def test_what_outlived_a_transform_is_an_input_like_others(kind, calls_before):
 
 
 def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
-    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    model = randomize(adapt(Mlp(), target_modules=["up"]))
     x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
     before = model.up(x)
     cached = vars(model.up)["_fastlora_record_followed"]
@@ -160,7 +160,7 @@ def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
 
 def test_packed_numbers_that_change_in_place_are_read_again():
     """A record may depend on them, as on the order of a GPTQ layer's columns."""
-    (layer,) = adapt(nn.Sequential(quantised("gguf-q8_0", 256, 32)), target_modules=["0"])
+    (layer,) = adapt(nn.Sequential(quantized("gguf-q8_0", 256, 32)), target_modules=["0"])
 
     def found():
         return guards.record_of(layer, adapted._RECORDER)[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compiled_states import KINDS as MODELS
-from models import Mlp, Tied, adapt, randomise
+from models import Mlp, Tied, adapt, randomize
 from peft_models import adapted
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -23,11 +23,11 @@ KINDS = {
     "peft-experts": lambda: adapted(MODELS["experts"].make(), **EXPERTS),
     "peft-tied": lambda: adapted(Tied(), target_modules=["mix", "head"]),
     "peft-embedding": lambda: adapted(Tied(), target_modules=["mix", "embed"]),
-    "own": lambda: randomise(adapt(Mlp(), **UP_DOWN)).eval(),
-    "own-experts": lambda: randomise(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
+    "own": lambda: randomize(adapt(Mlp(), **UP_DOWN)).eval(),
+    "own-experts": lambda: randomize(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
 }
 if BITSANDBYTES:
-    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantised"].make(), target_modules=["0", "2"])
+    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantized"].make(), target_modules=["0", "2"])
 
 
 def inputs(model: nn.Module) -> Tensor:
@@ -89,7 +89,7 @@ def test_inside_is_the_merged_model_and_behind_it_the_very_bits(name, optimized)
                 assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
-    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # it is quantised again
+    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # it is quantized again
     assert (y - expected).norm() <= tolerance * expected.norm()
     assert not torch.equal(y, model(x)) or "experts" in name  # PEFT's sums are the merged weights
 

@@ -32,7 +32,7 @@ def test_experts_number_by_number():
     mask = torch.rand(6, 5) > 0.3
     options = {"bias": bias, "scale": 0.7, "dropout": 0.3, "mask": mask}
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
-    y = oracles.lora_grouped(x, weight, lora_a, lora_b, offsets, **options)
+    y = oracles.grouped_lora_linear(x, weight, lora_a, lora_b, offsets, **options)
     for m, e in enumerate([0, 0, 2, 2, 2]):
         for n in range(4):
             base = sum(x[m, k] * weight[e, n, k] for k in range(5)) + bias[e, n]
@@ -48,7 +48,7 @@ def test_experts_number_by_number():
 def test_dropout_without_a_mask_is_an_error():
     for call, shapes, ends in (
         (reference.lora_linear, ((2, 5), (4, 5), (2, 5), (4, 2)), []),
-        (oracles.lora_grouped, ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2)), [[2, 2, 5]]),
+        (oracles.grouped_lora_linear, ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2)), [[2, 2, 5]]),
     ):
         with pytest.raises(ValueError, match="no mask came"):
             call(*map(torch.randn, shapes), *ends, dropout=0.1)

@@ -149,7 +149,7 @@ def test_fresh_layer_is_the_identity_change():
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
-def test_initialisation_is_peft_s():
+def test_initialization_is_peft_s():
     """kaiming-uniform(a=√5) is uniform within 1/√in_features."""
     lora_a = LoRALinear(400, 7, r=64).lora_A
     assert lora_a.abs().max() <= 1 / 20

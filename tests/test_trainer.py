@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import randomise, refused
+from models import randomize, refused
 from process import Ranks
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def test_a_resumed_mixture_is_the_run_without_a_stop(name, trainer, tmp_path):
         targets = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
         targets |= {"target_parameters": moe_models.parameters_of(name)}
         torch.manual_seed(seed)
-        return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets)), 0.1)
+        return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets)), 0.1)
 
     assert_same(*map(result, stopped_and_resumed(mixture, tmp_path, trainer)))
 

@@ -34,7 +34,7 @@ def bare() -> None:
     for extra, call in {
         "peft": lambda: fastlora.optimize(model),
         "gguf": lambda: fastlora.export_gguf("a", "b", model_config="c"),
-        "quantised": lambda: fastlora.pack(model, "nf4", modules=["0"]),
+        "quantized": lambda: fastlora.pack(model, "nf4", modules=["0"]),
         "trainer": lambda: __import__("fastlora.trainer"),
     }.items():
         try:

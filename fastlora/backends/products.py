@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..blocks import Dense, Source, source_of, widened
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import HALF_DTYPES, Base, Output
 
 # For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
@@ -166,9 +166,9 @@ def weight_rows(weight: Tensor | Source, dtype: torch.dtype) -> Iterator[tuple[s
     return widened(source, buffer)
 
 
-def _comes_in_blocks(weight: Tensor | Quantised, x: Tensor) -> bool:
+def _comes_in_blocks(weight: Tensor | Quantized, x: Tensor) -> bool:
     """Whether it is made for a product with x on a CPU: unpacked, or widened for a wide x."""
-    return x.is_cpu and (isinstance(weight, Quantised) or weight.dtype != x.dtype)
+    return x.is_cpu and (isinstance(weight, Quantized) or weight.dtype != x.dtype)
 
 
 def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
@@ -185,7 +185,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
             _write_linear(columns_of(y, rows), x, some, None if bias is None else bias[rows])
             del some  # before the next block is made
         return y
-    if isinstance(weight, Quantised):
+    if isinstance(weight, Quantized):
         weight = weight.dense(x.dtype)
     return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
 
@@ -196,10 +196,10 @@ def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return torch.addmm(bias, x, weight.T, out=y)
 
 
-def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantised, beta: float) -> None:
+def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
     """dx = beta · dx + dy weight, in dx's dtype."""
     if not _comes_in_blocks(weight, dx):
-        dense = weight.dense(dx.dtype) if isinstance(weight, Quantised) else weight
+        dense = weight.dense(dx.dtype) if isinstance(weight, Quantized) else weight
         torch.addmm(dx, dy, dense, beta=beta, out=dx)
     elif dx.dtype in HALF_DTYPES:
         _add_rounding_once(dx, dy, weight, beta)
@@ -210,7 +210,7 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantised, beta: floa
             beta = 1.0
 
 
-def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantised, beta: float) -> None:
+def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
     """The same in 16 bits: the products of blocks are summed in float32."""
     columns = dx.shape[1]
     step = max(1, _SUMMED // columns)

@@ -156,7 +156,7 @@ def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str
     if sys.modules.get("peft") and not why_nothing_changes():
         checks = peft_checks()
         words = [f"{what} {check.largest.relative:.1g}" for what, check in checks.items()]
-        entries["PEFT optimised"] = ", ".join(words)
+        entries["PEFT optimized"] = ", ".join(words)
         for what, check in checks.items():
             if not check:
                 broken.append(f"self-test of fastlora.optimize, {what}: {check}")

@@ -10,19 +10,19 @@ from torch import nn
 from . import bitsandbytes, float8, gguf, gptq, hqq, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
-__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
+__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
 
 # The type checker holds every vendor to the contract.
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 
 
 def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:
-    """Whose quantised linear layer this is; None: nobody's.  ``kind``: in its class's place."""
+    """Whose quantized linear layer this is; None: nobody's.  ``kind``: in its class's place."""
     kind = type(layer) if kind is None else kind
     return next((vendor for vendor in VENDORS if vendor.owns(layer, kind)), None)
 
 
-def quantised_weight(
+def quantized_weight(
     layer: nn.Module, kind: type[nn.Module] | None = None
 ) -> PackedLayer | str | None:
     """A vendor's layer as a packed weight, or why it can't be read; None: it is no vendor's.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from, is_dtensor
-from .format import Coding, Expected, Format, Quantised, of_rows
+from .format import Coding, Expected, Format, Quantized, of_rows
 from .torchao import Affine
 from .vendor import PackedLayer, checked
 
@@ -170,7 +170,7 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return kind.__call__ is nn.Module.__call__
 
 
-@checked("its quantisation state is")
+@checked("its quantization state is")
 def read(layer: Any) -> PackedLayer | str:
     return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
 
@@ -231,7 +231,7 @@ def _state_of(layer: Any) -> Any:
 def _read_four_bit(layer: Any) -> PackedLayer | str:
     state, weight = _state_of(layer), layer.weight
     if state is None:
-        return "its weight isn't quantised as yet: .to(device) does that"
+        return "its weight isn't quantized as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
         # Its kernel knows no gradient.  A layer with an adapter of its weight has no other call.
         if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
@@ -248,7 +248,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
         )
     rows, columns = state.shape
     if (rows, columns) != (layer.out_features, layer.in_features):
-        return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
+        return f"its quantization state is of a weight of shape {tuple(state.shape)}"
     packed = weight.detach()
     if not is_dtensor(weight):  # FSDP's between calls, which nothing reads
         packed = packed.view(torch.uint8).view(-1)
@@ -256,7 +256,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     nested = () if outer is None else (outer.absmax, outer.code, state.offset)
     of_each = 0 if outer is None else outer.blocksize
     format = FourBit(rows, columns, state.quant_type, state.blocksize, of_each)
-    weight = Quantised(format, (packed, state.absmax, *nested))
+    weight = Quantized(format, (packed, state.absmax, *nested))
     return PackedLayer(weight, layer.compute_dtype, restores=True)
 
 
@@ -273,13 +273,13 @@ def _read_repacked(layer: Any, state: Any) -> PackedLayer:
     packed = pairs.permute(0, 2, 3, 1).reshape(-1)
     absmax = state.absmax.t().reshape(-1).float()
     format = FourBit(rows, columns, state.quant_type, state.blocksize)
-    return PackedLayer(Quantised(format, (packed, absmax)), layer.compute_dtype, restores=True)
+    return PackedLayer(Quantized(format, (packed, absmax)), layer.compute_dtype, restores=True)
 
 
 def _read_int8(layer: Any) -> PackedLayer | str:
     state, weight = layer.state, layer.weight
     if state.has_fp16_weights:
-        return "its weight has 16 bits, and is quantised in every call (has_fp16_weights)"
+        return "its weight has 16 bits, and is quantized in every call (has_fp16_weights)"
     if state.threshold:
         return (
             f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
@@ -292,8 +292,8 @@ def _read_int8(layer: Any) -> PackedLayer | str:
     scale = weight.SCB if weight.SCB is not None else state.SCB
     codes = (weight if codes is None else codes).detach().to(weight.device)
     if scale is None or codes.dtype != torch.int8:
-        return "its weight isn't quantised as yet: .to(device) does that"
+        return "its weight isn't quantized as yet: .to(device) does that"
     rows, columns = codes.shape
     format = Affine(rows, columns, 8, 1, columns, factor=_FACTOR)
     scale = scale.to(weight.device)[:, None]
-    return PackedLayer(Quantised(format, (codes, scale)), rounds_input=True)
+    return PackedLayer(Quantized(format, (codes, scale)), rounds_input=True)

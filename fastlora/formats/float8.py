@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..foreign import is_class
 from .arithmetic import place_for, scales_of, widen
-from .format import Coding, Expected, Format, Quantised, name_of, of_rows
+from .format import Coding, Expected, Format, Quantized, name_of, of_rows
 from .microscaled import MXFP4
 from .vendor import PackedLayer, checked
 
@@ -28,7 +28,7 @@ class Float8(Format):
     """weight = code · scale of its block, the product float32's, rounded once to another dtype.
 
     Codes [rows, columns] of the dtype ``code``, scale [⌈rows / block_rows⌉, ⌈columns /
-    block_columns⌉].  So torchao dequantises a Float8Tensor, and transformers a checkpoint.
+    block_columns⌉].  So torchao dequantizes a Float8Tensor, and transformers a checkpoint.
     """
 
     code: str
@@ -102,23 +102,23 @@ def read(layer: Any) -> PackedLayer | str:
     if scale.numel() == blocks[0] * blocks[1]:
         scale = scale.view(blocks)
     format = Float8(n, k, name_of(codes.dtype), rows, columns)
-    return PackedLayer(Quantised(format, (codes, scale)), rounds_input=True)
+    return PackedLayer(Quantized(format, (codes, scale)), rounds_input=True)
 
 
 @checked("its {1} is")
-def experts_weight(experts: Any, name: str) -> Quantised:
+def experts_weight(experts: Any, name: str) -> Quantized:
     """A weight of ``FP8Experts`` as a stack [E, N, K], of its own memory; or why it can't be read.
 
-    With blocks each scale is that of one, as their own dequantisation has it.  Without, there is a
+    With blocks each scale is that of one, as their own dequantization has it.  Without, there is a
     scale for all of an expert, for each half of its rows (gate and up), or for each row.
     """
     codes, scale = getattr(experts, name).detach(), getattr(experts, f"{name}{SCALE}").detach()
     _, n, k = codes.shape
     if codes.dtype == torch.int8:
-        return Quantised(MXFP4(n, 2 * k), (codes, scale))
+        return Quantized(MXFP4(n, 2 * k), (codes, scale))
     count = scale.shape[1]
     rows, columns = experts.block_size or (n // count if count in (1, 2, n) else 0, k)
-    return Quantised(Float8(n, k, name_of(codes.dtype), rows, columns), (codes, scale))
+    return Quantized(Float8(n, k, name_of(codes.dtype), rows, columns), (codes, scale))
 
 
 def _block(layer: Any) -> tuple[int, int]:
@@ -137,8 +137,8 @@ def pack(layer: Any, weight: Tensor) -> None:
     codes, scale = layer.weight, layer.weight_scale_inv
     rounds = "ue8m0" if scale.dtype == torch.float8_e8m0fnu else "float"
     config = SimpleNamespace(weight_block_size=_block(layer), scale_fmt=rounds)
-    quantiser = sys.modules[_MODULE].Fp8Quantize(SimpleNamespace(quantization_config=config))
-    made = quantiser.convert({"weight": weight})
+    quantizer = sys.modules[_MODULE].Fp8Quantize(SimpleNamespace(quantization_config=config))
+    made = quantizer.convert({"weight": weight})
     if made["weight"].dtype != codes.dtype:
         raise ValueError(
             f"transformers makes no {codes.dtype} of a weight {tuple(weight.shape)} in blocks of "

@@ -41,7 +41,7 @@ class Format:
     """What packed tensors stand for: a weight [``rows``, ``columns``].
 
     Fields of a subclass are whole numbers, numbers, words and switches, so that a text can carry
-    them; one called ``compute`` names the dtype in which the vendor dequantises.
+    them; one called ``compute`` names the dtype in which the vendor dequantizes.
     """
 
     rows: int
@@ -93,7 +93,7 @@ class Format:
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         """``len(out)`` rows from ``first`` on, written to ``out`` [rows, columns], and it.
 
-        Bit for bit what the vendor's own dequantisation gives in out's dtype, which is floating;
+        Bit for bit what the vendor's own dequantization gives in out's dtype, which is floating;
         out's rows may lie apart, their elements don't.
         """
         raise NotImplementedError
@@ -140,7 +140,7 @@ def _value_of(word: str) -> Any:
         return word
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A weight [N, K] that is packed, a :class:`fastlora.blocks.Source`: none of it ever trains.
 
     It stands where a :class:`fastlora.projection.Base` has a plain weight.  A stack [E, N, K], of
@@ -189,14 +189,14 @@ class Quantised(NamedTuple):
                 raise ValueError(f"a tensor has strides {tensor.stride()}: call .contiguous()")
         self.format.check(self.one(0).tensors)
 
-    def one(self, expert: int) -> "Quantised":
+    def one(self, expert: int) -> "Quantized":
         """The weight of one of a stack, as views."""
-        return Quantised(self.format, tuple([tensor[expert] for tensor in self.tensors]))
+        return Quantized(self.format, tuple([tensor[expert] for tensor in self.tensors]))
 
-    def unbind(self) -> list["Quantised"]:
+    def unbind(self) -> list["Quantized"]:
         """The weight of each of a stack, as views."""
         tensors = zip(*[tensor.unbind() for tensor in self.tensors], strict=True)
-        return [Quantised(self.format, of_one) for of_one in tensors]
+        return [Quantized(self.format, of_one) for of_one in tensors]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in this dtype, new."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..foreign import is_class
 from .arithmetic import write_scaled
-from .format import Expected, Format, Quantised
+from .format import Expected, Format, Quantized
 from .vendor import PackedLayer, checked
 
 # The 16 values of IQ4_NL and IQ4_XS.
@@ -207,7 +207,7 @@ def read(layer: Any) -> PackedLayer | str:
         return f"its GGUF type has number {layer.ggml_type}, which no format reads"
     format = Gguf(layer.out_features, layer.in_features, kind, order is not None)
     blocks = layer.weight.detach()
-    return PackedLayer(Quantised(format, (blocks,) if order is None else (blocks, order)))
+    return PackedLayer(Quantized(format, (blocks,) if order is None else (blocks, order)))
 
 
 def is_experts(kind: type[nn.Module]) -> bool:
@@ -215,14 +215,14 @@ def is_experts(kind: type[nn.Module]) -> bool:
 
 
 @checked("its {1} is")
-def experts_weight(experts: Any, name: str) -> Quantised | str:
+def experts_weight(experts: Any, name: str) -> Quantized | str:
     """A weight of ``GgufExperts`` as a stack [E, N, K], of its own memory; or why it can't be."""
     is_down, blocks = name == "down_proj", getattr(experts, name).detach()
     number = experts.down_type if is_down else experts.gate_up_type
     if number not in _NAMES:
         return f"the GGUF type of its {name} has number {number}, which no format reads"
     columns = experts.intermediate_dim if is_down else experts.hidden_dim
-    return Quantised(Gguf(blocks.shape[1], columns, _NAMES[number]), (blocks,))
+    return Quantized(Gguf(blocks.shape[1], columns, _NAMES[number]), (blocks,))
 
 
 def pack(layer: Any, weight: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..foreign import derived_from
 from .arithmetic import place_for
-from .format import FLOATS, Expected, Format, Quantised, name_of
+from .format import FLOATS, Expected, Format, Quantized, name_of
 from .vendor import Once, PackedLayer, checked
 
 
@@ -97,7 +97,7 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return theirs is not None and kind.forward is theirs.forward
 
 
-@checked("its quantisation state is")
+@checked("its quantization state is")
 def read(layer: Any) -> PackedLayer | str:
     kind = _theirs(type(layer))
     if kind is None or kind.__name__ not in _READ:
@@ -113,7 +113,7 @@ def read(layer: Any) -> PackedLayer | str:
     ordered = _ORDERED.ask(layer.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
     format = Gptq(rows, columns, layer.bits, groups, name_of(scales.dtype), ordered)
     tensors = tuple([getattr(layer, name).detach() for name in format.names])
-    return PackedLayer(Quantised(format, tensors))
+    return PackedLayer(Quantized(format, tensors))
 
 
 def pack(layer: Any, weight: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..foreign import is_class
 from .arithmetic import place_for
-from .format import Expected, Format, Quantised, name_of
+from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked
 
 _COUNTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # how many numbers of so many bits an element holds
@@ -79,10 +79,10 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return is_class(kind, _MODULE, "HQQLinear")
 
 
-@checked("its quantisation state is")
+@checked("its quantization state is")
 def read(layer: Any) -> PackedLayer | str:
     if not layer.ready:
-        return "its weight isn't quantised as yet"
+        return "its weight isn't quantized as yet"
     meta, packed = layer.meta, layer.W_q.detach()
     if meta["axis"] != 1:
         return f"its groups run down the columns (axis={meta['axis']}): only those in rows are read"
@@ -96,7 +96,7 @@ def read(layer: Any) -> PackedLayer | str:
     compute = name_of(meta["scale"].dtype)
     format = Hqq(rows, columns, meta["nbits"], meta["group_size"] or columns, compute)
     tensors = tuple(map(_keepable, (packed, meta["scale"], meta["zero"])))
-    return PackedLayer(Quantised(format, tensors))
+    return PackedLayer(Quantized(format, tensors))
 
 
 def _keepable(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class NVFP4(_E2M1):
     """weight = code · (scale of its block of 16 in a row · tensor_scale), each product float32's.
 
     packed as MXFP4's, scale float8_e4m3fn [rows, columns / 16], tensor_scale float32 [].
-    So torchao dequantises an NVFP4Tensor; without a scale for all it has 1.
+    So torchao dequantizes an NVFP4Tensor; without a scale for all it has 1.
     """
 
     block: ClassVar[int] = 16

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from ..blocks import buffer_for, rows_at_a_time, widened
 from .bitsandbytes import FourBit
 from .float8 import Float8
-from .format import Quantised
+from .format import Quantized
 from .microscaled import MXFP4, NVFP4, powers_of
 
 # Of e4m3 its largest number and its smallest normal one, and the largest of e2m1.
@@ -23,10 +23,10 @@ _NOTHING = 2.0**-100
 _BOUNDS = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
 
 
-def pack_weight(weight: Tensor, kind: str) -> Quantised:
+def pack_weight(weight: Tensor, kind: str) -> Quantized:
     """weight [N, K] or [E, N, K], of any floating dtype, packed as one of :data:`KINDS`.
 
-    * "nf4": bitsandbytes' quantiser, blocks of 64 with float32 scales;
+    * "nf4": bitsandbytes' quantizer, blocks of 64 with float32 scales;
     * "mxfp4": as torchao's ``to_mx`` in ``ScaleCalculationMode.EVEN``, which errs least: 4 times a
       block's scale is its largest magnitude, rounded to e2m1's two digits, without its mantissa;
     * "nvfp4": as torchao's ``to_nvfp4`` with ``per_tensor_amax_to_scale``;
@@ -55,10 +55,10 @@ def pack_weight(weight: Tensor, kind: str) -> Quantised:
             stack = stack or [one.new_empty(len(weight), *one.shape) for one in packed.tensors]
             for all_of_them, one in zip(stack, packed.tensors, strict=True):
                 all_of_them[i] = one
-    return Quantised(packed.format, tuple(stack))
+    return Quantized(packed.format, tuple(stack))
 
 
-def packing_error(weight: Tensor, packed: Quantised) -> float:
+def packing_error(weight: Tensor, packed: Quantized) -> float:
     """‖packed - weight‖ / ‖weight‖, a block of rows at a time; 0 for a weight of zeros."""
     if weight.shape != packed.shape:
         raise ValueError(f"the weight is {tuple(weight.shape)}, the packed {tuple(packed.shape)}")
@@ -93,7 +93,7 @@ def _e2m1(values: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def _mxfp4(weight: Tensor) -> Quantised:
+def _mxfp4(weight: Tensor) -> Quantized:
     format = MXFP4(*weight.shape)
     shape = format.blocks, format.block
 
@@ -105,10 +105,10 @@ def _mxfp4(weight: Tensor) -> Quantised:
         scale = ((largest.view(torch.int32) + 2**21) >> 23).sub_(2).clamp_(0, 252).byte()
         return _e2m1(blocks * powers_of(254 - scale)[..., None]), scale
 
-    return Quantised(format, _by_rows(weight, pack))
+    return Quantized(format, _by_rows(weight, pack))
 
 
-def _nvfp4(weight: Tensor) -> Quantised:
+def _nvfp4(weight: Tensor) -> Quantized:
     format = NVFP4(*weight.shape)
     shape = format.blocks, format.block
     largest = torch.linalg.vector_norm(weight, torch.inf).float()
@@ -120,10 +120,10 @@ def _nvfp4(weight: Tensor) -> Quantised:
         scale = scale.clamp_(_SMALLEST, _LARGEST).to(torch.float8_e4m3fn)
         return _e2m1(blocks * (1.0 / tensor_scale / scale.float())[..., None]), scale
 
-    return Quantised(format, (*_by_rows(weight, pack), tensor_scale))
+    return Quantized(format, (*_by_rows(weight, pack), tensor_scale))
 
 
-def _fp8(weight: Tensor) -> Quantised:
+def _fp8(weight: Tensor) -> Quantized:
     (N, K), side = weight.shape, _FLOAT8_BLOCK
 
     def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,22 +136,22 @@ def _fp8(weight: Tensor) -> Quantised:
         return codes[: len(rows), :K].contiguous(), 1.0 / factor
 
     format = Float8(N, K, "float8_e4m3fn", side, side)
-    return Quantised(format, _by_rows(weight, pack))
+    return Quantized(format, _by_rows(weight, pack))
 
 
-def _nf4(weight: Tensor) -> Quantised:
+def _nf4(weight: Tensor) -> Quantized:
     try:
-        quantise = import_module("bitsandbytes.functional").quantize_4bit
+        quantize = import_module("bitsandbytes.functional").quantize_4bit
     except ImportError as error:
         raise ImportError(
-            "\"nf4\" needs bitsandbytes' quantiser: pip install 'fastlora-kernels[quantised]'"
+            "\"nf4\" needs bitsandbytes' quantizer: pip install 'fastlora-kernels[quantized]'"
         ) from error
     (N, K), block = weight.shape, _NF4_BLOCK
     weight = weight.float() if weight.element_size() > 4 else weight.contiguous()
-    packed, state = quantise(weight, blocksize=block, quant_type="nf4")
-    return Quantised(FourBit(N, K, "nf4", block), (packed.view(-1), state.absmax))
+    packed, state = quantize(weight, blocksize=block, quant_type="nf4")
+    return Quantized(FourBit(N, K, "nf4", block), (packed.view(-1), state.absmax))
 
 
-KINDS: dict[str, Callable[[Tensor], Quantised]] = {
+KINDS: dict[str, Callable[[Tensor], Quantized]] = {
     "nf4": _nf4, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "fp8": _fp8,
 }  # fmt: skip

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ..foreign import PLAIN, derived_from, is_class
 from .arithmetic import place_for, write_scaled
 from .float8 import Float8
-from .format import FLOATS, Coding, Expected, Format, Quantised, name_of, of_rows
+from .format import FLOATS, Coding, Expected, Format, Quantized, name_of, of_rows
 from .vendor import Once, PackedLayer, checked
 
 
 @dataclass(frozen=True)
 class Affine(Format):
-    """(codes - zero_point) · (``factor`` · scale), as torchao and LLM.int8 dequantise integers.
+    """(codes - zero_point) · (``factor`` · scale), as torchao and LLM.int8 dequantize integers.
 
     codes int8 [rows, columns], of ``bits`` bits; scale and, if ``shifted``, zero_point [rows /
     block_rows, columns / block_columns].  The difference is out's dtype's, the scale times the
@@ -179,7 +179,7 @@ def _whole_numbers(weight: Any) -> PackedLayer:
     shifted = not _is_zero(weight)
     tensors = weight.qdata, weight.scale.view(rows // height, -1), weight.zero_point
     format = Affine(rows, columns, bits, height, width, shifted)
-    return PackedLayer(Quantised(format, tensors[: len(format.names)]))
+    return PackedLayer(Quantized(format, tensors[: len(format.names)]))
 
 
 def _int4(weight: Any) -> PackedLayer | str:
@@ -187,7 +187,7 @@ def _int4(weight: Any) -> PackedLayer | str:
     if height != 1:
         return f"its groups are blocks of {(height, group)}"
     format = Int4Groups(rows, columns, group, name_of(weight.scale.dtype))
-    return PackedLayer(Quantised(format, (weight.qdata, weight.scale, weight.zero_point)))
+    return PackedLayer(Quantized(format, (weight.qdata, weight.scale, weight.zero_point)))
 
 
 def _float8(weight: Any) -> PackedLayer:
@@ -195,7 +195,7 @@ def _float8(weight: Any) -> PackedLayer:
     height, width = map(int, weight.block_size or (rows, columns))
     format = Float8(rows, columns, name_of(weight.qdata.dtype), height, width)
     tensors = weight.qdata, weight.scale.view(-(-rows // height), -1)
-    return PackedLayer(Quantised(format, tensors))
+    return PackedLayer(Quantized(format, tensors))
 
 
 _READ: dict[str, Callable[[Any], PackedLayer | str]] = {

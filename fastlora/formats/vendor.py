@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..foreign import is_dtensor
-from .format import Quantised
+from .format import Quantized
 
 SHARDED = "its weight is sharded (DTensor)"  # why a PackedLayer that isn't whole isn't called
 # What reading a broken layer raises.
@@ -26,7 +26,7 @@ class PackedLayer(NamedTuple):
     an adapter, rounds x to fewer bits, which no call here does.
     """
 
-    weight: Quantised
+    weight: Quantized
     compute_dtype: torch.dtype | None = None
     restores: bool = False
     rounds_input: bool = False
@@ -59,7 +59,7 @@ def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
         def read_checked(*args: P.args, **named: P.kwargs) -> T | str:
             try:
                 made = read(*args, **named)
-                if isinstance(made, Quantised):
+                if isinstance(made, Quantized):
                     made.check()
                 elif isinstance(made, PackedLayer) and made.is_whole:
                     made.weight.format.check(made.weight.tensors)
@@ -90,7 +90,7 @@ class Vendor(Protocol):
         """The layer's weight as it is now, or why it can't be read."""
 
     def pack(self, layer: Any, weight: Tensor) -> None:
-        """Make weight [N, K] the layer's own, packed as the layer's is by the vendor's quantiser.
+        """Make weight [N, K] the layer's own, packed as the layer's is by the vendor's quantizer.
 
         What was there stays as it is, in no place.  Raises ValueError where there is no such.
         """

@@ -194,11 +194,11 @@ class AdaptedWeight:
                 continue
             raise ValueError(f"{name} can't be merged: its {label} {reason}")
 
-    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantize: bool = True) -> float:
         """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
 
         Returns how far a weight that is packed again is from it, in parts of its size.
-        ``requantise``: a packed one is packed again.
+        ``requantize``: a packed one is packed again.
         """
         module, name = self.adapted_module, self.adapted_name
         module._bases[name] = getattr(module, name) if keep_base else None
@@ -400,7 +400,7 @@ def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
     """Why the weight can't be replaced by another Parameter; "" if it can.  ``name``: its own."""
     if name in layer._parameters or (name != "weight" and name in layer._buffers):
         return ""
-    return "its weight is computed (weight_norm, pruning, a parametrisation): make that permanent"
+    return "its weight is computed (weight_norm, pruning, a parametrization): make that permanent"
 
 
 def own_name(layer: nn.Module) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..formats import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantized_weight
 
 _SEED = 20240229  # of every run, any number
 
@@ -92,12 +92,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Afterwards each is as it was, as an object and by value: a forward may write to one, or put
-    another there.  Those of quantised layers, which hold the weight, no call changes.
+    another there.  Those of quantized layers, which hold the weight, no call changes.
     """
     buffers = [
         (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
         for module in model.modules()
-        if module._buffers and not isinstance(quantised_weight(module), PackedLayer)
+        if module._buffers and not isinstance(quantized_weight(module), PackedLayer)
     ]
     try:
         yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..foreign import is_class
 from ..formats import gguf
 from ..formats.float8 import SCALE
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import (
@@ -87,7 +87,7 @@ class ExpertsWeight(AdaptedWeight):
         experts = self.adapted_module
         if self.adapted_name not in (*experts._parameters, *packed_names(experts)):
             raise ValueError(
-                f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
+                f"{name} can't be merged or removed: it is computed (a parametrization): make that "
                 "permanent"
             )
 
@@ -187,7 +187,7 @@ class LoRAExperts(Adapted):
         """How a call computes, or why it is the module's own forward's."""
         experts = read_module(self)
         if "parametrizations" in self._modules:
-            return Experts("its weights are parametrised")
+            return Experts("its weights are parametrized")
         return experts
 
     def _output(self, name: str, experts: Experts) -> Output[Any]:
@@ -244,7 +244,7 @@ def _sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Ten
     return apply
 
 
-def take_packed(module: Any, weights: Mapping[str, Quantised]) -> None:
+def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
     """Let an experts module have these packed weights in the place of its parameters."""
     for name, weight in weights.items():
         delattr(module, name)
@@ -266,7 +266,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     if is_class(type(module), *_SWIZZLED):
         return (
             "its MXFP4 numbers lie as a GPU kernel reads them: fastlora.load_packed(model, folder) "
-            "reads the checkpoint into a model that isn't quantised"
+            "reads the checkpoint into a model that isn't quantized"
         )
     experts = read_module(module)
     if experts.reason:
@@ -277,7 +277,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
-        return "its weights are parametrised: make that permanent"
+        return "its weights are parametrized: make that permanent"
     if needs_class(module) and not isinstance(module, LoRAExperts):
         return "its weights are dense, in a class for float8: a cast of codes lost their scales"
     added = [*vars(LoRAExperts), *(each for name in names for each in names_of_pair(name))]

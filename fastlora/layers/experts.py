@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..foreign import is_class
 from ..formats import float8, gguf
 from ..formats.float8 import SCALE
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
@@ -51,7 +51,7 @@ class PackedWeight(nn.Module):
     model leave them alone.
     """
 
-    def __init__(self, weight: Quantised) -> None:
+    def __init__(self, weight: Quantized) -> None:
         super().__init__()
         self.format = weight.format
         self._dtypes = tuple(tensor.dtype for tensor in weight.tensors)
@@ -59,16 +59,16 @@ class PackedWeight(nn.Module):
             self.register_buffer(name, tensor.detach().contiguous().view(torch.uint8))
 
     @property
-    def quantised(self) -> Quantised:
+    def quantized(self) -> Quantized:
         """The stack, of the same memory."""
         bits = [self._buffers[name] for name in self.format.names]
         tensors = [b.view(d) for b, d in zip(bits, self._dtypes, strict=True) if b is not None]
-        return Quantised(self.format, tuple(tensors))
+        return Quantized(self.format, tuple(tensors))
 
     # [E, N, K], whichever way a dense weight would lie in this module; the format's dtype.
-    shape = property(lambda self: self.quantised.shape)
-    dtype = property(lambda self: self.quantised.dtype)
-    device = property(lambda self: self.quantised.device)
+    shape = property(lambda self: self.quantized.shape)
+    dtype = property(lambda self: self.quantized.dtype)
+    device = property(lambda self: self.quantized.device)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.format.label}"
@@ -211,7 +211,7 @@ def weight_in(module: nn.Module, name: str) -> Any:
     """
     held = module._modules.get(name)
     if isinstance(held, PackedWeight):
-        return held.quantised
+        return held.quantized
     weight = tensor_of(module, name)
     if name not in _scaled(module) or weight.element_size() > 1:
         return weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..foreign import is_class
-from ..formats import SHARDED, PackedLayer, quantised_weight, vendor_of
+from ..formats import SHARDED, PackedLayer, quantized_weight, vendor_of
 from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output
@@ -87,12 +87,12 @@ def why_not_base(layer: nn.Module) -> str:
     """Why apply_lora can't give this module an adapter; "" if it can."""
     if isinstance(layer, LoRALayer):
         return "it already has one (fastlora.remove_lora takes it away)"
-    quantised = quantised_weight(layer)
-    reason = why_not_class(type(layer)) if quantised is None and not is_router(layer) else ""
+    quantized = quantized_weight(layer)
+    reason = why_not_class(type(layer)) if quantized is None and not is_router(layer) else ""
     if reason:
         return f"it is {reason}"
-    if isinstance(quantised, str):
-        return f"it is a {type(layer).__name__}: {quantised}"
+    if isinstance(quantized, str):
+        return f"it is a {type(layer).__name__}: {quantized}"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     vendor = vendor_of(layer)
@@ -118,9 +118,9 @@ def why_not_base(layer: nn.Module) -> str:
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
     kind = type(linear) if kind is None else kind
-    quantised: Any = quantised_weight(linear, kind)
-    if isinstance(quantised, PackedLayer):
-        weight: Any = quantised.weight
+    quantized: Any = quantized_weight(linear, kind)
+    if isinstance(quantized, PackedLayer):
+        weight: Any = quantized.weight
         return weight
     weight = linear.weight
     assert isinstance(weight, Tensor)
@@ -130,19 +130,19 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
 def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:
     """Why a linear layer isn't covered, "" if it is; its weight as [out, in], and its bias.
 
-    Last, what else there is to know of a quantised one.  ``adapted``: it is the base of an adapter,
+    Last, what else there is to know of a quantized one.  ``adapted``: it is the base of an adapter,
     and called so.  What watches its calls is another matter.
     """
     it, name, of = "it", "its weight", ""
     if adapted:
         it, name, of = "its base", "its base layer", "the weight of "
-    kind, quantised = type(base), quantised_weight(base)
-    packed = quantised if isinstance(quantised, PackedLayer) else None
-    reason = why_not_class(kind) if quantised is None else ""
-    if isinstance(quantised, str):
-        reason = f"a {kind.__name__}: {quantised}"
+    kind, quantized = type(base), quantized_weight(base)
+    packed = quantized if isinstance(quantized, PackedLayer) else None
+    reason = why_not_class(kind) if quantized is None else ""
+    if isinstance(quantized, str):
+        reason = f"a {kind.__name__}: {quantized}"
     elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
-        reason = "parametrised"
+        reason = "parametrized"
     elif not (adapted or reason or packed is not None or "weight" in base._parameters):
         reason = "without a weight, or that is computed"
     elif packed is not None and not packed.is_whole:
@@ -166,7 +166,7 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
 
 def slow_weight(layer: nn.Linear) -> Tensor | None:
     """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
-    weight = layer._parameters.get("weight")  # where a parametrised one isn't
+    weight = layer._parameters.get("weight")  # where a parametrized one isn't
     if weight is None or weight.dtype not in HALF_DTYPES or weight.device.type != "cpu":
         return None
     return None if weight.requires_grad else weight

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..formats import PackedLayer, vendor_of
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
 from ..projection import (
     AUTOCAST_DTYPES,
@@ -60,7 +60,7 @@ class Record(NamedTuple):
     reason: str
     outputs: tuple[Output[Tensor], ...] = ()  # a layer's; gate, up, down; experts' up and down
     dropouts: tuple[float, ...] = (0.0,)  # of a layer's adapters; of each output of a block
-    packed: tuple[PackedLayer | None, ...] = (None,)  # of quantised bases, for each output
+    packed: tuple[PackedLayer | None, ...] = (None,)  # of quantized bases, for each output
     how: Any = None  # a gated MLP's activation; Experts; a DoRA adapter's magnitude
     drop: nn.Module | None = None  # the dropout of a PEFT layer's last adapter
     adapter: str = ""  # the name of its first one
@@ -386,7 +386,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
-    if isinstance(weight, Quantised):
+    if isinstance(weight, Quantized):
         return x.dtype in DTYPES
     return x.dtype == weight.dtype or (
         x.dtype in AUTOCAST_DTYPES

@@ -11,7 +11,7 @@ from . import frozen
 from .adapted import LoRALayer, new_adapter, refuse_training, run_with
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
 from .members import class_over, twin
-from .quantised import LoRAQuantised
+from .quantized import LoRAQuantized
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -65,7 +65,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     ) -> Any:
         """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
 
-        The adapter has the weight's dtype.  Of a vendor's quantised layer (docs/quantised.md) it is
+        The adapter has the weight's dtype.  Of a vendor's quantized layer (docs/quantized.md) it is
         a layer of the vendor's class, with an adapter of float32.  Raises ValueError for what is
         neither.
         """
@@ -76,7 +76,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             raise ValueError(f"the layer can't take an adapter: {reason}")
         adapter = new_adapter(matrix_of(linear), r)
         if vendor_of(linear) is not None:
-            layer = twin(linear, adapted_class(type(linear), quantised=True))
+            layer = twin(linear, adapted_class(type(linear), quantized=True))
         else:
             sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
             layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
@@ -120,10 +120,10 @@ class _LoRARouter(LoRALayer):
         return run_with(self, {"weight": self.adapted_sum()}, run, args, named)
 
 
-def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALayer]:
-    """What a base's class becomes; ``quantised``: a vendor's layer, which may be of torch's."""
-    if quantised:
-        return class_over(LoRAQuantised, kind)
+def adapted_class(kind: type[nn.Module], quantized: bool = False) -> type[LoRALayer]:
+    """What a base's class becomes; ``quantized``: a vendor's layer, which may be of torch's."""
+    if quantized:
+        return class_over(LoRAQuantized, kind)
     if kind in (nn.Linear, frozen.Linear):
         return LoRALinear
     if is_conv1d(kind):

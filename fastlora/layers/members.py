@@ -26,7 +26,7 @@ _OF_TRANSFORMERS = {
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
+    """``getattr(module, name)``, sooner; a parametrized weight or FSDP's is no parameter there."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
@@ -40,7 +40,7 @@ def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> s
     if tensor is None:
         return ""
     if not (is_plain(tensor) or is_part):
-        hint = "sharded" if is_dtensor(tensor) else "quantised"
+        hint = "sharded" if is_dtensor(tensor) else "quantized"
         return f"is of class {type(tensor).__name__} ({hint}?)"
     if tensor.layout is not torch.strided:
         return f"has layout {tensor.layout}"

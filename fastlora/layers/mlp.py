@@ -147,7 +147,7 @@ def read_frozen(linear: nn.Module) -> Record:
     if is_hooked(linear):
         return Record(WATCHED)
     if "parametrizations" in linear._modules:
-        return Record("its weight is computed (a parametrisation)")
+        return Record("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__

@@ -56,7 +56,7 @@ def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> 
 def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings, but for how lora_A and lora_B began.
 
-    The file's values replace whatever a loader initialises, and PEFT would refuse an odd rank to
+    The file's values replace whatever a loader initializes, and PEFT would refuse an odd rank to
     begin "orthogonal".
     """
     return {k: v for k, v in values.items() if k not in _AT_FIRST} | {"init_lora_weights": True}

@@ -29,13 +29,13 @@ _ATTRIBUTES = (
 )  # fmt: skip
 # Without a quant_method, so that from_pretrained refuses: it would make random experts.
 _OURS = {"packed_by": "fastlora", "load_with": "fastlora.load_packed(model, folder)"}
-# Where a config names the modules that aren't quantised; "modules_to_not_convert" in the others.
+# Where a config names the modules that aren't quantized; "modules_to_not_convert" in the others.
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
 _adapters_alone = ContextVar("_adapters_alone", default=False)
 
 
 class _Declared(NamedTuple):
-    """What a model says of its quantised layers, if it has some."""
+    """What a model says of its quantized layers, if it has some."""
 
     attributes: dict[str, Any]  # transformers' own, of the model
     config: Any  # its quantization_config, or None
@@ -47,7 +47,7 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
 
     ``linears``: the linear layers that fastlora packs there.
 
-    Where nothing is packed, nothing of a quantiser is left.  Where layers of a quantiser are, its
+    Where nothing is packed, nothing of a quantizer is left.  Where layers of a quantizer are, its
     config names those that are dense.  Where fastlora has packed experts, save_pretrained writes
     the model's own names, which ``load_packed`` and ``load_state_dict`` read, and config.json has
     what makes ``from_pretrained`` refuse.
@@ -58,7 +58,7 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
     yield
     changed = _packed(model) != before
     for outer, said in made.items():
-        # Of a GGUF file on a CPU transformers makes a dense model, and leaves it the quantiser.
+        # Of a GGUF file on a CPU transformers makes a dense model, and leaves it the quantizer.
         if changed or (said.config is not None and _method_of(said.config) == "gguf"):
             outer.__dict__[_RECORD] = said
             _declare(outer, said)
@@ -75,8 +75,8 @@ def _said(outer: Any, linear: nn.Module | None) -> _Declared:
     said = outer.__dict__.get(_RECORD)
     if said is None:
         attributes = {name: outer.__dict__[name] for name in _ATTRIBUTES if name in outer.__dict__}
-        quantised = getattr(outer.config, "quantization_config", None)
-        said = _Declared(attributes, quantised if _QUANTIZER in attributes else None)
+        quantized = getattr(outer.config, "quantization_config", None)
+        said = _Declared(attributes, quantized if _QUANTIZER in attributes else None)
     if linear is None or said.config is not None:
         return said
     theirs: Any = import_module("transformers")
@@ -95,7 +95,7 @@ def _declare(outer: Any, said: _Declared) -> None:
     attributes, config = dict(said.attributes), said.config
     ours = [isinstance(module, PackedWeight) for module in _packed(outer).values()]
     if all(ours):
-        # A dense checkpoint is none of those that a quantiser's conversions are for.
+        # A dense checkpoint is none of those that a quantizer's conversions are for.
         keeps = {_CONVERSIONS} & attributes.keys() if _QUANTIZER not in attributes else set()
         attributes, config = {name: attributes[name] for name in keeps}, None
     elif config is not None:
@@ -132,7 +132,7 @@ def _packed(model: nn.Module) -> dict[str, nn.Module]:
 def _without(config: Any, outer: nn.Module) -> Any:
     """The same quantization_config, by which the modules that are dense now stay so.
 
-    Named, they take the place of what a quantiser leaves out by itself: the output head.
+    Named, they take the place of what a quantizer leaves out by itself: the output head.
     """
     packed = _packed(outer)
     dense = {
@@ -169,7 +169,7 @@ def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
 def _trainable(kind: Any) -> Any:
     """The class of quantizers of this ``kind``, of models with adapters.
 
-    ``transformers.Trainer`` takes a quantised model if it has PEFT's adapters, or if these two are
+    ``transformers.Trainer`` takes a quantized model if it has PEFT's adapters, or if these two are
     true.  They are: fastlora's layers give gradients over any base that it reads.
     """
 
@@ -203,7 +203,7 @@ def check_savable(quantizer: Any) -> None:
     if not (_adapters_alone.get() or quantizer.is_serializable(*safe)):
         method = getattr(quantizer.quantization_config, "quant_method", "")
         raise ValueError(
-            f"transformers can't save this quantised base ({getattr(method, 'value', method)}), "
+            f"transformers can't save this quantized base ({getattr(method, 'value', method)}), "
             "which transformers.Trainer's checkpoints hold: use fastlora.trainer.AdapterTrainer, "
             "whose checkpoints hold the adapter alone"
         )

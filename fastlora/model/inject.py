@@ -71,7 +71,7 @@ def apply_lora(
 
     ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`; a subclass with the same forward, and
     transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was; so
-    do vendors' quantised layers (docs/quantised.md).
+    do vendors' quantized layers (docs/quantized.md).
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
@@ -153,11 +153,11 @@ def inject(
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
     made = {}
     for name, target in targets.items():
-        kind, quantised = type(target.module), not isinstance(target.weight, Tensor)
+        kind, quantized = type(target.module), not isinstance(target.weight, Tensor)
         if target.parameter:
             over: Any = class_over(LoRAExperts, plain_class_of(target.module))
         else:
-            over = adapted_class(kind, quantised)
+            over = adapted_class(kind, quantized)
         adapter = target.new_adapter(name, config, wide_adapters)
         made[name] = over, adapter, config.alpha_of(name)
     untied = _copies_of_tied(model, saved)
@@ -197,7 +197,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     others keep the base's.  Frozen layers that were made fast are torch's again.  What trained
     before apply_lora trains again.  Modules that trained in full keep what they learned.  A model
     without adapters comes back as it is.  Raises ValueError, and changes nothing, where an adapted
-    weight was parametrised (``torch.nn.utils``).
+    weight was parametrized (``torch.nn.utils``).
     """
     check_model(model)
     inner = unwrap(model)

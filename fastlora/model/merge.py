@@ -13,7 +13,7 @@ from ..formats import vendor_of
 from ..layers.adapted import AdaptedWeight
 from ..layers.guards import forget
 from ..layers.modules import called, inside_of, lora_layers, unwrap
-from ..layers.quantised import LoRAQuantised
+from ..layers.quantized import LoRAQuantized
 from ..projection import DTYPES, check_switch
 from ..report import bar
 from .declare import declared
@@ -22,7 +22,7 @@ from .inject import check_model
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
 
-def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = True) -> nn.Module:
+def merge_lora(model: nn.Module, *, keep_base: bool = True, requantize: bool = True) -> nn.Module:
     """Add scaling · lora_B lora_A to every adapted layer's weight, and return the same model.
 
     Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
@@ -31,27 +31,27 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     ``remove_lora`` then leaves a plain model.  All layers are tried first, one after the other, so
     what is needed beside the model, and beside the originals if they are kept, is one layer.
 
-    A quantised layer's weight is dequantised, merged in float32 and quantised again, and a warning
-    says how far that took it; ``requantise=False`` leaves it a plain one of the dtype that most of
-    the model's parameters have beside the quantised layers (without any: of the layer's own), and
+    A quantized layer's weight is dequantized, merged in float32 and quantized again, and a warning
+    says how far that took it; ``requantize=False`` leaves it a plain one of the dtype that most of
+    the model's parameters have beside the quantized layers (without any: of the layer's own), and
     ``remove_lora`` then makes the layer a ``torch.nn.Linear`` of it.  Packed weights of experts
     become dense, of that dtype, in either case: after ``remove_lora``, ``fastlora.pack`` packs them
     again, and says how far that takes them.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
-    or its weight parametrised, its lora_A or lora_B is missing, of another shape or on another
+    or its weight parametrized, its lora_A or lora_B is missing, of another shape or on another
     device, or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to
     another module's, which it no longer is.
     """
     check_switch("keep_base", keep_base)
-    check_switch("requantise", requantise)
-    return merge_in_turn(model, keep_base, requantise)
+    check_switch("requantize", requantize)
+    return merge_in_turn(model, keep_base, requantize)
 
 
 def merge_in_turn(
     model: nn.Module,
     keep_base: bool,
-    requantise: bool,
+    requantize: bool,
     after: Callable[[AdaptedWeight], None] | None = None,
 ) -> nn.Module:
     """:func:`merge_lora`; ``after`` is called with each layer once it is merged."""
@@ -64,7 +64,7 @@ def merge_in_turn(
             )
         layer.check_adapter(called(name))
     dense = _dtype_around(unwrap(model))
-    packed = {layer for _, layer in layers if requantise and isinstance(layer, LoRAQuantised)}
+    packed = {layer for _, layer in layers if requantize and isinstance(layer, LoRAQuantized)}
     for name, layer in bar(layers, "checking", least=_BAR_FROM):
         merged = layer.merged_weight(torch.float32 if layer in packed else dense)
         _check_finite(name, merged)
@@ -80,7 +80,7 @@ def merge_in_turn(
         with declared(model):
             for name, layer in bar(layers, "merging", least=_BAR_FROM):
                 merged = layer.merged_weight(torch.float32 if layer in packed else dense)
-                error = layer.use_merged(merged, keep_base, requantise)
+                error = layer.use_merged(merged, keep_base, requantize)
                 if layer in packed:
                     errors[name] = error
                 del merged
@@ -94,8 +94,8 @@ def merge_in_turn(
     if errors:
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
-            f"{len(errors)} merged weights were quantised again, which changed them by up to "
-            f"{errors[worst]:.2g} of their size ({called(worst)}): requantise=False leaves them "
+            f"{len(errors)} merged weights were quantized again, which changed them by up to "
+            f"{errors[worst]:.2g} of their size ({called(worst)}): requantize=False leaves them "
             "plain",
             stacklevel=3,
         )
@@ -142,10 +142,10 @@ def _layers(model: nn.Module) -> list:
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """That of most parameters which are no adapters' and not in quantised layers; None without."""
+    """That of most parameters which are no adapters' and not in quantized layers; None without."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
-        if not isinstance(module, LoRAQuantised) and vendor_of(module) is None:
+        if not isinstance(module, LoRAQuantized) and vendor_of(module) is None:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dtype in DTYPES and "lora_" not in name:
                     count[parameter.dtype] += parameter.numel()

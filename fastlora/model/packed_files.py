@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..formats.microscaled import MXFP4
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
@@ -46,14 +46,14 @@ class _Stack(NamedTuple):
     module: nn.Module
     parameter: str
     shapes: dict[str, tuple[int, ...]]  # of its bytes in the file, by key
-    weight: Quantised  # on meta
+    weight: Quantized  # on meta
 
-    def read(self, stored: Mapping[str, _Stored]) -> Quantised:
+    def read(self, stored: Mapping[str, _Stored]) -> Quantized:
         tensors, device = [], _home(weight_in(self.module, self.parameter))
         for key, like in zip(self.shapes, self.weight.tensors, strict=True):
             bits = stored[key].read(key).to(device, copy=True)
             tensors.append(bits.flatten().view(like.dtype).view(like.shape))
-        return Quantised(self.weight.format, tuple(tensors))
+        return Quantized(self.weight.format, tuple(tensors))
 
 
 def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
@@ -257,6 +257,6 @@ def _unmade(buffer: Tensor) -> float:
     return 0 if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min
 
 
-def _home(tensor: Tensor | Quantised) -> torch.device:
+def _home(tensor: Tensor | Quantized) -> torch.device:
     """Where a loaded one is to be."""
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import quantised_weight, vendor_of
+from ..formats import quantized_weight, vendor_of
 from ..layers.members import is_hooked, twin
 from ..layers.modules import called, some
 from .declare import other_vendor
@@ -29,7 +29,7 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
     except ImportError as error:
         raise ImportError(
             f"{name} can't be packed as {kind} without {package}: "
-            "pip install 'fastlora-kernels[quantised]'"
+            "pip install 'fastlora-kernels[quantized]'"
         ) from error
     if linear.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")
@@ -53,9 +53,9 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
 
 def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
     """The same; ValueError if fastlora doesn't know what it holds."""
-    quantised = quantised_weight(layer)
-    if isinstance(quantised, str):
-        raise ValueError(f"{name} can't be packed as {kind}: {quantised}")
+    quantized = quantized_weight(layer)
+    if isinstance(quantized, str):
+        raise ValueError(f"{name} can't be packed as {kind}: {quantized}")
     return layer
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
-from ..formats import quantised_weight
-from ..formats.format import Quantised
+from ..formats import quantized_weight
+from ..formats.format import Quantized
 from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
@@ -90,10 +90,10 @@ class Packing:
     def __init__(self, model: nn.Module, compares: bool) -> None:
         self.model, self.compares = model, compares
         self.records: list[PackedRecord] = []
-        self._experts: dict[nn.Module, dict[str, Quantised]] = {}
+        self._experts: dict[nn.Module, dict[str, Quantized]] = {}
         self._linears: dict[nn.Module, Any] = {}  # vendors', by those in whose places they are
 
-    def add_weight(self, name: str, module: nn.Module, parameter: str, weight: Quantised) -> None:
+    def add_weight(self, name: str, module: nn.Module, parameter: str, weight: Quantized) -> None:
         """Of experts.  Raises ValueError as :meth:`add_linear`."""
         self._experts.setdefault(module, {})[parameter] = weight
         self._record(name, stack_in(module, parameter), weight)
@@ -166,7 +166,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
         reason = why_not_experts(module, names) if names else why_not_base(module)
-        if packed_names(module) or quantised_weight(module) is not None:
+        if packed_names(module) or quantized_weight(module) is not None:
             reason = "it is packed already"
         if module in wrapped:
             reason = "FSDP or DDP has it already: pack first"
@@ -233,8 +233,8 @@ def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     return layers | ids_outside(model, set(chosen))
 
 
-def packed_on_meta(shape: Sequence[int], kind: str) -> Quantised:
+def packed_on_meta(shape: Sequence[int], kind: str) -> Quantized:
     """A stack [E, N, K] without numbers."""
     count, *one = shape
     format, tensors = KINDS[kind](torch.empty(*one, dtype=torch.float32, device="meta"))
-    return Quantised(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))
+    return Quantized(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))

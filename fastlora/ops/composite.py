@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from ..backends.protocol import Call
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
 
@@ -42,7 +42,7 @@ def _of_rows(
 ) -> tuple[Tensor, ...]:
     ys, number = [], 0
     for (weight, bias), adapters in outputs:
-        if isinstance(weight, Quantised):
+        if isinstance(weight, Quantized):
             weight = weight.dense(x.dtype)
         y = None
         if weight is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.products import is_slow
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
 
 NODE, OP, COMPOSITE = "node", "op", "composite"
@@ -92,7 +92,7 @@ def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
     if backend != "torch" or len(outputs) > 1 or not has_few_rows(x):
         return False
     ((weight, _), adapters), dtype = outputs[0], x.dtype
-    if isinstance(weight, Quantised):
+    if isinstance(weight, Quantized):
         return False
     if dtype in HALF_DTYPES and is_slow(dtype):
         return False

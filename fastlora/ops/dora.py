@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import rows_at_a_time
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import Base, Output
 from .functional import lora_linear, lora_linears
 from .node import are_batched
@@ -61,7 +61,7 @@ def dora_linear(
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """n of the module's formulas, [N], in float32 or wider, without a gradient."""
     if torch.compiler.is_compiling():
-        if isinstance(weight, Quantised):
+        if isinstance(weight, Quantized):
             tensors, text = list(weight.tensors), weight.format.text
         else:
             tensors, text = [weight.detach()], ""

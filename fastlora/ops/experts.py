@@ -54,7 +54,7 @@ def lora_experts(
 
     index [T, k], an integer dtype, has each token's experts, and weights [T, k] their weights, of
     any floating dtype.  ``up`` and ``down`` are outputs with one adapter each or none, whose
-    tensors are stacked as those of :func:`fastlora.lora_grouped`: up [E, F, K], down [E, N, I].
+    tensors are stacked as those of :func:`fastlora.grouped_lora_linear`: up [E, F, K], down [E, N, I].
     ``activate`` makes [S, I] of [S, F]: a function that autograd follows, or the name of an
     activation (silu, gelu, gelu_tanh, relu, relu2), which is that of the first half, times the
     second.  ``one_node``: the function may run again in the backward.  ``dropout`` acts on the

@@ -32,7 +32,7 @@ def lora_linear(
 
     The formula is that of Hu et al., arXiv 2106.09685.
 
-    ``weight`` may be packed (docs/quantised.md): then it has no dtype to agree with x's, gets no
+    ``weight`` may be packed (docs/quantized.md): then it has no dtype to agree with x's, gets no
     gradient, and no dense copy of it outlives the call.
 
     Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
@@ -104,7 +104,7 @@ def linears(
     return ys, call
 
 
-def lora_grouped(
+def grouped_lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import asked_backend
-from ..formats.format import Quantised
+from ..formats.format import Quantized
 from ..projection import Output, Projection, facts_of
 from .dispatch import autocast_dtype, is_ordinary
 
@@ -73,7 +73,7 @@ def key_of_outputs(
             if isinstance(projection, Projection):
                 weight, lora_a, lora_b, bias, scale = projection
                 rest += weight is None, bias is None, scale, type(scale)
-                if isinstance(weight, Quantised):
+                if isinstance(weight, Quantized):
                     rest.append(weight.format)
                     inputs += weight.tensors
                     weight = None
@@ -83,7 +83,7 @@ def key_of_outputs(
                 base, adapters = projection
                 weight, bias = base
                 rest += type(base), type(adapters), len(adapters), bias is None
-                if isinstance(weight, Quantised):
+                if isinstance(weight, Quantized):
                     rest.append(weight.format)
                     inputs += weight.tensors if bias is None else (*weight.tensors, bias)
                 else:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import Call, find_backend
 from ..backends.torch import widths_of_h
-from ..formats.format import Quantised, from_text
+from ..formats.format import Quantized, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from ..rows import Many, Numbers, Rows, rows_on
 from .dispatch import autocast_off
@@ -215,7 +215,7 @@ torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_ba
 
 @torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
 def _dora_norm(weight, lora_a, lora_b, scale, format):
-    weight = Quantised(from_text(format), tuple(weight)) if format else weight[0]
+    weight = Quantized(from_text(format), tuple(weight)) if format else weight[0]
     return norm_of_rows(weight, lora_a, lora_b, scale)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import buffer_for, source_of, widened
-from ..formats.format import Format, Quantised
+from ..formats.format import Format, Quantized
 from .dispatch import autocast_off
 
 
@@ -30,6 +30,6 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
         return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
 
 
-def wide_dtype(tensor: Tensor | Quantised | Format) -> torch.dtype:
+def wide_dtype(tensor: Tensor | Quantized | Format) -> torch.dtype:
     """float32, or float64 for float64: where sums over rows and columns are made."""
     return torch.promote_types(tensor.dtype, torch.float32)

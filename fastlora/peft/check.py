@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..formats import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantized_weight
 from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.modules import plain_name, some, unwrap
@@ -47,7 +47,7 @@ class Check:
     coverage: Coverage  # of the fast run
     dtype: torch.dtype = (
         torch.float32
-    )  # the coarsest of the parameters, of autocast, of quantised layers
+    )  # the coarsest of the parameters, of autocast, of quantized layers
 
     @property
     def largest(self) -> Difference:
@@ -95,7 +95,7 @@ class Check:
 def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Check:
     """Run ``batch`` through PEFT's forward and through the fast one, and compare all numbers.
 
-    ``model`` holds PEFT LoRA layers, optimised or not; ``batch`` is what it is called with: a
+    ``model`` holds PEFT LoRA layers, optimized or not; ``batch`` is what it is called with: a
     mapping (keyword arguments), a tuple or list (arguments) or one tensor.  Both runs have the same
     dropout masks and, for the rest, the same random state.  The loss is the output's ``loss``, or
     else a fixed random combination of all outputs.  Compared are the loss, every floating tensor of
@@ -135,7 +135,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 fast = _run(model, batch)
             with swapped_back(inner), undisturbed(inner):
                 peft = _run(model, batch)
-    packed = [quantised_weight(module) for module in inner.modules()]
+    packed = [quantized_weight(module) for module in inner.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
     used |= {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max((dtype for dtype in _TOLERANCES if dtype in used), key=_TOLERANCES.__getitem__)

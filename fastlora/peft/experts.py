@@ -100,7 +100,7 @@ def _why_not_base(base: Any) -> str:
     if is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
-        return "its experts are parametrised"
+        return "its experts are parametrized"
     if any(map(why_patched, _PROXIES)):
         return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:

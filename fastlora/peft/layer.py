@@ -1,4 +1,4 @@
-"""What an optimised PEFT layer becomes: the same layer with another forward, by its class.
+"""What an optimized PEFT layer becomes: the same layer with another forward, by its class.
 
 So do gated MLPs, whose layers those are.
 """
@@ -52,14 +52,14 @@ class Linear(PeftLinear):
 
 
 class PackedLinear(nn.Module):
-    """As :class:`Linear`, of PEFT's layers of quantised bases: their class comes after this one."""
+    """As :class:`Linear`, of PEFT's layers of quantized bases: their class comes after this one."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-# PEFT's layers of quantised bases, where PEFT has them: some only where the vendor's package is.
+# PEFT's layers of quantized bases, where PEFT has them: some only where the vendor's package is.
 _PACKED = {
     "peft.tuners.lora.bnb": ("Linear4bit", "Linear8bitLt"),
     "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
@@ -69,7 +69,7 @@ _PACKED = {
 
 
 def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """What layers of quantised bases become, by PEFT's classes of them that are imported."""
+    """What layers of quantized bases become, by PEFT's classes of them that are imported."""
     places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
     classes = [getattr(module, name, None) for module, names in places for name in names]
     return {kind: class_over(PackedLinear, kind, "") for kind in classes if kind is not None}
@@ -177,7 +177,7 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def swapped_back(model: nn.Module) -> Iterator[None]:
-    """Inside, all of an optimised model runs PEFT's and torch's own forwards."""
+    """Inside, all of an optimized model runs PEFT's and torch's own forwards."""
     modules = list(model.modules())
     blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
     try:
@@ -189,7 +189,7 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
 
 
 class PeftGatedMLP(mlp.GatedMLP):
-    """What an optimised gated MLP becomes, whose layers are PEFT's, or have no adapter."""
+    """What an optimized gated MLP becomes, whose layers are PEFT's, or have no adapter."""
 
     def why_not_now(self) -> str:
         return why_not_now()
@@ -201,7 +201,7 @@ class PeftGatedMLP(mlp.GatedMLP):
         """gate, up or down, where the layer's own call would be fast."""
         if not isinstance(linear, LoraLayer):
             return mlp.read_frozen(linear)
-        reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimised")
+        reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimized")
         if not reason and is_hooked(linear):
             reason = mlp.WATCHED
         if reason:

@@ -40,7 +40,7 @@ def coverage(model: nn.Module) -> Coverage:
     Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
     """
     inner = checked(model)
-    unreached = "not optimised yet: fastlora.optimize(model) does it"
+    unreached = "not optimized yet: fastlora.optimize(model) does it"
     theirs = cover(model, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
     blocks = cover_blocks(inner, unreached)
@@ -48,7 +48,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
-    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
+    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimized, if any."""
     notes = left_out_notes(model)
     if not layers:
         return Coverage((), notes)
@@ -107,7 +107,7 @@ def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
 class Optimized(Coverage):
     """What ``optimize`` returns: the report; as a context manager it undoes that call at its end.
 
-    Layers that were optimised before stay so.
+    Layers that were optimized before stay so.
     """
 
     _changed: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # weak references
@@ -130,7 +130,7 @@ def optimize(
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
     ``torch.compile``) or not.  Parameters, names, files and PEFT's own functions stay as they are;
     every call decides for itself whether it runs fast, and PEFT's forward takes all the others.
-    Layers that were optimised before are left alone; layers that PEFT adds later need another call.
+    Layers that were optimized before are left alone; layers that PEFT adds later need another call.
     :func:`restore` undoes it, and so does the end of ``with fastlora.optimize(model):``.
 
     On a CPU that multiplies 16 bits slowly, so do the model's frozen ``torch.nn.Linear`` layers of
@@ -184,7 +184,7 @@ def optimize(
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
-    A model that wasn't optimised stays as it is.  Raises TypeError for what is no module.
+    A model that wasn't optimized stays as it is.  Raises TypeError for what is no module.
     """
     _unswap(list(checked(model).modules()))
     return model
@@ -200,7 +200,7 @@ def _unswap(layers: list[nn.Module]) -> None:
 
 
 def _why_nothing(model: nn.Module) -> str:
-    """Why a model without PEFT LoRA layers can't be optimised, and what to do."""
+    """Why a model without PEFT LoRA layers can't be optimized, and what to do."""
     if any(True for _ in lora_layers(model)):
         return f"this {type(model).__name__} needs none: its LoRA layers are fastlora's own"
     config = getattr(model, "peft_config", None)

@@ -27,7 +27,7 @@ def records(
 ) -> tuple[LayerCoverage, ...]:
     """How a call of each layer would run now, with an input like its weight.
 
-    ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
+    ``unreached`` is what is said of a layer that isn't optimized; if it is empty, the answer is how
     the layer would run if it were.
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
@@ -39,7 +39,7 @@ def records(
         plan, reason, output = _plan(layer, calls[layer], reason)
         # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
-        # Of the base, sharded and quantised ones too; a custom layer may have None for both sizes.
+        # Of the base, sharded and quantized ones too; a custom layer may have None for both sizes.
         kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
         size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
         size *= (layer.out_features or 0) * (layer.in_features or 0)

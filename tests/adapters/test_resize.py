@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import Mlp, adapt, randomise
+from models import Mlp, adapt, randomize
 from moe_models import IDS, base_model, parameters_of
 from peft_models import by_peft, change_config, change_tensors, changes, cut, llama, relative
 from safetensors.torch import load_file, save_file
@@ -153,8 +153,8 @@ def test_a_model_in_memory(kind, tmp_path):
     else:
         model = peft.get_peft_model(llama(), peft.LoraConfig(r=4))
         model.add_adapter("other", peft.LoraConfig(r=5))
-        randomise(model).base_model.set_adapter("other")
-        randomise(model).save_pretrained(tmp_path / "whole", selected_adapters=["default", "other"])
+        randomize(model).base_model.set_adapter("other")
+        randomize(model).save_pretrained(tmp_path / "whole", selected_adapters=["default", "other"])
     name = "other" if kind == "other" else "default"
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folder = tmp_path / "whole" / ("other" if kind == "other" else "")
@@ -254,7 +254,7 @@ def test_what_changed_the_base_is_cut_when_peft_has_converted_it(init, tmp_path)
     theirs.peft_config["default"].init_lora_weights = True  # of the first values' own file
     theirs.save_pretrained(tmp_path / "first")
     theirs.peft_config["default"].init_lora_weights = init
-    randomise(theirs).save_pretrained(tmp_path / "whole")
+    randomize(theirs).save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match=f"'{init}', which changes the base"):
         fastlora.resize_adapter(tmp_path / "whole", rank=3, output=tmp_path / "small")
     with torch.no_grad():

@@ -39,7 +39,7 @@ def test_mean_and_variance(p, number):
     ("rows", "columns"),
     [(0, 1), (0, 2), (0, 3), (0, 64), (1, 0), (2, 0), (64, 0), (1, 1), (1, 2), (3, 5)],
 )
-def test_no_correlation_between_neighbours(rows, columns, number):
+def test_no_correlation_between_neighbors(rows, columns, number):
     mask = dropout_mask(seed_of(number), (1024, 1024), 0.5)
     near = mask[: 1024 - rows, : 1024 - columns]
     assert abs(correlation(near, mask[rows:, columns:])) < 4.5

@@ -174,7 +174,7 @@ def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
         ends = torch.tensor([20, 41, 60], dtype=torch.int32)
         with fastlora.use_backend(backend):
             if kind == "experts":
-                y = fastlora.lora_grouped(x, weight, a, b, ends)
+                y = fastlora.grouped_lora_linear(x, weight, a, b, ends)
             else:
                 indices = torch.arange(60) % 3
                 y = fastlora.multi_lora_linear(x, weight[0], a, b, indices, scales=[1.0, 2.0, 0.5])

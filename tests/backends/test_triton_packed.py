@@ -22,7 +22,7 @@ from fastlora.backends.triton import at_once, experts
 from fastlora.backends.triton.packed import has_kernel
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
-from fastlora.formats.format import Format, Quantised
+from fastlora.formats.format import Format, Quantized
 from fastlora.formats.microscaled import MXFP4
 from fastlora.formats.torchao import Affine
 from fastlora.kernels.config import FEW_ROWS
@@ -46,9 +46,9 @@ class Another(Format):
         return out.copy_(tensors[0][first : first + len(out)])
 
 
-def without_kernel(n: int, k: int) -> Quantised:
+def without_kernel(n: int, k: int) -> Quantized:
     codes = torch.randint(-2, 3, (n, k), dtype=torch.int8)
-    return Quantised(Another(n, k), (codes,))
+    return Quantized(Another(n, k), (codes,))
 
 
 def adapted(weights) -> list[Output]:
@@ -70,7 +70,7 @@ def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None, b
         else:
             ((weight, bias), ((lora_a, lora_b, scale),)) = outputs[0]
             options = {"bias": bias, "scale": scale, "dropout": dropout}
-            ys = [fastlora.lora_grouped(x, weight, lora_a, lora_b, ends, **options)]
+            ys = [fastlora.grouped_lora_linear(x, weight, lora_a, lora_b, ends, **options)]
         dys = [torch.randn(y.shape).to(y.dtype) for y in ys]
         leaves = [x, *(each for output in outputs for a in output.adapters for each in a[:2])]
         gradients = torch.autograd.grad(ys, leaves, dys)
@@ -132,7 +132,7 @@ def test_the_numbers_are_those_of_the_dense_weight(case):
     packed = adapted([make() for make in makers])
     dense = [
         replace_weight(output, output.base.weight.dense(torch.float32))
-        if isinstance(output.base.weight, Quantised)
+        if isinstance(output.base.weight, Quantized)
         else output
         for output in packed
     ]

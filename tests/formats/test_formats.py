@@ -9,13 +9,13 @@ from packed import MAKERS, by_elements, random_four_bit, random_int8
 from fastlora.formats import arithmetic, float8
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
-from fastlora.formats.format import Format, Quantised, from_text
+from fastlora.formats.format import Format, Quantized, from_text
 from fastlora.formats.torchao import Affine
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
 
 @pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
-def weight(request) -> Quantised:
+def weight(request) -> Quantized:
     torch.manual_seed(0)
     return request.param()
 
@@ -30,7 +30,7 @@ def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
 def test_every_number_of_float8(code, columns):
     """NaN, infinity and the sign of a zero too."""
     codes = torch.arange(256).to(torch.uint8).view(getattr(torch, code))[None, :columns]
-    weight = Quantised(Float8(1, columns, code, 1, columns), (codes, torch.ones(1, 1)))
+    weight = Quantized(Float8(1, columns, code, 1, columns), (codes, torch.ones(1, 1)))
     made, truth = weight.dense(torch.float32), codes.float()
     torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(made.signbit() | made.isnan(), truth.signbit() | truth.isnan())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 from fastlora.formats import gptq, hqq
 
@@ -40,15 +40,15 @@ def test_what_no_format_of_hqq_reads_is_said():
     assert "packed, too" in hqq.read(linear)
     linear.meta["quant_zero"] = False
     linear.meta["scale"] = linear.meta["scale"][:-1]
-    assert hqq.read(linear).startswith("its quantisation state is broken")
+    assert hqq.read(linear).startswith("its quantization state is broken")
     linear.ready = False
-    assert "isn't quantised as yet" in hqq.read(linear)
+    assert "isn't quantized as yet" in hqq.read(linear)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("order", ["in-order", "disordered"])
 def test_the_numbers_are_gptq_model_s(bits, order):
-    layer = quantised("gptq", K, N, torch.float16, bits=bits, disordered=order != "in-order")
+    layer = quantized("gptq", K, N, torch.float16, bits=bits, disordered=order != "in-order")
     assert gptq.owns(layer, type(layer))
     found = gptq.read(layer)
     assert found.weight.format.ordered is (order == "in-order")
@@ -62,7 +62,7 @@ def test_the_numbers_are_gptq_model_s(bits, order):
 
 
 def test_groups_that_change_are_looked_at_again():
-    layer = quantised("gptq", K, N)
+    layer = quantized("gptq", K, N)
     assert gptq.read(layer).weight.format.ordered
     layer.g_idx.copy_(layer.g_idx.flip(0))
     found = gptq.read(layer).weight
@@ -71,7 +71,7 @@ def test_groups_that_change_are_looked_at_again():
 
 
 def test_what_no_format_of_gptq_reads_is_said():
-    layer = quantised("gptq", K, N)
+    layer = quantized("gptq", K, N)
 
     class Doubled(type(layer)):
         def forward(self, x):
@@ -85,4 +85,4 @@ def test_what_no_format_of_gptq_reads_is_said():
     assert "planes" in gptq.read(layer)
     layer.planar = False
     layer.scales = layer.scales[:-1]
-    assert gptq.read(layer).startswith("its quantisation state is broken")
+    assert gptq.read(layer).startswith("its quantization state is broken")

@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: all their numbers, as transformers and torchao dequantise them."""
+"""MXFP4 and NVFP4: all their numbers, as transformers and torchao dequantize them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from packed import NEEDS_5, random_mxfp4, random_nvfp4
 from transformers.integrations import finegrained_fp8 as fp8
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.formats.microscaled import MXFP4, NVFP4
 
 DTYPES = pytest.mark.parametrize(
@@ -22,18 +22,18 @@ def assert_same_bits(one: torch.Tensor, two: torch.Tensor) -> None:
     assert (same | (one.isnan() & two.isnan())).all()
 
 
-def every_mxfp4(scale: torch.dtype) -> Quantised:
+def every_mxfp4(scale: torch.dtype) -> Quantized:
     """A row for each scale, which has each code with each other in a byte."""
     packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
     powers = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 16)
-    return Quantised(MXFP4(256, 512), (packed, powers.view(scale)))
+    return Quantized(MXFP4(256, 512), (packed, powers.view(scale)))
 
 
-def every_nvfp4(tensor_scale: float) -> Quantised:
+def every_nvfp4(tensor_scale: float) -> Quantized:
     packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
     scales = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 32)
     tensors = (packed, scales.view(torch.float8_e4m3fn), torch.tensor(tensor_scale))
-    return Quantised(NVFP4(256, 512), tensors)
+    return Quantized(NVFP4(256, 512), tensors)
 
 
 @DTYPES
@@ -69,7 +69,7 @@ def test_mxfp4_is_torchaos(dtype):
     weight = every_mxfp4(torch.float8_e8m0fnu)
     if dtype == torch.float16:  # theirs rounds a scale to float16, too
         packed, scales = (tensor[127 - 24 : 127 + 16] for tensor in weight.tensors)
-        weight = Quantised(MXFP4(40, 512), (packed, scales))
+        weight = Quantized(MXFP4(40, 512), (packed, scales))
     packed, scales = weight.tensors
     theirs = mx.to_dtype(packed, scales, torch.float4_e2m1fn_x2, 32, dtype)
     assert_same_bits(weight.dense(dtype), theirs)

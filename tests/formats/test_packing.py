@@ -9,7 +9,7 @@ from packed import NEEDS_5
 from transformers.integrations import finegrained_fp8 as fp8
 
 from fastlora.formats import packing
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.formats.microscaled import E2M1, MXFP4
 from fastlora.formats.packing import KINDS, pack_weight, packing_error
 
@@ -33,7 +33,7 @@ def hard(n: int = 200, k: int = 192, dtype=torch.float32) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def assert_same(one: Quantised, two: tuple[torch.Tensor, ...]) -> None:
+def assert_same(one: Quantized, two: tuple[torch.Tensor, ...]) -> None:
     for ours, theirs in zip(one.tensors, two, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
@@ -198,7 +198,7 @@ def test_no_matrix_of_numbers_is_refused(weight):
 
 def test_nf4_without_bitsandbytes_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(ImportError, match=r"bitsandbytes.*fastlora-kernels\[quantised\]"):
+    with pytest.raises(ImportError, match=r"bitsandbytes.*fastlora-kernels\[quantized\]"):
         pack_weight(torch.ones(2, 64), "nf4")
 
 

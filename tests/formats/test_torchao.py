@@ -35,7 +35,7 @@ CONFIGS = {
 }
 
 
-def quantised(config, dtype=torch.float32) -> nn.Linear:
+def quantized(config, dtype=torch.float32) -> nn.Linear:
     torch.manual_seed(0)
     linear = nn.Linear(K, N, dtype=dtype)
     quantization.quantize_(linear, config)
@@ -46,7 +46,7 @@ def quantised(config, dtype=torch.float32) -> nn.Linear:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_numbers_are_torchao_s(config, dtype):
     name, settings, kind = CONFIGS[config]
-    linear = quantised(_config(name, **settings), dtype)
+    linear = quantized(_config(name, **settings), dtype)
     assert vendor.owns(linear, nn.Linear)
     found = vendor.read(linear)
     assert isinstance(found, PackedLayer)
@@ -57,7 +57,7 @@ def test_the_numbers_are_torchao_s(config, dtype):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_weight_is_packed_as_the_layer_s_own(config):
     name, settings, _ = CONFIGS[config]
-    linear = quantised(_config(name, **settings))
+    linear = quantized(_config(name, **settings))
     before = vendor.read(linear).weight
     dense = before.dense(torch.float32)
     vendor.pack(linear, dense)
@@ -68,7 +68,7 @@ def test_a_weight_is_packed_as_the_layer_s_own(config):
 
 
 def test_packed_int4_as_torchao_s_library_makes_it(monkeypatch):
-    """Its own quantiser rounds to the nearest of 16 numbers, whose distance is the scale."""
+    """Its own quantizer rounds to the nearest of 16 numbers, whose distance is the scale."""
     shuffle = pytest.importorskip("mslk.quantize.shuffle", reason="needs mslk")
     weight, module = torch.randn(N, K), sys.modules[quantization.Int4Tensor.from_hp.__module__]
     for name in ("int4_row_quantize_zp", "pack_int4"):
@@ -90,7 +90,7 @@ ROUNDING = {
 
 @pytest.mark.parametrize("make", ROUNDING.values(), ids=ROUNDING.keys())
 def test_rounded_inputs_are_refused_since_torchao_gives_them_no_gradient(make):
-    linear = quantised(make())
+    linear = quantized(make())
     assert "through which torchao gives no gradient" in vendor.read(linear)
     x = torch.randn(4, K, requires_grad=True)
     y = linear(x)
@@ -99,12 +99,12 @@ def test_rounded_inputs_are_refused_since_torchao_gives_them_no_gradient(make):
 
 
 def test_what_no_format_reads_is_said():
-    packed = vendor_layers.quantised("torchao-int4-packed", K, N)
+    packed = vendor_layers.quantized("torchao-int4-packed", K, N)
     packed.weight.activation_dtype = torch.float8_e4m3fn
     assert "rounded to float8" in vendor.read(packed)
     with pytest.raises(ValueError, match="read, and not made"):
         vendor.pack(packed, torch.randn(N, K))
-    linear = quantised(_config("Int8WeightOnly"))
+    linear = quantized(_config("Int8WeightOnly"))
     linear.weight.act_pre_scale = torch.ones(K)
     assert "act_pre_scale" in vendor.read(linear)
     linear.weight.act_pre_scale = None
@@ -113,7 +113,7 @@ def test_what_no_format_reads_is_said():
 
 
 def test_zero_points_that_change_are_looked_at_again():
-    linear = quantised(_config("Int8WeightOnly"))
+    linear = quantized(_config("Int8WeightOnly"))
     assert not vendor.read(linear).weight.format.shifted
     linear.weight.zero_point.fill_(3)
     assert vendor.read(linear).weight.format.shifted

@@ -82,7 +82,7 @@ def test_one_pass_has_a_default_that_fits_or_none(target, over, options):
 
 @every_kernel
 @every_target
-def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
+def test_candidates_fit_and_hold_the_default_and_its_neighbors(target, kernel):
     for one in (call(), call(r=64, itemsize=4, precision="tf32"), call(m=1, masked=True)):
         default, found = default_config(kernel, target, one), candidates(kernel, target, one)
         assert found[0] == default

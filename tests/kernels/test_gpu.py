@@ -64,7 +64,7 @@ def experts_step() -> list[torch.Tensor]:
     ]
     weight = torch.randn(6, 1536, 1024, generator=generator, dtype=torch.bfloat16)
     ends = torch.tensor([700, 700, 1501, 1502, 2900, 3999], dtype=torch.int32)
-    y = fastlora.lora_grouped(x, weight, lora_a, lora_b, ends, dropout=0.1)
+    y = fastlora.grouped_lora_linear(x, weight, lora_a, lora_b, ends, dropout=0.1)
     return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
 

@@ -8,7 +8,7 @@ from packed import by_elements, random_four_bit, random_int8, random_mxfp4, rand
 
 from benchmarks.forms import PACKED, random_packed
 from fastlora.backends.triton.packed import packed_of
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.formats.microscaled import MXFP4, NVFP4
 from fastlora.kernels import FLOAT8, Packed, dequant, gemm_lowrank
 from fastlora.kernels.common import INTERPRETED
@@ -31,8 +31,8 @@ FORMATS = {
 }
 
 
-def here(weight: Quantised) -> Quantised:
-    return Quantised(weight.format, tuple([tensor.to(DEVICE) for tensor in weight.tensors]))
+def here(weight: Quantized) -> Quantized:
+    return Quantized(weight.format, tuple([tensor.to(DEVICE) for tensor in weight.tensors]))
 
 
 def filled(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -80,12 +80,12 @@ def test_every_scale_of_mxfp4_and_nvfp4():
     powers = bits.repeat(1, 16)
     e4m3 = bits.repeat(1, 32).view(torch.float8_e4m3fn), torch.tensor(0.0173)
     mxfp4, nvfp4 = MXFP4(256, 512), NVFP4(256, 512)
-    for weight in (Quantised(mxfp4, (packed, powers)), Quantised(nvfp4, (packed, *e4m3))):
+    for weight in (Quantized(mxfp4, (packed, powers)), Quantized(nvfp4, (packed, *e4m3))):
         made, truth = filled(packed_of(here(weight)), dtype).cpu(), weight.dense(dtype)
         # Where no number is subnormal, which the interpreter rounds to zero, or infinite.
         made, truth = made[2:251], truth[2:251]
         torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
-    last = packed_of(Quantised(mxfp4, (packed, powers)))
+    last = packed_of(Quantized(mxfp4, (packed, powers)))
     assert filled(last, dtype)[255].isnan().all()
 
 

@@ -167,7 +167,7 @@ def test_the_depth_of_a_group_is_the_sum(table):
     assert planned(k=2**17, width=4096, ranks=[16] * 3, target=MEASURED) == IN_PLACE
 
 
-def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
+def test_tiles_of_a_neighbor_that_are_too_much_give_way_to_the_default(table):
     """A row may have been tuned for operands that fit descriptors, a smaller rank, or more rows."""
     tiles = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
     table(row(plan=Plan(fused=True, gemm=tiles)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
-from models import Mlp, Places, Tied, randomise, tiny_llama
+from models import Mlp, Places, Tied, randomize, tiny_llama
 from packaging import version
 from peft_models import bert, gpt2
 from safetensors.torch import load_file
@@ -218,13 +218,13 @@ REFUSED_OF = {
 @pytest.mark.parametrize("name", CASES)
 def test_files_are_peft_s_both_ways(name, tmp_path):
     make, x, settings, close, same_keys = CASES[name]
-    ours = randomise(fastlora.apply_lora(make(), LoRAConfig(**settings)), 0.1)
+    ours = randomize(fastlora.apply_lora(make(), LoRAConfig(**settings)), 0.1)
     fastlora.save_adapter(ours, tmp_path / "ours")
     y = run(ours, x)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
     torch.testing.assert_close(run(theirs, x), y, **close)
 
-    theirs = randomise(peft.get_peft_model(make(), peft.LoraConfig(**settings)), 0.1)
+    theirs = randomize(peft.get_peft_model(make(), peft.LoraConfig(**settings)), 0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     for older, (names, says) in REFUSED_OF.items():
         if name in names and version.parse(peft.__version__) < version.parse(older):
@@ -243,7 +243,7 @@ def test_files_are_peft_s_both_ways(name, tmp_path):
     assert not same_keys or shapes == {k: v for k, v in their_shapes.items() if k not in copies}
 
     again, existing = (fastlora.load_adapter(make(), tmp_path / "ours") for _ in range(2))
-    fastlora.load_adapter(randomise(existing), tmp_path / "ours")  # into the adapters there
+    fastlora.load_adapter(randomize(existing), tmp_path / "ours")  # into the adapters there
     assert torch.equal(run(again, x), y)
     assert torch.equal(run(existing, x), y)
     fastlora.save_adapter(again, tmp_path / "again")

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from judge import peak_bytes
-from models import Mlp, Tied, adapt, adapted_layers, randomise, refused, tiny_llama
+from models import Mlp, Tied, adapt, adapted_layers, randomize, refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -47,7 +47,7 @@ def test_tied_modules_to_save(tmp_path, saved):
         return model
 
     config = LoRAConfig(target_modules=["mix"], exclude_modules=["tied.mix"], modules_to_save=saved)
-    model = randomise(fastlora.apply_lora(make(), config))
+    model = randomize(fastlora.apply_lora(make(), config))
     fastlora.save_adapter(model, tmp_path)
     loaded, ids = fastlora.load_adapter(make(), tmp_path), torch.arange(5)
     assert torch.equal(loaded.tied(ids), model.tied(ids))
@@ -129,7 +129,7 @@ def test_each_file_is_whole_when_interrupted_between_them(tmp_path, monkeypatch)
         os, "replace", lambda source, to: replace(source, to) if to.name == WEIGHTS else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        fastlora.save_adapter(randomise(model), tmp_path)
+        fastlora.save_adapter(randomize(model), tmp_path)
     assert (tmp_path / CONFIG).read_bytes() == old
     load_file(tmp_path / WEIGHTS)
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
@@ -146,7 +146,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path, monkeypatch, failing)
 
     monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fastlora.save_adapter(randomise(model), tmp_path)
+        fastlora.save_adapter(randomize(model), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -364,7 +364,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def saved_by_peft(model: torch.nn.Module, folder, settings: dict, **how) -> torch.nn.Module:
-    theirs = randomise(peft.get_peft_model(model, peft.LoraConfig(**settings)), 0.1).eval()
+    theirs = randomize(peft.get_peft_model(model, peft.LoraConfig(**settings)), 0.1).eval()
     theirs.save_pretrained(folder, **how)
     return theirs
 

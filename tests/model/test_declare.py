@@ -23,7 +23,7 @@ from vendor_layers import BITSANDBYTES
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.formats import quantised_weight
+from fastlora.formats import quantized_weight
 from fastlora.layers.experts import packed_names
 
 WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes' on a CPU, too
@@ -188,7 +188,7 @@ def test_layers_of_two_vendors_are_refused():
         fastlora.pack(model, "fp8", ["k_proj"])
 
 
-# What was quantised by from_pretrained.
+# What was quantized by from_pretrained.
 
 
 def _torchao(name: str) -> transformers.TorchAoConfig:
@@ -201,7 +201,7 @@ def _bitsandbytes(**how) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**how)
 
 
-QUANTISED = {
+QUANTIZED = {
     "nf4": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "nested": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True),
     "int8": lambda: _bitsandbytes(load_in_8bit=True, llm_int8_threshold=0.0),
@@ -219,8 +219,8 @@ def dense(tmp_path_factory):
     return folder
 
 
-def quantised(kind: str, dense: Path, targets: str | list[str], dtype=torch.float32) -> nn.Module:
-    how = {"quantization_config": QUANTISED[kind](), "device_map": "cpu", "dtype": dtype}
+def quantized(kind: str, dense: Path, targets: str | list[str], dtype=torch.float32) -> nn.Module:
+    how = {"quantization_config": QUANTIZED[kind](), "device_map": "cpu", "dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(dense, **how)
     config = LoRAConfig(r=2, target_modules=targets, init_lora_weights=False)
     return fastlora.apply_lora(model, config)
@@ -228,12 +228,12 @@ def quantised(kind: str, dense: Path, targets: str | list[str], dtype=torch.floa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("removes", [True, False], ids=["removed", "merged"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
     kind, removes, dtype, dense, tmp_path
 ):
-    model = quantised(kind, dense, "all-linear", dtype)
-    fastlora.merge_lora(model, requantise=False)
+    model = quantized(kind, dense, "all-linear", dtype)
+    fastlora.merge_lora(model, requantize=False)
     if removes:
         fastlora.remove_lora(model)
     assert not any(hasattr(model, name) for name in SAID)
@@ -246,11 +246,11 @@ def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
     found.to(torch.float16)  # which transformers refuses of bitsandbytes' models
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
-    model = quantised(kind, dense, ["q_proj", "down_proj"])
+    model = quantized(kind, dense, ["q_proj", "down_proj"])
     given = model.hf_quantizer.quantization_config
-    fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
+    fastlora.remove_lora(fastlora.merge_lora(model, requantize=False))
     model.save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
     kinds = [[type(module) for module in each.modules()] for each in (model, found)]
@@ -260,11 +260,11 @@ def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
     assert given is not model.config.quantization_config  # which other models may have, too
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_unmerged_it_is_what_it_was(kind, dense, tmp_path):
-    model = quantised(kind, dense, "all-linear")
+    model = quantized(kind, dense, "all-linear")
     before, method = logits(model), model.quantization_method
-    fastlora.merge_lora(model, requantise=False)
+    fastlora.merge_lora(model, requantize=False)
     fastlora.remove_lora(fastlora.unmerge_lora(model))
     fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"], r=2))
     fastlora.remove_lora(model)
@@ -276,11 +276,11 @@ def test_unmerged_it_is_what_it_was(kind, dense, tmp_path):
     assert not torch.equal(before, logits(model))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_again_it_says_what_it_said(kind, dense, tmp_path):
-    model = quantised(kind, dense, "all-linear")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_again_it_says_what_it_said(kind, dense, tmp_path):
+    model = quantized(kind, dense, "all-linear")
     said = model.hf_quantizer, model.config.quantization_config
-    with pytest.warns(UserWarning, match="were quantised again"):
+    with pytest.warns(UserWarning, match="were quantized again"):
         fastlora.remove_lora(fastlora.merge_lora(model))
     assert (model.hf_quantizer, model.config.quantization_config) == said
 
@@ -306,13 +306,13 @@ PARTS = {
 def test_float8_layers_and_experts_that_are_dense_load_so(part, tmp_path):
     model = float8_model()
     fastlora.apply_lora(model, LoRAConfig(r=2, init_lora_weights=False, **PARTS[part]))
-    fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
+    fastlora.remove_lora(fastlora.merge_lora(model, requantize=False))
     model.save_pretrained(tmp_path)
     assert (config_of(tmp_path) is None) == (part == "all")
     found = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, own in found.named_parameters():
         outer, _, last = name.rpartition(".")
-        layer = quantised_weight(model.get_submodule(outer))
+        layer = quantized_weight(model.get_submodule(outer))
         # Packed experts are transformers' to read.
         if layer is not None or last not in packed_names(model.get_submodule(outer)):
             expected = model.get_parameter(name) if layer is None else layer.weight.dense(own.dtype)

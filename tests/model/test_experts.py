@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import assert_untouched, randomise, refused, snapshot
+from models import assert_untouched, randomize, refused, snapshot
 from moe_models import IDS, base_model, experts_of, logits, parameters_of, train
 from packed import NEEDS_5
 from peft_models import counted_calls
@@ -31,7 +31,7 @@ def settings_of(name: str = "qwen3", **changes) -> dict:
 def own_model(name: str = "qwen3", implementation: str = "eager", **changes) -> nn.Module:
     torch.manual_seed(0)
     config = LoRAConfig(**settings_of(name, **changes))
-    return randomise(fastlora.apply_lora(base_model(name, implementation), config), 0.1).eval()
+    return randomize(fastlora.apply_lora(base_model(name, implementation), config), 0.1).eval()
 
 
 def plain_model(name: str, like: nn.Module) -> nn.Module:
@@ -102,7 +102,7 @@ def test_checkpoints_of_the_base():
     plain = plain_model("qwen3", model)
     expected = logits(model)
     model.load_state_dict(plain.state_dict())
-    other = randomise(own_model())
+    other = randomize(own_model())
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
     assert torch.equal(logits(fastlora.remove_lora(model)), logits(plain))
@@ -199,7 +199,7 @@ def replace_the_forward(experts):
     experts.forward = lambda *args: None
 
 
-def parametrise(experts):
+def parametrize(experts):
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
 
 
@@ -214,7 +214,7 @@ def leave_one(experts):
 
 CHANGES = {
     replace_the_forward: "its forward was replaced on the instance",
-    parametrise: "its weights are parametrised",
+    parametrize: "its weights are parametrized",
     take_a_name: "it has a 'lora_dropout' of its own",
     leave_one: "it has one expert alone",
 }
@@ -258,7 +258,7 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
 def test_a_dropout_that_peft_can_t_have_beside_dense_layers_of_a_mixture(tmp_path):
     base = base_model(mlp_only_layers=[0, 1])
     config = LoRAConfig(target_modules=["up_proj"], lora_dropout=0.1)
-    model = randomise(fastlora.apply_lora(base, config)).eval()
+    model = randomize(fastlora.apply_lora(base, config)).eval()
     with pytest.warns(UserWarning, match=r"lora_dropout 0 in place of 0\.1: PEFT"):
         fastlora.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0

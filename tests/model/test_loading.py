@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import Mlp, adapt, randomise, tiny_llama
+from models import Mlp, adapt, randomize, tiny_llama
 from moe_models import MODELS, base_model, parameters_of
 from safetensors.torch import load_file
 from torch import nn
@@ -25,7 +25,7 @@ def adapted(name: str, seed: int, **settings) -> nn.Module:
     settings = {"target_modules": "all-linear", "target_parameters": parameters_of(name)} | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what "all-linear" leaves out
-        return randomise(fastlora.apply_lora(model, LoRAConfig(r=2, **settings)))
+        return randomize(fastlora.apply_lora(model, LoRAConfig(r=2, **settings)))
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ It takes one layer beside the model, and beside the originals if they are kept.
 import pytest
 import torch
 from judge import peak_bytes
-from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot
+from models import Mlp, Tied, adapt, assert_untouched, randomize, refused, snapshot
 from peft_models import BATCH, gpt2
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_autocast_does_not_round_the_sum():
 
 
 @pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.remove_lora])
-def test_a_parametrised_weight_is_refused(call):
+def test_a_parametrized_weight_is_refused(call):
     model = adapted_mlp()
     torch.nn.utils.parametrize.register_parametrization(model.down, "weight", torch.nn.Identity())
     with refused(model, "down can't be merged or removed: its weight is computed"):
@@ -105,7 +105,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged():
     fastlora.merge_lora(model)
     with refused(model, "up is merged already"):
         fastlora.merge_lora(model)
-    randomise(model)
+    randomize(model)
     fastlora.unmerge_lora(model)
     assert torch.equal(model.up.weight, base)
 
@@ -186,7 +186,7 @@ LAYERS, SIDE = 4, 1024  # a layer is larger than a block of rows in float32, whi
 def large_model(dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> nn.Module:
     model = nn.Sequential(*[nn.Linear(side, 4 * side, bias=False) for _ in range(LAYERS)])
     config = LoRAConfig(r=2, target_modules="all-linear")
-    return randomise(fastlora.apply_lora(model.to(dtype), config), 0.01)
+    return randomize(fastlora.apply_lora(model.to(dtype), config), 0.01)
 
 
 BLOCKS = 3 * 4 * 2**20  # base and sum in float32, and what isfinite makes

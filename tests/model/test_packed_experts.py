@@ -27,10 +27,10 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import fastlora
 from fastlora import LoRAConfig
+from fastlora.estimates import kept_bytes
 from fastlora.layers.experts import PackedWeight, read_module, weight_in
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
-from fastlora.price import kept_bytes
 
 
 def adapted(model: nn.Module, name: str = "qwen3", **changes) -> nn.Module:
@@ -84,7 +84,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     assert calls_of(ours) == weights == (2 if name == "nemotron" else 4)
     assert sum(bool(layer.packed) for layer in report.fast) == weights * bool(bits)
     assert not report.eager
-    assert ("quantised: " in str(report)) == bool(bits)
+    assert ("quantized: " in str(report)) == bool(bits)
     expected = logits(ours)
     fastlora.save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(
@@ -278,10 +278,10 @@ def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
     model = make()
     config = LoRAConfig(target_modules=[], target_parameters=parameters_of(name))
     dense, packed = (
-        fastlora.plan(one, [8], config=config, rounds=0)
+        fastlora.estimate(one, [8], config=config, rounds=0)
         for one in (dense_model(model, name), model.to("meta"))
     )
-    assert dense.prices == packed.prices
+    assert dense.rank_costs == packed.rank_costs
     assert packed.frozen.bytes < dense.frozen.bytes / 2
     assert replace(packed.frozen, bytes=dense.frozen.bytes) == dense.frozen
 

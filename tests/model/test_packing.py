@@ -222,7 +222,7 @@ def test_weights_that_are_tied_are_packed_together():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder as transformers' MXFP4 serialisation writes it, in several files."""
+    """A folder as transformers' MXFP4 serialization writes it, in several files."""
     folder = tmp_path_factory.mktemp("gpt-oss")
     model = mixture().bfloat16()
     with torch.no_grad():
@@ -246,7 +246,7 @@ def checkpoint(tmp_path_factory):
 
 
 def dense_of(folder, dtype=torch.float32) -> nn.Module:
-    """transformers' own reading: every block dequantised."""
+    """transformers' own reading: every block dequantized."""
     how = Mxfp4Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype)
 

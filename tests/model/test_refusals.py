@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import wrong_kinds
-from models import Mlp, Places, assert_untouched, randomise, refused, snapshot, tiny_llama
+from models import Mlp, Places, assert_untouched, randomize, refused, snapshot, tiny_llama
 from torch import nn
 from wrong_kinds import unexpected
 
@@ -61,7 +61,7 @@ def test_apply_lora_takes_peft_s_config(settings):
 def test_what_was_taken_from_peft_s_config_is_saved(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], task_type=peft.TaskType.CAUSAL_LM)
     torch.manual_seed(3)
-    model = randomise(fastlora.apply_lora(tiny_llama(), config), 0.1)
+    model = randomize(fastlora.apply_lora(tiny_llama(), config), 0.1)
     fastlora.save_adapter(model, tmp_path)
     torch.manual_seed(3)
     theirs, ids = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), torch.arange(9)[None]
@@ -268,7 +268,7 @@ class Linear4bit(nn.Linear):
         return super().forward(x)
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[0].__class__ = model[2].__class__ = Linear4bit
     return model
@@ -277,11 +277,11 @@ def quantised() -> nn.Module:
 def test_all_linear_names_what_is_in_the_way():
     message = r"In the way: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
     with pytest.raises(ValueError, match=message):
-        fastlora.apply_lora(quantised(), LoRAConfig(target_modules="all-linear"))
+        fastlora.apply_lora(quantized(), LoRAConfig(target_modules="all-linear"))
 
 
 def test_all_linear_warns_of_part_of_a_model():
-    model = nn.Sequential(nn.Linear(4, 4), *quantised())
+    model = nn.Sequential(nn.Linear(4, 4), *quantized())
     with pytest.warns(
         UserWarning, match=r"passed over 2 layers \(1, 3\): it is a Linear4bit, .*PEFT"
     ):
@@ -339,7 +339,7 @@ def places(seed: int = 0) -> Places:
 
 
 def theirs(model: nn.Module, **settings) -> peft.PeftModel:
-    return randomise(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
+    return randomize(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
 
 
 X = torch.randn(3, 8)

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import randomise, refused
+from models import randomize, refused
 from moe_models import IDS, base_model
 from torch import nn
 
@@ -31,7 +31,7 @@ def adapted(name: str = "qwen3", **settings) -> nn.Module:
         "target_modules": ["q_proj"],
         "target_parameters": ["gate.weight"],
     } | settings
-    return randomise(fastlora.apply_lora(plain(name), LoRAConfig(**settings))).eval()
+    return randomize(fastlora.apply_lora(plain(name), LoRAConfig(**settings))).eval()
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -50,7 +50,7 @@ def test_peft_s_file_both_ways_and_merged(name, router, dtype, tmp_path):
     settings = {"r": 2, "target_modules": "all-linear"}
     if name == "gpt-oss":
         settings["target_parameters"] = ["router.weight"]
-    theirs = randomise(peft.get_peft_model(plain(name, dtype), peft.LoraConfig(**settings))).eval()
+    theirs = randomize(peft.get_peft_model(plain(name, dtype), peft.LoraConfig(**settings))).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fastlora.load_adapter(plain(name, dtype), tmp_path / "theirs").eval()
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}

@@ -30,7 +30,7 @@ GOOD = {
 }
 DOORS = {
     "linear": fastlora.lora_linear,
-    "grouped": fastlora.lora_grouped,
+    "grouped": fastlora.grouped_lora_linear,
     "multi": fastlora.multi_lora_linear,
 }
 # By door: what differs from a good call, and the error's words.
@@ -155,12 +155,12 @@ def test_a_huge_whole_number_is_a_scale():
 def test_a_failed_call_draws_nothing():
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match="offsets are"):
-        fastlora.lora_grouped(**GOOD["grouped"] | {"offsets": int32(3, 2, 5)}, dropout=0.5)
+        fastlora.grouped_lora_linear(**GOOD["grouped"] | {"offsets": int32(3, 2, 5)}, dropout=0.5)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_wrong_offsets_of_a_compiled_call():
-    compiled = torch.compile(fastlora.lora_grouped, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(fastlora.grouped_lora_linear, backend="aot_eager", fullgraph=True)
     good = GOOD["grouped"]
     assert compiled(**good).shape == (6, 5)
     with pytest.raises(ValueError, match=r"offsets are \[3, 2, 5\]"):
@@ -177,7 +177,7 @@ def test_no_backward_keeps_an_inference_tensor(name):
         trained: GOOD["grouped"][trained].clone().requires_grad_(),
     }
     with pytest.raises(TypeError, match=f"{name} was made in inference mode.*clone it"):
-        fastlora.lora_grouped(**good)
+        fastlora.grouped_lora_linear(**good)
 
 
 def test_offsets_of_another_class():
@@ -186,7 +186,7 @@ def test_offsets_of_another_class():
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(int32(2, 2, 5))
     with pytest.raises(TypeError, match="offsets is a FakeTensor, but x is a Tensor"):
-        fastlora.lora_grouped(**GOOD["grouped"] | {"offsets": fake})
+        fastlora.grouped_lora_linear(**GOOD["grouped"] | {"offsets": fake})
 
 
 def test_failed_from_linear_leaves_the_linear_alone():

@@ -123,7 +123,7 @@ def test_dropout_has_a_mask_for_each_projection(monkeypatch):
 
     def one_product(rows, output, mask):
         (weight, _), ((lora_a, lora_b, scale),) = output
-        return oracles.lora_grouped(
+        return oracles.grouped_lora_linear(
             rows, weight, lora_a, lora_b, ends, scale=scale, dropout=p, mask=mask
         )
 

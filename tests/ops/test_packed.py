@@ -17,7 +17,7 @@ from packed import random_four_bit, random_int8, stack
 import fastlora
 from fastlora.backends import products
 from fastlora.formats.bitsandbytes import FourBit
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.projection import Projection, as_outputs
 
 
@@ -78,7 +78,7 @@ WRONG = {
 def test_wrong_tensors_raise_at_the_door(change, error, match):
     one = projection(6, 8, 2, torch.float32)
     first, *rest = one.weight.tensors
-    wrong = Quantised(one.weight.format, (change(first), *rest))
+    wrong = Quantized(one.weight.format, (change(first), *rest))
     with pytest.raises(error, match=match):
         fastlora.lora_linears(torch.randn(3, 8), [one._replace(weight=wrong)])
 
@@ -101,6 +101,6 @@ def test_a_stack_of_one_expert_less():
         ((codes[0], scales[0]), "weight has shape"),
         ((codes[None], scales[None]), "weight"),
     ):
-        wrong = experts._replace(weight=Quantised(weight.format, tensors))
+        wrong = experts._replace(weight=Quantized(weight.format, tensors))
         with pytest.raises(ValueError, match=words):
             call_experts(x, wrong, ends)

@@ -1,4 +1,4 @@
-"""torch.compile of optimised models, and of models that are optimised later."""
+"""torch.compile of optimized models, and of models that are optimized later."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Optimised PEFT models on several devices: the numbers of PEFT alone in one process.
+"""Optimized PEFT models on several devices: the numbers of PEFT alone in one process.
 
 The ranks are processes on the CPU.  Each has its rows of the batch (with tensor parallelism, all
 rows); the mean of the ranks' losses, and the averaged gradients, are those of the whole batch.
@@ -201,7 +201,7 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
 
 
 BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="it isn't installed")
-QUANTISED = {
+QUANTIZED = {
     "bytes": (torch.uint8, None, "block"),
     "float32": (torch.float32, None, "model"),
     "16-bits": (torch.bfloat16, torch.bfloat16, "block"),
@@ -211,10 +211,10 @@ QUANTISED = {
 
 @BITSANDBYTES
 @pytest.mark.parametrize("kind", ["own", "optimized"])
-@pytest.mark.parametrize(("storage", "cast", "units"), QUANTISED.values(), ids=QUANTISED)
+@pytest.mark.parametrize(("storage", "cast", "units"), QUANTIZED.values(), ids=QUANTIZED)
 def test_4_bit_layers_under_fsdp2_have_the_numbers_of_one_process(two, kind, storage, cast, units):
-    expected = mixed.step_of(mixed.quantised_mlp("own" if kind == "own" else "peft")).numbers
-    for found in two.run(mixed.quantised_sharded, kind, storage, units, cast):
+    expected = mixed.step_of(mixed.quantized_mlp("own" if kind == "own" else "peft")).numbers
+    for found in two.run(mixed.quantized_sharded, kind, storage, units, cast):
         for one, other in zip(found.numbers, expected, strict=True):
             assert (one - other).norm() <= (1e-6 if cast is None else 0.02) * other.norm()
         hooked = units == "layers"  # FSDP2 gathers by hooks, and a block doesn't call its layers
@@ -224,7 +224,7 @@ def test_4_bit_layers_under_fsdp2_have_the_numbers_of_one_process(two, kind, sto
 
 @BITSANDBYTES
 def test_packed_numbers_that_are_cast_are_refused(two):
-    for error in two.run(mixed.quantised_cast):
+    for error in two.run(mixed.quantized_cast):
         assert "stored as torch.bfloat16, were cast to torch.float16" in error
         assert "bnb_4bit_quant_storage" in error
 

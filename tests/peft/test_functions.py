@@ -1,4 +1,4 @@
-"""PEFT's and torch's own functions on an optimised model: they give, write and raise what they do
+"""PEFT's and torch's own functions on an optimized model: they give, write and raise what they do
 on PEFT's.  So do torch's transforms and tracers, and its files, names and classes are PEFT's."""
 
 from pathlib import Path

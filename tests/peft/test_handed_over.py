@@ -172,11 +172,11 @@ PEFT_S = {  # with what the report says of it; "" where it is the call's x that 
         lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
         "its base is a Sequential",
     ),
-    "parametrised-base": (
+    "parametrized-base": (
         of("base", lambda m: parametrize.register_parametrization(m, "bias", Negated())),
-        "its base is parametrised",
+        "its base is parametrized",
     ),
-    "parametrised-lora_B": (
+    "parametrized-lora_B": (
         of("lora_B", lambda m: parametrize.register_parametrization(m, "weight", Negated())),
         "its lora_B is a ParametrizedLinear",
     ),

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from models import Mlp, randomise, tiny_llama
+from models import Mlp, randomize, tiny_llama
 from peft_models import BATCH, assert_same, gemma3, gpt2, optimized
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +32,7 @@ def many(base: nn.Module, targets="all-linear", changes=None) -> nn.Module:
         else:
             model.add_adapter(name, config)
     model.base_model.set_adapter(list(SETTINGS))
-    return randomise(model, std=0.1).eval()
+    return randomize(model, std=0.1).eval()
 
 
 def mlp(**changes) -> nn.Module:

@@ -173,7 +173,7 @@ before_and_after = pytest.mark.parametrize("when", ["before", "after"])
 
 
 def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict[str, Tensor]:
-    """Losses and adapter; ``when`` says when the model is optimised."""
+    """Losses and adapter; ``when`` says when the model is optimized."""
     AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, **settings)
     optimizer = adamw(trained(model).values())
@@ -194,7 +194,7 @@ def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict
 
 
 def prepared(accelerator, when: str, model: nn.Module, *others):
-    """What ``accelerator.prepare`` gives; the model is optimised before, after, or never."""
+    """What ``accelerator.prepare`` gives; the model is optimized before, after, or never."""
     if when == "before":
         fastlora.optimize(model)
     found = accelerator.prepare(model, *others)
@@ -221,7 +221,7 @@ def base_layers(model: nn.Module) -> list[nn.Module]:
 
 @pytest.fixture(params=["optimized", "hooked"])
 def both(request):
-    """PEFT's model, and a copy of it that is optimised before it is hooked, or afterwards."""
+    """PEFT's model, and a copy of it that is optimized before it is hooked, or afterwards."""
     theirs = llama()
     return theirs, optimized(theirs) if request.param == "optimized" else copy.deepcopy(theirs)
 

@@ -31,7 +31,7 @@ def test_the_report_before_and_after():
     before = fastlora.coverage(model)
     assert str(before) == (
         "0 of 2 layers fast\n2 eager: base_model.model.up, base_model.model.down: "
-        "not optimised yet: fastlora.optimize(model) does it"
+        "not optimized yet: fastlora.optimize(model) does it"
     )
     report = fastlora.optimize(model)
     assert str(report) == str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
@@ -116,10 +116,10 @@ def test_what_is_no_peft_lora_model_is_refused(make, error, message):
         fastlora.optimize(make())
 
 
-def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
+def test_what_was_saved_when_optimized_is_off_where_optimize_would_be(tmp_path):
     model = adapted().eval()
     fastlora.optimize(model)
-    import peft.tuners.lora.gptq  # a layer of a quantised base, whose class is made when it's met
+    import peft.tuners.lora.gptq  # a layer of a quantized base, whose class is made when it's met
 
     packed = fastlora.peft.layer.packed_classes()[peft.tuners.lora.gptq.GPTQLoraLinear]
     blank = packed.__new__(packed)
@@ -173,7 +173,7 @@ def test_accelerate_s_instance_forward_is_reached(fast_calls):
     assert len(fast_calls) == 2
 
 
-def test_restore_reaches_a_layer_that_was_parametrised_since():
+def test_restore_reaches_a_layer_that_was_parametrized_since():
     layer = adapted().base_model.model.up
     fastlora.optimize(layer)
     layer.extra = nn.Parameter(torch.ones(2))

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from models import randomise
+from models import randomize
 from packed import NEEDS_5
 from peft.tuners.lora import layer as peft_layer
 from peft_models import counted_calls
@@ -76,7 +76,7 @@ def layer_of(kind: type[nn.Module] = Qwen3MoeExperts, implementation: str = "eag
         nn.init.normal_(parameter, std=0.3)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     model = peft.get_peft_model(layer, peft.LoraConfig(r=3, target_parameters=targets)).double()
-    randomise(model)
+    randomize(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.endswith("alpha"))
     return model

@@ -6,7 +6,7 @@ import functools
 import peft
 import pytest
 import torch
-from models import randomise
+from models import randomize
 from peft.tuners.lora import dora, variants
 from peft.tuners.lora import layer as peft_layer
 from peft_models import adapted
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, MixtralConfig, activations, pytorch_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral import modeling_mixtral
-from vendor_layers import BITSANDBYTES, quantised
+from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
 from fastlora.layers import frozen
@@ -127,17 +127,17 @@ if BITSANDBYTES:
     CASES |= {
         "bitsandbytes' layer": (
             bitsandbytes.nn.Linear4bit,
-            lambda: one(quantised("nf4", K, N)),
+            lambda: one(quantized("nf4", K, N)),
             {},
         ),
         "PEFT's layer of bitsandbytes'": (
             bnb.Linear4bit,
-            lambda: one(quantised("nf4", K, N)),
+            lambda: one(quantized("nf4", K, N)),
             {},
         ),
         "lora_A over bitsandbytes' layer": (
             nn.Linear,
-            lambda: one(quantised("nf4", K, N)),
+            lambda: one(quantized("nf4", K, N)),
             {},
         ),
     }
@@ -165,7 +165,7 @@ def patch(monkeypatch, kind: type, name: str = "forward") -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_that_is_replaced_on_the_class_runs(name, when, monkeypatch):
     kind, make, named = CASES[name]
-    theirs = randomise(make())
+    theirs = randomize(make())
     ours = copy.deepcopy(theirs)
     plain = call(theirs, **named)
     if when == "before":
@@ -191,7 +191,7 @@ def test_a_forward_that_is_replaced_on_the_class_runs(name, when, monkeypatch):
 
 @pytest.mark.parametrize("kind", [peft_layer.Linear, nn.Linear, nn.Identity], ids=str)
 def test_a_call_that_is_replaced_on_the_class_runs(kind, monkeypatch):
-    theirs = randomise(one(nn.Linear(K, N)))
+    theirs = randomize(one(nn.Linear(K, N)))
     ours = copy.deepcopy(theirs)
     fastlora.optimize(ours)
     call(ours)
@@ -222,7 +222,7 @@ def test_a_forward_that_torch_compiles_is_the_library_s(monkeypatch):
 
 @pytest.mark.parametrize("kind", [peft_layer.Linear, nn.Linear], ids=str)
 def test_a_compiled_model_sees_it(kind, monkeypatch):
-    theirs = randomise(one(nn.Linear(K, N)))
+    theirs = randomize(one(nn.Linear(K, N)))
     ours = copy.deepcopy(theirs)
     fastlora.optimize(ours)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)

@@ -31,7 +31,7 @@ from benchmarks.counted_bytes import (
 from benchmarks.lineup import makers_for
 from benchmarks.results import describe_machine, results_path, write_results
 from fastlora.formats.bitsandbytes import FourBit
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.kernels.plan import UNPACKING
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +104,8 @@ def test_fastlora_may_keep_x_h_and_seeds_only():
     assert f"but {allowed} are allowed" in row["failures"]["fastlora"]
 
 
-def test_a_quantised_layer_may_keep_no_dense_weight():
-    case = next(case for case in cpu_cases() if case.id.startswith("quick-quantised-torchao"))
+def test_a_quantized_layer_may_keep_no_dense_weight():
+    case = next(case for case in cpu_cases() if case.id.startswith("quick-quantized-torchao"))
     row = row_of(case, fastlora=makers_for(case)["peft"])
     assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer keeps it
 
@@ -254,7 +254,7 @@ def test_a_packed_weight_is_read_once_and_made_dense_only_for_many_rows(M, plan)
         torch.empty(count // 64, dtype=torch.uint8, device="meta"),
         *(torch.empty(size, device="meta") for size in ((count // 2**14,), (256,), ())),
     )
-    packed = Quantised(FourBit(shape.N, shape.K, "nf4", 64, 256), tensors)
+    packed = Quantized(FourBit(shape.N, shape.K, "nf4", 64, 256), tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     found, dense = (
         bytes_of_fastlora(shape, p, packed=w) for p, w in ((plan, packed), (FUSED, None))

@@ -23,9 +23,9 @@ import fastlora
 from fastlora.backends import BACKENDS
 from fastlora.doctor import peft_checks, relative_errors
 from fastlora.doctor.launches import Asked, would_run
+from fastlora.estimates import kept_bytes
 from fastlora.formats.packing import KINDS as PACKED_KINDS
 from fastlora.formats.packing import pack_weight, packing_error
-from fastlora.price import kept_bytes
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
@@ -195,8 +195,10 @@ def files(models: Models, folder: Path) -> object:
 
 def plan(models: Models, folder: Path) -> object:
     config = fastlora.LoRAConfig(target_modules="all-linear")
-    prices = fastlora.plan(models.plain, [2, 4], config=config, batch=[X], rounds=0).prices
-    return [str(price) for price in prices], kept_bytes(models.adapted, [X])
+    rank_costs = fastlora.estimate(
+        models.plain, [2, 4], config=config, batch=[X], rounds=0
+    ).rank_costs
+    return [str(cost) for cost in rank_costs], kept_bytes(models.adapted, [X])
 
 
 def check(models: Models, folder: Path) -> object:

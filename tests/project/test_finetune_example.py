@@ -172,7 +172,7 @@ def test_sides_train_in_turn(compared):
 
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
+    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimized
     for name, side in results.items():
         trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
         assert side["trainable_parameters"] == trained
@@ -202,13 +202,13 @@ def test_without_peft_there_is_one_side(monkeypatch):
 
 def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
     """Its q and k have llama.cpp's order of rows: the model is the one that transformers makes."""
-    gguf = pytest.importorskip("gguf", reason="--quantised reads GGUF")
+    gguf = pytest.importorskip("gguf", reason="--quantized reads GGUF")
     layers = "transformers.integrations.gguf.dequant"
     pytest.importorskip(layers, reason="an older transformers has no layer for GGUF's blocks")
     from transformers import AutoModelForCausalLM
 
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    quantised = importlib.import_module("quantised")
+    quantized = importlib.import_module("quantized")
     folder = tmp_path / "llama"
     shutil.copytree(inputs[1], folder)
     write_llama(gguf, folder, heads=4)
@@ -217,7 +217,7 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
     expected = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file="tiny.gguf", dtype=torch.float32
     )
-    packed = quantised.model_of_gguf(run)
+    packed = quantized.model_of_gguf(run)
     assert {layer.ggml_type for layer in packed.modules() if hasattr(layer, "ggml_type")} == {3}
     torch.testing.assert_close(packed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -293,7 +293,7 @@ BAD_INPUT = [
     (["--model", "."], "the folder has no config.json"),
     (["--out", "binary.txt"], "--out"),
     (["--no-compare", "--optimize"], "--no-compare leaves PEFT out"),
-    (["--quantised", "--experts"], "choose one"),
+    (["--quantized", "--experts"], "choose one"),
     (["--experts", "--dropout=0.1"], "PEFT can't drop experts' inputs"),
 ]
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"ops"},
     {"layers", "report"},
     {"model", "peft"},
-    {"adapters", "price", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
+    {"adapters", "estimates", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # of files, each of which imports the next

@@ -32,16 +32,16 @@ import fastlora
 from fastlora.__main__ import main
 
 # Pages of users begin alike: for whom, the code, what it gains, what it costs.
-USERS = ("peft", "trainer", "model", "experts", "quantised", "adapters", "rank", "cpu", "gpu")
+USERS = ("peft", "trainer", "model", "experts", "quantized", "adapters", "rank", "cpu", "gpu")
 NOT_RUN = "# Not run by the tests: "  # and why, as the first line of a block
 PROMISED = re.compile(
-    r"\d+ of \d+ (?:layers fast \(backend torch\)|gated MLPs as one block)|\d+ quantised: NF4"
+    r"\d+ of \d+ (?:layers fast \(backend torch\)|gated MLPs as one block)|\d+ quantized: NF4"
 )
 WITH_CODE = [page for page in PAGES if blocks_of(page, "python")]
 
 
-def quantised_llama() -> torch.nn.Module:
-    pytest.importorskip("bitsandbytes", reason="a quantised base is made by it")
+def quantized_llama() -> torch.nn.Module:
+    pytest.importorskip("bitsandbytes", reason="a quantized base is made by it")
     model = tiny_llama()
     fastlora.pack(model, "nf4", modules=r"model\.layers.*_proj")
     return model
@@ -51,7 +51,7 @@ def mixture() -> torch.nn.Module:
     return base_model("qwen3", moe_intermediate_size=32)  # a block of MXFP4
 
 
-MODELS = {"experts.md": mixture, "quantised.md": quantised_llama}
+MODELS = {"experts.md": mixture, "quantized.md": quantized_llama}
 
 
 def names_for(page: Path) -> dict:
@@ -88,7 +88,7 @@ def run(code: str, name: str, names: dict) -> None:
         assert promised in printed.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore:.*were quantised again")
+@pytest.mark.filterwarnings("ignore:.*were quantized again")
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if p != README], ids=name_of)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -217,7 +217,7 @@ def test_a_table_is_what_its_command_prints(page, command, table):
 def test_there_are_tables():
     pages = [page.name for page, _, _ in TABLES]
     assert [page for page, _, _ in TABLES].count(README) == 1
-    expected = {"results.md", "blocks.md", "experts.md", "quantised.md", "rank.md"}
+    expected = {"results.md", "blocks.md", "experts.md", "quantized.md", "rank.md"}
     assert expected <= set(pages)
 
 

@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import randomise
+from models import randomize
 from process import run_python
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -158,10 +158,10 @@ def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats,
 
 
 def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="it quantises")
+    pytest.importorskip("bitsandbytes", reason="it quantizes")
     start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
     printed, _ = recipe("sft", *start, "--nf4", "--steps=2", "--out", tmp_path)
-    assert "14 quantised: NF4" in printed
+    assert "14 quantized: NF4" in printed
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
 
 
@@ -290,7 +290,7 @@ def test_a_diffusion_model_has_peft_s_numbers(name):
     model = getattr(diffusers, kind)(**sizes).train()
     model.requires_grad_(False)
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=TO))
-    randomise(model, 0.1)
+    randomize(model, 0.1)
     report = fastlora.optimize(model, strict=True)
     assert len(report.layers) >= 6
     assert fastlora.check(model, batch), fastlora.check(model, batch)

@@ -75,7 +75,7 @@ def test_every_file_that_opens_one_is_known():
         "fastlora/verdicts.py",  # reads as JSON
         "fastlora/backends/triton/measured.py",  # does so
         *(f"fastlora/model/{name}.py" for name in ("checkpoint", "files", "packed_files")),
-        "fastlora/trials/record.py",
+        "fastlora/sweeps/record.py",
     }
     for name in re.findall(r"`(\w+\.(?:safetensors|json|pt|safetensors\.index\.json))`", TEXT):
         assert any(f'"{name}"' in path.read_text() for path in FILES), name
@@ -115,7 +115,7 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch):
         (folder / WEIGHTS).write_bytes(bomb)
         with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
             read()
-    from fastlora.trials.record import FILE, earlier
+    from fastlora.sweeps.record import FILE, earlier
 
     torch.save({"settings": Bomb()}, tmp_path / FILE)
     with pytest.raises(ValueError, match="can't be read"):

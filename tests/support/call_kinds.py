@@ -10,7 +10,7 @@ from packed import random_four_bit, random_int8, stack
 from torch import Tensor
 
 import fastlora
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.projection import Base, Output
 
 K, N, ROWS = 16, 12, 40
@@ -90,10 +90,12 @@ def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
     }  # fmt: skip
 
     def call(x, weight, a, b, bias, offsets=ENDS, **options):
-        return fastlora.lora_grouped(x, weight, a, b, offsets, bias=bias, scale=0.5, **options)
+        return fastlora.grouped_lora_linear(
+            x, weight, a, b, offsets, bias=bias, scale=0.5, **options
+        )
 
     def truth(x, weight, a, b, bias):
-        return oracles.lora_grouped(x, weight, a, b, ENDS, bias=bias, scale=0.5)
+        return oracles.grouped_lora_linear(x, weight, a, b, ENDS, bias=bias, scale=0.5)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1, (ENDS,))
 
@@ -135,7 +137,7 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
     """A layer over NF4."""
-    weight: Quantised = random_four_bit(N, K, "nf4", 64, nested=2)
+    weight: Quantized = random_four_bit(N, K, "nf4", 64, nested=2)
     shapes = {"x": (ROWS, K), "a": (4, K), "b": (N, 4), "bias": (N,)}
 
     def call(x, a, b, bias, **options):
@@ -153,11 +155,13 @@ def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
     shapes = {"x": (ROWS, K), "a": (3, 4, K), "b": (3, N, 4), "bias": (3, N)}
 
     def call(x, a, b, bias, offsets=ENDS, **options):
-        return fastlora.lora_grouped(x, weight, a, b, offsets, bias=bias, scale=0.5, **options)
+        return fastlora.grouped_lora_linear(
+            x, weight, a, b, offsets, bias=bias, scale=0.5, **options
+        )
 
     def truth(x, a, b, bias):
         dense = weight.dense(x.dtype)
-        return oracles.lora_grouped(x, dense, a, b, ENDS, bias=bias, scale=0.5)
+        return oracles.grouped_lora_linear(x, dense, a, b, ENDS, bias=bias, scale=0.5)
 
     others = (*weight.tensors, ENDS)
     return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, others)

@@ -4,7 +4,7 @@ A comparison is a call of the compiled model, and the same call of the same mode
 compiler: outputs and all gradients, or an error of both.  Hooks are followed where torch is told to
 (``skip_nnmodule_hook_guards``).  Or, with "kept", a call with the records that earlier calls
 left on the modules, and the same call with all of them read anew; or, the way "peft", a call of an
-optimised model, and of a copy that is given back.
+optimized model, and of a copy that is given back.
 """
 
 import copy
@@ -21,7 +21,7 @@ from unittest import mock
 import peft
 import torch
 import torch._inductor.config
-from models import Mlp, Tied, adapt, randomise
+from models import Mlp, Tied, adapt, randomize
 from moe_models import base_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
-from vendor_layers import BITSANDBYTES, quantised
+from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
 from fastlora.layers import guards
@@ -68,7 +68,7 @@ def _transposed() -> nn.Module:
 
 
 def _over_nf4() -> nn.Module:
-    model = nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
+    model = nn.Sequential(quantized("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
     model.is_loaded_in_4bit = True  # PEFT asks the model
     return model
 
@@ -103,8 +103,8 @@ KINDS = {
     "peft-experts": Kind("peft experts activates", _mixture, _STACKS, 32),
 }  # fmt: skip
 if BITSANDBYTES:
-    KINDS["quantised"] = Kind("own linear drops packed", _over_nf4, _BOTH, 64)
-    KINDS["peft-quantised"] = Kind("peft linear drops packed", _over_nf4, _BOTH, 64)
+    KINDS["quantized"] = Kind("own linear drops packed", _over_nf4, _BOTH, 64)
+    KINDS["peft-quantized"] = Kind("peft linear drops packed", _over_nf4, _BOTH, 64)
 
 
 class State:
@@ -373,7 +373,7 @@ def _pack(state: State) -> None:
 
 def _load(state: State) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        fastlora.save_adapter(randomise(copy.deepcopy(state.model)), folder)
+        fastlora.save_adapter(randomize(copy.deepcopy(state.model)), folder)
         fastlora.remove_lora(state.model)
         fastlora.load_adapter(state.model, folder)
 
@@ -427,7 +427,7 @@ def _peft_load(state: State) -> None:
 
 def _hotswap(state: State) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        other = randomise(copy.deepcopy(state.model))
+        other = randomize(copy.deepcopy(state.model))
         other.save_pretrained(folder, selected_adapters=["default"])
         hotswap_adapter(state.model, folder, "default")
 
@@ -508,7 +508,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "bias": _give_bias,
         "tied": _tie,
         "base-trains": _train_base,
-        "parametrised": lambda state: parametrize.register_parametrization(
+        "parametrized": lambda state: parametrize.register_parametrization(
             state.base(), "weight", _Grown()
         ),
     },
@@ -517,7 +517,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
     "own": {
         "merge": lambda state: fastlora.merge_lora(state.model),
         "merge-for-good": lambda state: fastlora.merge_lora(state.model, keep_base=False),
-        "merge-plain": lambda state: fastlora.merge_lora(state.model, requantise=False),
+        "merge-plain": lambda state: fastlora.merge_lora(state.model, requantize=False),
         "merge-one": _merge_one,
         "unmerge": lambda state: fastlora.unmerge_lora(state.model),
         "remove": lambda state: fastlora.remove_lora(state.model),

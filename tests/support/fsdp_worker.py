@@ -10,7 +10,7 @@ import peft
 import peft_worker as training
 import torch
 import torch.distributed as dist
-from models import Mlp, counted_blocks, randomise, tiny_llama
+from models import Mlp, counted_blocks, randomize, tiny_llama
 from moe_models import IDS, base_model, parameters_of
 from peft_worker import Zero3, flat, shard, split
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 import fastlora
 from fastlora.layers.mlp import PARTS
@@ -195,7 +195,7 @@ def own_model(what: str) -> nn.Module:
     torch.manual_seed(3)
     targets = ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]
     config = fastlora.LoRAConfig(r=4, target_modules=targets, **OWN[what])
-    model = randomise(fastlora.apply_lora(tiny_llama(attention_bias=True), config))
+    model = randomize(fastlora.apply_lora(tiny_llama(attention_bias=True), config))
     if what == "frozen":  # as in LoRA-FA
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("lora_B"))
@@ -288,7 +288,7 @@ def train(model: nn.Module, ranks: int, settings: dict, *inputs: Any, **options:
 
 
 def mixed_peft(ranks: int, names: Sequence[str] = NAMES, **settings) -> Found:
-    """An optimised PEFT model, whose samples name their adapters."""
+    """An optimized PEFT model, whose samples name their adapters."""
     torch.manual_seed(0)
     model = Mlp()
     for i, name in enumerate(ALL):
@@ -298,7 +298,7 @@ def mixed_peft(ranks: int, names: Sequence[str] = NAMES, **settings) -> Found:
         else:
             model.add_adapter(name, config)
     model.base_model.set_adapter(ALL)
-    fastlora.optimize(randomise(model))
+    fastlora.optimize(randomize(model))
     x = torch.randn(len(names), 5, 8)
     return train(model, ranks, settings, own(x, ranks), adapter_names=own(list(names), ranks))
 
@@ -309,7 +309,7 @@ class Logits(nn.Module):
         torch.manual_seed(0)
         targets = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
         config = fastlora.LoRAConfig(r=4, **targets)
-        self.model = randomise(fastlora.apply_lora(base_model(), config), 0.1)
+        self.model = randomize(fastlora.apply_lora(base_model(), config), 0.1)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids).logits
@@ -342,7 +342,7 @@ def step_of(model: nn.Module) -> Step:
     return Step([y.detach(), *gradients], len(calls), str(fastlora.coverage(model)))
 
 
-def quantised_mlp(
+def quantized_mlp(
     kind: str, storage: torch.dtype = torch.uint8, compute: torch.dtype = torch.float32
 ) -> nn.Module:
     """A gated MLP of 4-bit layers, with the same weights in every process.
@@ -353,7 +353,7 @@ def quantised_mlp(
     block = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=128))
     for name in PARTS:
         sizes = (128, 64) if name == "down_proj" else (64, 128)
-        setattr(block, name, quantised("nf4", *sizes, compute, quant_storage=storage))
+        setattr(block, name, quantized("nf4", *sizes, compute, quant_storage=storage))
     settings = {"r": 3, "target_modules": list(PARTS), "init_lora_weights": False}
     model = nn.Sequential(block).requires_grad_(False)
     if kind == "own":
@@ -364,11 +364,11 @@ def quantised_mlp(
     return model
 
 
-def quantised_sharded(
+def quantized_sharded(
     kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None
 ) -> Step:
     """``units``: what is sharded by itself, beside the model.  ``cast``: FSDP's param_dtype."""
-    model = quantised_mlp(kind, storage, cast or torch.float32)
+    model = quantized_mlp(kind, storage, cast or torch.float32)
     (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
     of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}
     for module in (*of[units], model):
@@ -376,9 +376,9 @@ def quantised_sharded(
     return step_of(model)
 
 
-def quantised_cast() -> str:
+def quantized_cast() -> str:
     """The error of a layer whose packed numbers FSDP casts to another dtype."""
     try:
-        return quantised_sharded("own", torch.bfloat16, "model", torch.float16).report
+        return quantized_sharded("own", torch.bfloat16, "model", torch.float16).report
     except ValueError as error:
         return str(error)

@@ -25,7 +25,7 @@ RANDOM_LAYERS = 30
 _ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)
 _FEATURES = (1, 8, 24, 40, 100, 257, 640, 1000, 1024, 2048, 4096)
 _RANKS = (1, 3, 8, 8, 16, 16, 16, 20, 64, 96, 200)
-# Batches of a training run: powers of two, their neighbours, and what lies between.
+# Batches of a training run: powers of two, their neighbors, and what lies between.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
 )
@@ -199,7 +199,7 @@ def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") 
         dy = torch.empty(S, N, dtype=torch.bfloat16)
     leaves = [x, lora_a, lora_b]
     torch.manual_seed(1)
-    y = fastlora.lora_grouped(
+    y = fastlora.grouped_lora_linear(
         x, weight, lora_a, lora_b, ends, bias=bias, dropout=dropout, backend="triton"
     )
     found = [y, *torch.autograd.grad(y, leaves, dy)]

@@ -17,7 +17,7 @@ import fastlora
 from fastlora import Projection
 from fastlora.backends import Call
 from fastlora.backends import torch as torch_backend
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.ops.run import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
 
@@ -97,7 +97,7 @@ def make_mlp(
 class Experts(NamedTuple):
     """The tensors of a call, but x."""
 
-    weight: Tensor | Quantised
+    weight: Tensor | Quantized
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None = None
@@ -131,7 +131,7 @@ def ends_of(counts: Sequence[int]) -> Tensor:
 
 def call_experts(x: Tensor, experts: Experts, offsets: Tensor, **options) -> Tensor:
     weight, lora_a, lora_b, bias = experts
-    return fastlora.lora_grouped(x, weight, lora_a, lora_b, offsets, bias=bias, **options)
+    return fastlora.grouped_lora_linear(x, weight, lora_a, lora_b, offsets, bias=bias, **options)
 
 
 def assert_close(

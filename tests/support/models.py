@@ -67,7 +67,7 @@ class Places(nn.Module):
         return self.last(self.blocks[1](x))
 
 
-def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
+def randomize(model: nn.Module, std: float = 0.2) -> nn.Module:
     """Give everything that trains random values, so that an adapter is no identity change."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 def adapt(model: nn.Module, std: float = 0.2, **settings) -> nn.Module:
     """With LoRA layers that change it, by :class:`fastlora.LoRAConfig`'s settings."""
-    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
+    return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

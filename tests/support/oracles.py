@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora.reference import lora_linear, lora_linears
 
 
-def lora_grouped(
+def grouped_lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,

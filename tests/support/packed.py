@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora.formats.bitsandbytes import CODES, FourBit
 from fastlora.formats.float8 import Float8
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
@@ -19,10 +19,10 @@ from fastlora.formats.torchao import Affine, Int4Groups
 NEEDS_5 = "transformers 4 hasn't it"
 
 
-def stack(weights: list[Quantised]) -> Quantised:
+def stack(weights: list[Quantized]) -> Quantized:
     """Of experts: every tensor with one axis more in front."""
     tensors = zip(*[weight.tensors for weight in weights], strict=True)
-    return Quantised(weights[0].format, tuple(map(torch.stack, tensors)))
+    return Quantized(weights[0].format, tuple(map(torch.stack, tensors)))
 
 
 def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: int = 0):
@@ -30,7 +30,7 @@ def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: 
     blocks = -(-count // block)
     packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8)
     if not nested:
-        return Quantised(FourBit(n, k, kind, block), (packed, torch.rand(blocks) + 0.5))
+        return Quantized(FourBit(n, k, kind, block), (packed, torch.rand(blocks) + 0.5))
     tensors = (
         packed,
         torch.randint(0, 256, (blocks,), dtype=torch.uint8),
@@ -38,13 +38,13 @@ def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: 
         torch.linspace(-1, 1, 256),
         torch.tensor(1.75),
     )
-    return Quantised(FourBit(n, k, kind, block, nested), tensors)
+    return Quantized(FourBit(n, k, kind, block, nested), tensors)
 
 
 def random_int8(n: int, k: int):
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     format = Affine(n, k, 8, 1, k, factor=1.0 / 127.0)
-    return Quantised(format, (codes, torch.rand(n, 1) + 0.5))
+    return Quantized(format, (codes, torch.rand(n, 1) + 0.5))
 
 
 def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=torch.float32):
@@ -56,7 +56,7 @@ def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=t
         torch.randint(-128, 128, blocks, dtype=torch.int8),
     )
     format = Affine(n, k, 8, rows, columns, shifted)
-    return Quantised(format, tensors if shifted else tensors[:2])
+    return Quantized(format, tensors if shifted else tensors[:2])
 
 
 def random_float8(n: int, k: int, rows: int, columns: int, code="float8_e4m3fn", scale=None):
@@ -65,20 +65,20 @@ def random_float8(n: int, k: int, rows: int, columns: int, code="float8_e4m3fn",
     codes = torch.randn(n, k).to(getattr(torch, code))
     scales = torch.rand(blocks) + 0.5 if scale else torch.randint(100, 140, blocks).to(torch.uint8)
     scales = scales.to(scale) if scale else scales.view(torch.float8_e8m0fnu)
-    return Quantised(Float8(n, k, code, rows, columns), (codes, scales))
+    return Quantized(Float8(n, k, code, rows, columns), (codes, scales))
 
 
 def random_mxfp4(n: int, k: int, scale=torch.uint8):
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     powers = torch.randint(115, 135, (n, k // 32)).to(torch.uint8)
     scales = powers.view(torch.float8_e8m0fnu).float() if scale == torch.float32 else powers
-    return Quantised(MXFP4(n, k), (packed, scales.view(scale)))
+    return Quantized(MXFP4(n, k), (packed, scales.view(scale)))
 
 
 def random_nvfp4(n: int, k: int, tensor_scale: float = 0.0173):
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     scales = torch.rand(n, k // 16).mul(400).to(torch.float8_e4m3fn)
-    return Quantised(NVFP4(n, k), (packed, scales, torch.tensor(tensor_scale)))
+    return Quantized(NVFP4(n, k), (packed, scales, torch.tensor(tensor_scale)))
 
 
 def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
@@ -89,7 +89,7 @@ def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
         torch.rand(groups, 1).to(dtype) + 0.5,
         torch.rand(groups, 1).to(dtype) * 2**bits,
     )
-    return Quantised(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
+    return Quantized(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
 
 
 def random_int4(n: int, k: int, group: int, dtype=torch.float32):
@@ -99,7 +99,7 @@ def random_int4(n: int, k: int, group: int, dtype=torch.float32):
         (torch.rand(each) + 0.5).to(dtype),
         torch.randn(each).to(dtype),
     )
-    return Quantised(Int4Groups(n, k, group, str(dtype).removeprefix("torch.")), tensors)
+    return Quantized(Int4Groups(n, k, group, str(dtype).removeprefix("torch.")), tensors)
 
 
 def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ordered=True):
@@ -114,7 +114,7 @@ def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ord
         g_idx if ordered else g_idx[torch.randperm(k)],
     )
     compute = str(dtype).removeprefix("torch.")
-    return Quantised(Gptq(n, k, bits, groups, compute, ordered), tensors)
+    return Quantized(Gptq(n, k, bits, groups, compute, ordered), tensors)
 
 
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
@@ -127,10 +127,10 @@ def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
         factors = torch.randn(n, k // weights, 1).mul(1e-2).half()
         blocks[:, :, at : at + 2] = factors.view(torch.uint8)
     order = (torch.randperm(k),) if permuted else ()
-    return Quantised(Gguf(n, k, kind, permuted), (blocks.flatten(1), *order))
+    return Quantized(Gguf(n, k, kind, permuted), (blocks.flatten(1), *order))
 
 
-def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
+def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
     """The weight by the definition of its format, not rounded to this dtype as yet."""
     format, tensors = weight
     wide = torch.promote_types(dtype, torch.float32)
@@ -193,7 +193,7 @@ def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
     return torch.tensor(columns).T
 
 
-MAKERS: dict[str, Callable[[], Quantised]] = {
+MAKERS: dict[str, Callable[[], Quantized]] = {
     "nf4": lambda: random_four_bit(48, 64),
     "fp4-nested": lambda: random_four_bit(48, 64, "fp4", 32, nested=16),
     "nf4-blocks-over-rows": lambda: random_four_bit(9, 22, block=64, nested=2),

@@ -15,7 +15,7 @@ from packed import (
 from torch import nn
 from transformers import FineGrainedFP8Config
 
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.layers.expert_layer import take_packed
 from fastlora.layers.experts import dense_weight, packed_names, read_module, weight_in
 
@@ -24,23 +24,23 @@ gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_
 SIZES = {"moe_intermediate_size": 32, "intermediate_size": 64}  # whole blocks of every format
 
 
-def _float8(n: int, k: int) -> Quantised:
+def _float8(n: int, k: int) -> Quantized:
     weight = random_float8(n, k, 16, 16, scale=torch.float32)
     weight.tensors[1].mul_(0.1)
     return weight
 
 
-def _mxfp4(n: int, k: int) -> Quantised:
+def _mxfp4(n: int, k: int) -> Quantized:
     format, (packed, scale) = random_mxfp4(n, k)
-    return Quantised(format, (packed, torch.randint(121, 125, scale.shape, dtype=torch.uint8)))
+    return Quantized(format, (packed, torch.randint(121, 125, scale.shape, dtype=torch.uint8)))
 
 
-def _nvfp4(n: int, k: int) -> Quantised:
+def _nvfp4(n: int, k: int) -> Quantized:
     format, (packed, scale, whole) = random_nvfp4(n, k)
-    return Quantised(format, (packed, scale, torch.full_like(whole, 0.03)))
+    return Quantized(format, (packed, scale, torch.full_like(whole, 0.03)))
 
 
-def _nf4(n: int, k: int) -> Quantised:
+def _nf4(n: int, k: int) -> Quantized:
     weight = random_four_bit(n, k, block=32)
     weight.tensors[1].mul_(0.2)
     return weight

@@ -67,7 +67,7 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     demo = report_of("README.md", "demo")
     yield "README.md", r'make demo ARGS="--steps (\d+)"', (str(demo["settings"]["steps"]),)
     optimized, ours = numbers_of(demo, "optimized"), numbers_of(demo, "fastlora")
-    nf4 = numbers_of(report_of("docs/quantised.md", "demo-quantised"), "fastlora")
+    nf4 = numbers_of(report_of("docs/quantized.md", "demo-quantized"), "fastlora")
     experts = numbers_of(report_of("docs/experts.md", "demo-experts"), "fastlora")
     yield "README.md", r"takes \*\*(\S+) times\*\* PEFT's.*?grows by \*\*(\S+) times", optimized
     frozen = [numbers_of(demo, side, "frozen")[0] for side in ("optimized", "PEFT")]
@@ -85,7 +85,7 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     yield "docs/peft.md", gain, optimized
     yield "docs/trainer.md", gain, optimized
     yield "docs/model.md", gain, ours
-    yield "docs/quantised.md", gain, nf4
+    yield "docs/quantized.md", gain, nf4
     yield "docs/experts.md", gain, experts
     yield "docs/cpu.md", r"SmolLM2 135M takes \*\*(\S+)\*\* of PEFT's", ours[:1]
     small = demo["results"]["fastlora"]["resized"]

@@ -1,4 +1,4 @@
-"""Tiny transformers models, and PEFT models twice: as PEFT has them, and optimised."""
+"""Tiny transformers models, and PEFT models twice: as PEFT has them, and optimized."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import Mlp, noted_blocks, noted_calls, randomise, tiny_llama
+from models import Mlp, noted_blocks, noted_calls, randomize, tiny_llama
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **setting
         model.add_adapter(name, peft.LoraConfig(**config))
     if len(adapters) > 1:
         model.base_model.set_adapter(list(adapters))
-    return randomise(model, std=0.1).eval()
+    return randomize(model, std=0.1).eval()
 
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
@@ -121,7 +121,7 @@ def write_adapter(folder: Path, **settings) -> Path:
 
 
 def optimized(model: nn.Module) -> nn.Module:
-    """A copy of the model, optimised."""
+    """A copy of the model, optimized."""
     model = copy.deepcopy(model)
     fastlora.optimize(model)
     return model
@@ -152,7 +152,7 @@ def counted_calls() -> Iterator[list[Tensor]]:
 def run_both(
     run: Callable[[nn.Module], Any], theirs: nn.Module, ours: nn.Module | None = None
 ) -> tuple[Any, Any, list[Tensor]]:
-    """What ``run`` gives for an optimised copy and for PEFT's model, and the copy's fast calls.
+    """What ``run`` gives for an optimized copy and for PEFT's model, and the copy's fast calls.
 
     From the same random state.  ``ours`` is another model than such a copy.
     """
@@ -223,7 +223,7 @@ def by_peft(folder, model=None, **settings):
     """An adapter of PEFT's in the folder."""
     torch.manual_seed(4)
     theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
-    randomise(theirs).save_pretrained(folder)
+    randomize(theirs).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 import peft
 import torch
 import torch.distributed as dist
-from models import randomise, tiny_llama
+from models import randomize, tiny_llama
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def peft_model(kind: str = "lora", dropout: float = 0.0) -> nn.Module:
     if kind == "two-adapters":
         model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=3, **settings))
         model.base_model.set_adapter(["default", "second"])
-    return randomise(model).train()
+    return randomize(model).train()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -220,7 +220,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 def adapted(when: str, wrap: Wrap, kind: str = "lora", dropout: float = 0.0) -> nn.Module:
-    """The wrapped model, optimised ``before`` it was wrapped, ``after`` that, or ``never``."""
+    """The wrapped model, optimized ``before`` it was wrapped, ``after`` that, or ``never``."""
     model = peft_model(kind, dropout)
     if when == "before":
         fastlora.optimize(model)
@@ -292,7 +292,7 @@ def fsdp2_checkpointed(when: str, how: str, dropout: float = 0.0) -> Record:
 
 
 def fsdp2_from_meta(when: str) -> Record:
-    """Made, optimised and sharded without data, which is loaded last."""
+    """Made, optimized and sharded without data, which is loaded last."""
     full = peft_model()
     with torch.device("meta"):
         model = adapted(when, shard)

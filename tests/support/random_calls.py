@@ -28,7 +28,7 @@ from fastlora import blocks
 from fastlora.backends import products
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
 from fastlora.ops import dispatch, kinds
 from fastlora.ops.dora import dora_linear
@@ -166,7 +166,7 @@ class Case:
             return flat.unflatten(0, lead[::-1]).transpose(0, 1)
         return flat.unflatten(0, lead)
 
-    def weight(self, name: str, n: int, k: int) -> Tensor | Quantised:
+    def weight(self, name: str, n: int, k: int) -> Tensor | Quantized:
         if self.format and self.random() < 0.8:
             _, make, drawn = FORMATS[self.format]
             weight = make(n, k, *drawn(n, k, self.pick))
@@ -312,7 +312,7 @@ def _experts(case: Case) -> Made:
         _, make, drawn = FORMATS[case.format]
         numbers = drawn(N, K, case.pick)
         tensors["weight"] = weight = packed.stack([make(N, K, *numbers) for _ in range(E)])
-        each = [Quantised(weight.format, own) for own in zip(*weight.tensors, strict=True)]
+        each = [Quantized(weight.format, own) for own in zip(*weight.tensors, strict=True)]
         dense = [packed.by_elements(one, case.compute).to(case.compute) for one in each]
         case.leaves["weight"], case.given = torch.stack(dense), [*case.given, *weight.tensors]
     else:
@@ -328,9 +328,9 @@ def _experts(case: Case) -> Made:
     def textbook(t, masks, change):
         mask = masks[0] if masks else None
         numbers = {"scale": change(scale), "dropout": p, "mask": mask}
-        return oracles.lora_grouped(**t, offsets=ends, **numbers)
+        return oracles.grouped_lora_linear(**t, offsets=ends, **numbers)
 
-    run = partial(fastlora.lora_grouped, **tensors, offsets=ends, scale=scale, dropout=p)
+    run = partial(fastlora.grouped_lora_linear, **tensors, offsets=ends, scale=scale, dropout=p)
     return Made(run, textbook, [((case.M, K), p)], [N], cuts[-1])
 
 

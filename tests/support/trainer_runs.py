@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
-from models import randomise, tiny_llama
+from models import randomize, tiny_llama
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -40,7 +40,7 @@ def adapted(seed: int = 2, **kind) -> nn.Module:
     """The base is always the same; what is on it depends on the seed."""
     model = base_model()
     torch.manual_seed(seed)
-    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
+    return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
 
 
 def rows() -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Quantised layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
+"""Quantized layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
 
 from importlib.util import find_spec
 from inspect import signature
@@ -60,7 +60,7 @@ def _gptq(k: int, n: int, dtype: torch.dtype, bits: int = 4, disordered: bool = 
     layer = qlinear.TorchLinear(
         **sizes, sym=False, desc_act=disordered, bias=True, register_buffers=True
     )
-    layer.optimized = True  # else it compiles its own dequantisation
+    layer.optimized = True  # else it compiles its own dequantization
     layer.post_init()
     for words in (layer.qweight, layer.qzeros):
         words.copy_(torch.randint(-(2**31), 2**31, words.shape))
@@ -95,7 +95,7 @@ def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> 
     return layer.to("cpu")
 
 
-def dequantised(layer: nn.Module) -> torch.Tensor:
+def dequantized(layer: nn.Module) -> torch.Tensor:
     """By bitsandbytes itself, in float32."""
     import bitsandbytes as bnb
 
@@ -134,7 +134,7 @@ KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
 BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 
-def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
+def quantized(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
     """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
     if kind in ("nf4", "fp4", "int8"):
         return _bitsandbytes(k, n, dtype, kind, **settings).requires_grad_(False)

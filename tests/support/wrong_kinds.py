@@ -119,7 +119,7 @@ def tensors_like(tensor: Tensor) -> dict[str, Tensor]:
     return {
         "sparse": tensor.to_sparse(),
         "mkldnn": tensor.to_mkldnn(),
-        "quantised": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        "quantized": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
         "nested": torch.nested.nested_tensor(nested),
         "jagged": torch.nested.nested_tensor(nested, layout=torch.jagged),
         "meta": tensor.to("meta"),

@@ -6,7 +6,7 @@ import torch
 from marks import DEVICE
 from models import Mlp, adapt, tiny_llama
 from moe_models import base_model, parameters_of
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 import fastlora
 from fastlora.backends.triton.cover import kernels
@@ -106,7 +106,7 @@ def test_they_are_those_of_a_step(name, monkeypatch):
     assert not {size for size in found - asked if not size[7]}  # the first layer has no dx
 
 
-def test_layers_that_are_not_optimised_count_and_their_mlp_is_no_block():
+def test_layers_that_are_not_optimized_count_and_their_mlp_is_no_block():
     for optimized, groups in ((False, [(96,)]), (True, [(96, 96)])):
         products, _ = products_of(of_peft(optimized=optimized), TOKENS, None)
         assert [each.outs for each in products if each.backward] == [(64,), (32,), *groups, (64,)]
@@ -114,7 +114,7 @@ def test_layers_that_are_not_optimised_count_and_their_mlp_is_no_block():
 
 def test_packed_weights_count_as_dense_ones_of_16_bits_and_a_dtype_can_be_said():
     pytest.importorskip("gguf", reason="the weight is packed by it")
-    model = adapt(torch.nn.Sequential(quantised("gguf-q8_0")), r=4, target_modules=["0"])
+    model = adapt(torch.nn.Sequential(quantized("gguf-q8_0")), r=4, target_modules=["0"])
     for dtype, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
         products, notes = products_of(model, TOKENS, dtype)
         assert (notes, {each.dtype for each in products}) == ([], {found})

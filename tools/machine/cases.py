@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlora import Projection, lora_linears, multi_lora_linear
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.triton.packed import packed_of
-from fastlora.formats.format import Quantised
+from fastlora.formats.format import Quantized
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
@@ -137,7 +137,7 @@ def _layer(case: Case) -> Results:
 
 
 def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
-    return weight.dense(dtype) if isinstance(weight, Quantised) else weight
+    return weight.dense(dtype) if isinstance(weight, Quantized) else weight
 
 
 _SEED = 5  # of torch's generator, when a call begins
@@ -186,7 +186,7 @@ def _experts(case: Case) -> Results:
 
     return judge.check(
         _seeded(run),
-        lambda t: oracles.lora_grouped(**t, offsets=ends, mask=mask, **options),
+        lambda t: oracles.grouped_lora_linear(**t, offsets=ends, mask=mask, **options),
         leaves,
     )
 
@@ -276,7 +276,7 @@ def _block(case: Case) -> Results:
         y = x[order // k]
         for i, (weight, *_) in enumerate(stacks):
             tensors = [t.to(x.dtype) for t in (weight, *adapters[2 * i : 2 * i + 2])]
-            y = oracles.lora_grouped(y, *tensors, ends, scale=0.5)
+            y = oracles.grouped_lora_linear(y, *tensors, ends, scale=0.5)
             y = y if i else oracles.gated(*y.chunk(2, dim=1), act)
         total = torch.zeros_like(x)
         return results(

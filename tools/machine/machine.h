@@ -115,7 +115,7 @@ struct TensorProduct {  // a tcgen05.mma that hasn't run
   u64 a, b;                    // descriptors
 };
 
-// How often each agent had synchronised when this one heard of it.  Agents: warps, then the wgmma
+// How often each agent had synchronized when this one heard of it.  Agents: warps, then the wgmma
 // of each warp group, each warp's bulk stores, all tcgen05.mma, and each mbarrier's bulk loads.
 using Clock = std::vector<u32>;
 inline void join(Clock& into, const Clock& from) {
@@ -201,7 +201,7 @@ struct TensorMemory {
 
 // As memory.py's KINDS.
 enum Kind {
-  RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALISED, TWICE, GLOBAL_RACE, EARLY_REGISTER, EARLY_LOAD
+  RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALIZED, TWICE, GLOBAL_RACE, EARLY_REGISTER, EARLY_LOAD
 };
 struct Finding {
   s64 kind, pc, other, address, cta, warp, count;

@@ -24,7 +24,7 @@ inline void check_read(Machine& m, const Warp& w, const Written& last, s64 at, b
                        u64 order = 0) {
   if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, at, w);
   if (last.agent < 0)
-    m.find(UNINITIALISED, m.pc, -1, at, w);
+    m.find(UNINITIALIZED, m.pc, -1, at, w);
   else if (unordered(w, last, order))
     m.find(RAW, m.pc, last.pc, at, w);
   else if (async && last.generic && w.fenced[last.agent] < last.clock)

@@ -20,12 +20,12 @@ from .ptx import Program, parse
 
 HERE = Path(__file__).resolve().parent
 # As machine.h's Kind.
-KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialised", "stored twice",
+KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialized", "stored twice",
          "global race", "early register", "early load"]  # fmt: skip
 # Not those that may be meant: a masked lane reads what nobody wrote, warps store equal bytes.  And
 # LLVM moves arithmetic on what a tcgen05.ld loads before its wait, which PTX forbids: ptxas puts a
 # scoreboard in the place of both.
-RACES = {*KINDS} - {"uninitialised", "stored twice", "early load"}
+RACES = {*KINDS} - {"uninitialized", "stored twice", "early load"}
 _FLAGS = (
     "-O3 -march=native -std=c++20 -shared -fPIC -fvisibility=hidden -fwrapv -fno-math-errno "
     "-fno-strict-aliasing -ffp-contract=off -w"

@@ -1,4 +1,4 @@
-"""Optimises every model that PEFT puts LoRA layers into, and counts the calls of these layers.
+"""Optimizes every model that PEFT puts LoRA layers into, and counts the calls of these layers.
 
 Calls inside torch.compile are not counted: a counter would change what is compiled.
 """
@@ -16,7 +16,7 @@ FAST = "fast"
 def optimize_and_count() -> Counter:
     """Do so from now on, in this process.  Returns the counter: FAST, and why PEFT's own calls ran.
 
-    RuntimeError if a plain layer, optimised, doesn't run fast: nothing would be compared.
+    RuntimeError if a plain layer, optimized, doesn't run fast: nothing would be compared.
     """
     from peft.tuners import lora
 
@@ -39,7 +39,7 @@ def optimize_and_count() -> Counter:
     count_blocks(counter)
     optimized_layer()(torch.ones(1, 4))
     if counter != {FAST: 1}:
-        raise RuntimeError(f"a call of a plain layer, optimised, wasn't fast: {dict(counter)}")
+        raise RuntimeError(f"a call of a plain layer, optimized, wasn't fast: {dict(counter)}")
     counter.clear()
     optimize_after_injection()
     return counter

@@ -1,5 +1,5 @@
 """A pytest plugin for PEFT's tests: picks those of LoRA, writes down how each ended, and, if asked,
-optimises every model.
+optimizes every model.
 
 Without ``--suite-optimize`` PEFT is left as it is.  With it, ``fastlora.optimize`` is called on a
 model right after PEFT has put LoRA layers into it, and the calls of LoRA layers are counted.
@@ -18,7 +18,7 @@ from .selection import is_chosen
 def pytest_addoption(parser):
     group = parser.getgroup("peft suite")
     group.addoption("--suite-outcomes", type=Path, help="file to write, a line of JSON for a test")
-    group.addoption("--suite-optimize", action="store_true", help="optimise every LoRA model")
+    group.addoption("--suite-optimize", action="store_true", help="optimize every LoRA model")
     group.addoption("--regression", action="store_true", help="an option that PEFT's tests ask for")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from ...formats.format import Quantised
+from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import Call
@@ -144,7 +144,7 @@ def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Ou
     """The output as kernels read it.
 
     PEFT's lora_b has the expert as its fastest index: as it lies, no two elements that a thread
-    needs are neighbours, so there is a copy.
+    needs are neighbors, so there is a copy.
     """
     ((base, adapters),) = unflatten(flat, layouts)
 
@@ -161,7 +161,7 @@ def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
 
 def _product(
     x: Tensor,
-    weight: Tensor | Quantised,
+    weight: Tensor | Quantized,
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     at_once: bool,

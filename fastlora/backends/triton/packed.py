@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ...formats.format import Format, Quantised
+from ...formats.format import Format, Quantized
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import Call
 from .cover import LONGEST, kernels
@@ -31,7 +31,7 @@ def has_kernel(format: Format, of_experts: bool = False) -> bool:
     return (columns if lies_in_rows else rows * columns) <= LONGEST
 
 
-def packed_of(weight: Quantised) -> "kernels.Packed":
+def packed_of(weight: Quantized) -> "kernels.Packed":
     """The weight as kernels read it, of a format that has one."""
     (format, tensors), (*lead, rows, columns) = weight, weight.shape
     coding, (codes, scales, *outer) = format.coding, format.coded(tensors)
@@ -47,21 +47,21 @@ def packed_of(weight: Quantised) -> "kernels.Packed":
     return kernels.Packed(**shape, **operands, **coding._asdict())
 
 
-def is_unpackable(weights: Sequence[Tensor | Quantised]) -> bool:
+def is_unpackable(weights: Sequence[Tensor | Quantized]) -> bool:
     """Whether one launch of a product can unpack all of these weights as it reads them."""
-    packed = [packed_of(weight) for weight in weights if isinstance(weight, Quantised)]
+    packed = [packed_of(weight) for weight in weights if isinstance(weight, Quantized)]
     alike = all([each.lies_in_rows and each.is_like(packed[0]) for each in packed])
     return alike and len(packed) == len(weights)
 
 
 def read_by(
-    weight: Tensor | Quantised, x: Tensor, unpacks: bool = False
+    weight: Tensor | Quantized, x: Tensor, unpacks: bool = False
 ) -> "Tensor | kernels.Packed":
     """What a product with x reads: the weight; or its codes, if it ``unpacks``; or a dense one.
 
     That is new memory, one weight's or that of all experts, in x's dtype.
     """
-    if not isinstance(weight, Quantised):
+    if not isinstance(weight, Quantized):
         return weight
     packed = packed_of(weight)
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
@@ -79,7 +79,7 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
     outputs, layouts = [], []
     of_experts = call.rows is not None and not call.rows.shares_base
     for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
-        if _is_torch_s(layout, of_experts) and isinstance(base.weight, Quantised):
+        if _is_torch_s(layout, of_experts) and isinstance(base.weight, Quantized):
             base, layout = Base(base.weight.dense(x.dtype), base.bias), layout._replace(format=None)
         outputs.append(Output(base, adapters))
         layouts.append(layout)

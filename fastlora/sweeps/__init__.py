@@ -85,7 +85,7 @@ def sweep(
     with ``replace`` that one's files go when the new one writes its first.
 
     The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: batch
-    norms stay in evaluation, with a warning.  Returns a :class:`fastlora.trials.record.Sweep`,
+    norms stay in evaluation, with a warning.  Returns a :class:`fastlora.sweeps.record.Sweep`,
     which prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for
     a folder that can't be written to, before anything changes, and what the model raises; and
     ValueError for a layer in whose x trials can't be told apart.
@@ -190,7 +190,7 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     mixing = [called(name) for name, norm in norms.items() if norm.running_mean is None]
     if mixing:
         raise ValueError(
-            f"{some(mixing)} would mix trials, for it normalises by the statistics of the batch: "
+            f"{some(mixing)} would mix trials, for it normalizes by the statistics of the batch: "
             "give it running ones (track_running_stats=True), or train each configuration alone"
         )
     if norms:

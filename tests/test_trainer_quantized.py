@@ -1,6 +1,6 @@
-"""Trainer and AdapterTrainer over quantised bases, as from_pretrained makes them.
+"""Trainer and AdapterTrainer over quantized bases, as from_pretrained makes them.
 
-What isn't here is skipped.  Two of transformers' quantisers refuse a CPU at the door, and run
+What isn't here is skipped.  Two of transformers' quantizers refuse a CPU at the door, and run
 there: these two doors are held open.  A run that stops and goes on, in a new process's model, is
 the run without a stop, bit for bit.
 """
@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from models import randomise, tiny_llama
+from models import randomize, tiny_llama
 from packed import NEEDS_5
 from torch import nn
 from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for, write_gguf
@@ -27,7 +27,7 @@ from fastlora.trainer import AdapterTrainer
 WIDTH, INNER = 64, 96
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "vocab_size": VOCABULARY}
 _OLD = transformers.__version__.startswith("4.")
-_QUANTISERS = "transformers.quantizers.quantizer"
+_QUANTIZERS = "transformers.quantizers.quantizer"
 
 
 def _bitsandbytes(folder: Path, **settings) -> nn.Module:
@@ -54,7 +54,7 @@ def _hqq(folder: Path) -> nn.Module:
 def _float8(folder: Path) -> nn.Module:
     if _OLD:
         pytest.skip(f"transformers {transformers.__version__} makes FP8 on a GPU alone")
-    door = f"{_QUANTISERS}_finegrained_fp8.is_torch_xpu_available"
+    door = f"{_QUANTIZERS}_finegrained_fp8.is_torch_xpu_available"
     with mock.patch(door, return_value=True):
         return _load(folder, transformers.FineGrainedFP8Config(weight_block_size=(32, 32)))
 
@@ -62,7 +62,7 @@ def _float8(folder: Path) -> nn.Module:
 def _gguf(folder: Path, packed: bool) -> nn.Module:
     """LFM2, whose blocks transformers keeps; or Llama, which it makes dense."""
     pytest.importorskip("gguf", reason="gguf isn't installed")
-    module = pytest.importorskip(f"{_QUANTISERS}_gguf", reason=NEEDS_5)
+    module = pytest.importorskip(f"{_QUANTIZERS}_gguf", reason=NEEDS_5)
     _write_gguf(folder, "lfm2" if packed else "llama")
     kernel = SimpleNamespace(supports=lambda kind: True)  # which no tensor on a CPU comes to
     with mock.patch.object(module, "get_gguf_kernel", return_value=kernel):
@@ -143,7 +143,7 @@ def adapted(kind: str, folder, seed: int = 2) -> nn.Module:
     every = kind == "float8"  # whose own layers compute on a GPU alone
     targets = "all-linear" if every else r".*\.(q_proj|down_proj|w2)"
     config = fastlora.LoRAConfig(r=4, target_modules=targets, lora_dropout=0.2)
-    return randomise(fastlora.apply_lora(model, config), 0.1)
+    return randomize(fastlora.apply_lora(model, config), 0.1)
 
 
 def outcome(trainer: Trainer) -> tuple:
@@ -181,7 +181,7 @@ def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
 
 @pytest.mark.parametrize("kind", UNSAVED)
 def test_trainer_refuses_at_once_what_transformers_can_t_save(kind, folder, tmp_path):
-    message = r"can't save this quantised base .*use fastlora\.trainer\.AdapterTrainer"
+    message = r"can't save this quantized base .*use fastlora\.trainer\.AdapterTrainer"
     model = adapted(kind, folder)
     for _ in range(2):  # the second one after an AdapterTrainer
         with pytest.raises(ValueError, match=message):
@@ -196,7 +196,7 @@ def test_without_adapters_it_is_transformers_base_again(folder, tmp_path):
         trainer_for(model, tmp_path / "out", Trainer)
 
 
-def test_model_init_makes_a_quantised_model(folder, tmp_path):
+def test_model_init_makes_a_quantized_model(folder, tmp_path):
     run = trainer_for(None, tmp_path, max_steps=1, model_init=lambda: adapted("gguf", folder))
     run.train()
     assert len(losses(run)) == 1

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..formats import quantised_weight
+from ..formats import quantized_weight
 from ..layers.adapted import scaling_of
 from ..layers.frozen import is_router, matrix_of
 from ..layers.members import class_over
@@ -89,7 +89,7 @@ class TrialsLayer(nn.Module):
         if mapping is None:
             return super().forward(x)
         with torch.enable_grad():  # as a weight is read that a call in evaluation has laid anew
-            packed = quantised_weight(self, self.plain_class)
+            packed = quantized_weight(self, self.plain_class)
         if isinstance(packed, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {packed}")
         weight: Any = matrix_of(self, self.plain_class) if packed is None else packed.weight

@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, quantised
+from vendor_layers import BITSANDBYTES, KINDS, quantized
 
 import fastlora
 from fastlora.model.files import CONFIG, WEIGHTS
-from fastlora.trials.record import FILE, TABLE
+from fastlora.sweeps.record import FILE, TABLE
 
 CONFIGS = [{"r": r, "learning_rate": 1e-2, "name": f"rank{r}"} for r in (1, 2)]
 STEPS = 4
@@ -24,7 +24,7 @@ class Words(nn.Module):
         torch.manual_seed(0)
         self.embed, self.mix = nn.Embedding(40, 256), nn.Linear(256, 256)
         if packed:
-            self.mix = quantised(packed, 256, 256)
+            self.mix = quantized(packed, 256, 256)
         self.head = nn.Linear(256, 40)
 
     def forward(self, input_ids, labels=None):
@@ -171,7 +171,7 @@ def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
     swept(tmp_path, Words(kind), configs=configs, resume=True)
     swept(tmp_path / "adapted", model, configs=[{**CONFIGS[0], "target_modules": ["mix"]}])
     other = Words(kind)
-    other.mix = quantised(kind, 256, 256)  # of other random numbers
+    other.mix = quantized(kind, 256, 256)  # of other random numbers
     with pytest.raises(ValueError, match=r"base weights differ, in (mix\.bias, )?mix\.weight: "):
         swept(tmp_path, other, configs=configs, resume=True)
 

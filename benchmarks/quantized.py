@@ -1,6 +1,6 @@
-"""A layer whose base is quantised: who takes part.
+"""A layer whose base is quantized: who takes part.
 
-The yardstick is the frozen layer with the dequantised weight, which no quantised one can beat.
+The yardstick is the frozen layer with the dequantized weight, which no quantized one can beat.
 """
 
 import copy
@@ -27,20 +27,20 @@ from .contestants import (
 
 def layer_of(kind: str, K: int, N: int, dtype: torch.dtype) -> nn.Module:
     """A vendor's, of random weights, without bias; where it isn't installed the test is skipped."""
-    from vendor_layers import quantised
+    from vendor_layers import quantized
 
     torch.manual_seed(0)
-    layer = quantised(kind, K, N, dtype)
+    layer = quantized(kind, K, N, dtype)
     layer.bias = None
     return layer
 
 
 def with_base(case: Case, tensors: Tensors) -> Tensors:
     """With the vendor's layer, and for a weight what it stands for."""
-    from fastlora.formats import quantised_weight
+    from fastlora.formats import quantized_weight
 
     layer = layer_of(case.kind, case.K, *case.outputs, case.dtype)
-    weight = quantised_weight(layer).weight.dense(case.dtype)
+    weight = quantized_weight(layer).weight.dense(case.dtype)
     return replace(tensors, weights=(nn.Parameter(weight, requires_grad=False),), base=layer)
 
 

@@ -1,4 +1,4 @@
-"""What a rank costs before anything is trained: ``fastlora.plan``."""
+"""What a rank costs before anything is trained: ``fastlora.estimate``."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..formats import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
 from ..layers.modules import unwrap
@@ -22,13 +22,13 @@ from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
 from ..projection import shown
-from .count import Plan, count_adapter, count_frozen
+from .count import Estimate, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)
 _ROWS, _TOKENS = 1, 256
 
 
-def plan(
+def estimate(
     model: nn.Module,
     ranks: Sequence[int] = RANKS,
     *,
@@ -36,7 +36,7 @@ def plan(
     batch: Any = None,
     rounds: int = 5,
     progress: Callable[[str], None] | None = None,
-) -> Plan:
+) -> Estimate:
     """What LoRA of each rank would cost this model: counted, and measured where it is.
 
     ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
@@ -50,7 +50,7 @@ def plan(
     Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
     ``progress`` is called with a line for each round.
 
-    Returns a :class:`fastlora.price.count.Plan`, which prints as a table.  Raises ValueError for a
+    Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises ValueError for a
     rank below 1 or none, a model with adapters, a batch that is missing, a model on ``meta`` that
     is to be measured, and what :func:`fastlora.apply_lora` and the model raise.
     """
@@ -66,32 +66,32 @@ def plan(
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
-    prices = tuple(price for _, price in counts)
+    rank_costs = tuple(cost for _, cost in counts)
     name, layers = type(inner).__name__, counts[0][0]
     about = getattr(getattr(inner, "config", None), "quantization_config", None)
     notes: tuple[str, ...] = ()
     if about is not None and not any(
-        isinstance(quantised_weight(each), PackedLayer) or packed_names(each)
+        isinstance(quantized_weight(each), PackedLayer) or packed_names(each)
         for each in inner.modules()
     ):
         read = about.get if isinstance(about, Mapping) else partial(getattr, about)
         notes = (
-            f"its config says that it is quantised ({read('quant_method', None)}), and it is dense "
+            f"its config says that it is quantized ({read('quant_method', None)}), and it is dense "
             "here: so are the time and what is kept; what trains and the file are the same",
         )
-    plan = Plan(name, layers, count_frozen(inner), prices, notes=notes)
-    return _measured(plan, inner, config, batch, rounds, progress) if rounds else plan
+    estimate = Estimate(name, layers, count_frozen(inner), rank_costs, notes=notes)
+    return _measured(estimate, inner, config, batch, rounds, progress) if rounds else estimate
 
 
 def _measured(
-    plan: Plan,
+    estimate: Estimate,
     model: nn.Module,
     config: LoRAConfig,
     batch: Any,
     rounds: int,
     progress: Callable[[str], None] | None,
-) -> Plan:
-    """The plan with this model's times and kept bytes."""
+) -> Estimate:
+    """The estimate with this model's times and kept bytes."""
     if batch is None:
         batch = _random_tokens(model)
     # The same values, with gradients of their own.
@@ -101,7 +101,7 @@ def _measured(
     if device.type == "meta":
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
     sides = [partial(frozen, model, batch)]
-    sides += [partial(_adapted, model, replace(config, r=price.r)) for price in plan.prices]
+    sides += [partial(_adapted, model, replace(config, r=cost.r)) for cost in estimate.rank_costs]
     waiting, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
         for i in range(rounds + 1):  # the first warms up
@@ -117,13 +117,13 @@ def _measured(
             if i:
                 seconds.append(times)
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
-    prices = tuple(
-        replace(price, kept_bytes=waiting[j], step=_quartiles(ratios[j]))
-        for j, price in enumerate(plan.prices, start=1)
+    rank_costs = tuple(
+        replace(cost, kept_bytes=waiting[j], step=_quartiles(ratios[j]))
+        for j, cost in enumerate(estimate.rank_costs, start=1)
     )
     middle = _quartiles([times[0] for times in seconds])[1]
-    costs = replace(plan.frozen, kept_bytes=waiting[0], seconds=middle)
-    return replace(plan, frozen=costs, prices=prices, device=str(device), batch=text)
+    costs = replace(estimate.frozen, kept_bytes=waiting[0], seconds=middle)
+    return replace(estimate, frozen=costs, rank_costs=rank_costs, device=str(device), batch=text)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Gated MLPs of quantised layers as blocks, in your own models and in PEFT's."""
+"""Gated MLPs of quantized layers as blocks, in your own models and in PEFT's."""
 
 import peft
 import pytest
@@ -8,7 +8,7 @@ from models import assert_near, counted_blocks, numbers
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantized
 
 import fastlora
 from fastlora.layers import mlp
@@ -31,7 +31,7 @@ def frozen(kinds, compute=torch.float32) -> nn.Module:
     block = LlamaMLP(LlamaConfig(hidden_size=IN, intermediate_size=HIDDEN))
     for name, kind in zip(mlp.PARTS, kinds, strict=True):
         sizes = (HIDDEN, IN) if name == "down_proj" else (IN, HIDDEN)
-        layer = quantised(kind, *sizes, compute) if kind != "dense" else nn.Linear(*sizes)
+        layer = quantized(kind, *sizes, compute) if kind != "dense" else nn.Linear(*sizes)
         setattr(block, name, layer.requires_grad_(False))
     return nn.Sequential(block)
 
@@ -42,7 +42,7 @@ def own(model: nn.Module, **settings) -> nn.Module:
 
 
 def peft_s(model: nn.Module, **settings) -> nn.Module:
-    """Not optimised as yet."""
+    """Not optimized as yet."""
     settings = {"r": R, "target_modules": list(mlp.PARTS), "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
     config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
@@ -138,7 +138,7 @@ def computes_in_another(block):
 
 
 def merged(block):
-    with pytest.warns(UserWarning, match="were quantised again"):
+    with pytest.warns(UserWarning, match="were quantized again"):
         fastlora.merge_lora(block)
     block.eval()
 
@@ -150,7 +150,7 @@ def broken(block):
 LEFT = {
     "compute": (computes_in_another, "its layers have different dtypes"),
     "merged": (merged, "its gate_proj: it is merged"),
-    "broken": (broken, "its up_proj: its quantisation state is broken"),
+    "broken": (broken, "its up_proj: its quantization state is broken"),
 }
 
 
@@ -162,7 +162,7 @@ def test_a_call_goes_layer_by_layer(change, reason):
     assert reason in block.reason
     with counted_blocks() as calls:
         if change is broken:
-            with pytest.raises(ValueError, match="can't be read: its quantisation state is broken"):
+            with pytest.raises(ValueError, match="can't be read: its quantization state is broken"):
                 model(x)
         else:
             assert torch.isfinite(model(x)).all()

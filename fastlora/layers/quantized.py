@@ -1,4 +1,4 @@
-"""LoRAQuantised: what a vendor's quantised linear layer does with an adapter beside its weight."""
+"""LoRAQuantized: what a vendor's quantized linear layer does with an adapter beside its weight."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from .adapted import LoRALayer, add_product
 from .guards import Record
 
 
-class LoRAQuantised(LoRALayer):
+class LoRAQuantized(LoRALayer):
     """A vendor's class, which comes after this one, with an adapter.
 
     Class, tensors and state dict stay the vendor's.  A call reads the layer as it is, and raises
@@ -75,14 +75,14 @@ class LoRAQuantised(LoRALayer):
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         return add_product(weight, *self._factors(), self.scaling, merged)
 
-    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantize: bool = True) -> float:
         """Raises ValueError, and leaves the layer as it was, where it can't be packed."""
         vendor, distance = self.vendor, 0.0
-        if not requantise and hasattr(self.plain_class, "weight"):  # a property
+        if not requantize and hasattr(self.plain_class, "weight"):  # a property
             raise ValueError("GPTQ-Model's layer has no place for a merged weight")
         original = self._kept()
         try:
-            if requantise:
+            if requantize:
                 vendor.pack(self, weight)
                 distance = packing_error(weight, self.packed().weight)
             else:
@@ -91,12 +91,12 @@ class LoRAQuantised(LoRALayer):
             if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
                 raise ValueError(
                     f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed "
-                    "again it holds NaN or infinity; requantise=False leaves it plain"
+                    "again it holds NaN or infinity; requantize=False leaves it plain"
                 )
         except BaseException:
             self._restore(original)
             raise
-        self.is_dense, self._bases["weight"] = not requantise, original if keep_base else None
+        self.is_dense, self._bases["weight"] = not requantize, original if keep_base else None
         return distance
 
     def _kept(self) -> Any:

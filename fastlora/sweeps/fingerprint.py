@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import PackedLayer, quantised_weight, vendor_of
+from ..formats import PackedLayer, quantized_weight, vendor_of
 from ..layers.experts import PackedWeight
 from ..layers.modules import some
 
@@ -96,7 +96,7 @@ def _digest(tensor: Tensor, all_of_it: bool = False) -> str:
 def _some_of_a_row(layer: nn.Module) -> list[float]:
     """Of a vendor's layer, as its numbers are meant; none if it can't be read."""
     with torch.enable_grad():  # without, it isn't read where a call in evaluation has laid it anew
-        packed = quantised_weight(layer)
+        packed = quantized_weight(layer)
     if (
         not isinstance(packed, PackedLayer)
         or not packed.is_whole

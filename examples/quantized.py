@@ -19,7 +19,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.integrations.gguf.utils import GgufLinear
 
 
-def quantise_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
+def quantize_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     """bitsandbytes' layers, with nested absmax, in place of a dense model's, one after another."""
     from bitsandbytes.nn import Linear4bit
 
@@ -33,7 +33,7 @@ def quantise_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
         kind = type(layer.weight)
         layer.weight = kind(linear.weight.data, False, quant_type="nf4", module=layer)
         layer.bias = linear.bias
-        model.set_submodule(name, layer.to(linear.weight.device))  # which quantises
+        model.set_submodule(name, layer.to(linear.weight.device))  # which quantizes
     model.is_loaded_in_4bit = True  # PEFT asks
     return model
 
@@ -41,7 +41,7 @@ def quantise_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
 def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
     """The blocks of the GGUF in the model's folder, and what is dense from the folder's model.
 
-    transformers' loader would dequantise them on a CPU.  No dense weight of these layers is made.
+    transformers' loader would dequantize them on a CPU.  No dense weight of these layers is made.
     """
     reader = gguf.GGUFReader(gguf_of(run.model))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -66,7 +66,7 @@ def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
 
 
 def rows_in_halves(rows: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """Of each head of a Llama's q or k, the rows that RoPE turns together: neighbours in its GGUF,
+    """Of each head of a Llama's q or k, the rows that RoPE turns together: neighbors in its GGUF,
     half a head apart in transformers.  A block lies within a row, so none changes."""
     pairs = rows.reshape(heads, -1, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -77,7 +77,7 @@ def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
     if kind == Kind.Q5_0:  # which transformers' layer can't hold
         blocks, kind = as_q8_0(torch.from_numpy(blocks)), Kind.Q8_0
     if kind not in GGML_BLOCK:
-        stop(f"--quantised: transformers' GgufLinear can't hold {kind.name}")
+        stop(f"--quantized: transformers' GgufLinear can't hold {kind.name}")
     layer = GgufLinear(linear.in_features, linear.out_features, int(kind), linear.bias is not None)
     layer.weight.data = torch.as_tensor(blocks)
     layer.bias = linear.bias

@@ -1,4 +1,4 @@
-"""The price list, a line for each rank; and what of it is counted, from shapes alone."""
+"""The cost list, a line for each rank; and what of it is counted, from shapes alone."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..formats import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantized_weight
 from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
@@ -30,7 +30,7 @@ _COPIES_IN_TRAINING = 4
 
 
 @dataclass(frozen=True)
-class Price:
+class RankCost:
     """What an adapter of rank ``r`` costs, with the biases and modules that train in full.
 
     * ``parameters``: how many train;
@@ -76,8 +76,8 @@ class FrozenCosts:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The price of each rank for one model.  Prints as a table.
+class Estimate:
+    """The cost of each rank for one model.  Prints as a table.
 
     ``layers`` is how many would be adapted, ``batch`` the shape of what was measured, ``notes``
     what a reader should know of the numbers.
@@ -86,7 +86,7 @@ class Plan:
     model: str
     layers: int
     frozen: FrozenCosts
-    prices: tuple[Price, ...]
+    rank_costs: tuple[RankCost, ...]
     device: str = ""
     batch: str = ""
     notes: tuple[str, ...] = ()
@@ -107,24 +107,24 @@ class Plan:
             f"weights {frozen.bytes / _GIB:.2f} GiB",
             measured,
             "",
-            *columns([_TITLES, *map(self._cells, self.prices)], left=0),
+            *columns([_TITLES, *map(self._cells, self.rank_costs)], left=0),
             *self.notes,
         ]
         return "\n".join(lines)
 
-    def _cells(self, price: Price) -> tuple[str, ...]:
-        per_token = "–" if price.kept_bytes is None else f"{price.kept_bytes / 1024:.0f}"
+    def _cells(self, cost: RankCost) -> tuple[str, ...]:
+        per_token = "–" if cost.kept_bytes is None else f"{cost.kept_bytes / 1024:.0f}"
         step = "–"
-        if price.step is not None:
-            low, middle, high = price.step
+        if cost.step is not None:
+            low, middle, high = cost.step
             step = f"{middle:.2f} ({low:.2f}–{high:.2f})"
         return (
-            f"{price.r}",
-            f"{price.parameters:,}",
-            f"{100 * price.parameters / self.frozen.parameters:.2f}",
-            f"{price.file_bytes / _MIB:.1f}",
-            f"{price.training_bytes / _MIB:.1f}",
-            f"{100 * price.flops / self.frozen.flops:.1f}",
+            f"{cost.r}",
+            f"{cost.parameters:,}",
+            f"{100 * cost.parameters / self.frozen.parameters:.2f}",
+            f"{cost.file_bytes / _MIB:.1f}",
+            f"{cost.training_bytes / _MIB:.1f}",
+            f"{100 * cost.flops / self.frozen.flops:.1f}",
             per_token,
             step,
         )
@@ -163,7 +163,7 @@ def _resident_bytes(model: nn.Module) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
+def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
     """How many layers and experts' weights ``config`` targets, and what it trains, counted.
 
     Raises what :func:`fastlora.apply_lora` raises for a config that doesn't fit the model, and
@@ -181,7 +181,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
         used = experts_of_a_token(target.module) if target.parameter else 1
         if not used:
             raise ValueError(
-                f"{name} has no price: its config doesn't say how many experts a token goes to "
+                f"{name} has no cost: its config doesn't say how many experts a token goes to "
                 f"({PER_TOKEN[0]})"
             )
         flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
@@ -193,7 +193,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     file = adapters | {key: _planned(tensor) for key, tensor in saved_whole.items()}
     counts = [math.prod(part.shape) for part in parts]
     size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
-    return len(names), Price(config.r, sum(counts), size, flops, size_of(file))
+    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file))
 
 
 def _planned(tensor: Tensor) -> Planned:
@@ -214,6 +214,6 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
 def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
     """Every linear layer, and its weight, which may be packed."""
     for module in modules:
-        packed = isinstance(quantised_weight(module), PackedLayer)
+        packed = isinstance(quantized_weight(module), PackedLayer)
         if packed or not why_not_class(type(module)):
             yield module, matrix_of(module)

@@ -1,4 +1,4 @@
-"""apply_lora on quantised layers of several vendors: the formula on the dequantised weight."""
+"""apply_lora on quantized layers of several vendors: the formula on the dequantized weight."""
 
 import copy
 
@@ -6,13 +6,13 @@ import pytest
 import safetensors.torch
 import torch
 from judge import peak_bytes
-from models import randomise
+from models import randomize
 from torch import Tensor, nn
-from vendor_layers import BITSANDBYTES, KINDS, quantised, repack
+from vendor_layers import BITSANDBYTES, KINDS, quantized, repack
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.formats import quantised_weight
+from fastlora.formats import quantized_weight
 from fastlora.model import merge as merging
 
 K, N = 256, 96
@@ -24,7 +24,7 @@ needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes i
 def adapted(kind: str, dtype: torch.dtype = F32, widths: tuple[int, ...] = (N,)) -> nn.Sequential:
     """Layers of such widths, with adapters that are no identity change."""
     sizes = zip((K, *widths), widths, strict=False)
-    model = nn.Sequential(*[quantised(kind, k, n, dtype=dtype) for k, n in sizes])
+    model = nn.Sequential(*[quantized(kind, k, n, dtype=dtype) for k, n in sizes])
     config = LoRAConfig(r=4, target_modules=r"\d", init_lora_weights=False)
     return fastlora.apply_lora(model, config).eval()
 
@@ -44,10 +44,10 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_it_is_the_vendor_s_layer_with_an_adapter(kind):
-    model = nn.Sequential(quantised(kind, K, N))
+    model = nn.Sequential(quantized(kind, K, N))
     layer, plain, keys = model[0], type(model[0]), set(model.state_dict())
     parts = {name: getattr(layer, name, None) for name in ("weight", "W_q", "qweight", "bias")}
-    weight = quantised_weight(layer).weight.dense(F32).double()
+    weight = quantized_weight(layer).weight.dense(F32).double()
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"]))
     nn.init.normal_(layer.lora_B)
     assert isinstance(layer, plain)
@@ -100,26 +100,26 @@ def test_files_of_adapters_and_of_the_model(tmp_path):
     assert found.keys() == model.state_dict().keys()
 
 
-REQUANTISED = {"nf4": 0.4, "fp4": 0.4, "int8": 0.05, "torchao-int8": 0.02, "torchao-float8": 0.05}
-REQUANTISED |= {"hqq": 0.2, "float8": 0.05}  # and how far that may take a layer
+REQUANTIZED = {"nf4": 0.4, "fp4": 0.4, "int8": 0.05, "torchao-int8": 0.02, "torchao-float8": 0.05}
+REQUANTIZED |= {"hqq": 0.2, "float8": 0.05}  # and how far that may take a layer
 
 
-@pytest.mark.parametrize("kind", [k for k in REQUANTISED if k in ALL])
+@pytest.mark.parametrize("kind", [k for k in REQUANTIZED if k in ALL])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
+def test_merged_it_is_quantized_again_and_the_way_back_is_exact(kind, dtype):
     model, x = adapted(kind, dtype), torch.randn(5, K, dtype=dtype)
     layer, plain = model[0], type(model[0]).plain_class
     layer.bias.data = layer.bias.to(dtype)  # to which bitsandbytes' own call casts it
     before, y = state_of(model), model(x)
     wanted = layer.merged_weight(F32)
-    with pytest.warns(UserWarning, match=r"1 merged weights were quantised again.* up to 0\.\d+"):
+    with pytest.warns(UserWarning, match=r"1 merged weights were quantized again.* up to 0\.\d+"):
         fastlora.merge_lora(model)
     assert isinstance(layer, plain)
     distance = (layer.packed().weight.dense(F32) - wanted).norm() / wanted.norm()
-    assert 0 < distance < REQUANTISED[kind]
+    assert 0 < distance < REQUANTIZED[kind]
     if kind != "float8":  # whose own call needs a kernel that isn't here
         with torch.no_grad():
-            assert (model.train()(x) - y).norm() <= 2 * REQUANTISED[kind] * y.norm()
+            assert (model.train()(x) - y).norm() <= 2 * REQUANTIZED[kind] * y.norm()
     is_four_bit = kind in ("nf4", "fp4")
     assert not is_four_bit or layer.quant_state is layer.weight.quant_state
     fastlora.unmerge_lora(model.eval())
@@ -132,7 +132,7 @@ def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "gptq"])
 def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
     """Also where a call of bitsandbytes' own has cast the bias."""
-    layer, x = quantised(kind, K, N, dtype=dtype), torch.randn(5, K, dtype=dtype)
+    layer, x = quantized(kind, K, N, dtype=dtype), torch.randn(5, K, dtype=dtype)
     plain, close = type(layer), 0.02 if dtype == BF16 or kind == "int8" else 0.003
     if kind in BITSANDBYTES:
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["1"]))
     nn.init.normal_(layer.lora_B, std=0.1)
     y = model(x)
-    fastlora.merge_lora(model, requantise=False)
+    fastlora.merge_lora(model, requantize=False)
     assert layer.weight.dtype == dtype
     assert (model(x) - y).norm() <= close * y.norm()
     with pytest.raises(RuntimeError, match="its adapter would get no gradient"):
@@ -151,7 +151,7 @@ def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
     for one in {model, copied}:
         fastlora.unmerge_lora(one)
         assert torch.equal(one(x), y)
-    fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
+    fastlora.remove_lora(fastlora.merge_lora(model, requantize=False))
     assert (type(layer), layer.weight.dtype) == (nn.Linear, dtype)
     assert (model(x) - y).norm() <= close * y.norm()
     fastlora.remove_lora(copied)
@@ -160,19 +160,19 @@ def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
 
 @needs_bitsandbytes
 def test_merged_into_a_plain_weight_of_a_model_without_other_parameters():
-    model, x = nn.Sequential(quantised("nf4", K, N, dtype=BF16)), torch.randn(3, K, dtype=BF16)
+    model, x = nn.Sequential(quantized("nf4", K, N, dtype=BF16)), torch.randn(3, K, dtype=BF16)
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"]))
-    fastlora.merge_lora(model.eval(), requantise=False)
+    fastlora.merge_lora(model.eval(), requantize=False)
     assert model[0].weight.dtype == model(x).dtype == BF16
 
 
 @needs_bitsandbytes
 def test_a_merge_into_plain_weights_makes_no_float32_model():
-    layers, size = [quantised("int8", 512, 4096) for _ in range(4)], 512 * 4096
+    layers, size = [quantized("int8", 512, 4096) for _ in range(4)], 512 * 4096
     model = nn.Sequential(nn.Embedding(1, 8, dtype=BF16), *layers)
     config = LoRAConfig(r=2, target_modules="all-linear")
-    randomise(fastlora.apply_lora(model, config), 0.01)
-    merge = lambda: fastlora.merge_lora(model, keep_base=False, requantise=False)  # noqa: E731
+    randomize(fastlora.apply_lora(model, config), 0.01)
+    merge = lambda: fastlora.merge_lora(model, keep_base=False, requantize=False)  # noqa: E731
     before, peak, after = peak_bytes(model.parameters(), merge)
     assert after - before <= 4 * size  # two bytes a number for one
     assert peak - before <= (4 + 2) * size + 3 * 4 * 2**20  # one layer more, and blocks of rows
@@ -180,14 +180,14 @@ def test_a_merge_into_plain_weights_makes_no_float32_model():
 
 def test_a_merge_that_fails_leaves_everything(monkeypatch):
     model, x = adapted("float8", widths=(192, N)), torch.randn(3, K)
-    y, put = model(x), merging.LoRAQuantised.use_merged
+    y, put = model(x), merging.LoRAQuantized.use_merged
 
     def fail(layer, *arguments):
         if layer is model[1]:
             raise MemoryError
         return put(layer, *arguments)
 
-    monkeypatch.setattr(merging.LoRAQuantised, "use_merged", fail)
+    monkeypatch.setattr(merging.LoRAQuantized, "use_merged", fail)
     with pytest.raises(MemoryError):
         fastlora.merge_lora(model)
     assert torch.equal(model(x), y)
@@ -210,26 +210,26 @@ def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
 
 
 @pytest.mark.parametrize(
-    ("kind", "requantise", "message"),
+    ("kind", "requantize", "message"),
     [
         ("gptq", True, "GPTQ"),
         ("gptq", False, "GPTQ"),
         ("gguf-q4_k", True, "GGUF's blocks are read, and not made"),
     ],
 )
-def test_what_takes_no_merged_weight_says_so_and_nothing_changes(kind, requantise, message):
+def test_what_takes_no_merged_weight_says_so_and_nothing_changes(kind, requantize, message):
     model, x = adapted(kind), torch.randn(3, K)
     before, y = state_of(model), model(x)
     with pytest.raises(ValueError, match=message):
-        fastlora.merge_lora(model, requantise=requantise)
+        fastlora.merge_lora(model, requantize=requantize)
     assert_equal(state_of(model), before)
     assert not model[0].merged
     assert torch.equal(model(x), y)
 
 
 UNREADABLE = {
-    "torchao": (lambda: quantised("torchao-rounding", K), "torchao gives no gradient"),
-    "int8": (lambda: quantised("int8", threshold=6.0), "its outlier threshold is 6"),
+    "torchao": (lambda: quantized("torchao-rounding", K), "torchao gives no gradient"),
+    "int8": (lambda: quantized("int8", threshold=6.0), "its outlier threshold is 6"),
 }
 
 
@@ -242,12 +242,12 @@ def test_what_cant_be_read_is_no_base(make, message):
 @needs_bitsandbytes
 def test_what_can_t_be_read_any_more_is_an_error_of_the_call():
     model = adapted("nf4")
-    assert "1 quantised: NF4" in str(fastlora.coverage(model))
+    assert "1 quantized: NF4" in str(fastlora.coverage(model))
     model[0].weight.quant_state.absmax = model[0].weight.quant_state.absmax[:-1]
-    with pytest.raises(ValueError, match="can't be read: its quantisation state is broken"):
+    with pytest.raises(ValueError, match="can't be read: its quantization state is broken"):
         model(torch.randn(3, K))
     (eager,) = fastlora.coverage(model).eager
-    assert "its quantisation state is broken" in eager.reason
+    assert "its quantization state is broken" in eager.reason
 
 
 def test_the_state_dict_of_hqq_s_layer_has_the_adapter_and_loads_it():
@@ -264,11 +264,11 @@ def test_the_state_dict_of_hqq_s_layer_has_the_adapter_and_loads_it():
 @pytest.mark.parametrize("evaluated", ["before", "after"])
 def test_a_frozen_four_bit_layer_gives_x_its_gradient_after_an_evaluation(evaluated):
     """bitsandbytes lays its weight anew, on a CPU with AVX512-BF16, and then gives none."""
-    model = nn.Sequential(quantised("nf4", 256, 128), quantised("nf4", 128, 64))
+    model = nn.Sequential(quantized("nf4", 256, 128), quantized("nf4", 128, 64))
     x, frozen = torch.randn(5, 256), model[1]
     if evaluated == "before":
         repack(frozen)
-    weight = quantised_weight(frozen).weight.dense(F32)
+    weight = quantized_weight(frozen).weight.dense(F32)
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"], init_lora_weights=False))
     with torch.no_grad():
         model.eval()(x)

@@ -1,4 +1,4 @@
-"""The price list: what it counts against what apply_lora makes, and that nothing is left behind."""
+"""The cost list: what it counts against what apply_lora makes, and that nothing is left behind."""
 
 import copy
 import dataclasses
@@ -11,10 +11,10 @@ from models import around_values
 from moe_models import IDS, base_model, experts_of, parameters_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 import fastlora
-from fastlora.price import frozen
+from fastlora.estimates import frozen
 
 
 class Net(nn.Module):
@@ -54,26 +54,26 @@ TRAINED = {
 def test_counts_are_those_of_apply_lora_of_adamw_and_of_the_file(name, dtype, tmp_path):
     model = tiny_gpt2().to(dtype)
     config = fastlora.LoRAConfig(**{"target_modules": "all-linear", "r": 5} | TRAINED[name])
-    (price,) = fastlora.plan(model, [5], config=config, rounds=0).prices
+    (cost,) = fastlora.estimate(model, [5], config=config, rounds=0).rank_costs
     fastlora.apply_lora(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert price.parameters == sum(p.numel() for p in trained)
-    assert price.bytes == sum(p.nbytes for p in trained)
+    assert cost.parameters == sum(p.numel() for p in trained)
+    assert cost.bytes == sum(p.nbytes for p in trained)
     ids = torch.arange(12)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
     moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     tensors = [*trained, *(p.grad for p in trained), *moments]
-    assert price.training_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert cost.training_bytes == sum(tensor.nbytes for tensor in tensors)
     fastlora.save_adapter(model, tmp_path)
-    assert price.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert cost.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
 
 
 def test_patterns_and_targets_hold():
     config = fastlora.LoRAConfig(target_modules=["first"], rank_pattern={"first": 2})
-    found = fastlora.plan(Net(), [8, 64], config=config, rounds=0)
-    assert (found.layers, [price.parameters for price in found.prices]) == (1, [128, 128])
+    found = fastlora.estimate(Net(), [8, 64], config=config, rounds=0)
+    assert (found.layers, [cost.parameters for cost in found.rank_costs]) == (1, [128, 128])
 
 
 def counted(run: Callable, tokens: int) -> int:
@@ -85,7 +85,7 @@ def counted(run: Callable, tokens: int) -> int:
 def test_flops_are_those_that_torch_counts():
     """Of the frozen layers, of the textbook's products beside them, and of what trains in full."""
     net, x = Net(), torch.randn(10, 24, requires_grad=True)
-    found = fastlora.plan(net, [4], rounds=0)
+    found = fastlora.estimate(net, [4], rounds=0)
 
     def adapted() -> torch.Tensor:
         y = x
@@ -98,11 +98,11 @@ def test_flops_are_those_that_torch_counts():
     with frozen(net, x):
         alone = counted(lambda: net(x), 10)
         assert found.frozen.flops == alone
-        assert found.prices[0].flops == counted(adapted, 10) - alone
+        assert found.rank_costs[0].flops == counted(adapted, 10) - alone
     config = fastlora.LoRAConfig(target_modules=["first"])
     full = dataclasses.replace(config, modules_to_save=["last"])
-    plain, full = (fastlora.plan(net, [4], config=each, rounds=0) for each in (config, full))
-    assert full.prices[0].flops - plain.prices[0].flops == 2 * 40 * 8
+    plain, full = (fastlora.estimate(net, [4], config=each, rounds=0) for each in (config, full))
+    assert full.rank_costs[0].flops - plain.rank_costs[0].flops == 2 * 40 * 8
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
@@ -112,14 +112,14 @@ def test_experts_have_a_price(name):
     config = fastlora.LoRAConfig(target_parameters=parameters_of(name))
     classes = [type(module) for module in model.modules()]
     batch = {"input_ids": IDS, "labels": IDS}
-    found = fastlora.plan(model, [3], config=config, batch=batch, rounds=1)
+    found = fastlora.estimate(model, [3], config=config, batch=batch, rounds=1)
     assert [type(module) for module in model.modules()] == classes
-    (price,) = found.prices
-    assert price.step[0] > 0
-    assert price.flops == 6 * price.parameters * 2 // 4
+    (cost,) = found.rank_costs
+    assert cost.step[0] > 0
+    assert cost.flops == 6 * cost.parameters * 2 // 4
     fastlora.apply_lora(model, dataclasses.replace(config, r=3))
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert price.parameters == sum(p.numel() for p in trained)
+    assert cost.parameters == sum(p.numel() for p in trained)
     assert found.layers == 2 * len([n for n, _ in model.named_modules() if n.endswith("experts")])
 
 
@@ -128,45 +128,45 @@ def test_frozen_flops_of_experts_are_those_that_torch_counts():
     experts.requires_grad_(False)
     index = torch.stack([torch.randperm(4)[:2] for _ in x])
     config = fastlora.LoRAConfig(target_parameters=["down_proj"])
-    found = fastlora.plan(experts, [2], config=config, rounds=0)
+    found = fastlora.estimate(experts, [2], config=config, rounds=0)
     assert found.frozen.flops == counted(lambda: experts(x, index, torch.rand(6, 2)), 6)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gguf-q4_k", "torchao-int8"])
 def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
     weights = 256 * 96
-    model = nn.Sequential(quantised(kind, 256, 96), nn.Tanh(), nn.Linear(96, 8))
-    found = fastlora.plan(model, [4], rounds=0)
+    model = nn.Sequential(quantized(kind, 256, 96), nn.Tanh(), nn.Linear(96, 8))
+    found = fastlora.estimate(model, [4], rounds=0)
     assert found.frozen.parameters == weights + 96 + 97 * 8
     assert found.frozen.flops == 4 * (weights + 96 * 8)
-    assert (found.layers, found.prices[0].parameters) == (2, 4 * (256 + 96 + 96 + 8))
-    assert found.prices[0].bytes == 4 * found.prices[0].parameters
+    assert (found.layers, found.rank_costs[0].parameters) == (2, 4 * (256 + 96 + 96 + 8))
+    assert found.rank_costs[0].bytes == 4 * found.rank_costs[0].parameters
 
 
-def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantised_config_says_so():
+def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_so():
     packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    expected = fastlora.plan(tiny_model(), [2], rounds=0)
+    expected = fastlora.estimate(tiny_model(), [2], rounds=0)
     with torch.device("meta"):
-        found = fastlora.plan(tiny_model(**packed), [2], rounds=0)
-    assert found.prices == expected.prices
+        found = fastlora.estimate(tiny_model(**packed), [2], rounds=0)
+    assert found.rank_costs == expected.rank_costs
     assert (expected.notes, "nothing was measured" in str(found)) == ((), True)
-    assert "quantised (bitsandbytes), and it is dense here" in str(found)
+    assert "quantized (bitsandbytes), and it is dense here" in str(found)
 
 
 def test_kept_bytes_of_an_adapter():
     net, x = Net(), torch.randn(2, 5, 24, requires_grad=True)
-    found = fastlora.plan(net, [4], batch=x, rounds=1)
+    found = fastlora.estimate(net, [4], batch=x, rounds=1)
     assert found.batch == "2 x 5 tokens"
     # sin keeps its input, the loss its factors; the layers keep their inputs, and h.
     assert found.frozen.kept_bytes == 4 * (40 + 8)
-    assert found.prices[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
-    low, middle, high = found.prices[0].step
+    assert found.rank_costs[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
+    low, middle, high = found.rank_costs[0].step
     assert 0 < low <= middle <= high
     assert x.grad is None
 
 
 def test_a_model_of_few_positions_gets_as_many_tokens():
-    assert fastlora.plan(tiny_gpt2(), [2], rounds=1).batch == "1 x 16 tokens"
+    assert fastlora.estimate(tiny_gpt2(), [2], rounds=1).batch == "1 x 16 tokens"
 
 
 def test_everything_is_as_it_was():
@@ -179,7 +179,7 @@ def test_everything_is_as_it_was():
     before, values = around_values(model), copy.deepcopy(model.state_dict())
     lines = []
     config = fastlora.LoRAConfig(target_modules="all-linear", modules_to_save=["lm_head"])
-    found = fastlora.plan(model, [2], config=config, rounds=2, progress=lines.append)
+    found = fastlora.estimate(model, [2], config=config, rounds=2, progress=lines.append)
     assert around_values(model) == before  # the head is tied again
     torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
     assert lines == ["kept bytes", "round 1 of 2", "round 2 of 2"]
@@ -187,7 +187,7 @@ def test_everything_is_as_it_was():
     assert "step / frozen's" in str(found)
 
     with pytest.raises(ValueError, match="input_ids"):
-        fastlora.plan(model, [2], batch={"no such": torch.ones(1, 2)}, rounds=1)
+        fastlora.estimate(model, [2], batch={"no such": torch.ones(1, 2)}, rounds=1)
     assert around_values(model) == before
 
 
@@ -213,4 +213,4 @@ META = {"ranks": [2], "batch": torch.ones(2, 24, device="meta")}
 )  # fmt: skip
 def test_what_cannot_be_meant(arguments, error, message):
     with pytest.raises(error, match=message):
-        fastlora.plan(**{"model": Net()} | arguments)
+        fastlora.estimate(**{"model": Net()} | arguments)

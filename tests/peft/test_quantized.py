@@ -1,4 +1,4 @@
-"""PEFT's layers over vendors' quantised layers, with fastlora: PEFT's numbers, no copy."""
+"""PEFT's layers over vendors' quantized layers, with fastlora: PEFT's numbers, no copy."""
 
 import copy
 import pickle
@@ -9,10 +9,10 @@ import torch
 from judge import saved_bytes
 from models import assert_near, numbers
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantised, quantised, repack
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantized, quantized, repack
 
 import fastlora
-from fastlora.formats import quantised_weight
+from fastlora.formats import quantized_weight
 from fastlora.peft.baseline import shared_masks
 
 K, N, R = 256, 96, 4
@@ -23,7 +23,7 @@ needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes i
 
 def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings) -> nn.Module:
     """Of one layer, with adapters that are no identity change."""
-    model = nn.Sequential(quantised(kind, K, N, dtype))
+    model = nn.Sequential(quantized(kind, K, N, dtype))
     if kind in BITSANDBYTES:
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
     else:
@@ -44,7 +44,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def assert_peft_s(model: nn.Module, x: torch.Tensor, tolerance: float, autocast=False) -> None:
-    """PEFT's numbers and the fast ones, of a layer whose quantised base is read."""
+    """PEFT's numbers and the fast ones, of a layer whose quantized base is read."""
     with shared_masks(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs = numbers(model, x)
         report = fastlora.optimize(model, strict=True)
@@ -85,11 +85,11 @@ def test_dtypes_of_x_and_autocast():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_is_x_and_h(kind):
-    """No dequantised weight, and no dropped x, which PEFT keeps beside."""
+    """No dequantized weight, and no dropped x, which PEFT keeps beside."""
     model = peft_model(kind, lora_dropout=0.1)
     fastlora.optimize(model)
     layer, x = model.base_model.model[0], torch.randn(64, K, requires_grad=True)
-    packed = quantised_weight(layer.base_layer).weight.tensors
+    packed = quantized_weight(layer.base_layer).weight.tensors
     kept = saved_bytes(lambda: layer(x), [x, *packed, *trained(layer), layer.base_layer.bias])
     assert sum(kept.values()) <= 4 * 64 * R + 8
 
@@ -119,7 +119,7 @@ def test_pickles_disabling_and_merging(kind):
         assert torch.equal(other(x), model(x))
     base = model.base_model.model[0].base_layer
     with model.disable_adapter():
-        expected = nn.functional.linear(x, dequantised(base), base.bias)
+        expected = nn.functional.linear(x, dequantized(base), base.bias)
         torch.testing.assert_close(model(x), expected)
     model.merge_adapter()
     assert torch.isfinite(model(x)).all()
@@ -133,7 +133,7 @@ def test_pickles_disabling_and_merging(kind):
 def test_a_weight_that_was_repacked_for_evaluation(mode):
     """Whose kernel gives x no gradient, in bitsandbytes and so in PEFT."""
     model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
-    assert "1 quantised: NF4" in str(fastlora.optimize(model))
+    assert "1 quantized: NF4" in str(fastlora.optimize(model))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     repack(model.base_model.model[0].base_layer)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
         model(x)  # the vendor's own
     fastlora.optimize(model, strict=True)
     layer = model.base_model.model[0]
-    weight = quantised_weight(layer.base_layer).weight.dense(torch.float32)
+    weight = quantized_weight(layer.base_layer).weight.dense(torch.float32)
     a, b = (p.detach() for p in trained(model))
     y = x @ weight.T + layer.base_layer.bias + layer.scaling["default"] * (x @ a.T @ b.T)
     assert_near([model(x)], [y], 2e-6)

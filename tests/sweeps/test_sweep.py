@@ -12,11 +12,11 @@ import transformers
 from models import around_values
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from vendor_layers import quantised
+from vendor_layers import quantized
 
 import fastlora
-from fastlora.trials.training import Feed, causal_loss, joined
-from fastlora.trials.trial import Options
+from fastlora.sweeps.training import Feed, causal_loss, joined
+from fastlora.sweeps.trial import Options
 
 STEPS, SEED = 6, 5
 CONFIGS = [
@@ -53,7 +53,7 @@ DATA, HELD_OUT = batches(5), batches(2, examples=3)
 
 def swept(
     model: nn.Module, folder, configs=CONFIGS, data=DATA, **options
-) -> fastlora.trials.record.Sweep:
+) -> fastlora.sweeps.record.Sweep:
     settings = {"steps": STEPS, "seed": SEED, "progress": False, "eval_data": HELD_OUT} | options
     return fastlora.sweep(model, configs, data, output_dir=folder, **settings)
 
@@ -472,12 +472,12 @@ def test_schedules_and_rungs():
 
 
 class Blocks(nn.Module):
-    """A causal model of square layers: Conv1D, and a quantised one."""
+    """A causal model of square layers: Conv1D, and a quantized one."""
 
     def __init__(self):
         super().__init__()
         self.embed, self.conv = nn.Embedding(40, 256), Conv1D(256, 256)
-        self.packed, self.head = quantised("gguf-q8_0", 256, 256), nn.Linear(256, 40)
+        self.packed, self.head = quantized("gguf-q8_0", 256, 256), nn.Linear(256, 40)
         self.head.requires_grad_(False)
 
     def forward(self, input_ids, labels=None):
