@@ -25,9 +25,9 @@ from fastlora.formats.format import Quantized
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
-from fastlora.ops.door import draw_seed, through
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated import gated_mlp
+from fastlora.ops.run import draw_seed, run_checked
 from fastlora.projection import Adapter, Base, Output, as_outputs, flatten, layouts_of, unflatten
 from fastlora.rows import Rows
 
@@ -182,7 +182,7 @@ def _experts(case: Case) -> Results:
     def run() -> Any:
         if case.ranks[0]:
             return judge.call_experts(x, stacks, ends, **options)
-        return through(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
+        return run_checked(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
 
     return judge.check(
         _seeded(run),

@@ -32,7 +32,7 @@ import fastlora
 from fastlora.kernels import config, replay
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
-from fastlora.ops import functional
+from fastlora.ops import kinds
 
 from . import driver, memory, revision, table, tritons
 from .cases import Case, Results, case_of, names
@@ -61,7 +61,7 @@ def _forget() -> None:
     """What was resolved with other configurations."""
     config.chosen_config.cache_clear()
     replay.calls.clear()
-    functional._known.clear()
+    kinds._calls.clear()
 
 
 def results(case: Case, session: driver.Session) -> Results:

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fastlora
 from fastlora.backends.dropout import dropout_mask
 from fastlora.doctor.machine import processor_name
-from fastlora.ops.door import draw_seed
+from fastlora.ops.run import draw_seed
 from fastlora.trainer import AdapterTrainer
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "accelerate", "safetensors")

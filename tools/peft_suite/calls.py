@@ -21,10 +21,10 @@ def optimize_and_count() -> Counter:
     """
     from peft.tuners import lora
 
-    from fastlora.ops import way
+    from fastlora.ops import dispatch
     from fastlora.peft.layer import PackedLinear
 
-    way.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
+    dispatch.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
     counter: Counter = Counter()
     fast_class = type(optimized_layer())
     if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:
@@ -104,17 +104,17 @@ def count_blocks(counter: Counter) -> None:
 
     from fastlora.layers import mlp
 
-    original = mlp.call_as_read
+    original = mlp.call_recorded
 
     @functools.wraps(original)
-    def call_as_read(block, *rest):
+    def call_recorded(block, *rest):
         y = original(block, *rest)
         if y is not None and not torch.compiler.is_compiling():
             parts = [getattr(block, name) for name in mlp.PARTS]
             counter[FAST] += sum(isinstance(part, LoraLayer) for part in parts)
         return y
 
-    mlp.call_as_read = call_as_read
+    mlp.call_recorded = call_recorded
 
 
 def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:

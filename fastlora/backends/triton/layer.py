@@ -27,7 +27,7 @@ def forward(
         [seeds, *inputs],
         (call.layouts, call.dropout, precision_of(x)),
         lambda: covers(inputs, call.layouts),
-        call.memo,
+        call.captured,
     )
     if isinstance(made, State):
         return made
