@@ -52,8 +52,8 @@ def load_tile(
 ):
     """The tile of a matrix [rows, columns] at (i_row, i_column), zero outside of the matrix.
 
-    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.  With
-    ``i_segment``, the descriptor has one matrix for each segment: [segments, rows, columns].
+    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
+    With ``i_segment``, the descriptor has one matrix for each segment: [segments, rows, columns].
     ``o_at`` [BLOCK_ROWS]: the rows' numbers in memory, if they aren't consecutive.
     """
     if DESCRIPTOR and i_segment is not None:

@@ -2,8 +2,8 @@
 
 The choice follows a cost model (:meth:`Config.through_l2`, :meth:`Config.tiles`,
 :func:`programs_at_once`): counts of bytes and programs, which rank configs that compile well.  No
-GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its result
-takes the model's place (plan.py).
+GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its
+result takes the model's place (plan.py).
 """
 
 import math
@@ -234,7 +234,7 @@ def programs_at_once(target: Target, call: Call) -> int:
 
 
 def thin_rank_step(width: int, call: Call) -> int:
-    """BLOCK_R where a program holds all U_i of a group at once: at most ``width`` columns in all."""
+    """BLOCK_R where a program holds all U_i of a group: at most ``width`` columns in all."""
     n = power_of_two(call.projections)
     return min(max(16, power_of_two(call.r)), 128 // min(n, 2), width // n)
 

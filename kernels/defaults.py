@@ -42,8 +42,8 @@ _HOPPER_GEMM = (
     _FLOAT32_GEMM,
 )
 # A tile has to hold all rows, up to FEW_ROWS; of such tiles, the first that fills the device is
-# chosen.  From compilation for sm_90: with eight warps instead of four, a warp converts half as many
-# codes, and each of the four schedulers has two warps to switch between.
+# chosen.  From compilation for sm_90: with eight warps instead of four, a warp converts half as
+# many codes, and each of the four schedulers has two warps to switch between.
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
 # The low-rank term without a base product has no main loop and waits for memory, so several small
 # programs should share a processor.  From compilation, instructions for each KiB of the output: 80,
@@ -73,8 +73,8 @@ _AMPERE = {
     "packed": _table(GemmConfig, _PACKED, "64x32x32-w4-s3 16x32x32-w4-s3"),
     "lowrank": _table(LowRankConfig, _WIDE_LOWRANK, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _WIDE_LOWRANK, _LOWRANK),
-    # Three stages, so that two masked programs fit sm_80's shared memory.  Exact float32 runs without
-    # tensor cores and would spill in the first config.
+    # Three stages, so that two masked programs fit sm_80's shared memory.  Exact float32 runs
+    # without tensor cores and would spill in the first config.
     "project": _table(
         ProjectConfig,
         f"64x128-w8-s3 {_WIDE_PROJECT} {_PROJECT}",
@@ -100,7 +100,8 @@ _AMPERE = {
     ),
     "one pass over x": _table(WeightGradConfig, _LOW_RANK_TOO, "32x32-w4-s3", "16x32-w4-s3"),
 }
-# From compilation: two programs with these tiles fit a processor, and masks take fewer instructions.
+# From compilation: two programs with these tiles fit a processor, and masks take fewer
+# instructions.
 _A100 = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, f"128x256x64-w8-s3 {_AMPERE_GEMM[0]}", *_AMPERE_GEMM[1:]),
     "project of a masked group": _table(ProjectConfig, f"{_WIDE_PROJECT} {_PROJECT}", _PROJECT),
@@ -131,8 +132,8 @@ _HOPPER = _AMPERE | {
         f"32x64-w8-s6-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
         *_WEIGHT_GRAD_32,
     ),
-    # With 64 rows, both products of a step are wgmma instructions (WeightGradConfig.why_not), and two
-    # programs fit a processor.
+    # With 64 rows, both products of a step are wgmma instructions (WeightGradConfig.why_not), and
+    # two programs fit a processor.
     "one pass": _table(
         WeightGradConfig,
         "64x256-w8-s3 64x128-w8-s3 64x64-w4-s4",
@@ -148,8 +149,8 @@ _HOPPER = _AMPERE | {
         "16x32-w4-s3",
     ),
 }
-# Tiles of 64 rows would move their sums through tensor memory, which a single step over a small rank
-# doesn't repay.
+# Tiles of 64 rows would move their sums through tensor memory, which a single step over a small
+# rank doesn't repay.
 _SHALLOW_LOWRANK = f"32x128-w4-s1 128x128-w8-s1 {_LOWRANK.partition(' ')[2]}"
 _BLACKWELL = _HOPPER | {
     "lowrank": _table(LowRankConfig, _SHALLOW_LOWRANK),

@@ -36,7 +36,7 @@ def ptxas(arch: int) -> tuple[int, ...]:
 
 
 def overwrites_operands(target: Target) -> bool:
-    """Whether registers may be overwritten while a ``wgmma`` still reads them: ptxas before 13.3."""
+    """Whether ptxas (before 13.3) may overwrite registers that a ``wgmma`` still reads."""
     return target.arch == 90 and target.kind == "cuda" and ptxas(90) < (13, 3)
 
 

@@ -102,8 +102,8 @@ def gated_backward_kernel(
 def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
     """Fill ``out`` with act(gate) ∘ up, computed in float32 and rounded once; returns ``out``.
 
-    All are [M, N] with 16 or 32 bits.  Columns have stride 1, rows any stride: the two halves of one
-    matrix fit.  ``activation`` is one of ``ACTIVATIONS``.
+    All are [M, N] with 16 or 32 bits.  Columns have stride 1, rows any stride: the two halves of
+    one matrix fit.  ``activation`` is one of ``ACTIVATIONS``.
     """
     _launch(gated_kernel, activation, gate=gate, up=up, out=out)
     return out
@@ -141,4 +141,4 @@ def why_not_gated(matrix: Tensor) -> str:
     if matrix.is_neg():
         return "it is a negated view"
     programs = M * cdiv(N, _BLOCK)
-    return "" if 0 < programs < 2**31 else f"it needs {programs} programs, but a grid has 1 to 2³¹ - 1"
+    return "" if 0 < programs < 2**31 else f"it needs {programs} programs, not 1 to 2³¹ - 1"

@@ -1,7 +1,7 @@
 """The config of ``gemm_lowrank``: its tiles, and their cost in registers and memory.
 
-These costs decide what fits a target (``why_not``) and how many tiles there are.  They are estimates
-that compilation has checked (``make compile-report``) and no GPU has measured.
+These costs decide what fits a target (``why_not``) and how many tiles there are.  They are
+estimates that compilation has checked (``make compile-report``) and no GPU has measured.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class GemmConfig(Config):
         return self.descriptors and not call.pointers
 
     def low_rank(self, target: Target, call: Call) -> str:
-        """Where the kernel computes the low-rank term: its LOW_RANK, which its docstring explains."""
+        """The kernel's LOW_RANK: where it computes the low-rank term (see its docstring)."""
         if call.project:
             return "made"
         if call.masked:
@@ -72,7 +72,7 @@ class GemmConfig(Config):
 
     def why_not(self, target: Target, call: Call) -> str:
         if call.packed and call.itemsize == 4 and unpacks_wrong(target, self.block_m):
-            return f"Triton miscompiles a packed weight in float32 with tiles of {self.block_m} rows"
+            return f"Triton fails on a packed weight in float32 with tiles of {self.block_m} rows"
         return super().why_not(target, call)
 
     def tensor_memory(self, target: Target, call: Call) -> int:

@@ -58,8 +58,8 @@ class LowRankConfig(Config):
         return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves OUT once.  L2 serves U (itemsize bytes) for every tile of columns, and V (float32,
-        # 4 bytes) for every tile of rows.
+        # DRAM serves OUT once.  L2 serves U (itemsize bytes) for every tile of columns, and V
+        # (float32, 4 bytes) for every tile of rows.
         each = 1 / self.block_n + 4 / (self.block_m * call.itemsize)
         return 1 + call.projections * call.r * each
 
@@ -75,8 +75,8 @@ class LowRankConfig(Config):
 
 def rank_step(r: int) -> int:
     """BLOCK_R where a program also holds a tile of OUT: the whole rank up to 64, then 32 or 16."""
-    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own; 16 columns
-    # limit the registers that those pointers take.
+    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own; 16
+    # columns limit the registers that those pointers take.
     return min(max(16, power_of_two(r)), 64 if r <= 64 else 32 if r % 16 == 0 else 16)
 
 
@@ -272,8 +272,8 @@ def lowrank(
 ) -> None:
     """Fill ``out`` with Σ_i keep_i ∘ (u_i v_i) (+ bias), or add that to it if ``add``.
 
-    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; ``us`` may be empty.  v_i [R_i, N]
-    has any strides.  v_i and bias [N] are cast to that dtype when they are loaded.
+    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; ``us`` may be empty.  v_i [R_i,
+    N] has any strides.  v_i and bias [N] are cast to that dtype when they are loaded.
 
     ``ends``, ``order`` and ``numbers`` as in :func:`project`, with v_i [E, R_i, N] and bias [E, N].
     With ``order``, row s of u_i belongs to row order[s] of out.  ``config`` must fit the call.

@@ -1,6 +1,6 @@
 """Packed weights: a record of codes and scales, and the device functions that unpack a tile.
 
-    element = number(code) · scale     rounded to the product's dtype once
+An element is number(code) · scale, computed in float32 and rounded once to the product's dtype.
 """
 
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ class Packed:
 
     ``codes`` is one of these, by ``kind``:
 
-    * "four-bit": uint8, two elements in a byte, row after row without gaps.  The first element is in
-      the upper half, or in the lower half if ``low_first``.  ``table`` has the number of each of the
-      16 codes;
+    * "four-bit": uint8, two elements in a byte, row after row without gaps.  The first element is
+      in the upper half, or in the lower half if ``low_first``.  ``table`` has the number of each of
+      the 16 codes;
     * "int8": int8 [rows, columns];
     * "float8": e4m3, as uint8 [rows, columns].
 
     A block of ``block_rows`` x ``block_columns`` elements shares a scale.  Both are powers of two,
-    or 0 for all rows or columns.  ``scales`` has one entry for each block, row by row, in one of two
-    forms:
+    or 0 for all rows or columns.  ``scales`` has one entry for each block, row by row, in one of
+    two forms:
 
     * numbers of a floating dtype of at most 32 bits, which are multiplied by ``factor`` and rounded
       to that dtype;
@@ -42,7 +42,8 @@ class Packed:
       scale + offset, in float32.
 
     Codes and scales are contiguous.  With ``experts``, all weights follow each other in them, and
-    ``block_rows`` divides the rows.  ``transposed``: the weight is the transpose of [rows, columns].
+    ``block_rows`` divides the rows.  ``transposed``: the weight is the transpose of [rows,
+    columns].
     """
 
     kind: str
@@ -138,7 +139,7 @@ def lies_in_rows(kind: str, columns: int, block_columns: int) -> bool:
 def scale_bytes(
     operands: tuple, packing: Packing, rows: int, columns: int, tile_columns: int
 ) -> int:
-    """Bytes of scales that tiles of ``tile_columns`` columns load in all, one scale for each row."""
+    """Bytes of scales that tiles of ``tile_columns`` columns load in all."""
     count = rows * cdiv(columns, min(tile_columns, packing.block_columns or columns))
     # A nested scale also loads a float32 from the table and an outer scale.
     return count * (operands[0].element_size() + (8 if packing.outer_block else 0))
@@ -241,8 +242,8 @@ def packed_tile(
 ):  # fmt: skip
     """The tile of a packed weight [rows, columns] at (i_row, i_column), rounded to ``dtype`` once.
 
-    ``width``: bytes of codes in a row.  Elements outside of the weight have arbitrary numbers, which
-    a product must multiply by zero.
+    ``width``: bytes of codes in a row.  Elements outside of the weight are arbitrary finite
+    numbers.  A product meets them with zeros of its other operand, or its store leaves them out.
     """
     BLOCK_COLUMNS: tl.constexpr = PACKING.block_columns
     SHIFT: tl.constexpr = PACKING.shift

@@ -1,7 +1,8 @@
 """How a call multiplies by the base weight: in a fused Triton kernel, or by torch.
 
 * Fused: one kernel, ``gemm_lowrank``, computes the base product and the adapter's part.
-* In place: ``lowrank`` writes the adapter's part, and torch's product (cuBLAS, hipBLASLt) adds to it.
+* In place: ``lowrank`` writes the adapter's part, and torch's product (cuBLAS, hipBLASLt) adds to
+  it.
 
 A measurement on this device decides, if there is one (``fastlora tune``).  Otherwise :func:`rule`
 decides; no GPU has measured it.  In 16 bits on some NVIDIA targets it follows a model of time
@@ -67,10 +68,10 @@ edition = 0  # counts changes of ``_measured``; a part of cache keys
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     """The plan of a call without a measurement near it.
 
-    Few rows: loading the weight takes most of the time.  A forward without dropout is fused, because
-    h, y and the adapter are then one launch; dx and dropout take several launches either way.
-    Many rows: the fused kernel saves passes over the output, which matters if the product is short.
-    Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
+    Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
+    because h, y and the adapter are then one launch; dx and dropout take several launches either
+    way.  Many rows: the fused kernel saves passes over the output, which matters if the product is
+    short.  Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
     """
     if target.kind == "cpu":
         return FUSED
@@ -129,9 +130,9 @@ def plan_for(
 ) -> Plan:
     """The plan for a result [M, n] of a base product with depth k; ``x`` is x or, for dx, dy.
 
-    ``packed``: the kernel can unpack this weight.  With few rows it does, because loading the weight
-    takes most of the time and a dense weight has two to eight times as many bytes.  The same holds
-    for segments with few rows each: a weight is unpacked for one or two tiles of rows.
+    ``packed``: the kernel can unpack this weight.  With few rows it does, because loading the
+    weight takes most of the time and a dense weight has two to eight times as many bytes.  The same
+    holds for segments with few rows each: a weight is unpacked for one or two tiles of rows.
     """
     if forced is not None:
         return forced

@@ -71,8 +71,8 @@ class ProjectConfig(Config):
         return self.block_m * (call.projections * self.block_r(call) + masked)
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves x once.  L2 serves x for every step over the rank, and V (float32, 4 bytes) for
-        # every tile of rows.
+        # DRAM serves x once.  L2 serves x for every step over the rank, and V (float32, 4 bytes)
+        # for every tile of rows.
         v = 4 * call.projections * call.r / (self.block_m * call.itemsize)
         return cdiv(call.r, self.block_r(call)) + v
 
@@ -120,9 +120,9 @@ def project_kernel(
 ):  # fmt: skip
     """U_i = factor_i · (keep_i ∘ X) V_i, or the planes PLANES_i, whose sum is U_i.
 
-    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i].  A program computes block_m rows
-    of all U_i.  If the columns of X are split, split s takes ``steps`` steps from step s · steps
-    on, and writes its partial sums to plane s.
+    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i].  A program computes block_m
+    rows of all U_i.  If the columns of X are split, split s takes ``steps`` steps from step s ·
+    steps on, and writes its partial sums to plane s.
 
     With segments (``ends``): V_i [segments, K, R_i].  A row uses its segment's matrix; rows without
     a segment get zero.  With ``order``, X's rows in memory aren't sorted, and row s of U is row
@@ -198,9 +198,9 @@ def project(
     cast to x's when it is loaded.  With ``dropout``, ``seeds`` (int64) has one seed for each v_i.
 
     ``ends``, int32 [E], contiguous: the rows are cut into segments (segments.py).  v_i is [E, K,
-    R_i], and rows without a segment give zero.  ``order``, int32 [rows]: sorted row s is row order[s]
-    of x, and the results have the sorted rows.  ``numbers``: a factor and dropout for each segment,
-    in place of ``factors`` and ``dropout``; then there is one v_i, and ``seeds`` is [E].
+    R_i], and rows without a segment give zero.  ``order``, int32 [rows]: sorted row s is row
+    order[s] of x, and the results have the sorted rows.  ``numbers``: a factor and dropout for each
+    segment, in place of ``factors`` and ``dropout``; then there is one v_i, and ``seeds`` is [E].
     """
     M, K, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made: list[Tensor] = []
@@ -214,9 +214,9 @@ def project(
         block_r = tiles.block_r(call)
         r_tiles = cdiv(max(ranks), block_r)
         programs = tiles.tiles(call) * r_tiles
-        # A split should load at least four times the bytes that its plane costs.  A plane is written
-        # and read: 8 · M · r bytes.  A split loads 2 · M bytes of x for each column: 16 r columns.
-        # It loads 4 · r bytes of V for each column: 8 M columns.  Either suffices.
+        # A split should load at least four times the bytes that its plane costs.  A plane is
+        # written and read: 8 · M · r bytes.  A split loads 2 · M bytes of x for each column: 16 r
+        # columns.  It loads 4 · r bytes of V for each column: 8 M columns.  Either suffices.
         least = min(16 * call.r, 8 * M)
         count, steps = splits(programs_at_once(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]

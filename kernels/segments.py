@@ -4,14 +4,14 @@ A segment is the rows of one expert or one adapter.  Segment e has the rows from
 ends[e].  Rows behind the last end have no segment (no expert or adapter); kernels treat them as one
 more segment, number ``segments``, whose results are zero.
 
-No tile has rows of two segments.  With BLOCK rows in a tile, the tiles of segment e have the numbers
-start // BLOCK + e, … in order.  These first numbers grow with e, so a tile belongs to the last
-segment whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
+No tile has rows of two segments.  With BLOCK rows in a tile, the tiles of segment e have the
+numbers start // BLOCK + e, … in order.  These first numbers grow with e, so a tile belongs to the
+last segment whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
 
-    segment   rows      first number     tiles
-    0         0 … 19    0 // 16 + 0 = 0  0 (rows 0 … 15), 1 (rows 16 … 19)
-    1         20 … 23   20 // 16 + 1 = 2  2 (rows 20 … 23)
-    none      24 … M    24 // 16 + 2 = 3  3 …
+    segment   rows      first number       tiles
+    0         0 … 19    0 // 16 + 0 = 0    0 (rows 0 … 15), 1 (rows 16 … 19)
+    1         20 … 23   20 // 16 + 1 = 2   2 (rows 20 … 23)
+    none      24 …      24 // 16 + 2 = 3   3 …
 
 Some numbers may remain between two segments; such a tile starts behind its segment's end and loads
 and stores nothing.  Every program finds its segment by one load of all ends, so that no table has
@@ -46,7 +46,7 @@ class SegmentNumbers(NamedTuple):
 
 
 def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
-    """A kernel's arguments for ``ends``, int32 [segments], contiguous; all None without segments."""
+    """A kernel's arguments for ``ends``, int32 [segments], contiguous; without, all are None."""
     if ends is None:
         return {"ends": None, "segments": None, "SEGMENT_BLOCK": None}
     block = min(_MOST_AT_ONCE, power_of_two(len(ends) + 1))

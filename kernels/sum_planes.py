@@ -43,7 +43,8 @@ def sum_planes_kernel(
 
     PLANES_i [count_i, size_i], OUT_i [size_i].
     """
-    # Tuples are made here.  In a tuple argument, Triton would specialize each number that 16 divides.
+    # Tuples are made here.  In a tuple argument, Triton would specialize each number that 16
+    # divides.
     sizes, counts = (size0, size1, size2, size3), (count0, count1, count2, count3)
     # One grid for all sums: the first blocks belong to sum 0, the next to sum 1, and so on.
     i_block = tl.program_id(0)

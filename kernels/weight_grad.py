@@ -47,7 +47,7 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class WeightGradConfig(Config):
-    """Tiles of :func:`weight_grad`: a program has block_n columns of x, in steps of block_m rows."""
+    """Tiles of :func:`weight_grad`: a program has block_n columns, in steps of block_m rows."""
 
     block_m: int
     block_n: int
@@ -66,8 +66,8 @@ class WeightGradConfig(Config):
         if call.segments:
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
-        # With 16 r rows, a split loads four times the bytes that its plane costs: 2 · N bytes of x for
-        # each row, beside 8 · N · r to write and read the plane.
+        # With 16 r rows, a split loads four times the bytes that its plane costs: 2 · N bytes of x
+        # for each row, beside 8 · N · r to write and read the plane.
         at_once = programs_at_once(target, call)
         return splits(at_once, programs, call.m, self.block_m, least=16 * call.r)
 
@@ -77,15 +77,16 @@ class WeightGradConfig(Config):
         return thin * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves x once.  L2 serves x for every step over the rank, and U for every tile of columns.
+        # DRAM serves x once.  L2 serves x for every step over the rank, and U for every tile of
+        # columns.
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
 
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
         v = call.project * (self.block_n + self.block_m) * r * 4
-        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices: its buffer is
-        # free one stage earlier.
+        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices: its
+        # buffer is free one stage earlier.
         rows = self.block_n if call.project else r
         copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
         low_rank = call.low_rank * (n * self.block_n * r + self.block_m * self.block_n) * size
@@ -96,7 +97,8 @@ class WeightGradConfig(Config):
         """See :meth:`Config.why_not`; also refuses tiles in one pass with which Triton races.
 
         One pass uses a loaded tile in two products: over dy the tile of X, over x the tiles of U_i.
-        With a mask, one of the products reads the masked x from registers, and the loop waits for it.
+        With a mask, one of the products reads the masked x from registers, and the loop waits for
+        it.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
@@ -109,7 +111,7 @@ class WeightGradConfig(Config):
         return super().why_not(target, call)
 
     def partial_sums(self, target: Target, call: Call) -> int:
-        """The floats of one pass's planes: of dh for each tile of columns, of d lora_b for each split."""
+        """Float32 elements of one pass's planes: dh's (one per tile of columns) and d lora_b's."""
         n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)
         floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
         return floats * call.r
@@ -168,8 +170,8 @@ def weight_grad_kernel(
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     # The grid's second axis counts splits of the rows, or segments.
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    # Rows below end have a place in MADE.  Rows below rows and columns below columns are loaded: none
-    # for rows without a segment, so that MADE is zero there.
+    # Rows below end have a place in MADE.  Rows below rows and columns below columns are loaded:
+    # none for rows without a segment, so that MADE is zero there.
     start, end, rows, columns = 0, M, M, N
     if ends is not None:
         i_bank = i_split.to(tl.int64)
@@ -190,7 +192,8 @@ def weight_grad_kernel(
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        # The sum is OUTᵀ.  In one pass over dy it is OUT: BLOCK_N is large there, and OUTᵀ would spill.
+        # The sum is OUTᵀ.  In one pass over dy it is OUT, because BLOCK_N is large
+        # there and OUTᵀ would spill.
         if made is None:
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
         else:
