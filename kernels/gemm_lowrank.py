@@ -169,7 +169,7 @@ def gemm_lowrank_kernel(
     A program computes tiles [BM, BN] of OUT.  Each tile has one accumulator and four stages:
 
         1. before the main loop    the low-rank term, if LOW_RANK is "first"
-        2. the main loop           accumulator += P_i Q_i, for all i, in steps over K_i
+        2. the main loop           accumulator += P_i Q_i for every i, in steps over K_i
         3. behind the main loop    the low-rank term otherwise
         4. the epilogue            + bias, + OUT, round, store
 

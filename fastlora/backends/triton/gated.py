@@ -1,4 +1,4 @@
-"""The middle of a gated MLP by the Triton kernels."""
+"""The elementwise part of a gated MLP, act(gate) ∘ up, by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from .cover import empty_like, kernels, why_not
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once, whether ``wide`` or not."""
+    """act(gate) ∘ up, [M, N], as the torch backend returns it; always rounded once (``wide``)."""
 
     def by_torch(gate: Tensor, up: Tensor) -> Tensor:
         return torch_backend.gated(gate, up, activation, wide)
@@ -31,7 +31,7 @@ def gated_backward(
     d_up: Tensor,
     wide: bool = False,
 ) -> None:
-    """As the torch backend's: d_gate and d_up are filled, each rounded once."""
+    """Fill d_gate and d_up as the torch backend does; each is rounded once."""
 
     def by_torch(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
         torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up, wide)
@@ -46,7 +46,7 @@ def gated_backward(
 def _of_gated(
     function: Callable[..., list[Tensor]], matrices: Sequence[Tensor], activation: str
 ) -> list[Tensor | None] | None:
-    """What a call of these matrices comes to; None if the kernels don't cover it."""
+    """The results of ``function``, captured and replayed; None if the kernels don't cover it."""
     x = matrices[0]
     return kernels.replayed(
         function,

@@ -122,7 +122,7 @@ def _backward(
     1. For each output: torch computes d weight and d bias if they train.  For each of its adapters,
        ``through_lora_b`` reads dy and computes d lora_b and dh: one pass of ``weight_grad`` for
        both where that costs fewer bytes, otherwise ``weight_grad`` and ``project``.
-    2. ``_dx``, for the whole group: dx = Σ dy weight + Σ mask ∘ (dh lora_a), from all dh of step 1.
+    2. ``_dx``, once for the whole group: dx = Σ dy weight + Σ mask ∘ (dh lora_a), with step 1's dh.
        Fused, it is one launch.  In place, the adapters' part is one launch, to which torch adds one
        product for each output.  With few rows that first launch also computes every d lora_a.
     3. ``_d_lora_a``, unless step 2 computed it: one launch reads x once for all adapters.
@@ -305,7 +305,7 @@ def _dx(
 def _d_lora_a(
     x: Tensor, terms: Sequence[_Term], common: Common, low_rank: Tensor | None = None
 ) -> None:
-    """Fill every d lora_a with dhᵀ (mask ∘ x), and ``low_rank``, if given, with Σ mask ∘ (dh lora_a).
+    """Fill every d lora_a with dhᵀ (mask ∘ x), and ``low_rank`` with Σ mask ∘ (dh lora_a).
 
     One launch for up to four adapters; it reads x once.
     """
