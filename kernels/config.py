@@ -1,8 +1,8 @@
 """Launch configs (tiles, warps, stages): how one is chosen for a call, and what fits a target.
 
 The choice follows a cost model (:meth:`Config.through_l2`, :meth:`Config.tiles`,
-:func:`programs_at_once`): counts of bytes and programs, which rank configs that compile well.  No
-GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its
+:meth:`ThinConfig.capacity`): counts of bytes and programs, which rank configs that compile well.
+No GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its
 result takes the model's place (plan.py).
 """
 
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def product(self) -> str:
-        """How the tensor cores multiply: "16-bit", "tf32", or exact "float32" without them."""
+        """How products are computed: in "16-bit", in "tf32", or in exact "float32"."""
         if self.itemsize == 2:
             return "16-bit"
         return "tf32" if self.precision == "tf32" else "float32"
@@ -136,6 +136,25 @@ class Config:
                 yield from (replace(self, **{name: value}) for value in values)
 
 
+class ThinConfig(Config):
+    """A config of a kernel whose programs hold all U_i of a group: ``project``, ``weight_grad``."""
+
+    width: int  # the most columns of all U_i together that a program holds
+
+    def block_r(self, call: Call) -> int:
+        n = power_of_two(call.projections)
+        return min(max(16, power_of_two(call.r)), 128 // min(n, 2), self.width // n)
+
+    def capacity(self, target: Target, call: Call) -> int:
+        """The number of programs of a thin product that should run at once.
+
+        One for each processor.  Where a group makes several masks, ``target.masking`` for each,
+        unless the rank is so high that a processor's registers hold only one program.
+        """
+        is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
+        return target.processors * (target.masking if is_many else 1)
+
+
 # (target, kernel) → product → configs in the order of preference.  defaults.py fills it.
 DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
@@ -221,22 +240,6 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
         return sum(abs(math.log2((1 + a) / (1 + b))) for a, b in pairs)
 
     return sorted(fitting, key=doublings)
-
-
-def programs_at_once(target: Target, call: Call) -> int:
-    """The number of programs of a thin product that should run at once.
-
-    One for each processor.  ``target.masking`` for each where a group makes several masks, unless
-    the rank is so high that the registers of one processor hold only one program.
-    """
-    is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
-    return target.processors * (target.masking if is_many else 1)
-
-
-def thin_rank_step(width: int, call: Call) -> int:
-    """BLOCK_R where a program holds all U_i of a group: at most ``width`` columns in all."""
-    n = power_of_two(call.projections)
-    return min(max(16, power_of_two(call.r)), 128 // min(n, 2), width // n)
 
 
 def splits(at_once: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def stored_tile(
     if PACKING is not None:
         if bank is not None:  # the experts' packed weights are one matrix, one below the other
             i_row += i_segment * rows
-            rows *= i_segment + 1
+            rows *= i_segment + 1  # this expert's last row, counted from the first expert's
         return packed_tile(
             q, operands, tables, i_row, i_column, rows, columns, row_stride,
             ROWS, COLUMNS, PACKING, dtype,
@@ -119,7 +119,7 @@ def stored_tile(
     else:
         i_bank = None
         if bank is not None:
-            i_bank = i_segment
+            i_bank = i_segment  # an index for a descriptor, an offset for a pointer
             if not DESCRIPTOR:
                 q += i_segment.to(tl.int64) * bank
         return load_tile(
@@ -215,6 +215,7 @@ def gemm_lowrank_kernel(
                 b_low = low_rank_tile(
                     u[i], v_i, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
+                # [BM, BN]
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 # b_out is zero for the first term, but the addition stays.  From compilation for
                 # sm_90: without it there are a fifth more instructions.
@@ -233,6 +234,7 @@ def gemm_lowrank_kernel(
             operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
+            # The compiler pipelines this loop: loads run num_stages - 1 steps ahead.
             for i_k in range(0, depth, BLOCK_K):
                 b_p = load_tile(
                     p[i], i_m, i_k, rows, K[i], p_strides[i][0], p_strides[i][1],
@@ -272,6 +274,7 @@ def gemm_lowrank_kernel(
 
         # 4. The epilogue, in float32 until the store rounds.
         if bias is not None:
+            # [BM, BN] += [1, BN]
             b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         if ADD:
             b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N)

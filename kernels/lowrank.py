@@ -197,8 +197,8 @@ def lowrank_kernel(
     group: for y, one; for dx, all that read x.  A program computes one tile of OUT.
 
     With segments (``ends``): V_i [segments, R_i, N], bias [segments, N].  A row uses the matrices
-    of its segment; rows without a segment get zero.  With ``order``, OUT's rows are the sorted ones
-    (segments.py).  With ``own_thresholds``, each segment has a seed and a threshold.
+    of its segment; rows without a segment get zero.  With ``order``, row s of U_i belongs to row
+    order[s] of OUT.  With ``own_thresholds``, each segment has its own seed and threshold.
 
     AT_ONCE: load all U_i and V_i first, then multiply, so that the loads overlap.
     """

@@ -136,11 +136,9 @@ def lies_in_rows(kind: str, columns: int, block_columns: int) -> bool:
     return kind != FOUR_BIT or columns % max(2, block_columns) == 0
 
 
-def scale_bytes(
-    operands: tuple, packing: Packing, rows: int, columns: int, tile_columns: int
-) -> int:
-    """Bytes of scales that tiles of ``tile_columns`` columns load in all."""
-    count = rows * cdiv(columns, min(tile_columns, packing.block_columns or columns))
+def scale_bytes(operands: tuple, packing: Packing, rows: int, columns: int, width: int) -> int:
+    """Bytes of scales that tiles of ``width`` columns load in all."""
+    count = rows * cdiv(columns, min(width, packing.block_columns or columns))
     # A nested scale also loads a float32 from the table and an outer scale.
     return count * (operands[0].element_size() + (8 if packing.outer_block else 0))
 
@@ -186,17 +184,15 @@ def scale_tile(
 ):  # fmt: skip
     """The scales of a tile, float32 [ROWS, GROUPS]: GROUPS blocks of columns in each row."""
     scales, outer, outer_table, _ = operands
-    BLOCK_ROWS: tl.constexpr = PACKING.block_rows
-    BLOCK_COLUMNS: tl.constexpr = PACKING.block_columns
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
     groups = 1  # scales in a row of blocks; one if a block has all columns
     inside = (o_row < rows)[:, None] & (o_group < 1)[None, :]
-    if BLOCK_COLUMNS > 0:
-        o_group += i_column // BLOCK_COLUMNS
-        groups = tl.cdiv(columns, BLOCK_COLUMNS)
+    if PACKING.block_columns > 0:
+        o_group += i_column // PACKING.block_columns
+        groups = tl.cdiv(columns, PACKING.block_columns)
         inside = (o_row < rows)[:, None] & (o_group < groups)[None, :]
-    o_block = o_row // BLOCK_ROWS if BLOCK_ROWS > 0 else o_row * 0
+    o_block = o_row // PACKING.block_rows if PACKING.block_rows > 0 else o_row * 0
     o_scale = o_block.to(tl.int64)[:, None] * groups + o_group[None, :]
     b_scale = tl.load(scales + o_scale, mask=inside, other=0)  # [ROWS, GROUPS]
     if PACKING.outer_block > 0:
@@ -246,7 +242,6 @@ def packed_tile(
     numbers.  A product meets them with zeros of its other operand, or its store leaves them out.
     """
     BLOCK_COLUMNS: tl.constexpr = PACKING.block_columns
-    SHIFT: tl.constexpr = PACKING.shift
     GROUPS: tl.constexpr = max(1, COLUMNS // BLOCK_COLUMNS) if BLOCK_COLUMNS > 0 else 1
     b_table, offset = tables
     b_scale = scale_tile(operands, offset, i_row, i_column, rows, columns, ROWS, GROUPS, PACKING)
@@ -255,8 +250,8 @@ def packed_tile(
             codes, i_row, i_column // 2, rows, width, width, 1, ROWS, COLUMNS // 2
         )  # [ROWS, COLUMNS / 2]
         # [ROWS, COLUMNS / 2] each: the elements of even and of odd columns
-        b_even = scaled(looked_up(b_table, b_byte >> SHIFT & 15), b_scale)
-        b_odd = scaled(looked_up(b_table, b_byte >> (4 - SHIFT) & 15), b_scale)
+        b_even = scaled(looked_up(b_table, b_byte >> PACKING.shift & 15), b_scale)
+        b_odd = scaled(looked_up(b_table, b_byte >> (4 - PACKING.shift) & 15), b_scale)
         # The cast comes after the reshape, because Triton 3.9 fails if a product reads a reshaped
         # tile directly.
         return cast(tl.join(b_even, b_odd).reshape(ROWS, COLUMNS), dtype)

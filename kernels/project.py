@@ -14,18 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import (
-    MARGIN,
-    Call,
-    Config,
-    cdiv,
-    chosen_config,
-    chunks,
-    programs_at_once,
-    row_tiles,
-    splits,
-    thin_rank_step,
-)
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, row_tiles, splits
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
@@ -44,17 +33,14 @@ from .target import Target, target_of
 
 
 @dataclass(frozen=True)
-class ProjectConfig(Config):
+class ProjectConfig(ThinConfig):
     """Tiles of :func:`project`: a program has block_m rows of x, in steps of block_k columns."""
 
     block_m: int
     block_k: int
     warps: int
     stages: int
-    width: int = 128  # the most columns of all U_i together that a program holds
-
-    def block_r(self, call: Call) -> int:
-        return thin_rank_step(self.width, call)
+    width: int = 128
 
     def why_not(self, target: Target, call: Call) -> str:
         # A masked x is in registers, and a product of 64 rows or more (wgmma) reads it there.
@@ -120,9 +106,10 @@ def project_kernel(
 ):  # fmt: skip
     """U_i = factor_i · (keep_i ∘ X) V_i, or the planes PLANES_i, whose sum is U_i.
 
-    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i].  A program computes block_m
-    rows of all U_i.  If the columns of X are split, split s takes ``steps`` steps from step s ·
-    steps on, and writes its partial sums to plane s.
+    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i].  keep_i [M, K] is dropout's
+    mask, which each tile computes from seed i.  A program computes BLOCK_M rows of all U_i.  If the
+    columns of X are split, split s takes ``steps`` steps of BLOCK_K columns, from step s · steps
+    on, and writes its partial sums to plane s.
 
     With segments (``ends``): V_i [segments, K, R_i].  A row uses its segment's matrix; rows without
     a segment get zero.  With ``order``, X's rows in memory aren't sorted, and row s of U is row
@@ -218,7 +205,7 @@ def project(
         # written and read: 8 · M · r bytes.  A split loads 2 · M bytes of x for each column: 16 r
         # columns.  It loads 4 · r bytes of V for each column: 8 M columns.  Either suffices.
         least = min(16 * call.r, 8 * M)
-        count, steps = splits(programs_at_once(target, call), programs, K, tiles.block_k, least)
+        count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]
         if count > 1:
             planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]

@@ -15,18 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import (
-    MARGIN,
-    Call,
-    Config,
-    cdiv,
-    chosen_config,
-    chunks,
-    default_config,
-    programs_at_once,
-    splits,
-    thin_rank_step,
-)
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, default_config, splits
 from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_kept
@@ -46,17 +35,14 @@ from .target import Target, target_of
 
 
 @dataclass(frozen=True)
-class WeightGradConfig(Config):
+class WeightGradConfig(ThinConfig):
     """Tiles of :func:`weight_grad`: a program has block_n columns, in steps of block_m rows."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    width: int = 128  # the most columns of all U_i together that a program holds
-
-    def block_r(self, call: Call) -> int:
-        return thin_rank_step(self.width, call)
+    width: int = 128
 
     def tiles(self, call: Call) -> int:
         return cdiv(call.n, self.block_n)
@@ -68,8 +54,7 @@ class WeightGradConfig(Config):
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
         # With 16 r rows, a split loads four times the bytes that its plane costs: 2 · N bytes of x
         # for each row, beside 8 · N · r to write and read the plane.
-        at_once = programs_at_once(target, call)
-        return splits(at_once, programs, call.m, self.block_m, least=16 * call.r)
+        return splits(self.capacity(target, call), programs, call.m, self.block_m, 16 * call.r)
 
     def sums(self, call: Call) -> int:
         thin = call.projections * self.block_n + call.project * self.block_m
@@ -97,8 +82,8 @@ class WeightGradConfig(Config):
         """See :meth:`Config.why_not`; also refuses tiles in one pass with which Triton races.
 
         One pass uses a loaded tile in two products: over dy the tile of X, over x the tiles of U_i.
-        With a mask, one of the products reads the masked x from registers, and the loop waits for
-        it.
+        With a mask there is no race: the masked x is in registers, so the loop waits for each
+        product.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
@@ -192,8 +177,8 @@ def weight_grad_kernel(
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        # The sum is OUTᵀ.  In one pass over dy it is OUT, because BLOCK_N is large
-        # there and OUTᵀ would spill.
+        # The sum is OUTᵀ.  In one pass over dy it is OUT, because BLOCK_N is large there and OUTᵀ
+        # would spill.
         if made is None:
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
         else:

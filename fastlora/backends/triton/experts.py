@@ -128,7 +128,8 @@ def _backward(
     plain = {"precision": precision, "ends": ends}
     masked, dhs, gradients = plain | {"dropout": dropout, "seeds": seeds}, [], []
     for (_, lora_b, scale), pair, need, h in zip(adapters, given.adapters, needs, hs, strict=True):
-        # Gradients have the layout of the given tensors; the kernels may read copies of those.
+        # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
+        # copied.
         d_lora_a, d_lora_b = (
             empty_like(tensor) if needed else None
             for tensor, needed in zip(pair[:2], need[:2], strict=True)

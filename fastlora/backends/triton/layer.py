@@ -285,8 +285,7 @@ def _dx(
             ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
             # One launch: dy weight of all adapted outputs, and all dh lora_a.
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
-        # In place, with every d lora_a: one launch of weight_grad writes both, from one reading of
-        # x.
+        # In place, with every d lora_a: one launch of weight_grad reads x once and writes both.
         elif all([term.d_lora_a is not None for term in terms]) and kernels.low_rank_pays(
             x, ranks, common.precision, masked
         ):
@@ -294,8 +293,8 @@ def _dx(
             is_filled = True
         else:  # in place: the adapters' part first, as in the forward
             kernels.lowrank(dx, u, v, **options)
-    # torch adds the other products, one launch for each output.  The first one overwrites dx (beta
-    # 0) if the adapters wrote nothing to it.
+    # torch adds the other products, one launch for each output.  The first one overwrites dx (with
+    # beta 0) if the adapters wrote nothing to it.
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
         torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
