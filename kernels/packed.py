@@ -42,8 +42,7 @@ class Packed:
       scale + offset, in float32.
 
     Codes and scales are contiguous.  With ``experts``, all weights follow each other in them, and
-    ``block_rows`` divides the rows.  ``transposed``: the weight is the transpose of [rows,
-    columns].
+    ``block_rows`` divides the rows.  ``transposed``: the weight is [columns, rows], the transpose.
     """
 
     kind: str

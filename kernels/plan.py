@@ -69,9 +69,9 @@ def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     """The plan of a call without a measurement near it.
 
     Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
-    because h, y and the adapter are then one launch; dx and dropout take several launches either
-    way.  Many rows: the fused kernel saves passes over the output, which matters if the product is
-    short.  Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
+    because h and y then take one launch; dx and dropout take several launches either way.  Many
+    rows: the fused kernel saves passes over the output, which matters if the product is short.
+    Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
     """
     if target.kind == "cpu":
         return FUSED

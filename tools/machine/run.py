@@ -170,20 +170,18 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
     add("--rows", default="", help="the i-th configuration of each table, or all")
     add("--only", default="", help="cases whose names have all of these words")
     add("--share", type=int, default=1, metavar="N", help="one card of each N runs a case")
-    add("--processors", type=int, help="so many processors; a persistent program has several tiles")
+    add(
+        "--processors",
+        type=int,
+        help="of the card; with few, a persistent program has several tiles",
+    )
     add("--orders", type=int, default=2, help="the number of orders that each case runs in")
     add("--allow", default="", help="kinds of races that don't count as a miss: a,b")
     add("--misses", action="store_true", help="print only misses and the summary")
-    add(
-        "--triton",
-        nargs="*",
-        metavar="X.Y.Z",
-        help="these versions; ci: each case under one of two",
-    )
+    add("--triton", nargs="*", metavar="X.Y.Z", help="these versions; ci: one of two for each case")
     add("--json", type=Path, help="write each case's record to this file")
-    add(
-        "--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS
-    )  # (i, number of Tritons)
+    # The number of this Triton and how many there are: set by --triton ci.
+    add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
     add("--save", action="store_true", help="write the counts to the table of docs/kernels.md")
     asked = parser.parse_args(words)
     if "ci" in asked.target:
