@@ -10,8 +10,8 @@ key skips all of that.
 2. This file keeps calls by the key of all their tensors.  An entry is a :class:`Call`, or a record
    that holds some, and ``captured`` of that has the launches of its forward.  It depends on nothing
    outside of its key, so it is valid for ever; the oldest entries go first.  Captured launches also
-   depend on plans and on verification, which kernels/replay.py compares before each replay.  It holds
-   the launches of all other calls (backwards, experts, many adapters), by the same facts.
+   depend on plans and on verification, which kernels/replay.py compares before each replay.  That
+   file holds the launches of all other calls (backwards, experts, many adapters), by the same facts.
 
 A new check of a call must add what it looks at to :func:`key_of` or ``facts_of``.
 """
