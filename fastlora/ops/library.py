@@ -209,8 +209,7 @@ torch.library.register_autograd(
 
 def _no_second_backward(ctx, *_):
     raise NotImplementedError(
-        "gradients of gradients need an eager call of a LoRA layer, but this call was compiled or "
-        "traced: compute them outside of torch.compile"
+        "gradients of gradients need an eager call: call the layer outside of torch.compile"
     )
 
 
