@@ -142,9 +142,7 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
 def _check_packed(x: Tensor, device: torch.device, weight: Quantized) -> None:
     """Raise unless a packed weight's tensors fit its format, and are on x's device and frozen."""
     if x.is_nested:
-        raise TypeError(
-            "x is nested, but a packed weight takes only dense x: call this for each part"
-        )
+        raise TypeError("x is nested, but a packed weight needs a dense x: call this for each part")
     for tensor in weight.tensors:
         if not is_plain(tensor):
             check_tensor("a packed weight", tensor)
@@ -174,9 +172,8 @@ def _check_base(
     features: int, dtype: torch.dtype, autocast: bool, output: Output, stacked: bool
 ) -> None:
     (weight, bias), adapters = output
-    fits = (
-        isinstance(weight, Quantized) or weight.dtype == dtype
-    )  # a packed weight is unpacked in the dtype of x
+    # A packed weight is unpacked in the dtype of x.
+    fits = isinstance(weight, Quantized) or weight.dtype == dtype
     if not fits and not (autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES):
         raise TypeError(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
@@ -336,9 +333,7 @@ def numbers_of(
     ranks = _numbers("ranks", ranks, count, "the rank of each adapter")
     if is_number(dropout):
         dropout = [dropout] * count
-    dropouts = as_list(
-        _numbers("dropout", dropout, count, "a probability, or one for each adapter")
-    )
+    dropouts = as_list(_numbers("dropout", dropout, count, "a probability for each adapter"))
     for p in dropouts:
         check_dropout(p)
     return Numbers(scales, ranks, dropouts)

@@ -68,13 +68,12 @@ def _of_rows(
 def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tensor:
     """y + scale · x lora_aᵀ lora_bᵀ, computed in the widest dtype of x and the adapter.
 
-    The sum is rounded once, to x's dtype.  ``y`` None counts as zero.
+    The sum is rounded to x's dtype.  ``y`` None counts as zero.
     """
     lora_a, lora_b, scale = adapter
     scale, dtype = float(scale), x.dtype
-    if (
-        x.is_nested and y is not None
-    ):  # torch multiplies a nested tensor only by a dense one of its dtype
+    # A nested x isn't widened, but the dense lora_a is cast to its dtype.
+    if x.is_nested and y is not None:
         thin = linear(x, scale * lora_a.to(dtype))
         return y + linear(thin, lora_b.to(dtype))
     wide = torch.promote_types(dtype, torch.promote_types(lora_a.dtype, lora_b.dtype))

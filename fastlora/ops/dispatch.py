@@ -41,7 +41,7 @@ def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
     if not is_plain(x):
         return OP, f"x is a {type(x).__name__}"
     if torch._C._len_torch_dispatch_stack():  # e.g. selective checkpointing, a FLOP counter
-        return OP, "a dispatch mode follows torch's operations"
+        return OP, "a dispatch mode is active"
     if is_cut and x.is_meta:
         return OP, "on meta the ends of segments have no values"
     return NODE, ""

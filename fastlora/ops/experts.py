@@ -65,8 +65,8 @@ def lora_experts(
 
     Shapes: x [T, K]; index [T, k], the experts of each token, of an integer dtype; weights [T, k],
     the routing weights, of any floating dtype.  ``up`` and ``down`` have at most one adapter each.
-    Their tensors are stacked as in :func:`fastlora.grouped_lora_linear`: up.weight [E, F, K],
-    down.weight [E, N, I].  A number from E on in ``index`` means no expert, and adds zero.
+    Their tensors are stacked as in :func:`fastlora.grouped_lora_linear`: up.base.weight [E, F, K],
+    down.base.weight [E, N, I].  A number from E on in ``index`` means no expert, and adds zero.
 
     ``activate`` maps [S, F] to [S, I].  It is a differentiable function, or the name of an
     activation (silu, gelu, gelu_tanh, relu, relu2).  With a name F is 2 I, and the result is
@@ -75,7 +75,7 @@ def lora_experts(
     own mask, with all S rows.
 
     Under autocast x and the two layers' weights are cast to autocast's dtype, as ``nn.Linear``
-    casts them.  Without ``autocasts``, x is cast to the dtype of ``up.weight``, because
+    casts them.  Without ``autocasts``, x is cast to the dtype of up's weight, because
     ``grouped_mm`` requires equal dtypes.
 
     This function checks nothing.  The caller must check all shapes, and that x and the weights of
@@ -94,7 +94,8 @@ def lora_experts(
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
         node = _Node(Call(layouts, dropout, backend), activate, dtype, routing.k)
-        # autograd.Function takes only a flat list of tensors: up's, then down's
+        # Flattened once for each call, because autograd finds only tensors that are direct arguments.
+        # ``products`` restores the records, cuts them to a part, and flattens each product's tensors.
         inputs = [x, weights, *flatten([up, down], layouts)]
         if torch.is_grad_enabled():
             return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
@@ -111,7 +112,7 @@ def _step_by_step(
     dropout: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The formula as two grouped LoRA calls, each checked for dispatch separately."""
+    """The formula as two grouped LoRA calls, each dispatched separately."""
     rows = routing.rows
     (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
     (y,), _ = run_checked(_followed_activation(pre, activate), [down], dropout, rows=rows)

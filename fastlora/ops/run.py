@@ -84,9 +84,8 @@ def _run_on(
     if isinstance(rows, Many):
         rows = rows.on(x.device, outputs[0].adapters)
     elif rows is not None and x.device.type == "cpu":
-        rows = rows._replace(
-            shares=rows.shares_of(len(x))
-        )  # raises for wrong ends before seeds are drawn
+        # Here, because wrong ends must raise before seeds are drawn.
+        rows = rows._replace(shares=rows.shares_of(len(x)))
     name = backend_name(backend, x.device)
     few = rows is None and is_few(x, outputs, name)
     captured: dict | None = {} if captures and not few else None

@@ -68,7 +68,11 @@ def other(tensor):
 
 
 WRONG = {
-    "corrupt": (lambda t: t[:-1], ValueError, r"weight is not valid NF4: its packed has shape \(23,\)"),
+    "corrupt": (
+        lambda t: t[:-1],
+        ValueError,
+        r"weight is not valid NF4: its packed has shape \(23,\)",
+    ),
     "device": (other, ValueError, "a packed weight is on meta, but x is on cpu"),
     "kind": (lambda t: None, TypeError, "a packed weight must be a tensor, not NoneType"),
 }
