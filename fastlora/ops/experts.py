@@ -94,8 +94,8 @@ def lora_experts(
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
         node = _Node(Call(layouts, dropout, backend), activate, dtype, routing.k)
-        # Flattened once for each call, because autograd finds only tensors that are direct arguments.
-        # ``products`` restores the records, cuts them to a part, and flattens each product's tensors.
+        # Flattened for the node, because autograd finds only tensors that are direct arguments.
+        # ``products`` restores the outputs, cuts them to a part, and flattens each of them again.
         inputs = [x, weights, *flatten([up, down], layouts)]
         if torch.is_grad_enabled():
             return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)

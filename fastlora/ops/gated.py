@@ -59,8 +59,8 @@ def gated_mlp(
     :func:`fastlora.ops.dispatch.follows` must be true for x.
 
     Shapes: x [..., K]; the weights of gate and up [I, K]; the weight of down [N, I].
-    :func:`fastlora.lora_linear` describes the dtypes.  Each weight may be packed; its dense copy lives only
-    during a product.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
+    :func:`fastlora.lora_linear` describes the dtypes.  Each weight may be packed; its dense copy
+    lives only during a product.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
 
     ``dropout`` acts on the adapters of gate and up, ``down_dropout`` on the adapters of down.  The
     masks equal the masks of three separate calls, in the order gate, up, down.  ``wide``: for a
