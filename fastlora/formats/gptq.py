@@ -1,6 +1,6 @@
-"""GPTQ: columns of a weight in groups, and the numbers of a column packed across int32 words.
+"""GPTQ: groups of columns share a scale, and codes lie end to end in int32 words.
 
-And GPTQ-Model's ``TorchLinear`` and ``TritonV2Linear``: GPTQ's checkpoints, as they are trained.
+Also GPTQ-Model's ``TorchLinear`` and ``TritonV2Linear``, the classes that train GPTQ checkpoints.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,24 @@ from .arithmetic import place_for
 from .format import FLOATS, Expected, Format, Quantized, name_of
 from .vendor import Once, PackedLayer, checked
 
+# GPTQ-Model's dequantize_weight makes the whole weight.  A float32 step with 512 rows and a 2048²
+# weight of 4 bits takes 1.14 × the time and 1.33 × the peak memory with it (8 bits: 1.17 × and
+# 1.55 ×; process time, one thread, gptqmodel 7.7).
+
 
 @dataclass(frozen=True)
 class Gptq(Format):
-    """(numbers - zeros) · scales in the dtype ``compute``; input k belongs to group g_idx[k].
+    """weight = (code - zero) · scale in the dtype ``compute``; column k is in group g_idx[k].
 
-    Numbers of 2, 3, 4 or 8 bits lie end to end in int32 words, from the lowest bit on: those of a
-    row of the weight down a column of qweight [columns · bits / 32, rows], and zeros along a row of
-    qzeros [groups, rows · bits / 32], as they are and not one less (version 2 of the format).
-    scales is [groups, rows].  ``ordered``: that every group is ``columns / groups`` inputs in their
-    order, so that g_idx needn't be looked at.
+    Codes and zeros have 2, 3, 4 or 8 bits.  They lie end to end in int32 words, from the lowest bit
+    on, so that 3 bits may span two words:
+
+    * qweight [columns · bits / 32, rows]: a column of words holds the codes of a row of the weight;
+    * qzeros [groups, rows · bits / 32]: a row of words holds the zeros of a group, and not the
+      zeros less one (that is version 2 of the format);
+    * scales [groups, rows], and g_idx [columns].
+
+    ``ordered``: each group is the next ``columns / groups`` columns, so nothing reads g_idx.
     """
 
     bits: int
@@ -55,9 +63,9 @@ class Gptq(Format):
         qweight, qzeros, scales, g_idx = tensors
         rows = slice(first, first + len(out))
         values = place_for(out, self.dtype)
-        values.copy_(self._numbers(qweight[:, rows], 0, self.columns).t())
-        zeros = self._numbers(qzeros.t(), first, len(out)).to(self.dtype)  # [rows, groups]
-        scale = scales[:, rows].t()
+        values.copy_(self._unpack(qweight[:, rows], 0, self.columns).t())
+        zeros = self._unpack(qzeros.t(), first, len(out)).to(self.dtype)  # [rows, groups]
+        scale = scales[:, rows].t()  # [rows, groups]
         if self.ordered:
             of_groups = values.unflatten(1, (self.groups, -1))
             of_groups.sub_(zeros[..., None]).mul_(scale[..., None])
@@ -68,24 +76,24 @@ class Gptq(Format):
     def _words(self, count: int) -> int:
         return -(-count * self.bits // 32)
 
-    def _numbers(self, words: Tensor, first: int, count: int) -> Tensor:
-        """Some of the numbers that lie down the columns of words [words, n]: int32 [count, n]."""
-        numbers = torch.arange(first, first + count, dtype=torch.int64, device=words.device)
-        start = numbers * self.bits
+    def _unpack(self, words: Tensor, first: int, count: int) -> Tensor:
+        """``count`` codes from ``first`` on of each column of words [words, n]: int32 [count, n]."""
+        codes = torch.arange(first, first + count, dtype=torch.int64, device=words.device)
+        start = codes * self.bits
         word, shift = start // 32, (start % 32).to(torch.int32)[:, None]
-        numbers = words[word] >> shift
-        if 32 % self.bits:  # some begin in one word and end in the next
-            begun = (32 - shift).clamp(max=self.bits)  # bits
-            numbers &= (1 << begun) - 1  # what is above is the word's sign
+        codes = words[word] >> shift
+        if 32 % self.bits:  # a code may begin in one word and end in the next
+            begun = (32 - shift).clamp(max=self.bits)  # bits in the first word
+            codes &= (1 << begun) - 1  # the shift copied the word's sign into the bits above
             rest = words[(word + 1).clamp(max=len(words) - 1)] << begun
-            numbers |= torch.where(begun < self.bits, rest, 0)
-        return numbers.bitwise_and_(2**self.bits - 1)
+            codes |= torch.where(begun < self.bits, rest, 0)
+        return codes.bitwise_and_(2**self.bits - 1)
 
 
-# GPTQ-Model's layers of it.
+# GPTQ-Model's layers.
 
 _PACKAGE = "gptqmodel.nn_modules.qlinear"
-# The others lay the numbers out for one kernel, or have other numbers.
+# Other classes arrange codes for one kernel, or hold other kinds of codes.
 _READ = ("TorchLinear", "TritonV2Linear")
 _ORDERED = Once()
 
@@ -121,14 +129,14 @@ def pack(layer: Any, weight: Tensor) -> None:
 
 
 def _theirs(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of GPTQ-Model's that this one is, or derives from."""
+    """GPTQ-Model's class that ``kind`` is or derives from; None: ``kind`` has no such base."""
     if derived_from(kind, _PACKAGE, "GPTQQuantLinear") is None:
         return None
     return next(base for base in kind.__mro__ if base.__module__.startswith(_PACKAGE))
 
 
 def _is_ordered(g_idx: Tensor, groups: int) -> bool:
-    """Whether the columns are groups of one size, one after another."""
+    """Whether columns form consecutive groups of one size."""
     if len(g_idx) % groups:
         return False
     columns = torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device)

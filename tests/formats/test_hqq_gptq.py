@@ -37,7 +37,7 @@ def test_unreadable_hqq_layers_have_a_reason():
     assert "axis=0" in hqq.read(hqq_linear(axis=0))
     linear = hqq_linear()
     linear.meta["quant_zero"] = True
-    assert "packed, too" in hqq.read(linear)
+    assert "also packed" in hqq.read(linear)
     linear.meta["quant_zero"] = False
     linear.meta["scale"] = linear.meta["scale"][:-1]
     assert hqq.read(linear).startswith("its quantization state is broken")
