@@ -15,9 +15,9 @@ from .arithmetic import write_scaled
 from .format import Expected, Format, Quantized
 from .vendor import PackedLayer, checked
 
-# transformers.integrations.gguf.dequant computes the same bits, but slower.  A float32 step with 512
-# rows and a 2048² weight takes 1.10 × (Q8_0), 1.19 × (Q6_K) and 1.35 × (Q4_K) the time with it, in
-# bfloat16 1.01 to 1.58 × (process time, one thread, transformers 5.24).
+# transformers.integrations.gguf.dequant computes the same bits, but takes longer.  With it a step
+# with 512 rows and a 2048² weight takes 1.10 × (Q8_0), 1.19 × (Q6_K) and 1.35 × (Q4_K) the time in
+# float32, and 1.01 to 1.58 × in bfloat16 (process time, one thread, transformers 5.24).
 
 # The 16 values that codes of IQ4_NL and IQ4_XS name.
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -49,10 +49,6 @@ class Gguf(Format):
     permuted: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return ("blocks", "permutation") if self.permuted else ("blocks",)
-
-    @property
     def label(self) -> str:
         return f"GGUF {self.kind}"
 
@@ -65,7 +61,8 @@ class Gguf(Format):
                 f"in_features is {self.columns}, but a {self.kind} block has {weights} weights"
             )
         blocks = (self.rows, self.columns // weights * size), (torch.uint8,)
-        return [blocks, ((self.columns,), (torch.int64,))] if self.permuted else [blocks]
+        permutation = (self.columns,), (torch.int64,)
+        return {"blocks": blocks} | ({"permutation": permutation} if self.permuted else {})
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         super().check(tensors)

@@ -5,7 +5,7 @@ Also GPTQ-Model's ``TorchLinear`` and ``TritonV2Linear``, the classes that train
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from .arithmetic import place_for
 from .format import FLOATS, Expected, Format, Quantized, name_of
 from .vendor import Once, PackedLayer, checked
 
-# GPTQ-Model's dequantize_weight makes the whole weight.  A float32 step with 512 rows and a 2048²
-# weight of 4 bits takes 1.14 × the time and 1.33 × the peak memory with it (8 bits: 1.17 × and
-# 1.55 ×; process time, one thread, gptqmodel 7.7).
+# GPTQ-Model's dequantize_weight makes the whole weight.  With it a float32 step with 512 rows and a
+# 2048² weight of 4 bits takes 1.14 × the time and 1.33 × the peak memory (8 bits: 1.17 × and
+# 1.55 ×; process time, one thread, the operations of gptqmodel 7.7).
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ class Gptq(Format):
     compute: str
     ordered: bool
 
-    names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
-
     @property
     def label(self) -> str:
         return f"GPTQ {self.bits} bit"
@@ -52,12 +50,12 @@ class Gptq(Format):
         if self.groups < 1 or (self.ordered and self.columns % self.groups):
             raise ValueError(f"{self.groups} groups don't divide {self.columns} columns")
         ints = (torch.int32,)
-        return [
-            ((self._words(self.columns), self.rows), ints),
-            ((self.groups, self._words(self.rows)), ints),
-            ((self.groups, self.rows), (self.dtype,) if self.dtype in FLOATS else ()),
-            ((self.columns,), (torch.int32, torch.int64)),
-        ]
+        return {
+            "qweight": ((self._words(self.columns), self.rows), ints),
+            "qzeros": ((self.groups, self._words(self.rows)), ints),
+            "scales": ((self.groups, self.rows), (self.dtype,) if self.dtype in FLOATS else ()),
+            "g_idx": ((self.columns,), (torch.int32, torch.int64)),
+        }
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         qweight, qzeros, scales, g_idx = tensors
@@ -77,7 +75,7 @@ class Gptq(Format):
         return -(-count * self.bits // 32)
 
     def _unpack(self, words: Tensor, first: int, count: int) -> Tensor:
-        """``count`` codes from ``first`` on of each column of words [words, n]: int32 [count, n]."""
+        """Codes ``first`` to ``first + count`` of each column: [words, n] -> int32 [count, n]."""
         codes = torch.arange(first, first + count, dtype=torch.int64, device=words.device)
         start = codes * self.bits
         word, shift = start // 32, (start % 32).to(torch.int32)[:, None]

@@ -6,7 +6,7 @@ Also its layer, ``HQQLinear``.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,16 @@ from .arithmetic import place_for
 from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked
 
-# HQQ's Quantizer.dequantize makes the whole weight.  A float32 step with 512 rows and a 2048² weight
-# of 4 bits takes 1.56 × the time and 3.6 × the peak memory with it (bfloat16: 1.00 × and 2.3 ×;
-# process time, one thread, hqq 0.2.8).
+# HQQ's Quantizer.dequantize makes the whole weight.  With it a float32 step with 512 rows and a
+# 2048² weight of 4 bits takes 1.56 × the time and 3.6 × the peak memory, a bfloat16 step 1.00 × and
+# 2.3 × (process time, one thread, hqq 0.2.8).
 
 _COUNTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # by bits of a code: how many codes an element packs
 
 
 @dataclass(frozen=True)
 class Hqq(Format):
-    """weight = (code - zero) · scale in the dtype ``compute``; ``group`` columns of a row share both.
+    """weight = (code - zero) · scale in the dtype ``compute``, for groups of ``group`` columns.
 
     W_q [⌈groups / count⌉, group] packs ``count`` codes in an element, int32 for 3 bits and uint8
     otherwise.  Row i holds, from the highest bits on, the codes of group i, of group i + len(W_q),
@@ -35,8 +35,6 @@ class Hqq(Format):
     bits: int
     group: int
     compute: str
-
-    names: ClassVar[tuple[str, ...]] = ("W_q", "scale", "zero")
 
     @property
     def label(self) -> str:
@@ -51,7 +49,7 @@ class Hqq(Format):
         each = ((groups, 1), (self.dtype,))
         word = torch.int32 if self.bits == 3 else torch.uint8
         packed = ((-(-groups // count), self.group), (word,))
-        return [packed, each, each]
+        return {"W_q": packed, "scale": each, "zero": each}
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, scale, zero = tensors
