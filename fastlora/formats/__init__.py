@@ -2,8 +2,8 @@
 
 Each vendor's file defines a format (a subclass of :class:`.format.Format`) and below it the
 functions of :class:`.vendor.Vendor`, which read the vendor's layers.  To add a vendor, name its
-file in ``VENDORS``; PEFT's own classes for such layers are listed in peft/layer.py.  No file
-imports its vendor's package: a model with such a layer has imported it.
+file in ``VENDORS``; peft/layer.py lists PEFT's classes for such layers.  A vendor's file never
+imports the vendor's package: a model with such a layer has imported it.
 """
 
 from torch import nn

@@ -49,7 +49,7 @@ class Format:
     dims: ClassVar[int] = 2
 
     def __init_subclass__(cls) -> None:
-        if not cls.__name__.startswith("_"):  # a base class of formats
+        if not cls.__name__.startswith("_"):  # a base class has one
             _KNOWN[cls.__name__] = cls
         # A dataclass would generate its own, without source lines.
         cls.__hash__ = Format.__hash__  # type: ignore[method-assign]

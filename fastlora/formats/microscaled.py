@@ -56,6 +56,7 @@ class _E2M1(Format):
         packed = packed.view(torch.uint8)
         if scale.dtype == torch.float32:
             return packed, scale
+        # Scales of 8 bits are codes themselves: kernels compute table[scale] · factor + 0.
         table, one, none = _tables(scale.dtype, scale.device)
         factor = tensor_scale[0].view(-1) if tensor_scale else one
         return packed, scale.view(torch.uint8), factor, table, none

@@ -52,7 +52,7 @@ def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
     """Decorate a function that reads a layer or a weight of experts: check the tensors it returns.
 
     If reading or checking fails, the function returns "``what`` broken: …" instead.  ``what`` is a
-    phrase as "its blocks are"; {0} in it is the function's first argument.
+    phrase such as "its blocks are"; {0} in it is the function's first argument.
     """
 
     def with_check(read: Callable[P, T]) -> Callable[P, T | str]:
