@@ -102,7 +102,7 @@ class Format:
     def make(
         self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """The same rows as a new tensor, where this is faster than :meth:`read`; otherwise None."""
+        """The same rows as a new tensor of any strides, where this is faster; otherwise None."""
         return None
 
     @property
@@ -210,7 +210,7 @@ class Quantized(NamedTuple):
                 return out
             made = self.format.make(self.tensors, 0, self.format.rows, dtype)
             if made is not None:
-                return made
+                return made.contiguous()
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
             step = rows_at_a_time(out)
             for first in range(0, len(out), step):

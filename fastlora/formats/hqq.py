@@ -17,8 +17,8 @@ from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked
 
 # HQQ's Quantizer.dequantize makes the whole weight.  With it a float32 step with 512 rows and a
-# 2048² weight of 4 bits takes 1.56 × the time and 3.6 × the peak memory, a bfloat16 step 1.00 × and
-# 2.3 × (process time, one thread, hqq 0.2.8).
+# 2048² weight of 4 bits takes 1.45 × the time and 2.8 × the peak memory, a bfloat16 step 1.11 × and
+# 1.9 × (process time, one thread, hqq 0.2.8).
 
 _COUNTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # by bits of a code: how many codes an element packs
 
