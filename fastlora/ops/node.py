@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Call
-from ..projection import Layout, unflatten
+from ..projection import HALF_DTYPES, Layout, unflatten
 from ..rows import Share
 from .composite import Drop, run_composite
 from .dispatch import autocast_dtype, autocast_off
@@ -99,7 +99,22 @@ def as_matrix(x: Tensor) -> Tensor:
     """
     matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
     strides = matrix.stride()
-    return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
+    if 1 not in strides or 0 in strides or _is_read_beside(matrix):
+        return matrix.contiguous()
+    return matrix
+
+
+def _is_read_beside(matrix: Tensor) -> bool:
+    """Whether a product would read memory beside this matrix, where a NaN would spoil the result.
+
+    oneDNN's 16-bit products on a CPU with AMX read on behind the rows of a window if 8 doesn't
+    divide their length (torch 2.13).
+    """
+    rows, columns = matrix.stride()
+    K = matrix.shape[1]
+    return (
+        bool(K % 8) and columns == 1 and rows > K and matrix.is_cpu and matrix.dtype in HALF_DTYPES
+    )
 
 
 def are_batched(dys: Sequence[Tensor | None]) -> bool:
