@@ -27,12 +27,6 @@ SKIPPED = {"outcome": "skipped", "reason": "needs a GPU"}
 FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
 
 
-def test_equal_outcomes_do_not_differ(outcomes):
-    before = outcomes(a=PASSED, b=SKIPPED, c=FAILED)
-    after = outcomes(a=PASSED | {"calls": FAST}, b=SKIPPED, c=FAILED | {"reason": "another"})
-    assert compare.differences(before, after) == []
-
-
 CHANGED = [(PASSED, FAILED), (FAILED, PASSED), (PASSED, SKIPPED), (SKIPPED, {"outcome": "xfailed"})]
 
 
