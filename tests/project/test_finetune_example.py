@@ -66,7 +66,7 @@ def finetune(*arguments, script=SCRIPT):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_results_are_written_whole(compared, tmp_path):
+def test_results_are_written_whole(compared):
     out = compared.out
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     kept = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT", "optimized")]
