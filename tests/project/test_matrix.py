@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 from matrix import noxfile, table
@@ -50,7 +50,7 @@ def test_a_failing_check_is_recorded_in_its_cell(monkeypatch, tmp_path, told, sa
     lines = [json.dumps({"checks": ["doctor", "files"], "versions": {}})]
     lines += [json.dumps({"check": name, "outcome": outcome}) for name, outcome in told.items()]
     (tmp_path / "environment").mkdir()
-    session = Mock(posargs=[])
+    session = MagicMock(posargs=[])
     session.virtualenv.location = tmp_path / "environment"
     session.run.return_value = "\n".join([*lines, "Segmentation fault"])
     noxfile.run_cell(session, CELLS[1])

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from tools.matrix.cells import TORCH
-from tools.matrix.tritons import VERSIONS, installed
+from tools.matrix.tritons import TORCH, VERSIONS, installed
 
 # What a version does to its own plain products as well, and no kernel of ours can mend.
 KNOWN = {"3.6.0": "no proxy fence"}

@@ -7,7 +7,7 @@
     make matrix ARGS="-t triton"                # the kernels under each Triton
     make matrix ARGS="-s triton-3.7.1"
 
-Each cell is an environment of its own, in which ``cell.py`` runs.  The results go into
+Each cell is an environment of its own, and ``cell.py`` runs there.  The results go into
 benchmarks/results/matrix.json, beside the results of the other sessions, and from there
 into docs/.  nox skips a cell if its Python isn't installed.
 """
@@ -28,20 +28,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from matrix.clone import copy_of_clone
 from matrix.table import rewrite, said
+from matrix.tritons import TORCH, VERSIONS, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "docs" / "install.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
-# The Triton that each torch pins, oldest first.
-TORCH = {
-    "2.10.0": "3.6.0",
-    "2.11.0": "3.6.0",
-    "2.12.1": "3.7.1",
-    "2.13.0": "3.7.1",
-    "2.14.1": "3.8.0",
-    "2.15.0": "3.9.0",
-}
-TRITONS = [*dict.fromkeys(TORCH.values())]
 NEWEST = ""  # the registry's version on the day
 nox.options.envdir = str(ROOT / ".cache" / "nox")
 nox.options.default_venv_backend = "uv"
@@ -103,9 +94,10 @@ def run_cell(session: nox.Session, cell: Cell) -> None:
             write("cells", cell.name, row | {"why": "can't be installed"})
             raise
         script = shutil.copy(ROOT / "tools" / "matrix" / "cell.py", folder)
-        session.chdir(folder)  # in the clone, Python would import the clone's folders
-        for group in ([], ["compiled"]):
-            with_checks(row, lines_of(session, "python", script, *group), group)
+        # In the clone, Python would import the clone's folders.
+        with session.chdir(folder):
+            for group in ([], ["compiled"]):
+                with_checks(row, lines_of(session, "python", script, *group), group)
     session.chdir(ROOT)
     if whole:
         line = lines_of(session, "pytest", "-q", "-n", "2", "--dist", "loadfile")[-1].strip("= ")
@@ -136,12 +128,8 @@ def with_checks(row: dict, lines: list[str], group: list[str]) -> None:
 
 def run_triton(session: nox.Session, version: str) -> None:
     """The tests of machine code and of launches, with a Triton beside this environment's torch."""
-    folder = ROOT / ".cache" / f"triton-{version}"
-    if not folder.joinpath("triton").exists():
-        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
-        session.run(*pip, "--target", str(folder), f"triton=={version}")
     session.chdir(ROOT)
-    session.env["FASTLORA_COMPILE_TRITON"] = str(folder)
+    session.env["FASTLORA_COMPILE_TRITON"] = str(installed(version))
     row = [", ".join(torch.rpartition(".")[0] for torch, own in TORCH.items() if own == version)]
     for file in ("tests/kernels/test_compile.py", "tests/kernels/test_host.py"):
         lines = lines_of(session, sys.executable, "-m", "pytest", "-q", "-n", "0", file)
@@ -154,7 +142,7 @@ def write(kind: str, name: str, row: dict | list) -> None:
     """A line for each row of the results, in the order of the sessions; and the tables."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     results[kind][name] = row
-    order = [cell.name for cell in CELLS] if kind == "cells" else TRITONS
+    order = [cell.name for cell in CELLS] if kind == "cells" else VERSIONS
     results[kind] = {each: results[kind][each] for each in order if each in results[kind]}
     text = json.dumps(results).replace('{"asked"', '\n{"asked"').replace("]], ", "]],\n")
     RESULTS.write_text(f"{text}\n", encoding="utf-8")
@@ -170,6 +158,6 @@ for cell in CELLS:
     tags = ["quick"] if cell.name in ("oldest", "newest") else []
     run = nox.session(name=cell.name, python=cell.python, tags=tags)
     run(lambda session, cell=cell: run_cell(session, cell))
-for version in TRITONS:
+for version in VERSIONS:
     run = nox.session(name=f"triton-{version}", python=False, tags=["triton"], default=False)
     run(lambda session, version=version: run_triton(session, version))
