@@ -1,4 +1,4 @@
-"""Files that fastlora keeps for a user, about this machine: nothing is lost without them."""
+"""The user's cache folder: tuning results and the like; it can be deleted at any time."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``FASTLORA_CACHE``, else fastlora's folder in the user's cache.  It need not be there."""
+    """``FASTLORA_CACHE``, or fastlora's folder in the user's cache; it may not exist yet."""
     chosen = os.environ.get("FASTLORA_CACHE")
     if chosen:
         return Path(chosen)
@@ -16,7 +16,10 @@ def cache_folder() -> Path:
 
 
 def write(path: Path, text: str) -> bool:
-    """Whether it could be written, at once or not at all: others may write the same file now."""
+    """Write the file atomically, because another process may write it now.
+
+    Returns False if it can't be written; then the old file, if any, stays.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -34,7 +37,7 @@ def write(path: Path, text: str) -> bool:
 
 
 def read(folder: Path, pattern: str) -> dict[Path, str]:
-    """The texts of the files there; those that can't be read are left out."""
+    """The texts of the matching files; unreadable files are left out."""
     texts: dict[Path, str] = {}
     try:
         paths = sorted(folder.glob(pattern)) if folder.is_dir() else []

@@ -1,7 +1,7 @@
-"""The checks of a call at its door: one set for layers, experts and many adapters.
+"""The checks of a call: one set for layers, experts and many adapters.
 
-A call of a kind that passed isn't checked again.  So whatever a check looks at is in the kind: in
-``facts_of`` a tensor or in ``key_of`` a call (:mod:`fastlora.ops.functional`).
+A call with a cached key isn't checked again.  So everything that a check looks at belongs in the
+key: in ``facts_of`` a tensor, or in ``key_of`` a call (:mod:`fastlora.ops.kinds`).
 """
 
 from collections.abc import Sequence

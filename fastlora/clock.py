@@ -1,4 +1,4 @@
-"""Clocks: marks in the course of a step, and the seconds between two."""
+"""Clocks that time a call on the host or on a GPU."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 
-_AHEAD = 4_000_000  # cycles, some two milliseconds: what the host needs to issue a step
-_CACHE = 256 * 2**20  # bytes, more than any L2
+_AHEAD = 4_000_000  # GPU cycles, about 2 ms: the time that the host needs to launch a step
+_CACHE = 256 * 2**20  # bytes, larger than the L2 cache of any GPU
 
 
 class HostClock:
-    """``read`` is ``time.perf_counter``, or ``time.process_time`` for the caller's own work.
+    """Host time.  ``read``: ``time.perf_counter``, or ``time.process_time`` for CPU time only.
 
-    On a GPU a mark is when all that was issued is done.
+    On a GPU, a mark waits until all launched work is done.
     """
 
     def __init__(self, device: torch.device, read: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.read = device, read
 
     def start(self) -> None:
-        """Before the first mark of a step."""
+        """Call this before the first mark of a step."""
 
     def mark(self) -> float:
         wait_for(self.device)
@@ -31,11 +31,10 @@ class HostClock:
 
 
 class CudaClock:
-    """The device's time, by events, as ``triton.testing.do_bench`` takes it: with an empty L2.
+    """GPU time, by CUDA events and with a cleared L2 cache, as ``triton.testing.do_bench`` does.
 
-    The device waits before the first mark, so that the host issues the step ahead of it and its
-    gaps are not measured; the wall time of many steps is a quantity of its own
-    (``benchmarks/measure.py``).
+    The device sleeps before the first mark, so that the host launches the whole step ahead of it.
+    Gaps between launches are therefore not measured; ``benchmarks/measure.py`` measures wall time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +62,7 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:
-    """Seconds of one call, of several in a row."""
+    """Seconds per call, averaged over ``calls`` calls in a row."""
     clock.start()
     start: Any = clock.mark()
     for _ in range(calls):
@@ -75,12 +74,14 @@ def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:
 def medians(
     clock: Clock, calls: Mapping[Any, Callable[[], object]], rounds: int
 ) -> dict[Any, float]:
-    """Seconds of each call, by its name; they take turns."""
+    """Median seconds of each call, by name.  The calls take turns, so drift affects all alike."""
     laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in range(rounds)]
     return {name: sorted(lap[name] for lap in laps)[rounds // 2] for name in calls}
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything that was issued is done; a lost device raises here."""
+    """Wait until all launched work is done.  Errors of earlier launches are raised here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)

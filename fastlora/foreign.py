@@ -1,7 +1,7 @@
-"""Classes of what fastlora doesn't import, known by their names; and functions, by what they do.
+"""Recognize classes of libraries that fastlora doesn't import by their names, functions by code.
 
-``sys.modules`` isn't asked: torch.compile would guard the number of its modules, and compile again
-after any import.
+Nothing here reads ``sys.modules``: torch.compile would guard on the number of modules, and
+recompile after every import.
 """
 
 from functools import lru_cache
@@ -10,26 +10,29 @@ from typing import Any
 
 import torch
 
-# What FSDP2 and FSDP derive classes from.
+# FSDP2 changes a module's class to a subclass of the first.  FSDP and DDP wrap the module.
 FULLY_SHARDED = ("torch.distributed.fsdp", "FSDPModule")
 FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
 DDP = ("torch.nn.parallel", "DistributedDataParallel")
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # torch's own
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclasses
 
 
 def derived_from(kind: type, package: str, name: str) -> type | None:
-    """The class of this name in this package that ``kind`` is or inherits from; None: none is."""
+    """The class of this name and package among ``kind`` and its bases, or None."""
     return next((base for base in kind.__mro__ if is_class(base, package, name)), None)
 
 
 def is_class(kind: type, package: str, name: str) -> bool:
-    """Whether ``kind`` is the class of this name in this package, or in a module inside of it."""
+    """Whether ``kind`` has this name and is defined in this package or one of its modules."""
     return kind.__name__ == name and f"{kind.__module__}.".startswith(f"{package}.")
 
 
 @lru_cache(maxsize=256)
 def is_same_code(function: Any, known: Any) -> bool:
-    """Whether it does what a known function does, compared instruction by instruction."""
+    """Whether a function has the same bytecode as a known function.
+
+    It recognizes a subclass that overrides ``forward`` with an unchanged copy.
+    """
     code = getattr(function, "__code__", None)
     return code is not None and _what_it_does(code) == _what_it_does(known.__code__)
 
@@ -41,5 +44,5 @@ def _what_it_does(code: Any) -> tuple[Any, ...]:
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is torch's DTensor, of which each rank has a part."""
+    """Whether it is a torch DTensor, which is sharded over ranks."""
     return is_class(type(tensor), "torch.distributed.tensor", "DTensor")

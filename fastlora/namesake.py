@@ -1,7 +1,8 @@
-"""Another project's module of this name: ``fastlora`` on PyPI installs a file fastlora.py.
+"""Warnings about another project of the same name: ``fastlora`` on PyPI installs ``fastlora.py``.
 
-In one folder Python takes a package before a module, so this one is imported; of two folders, the
-first on ``sys.path`` has what is imported.  pip takes each away without harm to the other.
+If both are in one folder, Python imports this package, because a package precedes a module.  If
+they are in two folders, Python imports the one that comes first on ``sys.path``.  pip uninstalls
+either one without touching the other.
 """
 
 import sys
@@ -10,19 +11,22 @@ from pathlib import Path
 
 _WHAT = (
     "{} is another module of this name, such as the project fastlora on PyPI installs; `import "
-    "fastlora` gives fastlora-kernels here; to remove that project: pip uninstall fastlora"
+    "fastlora` imports fastlora-kernels here; to remove that project: pip uninstall fastlora"
 )
 
 
 def warn_of_namesake() -> None:
-    """Where it lies beside this package: the one file that an import can afford to look for."""
+    """Warn if the other module is beside this package.
+
+    Only this one path is checked, so that ``import fastlora`` stays fast.
+    """
     beside = Path(__file__).parent.with_suffix(".py")
     if beside.is_file():
         warnings.warn(_WHAT.format(beside), stacklevel=3)
 
 
 def namesakes() -> str:
-    """What lies on all of ``sys.path``; "" for nothing."""
+    """A message for each such module on ``sys.path``; "" if there is none."""
     name = Path(__file__).parent.with_suffix(".py").name
     paths = dict.fromkeys(Path(folder, name) for folder in sys.path)
     return "; ".join(_WHAT.format(path) for path in paths if path.is_file())

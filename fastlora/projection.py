@@ -1,29 +1,31 @@
-"""The records of a call: an output's base and its adapters, and what an argument may be."""
+"""The records of a call (base, adapters, outputs), and checks of its arguments."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
+from typing_extensions import NamedTuple  # typing.NamedTuple of Python 3.10 can't be generic
 
 from .foreign import PLAIN
 from .formats.format import Format, Quantized
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # autocast casts these
 LARGEST_SCALE = torch.finfo(torch.float32).max
 LARGEST_RANK = 2**31 - 1
 
-# What a record holds for each tensor: it, whether its gradient is needed, or that gradient.
+# A record holds one T for each tensor: the tensor, a bool (whether its gradient is needed), or its
+# gradient.
 T = TypeVar("T")
 
 
 class Base(NamedTuple, Generic[T]):
     """A frozen linear layer: ``weight`` [N, K], in the dtype of x, and ``bias`` [N] or None.
 
-    The weight may be packed (:class:`fastlora.formats.format.Quantized`), for an x of any dtype.
+    The weight may be packed (:class:`fastlora.formats.format.Quantized`); then x may have any
+    dtype.
     """
 
     weight: T
@@ -39,7 +41,7 @@ class Adapter(NamedTuple, Generic[T]):
 
 
 class Output(NamedTuple, Generic[T]):
-    """One output of a call: a base and its adapters, one, several, or none (a frozen layer).
+    """One output of a call: a base and its adapters.  A frozen layer has no adapter.
 
     y = x weightᵀ + bias + Σ scale · drop(x) lora_aᵀ lora_bᵀ, over the adapters
     """
@@ -54,14 +56,14 @@ class Projection(NamedTuple):
     With in_features K, out_features N and rank r:
 
     * ``weight`` [N, K], in the dtype of x, or packed;
-    * ``lora_a`` [r, K], ``lora_b`` [N, r] and ``bias`` [N] (or None), in any of the four floating
-      dtypes: they are cast as they are read;
+    * ``lora_a`` [r, K], ``lora_b`` [N, r] and ``bias`` [N] (or None), in float16, bfloat16, float32
+      or float64: kernels cast them when they read them;
     * ``scale``, a finite number: alpha / r, or alpha / √r for rsLoRA.
 
-    In a list, ``weight`` None makes it one more adapter of the layer before it: what it computes is
-    added to that layer's output, and it has no bias.
+    In a list, a projection with ``weight`` None is another adapter of the layer before it: its
+    product is added to that layer's output, and it can't have a bias.
 
-    It checks nothing itself: :func:`fastlora.lora_linears` does, when it meets x.
+    The record checks nothing; :func:`fastlora.lora_linears` checks it together with x.
     """
 
     weight: Tensor | None
@@ -72,11 +74,11 @@ class Projection(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """An output without its tensors: enough to find each one's place in a flat list."""
+    """An output without its tensors; it gives each tensor's position in a flat list."""
 
     has_bias: bool
-    scales: tuple[float, ...]  # of its adapters
-    format: Format | None = None  # of a weight that is packed
+    scales: tuple[float, ...]  # one for each adapter
+    format: Format | None = None  # of a packed weight; None: the weight is dense
 
 
 def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
@@ -91,14 +93,15 @@ def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
 
 
 def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
-    """All tensors in one list: for each output weight, bias if any, then each lora_a and lora_b.
+    """All tensors in one list: for each output its weight, its bias if any, each lora_a and lora_b.
 
-    A packed weight is all of its tensors.
+    A packed weight contributes all of its tensors.  autograd.Function and a registered op's schema
+    take only a flat list, hence this function and :func:`unflatten`.
     """
     flat: list = []
     for (base, adapters), layout in zip(outputs, layouts, strict=True):
         if layout.format is None:
-            # torch.compile of 2.11 and 2.12 adds no named tuple to a list.
+            # torch.compile of 2.11 and 2.12 can't extend a list by a named tuple, hence [*base].
             flat += [*base] if layout.has_bias else [base.weight]
         else:
             weight: Any = base.weight
@@ -111,7 +114,7 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
 
 
 def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
-    """The outputs of these layouts, with what :func:`flatten` made of them."""
+    """The outputs of these layouts, from the list that :func:`flatten` returned."""
     take, outputs = iter(flat).__next__, []
     for has_bias, scales, format in layouts:
         weight = take() if format is None else _packed(format, [take() for _ in format.names])
@@ -121,7 +124,11 @@ def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
 
 
 def _packed(format: Format, parts: list) -> Any:
-    """A packed weight of its tensors.  What none of them needs or has, a gradient, is one thing."""
+    """A packed weight from its tensors.
+
+    Its tensors never need gradients, so for flags and gradients (not tensors) the first one stands
+    for all.
+    """
     return Quantized(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
 
 
@@ -136,7 +143,7 @@ def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]
 
 
 def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
-    """The outputs that a list stands for.  Raises TypeError for what is no list of them."""
+    """The outputs that a list stands for.  Raises TypeError unless it is a list of projections."""
     if not isinstance(projections, list | tuple):
         raise TypeError(f"projections must be a list, not {type(projections).__name__}")
     outputs: list[Output] = []
@@ -169,7 +176,7 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
 
 
 def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
-    """Every tensor of an output with its name, but a packed weight's; the bias may be None."""
+    """The tensors of an output with their names, without a packed weight; the bias may be None."""
     (weight, bias), adapters = output
     named: list[tuple[str, T | None]] = []
     if not isinstance(weight, Quantized):
@@ -181,27 +188,27 @@ def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
 
 
 def packed_of(output: Output[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of a weight that is packed."""
+    """The tensors of a packed weight; empty for a dense one."""
     weight = output.base.weight
     return weight.tensors if isinstance(weight, Quantized) else ()
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
+    """Whether its class is Tensor or Parameter, not a subclass such as FakeTensor or DTensor."""
     return type(tensor) in PLAIN
 
 
 def shown(value: object) -> str:
-    """Its repr for a message, cut short."""
+    """The value's repr for a message, on one line and shortened."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # an int of more than 4300 digits, a class with a defect …
+    except Exception:  # an int of more than 4300 digits, a class with a faulty __repr__ …
         return f"of type {type(value).__name__}"
     return text if len(text) < 100 else f"{text[:80]}…"
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:
-    """Raise ValueError for what is no probability below 1."""
+    """Raise ValueError unless this is a probability below 1."""
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(
             f"{name} is {shown(dropout)}, but must lie in [0, 1): the probability of dropping "
@@ -212,7 +219,7 @@ def check_dropout(dropout: float, name: str = "dropout") -> None:
 def check_settings(
     r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool = False
 ) -> None:
-    """Raise ValueError for settings that no adapter can have."""
+    """Raise ValueError for an invalid rank, alpha, dropout or rsLoRA switch."""
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
         raise ValueError(
             f"r is {shown(r)}, but the rank must be a whole number of at least 1 and below 2³¹"
@@ -227,18 +234,18 @@ def check_settings(
 
 
 def check_switch(name: str, value: bool) -> None:
-    """Raise ValueError for all but True and False."""
+    """Raise ValueError unless this is True or False."""
     if value is not True and value is not False:
         raise ValueError(f"{name} is {shown(value)}, but must be True or False")
 
 
 def is_number(value: object) -> bool:
-    """Whether it is Python's: an int or a float, of which numpy.float64 is one, and no bool."""
+    """Whether it is an int or a float (numpy.float64 is a float), and not a bool."""
     return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
 
 
 def check_scale(scale: float) -> None:
-    """Raise ValueError for what is no finite float32."""
+    """Raise ValueError unless this is a number that float32 can hold."""
     if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
         raise ValueError(
             f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
@@ -247,9 +254,10 @@ def check_scale(scale: float) -> None:
 
 
 def facts_of(tensor: Tensor) -> Hashable:
-    """What the checks and the launchers ask of a tensor: all but its numbers.
+    """A tensor's part of a cache key: everything that checks and launchers read but its values.
 
-    From aligned addresses, 16 bytes are loaded at once.  Raises for what has no strides.
+    The address modulo 16 is part of it, because kernels load 16 bytes at once from aligned
+    addresses.  Raises ValueError for a nested tensor, which has no strides.
     """
     if tensor.is_nested:
         raise ValueError("a nested tensor isn't of a known kind")

@@ -1,4 +1,8 @@
-"""How the rows of a call are cut into segments: by expert, or by adapter."""
+"""Segments: which rows of a call belong to which expert, or to which adapter.
+
+All experts or adapters then run in one grouped call.  A step of eight adapters in one call takes
+0.48 to 0.83 × the time of eight separate steps (``python -m tools.sweep_speed 16 256``).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,79 +14,83 @@ from torch.compiler import is_compiling
 from .formats.format import Quantized
 from .projection import Adapter, Base, Output, check_scale, is_plain, shown
 
-# What stands in the place of a base that was done already: what comes is added to it.
+# The base of an output whose base product is already computed; adapters are added to that product.
 NO_BASE: Base = Base(None)
 
 
 class Share(NamedTuple):
-    """The items of one segment.  An item is a row of x, or as many rows as each item has."""
+    """The items of one segment.  An item is one row of x, or one sequence of rows."""
 
     segment: int
-    items: slice | Tensor  # where they lie together a slice, else their numbers, ascending
-    place: slice  # in the sorted order
+    items: slice | Tensor  # a slice if the items are contiguous, else their indices, ascending
+    place: slice  # the items' positions in the sorted order
 
 
 class HostNumbers(NamedTuple):
-    """What each segment has for itself, on the host."""
+    """The scale, rank and dropout of each segment, on the host."""
 
     scales: tuple[float, ...]
-    ranks: tuple[int, ...]  # what lies behind it in an adapter's tensors is never read
+    ranks: tuple[int, ...]  # rows of lora_a and columns of lora_b beyond the rank are never read
     dropouts: tuple[float, ...]  # 0 while not training
 
 
 class Rows(NamedTuple):
-    """The rows of x, cut into segments, any of which may be empty.
+    """The rows of x, cut into segments; a segment may be empty.
 
-    *Experts*: rows lie sorted, and each segment has a layer of its own: weight [E, N, K], and so
-    on.  *Many adapters*: the base is shared, and each segment has an adapter and ``numbers``
-    for it.  What is sorted there are items, and ``order`` has where each lies.
+    *Experts*: rows are sorted by expert, and each segment has a separate layer: weight [E, N, K],
+    and so on.  *Many adapters*: all segments share one base, and each segment has an adapter and an
+    entry in ``numbers``.  Here the items are sorted, not the rows: ``order`` holds the index of
+    each item.
 
-    ``ends``, int32 [segments], has the number of the row or item behind each segment's last, as in
-    ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's: experts make zeros
-    of them, and of many adapters the base alone has them.
+    ``ends``, int32 [segments], holds the index after each segment's last row or item, as in
+    ``torch.nn.functional.grouped_mm``.  Rows after the last end belong to no segment: experts
+    return zeros there, and a call with many adapters returns the base's output.
     """
 
     ends: Tensor
-    order: Tensor | None = None  # int64 [items]; None: as they lie
+    order: Tensor | None = None  # int64 [items]; None: rows are already sorted
     numbers: HostNumbers | None = None
-    first: int = 0  # how many rows of the call lie before these, for a mask of dropout
-    shares: list[Share] | None = None  # of segments with items, where they are known on the host
-    memo: dict | None = None  # what a backend made of it for all layers that share it
+    first: int = 0  # index in the call of the first of these rows; the dropout mask depends on it
+    shares: list[Share] | None = None  # nonempty segments, if they are known on the host
+    memo: dict | None = None  # a backend's cache, shared by all layers with these rows
     of_banks: bool = False  # whether many adapters' tensors are views of two banks, by unbind
 
     @property
     def shares_base(self) -> bool:
-        """Whether all segments have one base."""
+        """Whether all segments use one base: many adapters, not experts."""
         return self.order is not None
 
     def items(self, rows: int) -> int:
-        """How many there are, of so many rows."""
+        """The number of items in a call with ``rows`` rows."""
         return rows if self.order is None else len(self.order)
 
     def shares_of(self, rows: int) -> list[Share]:
-        """The segments that have rows, of so many; on a GPU it may wait for ``ends``.
+        """The nonempty segments of a call with ``rows`` rows.
 
-        Raises ValueError for ends that decrease, or lie beyond the rows.
+        Raises ValueError if ``ends`` decrease or exceed ``rows``.
         """
         if self.shares is not None:
             return self.shares
-        ends = self.ends.tolist()
+        ends = self.ends.tolist()  # on a GPU this waits for the device
         starts, edges = [0, *ends[:-1]], [0, *ends, rows]
         if edges != sorted(edges):
             raise ValueError(
-                f"offsets are {shown(ends)}, but must be the ends of the experts' rows: none below "
-                f"the one before it, and none above {rows}, the rows of x"
+                f"offsets are {shown(ends)}, but must be the ends of the experts' rows: in "
+                f"ascending order, and none above {rows}, the rows of x"
             )
         places = enumerate(map(slice, starts, ends))
         return [Share(e, at, at) for e, at in places if at.stop > at.start]
 
     def of_rows(self, rows: int) -> Tensor:
-        """The segment of each of so many sorted rows, int64, on the device; E for nobody's."""
+        """The segment of each of ``rows`` sorted rows, int64, on the device.
+
+        A row that belongs to no segment gets the number of segments, E.
+        """
         numbers = torch.arange(rows, dtype=torch.int32, device=self.ends.device)
         return torch.searchsorted(self.ends.contiguous(), numbers, right=True)
 
     def part(self, output: Output[Tensor], segment: int) -> Output[Tensor]:
-        """What a segment's rows go through: views.  A base that is shared isn't part of it."""
+        """Views of one segment's tensors.  A shared base is left out (``NO_BASE``)."""
         (weight, bias), adapters = output
         if self.numbers is not None:
             lora_a, lora_b, _ = adapters[segment]
@@ -95,7 +103,7 @@ class Rows(NamedTuple):
 
 
 def take(matrix: Tensor, share: Share, items: int) -> Tensor:
-    """A segment's rows of a matrix of so many items: a view, where they lie together."""
+    """The rows of one segment in a matrix of ``items`` items; a view if they are contiguous."""
     if isinstance(share.items, slice):
         rows = matrix.shape[0] // items
         return matrix[share.items.start * rows : share.items.stop * rows]
@@ -103,7 +111,10 @@ def take(matrix: Tensor, share: Share, items: int) -> Tensor:
 
 
 class Numbers(NamedTuple):
-    """Each adapter's own: lists, or tensors [n], which may be a compiler's, without numbers."""
+    """Scale, rank and dropout of each adapter: lists, or tensors [n].
+
+    Under torch.compile the tensors may be symbolic, so their values can't be read.
+    """
 
     scales: Tensor | list[float]
     ranks: Tensor | list[int]
@@ -115,7 +126,7 @@ class Numbers(NamedTuple):
         return scales, torch.as_tensor(self.ranks, dtype=torch.int64, device="cpu")
 
     def on_host(self, adapters: Sequence[Adapter[Tensor]]) -> HostNumbers:
-        """Raises ValueError for a scale or a rank that no adapter can have."""
+        """The values as Python numbers.  Raises ValueError for an invalid scale or rank."""
         scales, ranks = map(as_list, self[:2])
         for i, (scale, rank, adapter) in enumerate(zip(scales, ranks, adapters, strict=True)):
             check_scale(scale)
@@ -133,16 +144,18 @@ def as_list(numbers: Tensor | list) -> list:
 
 
 class AdapterMapping:
-    """Which adapter each item of a batch belongs to.  All layers, forward and backward, share it.
+    """Which adapter each item of a batch uses.  All layers, forward and backward, share it.
 
-    ``adapter_indices``: int32, of x's first dimensions or of all but the last, so that an item is a
-    sequence or a row; a list is one number a sequence.  -1 is for no adapter.  ``adapters``: how
-    many there are.  Later changes of ``adapter_indices`` change nothing.
+    ``adapter_indices``: int32, of the shape of x's first dimension (an item is a sequence) or of
+    all dimensions but the last (an item is a row).  A list holds one number for each sequence.  -1
+    means no adapter.  ``adapters`` is the number of adapters.  Items are sorted here, so later
+    changes of ``adapter_indices`` have no effect.
 
-    Where ``adapter_indices`` is on a GPU, the first call waits for it, and no other one does.
+    If ``adapter_indices`` is on a GPU, the first call waits for the device, and later calls don't.
 
-    Raises TypeError for what is no such tensor, and ValueError for ``adapters`` below 1 and for
-    numbers beyond them: on a CPU at once, on a GPU in the first call.
+    Raises TypeError if ``adapter_indices`` is not such a tensor or list.  Raises ValueError if
+    ``adapters`` is below 1 or an index is not in [-1, adapters): on a CPU at once, on a GPU in the
+    first call.
     """
 
     def __init__(self, adapter_indices: Tensor | Sequence[int], adapters: int) -> None:
@@ -151,6 +164,7 @@ class AdapterMapping:
             raise ValueError(
                 f"adapters is {shown(adapters)}, but must be a whole number from 1 on, below 2³¹"
             )
+        # Sort once here: all layers use the same order.
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
         self._rows: dict[torch.device, Rows] = {}
@@ -158,17 +172,17 @@ class AdapterMapping:
             self.on(indices.device)
 
     def on(self, device: torch.device) -> Rows:
-        """For layers on this device."""
+        """The rows for layers on this device."""
         if device not in self._rows:
             self._rows[device] = rows_on(self.order, self.ends, device)
         return self._rows[device]
 
 
 def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
-    """A tensor of them.  Raises TypeError for what can't say which adapter an item belongs to."""
+    """The indices as a tensor.  Raises TypeError unless they are a dense integer tensor or list."""
     if not isinstance(indices, Tensor):
         try:
-            numbers = torch.tensor(indices, dtype=None, device="cpu")  # None: what they are
+            numbers = torch.tensor(indices, dtype=None, device="cpu")  # None: infer it
             if numbers.numel() and numbers.dtype != torch.int64:
                 raise TypeError
             return numbers.to(torch.int32)
@@ -187,12 +201,13 @@ def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
 
 
 def sort_items(indices: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
-    """The items in the order of their adapters, int64 [items], and where each one's end.
+    """Sort items by adapter.  Returns their order, int64 [items], and ends, int32 [adapters + 1].
 
-    The ends are int32 [adapters + 1]; the last is that of the items without an adapter, behind
-    which are those with a number that no adapter has.  It reads nothing on the host.
+    After the items of all adapters come the items without an adapter, which have the last end.
+    Items with an invalid index come after that end.  Nothing is read on the host.
     """
     flat = indices.reshape(-1)
+    # Sort keys: the adapter's index; n for -1 (no adapter); n + 1 for an invalid index.
     known = (flat >= -1) & (flat < adapters)
     keys = flat.where(flat >= 0, adapters).where(known, adapters + 1)
     keys, order = keys.sort(stable=True)
@@ -201,20 +216,22 @@ def sort_items(indices: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
-    """What :func:`sort_items` found, for layers on a device, read on the host.
+    """Read the result of :func:`sort_items` on the host, and make the rows for a device.
 
-    Raises ValueError for items whose number no adapter has.
+    Raises ValueError if an item has an invalid index.
     """
     *stops, last = ends.tolist()
     if last != len(order):
         raise ValueError(
             f"adapter_indices has numbers beyond the adapters: each must be -1 (none) or 0 to "
-            f"{len(stops) - 1}, since there are {len(stops)} adapters"
+            f"{len(stops) - 1}, because there are {len(stops)} adapters"
         )
     places = [slice(*pair) for pair in zip([0, *stops[:-1]], stops, strict=True)]
     used = [(i, place) for i, place in enumerate(places) if place.stop > place.start]
+    # The sort is stable, so a segment's indices ascend: its first and last index tell whether its
+    # items are contiguous.  One transfer to the host reads both for all segments.
     edges = [edge for _, place in used for edge in (place.start, place.stop - 1)]
-    numbers = iter(order[edges].tolist())  # the sort is stable, so the two are far enough
+    numbers = iter(order[edges].tolist())
     shares = []
     for adapter, place in used:
         first, final = next(numbers), next(numbers)
@@ -225,14 +242,14 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
 
 
 class Many(NamedTuple):
-    """How a call with many adapters is cut, before anything of it is read on the host."""
+    """The arguments of a call with many adapters, before any value is read on the host."""
 
     indices: Tensor | Sequence[int] | AdapterMapping
     numbers: Numbers
     of_banks: bool
 
     def on(self, device: torch.device, adapters: Sequence[Adapter[Tensor]]) -> Rows:
-        """For a call on this device."""
+        """The rows for a call on this device."""
         mapping = self.indices
         if not isinstance(mapping, AdapterMapping):
             mapping = AdapterMapping(mapping, len(adapters))
@@ -240,7 +257,7 @@ class Many(NamedTuple):
         return mapping.on(device)._replace(numbers=numbers, of_banks=self.of_banks)
 
     def sorted(self, count: int) -> tuple[Tensor, Tensor]:
-        """Order and ends by torch's operations alone: a compiler merges those of all layers."""
+        """Order and ends, by torch operations only, so that a compiler can share them."""
         if isinstance(self.indices, AdapterMapping):
             return self.indices.order, self.indices.ends
         return sort_items(as_indices(self.indices), count)

@@ -1,18 +1,18 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
-Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
-order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
-``gemm_lowrank`` (the forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host
-``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``script``, ``kept``.
+The package knows nothing of ``nn.Module``; only ``fastlora.backends`` imports it.  Reading order:
+on the device ``common``, ``segments``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
+``gemm_lowrank`` (the kernel of y and dx), ``weight_grad``, ``dequant``, ``gated``; on the host
+``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``capture``, ``replay``.
 """
 
-from . import defaults  # fills the tables that launchers choose from
+from . import defaults, replay  # fills the tables that launchers choose from
+from .capture import CapturedCall, capture_call
 from .common import dropout_threshold
 from .dequant import dequant
 from .faults import ptxas
 from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
-from .kept import Resolved, Unproven, keep, on_trial, replayed, use_judge
 from .launch import Launch, intercept
 from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows

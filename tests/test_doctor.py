@@ -270,6 +270,30 @@ def test_without_triton_and_peft_it_is_no_fault_and_an_import_brings_no_doctor()
     assert "fastlora.optimize" not in found
 
 
+def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
+    """Such as a wheel that needs a newer libstdc++; an op on its backend says the same."""
+    cause = "libstdc++.so.6: version `GLIBCXX_3.4.32' not found"
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text(f'raise ImportError("{cause}")')
+    code = """if True:
+        import json, sys, torch
+        sys.modules["peft"] = None
+        import fastlora
+        from fastlora.doctor import examine
+        broken, x = examine().broken, torch.ones(2, 2)
+        try:
+            fastlora.lora_linear(x, x, x, x, backend="triton")
+        except ImportError as error:
+            print(json.dumps([broken, str(error)]))"""
+    broken, said = json.loads(run_python("-c", code, PYTHONPATH=str(tmp_path)))
+    shown = [text for text in broken if text.startswith("the backend triton can't be imported")]
+    for text in (*shown, said):
+        assert cause in text
+        assert "pip install --editable" not in text
+    assert len(shown) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

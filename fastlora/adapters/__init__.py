@@ -1,1 +1,1 @@
-"""Adapters after their training, as they lie on a disk: resized, summed, in llama.cpp's format."""
+"""Operations on saved adapters: resize, combine, export to llama.cpp's format."""

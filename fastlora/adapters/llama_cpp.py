@@ -1,4 +1,4 @@
-"""An adapter in llama.cpp's format: GGUF, by the names of the ``gguf`` package."""
+"""Export an adapter to GGUF, llama.cpp's format, with the tensor names of the ``gguf`` package."""
 
 import os
 import re
@@ -15,7 +15,8 @@ from ..model.files import check_folder, read_json, write_whole
 from ..projection import shown
 from .stored import Stored, is_copy, open_adapter
 
-# What gguf calls the models whose weights llama.cpp's converter renames, and stacks, but for:
+# transformers' model types, and gguf's names for them.  For these models llama.cpp's converter only
+# renames weights and stacks experts, with the exceptions in the next three tables.
 _NAMES = {
     "arcee": "ARCEE", "cohere": "COMMAND_R", "cohere2": "COHERE2", "gemma": "GEMMA",
     "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "gpt_oss": "GPT_OSS", "granite": "GRANITE",
@@ -24,35 +25,31 @@ _NAMES = {
     "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "seed_oss": "SEED_OSS",
     "smollm3": "SMOLLM3", "starcoder2": "STARCODER2",
 }  # fmt: skip
-# q and k, whose halves of a head it interleaves, as its rotary embedding takes them,
+# It interleaves the two halves of each head of q and k, as its rotary embedding expects.
 _INTERLEAVED = {"arcee", "granite", "llama", "mistral", "mixtral", "olmo", "smollm3"}
-# of so many heads of k, where a file of such a model leaves them out; of others as many as of q;
+# The number of heads of k if the config leaves it out; other models have as many as of q.
 _KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8, "smollm3": 4}
-# and gate and up, which it takes apart: halves of gate_up_proj, here every other row.
+# It splits gate_up_proj into gate and up.  They are its halves; in these models, alternating rows.
 _ALTERNATING = {"gpt_oss"}
-_DTYPES = ("f32", "f16", "q8_0")
+_DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}  # and their file types
 
 
 def export_gguf(
-    folder: str | os.PathLike,
-    path: str | os.PathLike,
-    *,
-    model_config: Any,
-    dtype: str = "f32",
+    folder: str | os.PathLike, path: str | os.PathLike, *, model_config: Any, dtype: str = "f32"
 ) -> None:
-    """Write the adapter in ``folder``, in PEFT's files, as the GGUF file that llama.cpp loads.
+    """Convert the adapter in ``folder`` (PEFT's files) to a GGUF file that llama.cpp loads.
 
-    ``model_config``: the base model's, of transformers', or a folder that has it.  ``dtype``:
-    "f32", "f16", or "q8_0", where matrices whose rows are no multiple of 32 numbers, as lora_B's
-    are below rank 32, are f16.  The file has one alpha: a layer's own scale, by patterns or rsLoRA,
-    is folded into its lora_B.
+    ``model_config``: the base model's transformers config, or a folder that holds it.  ``dtype``:
+    "f32", "f16" or "q8_0".  With "q8_0", matrices whose row length is not a multiple of 32 are f16;
+    lora_B below rank 32 is one.  The file has a single alpha, so each layer's scale (from patterns
+    or rsLoRA) is folded into its lora_B.
 
-    Raises what :func:`fastlora.resize_adapter` raises for a folder, ImportError without the gguf
-    package, and ValueError for what llama.cpp can't hold, by name: DoRA, trained biases,
-    modules_to_save, embeddings, a tied head; for models that it, or fastlora, knows no names of;
-    for an adapter of another model than ``model_config``'s, as far as its files tell; and for
-    numbers that the dtype can't hold.  The file is written whole or not at all, and over no
-    model's.
+    Raises the errors of :func:`fastlora.resize_adapter` for a folder, and ImportError without the
+    gguf package.  Raises ValueError for tensors that llama.cpp's adapters can't hold (DoRA, trained
+    biases, modules_to_save, embeddings, a tied head), an unsupported model type, an adapter of
+    another model than ``model_config``'s, as far as its files tell, and values too large for the
+    dtype.  The file is written atomically.  An existing file is only overwritten if it is an
+    adapter.
     """
     try:
         import gguf
@@ -62,41 +59,40 @@ def export_gguf(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
     if place.exists() and not (place.is_file() and _is_adapter(place)):
-        raise ValueError(f"path is {place}, which is there, and no adapter's GGUF: give another")
+        raise ValueError(f"path is {place}, which isn't an adapter's GGUF file: give another")
     config = _config_of(model_config)
     stored = open_adapter(folder)
     _check_base(stored, config["model_type"])
-    # PEFT copies the frozen weight of an adapted head.
+    # PEFT saves the frozen weight of an adapted head; llama.cpp doesn't need it.
     if foreign := [key for key in stored.others if not is_copy(key)]:
         raise ValueError(
-            f"{stored.path} has {some(foreign)}: llama.cpp's adapters have no trained biases, "
-            "modules_to_save or embeddings"
+            f"{stored.path} has {some(foreign)}, but llama.cpp's adapters can't hold trained "
+            "biases, modules_to_save or embeddings: merge the adapter, and convert the model"
         )
     kind = getattr(gguf.MODEL_ARCH, _NAMES[config["model_type"]])
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[dtype]
     alpha = stored.config.lora_alpha
-    if abs(alpha) < 1e-30:  # 0 in float32, which llama.cpp takes for a scale of 1
+    if abs(alpha) < 1e-30:  # llama.cpp would read an alpha of 0 as a scale of 1
         alpha = 1.0
-    tied = config.get("tie_word_embeddings", True)  # what transformers leaves out if it is so
+    tied = config.get("tie_word_embeddings", True)  # transformers leaves out True, the default
     with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
         file = Path(scratch) / "adapter"
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[kind])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_file_type(gguf.LlamaFileType[file_type])
+        writer.add_file_type(gguf.LlamaFileType[_DTYPES[dtype]])
         for name, layer in stored.layers.items():
             lora_a, lora_b, scale = stored.read(name)
             if not layer.is_parameter:
                 _check_place(name, (lora_a.shape[2], lora_b.shape[1]), config)
-            lora_b = lora_b * (scale * lora_b.shape[2] / alpha)
+            lora_b = lora_b * (scale * lora_b.shape[2] / alpha)  # llama.cpp's scale is alpha / r
             for part, part_of_b in _parts(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
                 if to is None or (part == "lm_head" and tied):
                     raise ValueError(
-                        f"llama.cpp has no weight of its own for {part} of {config['model_type']}: "
-                        "leave it out of target_modules"
+                        f"llama.cpp has no separate weight for {part} of {config['model_type']}: "
+                        "train an adapter without it in target_modules"
                     )
                 for tensor, end in ((lora_a, "a"), (part_of_b, "b")):
                     value = tensor if layer.is_parameter else tensor[0]
@@ -109,81 +105,84 @@ def export_gguf(
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether the file is empty or one of ours, not a model that may be somebody's only copy."""
+    """Whether the file is empty or an adapter's GGUF file, and not, for example, a model."""
     with open(path, "rb") as file:
         start = file.read(4096)
     return not start or (start[:4] == b"GGUF" and b"adapter.type" in start)
 
 
 def _config_of(model_config: Any) -> Mapping[str, Any]:
-    """As a dict; ValueError for a model that can't be exported."""
+    """The model's config as a dict.  Raises ValueError for an unsupported model."""
     if isinstance(model_config, str | os.PathLike):
         path = Path(model_config) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} doesn't exist: give the folder of the adapter's base model or its config: "
-                "AutoConfig.from_pretrained(name), of a name on the Hugging Face hub"
+                f"{path} doesn't exist: give the folder of the adapter's base model, or its "
+                "config, such as AutoConfig.from_pretrained(name)"
             )
         config = read_json(path)
     elif hasattr(model_config, "to_dict"):
         config = model_config.to_dict()
     else:
         raise TypeError(
-            f"model_config is {shown(model_config)}, but must be a config of transformers', or a "
+            f"model_config is {shown(model_config)}, but must be a transformers config, or a "
             "folder that has config.json"
         )
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if str(kind) not in _NAMES:
         raise ValueError(
-            f"the model's type is {shown(kind)}, and fastlora exports adapters of "
+            f"the model's type is {shown(kind)}, but fastlora can export adapters only of "
             f"{', '.join(_NAMES)}"
         )
     heads = _KEY_VALUE_HEADS.get(str(kind), config.get("num_attention_heads"))
     full = {**config, "num_key_value_heads": config.get("num_key_value_heads") or heads}
     for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         if type(full.get(field)) is not int or not 0 < full[field] < 10_000:
-            raise ValueError(f"the model's config has {field} {shown(full.get(field))}")
+            raise ValueError(
+                f"the model's config has {field} {shown(full.get(field))}, but it must be a whole "
+                "number from 1 to 9999"
+            )
     return full
 
 
 def _check_base(stored: Stored, kind: str) -> None:
-    """Raise ValueError if the adapter names a base that is here, and of another kind."""
+    """Raise ValueError if the adapter names a base on this disk that is of another model type."""
     name = stored.settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return
     theirs: Any = None
-    with suppress(OSError, ValueError, AttributeError):  # it isn't here, or no config
+    with suppress(OSError, ValueError, AttributeError):  # not on this disk, or not a config
         theirs = read_json(Path(name, "config.json")).get("model_type")
     if isinstance(theirs, str) and theirs in _NAMES and theirs != kind:
         raise ValueError(
-            f"{stored.path} is an adapter of {name}, whose type is {shown(theirs)}, and "
-            f"model_config's is {shown(kind)}: give its base model's"
+            f"{stored.path} is an adapter of {name}, whose type is {shown(theirs)}, but "
+            f"model_config's type is {shown(kind)}: give the config of the adapter's base model"
         )
 
 
 def _check_place(name: str, features: tuple[int, int], config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a linear layer that a model of this config hasn't, or of other sizes."""
+    """Raise ValueError if a model of this config has no such linear layer, or of another size."""
     hidden, head = config.get("hidden_size"), config.get("head_dim")
     number, last = re.search(r"\blayers\.(\d+)\.", name), name.rpartition(".")[2]
     wrong = number is not None and int(number[1]) >= config["num_hidden_layers"]
     if type(hidden) is int:
         takes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), hidden)
         gives = {"o_proj": hidden, "down_proj": hidden}
-        if type(head) is int:  # a file may leave out what its class knows, and heads of keys too
+        if type(head) is int:  # a config may leave it out; sizes of k and v aren't checked
             queries = head * config["num_attention_heads"]
             takes["o_proj"] = gives["q_proj"] = queries
         fits = takes.get(last, features[0]), gives.get(last, features[1])
         wrong = wrong or features != fits
     if wrong:
         raise ValueError(
-            f"the adapter's {name} takes {features[0]} features and gives {features[1]}, and a "
+            f"the adapter's {name} has {features[0]} in and {features[1]} out features, but a "
             f"model of model_config, with {config['num_hidden_layers']} layers, has no such layer: "
             "give the config of the adapter's base model"
         )
 
 
 def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """lora_b [E, q, r] for each of llama.cpp's weights, by what transformers would call that."""
+    """lora_b [E, q, r], divided among llama.cpp's weights, by their names in transformers."""
     kind, (module, _, last) = config["model_type"], name.rpartition(".")
     if last == "gate_up_proj" and module.endswith("experts"):
         step, half = (2, None) if kind in _ALTERNATING else (1, lora_b.shape[1] // 2)
@@ -192,17 +191,20 @@ def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Te
     if kind in _INTERLEAVED and last in ("q_proj", "k_proj"):
         heads = config["num_attention_heads" if last == "q_proj" else "num_key_value_heads"]
         if lora_b.shape[1] % (2 * heads):
-            raise ValueError(f"{name} has {lora_b.shape[1]} features, which are no {heads} heads")
+            raise ValueError(
+                f"{name} has {lora_b.shape[1]} out features, which must be a multiple of "
+                f"{2 * heads} for {heads} heads: give the config of the adapter's base model"
+            )
         lora_b = lora_b.unflatten(1, (heads, 2, -1)).transpose(2, 3).flatten(1, 3)
     return {name: lora_b}
 
 
 def _add(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
-    """Put a tensor into the file; ValueError if its dtype can't hold a number of it."""
+    """Add a tensor to the file.  Raises ValueError if a value is too large for the dtype."""
     from gguf import GGMLQuantizationType, quants
 
     kind = "f16" if dtype == "q8_0" and tensor.shape[-1] % 32 else dtype
-    # The scale of a block of q8_0 is an f16, too.
+    # A block of q8_0 has 8-bit integers up to 127 and an f16 scale.
     limit = {"f32": 3.4e38, "f16": 65504, "q8_0": 127 * 65504}[kind]
     if tensor.abs().max() >= limit:
         raise ValueError(f"{name} has numbers that are too large for {dtype}: export it as f32")

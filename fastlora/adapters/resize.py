@@ -1,4 +1,8 @@
-"""An adapter of a lower rank, layer by layer the best that there is."""
+"""Cut an adapter to a lower rank, with the least error in each layer: ``fastlora.resize_adapter``.
+
+From rank 16 to rank 4, the demo's adapter keeps its held-out loss (2.301 before, 2.304 after;
+docs/rank.md).
+"""
 
 import os
 import tempfile
@@ -24,19 +28,20 @@ def resize_adapter(
 ) -> Spectra:
     """Cut each layer's scale · lora_B lora_A to its best approximation of a lower rank.
 
-    By singular values in float64, a layer at a time.  ``rank``: at most this one; ``energy``, in
-    (0, 1]: the least one that keeps this share of the squared singular values, layer by layer, and
-    one for all experts of a stack.  Without both it only reports.
+    Singular values are computed in float64, a layer at a time.  ``rank``: the largest rank to keep.
+    ``energy``, in (0, 1]: keep the smallest rank that has this share of the squared singular
+    values, separately for each layer, and one rank for all experts of a stack.  Without both, it
+    only reports.
 
-    ``adapter``: a folder with PEFT's files, or a model with an adapter of fastlora's or PEFT's
-    (``adapter_name``), which stays as it is.  ``output``: a folder for the result in PEFT's files,
-    with a rank_pattern; lora_alpha, trained biases and modules_to_save stay, and so do the tensors
-    of layers that need no cut.
+    ``adapter``: a folder with PEFT's files, or a model with an adapter of fastlora or of PEFT
+    (``adapter_name``); the model doesn't change.  ``output``: a folder for the result in PEFT's
+    files, with a rank_pattern.  lora_alpha, trained biases and modules_to_save stay, and so do the
+    tensors of layers that need no cut.
 
-    Returns the report, which prints as a table; ``report.plot(path)`` draws it.  Raises what
-    :func:`fastlora.load_adapter` raises for a folder, and ValueError for DoRA, adapters of
-    embeddings, NaN, a rank or energy that can't be meant, and an output that is the folder itself
-    or has something else in it; nothing is written then.
+    Returns a report, which prints as a table; ``report.plot(path)`` draws it.  Raises the errors of
+    :func:`fastlora.load_adapter` for a folder, and ValueError for DoRA, adapters of embeddings,
+    NaN, an invalid rank or energy, and an output folder that is the input folder or holds other
+    files.  After an error nothing is written.
     """
     if rank is not None:
         check_settings(rank, 1, 0.0)
@@ -46,10 +51,10 @@ def resize_adapter(
             "squared singular values to keep"
         )
     if rank is not None and energy is not None:
-        raise ValueError("rank and energy are two ways to say it: give one")
+        raise ValueError("rank and energy both set the rank to keep: give only one")
     if output is not None and rank is energy is None:
-        raise ValueError("output is for what is cut: give rank or energy, too")
-    if isinstance(adapter, nn.Module):
+        raise ValueError("output is given, but nothing is cut: give rank or energy")
+    if isinstance(adapter, nn.Module):  # save it, so that both kinds take the same path
         with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
             folder = _saved(adapter, adapter_name, scratch)
             return resize_adapter(folder, rank=rank, energy=energy, output=output)
@@ -58,6 +63,7 @@ def resize_adapter(
     config, spectra = stored.config, []
     tensors: dict[str, Tensor] = {}
     alphas = {name: config.alpha_of(name) for name in stored.layers}
+    # One layer at a time, so memory is needed for one layer in float64.
     for name, layer in stored.layers.items():
         whole, alpha = stored.read(name), alphas[name]
         small, spectrum = cut(name, whole, rank, energy, alpha, config.use_rslora)
@@ -72,18 +78,18 @@ def resize_adapter(
 
 
 def _saved(model: nn.Module, name: str, scratch: str) -> Path:
-    """A folder with the model's adapter in PEFT's files."""
+    """Save the model's adapter in PEFT's files in ``scratch``.  Returns the folder."""
     peft: Any = model
     if not hasattr(model, "peft_config"):
         save_adapter(model, scratch)
         return Path(scratch)
-    # transformers' models, and PEFT's other wrappers, would save what is active, or the whole base.
+    # A transformers model or another PEFT wrapper would save the active adapters or the whole base.
     if not hasattr(type(model), "create_or_update_model_card"):
         raise ValueError(
-            f"the model is a {type(model).__name__} with adapters of PEFT's, but must be a "
+            f"the model is a {type(model).__name__} with PEFT adapters, but must be a "
             "PeftModel: save the adapter, and give its folder"
         )
     if name not in peft.peft_config:
-        raise ValueError(f"the model has no adapter {name!r}: {', '.join(peft.peft_config)}")
+        raise ValueError(f"adapter_name is {name!r}, not one of {', '.join(peft.peft_config)}")
     peft.save_pretrained(scratch, selected_adapters=[name])
     return Path(scratch) / ("" if name == "default" else name)

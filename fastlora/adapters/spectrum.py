@@ -1,4 +1,4 @@
-"""What layers' adapters are made of: the singular values of scale · B A, and the best cut."""
+"""Singular values of a layer's scale · B A, and its best approximation of a lower rank."""
 
 import io
 import math
@@ -17,9 +17,10 @@ from ..report import columns
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """One layer: its rank before and after, and the ``values`` of scale · lora_B lora_A before.
+    """One layer's rank before and after the cut, and its singular values before.
 
-    They are [experts, k], the largest first.  ``per_rank`` is how many parameters a rank costs.
+    ``values``: singular values of scale · lora_B lora_A, [experts, k], the largest first.
+    ``per_rank``: the number of parameters per rank.
     """
 
     name: str
@@ -32,7 +33,7 @@ class LayerSpectrum:
     def effective_rank(self) -> float:
         """exp of the entropy of σ / Σ σ (Roy and Vetterli 2007); the mean over experts.
 
-        It is the rank if all values are equal, 1 if one is alone, and 0 for an adapter of zeros.
+        It is the rank if all values are equal, 1 if only one isn't zero, and 0 for zeros.
         """
         total = self.values.sum(-1, keepdim=True)
         entropy = torch.special.entr(self.values / total.where(total > 0, 1.0)).sum(-1)
@@ -40,7 +41,7 @@ class LayerSpectrum:
 
     @property
     def loss(self) -> float:
-        """‖ΔW - ΔW'‖ / ‖ΔW‖."""
+        """‖ΔW - ΔW'‖ / ‖ΔW‖, ΔW' being the cut ΔW."""
         return _ratio([self])
 
 
@@ -57,24 +58,24 @@ class Spectra:
 
     @property
     def loss(self) -> float:
-        """Of all layers together."""
+        """‖ΔW - ΔW'‖ / ‖ΔW‖ over all layers together."""
         return _ratio(self.layers)
 
     def __str__(self) -> str:
         rows = [
-            (one.name, str(one.r), f"{one.effective_rank:.1f}", str(one.r_after), f"{one.loss:.4f}")
-            for one in self.layers
+            (x.name, str(x.r), f"{x.effective_rank:.1f}", str(x.r_after), f"{x.loss:.4f}")
+            for x in self.layers
         ]
-        before = sum(one.r * one.per_rank for one in self.layers)
-        after = sum(one.r_after * one.per_rank for one in self.layers)
+        before = sum(layer.r * layer.per_rank for layer in self.layers)
+        after = sum(layer.r_after * layer.per_rank for layer in self.layers)
         last = (
-            f"{len(rows)} layers of effective rank {self.effective_rank:.1f} on average, lost "
+            f"{len(rows)} layers, effective rank {self.effective_rank:.1f} on average, lost "
             f"{self.loss:.4f} of all; {before:,} parameters before, {after:,} after"
         )
         return "\n".join([*columns([_TITLES, *rows], left=1), last])
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draw each layer's singular values, over its largest, as a PNG.
+        """Draw each layer's singular values, divided by the largest one, as a PNG.
 
         Raises ImportError without matplotlib.
         """
@@ -101,8 +102,8 @@ _TITLES = ("layer", "rank", "effective rank", "rank after", "lost")
 
 
 def _ratio(layers: tuple[LayerSpectrum, ...] | list[LayerSpectrum]) -> float:
-    whole = sum(float(one.values.square().sum()) for one in layers)
-    lost = sum(float(one.values[:, one.r_after :].square().sum()) for one in layers)
+    whole = sum(float(layer.values.square().sum()) for layer in layers)
+    lost = sum(float(layer.values[:, layer.r_after :].square().sum()) for layer in layers)
     return math.sqrt(lost / whole) if whole else 0.0
 
 
@@ -114,32 +115,35 @@ def cut(
     alpha: float,
     use_rslora: bool,
 ) -> tuple[Adapter[Tensor], LayerSpectrum]:
-    """The adapter at a lower rank, with this alpha, and what it was.
+    """The adapter at a lower rank, scaled for this alpha, and the spectrum of the given one.
 
-    The product of lora_a [E, r, p] and lora_b [E, q, r] is never formed: QR of both, and an SVD of
-    r × r (Eckart and Young 1936).  What need not be cut stays, but for its scale.
+    The truncated SVD is the best approximation (Eckart and Young 1936).  The product [E, q, p] of
+    lora_a [E, r, p] and lora_b [E, q, r] is never formed: a QR of both factors leaves an SVD of
+    r × r.  If the rank needs no cut, only the scale of lora_b changes.
     """
     lora_a, lora_b, before = adapter
     (experts, r, p), q = lora_a.shape, lora_b.shape[1]
-    left, upper = torch.linalg.qr(lora_b)
-    right, lower = torch.linalg.qr(lora_a.mT)
-    product = before * (upper @ lower.mT)
+    left, upper = torch.linalg.qr(lora_b)  # [E, q, k], [E, k, r]
+    right, lower = torch.linalg.qr(lora_a.mT)  # [E, p, k'], [E, k', r]
+    product = before * (upper @ lower.mT)  # same singular values as lora_b @ lora_a
     if not product.isfinite().all():
         raise ValueError(f"{called(name)} has a product that is too large for float64")
     inner, values, outer = torch.linalg.svd(product, full_matrices=False)
-    # Of the ranks' own sizes: those of a sum may cancel.
+    # Values below the rounding error of the product count as zero.  The bound uses the norms of the
+    # single ranks, because in a sum of adapters the ranks may cancel.
     size = abs(before) * (upper.norm(dim=-2) * lower.norm(dim=-2)).sum(-1, keepdim=True)
     noise = max(p, q) * torch.finfo(values.dtype).eps * size
-    values = values.where(values > noise, 0.0)  # what rounding makes of zeros
+    values = values.where(values > noise, 0.0)
     if energy is not None:
-        squares = values.square().sum(0)  # one rank for all experts
-        tails = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each loses
+        squares = values.square().sum(0)  # summed over experts, which share one rank
+        tails = squares.flip(0).cumsum(0).flip(0)  # the loss of a cut before each value
         rank = max(1, int((tails > (1.0 - energy) * tails[0]).sum()))
     new_r = r if rank is None or rank >= r else min(rank, values.shape[-1])
     spectrum = LayerSpectrum(name, r, new_r, values, experts * (p + q))
     scale = scaling_of(alpha, new_r, use_rslora)
     if new_r == r:
         return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), spectrum
+    # Divide each singular value evenly between both factors; lora_b takes the scale's sign.
     root = (values[:, :new_r] / (abs(scale) or 1.0)).sqrt()
     small_a = root[:, :, None] * (outer @ right.mT)[:, :new_r]
     small_b = (left @ inner)[:, :, :new_r] * (root[:, None] * math.copysign(1.0, scale))

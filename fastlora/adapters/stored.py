@@ -1,4 +1,4 @@
-"""An adapter in PEFT's files, read layer by layer without its model, and written again."""
+"""Read and write an adapter in PEFT's files layer by layer, without its model."""
 
 import os
 import re
@@ -20,12 +20,12 @@ from ..model.files import CONFIG, WEIGHTS
 from ..model.tensors import name_of, pairs_of
 from ..projection import Adapter
 
-# Of an experts module's weights; PEFT nests an adapter for each, the last one outermost.
+# PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.
 _IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Layer(NamedTuple):
-    """lora_A [E · r, p] and lora_B [q, r · E] of a file; a linear layer is one expert."""
+    """lora_A [E · r, p] and lora_B [q, r · E] in a file; a linear layer counts as one expert."""
 
     keys: tuple[str, str]
     is_parameter: bool  # a weight of an experts module, which target_parameters names
@@ -35,16 +35,19 @@ class Layer(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An adapter's folder: what its files say, with no tensor loaded."""
+    """An adapter's folder, read from its config and headers; no tensor is loaded."""
 
     path: Path
-    settings: dict[str, Any]  # adapter_config.json, but for how the adapter began
+    settings: dict[str, Any]  # adapter_config.json without the initialization's settings
     config: LoRAConfig
     layers: dict[str, Layer]
-    others: list[str]  # keys of what trained in full
+    others: list[str]  # keys of tensors that trained in full
 
     def read(self, name: str) -> Adapter[Tensor]:
-        """lora_a [E, r, p] and lora_b [E, q, r] in float64; ValueError for NaN and infinity."""
+        """Read lora_a [E, r, p] and lora_b [E, q, r] as float64.
+
+        Raises ValueError for NaN and infinity.
+        """
         layer = self.layers[name]
         tensors = files.read_tensors(self.path / WEIGHTS, layer.keys)
         lora_a, lora_b = (tensors[key].double() for key in layer.keys)
@@ -57,29 +60,29 @@ class Stored(NamedTuple):
 
 
 def is_copy(key: str) -> bool:
-    """Whether it is PEFT's copy of a tensor of the frozen base, beside an adapter of a head."""
+    """Whether the key is PEFT's copy of a frozen base tensor, saved with an adapted head."""
     return key.endswith((".base_layer.weight", ".base_layer.bias"))
 
 
 def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """PEFT's lora_A [E · r, p] and lora_B [q, r · E] of a stack [E, r, p] and [E, q, r].
+    """PEFT's lora_A [E · r, p] and lora_B [q, r · E] from a stack [E, r, p] and [E, q, r].
 
-    ValueError for numbers that the dtype can't hold.
+    Raises ValueError if a value is too large for the dtype.
     """
     lora_a, lora_b, _ = adapter
     lora_A = lora_a.reshape(-1, lora_a.shape[2])
     lora_B = lora_b.permute(1, 2, 0).reshape(lora_b.shape[1], -1)
     pair = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
-    if not all(each.isfinite().all() for each in pair):
+    if not all(tensor.isfinite().all() for tensor in pair):
         raise ValueError(f"{called(name)} would have numbers that are too large for {dtype}")
     return pair
 
 
 def open_adapter(folder: str | os.PathLike) -> Stored:
-    """Read what is in the folder from its config and its file's header.
+    """Read an adapter's config and the header of its weights.
 
-    Raises as ``load_adapter`` does, and ValueError for what is no lora_A and lora_B of a linear
-    layer or of experts, or doesn't fit the config's rank.
+    Raises the errors of ``load_adapter`` for a folder.  Raises ValueError if a tensor isn't a
+    lora_A or lora_B of a linear layer or of experts, or doesn't fit the config's rank.
     """
     path = files.check_folder(folder)
     files.check_files(path)
@@ -98,10 +101,10 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         raise ValueError(f"{path / WEIGHTS} has no lora_A and no lora_B: it holds no adapter")
     if unlike:
         raise ValueError(
-            f"{path / WEIGHTS} lacks, or has too many, {some(sorted(unlike))}: fastlora knows "
-            "lora_A and lora_B of linear layers, and of experts' weights that target_parameters "
-            "names (gate_up_proj or up_proj, and down_proj), not DoRA's magnitudes nor adapters of "
-            "embeddings"
+            f"{path / WEIGHTS} has missing or unsupported keys, {some(sorted(unlike))}: fastlora "
+            "reads lora_A and lora_B of linear layers, and of experts' weights that "
+            "target_parameters names (gate_up_proj or up_proj, and down_proj); it reads neither "
+            "DoRA's magnitudes nor adapters of embeddings"
         )
     layers = {}
     for name, keys in pairs.items():
@@ -109,17 +112,18 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         r, wide = config.rank_of(name), torch.float32
         if not all(getattr(kind, "is_floating_point", False) for kind in (dtype, other)):
             raise ValueError(
-                f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} of {called(name)}, "
-                "which must be floating-point numbers"
+                f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
+                "but both must be floating-point"
             )
+        # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
         fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
-                f"{path / WEIGHTS} has lora_A {a} and lora_B {b} of {called(name)}, which {CONFIG} "
-                f"gives rank {r}"
+                f"{path / WEIGHTS} has lora_A {a} and lora_B {b} for {called(name)}, but {CONFIG} "
+                f"says that its rank is {r}"
             )
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
-        if dtype == other and dtype.itemsize > 1:
+        if dtype == other and dtype.itemsize > 1:  # keep the file's dtype; 8-bit becomes float32
             wide = dtype
         layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
     others = [key for key in header if "lora_" not in key]
@@ -127,7 +131,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
 
 
 def _module_of(key: str) -> str:
-    """The name of the module that the key's adapter belongs to."""
+    """The name of the module that this key's adapter belongs to."""
     parts = re.split(r"(?:^|\.)lora_", name_of(key), maxsplit=1)[0].split(".")
     while len(parts) > 1 and parts[-1] == "base_layer":
         parts.pop()
@@ -135,19 +139,22 @@ def _module_of(key: str) -> str:
 
 
 def _weights_in(module: str, config: LoRAConfig) -> list[str]:
-    """The names of this module's weights in target_parameters, in the order that modules have."""
+    """The names of this module's weights in target_parameters, in the module's order."""
     endings: Collection[str] = set()
     for wanted in config.target_parameters or ():
         owner, _, last = wanted.rpartition(".")
         if last != "weight" and names_any([owner or "experts"], module):
             endings = {*endings, last}
-    if len(endings) > 1:  # nothing says how those of other names are nested
+    if len(endings) > 1:  # for other names, PEFT's order of nesting is unknown
         endings = [last for last in _IN_ORDER if last in endings]
     return [f"{module}.{last}".lstrip(".") for last in endings]
 
 
 def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
-    """PEFT's settings that give layers their ranks and alphas, by their whole names."""
+    """PEFT's r, lora_alpha and patterns that give these layers their ranks and alphas.
+
+    The most common value becomes the default, and every other layer gets an anchored pattern.
+    """
     fields: dict[str, Any] = {}
     for default, field, values in (
         ("r", "rank_pattern", ranks),
@@ -163,14 +170,14 @@ def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, 
 
 
 def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
-    """The folder to write to; a ValueError unless it is new, empty or another adapter's."""
+    """The folder to write to.  Raises ValueError unless it is new, empty or another adapter's."""
     path = files.check_folder(output)
-    if any(path.resolve() == each.resolve() for each in inputs):
-        raise ValueError(f"output is {path}, which is read from: give another folder")
+    if any(path.resolve() == folder.resolve() for folder in inputs):
+        raise ValueError(f"output is {path}, which is also an input: give another folder")
     if path.exists() and not path.is_dir():
         raise ValueError(f"output is {path}, which is a file: give a folder")
     inside = path.iterdir() if path.exists() else ()
-    foreign = {each.name for each in inside if not files.is_scratch(each)} - {WEIGHTS, CONFIG}
+    foreign = {file.name for file in inside if not files.is_scratch(file)} - {WEIGHTS, CONFIG}
     if foreign:
         raise ValueError(f"output is {path}, which has {some(sorted(foreign))} in it: give another")
     return path

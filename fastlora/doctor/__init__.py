@@ -17,7 +17,6 @@ from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
 from ..report import columns
-from ..verdicts import faults
 from .launches import Asked, would_run
 from .machine import devices_here, hardware, installation, one_line, settings, versions
 
@@ -115,15 +114,18 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 
 
 def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
-    """What their first results are judged for, what was tuned, and those that were wrong."""
+    """The environments that kernels are verified for, the tuned plans, and wrong kernels."""
+    try:
+        from ..backends.triton import environment, measured, read_records  # import the kernels
+    except ImportError:  # the section on backends says why
+        return {}
     entries = {}
     for device in devices:
         if backend_name(device=device) == "triton":
-            from ..backends.triton import environment, measured  # which import the kernels
-
-            entries[f"on {device}"] = str(environment(device))
+            entries[f"on {device}"] = environment(device)
             entries[f"tuned on {device}"] = measured.described(measured.name_of(device))
-    wrong = {one.kernel[:40]: f"wrong on {one.environment}: {one.fault}" for one in faults()}
+    faults = [(*key, fault) for key, fault in read_records().items() if fault]
+    wrong = {kernel[:40]: f"wrong on {where}: {fault}" for kernel, where, fault in faults}
     if wrong:
         broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
     return entries | wrong

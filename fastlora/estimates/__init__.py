@@ -1,6 +1,5 @@
-"""What a rank costs before anything is trained: ``fastlora.estimate``."""
+"""Memory, time and file size of a LoRA rank, before training: ``fastlora.estimate``."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..clock import HostClock, timed
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
@@ -25,7 +25,7 @@ from ..projection import shown
 from .count import Estimate, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)
-_ROWS, _TOKENS = 1, 256
+_ROWS, _TOKENS = 1, 256  # of the random batch
 
 
 def estimate(
@@ -37,22 +37,25 @@ def estimate(
     rounds: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Estimate:
-    """What LoRA of each rank would cost this model: counted, and measured where it is.
+    """The cost of LoRA at each rank for this model.
 
-    ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
-    adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
-    patterns hold.  ``batch`` is what the model is called with in training: a mapping, a sequence or
-    a tensor, with labels if it computes a loss; a causal language model of transformers gets random
-    tokens, [1, 256] or as many as it has positions, if None.
+    Parameters, file sizes and FLOPs are counted.  Step time and the memory that a forward keeps are
+    measured on the model's device.
 
-    Each of ``rounds`` runs forward and backward of the frozen model, to its embeddings, and of the
-    model with each rank, in training mode, on the model's device; 0 measures nothing.
-    Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
-    ``progress`` is called with a line for each round.
+    ``model`` has no adapters yet.  ``config`` says which layers would be adapted, also weights of
+    experts; None means every linear layer.  Each of ``ranks`` replaces its ``r``, and its patterns
+    still apply.  ``batch`` is the model's input in training: a mapping, a sequence or a tensor,
+    with labels if the model computes a loss.  None gives a causal language model of transformers
+    random tokens, [1, 256] or fewer if it has fewer positions.
+
+    Each of ``rounds`` runs forward and backward of the frozen model, down to its embeddings, and of
+    the model with each rank, in training mode; 0 measures nothing.  Afterwards parameters,
+    gradients, buffers, modes and random states are unchanged.  ``progress`` is called with a line
+    of text for each round.
 
     Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises
-    ValueError for a rank below 1 or none, a model with adapters, a missing batch, or a model on
-    ``meta`` with rounds, and the errors of :func:`fastlora.apply_lora` and of the model.
+    ValueError for an empty ``ranks`` or a rank below 1, a model with adapters, a missing batch, and
+    rounds on ``meta``; also the errors of :func:`fastlora.apply_lora` and of the model.
     """
     check_model(model)
     inner = unwrap(model)
@@ -65,19 +68,21 @@ def estimate(
         raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
+    # Count first: it finds errors in the config before anything is measured.
     counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
     rank_costs = tuple(cost for _, cost in counts)
     name, layers = type(inner).__name__, counts[0][0]
     about = getattr(getattr(inner, "config", None), "quantization_config", None)
     notes: tuple[str, ...] = ()
     if about is not None and not any(
-        isinstance(quantized_weight(each), PackedLayer) or packed_names(each)
-        for each in inner.modules()
+        isinstance(quantized_weight(module), PackedLayer) or packed_names(module)
+        for module in inner.modules()
     ):
         read = about.get if isinstance(about, Mapping) else partial(getattr, about)
         notes = (
-            f"its config says that it is quantized ({read('quant_method', None)}), and it is dense "
-            "here: so are the time and what is kept; what trains and the file are the same",
+            f"its config says that it is quantized ({read('quant_method', None)}), but it is dense "
+            "here: time and kept memory are measured for the dense model; parameters and file size "
+            "are the same for both",
         )
     estimate = Estimate(name, layers, count_frozen(inner), rank_costs, notes=notes)
     return _measured(estimate, inner, config, batch, rounds, progress) if rounds else estimate
@@ -91,20 +96,21 @@ def _measured(
     rounds: int,
     progress: Callable[[str], None] | None,
 ) -> Estimate:
-    """The estimate with this model's times and kept bytes."""
+    """The estimate, with measured times and kept bytes."""
     if batch is None:
         batch = _random_tokens(model)
-    # The same values, with gradients of their own.
+    # Detached, so that gradients don't reach the caller's tensors.
     batch = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), batch)
     tokens, text = _size(batch)
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
+    # The frozen model and every rank take turns in each round, so that drift affects all alike.
     sides = [partial(frozen, model, batch)]
     sides += [partial(_adapted, model, replace(config, r=cost.r)) for cost in estimate.rank_costs]
     waiting, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
-        for i in range(rounds + 1):  # the first warms up
+        for i in range(rounds + 1):  # round 0 warms up, and measures the kept bytes
             if progress is not None:
                 progress(f"round {i} of {rounds}" if i else "kept bytes")
             times = []
@@ -137,9 +143,10 @@ def _adapted(model: nn.Module, config: LoRAConfig) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Inside, no parameter trains, and a backward goes to the embeddings or the batch's floats.
+    """Inside, no parameter trains; a backward ends at the embeddings or the batch's float tensors.
 
-    That is what a backward through frozen layers costs.  Raises ValueError where neither is there.
+    This gives the cost of a backward through frozen layers.  Raises ValueError if the model has no
+    embeddings and the batch no float tensors.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inputs = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -165,21 +172,14 @@ def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
 
 
 def step_seconds(model: nn.Module, batch: Any) -> float:
-    """Of forward and backward; gradients are new, as after ``zero_grad``."""
-    device = next(model.parameters()).device
-    wait = (
-        (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
-    )
+    """Seconds of one forward and backward, from cleared gradients."""
+    clock = HostClock(next(model.parameters()).device)
     model.zero_grad()
-    wait()
-    start = time.perf_counter()
-    loss_and_outputs(call(model, batch))[0].backward()
-    wait()
-    return time.perf_counter() - start
+    return timed(clock, lambda: loss_and_outputs(call(model, batch))[0].backward())
 
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:
-    """What autograd keeps of a forward until the backward, without parameters and buffers."""
+    """Bytes that autograd saves for the backward, without parameters and buffers."""
     of_model = {
         storage.data_ptr()
         for tensor in (*model.parameters(), *model.buffers())
@@ -191,16 +191,16 @@ def kept_bytes(model: nn.Module, batch: Any) -> int:
         for storage in _storages(tensor):
             if storage.data_ptr() not in of_model:
                 waiting[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
+        return tensor.detach()  # shares the memory; saving the tensor itself would make a cycle
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_and_outputs(call(model, batch))[0]
-    del loss  # not before: it holds the graph, so that no address came twice
+    del loss  # it held the graph until here, so no memory was freed and no address reused
     return sum(waiting.values())
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The memory of a tensor, or of all that one of a wrapping class (torchao's) is made of."""
+    """The storages of a tensor, or of the inner tensors of a wrapper subclass (torchao's)."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()
@@ -215,16 +215,16 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
-    """Input and labels of a causal language model of transformers."""
+    """Random tokens as input and labels for a causal language model of transformers."""
     text = text_config(getattr(model, "config", None))
     vocabulary = getattr(text, "vocab_size", None)
     if not vocabulary:
         raise ValueError(
-            f"batch is None, and {type(model).__name__} has no config.vocab_size to make one from: "
-            "give what the model is called with, such as batch={'input_ids': …, 'labels': …}"
+            f"batch is None, but {type(model).__name__} has no config.vocab_size to make one from: "
+            "give the model's input, such as batch={'input_ids': …, 'labels': …}"
         )
     generator = torch.Generator().manual_seed(0)
-    # A model with learned positions has none behind its last.
+    # A model with learned positions can't take a longer input.
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
     how: Any = {"dtype": torch.int64, "device": "cpu", "generator": generator}
     tokens = torch.randint(0, vocabulary, (_ROWS, length), **how)
@@ -233,11 +233,11 @@ def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _size(batch: Any) -> tuple[int, str]:
-    """How many tokens a batch has, and its shape: of its first tensor's first two dimensions."""
+    """The number of tokens in a batch, and its shape as text, from the batch's first tensor."""
     for leaf in tree_leaves(dict(batch) if hasattr(batch, "keys") else batch):
         if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel():
             shape = leaf.shape[:2] if leaf.dim() > 1 else leaf.shape[:1]
-            if leaf.is_floating_point():  # the last dimension is of features
+            if leaf.is_floating_point():  # the last dimension holds features
                 shape = leaf.shape[:-1] or leaf.shape
             return shape.numel(), " x ".join(map(str, shape)) + " tokens"
     raise ValueError(f"batch is {shown(batch)}, but must hold a tensor with elements")

@@ -1,4 +1,4 @@
-"""The cost list, a line for each rank; and what of it is counted, from shapes alone."""
+"""The records of an estimate, and the part of it that is counted from shapes."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator
@@ -25,23 +25,23 @@ from ..projection import is_plain
 from ..report import columns
 
 _MIB, _GIB = 2**20, 2**30
-# A parameter, its gradient and AdamW's two moments are kept while training.
+# Training keeps each parameter, its gradient and AdamW's two moments.
 _COPIES_IN_TRAINING = 4
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What an adapter of rank ``r`` costs, with the biases and modules that train in full.
+    """The cost of an adapter of rank ``r``, including biases and modules that train in full.
 
-    * ``parameters``: how many train;
-    * ``bytes``: of these parameters;
-    * ``flops``: for a token, forward and backward, beside the frozen model's;
+    * ``parameters``: the number of trainable parameters;
+    * ``bytes``: their size;
+    * ``flops``: per token, forward and backward, in addition to the frozen model's;
     * ``file_bytes``: the size of ``adapter_model.safetensors``;
-    * ``kept_bytes``: for a token, what a forward keeps until the backward, without parameters;
-    * ``step``: the time of forward and backward over the frozen model's, lower quartile, median
-      and upper quartile of measurements in pairs.
+    * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
+    * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
+      quartile, median and upper quartile.
 
-    ``kept_bytes`` and ``step`` are None where nothing was measured.
+    ``kept_bytes`` and ``step`` are None if nothing was measured.
     """
 
     r: int
@@ -54,18 +54,20 @@ class RankCost:
 
     @property
     def training_bytes(self) -> int:
-        """Of the parameters, their gradients and AdamW's two moments."""
+        """Bytes of the parameters, their gradients and AdamW's two moments."""
         return _COPIES_IN_TRAINING * self.bytes
 
 
 @dataclass(frozen=True)
 class FrozenCosts:
-    """The same model without adapters: its ``parameters``, and what was measured of it.
+    """The costs of the model without adapters.
 
-    ``bytes`` are what its parameters and buffers take, packed ones as they are.
-
-    ``flops`` are those of its linear layers for a token, and of the experts that it goes to:
-    forward, and backward to the input alone.
+    * ``parameters``: their number; a packed weight counts with its dense shape;
+    * ``flops``: per token, of its linear layers and of the experts that a token uses: forward, and
+      backward for the input only;
+    * ``kept_bytes``: bytes per token that a forward saves for the backward;
+    * ``seconds``: the median time of forward and backward;
+    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size.
     """
 
     parameters: int
@@ -79,8 +81,8 @@ class FrozenCosts:
 class Estimate:
     """The cost of each rank for one model.  Prints as a table.
 
-    ``layers`` is how many would be adapted, ``batch`` the shape of what was measured, ``notes``
-    what a reader should know of the numbers.
+    ``layers``: how many would be adapted.  ``batch``: the shape of the measured batch.  ``notes``:
+    remarks below the table.
     """
 
     model: str
@@ -92,7 +94,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For a program: plain numbers and texts."""
+        """The record as plain dicts, numbers and texts."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -138,12 +140,13 @@ _TITLES = (
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers, and of a token's experts."""
-    sizes: dict[Any, int] = {id(each): each.numel() for each in model.parameters()}
+    sizes: dict[Any, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for layer, weight in _matrices(model.modules()):
-        if not isinstance(weight, Tensor):  # what it is packed in has other numbers of elements
+        if not isinstance(weight, Tensor):  # packed tensors have other numbers of elements
             for name in layer._parameters.keys() - {"bias"}:
                 sizes.pop(id(layer._parameters[name]), None)
             sizes[id(layer)] = math.prod(weight.shape)
+    # Packed experts: replace the packed tensors and their scales by the dense shape.
     for module in model.modules():
         for name in packed_names(module):
             for parameter in (name, f"{name}{SCALE}"):
@@ -154,7 +157,7 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
 
 
 def _resident_bytes(model: nn.Module) -> int:
-    """Of all memory that the model's tensors lie in, and a vendor's beside its parameters."""
+    """Bytes of the storages of all tensors, with the tensors inside vendors' packed weights."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
     for _, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):
@@ -164,28 +167,29 @@ def _resident_bytes(model: nn.Module) -> int:
 
 
 def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
-    """How many layers and experts' weights ``config`` targets, and what it trains, counted.
+    """The number of layers and experts' weights that ``config`` targets, and their counted cost.
 
-    Raises what :func:`fastlora.apply_lora` raises for a config that doesn't fit the model, and
-    ValueError for experts of whom nothing says how many a token goes to.
+    Raises the errors of :func:`fastlora.apply_lora` if the config doesn't fit the model, and
+    ValueError if the config doesn't say how many experts each token uses.
     """
     saved = modules_to_save(model, config, every_name=True)
     targets = find_targets(model, config, saved, every_name=True)
     names = targets.keys()
     adapters = planned_adapters(targets, config)
     full = full_tensors(model, config.bias, saved, names)
-    # A multiplication and an addition for each element, in three products of either matrix: h and
-    # y; dh and the adapter's part of dx; both gradients.  What trains in full has its gradient.
+    # Two operations (multiply, add) for each element of lora_A and lora_B, in three products of
+    # each matrix: h and y; dh and the adapter's part of dx; both gradients.  A module that trains
+    # in full adds one product, its gradient, because the frozen model's FLOPs hold the other two.
     flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})
     for name, target in targets.items():
         used = experts_of_a_token(target.module) if target.parameter else 1
         if not used:
             raise ValueError(
-                f"{name} has no cost: its config doesn't say how many experts a token goes to "
-                f"({PER_TOKEN[0]})"
+                f"can't count the FLOPs of {name}: the model's config doesn't say how many experts "
+                f"each token uses: set {PER_TOKEN[0]} in it"
             )
         flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
-    trained = {id(each): each for each in full.values() if isinstance(each, nn.Parameter)}
+    trained = {id(tensor): tensor for tensor in full.values() if isinstance(tensor, nn.Parameter)}
     parts = [*adapters.values(), *map(_planned, trained.values())]
     saved_whole = full
     if must_save_embeddings(model, AUTO):
@@ -201,7 +205,7 @@ def _planned(tensor: Tensor) -> Planned:
 
 
 def _of_a_token(modules: Collection[nn.Module]) -> int:
-    """The weights of linear layers that a token is multiplied with, and those of its experts."""
+    """The number of weights that a token is multiplied with, in linear layers and its experts."""
     weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
     for module in modules:
         read = read_module(module)
@@ -212,7 +216,7 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
 
 
 def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Every linear layer, and its weight, which may be packed."""
+    """Every linear layer and its weight, which may be packed."""
     for module in modules:
         packed = isinstance(quantized_weight(module), PackedLayer)
         if packed or not why_not_class(type(module)):

@@ -139,7 +139,7 @@ def powers_of(scale: Tensor) -> Tensor:
 @cache
 def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For kernels: what each of 256 codes of a scale stands for, a factor 1 and a term 0."""
-    # Kept for all calls: nobody's mode sees how they are made, the recorder's of a script for one.
+    # Cached for all calls, so no mode may see how they are made; a capture is such a mode.
     with _disable_current_modes(), DisableTorchFunction(), torch.inference_mode(False):
         codes = torch.arange(256, dtype=torch.uint8, device=device)
         is_e4m3 = dtype == torch.float8_e4m3fn

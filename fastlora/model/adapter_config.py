@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``, to and from a LoRAConfig.  It imports nothing of PEFT."""
+"""Convert PEFT's ``adapter_config.json`` to and from a LoRAConfig.  PEFT is not imported."""
 
 import re
 import warnings
@@ -11,34 +11,37 @@ from ..projection import shown
 from .config import LoRAConfig, kind_of
 
 _OURS = {field.name for field in fields(LoRAConfig)}
-# Settings that say nothing of the layers' arithmetic, or that say it only together with a switch
-# which is refused.
+# Ignored settings: they don't affect the layers' arithmetic, or only together with a switch that
+# is refused.
 _SILENT = {
     "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision",
-    "fan_in_fan_out",  # the layers' class tells, in PEFT too
+    "fan_in_fan_out",  # the layer's class decides, as in PEFT
 }  # fmt: skip
-# What PEFT reads only with that init_lora_weights, as lora_A and lora_B begin.
+# Settings of an initialization of lora_A and lora_B; PEFT reads them only when it makes an adapter.
 _AT_FIRST = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
-# How lora_A and lora_B began, which the file's values replace.
+# Initializations that change only lora_A and lora_B, which the file's values replace.
 _REPLACED_BY_THE_FILE = ("gaussian", "eva", "orthogonal")
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
-    """The JSON object that PEFT reads; ``fan_in_fan_out``: the layers' weights are [in, out]."""
+    """The JSON object that PEFT reads.
+
+    ``fan_in_fan_out``: whether weights are [in, out], as a Conv1D's.
+    """
     values = {name: getattr(config, name) for name in _OURS}
     for name, value in values.items():
-        if isinstance(value, tuple | Mapping):  # in its order: the first pattern counts
+        if isinstance(value, tuple | Mapping):  # keep the order: the first match of a pattern wins
             values[name] = list(value) if isinstance(value, tuple) else dict(value)
     if isinstance(config.target_modules, tuple):
         values["target_modules"] = sorted(config.target_modules)
     if config.target_parameters and config.lora_dropout:
         warnings.warn(
-            f"the file has lora_dropout 0 in place of {config.lora_dropout}: PEFT can't drop "
-            "inputs of layers in target_parameters, and reads the targets of a mixture of experts "
-            "right in no other form. Inference is the same; to train on in a new model, set "
-            "lora_dropout again",
+            f"the file has lora_dropout 0 in place of {config.lora_dropout}: PEFT has no dropout "
+            "for layers in target_parameters, and this is the only form in which it reads targets "
+            "of a mixture of experts correctly. Inference is the same; to go on training in a new "
+            "model, set lora_dropout again",
             stacklevel=3,
         )
         values["lora_dropout"] = 0.0
@@ -54,24 +57,26 @@ def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> 
 
 
 def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, but for how lora_A and lora_B began.
+    """The same settings without the initialization of lora_A and lora_B.
 
-    The file's values replace whatever a loader initializes, and PEFT would refuse an odd rank to
-    begin "orthogonal".
+    A loader replaces the initial values anyway, and PEFT would refuse an odd rank for "orthogonal".
     """
     return {k: v for k, v in values.items() if k not in _AT_FIRST} | {"init_lora_weights": True}
 
 
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
-    """The LoRAConfig of PEFT's JSON object; ValueError for a setting that fastlora hasn't."""
+    """The LoRAConfig of PEFT's JSON object.  Raises ValueError for an unsupported setting.
+
+    ``source`` names the object in errors.
+    """
     ours = _ours(values, source, "Load it with PEFT")
     version = values.get("peft_version")
     numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version if isinstance(version, str) else "")
     is_older = numbers and tuple(int(number or 0) for number in numbers.groups()) < (0, 19, 1)
     if is_older and ours.get("target_parameters"):
         raise ValueError(
-            f"{source} has adapters of experts that PEFT {version} saved, which had in and out "
-            "swapped: fastlora reads those of PEFT 0.19.1 and newer"
+            f"{source} has adapters of experts that PEFT {version} saved with in and out features "
+            "swapped: fastlora reads adapters of experts from PEFT 0.19.1 or newer"
         )
     init = ours.get("init_lora_weights")
     word = init.lower() if isinstance(init, str) else init
@@ -83,17 +88,17 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
         )
     if word not in (None, True, False, *_REPLACED_BY_THE_FILE):
         raise ValueError(
-            f"{source} has init_lora_weights={init!r}, which fastlora doesn't know: load it with "
-            "PEFT"
+            f"{source} has init_lora_weights={init!r}, which fastlora doesn't support: load it "
+            "with PEFT"
         )
     ours["init_lora_weights"] = True
     return _config(ours, source)
 
 
 def as_config(config: object) -> LoRAConfig:
-    """A LoRAConfig, of ``peft.LoraConfig`` too, which is known by its ``peft_type``.
+    """The config as a LoRAConfig.  A ``peft.LoraConfig`` is recognized by its ``peft_type``.
 
-    Raises ValueError for PEFT's fields that fastlora hasn't, and TypeError for anything else.
+    Raises ValueError for unsupported fields of PEFT's, and TypeError for any other object.
     """
     if isinstance(config, LoRAConfig):
         return config
@@ -107,7 +112,7 @@ def as_config(config: object) -> LoRAConfig:
 
 
 def _from_live_peft(config: Any) -> LoRAConfig:
-    """The LoRAConfig of a ``peft.LoraConfig``; ValueError as from_peft, where it means more."""
+    """The LoRAConfig of a ``peft.LoraConfig``.  Raises ValueError for an unsupported setting."""
     source = f"the peft.{type(config).__name__}"
     values = {
         name: value.value if isinstance(value, Enum) else value
@@ -116,21 +121,26 @@ def _from_live_peft(config: Any) -> LoRAConfig:
     ours = _ours(values, source, "Use PEFT, and fastlora.optimize on its model")
     if ours.get("target_modules") is None and not ours.get("target_parameters"):
         raise ValueError(
-            f"{source} has no target_modules, which PEFT looks up in a table of its own: name the "
-            'layers, such as target_modules=["q_proj", "v_proj"] or "all-linear"'
+            f"{source} has no target_modules, and fastlora doesn't have PEFT's table of defaults: "
+            'name the layers, such as target_modules=["q_proj", "v_proj"] or "all-linear"'
         )
     return _config(ours, source)
 
 
 def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, Any]:
-    """Our fields of PEFT's; ValueError for another method, or settings that fastlora hasn't."""
+    """LoRAConfig's fields among PEFT's.
+
+    Raises ValueError for another method than LoRA and for unsupported settings; ``what_else`` ends
+    the message with the next step.
+    """
     if not isinstance(values, Mapping) or "peft_type" not in values:
-        raise ValueError(f"{source} is no PEFT config: it has no peft_type")
+        raise ValueError(f"{source} is not a PEFT config: it has no peft_type")
     if values["peft_type"] != "LORA":
         raise ValueError(
             f"{source} has peft_type {values['peft_type']!r}, and fastlora has only 'LORA'. "
             f"{what_else}"
         )
+    # A setting that is None, False or empty is switched off, so newer PEFT's unknown ones pass.
     foreign = {
         name: value
         for name, value in values.items()

@@ -47,7 +47,7 @@ from .tensors import (
 )
 
 _Number = TypeVar("_Number", int, float)
-# Names of linear layers that PEFT takes for experts', in a model that has experts.
+# In a model with experts, PEFT takes linear layers of these names for experts' weights.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -55,26 +55,27 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike, *, save_embedding_layers: bool | str = AUTO
 ) -> None:
-    """Write the adapter, and not the base model, as PEFT would; PEFT loads it.
+    """Write only the adapter, in PEFT's two files, which PEFT loads.
 
-    Besides lora_A and lora_B these are the biases that train and the modules that train in full;
-    vLLM wants neither, nor ranks and alphas by pattern.  ``save_embedding_layers`` adds a
-    transformers model's embeddings, as in PEFT: "auto" if its vocabulary was resized, which the
-    config that it came with tells, or if load_adapter brought them.  Both files are written under
-    temporary names first and renamed when they are whole: each is the old one or the new one,
-    whole, whenever the call is interrupted.  Under FSDP every rank must call it, and the first one
-    writes.
+    The files hold lora_A, lora_B, the biases that train and the modules that train in full.  vLLM
+    loads them if neither biases nor modules train, and ranks and alphas don't follow a pattern.
+    ``save_embedding_layers`` adds a transformers model's embeddings, as in PEFT.  "auto" adds them
+    if the vocabulary's size differs from the model's original config, or if load_adapter loaded
+    embeddings.  Both files are written under temporary names and renamed when they are complete, so
+    an interrupted call leaves each file either old or new.  Under FSDP every rank must call this,
+    and the first rank writes.
 
-    Raises ValueError for a model that apply_lora or load_adapter gave no adapters, and TypeError
-    for what is no model or no path.  Warns where PEFT can't have the adapter's dropout.
+    Raises ValueError if apply_lora or load_adapter gave the model no adapters, and TypeError if
+    ``model`` is not a module or ``folder`` not a path.  Warns if PEFT can't express the adapter's
+    dropout.
     """
     check_model(model)
     path = check_folder(folder)
     outer, model, injection = model, unwrap(model), injection_of(model)
     if injection is None:
         if hasattr(model, "peft_config"):
-            raise ValueError("this is a PEFT model, whose save_pretrained saves it")
-        raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
+            raise ValueError("this is a PEFT model: save it with model.save_pretrained(folder)")
+        raise ValueError("the model has no adapters to save: call fastlora.apply_lora first")
     check_injection(model, injection)
     config = spell_out(model, injection.config, injection.layers, experts_weights(model))
     tensors = adapter_tensors(model, injection)
@@ -84,14 +85,14 @@ def save_adapter(
         tensors |= embedding_tensors(model, injection.saved_modules, injection.layers)
     sharded = any(map(is_sharded, tensors.values()))
     tensors = whole_tensors(outer, tensors)
-    # What all ranks have gathered the first one writes.
+    # All ranks took part in gathering; only the first one writes.
     if sharded and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     *_, (_, last) = lora_layers(model)
-    source = getattr(model, "name_or_path", None) or None  # of a transformers model
-    # In a model of both kinds PEFT has what it found last.
+    source = getattr(model, "name_or_path", None) or None  # a transformers model has one
+    # fan_in_fan_out: with Conv1D and Linear layers in one model, PEFT saves the last layer's.
     settings = to_peft(config, source, fan_in_fan_out=is_conv1d(last.plain_class))
-    # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
+    # Cloned, because safetensors refuses two keys (of tied parameters) that share memory.
     values = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
@@ -102,23 +103,23 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Load an adapter that fastlora or PEFT saved, and return the same model.
 
-    A plain model is given adapters first, as the file's config says: they train, and are float32
-    beside 16-bit weights.  A model with adapters must have just the file's layers, ranks and
-    alphas, and keeps its own dropout.  Values are cast to the dtype that the adapter has.
-    Embeddings in the file (of a resized vocabulary) replace the model's, as in PEFT; a base weight
-    of an adapted output head does so too, with a warning if it is another one.  Warns of NaN and
-    infinity, too.
+    A model without adapters gets adapters first, according to the file's config; they are trainable
+    and float32 beside 16-bit weights.  A model with adapters must have exactly the file's layers,
+    ranks and alphas, and keeps its dropout.  Values are cast to the adapter's dtype.  Embeddings in
+    the file (from a resized vocabulary) replace the model's, as in PEFT.  The base weight of an
+    adapted output head is also replaced, with a warning if the values differ.  Also warns of NaN
+    and infinity.
 
-    Raises FileNotFoundError for a folder without the two files, which says what the folder is;
-    TypeError for what is no model or no path; and ValueError for a damaged file, a config of
-    another PEFT method or with settings that fastlora hasn't, keys that are missing, too many or of
-    another shape, and a merged model.  The model is then as it was.  Shapes are read from the
-    file's header, and nothing is allocated before they fit.
+    Raises FileNotFoundError if the two files are missing; the message describes the folder.
+    Raises TypeError if ``model`` is not a module or ``folder`` not a path.  Raises ValueError for a
+    damaged file, a config of another PEFT method or with unsupported settings, missing or extra
+    keys, other shapes, and a merged model.  After an error the model is unchanged.  Shapes are
+    checked in the file's header before any memory is allocated.
     """
     check_model(model)
     path, outer, model = check_folder(folder), model, unwrap(model)
     if hasattr(model, "peft_config"):
-        raise ValueError("this is a PEFT model, whose load_adapter loads it")
+        raise ValueError("this is a PEFT model: load the adapter with model.load_adapter")
     check_files(path)
     reshard(outer)
     config = from_peft(read_json(path / CONFIG), str(path / CONFIG))
@@ -126,7 +127,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     injection = injection_of(model)
     fresh = injection is None
     if injection is None:
-        check_planned(model, config, stored, path / WEIGHTS)
+        check_planned(model, config, stored, path / WEIGHTS)  # shapes, before memory is allocated
         injection = inject(outer, config)
     else:
         check_injection(model, injection)
@@ -135,7 +136,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         fitting = read_fitting(model, injection, stored, path / WEIGHTS)
         if fitting.untied and not (fresh and fitting.wanted.keys() >= set(fitting.untied)):
             raise ValueError(
-                f"{path / WEIGHTS} gives {some(fitting.untied)} values of their own, but the model "
+                f"{path / WEIGHTS} has separate values for {some(fitting.untied)}, but the model "
                 "shares these weights with other modules: untie them first"
             )
         brought = whole_tensors(outer, fitting.brought).items()
@@ -145,6 +146,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         if fresh:
             undo_injection(model)
         raise
+    # Nothing below can fail.
     for key in fitting.untied:
         untie(model, name_of(key))
     with torch.no_grad():
@@ -156,21 +158,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def _warn(model: nn.Module, changed: list[str], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Warn of NaN, and if the file changes an adapted layer's base weight, not for new tokens."""
+    """Warn of NaN, and of another base weight of an adapted layer.
+
+    A resized vocabulary changes the head's base weight on purpose, so it causes no warning.
+    """
     bases = [key for key in changed if ".base_layer." in key]
     if bases and not must_save_embeddings(model, AUTO):
         warnings.warn(
-            f"{path} has {some(bases)} with other values than the model: is it the base model that "
-            "the adapter was trained on? The file's values were loaded, as PEFT does",
+            f"{path} has {some(bases)} with other values than the model: check that this is the "
+            "base model that the adapter was trained on. The file's values were loaded, as in PEFT",
             stacklevel=3,
         )
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    # isfinite isn't implemented for 8-bit floats.
     wide = {key: one.float() if one.itemsize == 1 else one for key, one in floating.items()}
     bad = [key for key, tensor in wide.items() if not tensor.isfinite().all()]
     if bad:
         warnings.warn(
-            f"{path} has NaN or infinity in {some(bad)}, which was loaded as it is: the adapter is "
-            "broken",
+            f"{path} has NaN or infinity in {some(bad)}, which was loaded unchanged: the adapter "
+            "is broken",
             stacklevel=3,
         )
 
@@ -180,13 +186,14 @@ def spell_out(
 ) -> LoRAConfig:
     """The same config with the layers' names in place of "all-linear" and the like.
 
-    ``experts``: which of these names are those of experts' weights.
+    ``experts``: the names among ``layers`` that are weights of experts.
 
-    PEFT from 0.20 on rewrites a config for a mixture of experts as it loads it: targets of certain
-    names become experts' parameters, other regular expressions lists of last parts.  There, layers
-    of those names are spelled as ``target_parameters``, which it leaves alone.
+    When PEFT 0.20 or newer loads a config for a mixture of experts, it rewrites it: targets of
+    certain names become experts' parameters, and regular expressions become lists of last parts.
+    In such a model, layers of these names are written as ``target_parameters``, which PEFT doesn't
+    rewrite.
     """
-    # PEFT may take a transformers model for a mixture of experts.
+    # Whether PEFT may take the model for a mixture of experts.
     about = getattr(model, "config", None)
     rewritten = hasattr(about, "model_type") and (
         bool(expert_modules(model)) or any(getattr(about, name, None) for name in _EXPERT_COUNTS)
@@ -222,7 +229,7 @@ def _with_weights(
     default: _Number,
     layers: Iterable[str],
 ) -> dict[str, _Number]:
-    """The patterns, and a new one for the weight of each layer whose value isn't the default."""
+    """The patterns, and one more for each layer's weight whose value isn't the default."""
     of_layers = {
         ".".join(map(re.escape, weight_of(name).split("."))): value_of(name)
         for name in sorted(layers)
@@ -232,7 +239,7 @@ def _with_weights(
 
 
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The last parts of the layers' names if they mean no other module, else the whole names."""
+    """The last parts of the layers' names; the whole names if a last part is ambiguous."""
     layers = set(layers)
     last_parts = {name.rpartition(".")[2] for name in layers}
     same_ending = {

@@ -1,4 +1,4 @@
-"""LoRAConfig: what to adapt and how, under PEFT's names."""
+"""LoRAConfig: which layers are adapted, and how.  Its fields have PEFT's names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -44,33 +44,36 @@ def _suggests_fields(kind: type) -> type:
 @_suggests_fields
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers get an adapter, and of what kind; fields mean what they mean to PEFT.
+    """Which layers get an adapter, and its settings.  Fields mean the same as in PEFT.
 
     * ``r``, ``lora_alpha``, ``use_rslora``: rank, and numerator of the scaling, which is
       lora_alpha / r, or lora_alpha / √r with ``use_rslora``.
     * ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in training.
     * ``target_modules``: a list of module names or of their last parts (``["q_proj",
       "mlp.up_proj"]``); one regular expression that must match the whole name; or
-      ``"all-linear"``, every linear layer but a transformers model's output head.  None, which
-      PEFT reads from a table, takes a transformers model's attention projections, all of them.
-    * ``exclude_modules``: names to leave alone, in the same forms.
-    * ``layers_to_transform``: with a list of targets, only those inside of these layers, by their
-      number, the first in the name (``model.layers.3.…``); ``layers_pattern`` names the list of
-      layers (``"layers"``), where it isn't the first that has numbers.
+      ``"all-linear"``, every linear layer except a transformers model's output head.  None means
+      all attention projections of a transformers model (PEFT uses a table of defaults instead).
+    * ``exclude_modules``: names that get no adapter, in the same forms.
+    * ``layers_to_transform``: with a list of targets, adapt only layers of these numbers.  The
+      number is the first one in the name (``model.layers.3.…``).  ``layers_pattern`` names the list
+      of layers (``"layers"``) if another list with numbers comes first.
     * ``target_parameters``: weights of a transformers model's experts, by their names or last parts
-      (``"experts.gate_up_proj"``); and PEFT's other way to name a layer (``"up_proj.weight"``).
-    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match;
-      of what is in ``target_parameters`` it is the weight's name.  A rank is that of each expert.
-    * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
-      adapted layers.
-    * ``modules_to_save``: modules that train in full and are saved too, by the end of their names;
-      as in PEFT, ``"norm"`` means ``input_layernorm``, too.
-    * ``init_lora_weights``: True (the identity change), "gaussian", or False (random lora_B).
-    * ``task_type``: goes to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's head.
-    * ``base_model_name_or_path``: goes to the saved file.
+      (``"experts.gate_up_proj"``).  A linear layer can also be named by its weight
+      (``"up_proj.weight"``), as in PEFT.
+    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match.
+      A layer in ``target_parameters`` is matched by its weight's name.  The rank of experts is the
+      rank of each expert.
+    * ``bias``: which base biases train: "none", "all" of the model, or "lora_only" (biases of
+      adapted layers).
+    * ``modules_to_save``: modules that train in full and are saved, by the end of their names.  As
+      in PEFT, ``"norm"`` also matches ``input_layernorm``.
+    * ``init_lora_weights``: True (lora_B is zero), "gaussian", or False (lora_B is random).
+    * ``task_type``: written to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's
+      head.
+    * ``base_model_name_or_path``: written to the saved file.
 
-    Raises ValueError for a number, a pattern or a word that can't be meant, and TypeError for an
-    unknown field; names are looked up in a model later.  DoRA and PEFT's other methods need PEFT.
+    Raises ValueError for an invalid number, pattern or word, and TypeError for an unknown field.
+    Names are checked later, against the model.  DoRA and PEFT's other methods need PEFT.
     """
 
     r: int = 8
@@ -106,14 +109,15 @@ class LoRAConfig:
         for name, example in (("task_type", "CAUSAL_LM"), ("base_model_name_or_path", "gpt2")):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} is {shown(value)}, but must be a word like {example!r}")
+                raise ValueError(f"{name} is {shown(value)}, but must be a str like {example!r}")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             self._check_names(name, or_pattern=name in ("target_modules", "exclude_modules"))
         self._check_layers()
 
     def _check_layers(self) -> None:
-        """Keep numbers of layers, and names of lists of layers, as tuples."""
+        """Check ``layers_to_transform`` and ``layers_pattern``, and store them as tuples."""
         numbers, pattern = self.layers_to_transform, self.layers_pattern
+        # The record is frozen, hence object.__setattr__.
         if numbers is not None:
             numbers = (numbers,) if isinstance(numbers, int) else numbers
             is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
@@ -129,6 +133,7 @@ class LoRAConfig:
         self._check_names("layers_pattern", or_pattern=False)
         for name in self.layers_pattern or ():
             compile_pattern(name)
+        # As in PEFT, a regular expression must match the whole name, layer's number included.
         if self.layers_to_transform and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform is {self.layers_to_transform} and target_modules is "
@@ -141,6 +146,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
+            # Compile it alone and in its final form: "a)(b" is only valid in the latter.
             try:
                 _compile(pattern)
                 _at_end(pattern)
@@ -151,14 +157,14 @@ class LoRAConfig:
                 ) from None
 
     def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
-        """Keep a list of names as a tuple, since the record is frozen."""
+        """Check a list of names, and store it as a tuple: a frozen record must be hashable."""
         names = getattr(self, field_name)
         if names is None:
             return
         if or_pattern and isinstance(names, str):
             compile_pattern(names)
             return
-        # No iterator, which a look at it would use up.
+        # An iterator is refused, because checking would exhaust it.
         is_list = isinstance(names, Sequence | Set) and not isinstance(names, str | bytes)
         if not is_list or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{field_name} is {shown(names)}, but must be a list of names")
@@ -176,7 +182,7 @@ class LoRAConfig:
         return _by_pattern(self.alpha_pattern, self._name_in_patterns(name), self.lora_alpha)
 
     def names_weight_of(self, name: str) -> bool:
-        """Whether ``target_parameters`` has the weight of the layer of this name."""
+        """Whether ``target_parameters`` names the weight of the layer of this name."""
         return names_any(self.target_parameters or (), weight_of(name))
 
     def _name_in_patterns(self, name: str) -> str:
@@ -184,7 +190,7 @@ class LoRAConfig:
 
 
 def kind_of(value: object) -> str:
-    """What a value is that is something else than wanted, for a message."""
+    """The kind of an unexpected value; error messages use it."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -193,27 +199,27 @@ def kind_of(value: object) -> str:
 
 
 def weight_of(name: str) -> str:
-    """The name of this layer's weight."""
+    """The name of the weight of the layer of this name."""
     return full_name(name, "weight")
 
 
 def is_all_linear(target_modules: object) -> bool:
-    """Whether these targets are the word "all-linear", in any case."""
+    """Whether the targets are the word "all-linear", in upper or lower case."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def names_any(wanted: Iterable[str], name: str) -> bool:
-    """Whether one of the wanted names is this one, or its last part."""
-    return any(name == one or name.endswith(f".{one}") for one in wanted)
+    """Whether a wanted name equals this name or its last parts."""
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def is_inside(name: str, outer: str) -> bool:
-    """Whether a name is that of a module, or of something in it."""
+    """Whether a name is the module's or one inside it."""
     return name == outer or name.startswith(f"{outer}.")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression; a ValueError that says what to write if it is none."""
+    """Compile a regular expression.  Raises ValueError with the next step if it is invalid."""
     try:
         return _compile(pattern)
     except ValueError as error:
@@ -230,10 +236,10 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:
-    """The value of the first pattern that matches the end of the name at a dot."""
+    """The value of the first pattern that matches the end of the name, after a dot."""
     return next((value for one, value in patterns.items() if _at_end(one).match(name)), default)
 
 
-@cache  # of re's own, which has 512 places, each look would empty some
+@cache  # re's cache has 512 entries, and a large model's lookups would evict other patterns
 def _at_end(pattern: str) -> re.Pattern[str]:
     return _compile(rf"(.*\.)?({pattern})$")

@@ -1,15 +1,13 @@
-"""What a transformers model says of itself: which weights are packed, and that it can be trained.
+"""Keeps a transformers model's attributes and config in step with its packed weights.
 
-Others ask it, and config.json has it.  ``transformers.Trainer`` asks the model's quantizer.
+transformers and other libraries read from them which layers are quantized, and save_pretrained
+writes the config.  Packing, merging and unmerging change which layers are packed.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import copy
-from functools import cache
 from importlib import import_module
-from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -20,63 +18,67 @@ from ..layers.experts import PackedWeight, packed_names, read_module
 from ..layers.modules import plain_name
 
 _RECORD = "_fastlora_declared"
-# By these save_pretrained renames what it writes, and splits it.
+# save_pretrained renames and splits tensors by these rules.
 _CONVERSIONS = "_weight_conversions"
-_QUANTIZER = "hf_quantizer"
+QUANTIZER = "hf_quantizer"
 _ATTRIBUTES = (
-    _QUANTIZER, "quantization_method", "is_quantized", "is_loaded_in_4bit",
+    QUANTIZER, "quantization_method", "is_quantized", "is_loaded_in_4bit",
     "is_loaded_in_8bit", _CONVERSIONS,
 )  # fmt: skip
-# Without a quant_method, so that from_pretrained refuses: it would make random experts.
+# The quantization_config of a model with experts packed by fastlora.  It has no quant_method, so
+# from_pretrained refuses the checkpoint; otherwise it would initialize the experts randomly.
 _OURS = {"packed_by": "fastlora", "load_with": "fastlora.load_packed(model, folder)"}
-# Where a config names the modules that aren't quantized; "modules_to_not_convert" in the others.
+# The config's field that names dense modules, by quant_method; otherwise "modules_to_not_convert".
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
-_adapters_alone = ContextVar("_adapters_alone", default=False)
 
 
 class _Declared(NamedTuple):
-    """What a model says of its quantized layers, if it has some."""
+    """A model's declarations about its quantized layers."""
 
-    attributes: dict[str, Any]  # transformers' own, of the model
+    attributes: dict[str, Any]  # the attributes of the model that transformers sets, by name
     config: Any  # its quantization_config, or None
 
 
 @contextmanager
 def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Let transformers models say which of their weights are packed, where that changes inside.
+    """Update the declarations of transformers models if the code inside packs or unpacks weights.
 
-    ``linears``: the linear layers that fastlora packs there.
+    ``linears``: linear layers that the code inside packs.
 
-    Where nothing is packed, nothing of a quantizer is left.  Where layers of a quantizer are, its
-    config names those that are dense.  Where fastlora has packed experts, save_pretrained writes
-    the model's own names, which ``load_packed`` and ``load_state_dict`` read, and config.json has
-    what makes ``from_pretrained`` refuse.
+    * If no weight is packed afterwards, the quantizer and its config are removed.
+    * If layers of a quantizer remain, its config names the dense layers.
+    * If experts are packed by fastlora, save_pretrained keeps the model's parameter names, which
+      ``load_packed`` and ``load_state_dict`` read, and config.json makes ``from_pretrained``
+      refuse.
     """
     outers, before = list(_pretrained(model)), _packed(model)
-    # What may fail does so before anything has changed.
-    made = {outer: _said(outer, next(iter(linears), None)) for outer in outers}
+    # Everything that may fail is done here, before anything changes.
+    declarations = {outer: _declaration(outer, next(iter(linears), None)) for outer in outers}
     yield
     changed = _packed(model) != before
-    for outer, said in made.items():
-        # Of a GGUF file on a CPU transformers makes a dense model, and leaves it the quantizer.
+    for outer, said in declarations.items():
+        # transformers reads a GGUF file into a dense model on a CPU, but leaves its quantizer.
         if changed or (said.config is not None and _method_of(said.config) == "gguf"):
             outer.__dict__[_RECORD] = said
             _declare(outer, said)
 
 
 def other_vendor(model: nn.Module, vendor: Vendor | None) -> bool:
-    """Whether a transformers model, whose config can say one, has layers of another vendor."""
-    vendors = {vendor_of(each) for outer in _pretrained(model) for each in outer.modules()}
+    """Whether a transformers model has layers of another vendor; its config can name only one."""
+    vendors = {vendor_of(module) for outer in _pretrained(model) for module in outer.modules()}
     return bool(vendors - {vendor, None})
 
 
-def _said(outer: Any, linear: nn.Module | None) -> _Declared:
-    """What the model says, or said; ``linear``: a layer that fastlora has packed for it."""
+def _declaration(outer: Any, linear: nn.Module | None) -> _Declared:
+    """The model's declaration before its first change here, which unmerging restores.
+
+    ``linear``: a layer that fastlora packs; for it, a declaration without a quantizer gets one.
+    """
     said = outer.__dict__.get(_RECORD)
     if said is None:
         attributes = {name: outer.__dict__[name] for name in _ATTRIBUTES if name in outer.__dict__}
         quantized = getattr(outer.config, "quantization_config", None)
-        said = _Declared(attributes, quantized if _QUANTIZER in attributes else None)
+        said = _Declared(attributes, quantized if QUANTIZER in attributes else None)
     if linear is None or said.config is not None:
         return said
     theirs: Any = import_module("transformers")
@@ -86,29 +88,30 @@ def _said(outer: Any, linear: nn.Module | None) -> _Declared:
     else:
         how: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         config = theirs.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=outer.dtype)
-    # It writes torchao's tensors, which save_pretrained can't without.
+    # save_pretrained can write torchao's tensors only through the quantizer.
     make: Any = import_module("transformers.quantizers.auto").AutoHfQuantizer.from_config
-    return _Declared(said.attributes | {_QUANTIZER: make(config)}, config)
+    return _Declared(said.attributes | {QUANTIZER: make(config)}, config)
 
 
 def _declare(outer: Any, said: _Declared) -> None:
+    """Set the model's attributes and config according to its packed weights."""
     attributes, config = dict(said.attributes), said.config
     ours = [isinstance(module, PackedWeight) for module in _packed(outer).values()]
-    if all(ours):
-        # A dense checkpoint is none of those that a quantizer's conversions are for.
-        keeps = {_CONVERSIONS} & attributes.keys() if _QUANTIZER not in attributes else set()
+    if all(ours):  # no vendor's layer is left
+        # With a quantizer, the conversions were its own, and don't fit a dense checkpoint.
+        keeps = {_CONVERSIONS} & attributes.keys() if QUANTIZER not in attributes else set()
         attributes, config = {name: attributes[name] for name in keeps}, None
     elif config is not None:
         config = _without(config, outer)
-        attributes[_QUANTIZER] = copy(attributes[_QUANTIZER])
-        attributes[_QUANTIZER].quantization_config = config
+        attributes[QUANTIZER] = copy(attributes[QUANTIZER])
+        attributes[QUANTIZER].quantization_config = config
     if any(ours):
         attributes[_CONVERSIONS], config = [], dict(_OURS)
     _say(outer, attributes, config)
 
 
 def _pretrained(model: nn.Module) -> Iterator[Any]:
-    """transformers' models that are inside no other one."""
+    """The outermost transformers models in this model."""
     inside = set[nn.Module]()
     for module in model.modules():
         known = derived_from(type(module), "transformers.modeling_utils", "PreTrainedModel")
@@ -118,21 +121,23 @@ def _pretrained(model: nn.Module) -> Iterator[Any]:
 
 
 def _packed(model: nn.Module) -> dict[str, nn.Module]:
-    """The packed weights of fastlora's, vendors' packed layers, and vendors' packed experts."""
+    """Modules with packed weights: fastlora's, vendors' linear layers and vendors' experts."""
     modules = {}
     for name, module in model.named_modules():
-        vendor = vendor_of(module, getattr(module, "plain_class", None))  # also with an adapter
+        # A layer with an adapter has another class; its plain class is the vendor's.
+        vendor = vendor_of(module, getattr(module, "plain_class", None))
         is_theirs = vendor is not None and not getattr(module, "is_dense", False)
-        is_experts = any(each in module._parameters for each in packed_names(module))
+        is_experts = any(weight in module._parameters for weight in packed_names(module))
         if isinstance(module, PackedWeight) or is_theirs or is_experts:
             modules[plain_name(name)] = module
     return modules
 
 
 def _without(config: Any, outer: nn.Module) -> Any:
-    """The same quantization_config, by which the modules that are dense now stay so.
+    """A copy of the quantization_config that names the modules which are dense now.
 
-    Named, they take the place of what a quantizer leaves out by itself: the output head.
+    A list of names replaces the quantizer's default, the output head, so the head is named if it is
+    dense.
     """
     packed = _packed(outer)
     dense = {
@@ -141,7 +146,7 @@ def _without(config: Any, outer: nn.Module) -> Any:
         if isinstance(module, nn.Linear) or not (read_module(module).reason or not name)
     }
     key = _SKIPPED.get(_method_of(config), "modules_to_not_convert")
-    config = copy(config)  # other models may have the same one
+    config = copy(config)  # another model may share the object
     setattr(config, key, sorted({*(getattr(config, key, None) or ()), *dense} - packed.keys()))
     return config
 
@@ -151,84 +156,16 @@ def _method_of(config: Any) -> str:
 
 
 def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
+    """Set these attributes and this config on the model, and remove all others of a quantizer."""
     for name in _ATTRIBUTES:
         outer.__dict__.pop(name, None)
     outer.__dict__.update(attributes)
     if config is not None:
         outer.config.quantization_config = config
-    else:  # the other is transformers 4's, which can't write it without the first
+    else:  # transformers 4 also sets the second, and can't write a config that has only that one
         for name in ("quantization_config", "_pre_quantization_dtype"):
             outer.config.__dict__.pop(name, None)
     for module in outer.modules():
         about: Any = getattr(module, "config", None)
         if hasattr(about, "_is_quantized"):
             about._is_quantized = bool(attributes.get("is_quantized"))
-
-
-@cache
-def _trainable(kind: Any) -> Any:
-    """The class of quantizers of this ``kind``, of models with adapters.
-
-    ``transformers.Trainer`` takes a quantized model if it has PEFT's adapters, or if these two are
-    true.  They are: fastlora's layers give gradients over any base that it reads.
-    """
-
-    class Trainable(kind):
-        plain_class = kind
-
-        @property
-        def is_trainable(self) -> bool:
-            check_savable(self)
-            return True
-
-        @property
-        def is_qat_trainable(self) -> bool:
-            return True
-
-        def __reduce_ex__(self, protocol: Any) -> tuple:  # nobody can import this class
-            return _blank, (kind,), vars(self)
-
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Trainable, name, getattr(kind, name))
-    return Trainable
-
-
-def _blank(kind: Any) -> Any:
-    return object.__new__(_trainable(kind))
-
-
-def check_savable(quantizer: Any) -> None:
-    """Raise ValueError if Trainer's first checkpoint, of the whole model, would fail."""
-    safe = (True,) if signature(quantizer.is_serializable).parameters else ()  # transformers 4
-    if not (_adapters_alone.get() or quantizer.is_serializable(*safe)):
-        method = getattr(quantizer.quantization_config, "quant_method", "")
-        raise ValueError(
-            f"transformers can't save this quantized base ({getattr(method, 'value', method)}), "
-            "which transformers.Trainer's checkpoints hold: use fastlora.trainer.AdapterTrainer, "
-            "whose checkpoints hold the adapter alone"
-        )
-
-
-@contextmanager
-def saving_adapters_alone() -> Iterator[None]:
-    """A trainer made in here never saves the base."""
-    token = _adapters_alone.set(True)
-    try:
-        yield
-    finally:
-        _adapters_alone.reset(token)
-
-
-def admit_training(model: nn.Module) -> None:
-    """Let the model's quantizer, if it has one, say that the model can be trained."""
-    quantizer: Any = model.__dict__.get(_QUANTIZER)
-    kind: Any = type(quantizer)
-    if derived_from(kind, "transformers", "HfQuantizer") and not hasattr(kind, "plain_class"):
-        quantizer.__class__ = _trainable(kind)
-
-
-def give_back_quantizer(model: nn.Module) -> None:
-    """What it was before :func:`admit_training`."""
-    quantizer: Any = model.__dict__.get(_QUANTIZER)
-    if hasattr(quantizer, "plain_class"):
-        quantizer.__class__ = quantizer.plain_class

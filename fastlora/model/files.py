@@ -1,4 +1,4 @@
-"""An adapter's two files: what is in them before anything is loaded, and writing them whole."""
+"""An adapter's two files: reading their headers before loading, and writing them atomically."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from .config import kind_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
-# A folder of files that aren't whole as yet: this, the machine's name, and what makes it unique.
+# Incomplete files are in a scratch folder, named by this prefix, the host and a random suffix.
 _SCRATCH, _HOST = ".fastlora-", re.sub(r"[^\w.]", "_", platform.node())[:64] + "-"
-_OLD = 3600.0  # seconds without a change
+_OLD = 3600.0  # seconds without a change, after which another host's scratch folder is deleted
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
-# In the order in which safetensors puts them.
+# safetensors writes tensors in this order of dtypes, so size_of needs it.
 _DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
     torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -37,21 +37,21 @@ _TORCH_S = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Planned(NamedTuple):
-    """A tensor of a file, before it is made or loaded."""
+    """Shape and dtype of a tensor in a file that isn't loaded or written yet."""
 
     shape: tuple[int, ...]
-    dtype: Any  # torch's; or the file's name for one that torch hasn't
+    dtype: Any  # a torch.dtype, or the file's name of a dtype that torch doesn't have
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
-    """The path; a TypeError if it is none."""
+    """The folder as a Path.  Raises TypeError if it isn't a path."""
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder is {kind_of(folder)}, but must be a path: a str or a pathlib.Path")
     return Path(folder)
 
 
 def check_files(folder: Path) -> None:
-    """Raise FileNotFoundError, with a guess at what is meant, unless both files are there."""
+    """Raise FileNotFoundError unless both files exist; the message suggests the right folder."""
     missing = [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -61,19 +61,19 @@ def check_files(folder: Path) -> None:
 
 
 def _hint(folder: Path) -> str:
-    """What the folder is, if it is no adapter's."""
+    """A sentence about the folder and the next step, or "" if there is no guess."""
     if folder.is_file():
         return " Give the folder, not a file."
     if not folder.is_dir():
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder.as_posix()):
             return (
-                " If this is a name on the Hugging Face hub, give what "
+                " If this is a name on the Hugging Face hub, give the folder that "
                 f"huggingface_hub.snapshot_download({folder.as_posix()!r}) returns."
             )
         return ""
     if (folder / _PICKLE).is_file():
         return (
-            f" The folder has {_PICKLE}, which is a pickle, and fastlora opens none. Convert it "
+            f" The folder has {_PICKLE}, a pickle, and fastlora doesn't open pickles. Convert it "
             f"with PEFT: PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(…)."
         )
     adapters = (path.parent for path in folder.glob(f"*/{CONFIG}"))
@@ -86,17 +86,20 @@ def _hint(folder: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The file's content; a ValueError if it is no JSON."""
+    """The file's content.  Raises ValueError if it isn't JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # also with a byte-order mark
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply to be a config") from None
 
 
 def read_header(path: Path) -> dict[str, Planned]:
-    """What the safetensors file says that it holds; nothing is loaded.  ValueError if damaged."""
+    """Shape and dtype of each tensor in a safetensors file, by key; no tensor is loaded.
+
+    Raises ValueError if the file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -107,11 +110,11 @@ def read_header(path: Path) -> dict[str, Planned]:
                 k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()
             }
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the safetensors file's header says beside its tensors."""
+    """The metadata in the safetensors file's header."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -119,7 +122,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def size_of(tensors: Mapping[str, Planned]) -> int:
-    """Bytes of the adapter's file that holds these, by key: its header, and what is in it."""
+    """Size in bytes of a safetensors file with these tensors, header included."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = list(_DTYPES), 0
     for key in sorted(tensors, key=lambda key: (places.index(tensors[key].dtype), key)):
@@ -127,11 +130,11 @@ def size_of(tensors: Mapping[str, Planned]) -> int:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + (len(text) + 7) // 8 * 8 + end
+    return 8 + (len(text) + 7) // 8 * 8 + end  # header's length, header padded to 8 bytes, data
 
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of these keys, on the CPU.  ValueError if the file is damaged."""
+    """The tensors of these keys, on the CPU.  Raises ValueError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -142,7 +145,7 @@ def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter's two files, whole."""
+    """Write an adapter's two files atomically."""
     from safetensors.torch import save
 
     text = json.dumps(settings, indent=2) + "\n"
@@ -151,9 +154,10 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
 
 
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files so that each is the old or the new one, whole, if the process dies.
+    """Write each file atomically: if the process dies, the file is the old or the new one.
 
-    What a process that died here before has left behind is deleted.
+    All files are written to a scratch folder first, and then renamed.  Scratch folders of processes
+    that died are deleted.
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, but must be a folder: give another path")
@@ -163,32 +167,33 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
             with open(Path(made) / name, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # the data must be on disk before the rename
         for name in files:
             os.replace(Path(made) / name, folder / name)
 
 
 def is_scratch(path: Path) -> bool:
-    """Whether it is a folder that ``write_whole`` made, in a process that writes now, or died."""
+    """Whether it is a scratch folder of ``write_whole``, of a running or a dead process."""
     return path.name.startswith(_SCRATCH) and path.is_dir() and not path.is_symlink()
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Inside, no process takes what this one writes for a leftover; it deletes leftovers before.
+    """Delete leftovers, and keep other processes from deleting this one's scratch folder.
 
-    Whoever writes shares a lock of the folder, which ends with the process: who can have it alone
-    is the only one.
+    Every writer holds a shared lock on the folder, which the system releases when the process ends.
+    A process that gets the exclusive lock is therefore the only writer, so every scratch folder is
+    a leftover.
     """
     try:
-        import fcntl  # which Windows hasn't: there, leftovers stay
+        import fcntl  # missing on Windows, where leftovers stay
 
         place = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError):
         yield
         return
     try:
-        with suppress(OSError):  # somebody else writes, or the file system has no locks
+        with suppress(OSError):  # another process writes, or the file system has no locks
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _delete_leftovers(folder)
         with suppress(OSError):
@@ -199,8 +204,11 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """Of this machine; and of others, whose locks may not be seen here, if they are old."""
+    """Delete this host's scratch folders, and old ones of other hosts.
+
+    A network file system may not show another host's lock here, so only the age tells.
+    """
     for path in filter(is_scratch, list(folder.iterdir())):
-        changed = [each.stat().st_mtime for each in (path, *path.iterdir())]
+        changed = [entry.stat().st_mtime for entry in (path, *path.iterdir())]
         if path.name.startswith(_SCRATCH + _HOST) or time.time() - max(changed) > _OLD:
             shutil.rmtree(path, ignore_errors=True)

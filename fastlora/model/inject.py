@@ -1,4 +1,9 @@
-"""Model surgery: linear layers take adapters in place, and are plain again."""
+"""apply_lora and remove_lora: linear layers get adapters in place, and become plain again.
+
+A layer changes its class instead of being replaced, so that its identity, hooks, names and
+state-dict keys stay.  A training step of SmolLM2 135M takes 29 % less time than PEFT's
+(``make demo``).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +26,6 @@ from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, 
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
-from .declare import admit_training, give_back_quantizer
 from .loading import watch_loading
 from .targets import (
     check_places,
@@ -31,25 +35,26 @@ from .targets import (
     trained_biases,
     warn_of_passed_over,
 )
+from .trainable import admit_training, give_back_quantizer
 
 RECORD = "_fastlora"
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What apply_lora did to a model; kept in the model's ``__dict__`` as ``_fastlora``."""
+    """A record of apply_lora's changes to a model, in the model's ``__dict__`` as ``_fastlora``."""
 
     config: LoRAConfig
     layers: tuple[str, ...]  # names of the adapted layers, and of experts' weights
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: frozenset[str]  # names of the parameters that required gradients before
     untied: tuple["Untied", ...]
-    loading: RemovableHandle  # of what watches load_state_dict
-    has_embeddings: bool = False  # a file brought other embeddings than the base model's
+    loading: RemovableHandle  # removes the hook that watches load_state_dict
+    has_embeddings: bool = False  # whether load_adapter replaced the base model's embeddings
 
 
 class Untied(NamedTuple):
-    """A tied parameter of a module that trains in full, and the copy that took its place there."""
+    """A tied parameter of a module that trains in full, and the copy that replaced it there."""
 
     module: nn.Module
     name: str
@@ -67,31 +72,29 @@ def apply_lora(
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
-    ``config`` may be a ``peft.LoraConfig``, too.
+    ``config`` may also be a ``peft.LoraConfig``.
 
-    ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`; a subclass with the same forward, and
-    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was; so
-    do vendors' quantized layers (docs/quantized.md).
-    The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
-    keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
-    ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
-    bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
+    ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`.  Subclasses with the same forward,
+    transformers' ``FalconLinear`` and ``Conv1D``, and vendors' quantized layers (docs/quantized.md)
+    become subclasses of a LoRA layer and of their own class.
+    The layers change class in place: their identity, hooks, names and state-dict keys stay, and
+    each gets two new keys, ``lora_A`` and ``lora_B``.  Afterwards only adapters require gradients,
+    and the parameters that ``config.bias`` and ``config.modules_to_save`` name.  Adapters of a
+    float16 or bfloat16 layer are float32, as in PEFT; ``autocast_adapter_dtype=False`` keeps the
     layer's dtype.  An experts module whose weights are in ``config.target_parameters`` becomes a
     :class:`LoRAExperts` in the same way (docs/experts.md).
 
-    On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
-    head …) also becomes fast, and nothing else changes; ``frozen_linears=False`` leaves them
-    alone.  :func:`remove_lora` gives them back.
+    On a CPU without fast 16-bit products, every other frozen 16-bit ``torch.nn.Linear``, such as
+    the head, also becomes fast; nothing else changes.  ``frozen_linears=False`` switches that off.
 
-    Gated MLPs of transformers' models become blocks, which keep less for the backward
-    (docs/blocks.md); ``gated_mlps=False`` leaves gated MLPs alone.  :func:`remove_lora` gives them
-    back.
+    Gated MLPs of transformers' models become blocks, which save less for the backward
+    (docs/blocks.md).  ``gated_mlps=False`` switches that off.  :func:`remove_lora` undoes both.
 
-    Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
-    target that matches nothing (the message lists what could), a target that can't be a base
-    (docs/model.md), or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
-    model or no config.  Warns of what ``"all-linear"`` left out: experts' parameters, linear layers
-    of other classes.
+    Raises ValueError if the model already has adapters, a target matches nothing (the message lists
+    candidates), a target can't be a base (docs/model.md), or PEFT's config has an unsupported
+    field.  Raises TypeError if ``model`` is not a module or ``config`` not a config.  After an
+    error the model is unchanged.  Warns of layers that ``"all-linear"`` left out: experts'
+    parameters, and linear layers of other classes.
     """
     check_model(model)
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
@@ -132,7 +135,11 @@ def inject(
     frozen_linears: bool = True,
     gated_mlps: bool = True,
 ) -> Injection:
-    """apply_lora, for a config from a file too, whose names need not all occur in this model."""
+    """Implements apply_lora and load_adapter.
+
+    ``every_name``: raise an error if a name in the config matches nothing.  load_adapter leaves it
+    off, because a file's config may name layers that this model doesn't have.
+    """
     held, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
     saved = modules_to_save(model, config, every_name=every_name)
     targets = find_targets(model, config, saved, every_name=every_name)
@@ -140,7 +147,7 @@ def inject(
         if target.module in held:
             raise ValueError(
                 f"{called(name)} can't take an adapter: FSDP or DDP has it already, and would "
-                "leave the adapter out: call apply_lora first"
+                "leave the adapter out: call apply_lora before wrapping the model"
             )
     for name, module in saved.items():
         if any(packed_names(each) or vendor_of(each) for each in module.modules()):
@@ -150,8 +157,9 @@ def inject(
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
     for name, parameter in _named(model):
         if is_lazy(parameter):  # and torch can't freeze it
-            raise ValueError(f"{name} has no shape as yet: call the model once before")
+            raise ValueError(f"{name} has no shape yet: call the model once before")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
+    # Choose the new classes and make the adapters first, because both may fail.
     made = {}
     for name, target in targets.items():
         kind, quantized = type(target.module), not isinstance(target.weight, Tensor)
@@ -164,7 +172,7 @@ def inject(
     untied = _copies_of_tied(model, saved)
     if every_name:
         warn_of_passed_over(model, config, targets, saved)
-    # Nothing has changed so far, and nothing below can fail.
+    # All checks are above and have changed nothing; nothing below can fail.
     for place in untied:
         setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
@@ -186,30 +194,32 @@ def inject(
     model.__dict__[RECORD] = injection
     if frozen_linears:
         take_frozen(model.modules())
-    if gated_mlps:
+    if gated_mlps:  # after the layers: a gated MLP becomes a block if its three layers allow it
         mlp.take(model.modules(), mlp.GatedMLP)
     return injection
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Make every LoRA layer plain again, of its old class, in place, and return the same model.
+    """Restore the class of every LoRA layer in place, and return the same model.
 
-    A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
-    others keep the base's.  Frozen layers that were made fast are torch's again.  What trained
-    before apply_lora trains again.  Modules that trained in full keep what they learned.  A model
-    without adapters comes back as it is.  Raises ValueError, and changes nothing, where an adapted
-    weight was parametrized (``torch.nn.utils``).
+    A merged layer keeps its merged weight (:func:`merge_lora`, then this, is PEFT's
+    ``merge_and_unload``), and other layers keep the base weight.  Fast frozen layers and blocks get
+    their classes back.  Parameters that required gradients before apply_lora require them again.
+    Modules that trained in full keep their trained values.  A model without adapters is returned
+    unchanged.  Raises ValueError, and changes nothing, if an adapted weight was parametrized
+    (``torch.nn.utils``).
     """
     check_model(model)
     inner = unwrap(model)
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
+    # An experts module appears once for each adapted weight; detach it once.
     for module in {layer.adapted_module: None for _, layer in layers}:
         module.detach_adapter()
     give_back_frozen(inner.modules())
     mlp.give_back(inner.modules())
-    for module in inner.modules():  # parts of a model may have been adapted one by one
+    for module in inner.modules():  # apply_lora may have been called on parts of the model
         injection = module.__dict__.pop(RECORD, None)
         if injection is not None:
             injection.loading.remove()
@@ -222,12 +232,15 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under each of its names: a tied one comes more than once."""
+    """Every parameter under each of its names; a tied one appears several times."""
     return model.named_parameters(remove_duplicate=False)
 
 
 def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Untied, ...]:
-    """A copy of each parameter that a module which trains in full shares with one that doesn't."""
+    """Copies of the parameters that modules in ``saved`` share with modules outside of them.
+
+    Training a module in full must not change the frozen module that it is tied to.
+    """
     inside = [module for outer in saved.values() for module in outer.modules()]
     outside = ids_outside(model, set(inside))
     copies: dict[int, nn.Parameter] = {}
@@ -242,7 +255,7 @@ def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Unti
 
 
 def untie(model: nn.Module, name: str) -> None:
-    """Give the parameter of this name, which others share, memory of its own."""
+    """Replace the tied parameter of this name by a copy that isn't tied."""
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     shared = module._parameters[last]
@@ -251,31 +264,31 @@ def untie(model: nn.Module, name: str) -> None:
 
 
 def undo_injection(model: nn.Module) -> None:
-    """Take back what apply_lora did just now: what it untied is tied again, too."""
+    """Undo the last apply_lora, and tie again the parameters that it untied."""
     for place in model.__dict__[RECORD].untied:
         setattr(place.module, place.name, place.original)
     remove_lora(model)
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What apply_lora did to this model, if it did."""
+    """The record of apply_lora's changes to this model, or None."""
     return unwrap(model).__dict__.get(RECORD)
 
 
 def check_injection(model: nn.Module, injection: Injection) -> None:
-    """Raise ValueError unless the model has the very adapters that apply_lora made, once each."""
+    """Raise ValueError unless the model has exactly the adapters that apply_lora made."""
     now = dict(lora_layers(model))
     if now.keys() != set(injection.layers):
         changed = sorted(now.keys() ^ set(injection.layers))
         raise ValueError(
-            f"the model's adapters are not those that apply_lora made: {some(changed)} came or "
-            "went since; call fastlora.remove_lora(model) and start again"
+            f"the model's adapters changed after apply_lora: {some(changed)} came or went; call "
+            "fastlora.remove_lora(model) and fastlora.apply_lora again"
         )
-    check_places(model, [one.adapted_module for one in now.values()], injection.saved_modules)
+    check_places(model, [layer.adapted_module for layer in now.values()], injection.saved_modules)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, of how many, in PEFT's words."""
+    """Print the number and share of trainable parameters, in PEFT's words."""
     check_model(model)
     total = numbers_in(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights, for inference at the plain model's cost, and back."""
+"""Merge adapters into the base weights for inference without extra cost, and unmerge them."""
 
 import warnings
 from collections import Counter
@@ -11,37 +11,37 @@ from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import vendor_of
 from ..layers.adapted import AdaptedWeight
+from ..layers.guards import forget
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized
-from ..layers.reading import forget
 from ..projection import DTYPES, check_switch
 from ..report import bar
 from .declare import declared
 from .inject import check_model
 
-_BAR_FROM = 16  # layers; below, a bar would only flicker
+_BAR_FROM = 16  # layers; with fewer, a progress bar would only flicker
 
 
 def merge_lora(model: nn.Module, *, keep_base: bool = True, requantize: bool = True) -> nn.Module:
     """Add scaling · lora_B lora_A to every adapted layer's weight, and return the same model.
 
-    Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
-    weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;
-    ``keep_base=False`` frees each as soon as its layer is merged, and the merge can't be undone.
-    ``remove_lora`` then leaves a plain model.  All layers are tried first, one after the other, so
-    what is needed beside the model, and beside the originals if they are kept, is one layer.
+    The sum is computed in float32 (float64 for float64) and rounded once to the weight's dtype.
+    The original weights are kept beside the merged ones, so that :func:`unmerge_lora` restores
+    their exact bits.  ``keep_base=False`` frees each original once its layer is merged; then the
+    merge can't be undone, and ``remove_lora`` leaves a plain model.  All layers are tried first,
+    one at a time, so the peak needs memory for one more layer.
 
     A quantized layer's weight is dequantized, merged in float32 and quantized again, and a warning
-    says how far that took it; ``requantize=False`` leaves it a plain one of the dtype that most of
-    the model's parameters have beside the quantized layers (without any: of the layer's own), and
-    ``remove_lora`` then makes the layer a ``torch.nn.Linear`` of it.  Packed weights of experts
-    become dense, of that dtype, in either case: after ``remove_lora``, ``fastlora.pack`` packs them
-    again, and says how far that takes them.
+    gives the relative error of that.  ``requantize=False`` leaves a dense weight.  Its dtype is the
+    most common one among the model's parameters outside quantized layers, or the layer's dtype if
+    there are none; ``remove_lora`` then makes the layer a ``torch.nn.Linear``.  Packed weights of
+    experts always become dense, in that dtype; after ``remove_lora``, ``fastlora.pack`` packs them
+    again and reports the error.
 
-    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
+    Raises ValueError, and changes nothing, if the model has no adapters, a layer is already merged
     or its weight parametrized, its lora_A or lora_B is missing, of another shape or on another
-    device, or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to
-    another module's, which it no longer is.
+    device, or a merged weight would hold NaN or infinity.  Warns if a merged weight was tied to
+    another module's weight; they are separate afterwards.
     """
     check_switch("keep_base", keep_base)
     check_switch("requantize", requantize)
@@ -54,7 +54,7 @@ def merge_in_turn(
     requantize: bool,
     after: Callable[[AdaptedWeight], None] | None = None,
 ) -> nn.Module:
-    """:func:`merge_lora`; ``after`` is called with each layer once it is merged."""
+    """Implements :func:`merge_lora`; ``after`` is called with each merged layer."""
     layers = _layers(model)
     for name, layer in layers:
         layer.check_weight(called(name))
@@ -65,16 +65,18 @@ def merge_in_turn(
         layer.check_adapter(called(name))
     dense = _dtype_around(unwrap(model))
     packed = {layer for _, layer in layers if requantize and isinstance(layer, LoRAQuantized)}
+    # Dry run: compute every merged weight, and drop it, so that an error changes nothing.
     for name, layer in bar(layers, "checking", least=_BAR_FROM):
         merged = layer.merged_weight(torch.float32 if layer in packed else dense)
         _check_finite(name, merged)
-        if layer in packed and not keep_base:  # it is packed while there is a way back
+        if layer in packed and not keep_base:
+            # Quantizing may fail, so try it while it can be undone.
             layer.use_merged(merged)
             layer.unmerge()
         del merged
     _warn_of_ties(unwrap(model), layers)
     for module in unwrap(model).modules():
-        forget(module)  # what was read, which may hold a weight
+        forget(module)  # cached records may hold the original weights
     errors = {}
     try:
         with declared(model):
@@ -86,7 +88,7 @@ def merge_in_turn(
                 del merged
                 if after is not None:
                     after(layer)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: undo the layers that are merged already
         for _, layer in layers:
             if layer.can_unmerge:
                 layer.unmerge()
@@ -95,8 +97,8 @@ def merge_in_turn(
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
             f"{len(errors)} merged weights were quantized again, which changed them by up to "
-            f"{errors[worst]:.2g} of their size ({called(worst)}): requantize=False leaves them "
-            "plain",
+            f"{errors[worst]:.2g} of their norm ({called(worst)}): requantize=False leaves them "
+            "dense",
             stacklevel=3,
         )
     return model
@@ -135,14 +137,14 @@ def _layers(model: nn.Module) -> list:
     for name, layer in layers:
         if layer.adapted_module in held:
             raise ValueError(
-                f"{called(name)} is under FSDP, which goes on with the weight that it has: merge "
-                "in a model that isn't, which fastlora.load_adapter gives what save_adapter wrote"
+                f"{called(name)} is under FSDP, which would ignore the merged weight: save the "
+                "adapter, load it into a model that isn't, and merge there"
             )
     return layers
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """That of most parameters which are no adapters' and not in quantized layers; None without."""
+    """The most common dtype of parameters outside adapters and quantized layers, or None."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if not isinstance(module, LoRAQuantized) and vendor_of(module) is None:
@@ -154,7 +156,7 @@ def _dtype_around(model: nn.Module) -> torch.dtype | None:
 
 def _check_finite(name: str, merged: Tensor) -> None:
     """Raise ValueError if the merged weight has NaN or infinity."""
-    # Block by block, since the test makes several tensors of its size.
+    # Block by block, because isfinite makes several temporary tensors of its input's size.
     if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
         raise ValueError(
             f"merging {called(name)} gives NaN or infinity in {merged.dtype}, and nothing was "
@@ -169,8 +171,8 @@ def _warn_of_ties(model: nn.Module, layers: list) -> None:
     tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_name))] > 1]
     if tied:
         warnings.warn(
-            f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "
-            "are: the merged ones are separate now. Before saving the merged model, set "
+            f"the weights of {', '.join(tied)} were tied to other modules' weights, which don't "
+            "change: the merged weights are separate now. Before saving the merged model, set "
             "config.tie_word_embeddings = False.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Linear layers that vendors pack: of dense ones, or of what save_pretrained wrote of them."""
+"""Vendors' packed linear layers: packed from a dense layer, or read from a checkpoint."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -17,12 +17,12 @@ _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
 
 
 def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Module:
-    """A layer in the place of this one of the model, packed by its vendor."""
+    """The layer that replaces this linear layer, packed by the vendor of the format."""
     package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
     if package is None:
         raise ValueError(
-            f"{name} can't be packed as {kind}: torchao's linear layers of {kind} round their "
-            "input, or aren't read: linear layers may be nf4 (bitsandbytes) or fp8 (torchao)"
+            f"{name} can't be packed as {kind}: torchao's {kind} linear layers round their input, "
+            "or fastlora can't read them: give nf4 (bitsandbytes) or fp8 (torchao)"
         )
     try:
         theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
@@ -32,27 +32,29 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
             "pip install 'fastlora-kernels[quantized]'"
         ) from error
     if linear.weight.is_meta or is_hooked(linear):
-        raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")
-    if kind == "fp8":
+        raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
+    if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
-        made = around[0]
+        packed = around[0]
     else:
         how: Any = {"quant_type": "nf4", "compress_statistics": False}
         sizes = linear.in_features, linear.out_features, False, linear.weight.dtype
-        made = theirs.Linear4bit(*sizes, **how, device="meta")
+        packed = theirs.Linear4bit(*sizes, **how, device="meta")
         dense, device = linear.weight.detach().cpu(), linear.weight.device
-        made.weight = theirs.Params4bit(dense, requires_grad=False, module=made, **how).to(device)
-    if other_vendor(model, vendor_of(made)):
+        weight = theirs.Params4bit(dense, requires_grad=False, module=packed, **how)
+        packed.weight = weight.to(device)  # the move quantizes it
+    # A transformers model's quantization_config names one quantizer only.
+    if other_vendor(model, vendor_of(packed)):
         raise ValueError(
-            f"{name} can't be packed as {kind}: the model has another vendor's layers, and its "
-            "quantization_config can't name both"
+            f"{name} can't be packed as {kind}: the model has another vendor's packed layers, and "
+            "its quantization_config can name only one vendor"
         )
-    return _readable(name, made.train(linear.training), kind)
+    return _readable(name, packed.train(linear.training), kind)
 
 
 def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
-    """The same; ValueError if fastlora doesn't know what it holds."""
+    """The same layer.  Raises ValueError if fastlora can't read its weight."""
     quantized = quantized_weight(layer)
     if isinstance(quantized, str):
         raise ValueError(f"{name} can't be packed as {kind}: {quantized}")
@@ -60,9 +62,9 @@ def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
 
 
 def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]]:
-    """The model's linear layers that a checkpoint with these keys has packed: which are theirs.
+    """The keys of each linear layer that a checkpoint with these keys holds packed, by its name.
 
-    A bias is none of them, and is read as all others are.
+    A bias isn't among them, because it is dense and loads like all other tensors.
     """
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     keys = list(keys)
@@ -80,27 +82,27 @@ def read_linear(
     about: Callable[[], dict[str, str]],
     device: torch.device,
 ) -> nn.Module:
-    """A layer in the place of this nn.Linear, on this device, but for its bias.
+    """The packed layer that replaces this nn.Linear, on this device and without a bias.
 
-    ``tensors``: its own of the file, by key; ``about``: what the file's header says.
+    ``tensors``: the layer's tensors in the file, by key; ``about``: returns the file's metadata.
     """
     sizes, kind = (linear.in_features, linear.out_features), "fp8"
     if name + _FOUR_BIT in tensors:
         kind = "nf4"
         theirs: Any = import_module("bitsandbytes.nn")
-        made = theirs.Linear4bit(*sizes, False, device="meta")
+        packed = theirs.Linear4bit(*sizes, False, device="meta")
         stats = {key.removeprefix(f"{name}.weight."): each for key, each in tensors.items()}
-        made.weight = theirs.Params4bit.from_prequantized(
-            stats.pop(f"{name}.weight"), stats, device=device, module=made
+        packed.weight = theirs.Params4bit.from_prequantized(
+            stats.pop(f"{name}.weight"), stats, device=device, module=packed
         )
-        made.quant_state = made.weight.quant_state
+        packed.quant_state = packed.weight.quant_state
     else:
         theirs = import_module("torchao.prototype.safetensors.safetensors_support")
         key = f"{name}.weight"
         header = {"tensor_names": json.dumps([key]), key: about()[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
-        if weight is None:  # it waits for more
-            raise ValueError(f"the file has {some(sorted(tensors))} alone of {called(name)}")
-        made = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    return _readable(name, made.train(linear.training), kind)
+        if weight is None:  # torchao waits for further tensors of this weight
+            raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
+        packed = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
+        packed.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    return _readable(name, packed.train(linear.training), kind)

@@ -1,4 +1,4 @@
-"""Packing a model's weights: what is packed is taken in place here, and reported on."""
+"""Pack a model's dense weights in place, with a report: ``fastlora.pack``."""
 
 import math
 from collections.abc import Iterable, Sequence, Set
@@ -28,10 +28,10 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class PackedRecord:
-    """One weight: ``format`` is what its packed form is called, as "MXFP4".
+    """One packed weight; ``format`` is the format's name, such as "MXFP4".
 
-    ``before`` and ``after``: bytes of the dense weight in the model's dtype, and of the packed one.
-    ``error``: ‖packed - weight‖ / ‖weight‖; None where the dense weight has no numbers here.
+    ``before``: bytes of the dense weight in the model's dtype.  ``after``: bytes of the packed
+    weight.  ``error``: ‖packed - weight‖ / ‖weight‖; None if the dense weight has no values here.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PackedRecord:
 class PackReport:
     """A record for each packed weight; prints as a table that ends with totals.
 
-    ``others``: bytes of all that was read beside them; ``notes`` are on the whole.
+    ``others``: bytes of all other tensors that were read.  ``notes``: lines below the table.
     """
 
     weights: tuple[PackedRecord, ...]
@@ -66,7 +66,7 @@ class PackReport:
         total = f"{len(rows)} weights", "", *_sizes(self), _percent(worst)
         lines = columns([_TITLES, *rows, total], left=2)
         if self.others:
-            lines.append(f"all else: {self.others / _MIB:.1f} MiB")
+            lines.append(f"all other tensors: {self.others / _MIB:.1f} MiB")
         return "\n".join([*lines, *self.notes])
 
 
@@ -82,27 +82,28 @@ def _percent(error: float | None) -> str:
 
 
 class Packing:
-    """Packed weights for a model: all are made and checked before the first is taken in place.
+    """Packed weights for a model.  All are made and checked before the first one is installed.
 
-    ``compares``: the weights in whose places they are have numbers, unless they are on meta.
+    ``compares``: whether to compute the error; it needs the dense weights' values, so weights on
+    meta are skipped.
     """
 
     def __init__(self, model: nn.Module, compares: bool) -> None:
         self.model, self.compares = model, compares
         self.records: list[PackedRecord] = []
         self._experts: dict[nn.Module, dict[str, Quantized]] = {}
-        self._linears: dict[nn.Module, Any] = {}  # vendors', by those in whose places they are
+        self._linears: dict[nn.Module, Any] = {}  # vendors' layers, by the layers they replace
 
     def add_weight(self, name: str, module: nn.Module, parameter: str, weight: Quantized) -> None:
-        """Of experts.  Raises ValueError as :meth:`add_linear`."""
+        """Add a weight of experts.  Raises ValueError as :meth:`add_linear` does."""
         self._experts.setdefault(module, {})[parameter] = weight
         self._record(name, stack_in(module, parameter), weight)
 
     def add_linear(self, name: str, linear: nn.Module, layer: Any) -> None:
-        """A vendor's layer, which will have the bias of the one in whose place it is.
+        """Add a vendor's layer; it will share the bias of the layer that it replaces.
 
-        Raises ValueError for infinities and NaN, and where float16, of a model of that dtype,
-        doesn't hold the packed numbers.
+        Raises ValueError for infinities and NaN, and if the layer is float16 and a packed value is
+        too large for float16.
         """
         self._linears[linear] = layer
         self._record(name, matrix_of(linear), matrix_of(layer))
@@ -113,25 +114,29 @@ class Packing:
             error = packing_error(dense, packed)
             if not math.isfinite(error):
                 raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+        # Packed values are rounded, so they may exceed float16 where the dense ones don't.
         if dense.dtype == torch.float16 and packed.device.type != "meta":
             parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
-            if not all(bool(one.dense(torch.float16).isfinite().all()) for one in parts):
+            if not all(bool(part.dense(torch.float16).isfinite().all()) for part in parts):
                 raise ValueError(
-                    f"{name} can't be {packed.format.label} in float16: its largest numbers, "
-                    "rounded to that, are beyond 65504: make the model bfloat16 first "
-                    "(model.bfloat16())"
+                    f"{name} can't be {packed.format.label} in float16: its largest values, after "
+                    "packing, are beyond 65504: make the model bfloat16 first (model.bfloat16())"
                 )
         before = dense.shape.numel() * dense.dtype.itemsize
         after = sum(tensor.nbytes for tensor in packed.tensors)
         self.records.append(PackedRecord(name, packed.format.label, before, after, error))
 
     def take(self) -> None:
-        """Let the model have them, and say so; what may fail does so before anything changes."""
+        """Install the packed weights, and update the model's quantization_config.
+
+        Everything that may fail was done before.
+        """
         with declared(self.model, self._linears.values()):
             for module, weights in self._experts.items():
                 take_packed(module, weights)
             for linear, layer in self._linears.items():
                 layer.bias = linear.bias
+            # Replace a layer at all of its places.
             for parent in list(self.model.modules()):
                 for key, child in parent._modules.items():
                     if child is not None and child in self._linears:
@@ -139,22 +144,25 @@ class Packing:
 
 
 def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
-    """Pack dense weights of the model in place, and report what that took and saved.
+    """Pack dense weights of the model in place, and report each weight's size and error.
 
     ``kind`` is "nf4", "mxfp4", "nvfp4" or "fp8" (:func:`fastlora.formats.packing.pack_weight`).
-    ``modules`` names what to pack as PEFT's target_modules does: a regular expression for whole
-    names, or a list of names or their last parts.  None: every experts module of transformers' that
-    fastlora knows and that isn't packed.  Linear layers are packed by their vendors: "nf4" makes
-    them bitsandbytes' ``Linear4bit``, "fp8" gives them torchao's ``Float8Tensor``.
+    ``modules`` names the modules to pack, in the form of PEFT's target_modules: a regular
+    expression that matches the whole name, or a list of names or last parts.  None packs every
+    dense experts module of transformers that fastlora supports.  Vendors pack linear layers: "nf4"
+    makes them bitsandbytes' ``Linear4bit``, and "fp8" gives them torchao's ``Float8Tensor``.
 
-    The packed weights are made before the dense ones go, so that a call that fails leaves the model
-    as it was.  On meta nothing has numbers, and the shapes are packed.
+    All packed weights are made before the first dense one is freed, so a call that fails leaves the
+    model unchanged.  On meta, only shapes are packed.
 
-    Raises TypeError for what is no module, ImportError where a vendor's package isn't there, and
-    ValueError for another kind, a name that matches nothing or what is neither, a model with
-    adapters (pack first, then :func:`fastlora.apply_lora`) or under FSDP or DDP, linear layers of
-    the other kinds, a weight that something else has, too, and weights that don't fit a format's
-    blocks or hold NaN or infinity.
+    Raises TypeError if ``model`` is not a module, and ImportError if the vendor's package isn't
+    installed.  Raises ValueError for
+
+    * another kind, or another kind than nf4 and fp8 for linear layers;
+    * a name that matches nothing, or a module that is neither experts nor a linear layer;
+    * a model with adapters (pack first, then :func:`fastlora.apply_lora`), or under FSDP or DDP;
+    * a weight that is tied to a module that isn't packed;
+    * weights that don't fit the format's blocks, or that hold NaN or infinity.
     """
     check_model(model)
     wrapped, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
@@ -169,11 +177,12 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
         if packed_names(module) or quantized_weight(module) is not None:
             reason = "it is packed already"
         if module in wrapped:
-            reason = "FSDP or DDP has it already: pack first"
+            reason = "FSDP or DDP has it already: call fastlora.pack before wrapping the model"
         held = [module, *[module._parameters.get(parameter) for parameter in names or ("weight",)]]
         if not others.isdisjoint(map(id, held)):
             reason = (
-                "it is compiled, or tied to what isn't packed, which would keep its dense weight"
+                "it is compiled, or tied to a module that isn't packed, so its dense weight would "
+                "stay in memory"
             )
         if reason:
             raise ValueError(f"{called(name)} can't be packed: {reason}")
@@ -195,22 +204,23 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 
 
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """What is to be packed, by name."""
+    """The modules to pack, by name."""
     named = {plain_name(name): module for name, module in model.named_modules()}
+    # read_module gives no reason against modules that are supported experts.
     experts = {name: module for name, module in named.items() if not read_module(module).reason}
     if modules is None:
         dense = {name: module for name, module in experts.items() if not packed_names(module)}
         if dense:
             return dense
-        raise ValueError("the model has no dense experts that fastlora knows: say what in modules")
+        raise ValueError("the model has no dense experts that fastlora knows: name modules to pack")
     if not isinstance(modules, str | Sequence | Set):
         raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     chosen: dict[str, nn.Module] = {}
-    for one in [modules] if isinstance(modules, str) else [(each,) for each in modules]:
-        test = name_test(one)
+    for pattern in [modules] if isinstance(modules, str) else [(name,) for name in modules]:
+        test = name_test(pattern)
         matched = {name: module for name, module in named.items() if name and test(name)}
         if not matched:
-            what = one if isinstance(one, str) else one[0]
+            what = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(f"modules has {shown(what)}, which matches no module")
         chosen |= matched
     others = [
@@ -226,15 +236,17 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
-    """The ids of parameters outside of the chosen modules, and of layers that are compiled."""
+    """The ids of parameters outside of the chosen modules, and of compiled linear layers.
+
+    A compiled wrapper keeps calling the layer that it compiled, so replacing it has no effect.
+    """
     compiled = [module._modules.get("_orig_mod") for module in model.modules()]
-    # Another layer in the place of such a one would never be called.
-    layers = {id(each) for each in compiled if isinstance(each, nn.Linear)}
+    layers = {id(layer) for layer in compiled if isinstance(layer, nn.Linear)}
     return layers | ids_outside(model, set(chosen))
 
 
 def packed_on_meta(shape: Sequence[int], kind: str) -> Quantized:
-    """A stack [E, N, K] without numbers."""
-    count, *one = shape
-    format, tensors = KINDS[kind](torch.empty(*one, dtype=torch.float32, device="meta"))
+    """A packed stack [E, N, K] on meta: its format, and its tensors' shapes and dtypes."""
+    count, *matrix = shape
+    format, tensors = KINDS[kind](torch.empty(*matrix, dtype=torch.float32, device="meta"))
     return Quantized(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))

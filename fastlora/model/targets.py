@@ -1,6 +1,6 @@
-"""Which modules of a model a LoRAConfig means, and what else could be meant, or can't be and why.
+"""Find the modules that a LoRAConfig targets, and explain why others can't be adapted.
 
-It reads names and classes; it changes nothing.
+These functions read names and classes, and change nothing.
 """
 
 import re
@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
-from ..layers.experts import (
-    PackedWeight,
-    features_of,
-    packed_names,
-    parameter_names,
-    weight_in,
-)
+from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.modules import called, full_name, plain_name, some
 from ..projection import shown
@@ -31,14 +25,14 @@ _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier"
 
 
 class Target(NamedTuple):
-    """What gets an adapter: a linear layer, or a weight of an experts module."""
+    """A linear layer or a weight of an experts module that gets an adapter."""
 
     module: nn.Module
-    parameter: str = ""  # of experts
+    parameter: str = ""  # the weight's name in an experts module; "" for a linear layer
 
     @property
     def weight(self) -> Any:
-        """[out, in], or that of all experts; it may be packed."""
+        """The weight [out, in], or a stack of all experts' weights; it may be packed."""
         return weight_in(self.module, self.parameter) if self.parameter else matrix_of(self.module)
 
     @property
@@ -48,29 +42,28 @@ class Target(NamedTuple):
         return Features(1, *self.weight.shape[::-1])
 
     def dtype(self, wide: bool = True) -> torch.dtype:
-        """Of its adapter: not of 16 bits where it is ``wide``, nor beside a packed weight."""
+        """The dtype of its adapter: float32 or float64 if ``wide`` or beside a packed weight."""
         weight = self.weight
         return wide_dtype(weight) if wide or not isinstance(weight, Tensor) else weight.dtype
 
     def new_adapter(self, name: str, config: LoRAConfig, wide: bool = True) -> Pair:
-        """Fresh lora_A and lora_B for the target of this name."""
+        """New lora_A and lora_B for the target of this name."""
         numbers = config.rank_of(name), config.init_lora_weights, self.dtype(wide)
         return new_adapter(self.weight, *numbers, self.features)
 
 
-Targets = dict[str, Target]  # by name: linear layers, and then weights of experts
+Targets = dict[str, Target]  # by name: linear layers first, then weights of experts
 
 
 def find_targets(
     model: nn.Module, config: LoRAConfig, saved: Collection[str], *, every_name: bool
 ) -> Targets:
-    """What ``config`` targets; a layer with several names comes under the first.
+    """The targets of ``config``; a layer with several names has the first one.
 
-    ``saved`` are the names of modules that train in full: nothing inside them is a target.
+    ``saved``: names of modules that train in full; nothing inside them is a target.
 
-    Raises ValueError if nothing matches, if a target can't be a base or is at two places, or, with
-    ``every_name``, if one of ``target_modules``' names matches nothing; each message says what to
-    do.
+    Raises ValueError if nothing matches, or if a target can't be a base or is at two places in the
+    model.  With ``every_name`` it also raises if a name in ``target_modules`` matches nothing.
     """
     wanted = _target_test(model, config)
     excluded = name_test(config.exclude_modules or ())
@@ -91,10 +84,11 @@ def find_targets(
     if every_name and isinstance(config.target_modules, tuple):
         names = [name for name, _ in model.named_modules()]
         for target in config.target_modules:
-            if not any(map(name_test((target,)), names)):
+            if not any(map(name_test((target,)), names)):  # also a name that is excluded counts
                 raise ValueError(
                     f"target_modules has {target!r}, which matches no module. {could_match(model)}"
                 )
+    # Everything matched; now refuse what can't be a base.
     around = bypassed(model)
     for name, module in matched.items():
         reason = why_not_base(module)
@@ -106,9 +100,9 @@ def find_targets(
             raise ValueError(f"{called(name)} can't take an adapter: {reason}{what_else}")
         if is_router(module) and config.lora_dropout:
             raise ValueError(
-                f"{name} is a router ({type(module).__name__}), whose adapter has no dropout, in "
-                f"PEFT neither, and lora_dropout is {config.lora_dropout}: set it to 0, or leave "
-                "the router out"
+                f"{name} is a router ({type(module).__name__}), whose adapter can't have dropout, "
+                f"as in PEFT, but lora_dropout is {config.lora_dropout}: set it to 0, or exclude "
+                "the router"
             )
         if name in around:
             raise ValueError(
@@ -128,11 +122,11 @@ def _find_experts(
     *,
     every_name: bool,
 ) -> Targets:
-    """The experts' weights that ``target_parameters`` names, by name, in the model's order.
+    """The weights of experts that ``target_parameters`` names, by name, in the model's order.
 
-    ``layers``: the linear layers that ``config`` targets, whose weights it may name, too.
-    ``saved``: modules that train in full.  Raises ValueError for a parameter that is the weight of
-    neither, for experts that can't have adapters, and, with ``every_name``, for a name that matches
+    ``layers``: the linear layers that ``config`` targets; ``target_parameters`` may also name their
+    weights.  ``saved``: modules that train in full.  Raises ValueError for a parameter of any other
+    module and if experts can't have adapters.  With ``every_name`` it also raises if a name matches
     nothing.
     """
     wanted = config.target_parameters or ()
@@ -141,9 +135,10 @@ def _find_experts(
         for owner, module in (model.named_modules() if wanted else ())
         for parameter in parameter_names(module)
     ]
-    for one in wanted if every_name else ():
-        if not any(names_any((one,), name) for name, *_ in places):
-            raise ValueError(f"target_parameters has {one!r}, which matches no parameter")
+    for ending in wanted if every_name else ():
+        if not any(names_any((ending,), name) for name, *_ in places):
+            raise ValueError(f"target_parameters has {ending!r}, which matches no parameter")
+    # A named weight of a linear layer is a target already; all other weights must be experts'.
     by_module: dict[str, list[str]] = {}
     for name, owner, parameter in places:
         if not names_any(wanted, name) or any(is_inside(name, outer) for outer in saved):
@@ -153,8 +148,8 @@ def _find_experts(
             by_module.setdefault(owner, []).append(parameter)
         elif is_conv1d(type(layer)):
             raise ValueError(
-                f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT "
-                "takes for [out, in]: name the layer in target_modules"
+                f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT would "
+                "read as [out, in]: name the layer in target_modules"
             )
     targets = {}
     for owner, parameters in by_module.items():
@@ -163,7 +158,7 @@ def _find_experts(
         if reason:
             raise ValueError(
                 f"target_parameters names {parameters[0]} of {called(owner)}, which can't take an "
-                f"adapter: it is no linear layer's weight, and as experts {reason}"
+                f"adapter: it isn't a linear layer's weight, and as experts {reason}"
             )
         for parameter in parameters:
             targets[full_name(owner, parameter)] = Target(module, parameter)
@@ -171,17 +166,19 @@ def _find_experts(
 
 
 def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collection[str]) -> None:
-    """Raise ValueError if a module that is adapted, or trains in full, is at two places.
+    """Raise ValueError if a module that is adapted or trains in full is at two places in the model.
 
-    PEFT puts another one in the first place alone, and that is what its files mean.  A block around
-    it may be at many places, as it is one there, too.  ``saved``: by name, as in
-    :func:`find_targets`.
+    PEFT replaces the module only at the first place, and its files mean that.  A block around the
+    module may be at several places, because PEFT's replacement is then at all of them.  ``saved``:
+    names, as in :func:`find_targets`.
     """
+    # All places of each module: its parents, and its full name under each.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for outer, parent in model.named_modules():
         for key, child in parent._modules.items():
             if child is not None:
                 places.setdefault(child, []).append((parent, full_name(outer, key)))
+    # A module in full counts with everything inside it; places within it are one place.
     whole = [model.get_submodule(name) for name in saved]
     for top, inside in [
         *((module, {module}) for module in adapted),
@@ -189,12 +186,13 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
     ]:
         for module in inside:
             names = [name for parent, name in places.get(module, ()) if parent not in inside]
+            # The top module has one place outside of itself; modules inside it must have none.
             if len(names) > (module is top) and any(True for _ in module.parameters()):
-                first = next(name for name, one in model.named_modules() if one is module)
+                first = next(name for name, found in model.named_modules() if found is module)
                 others = ", ".join(name for name in names if name != first)
                 raise ValueError(
                     f"{first} and {others} are one {type(module).__name__}, which PEFT would adapt "
-                    f"or train at the first place alone: its files can't mean more. Put a copy "
+                    f"or train only at the first place, and its files can't mean more. Put a copy "
                     f"(copy.deepcopy) at {others}, or leave the module out"
                 )
 
@@ -206,12 +204,12 @@ def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
 def warn_of_passed_over(
     model: nn.Module, config: LoRAConfig, targets: Targets, saved: Collection[str]
 ) -> None:
-    """Warn if "all-linear" leaves out of the targets what PEFT's "all-linear" would adapt."""
+    """Warn of modules that PEFT's "all-linear" would adapt, and fastlora's doesn't."""
     if not is_all_linear(config.target_modules):
         return
     excluded = name_test(config.exclude_modules or ())
     done = {*saved}
-    done |= {name.rpartition(".")[0] if one.parameter else name for name, one in targets.items()}
+    done |= {name.rpartition(".")[0] if t.parameter else name for name, t in targets.items()}
 
     def is_meant(name: str) -> bool:
         return not excluded(name) and not any(is_inside(name, outer) for outer in done)
@@ -226,8 +224,8 @@ def warn_of_passed_over(
         )
     if left_out:
         warnings.warn(
-            f"target_modules='all-linear' passed over {'; '.join(left_out)}. {USE_PEFT} "
-            "exclude_modules with their names says that it is meant.",
+            f"target_modules='all-linear' left out {'; '.join(left_out)}. {USE_PEFT} "
+            "To silence this warning, put their names in exclude_modules.",
             stacklevel=4,
         )
 
@@ -235,9 +233,9 @@ def warn_of_passed_over(
 def modules_to_save(
     model: nn.Module, config: LoRAConfig, *, every_name: bool
 ) -> dict[str, nn.Module]:
-    """The modules that train in full, by name; a classification task's head is one, as in PEFT.
+    """The modules that train in full, by name, with a classification task's head, as in PEFT.
 
-    A name is meant by its end, also within a part: "norm" means input_layernorm, too.
+    A name matches if it ends with the wanted one, so "norm" also matches input_layernorm.
     """
     asked = config.modules_to_save or ()
     names = (*asked, *_HEADS_BY_TASK.get(config.task_type or "", ()))
@@ -253,7 +251,7 @@ def modules_to_save(
 
 
 def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[str]:
-    """The names of the biases that train under ``LoRAConfig.bias`` if these are adapted."""
+    """The names of the biases that train with this ``LoRAConfig.bias`` and these adapted layers."""
     names = [plain_name(name) for name, _ in model.named_parameters()]
     names = [name for name in names if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
@@ -263,7 +261,11 @@ def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[s
 
 
 def name_test(names: str | Sequence[str]) -> Callable[[str], bool]:
-    """A test of names: a regular expression for the whole, or a list of names or last parts."""
+    """A predicate on names.
+
+    ``names`` is a regular expression that must match the whole name, or a list of names or last
+    parts.
+    """
     if isinstance(names, str):
         pattern = compile_pattern(names)
         return lambda name: pattern.fullmatch(name) is not None
@@ -277,8 +279,8 @@ def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
     if targets is None and config.target_parameters:
         return lambda name: False
     numbers = cast(Sequence[int] | None, config.layers_to_transform)
-    # The number of a layer is the first in a name, as PEFT counts.
-    forms = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in config.layers_pattern or ()]
+    # A layer's number is the first number in its name, as in PEFT.
+    forms = [rf"(?:^|.*?\.){stack}\.(\d+)\." for stack in config.layers_pattern or ()]
     forms = forms or [r".*?\.[^.]*\.(\d+)\."]
 
     def in_layers(name: str) -> bool:
@@ -290,16 +292,19 @@ def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
     if targets is None:
         attention = _attention_projections(model)
         return lambda name: name in attention and in_layers(name)
-    # A whole name counts in any layer, as in PEFT.
+    # A whole name matches in any layer, regardless of layers_to_transform, as in PEFT.
     return lambda name: name in targets or (names_any(targets, name) and in_layers(name))
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
-    """The linear layers inside a transformers model's attention modules, known by their class."""
+    """The linear layers inside a transformers model's attention modules.
+
+    An attention module is recognized by its class's name.
+    """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
             "target_modules is None, which means the attention projections of a transformers "
-            f"model, and a {type(model).__name__} is none: name the layers. {could_match(model)}"
+            f"model, but a {type(model).__name__} isn't one: name the layers. {could_match(model)}"
         )
     linear = all_linear(model)
     inside = [
@@ -314,7 +319,7 @@ USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimi
 
 
 def all_linear(model: nn.Module) -> set[str]:
-    """Every linear layer that can be a base, adapted or not, but a transformers model's head."""
+    """Every linear layer that can be a base, adapted or not, except a transformers model's head."""
     head = embeddings_of(model, "output")
     return {
         name
@@ -326,7 +331,10 @@ def all_linear(model: nn.Module) -> set[str]:
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
-    """The modules whose weights a fused torch.nn module reads itself, and that module's class."""
+    """Modules whose weights a fused torch.nn module reads without calling them, by name.
+
+    The values are the class names of the fused modules.
+    """
     return {
         full_name(outer, name): type(module).__name__
         for outer, module in model.named_modules()
@@ -337,14 +345,14 @@ def bypassed(model: nn.Module) -> dict[str, str]:
 
 
 def could_match(model: nn.Module) -> str:
-    """The last parts of all names that could be targets, with their counts, and what can't be."""
+    """A text that lists possible targets (last parts of names, with counts) and obstacles."""
     names = Counter(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if not why_not_base(module)
     )
     in_the_way = "; ".join(_obstacles(model))
-    why = f" In the way: {in_the_way}. {USE_PEFT}" if in_the_way else ""
+    why = f" These can't be adapted: {in_the_way}. {USE_PEFT}" if in_the_way else ""
     if not names:
         return f"The model has no linear layer that could be adapted.{why}"
     listed = ", ".join(f"{name} ({count})" for name, count in names.most_common(20))
@@ -352,7 +360,7 @@ def could_match(model: nn.Module) -> str:
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a mixture of experts with weights of their own, which no linear layer holds."""
+    """Modules of a mixture of experts that hold weights themselves, not in linear layers."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -363,13 +371,14 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def numbers_in(model: nn.Module) -> int:
-    """How many numbers its parameters and packed weights stand for."""
+    """The number of parameters; a packed weight counts with its dense shape."""
     packed = [m.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)]
     return sum(packed) + sum(parameter.numel() for parameter in model.parameters())
 
 
 def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """The linear layers that can't be adapted, by reason."""
+    """Texts on the linear layers that can't be adapted, one for each reason."""
+    # Group by reason, so that a message names each reason once.
     head, around = embeddings_of(model, "output"), bypassed(model)
     reasons: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -387,7 +396,7 @@ def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: 
 
 
 def is_like_linear(module: nn.Module) -> bool:
-    """A linear layer of any library's, by its class or its name."""
+    """Whether it is a linear layer of any library, judged by its class or the class's name."""
     if isinstance(module, nn.Linear):
         return True
     kind = type(module)
@@ -396,7 +405,7 @@ def is_like_linear(module: nn.Module) -> bool:
 
 
 def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
-    """The "input" or "output" embeddings of a transformers model; None where it has none."""
+    """The "input" or "output" embeddings of a transformers model; None if it has none."""
     get = getattr(model, f"get_{which}_embeddings", None)
     try:
         embedding = get() if callable(get) else None

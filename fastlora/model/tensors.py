@@ -1,4 +1,4 @@
-"""An adapter's tensors under PEFT's keys: a model's, and the file's that fit them."""
+"""An adapter's tensors under PEFT's keys, in a model and in a file."""
 
 import re
 import warnings
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _PREFIX = "base_model.model."
-# With modules_to_save, PEFT writes its wrapper's two copies of biases (bias="all") and embeddings.
+# PEFT's wrapper of modules_to_save holds two copies of biases (bias="all") and embeddings.  PEFT
+# writes both under these keys; they are ignored.
 _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.([^.]*bias|weight)$")
 
 
@@ -31,7 +32,7 @@ def _key(module: str, parameter: str) -> str:
 
 
 def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tensor]:
-    """Everything that belongs to the adapter, under PEFT's keys."""
+    """All tensors of the adapter, under PEFT's keys."""
     adapted = dict(lora_layers(model))
     tensors: dict[str, Tensor] = {}
     for name, keys in pairs_of(adapted, experts_weights(model)).items():
@@ -43,9 +44,9 @@ def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tenso
 def full_tensors(
     model: nn.Module, bias: str, saved: Iterable[str], layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """The biases that train, and all that modules hold which train in full, under PEFT's keys.
+    """The biases that train, and the tensors of modules that train in full, under PEFT's keys.
 
-    ``layers``: the names of those that have an adapter, or are to get one.
+    ``layers``: the names of layers that have an adapter or will get one.
     """
     tensors: dict[str, Tensor] = {}
     for name in trained_biases(model, bias, layers):
@@ -64,9 +65,9 @@ def experts_weights(model: nn.Module) -> set[str]:
 
 
 def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[str, str]]:
-    """The keys of lora_A and lora_B in a file, by the names of layers and of ``experts``' weights.
+    """The keys of lora_A and lora_B in a file, by the name of the layer or of the experts' weight.
 
-    PEFT nests a layer for each weight of an experts module, the last one outermost.
+    PEFT wraps an experts module once for each weight; the last weight's wrapper is the outermost.
     """
     by_module: dict[str, list[str]] = {}
     for name in names:
@@ -74,7 +75,7 @@ def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[
         by_module.setdefault(module, []).append(name)
     pairs = {}
     for module, weights in by_module.items():
-        for outside, name in enumerate(reversed(weights)):
+        for outside, name in enumerate(reversed(weights)):  # wrappers around this weight's
             layer = ".".join(filter(None, (module, *["base_layer"] * outside)))
             pairs[name] = _key(layer, "lora_A.weight"), _key(layer, "lora_B.weight")
     return pairs
@@ -83,16 +84,16 @@ def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[
 def embedding_tensors(
     model: nn.Module, saved: Collection[str], layers: Collection[str]
 ) -> dict[str, Tensor]:
-    """What a transformers model's input and output embeddings hold, under PEFT's keys.
+    """The tensors of a transformers model's input and output embeddings, under PEFT's keys.
 
-    Not those inside of ``saved``, modules that train in full.  An output head that is among the
-    adapted ``layers`` has its weight under ``base_layer``.
+    Embeddings inside modules that train in full (``saved``) are left out.  The weight of an adapted
+    output head (in ``layers``) is under ``base_layer``.
     """
     tensors = {}
     for module in (embeddings_of(model, which) for which in ("input", "output")):
         names = [name for name, other in model.named_modules() if other is module]
         name = plain_name(names[0]) if names else None
-        if module is None or name is None or any(is_inside(name, one) for one in saved):
+        if module is None or name is None or any(is_inside(name, outer) for outer in saved):
             continue
         prefix = f"{name}.base_layer" if name in layers else name
         for key, tensor in module.state_dict(keep_vars=True).items():
@@ -102,9 +103,9 @@ def embedding_tensors(
 
 
 def must_save_embeddings(model: nn.Module, choice: bool | str) -> bool:
-    """Whether ``save_embedding_layers`` means so.
+    """Whether to save embeddings, for this value of ``save_embedding_layers``.
 
-    "auto": whether the vocabulary has another size than in the config that the model came with.
+    "auto" compares the vocabulary's size with the config that the model was loaded from.
     """
     if isinstance(choice, bool):
         return choice
@@ -130,30 +131,30 @@ def must_save_embeddings(model: nn.Module, choice: bool | str) -> bool:
 
 
 def text_config(config: Any) -> Any:
-    """Of the language model in one that may have others beside it."""
+    """The config of the language model in a model that may also have a vision model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 class Found(NamedTuple):
-    """What a file has for a model, by key."""
+    """The tensors that a file and a model have in common, by key."""
 
-    wanted: dict[str, Tensor]  # the model's tensors, of the adapter
-    brought: dict[str, Tensor]  # the model's tensors, of embeddings that are in the file
-    tensors: dict[str, Tensor]  # the file's, for both
-    untied: list[str]  # those that share memory in the model, and differ in the file
+    wanted: dict[str, Tensor]  # the model's tensors of the adapter
+    brought: dict[str, Tensor]  # the model's tensors of embeddings, if the file has them
+    tensors: dict[str, Tensor]  # the file's tensors for both
+    untied: list[str]  # keys of tensors that share memory in the model, but differ in the file
 
 
 def read_fitting(
     model: nn.Module, injection: "Injection", stored: Mapping[str, Planned], path: Path
 ) -> Found:
-    """The file's tensors; ValueError if they aren't the model's."""
+    """Read the file's tensors.  Raises ValueError if they don't fit the model."""
     wanted = adapter_tensors(model, injection)
     embeddings = embedding_tensors(model, injection.saved_modules, injection.layers)
     brought = {
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
     }
     here = wanted | brought
-    # PEFT's bias="all" has a bias of a block at two places under both names.
+    # With bias="all", PEFT writes a bias of a block that is at two places under both names.
     named = dict(model.named_parameters(remove_duplicate=False))
     ours = set(map(id, here.values()))
     again = {
@@ -162,6 +163,7 @@ def read_fitting(
     stored = {key: there for key, there in stored.items() if key in here or key not in again}
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
+    # A tied tensor has several keys, and the file must have equal values under them.
     first: dict[int, str] = {}
     untied = [
         key
@@ -172,7 +174,7 @@ def read_fitting(
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Of any dtype; a NaN is the same as itself."""
+    """Whether two tensors of any dtype have the same bits; equal NaNs count as equal."""
     return one is other or (
         one.dtype == other.dtype
         and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
@@ -180,14 +182,17 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def name_of(key: str) -> str:
-    """The parameter's name in the model."""
+    """The parameter's name in the model, from its key in the file."""
     return key.removeprefix(_PREFIX)
 
 
 def check_planned(
     model: nn.Module, config: LoRAConfig, stored: Mapping[str, Planned], path: Path
 ) -> None:
-    """Raise ValueError unless the file has lora_A and lora_B as its config would make them."""
+    """Raise ValueError unless the file has the lora_A and lora_B that its config implies here.
+
+    It runs before adapters are made, so a file that doesn't fit costs no memory.
+    """
     saved = modules_to_save(model, config, every_name=False)
     planned = planned_adapters(find_targets(model, config, saved, every_name=False), config)
     shapes = {key: shape for key, (shape, _) in planned.items()}
@@ -196,7 +201,7 @@ def check_planned(
 
 
 def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]:
-    """Every lora_A and lora_B that the config would make of these targets, under PEFT's keys."""
+    """Shape and dtype of every lora_A and lora_B that the config implies, under PEFT's keys."""
     experts = [name for name, target in targets.items() if target.parameter]
     return {
         key: Planned(shape, targets[name].dtype())
@@ -208,15 +213,15 @@ def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]
 
 
 def check_layers(model: nn.Module, config: LoRAConfig) -> None:
-    """Raise ValueError unless the model's adapters are those that the config speaks of."""
+    """Raise ValueError unless the model's adapters have the config's ranks and alphas."""
     for name, layer in lora_layers(model):
         here = (layer.r, layer.lora_alpha, layer.use_rslora)
         there = (config.rank_of(name), config.alpha_of(name), config.use_rslora)
         if here != there:
             raise ValueError(
                 f"{called(name)} has (r, lora_alpha, use_rslora) = {here}, but the file has "
-                f"{there}: give the model the file's settings, or call fastlora.remove_lora(model) "
-                "first, and load_adapter makes the file's"
+                f"{there}: call fastlora.remove_lora(model) first, and load_adapter makes adapters "
+                "with the file's settings"
             )
         if layer.merged:
             raise ValueError(
@@ -225,14 +230,14 @@ def check_layers(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Planned], path: Path) -> None:
-    """Raise ValueError unless the file has just the wanted keys, of the wanted kind."""
+    """Raise ValueError unless the file has exactly the wanted keys, shapes and kinds of dtypes."""
     extra = [key for key in stored if key not in wanted and not _PEFT_COPIES.search(key)]
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     _check_stored(shapes, stored, path, extra)
     for key, tensor in wanted.items():
         dtype = stored[key].dtype
         if tensor.is_floating_point() != getattr(dtype, "is_floating_point", False):
-            raise ValueError(f"{path} has {key} of {dtype}, the model of {tensor.dtype}")
+            raise ValueError(f"{path} has {key} of {dtype}, but the model's is {tensor.dtype}")
         if tensor.is_meta:
             raise ValueError(f"{key} is on the meta device, {UNLOADED}")
 
@@ -251,10 +256,10 @@ def _check_stored(
     path: Path,
     extra: list[str],
 ) -> None:
-    """Raise ValueError unless the file has these keys and shapes, and no extra ones."""
+    """Raise ValueError unless the file has the wanted keys and shapes, and ``extra`` is empty."""
     missing = [key for key in wanted if key not in stored]
     if missing or extra:
-        hint = "Is it the model, and the target_modules, that the adapter was trained with?"
+        hint = "Load it into the model, with the target_modules, that it was trained with."
         if not extra and all(key.endswith(".base_layer.bias") for key in missing):
             hint = "PEFT before 0.21 leaves trained biases (bias='lora_only') out of its files."
         if not any("lora_" in key for key in stored):

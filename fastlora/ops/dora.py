@@ -19,8 +19,8 @@ from torch import Tensor
 from ..blocks import rows_at_a_time
 from ..formats.format import Quantized
 from ..projection import Base, Output
-from .call import are_batched
 from .functional import lora_linear, lora_linears
+from .node import are_batched
 from .norm import norm_of_rows, wide_dtype
 
 

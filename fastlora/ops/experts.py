@@ -28,10 +28,10 @@ from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Base, Output, flatten, layouts_of, unflatten
-from .call import are_batched, followed, gradients_of, run_backward, run_forward
-from .door import draw_seed, through
+from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
+from .node import are_batched, followed, gradients_of, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of
-from .way import autocast_inputs, autocast_is_on, autocast_off, is_eager
+from .run import draw_seed, run_checked
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
 Activate = str | Callable[[Tensor], Tensor]
@@ -96,8 +96,8 @@ def _step_by_step(
     dtype: torch.dtype,
 ) -> Tensor:
     rows = routing.rows
-    (pre,), _ = through(x[routing.tokens], [up], dropout, rows=rows)
-    (y,), _ = through(_followed_activation(pre, activate), [down], dropout, rows=rows)
+    (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
+    (y,), _ = run_checked(_followed_activation(pre, activate), [down], dropout, rows=rows)
     return routing.plain_sums(y, weights, dtype)
 
 
@@ -329,7 +329,7 @@ def _differentiable(
     seeds: Tensor | None,
     node: _Node,
 ) -> list[Tensor | None]:
-    """The gradients by torch's own operations: autograd's, of the textbook formula."""
+    """The gradients by torch's own operations: autograd's, of the composite path."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_off(d_out.device.type):
         # Views, since one tensor may be there twice, and each time has a gradient of its own.

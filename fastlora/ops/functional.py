@@ -1,28 +1,19 @@
-"""The functional API: thin doors that check a call, in the caller's words, and build its record.
+"""The functional API: public functions that check a call, in the caller's words, and run it.
 
-A call of a kind that passed the checks needs no second look.  A kind is everything that the checks,
-the choice of backend and the launches of a forward look at: whoever adds a check adds what it looks
-at to :func:`key_of`.  A module's calls needn't come here: what was read of it is kept with its
-calls (:mod:`fastlora.layers.reading`).
+A call whose key is cached (:mod:`.kinds`) passed the checks before, and skips them.
 """
 
-from collections.abc import Hashable, Sequence
-from threading import Lock
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..backends import Call, asked_backend
+from ..backends import Call
 from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
-from ..formats.format import Quantized
-from ..projection import Adapter, Base, Output, Projection, as_outputs, facts_of, is_plain
+from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
 from ..rows import AdapterMapping, Many, Rows
-from .door import run, through
-from .way import autocast_dtype, autocast_is_on, is_ordinary
-
-_MOST_KINDS = 1024
-_changes = Lock()  # to find the oldest, no other thread may change them
-_known: dict[Hashable, Any] = {}
+from .dispatch import autocast_is_on
+from .kinds import call_of, key_of_outputs, remember
+from .run import run, run_checked
 
 
 def lora_linear(
@@ -57,13 +48,13 @@ def lora_linear(
     x's device, and made again in the backward.
 
     Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them.  Gradients
-    of gradients (``create_graph=True``) are right, but not fast: they go through the textbook
-    formula.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
+    of gradients (``create_graph=True``) are right, but not fast: they take the composite
+    path.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
     (Up to 32 rows on a CPU, time is all that counts: with dropout such a call keeps the mask and
     the dropped x.)
 
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
-    ``torch.nn.functional.linear``: these calls run the textbook formula, with torch's own dropout.
+    ``torch.nn.functional.linear``: these calls take the composite path, with torch's own dropout.
 
     ``backend`` overrides :func:`fastlora.use_backend`.  Numbers are Python's: an int or a float, of
     which numpy.float64 is one, and no bool.  Raises ValueError for shapes, devices or numbers that
@@ -97,9 +88,9 @@ def linears(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
-    """As :func:`lora_linears`; and what an eager call of this kind is, if that is known now."""
-    key, inputs = key_of(x, projections, dropout, training, backend)
-    call = call_known_by(key)
+    """As :func:`lora_linears`; and the call to reuse for eager calls of the same kind, or None."""
+    key, inputs = key_of_outputs(x, projections, dropout, training, backend)
+    call = call_of(key)
     if call is not None:
         return run(inputs, call), call
     if not is_plain(x):
@@ -107,70 +98,10 @@ def linears(
     outputs = as_outputs(projections)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
-    ys, call = through(x, outputs, p, backend, keeps=key is not None)
+    ys, call = run_checked(x, outputs, p, backend, captures=key is not None)
     if key is not None and call is not None:
-        remember(key, call)
+        remember(None, key, call)
     return ys, call
-
-
-def key_of(
-    x: Tensor,
-    projections: Sequence[Projection | Output],
-    dropout: Hashable,
-    training: bool = True,
-    backend: str | None = None,
-) -> tuple[Hashable, list[Tensor]]:
-    """The key of an eager call, and its tensors laid flat, x first; None: it has to be checked.
-
-    Two calls with the same key are right or wrong both.  ``dropout``: of a call that is more than
-    linear layers, a tuple of all that it hangs on beside them.
-    """
-    if not is_ordinary(x) or type(projections) not in (list, tuple):
-        return None, []
-    inputs, switch = [x], training is True or training is False
-    rest: list[Any] = [asked_backend(backend), dropout, type(dropout), switch, training]
-    try:
-        for projection in projections:
-            rest.append(type(projection))
-            if isinstance(projection, Projection):
-                weight, lora_a, lora_b, bias, scale = projection
-                rest += weight is None, bias is None, scale, type(scale)
-                if isinstance(weight, Quantized):
-                    rest.append(weight.format)
-                    inputs += weight.tensors
-                    weight = None
-                inputs += [each for each in (weight, bias) if each is not None]
-                inputs += lora_a, lora_b
-            else:
-                base, adapters = projection
-                weight, bias = base
-                rest += type(base), type(adapters), len(adapters), bias is None
-                if isinstance(weight, Quantized):
-                    rest.append(weight.format)
-                    inputs += weight.tensors if bias is None else (*weight.tensors, bias)
-                else:
-                    inputs += (weight,) if bias is None else (weight, bias)
-                for lora_a, lora_b, scale in adapters:
-                    rest += scale, type(scale)
-                    inputs += lora_a, lora_b
-        key = autocast_dtype(x), *rest, *map(facts_of, inputs)
-        hash(key)
-        return key, inputs
-    except Exception:  # whatever it is, the checks say it better
-        return None, []
-
-
-def call_known_by(key: Hashable) -> Any:
-    """The record of a call that passed the checks before; None: there is none."""
-    return None if key is None else _known.get(key)
-
-
-def remember(key: Hashable, call: Any) -> None:
-    """The record of a call that passed the checks; the oldest kinds are forgotten."""
-    with _changes:
-        while len(_known) >= _MOST_KINDS and key not in _known:
-            del _known[next(iter(_known))]
-        _known[key] = call
 
 
 def grouped_lora_linear(
@@ -207,7 +138,7 @@ def grouped_lora_linear(
     on the host; but where the weight or the bias trains, or the backend is ``torch``, the offsets
     are, once in a forward and once in a backward.
 
-    Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula, which
+    Transforms of ``torch.func`` and forward-mode differentiation take the composite path, which
     reads the offsets on the host.  x can't be nested.
     """
     for name, tensor in (("x", x), ("offsets", offsets)):
@@ -215,7 +146,7 @@ def grouped_lora_linear(
             check_tensor(name, tensor)
     output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type), offsets)
-    return through(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]
+    return run_checked(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]
 
 
 def multi_lora_linear(
@@ -257,7 +188,7 @@ def multi_lora_linear(
     adapter with dropout.  The base product is one, of x as it lies.  An adapter whose rows lie
     together reads a view of x; else its rows are copied while it runs, or on a GPU looked up.
 
-    Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula.  x can't
+    Transforms of ``torch.func`` and forward-mode differentiation take the composite path.  x can't
     be nested.
     """
     output = Output(Base(weight, bias), adapters_of(lora_a, lora_b))
@@ -268,4 +199,4 @@ def multi_lora_linear(
     if not training:
         numbers = numbers._replace(dropouts=[0.0] * len(output.adapters))
     rows = Many(adapter_indices, numbers, isinstance(lora_a, Tensor))
-    return through(x, [output], 0.0, rows=rows)[0][0]
+    return run_checked(x, [output], 0.0, rows=rows)[0][0]

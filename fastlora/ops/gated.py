@@ -1,6 +1,6 @@
 """A gated MLP, down(act(gate(x)) ∘ up(x)), whose product is made again in the backward.
 
-It is two nodes of autograd, one behind the other: gate and up are the group of :mod:`.call`,
+It is two nodes of autograd, one behind the other: gate and up are the group of :mod:`.node`,
 and the rest, from these two on, is the node of this file.  Besides the parameters they keep x and
 what the layers keep (every h, seeds), gate and up, and neither act(gate) nor the product.
 """
@@ -16,7 +16,9 @@ from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
-from .call import (
+from .dispatch import autocast_inputs, autocast_is_on, autocast_off
+from .kinds import call_of, key_of_outputs, remember
+from .node import (
     Function,
     LoRALinearFunction,
     are_batched,
@@ -28,9 +30,7 @@ from .call import (
     stand_in,
     to_save,
 )
-from .door import draw_seed
-from .functional import call_known_by, key_of, remember
-from .way import autocast_inputs, autocast_is_on, autocast_off
+from .run import draw_seed
 
 _ARGUMENTS = 4  # activation, wide, seeds and call, before the inputs
 
@@ -46,7 +46,7 @@ def gated_mlp(
     down_dropout: float = 0.0,
     wide: bool = False,
 ) -> Tensor:
-    """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`fastlora.ops.way.follows`, [..., N].
+    """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`fastlora.ops.dispatch.follows`, [..., N].
 
     x is [..., K], gate and up are [I, K], down is [N, I]; dtypes are those of
     :func:`fastlora.lora_linear`.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
@@ -87,8 +87,8 @@ def gated_call(
     """As :func:`gated_mlp`; and what a call of this kind is, for :func:`run_gated`, if no cast was
     needed."""
     rates = dropout, type(dropout), down_dropout, type(down_dropout)
-    key, inputs = key_of(x, (gate, up, down), (GatedCall, *rates, activation, wide))
-    known = call_known_by(key)
+    key, inputs = key_of_outputs(x, (gate, up, down), (GatedCall, *rates, activation, wide))
+    known = call_of(key)
     if known is not None:
         return run_gated(inputs, known), known
     if activation not in ACTIVATIONS:
@@ -106,12 +106,12 @@ def gated_call(
     if autocast:
         x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
     backend = find_backend(device=x.device)
-    keeps = key is not None and not autocast
+    captures = key is not None and not autocast
     calls = []
     for outputs, p in (((gate, up), dropout), ((down,), down_dropout)):
         adapted = any([output.adapters for output in outputs])
-        memo: dict | None = {} if keeps else None
-        calls.append(Call(layouts_of(outputs), p if adapted else 0.0, backend, memo=memo))
+        captured: dict | None = {} if captures else None
+        calls.append(Call(layouts_of(outputs), p if adapted else 0.0, backend, captured=captured))
     first, last = calls
     tensors = flatten((gate, up), first.layouts)
     call = GatedCall(first, last, len(tensors), activation, wide)
@@ -119,9 +119,9 @@ def gated_call(
     with autocast_off(device):
         # It may be that some have outlived a transform of torch.func.
         y = run_gated(unwrap_dead_wrappers(tuple(inputs)), call)
-    if keeps:
-        remember(key, call)
-    return y, call if keeps else None
+    if captures:
+        remember(None, key, call)
+    return y, call if captures else None
 
 
 def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:

@@ -1,6 +1,6 @@
 """The ops as ``torch.library`` has them: ``torch.compile`` and export see these.
 
-A plain eager call runs the same implementations directly (:mod:`fastlora.ops.call`): a call
+A plain eager call runs the same implementations directly (:mod:`fastlora.ops.node`): a call
 through torch's dispatcher takes longer than a small layer.  The schema carries the outputs flat,
 with their layouts: for each output, whether it has a bias and how many adapters, and for each
 adapter its scale; ``formats`` has a line for each output, empty where its weight is plain, and none
@@ -22,9 +22,9 @@ from ..backends.torch import widths_of_h
 from ..formats.format import Quantized, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from ..rows import Many, Numbers, Rows, rows_on
-from .call import run_backward, run_forward, stand_in, to_save
+from .dispatch import autocast_off
+from .node import run_backward, run_forward, stand_in, to_save
 from .norm import norm_of_rows, wide_dtype
-from .way import autocast_off
 
 find_backend("torch")  # not first while compiling, when the constants that it makes would be fake
 

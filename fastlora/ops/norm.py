@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..blocks import buffer_for, source_of, widened
 from ..formats.format import Format, Quantized
-from .way import autocast_off
+from .dispatch import autocast_off
 
 
 def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

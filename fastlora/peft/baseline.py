@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
-from ..ops.door import draw_seed
+from ..ops.run import draw_seed
 
 
 class SeededDropout(nn.Dropout):
@@ -23,6 +23,7 @@ class SeededDropout(nn.Dropout):
 
     layer: LoraLayer
     seeds: list[Tensor]  # the layer's, drawn and not taken as yet
+    rows: tuple[int, Tensor] | None = None  # x has only these, of a call with so many
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.drops():
@@ -32,8 +33,8 @@ class SeededDropout(nn.Dropout):
             active = [dropouts[name] for name in self.layer.active_adapters if name in dropouts]
             count = sum(isinstance(d, SeededDropout) and d.drops() for d in active)
             self.seeds += draw_seed(max(1, count), x.device).split(1)
-        rows = x.numel() // x.shape[-1]
-        mask = dropout_mask(self.seeds.pop(0), (rows, x.shape[-1]), self.p)
+        count, rows = self.rows or (x.numel() // x.shape[-1], slice(None))
+        mask = dropout_mask(self.seeds.pop(0), (count, x.shape[-1]), self.p)[rows]
         return x * mask.reshape(x.shape).to(x.dtype) / (1.0 - self.p)
 
     def drops(self) -> bool:

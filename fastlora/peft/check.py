@@ -7,24 +7,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..formats import PackedLayer, quantized_weight
-from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
-from ..layers.modules import plain_name, some, unwrap
+from ..layers.modules import is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..report import Coverage
 from .optimize import peft_layers, while_optimized
 
-# The relative difference that is put down to rounding, by the coarsest dtype of the run.  In 16
-# bits it is that of two blocks, and grows as √(blocks - 1): over 40 random qwen3 models in bfloat16
-# the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+if TYPE_CHECKING:  # it imports PEFT
+    from .layer_check import LayerCheck
+
+# The relative difference between two runs of a model that is put down to rounding, by the coarsest
+# dtype of the run.  In 16 bits it is that of two blocks, and grows as √(blocks - 1): over 40 random
+# qwen3 models in bfloat16 the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with
+# 32.  A fault in one layer hides below that: see layer_check.py.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+_STD = 0.02  # standard deviation of a filled lora_B: about that of a trained one
 
 
 @dataclass(frozen=True)
@@ -37,59 +41,86 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """How far the fast path was from PEFT's on one batch.  True if that can be rounding."""
+    """How far the fast path was from PEFT's on one batch.  True if that can be rounding.
+
+    ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers`` judges
+    each layer on the same inputs, which finds much smaller faults.
+    """
 
     loss: Difference
     outputs: tuple[Difference, ...]
     gradients: tuple[Difference, ...]  # of every parameter that trains, and of inputs
-    layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
-    tolerance: float
+    layers: tuple["LayerCheck", ...]  # of every fast LoRA layer, or gated MLP, that was called
+    tolerance: float  # of the two runs' differences
     coverage: Coverage  # of the fast run
     dtype: torch.dtype = (
         torch.float32
     )  # the coarsest of the parameters, of autocast, of quantized layers
+    filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
+    zeros: tuple[str, ...] = ()  # results of layers that were zero, and so not tested
 
     @property
     def largest(self) -> Difference:
         return max((self.loss, *self.outputs, *self.gradients), key=_size)
 
     def __bool__(self) -> bool:
-        return self.largest.relative <= self.tolerance  # false for NaN
+        # false for NaN
+        return self.largest.relative <= self.tolerance and all(self.layers)
 
     def __str__(self) -> str:
         verdict = "the same within rounding" if self else "NOT the same"
-        lines = [
-            f"fastlora ({self.coverage.counts}) and PEFT: {verdict} "
-            f"(relative differences, tolerance {self.tolerance:g})",
-            f"  loss {self.loss.relative:.2g}",
-        ]
+        lines = [f"fastlora ({self.coverage.counts}) and PEFT: {verdict}", *self._layer_lines()]
+        lines.append(
+            f"  the whole model (relative differences, tolerance {self.tolerance:.2g}): "
+            f"loss {self.loss.relative:.2g}"
+        )
         for kind, differences in (("output", self.outputs), ("gradient", self.gradients)):
             if differences:
                 worst = max(differences, key=_size)
                 lines.append(
-                    f"  {len(differences)} {kind}s: up to {worst.relative:.2g}, {worst.name}"
+                    f"    {len(differences)} {kind}s: up to {worst.relative:.2g}, {worst.name}"
                 )
-        for layer in sorted(self.layers, key=_size, reverse=True)[:5]:
-            lines.append(f"    {layer.name}: {layer.relative:.2g}")
-        checked = {layer.name for layer in self.layers}
-        idle = [
-            one.name for one in self.coverage.layers if one.runs_adapter and one.name not in checked
-        ]
-        if self.gradients and idle:
+        if self.dtype in HALF_DTYPES and not self and all(self.layers):
             lines.append(
-                f"  {len(idle)} layers without a gradient: {some(idle)}: frozen, or nothing called "
-                "them with this batch"
+                "    every judged layer is right, and 16 bits round much in a deep model: compare "
+                "in float32 before you take it for a defect (model.float(), without autocast)"
             )
-        if self.dtype in HALF_DTYPES:
-            hint = (
-                "small differences hide in the rounding of 16 bits: compare in float32 to see them"
-                if self
-                else "the rounding of 16 bits alone can do that: compare in float32 before you "
-                "take it for a defect"
-            )
-            lines.append(f"  {hint} (model.float(), without autocast)")
         lines += [f"  note: {note}" for note in self.coverage.notes]
         return "\n".join(lines)
+
+    def _layer_lines(self) -> list[str]:
+        expected = [one.name for one in self.coverage.layers if one.runs_adapter]
+        units = [layer.name for layer in self.layers]
+        missing = [
+            name
+            for name in expected
+            if not any(name == unit or name.startswith(f"{unit}.") for unit in units)
+        ]
+        judged = f"{len(expected) - len(missing)} of {len(expected)} fast layers"
+        wrong = [layer for layer in self.layers if not layer]
+        lines = [
+            f"  each layer on the same inputs, beside exact results: {judged} judged, "
+            f"{f'{len(wrong)} WRONG' if wrong else 'all right'}"
+        ]
+        ordered = sorted(wrong or self.layers, key=lambda layer: layer.worst.excess, reverse=True)
+        for layer in ordered[: 5 if wrong else 1]:
+            lines.append(f"    {layer.name}: {layer.worst}")
+        if missing:
+            lines.append(
+                f"    {len(missing)} not judged: {some(missing)}: nothing called them with this "
+                "batch, no gradient reached them, or they are sharded"
+            )
+        if self.filled:
+            lines.append(
+                f"    lora_B was zero in {len(self.filled)} layers: the check gave it small random "
+                "numbers, to test lora_A's gradient, and put the zeros back"
+            )
+        if self.zeros:
+            lines.append(
+                f"    {len(self.zeros)} results are zero with this batch, and so not tested: "
+                f"{some(self.zeros)}"
+            )
+        return lines
 
 
 def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Check:
@@ -98,76 +129,128 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     ``model`` holds PEFT LoRA layers, optimized or not; ``batch`` is what it is called with: a
     mapping (keyword arguments), a tuple or list (arguments) or one tensor.  Both runs have the same
     dropout masks and, for the rest, the same random state.  The loss is the output's ``loss``, or
-    else a fixed random combination of all outputs.  Compared are the loss, every floating tensor of
-    the output, and the gradient of every parameter that trains and of every input that requires it.
+    else a fixed random combination of all outputs.
 
-    The model runs in the mode it is in: ``model.train()`` includes dropout.  Take one that has
-    trained a few steps: while lora_B is zero, outputs and lora_A's gradients say little.
+    Each fast LoRA layer, and each gated MLP, runs three times on the inputs and the output's
+    gradient of the model's own run: by fastlora, by PEFT, and by PEFT in float32 (float64 for a
+    layer in float32) with wide weights, which is taken as exact.  Its output and its gradients are
+    right if fastlora's error is at most 2 × PEFT's own error + 2 units in the last place, and if
+    neither the result nor the adapters' part of it is systematically too large or too small by
+    1 %, or by six standard deviations of rounding, if that is more.  Beyond 1024 rows, 1024 rows
+    are compared, and the output's gradient is zero in the others.  Layers that run PEFT's forward
+    are not judged.
+
+    Compared between the two runs are the loss, every floating tensor of the output, and the
+    gradient of every parameter that trains and of every input that requires it.  In 16 bits
+    this finds only large faults.
+
+    The model runs in the mode it is in: ``model.train()`` includes dropout.  Where lora_B is zero,
+    as in a new adapter, the check gives it small random numbers, because lora_A's gradient is
+    zero otherwise, and puts the zeros back.
 
     It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
-    and numpy's) and the layers' classes are put back.  It needs memory
-    for two sets of gradients and outputs, and a copy of the batch, beside the model.
+    and numpy's), lora_B and the layers' classes are put back.  It needs memory for two sets of
+    gradients and outputs, a copy of the batch, and one layer in the exact dtype, beside the model.
 
-    ``tolerance``: the largest relative difference that is taken for rounding; by default 1e-3 for
-    a float32 model, 0.02 with float16 parameters or autocast, 0.1 with bfloat16, and for more than
-    two blocks these two times √(blocks - 1).  In a deep model both paths are that far from the
-    truth: compare in float32 to see more.
+    ``tolerance``: the largest relative difference between the two runs that is taken for rounding;
+    by default 1e-3 for a float32 model, 0.02 with float16 parameters or autocast, 0.1 with
+    bfloat16, and for more than two blocks these two times √(blocks - 1).
 
-    Raises what :func:`fastlora.optimize` raises, and ValueError if no layer would run fast, for a
-    negative tolerance, or if an optimizer steps inside of backward; and what the model raises.
+    Raises what :func:`fastlora.optimize` raises, and ValueError for a model with fastlora's own
+    layers, if no layer would run fast, for a negative tolerance, or if an optimizer steps inside of
+    backward; and what the model raises.
     """
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
+    if isinstance(inner, nn.Module) and not peft_layers(inner) and any(lora_layers(inner)):
+        raise ValueError(
+            f"check compares PEFT's layers with fastlora's, and the LoRA layers of this "
+            f"{type(inner).__name__} are fastlora's own: save them by "
+            "fastlora.save_adapter(model, folder), load them into a new base model by "
+            "peft.PeftModel.from_pretrained(base, folder), and check that"
+        )
     with ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
             report = stack.enter_context(while_optimized(model))
         from .baseline import shared_masks  # here, since they import PEFT
         from .layer import swapped_back
+        from .layer_check import Judge
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
-        with shared_masks(inner):
+        judge, mixed = Judge(), isinstance(batch, Mapping) and "adapter_names" in batch
+        with shared_masks(inner), _filled(inner) as filled:
             with undisturbed(inner):
                 fast = _run(model, batch)
-            with swapped_back(inner), undisturbed(inner):
+            with (
+                swapped_back(inner),
+                undisturbed(inner),
+                judge.watching(inner, report, mixed),
+                torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
+            ):
                 peft = _run(model, batch)
     packed = [quantized_weight(module) for module in inner.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
-    used |= {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
-    dtype = max((dtype for dtype in _TOLERANCES if dtype in used), key=_TOLERANCES.__getitem__)
+    used |= {p.dtype for p in inner.parameters()} | judge.dtypes
+    dtype = max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
         last = max([int(part) for part in parts if part.isdigit()], default=0)
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
-        tolerance = _TOLERANCES[dtype] * deeper
-    gradients, layers = _differences(fast.gradients, peft.gradients), []
-    for layer in report.layers:
-        of_layer = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
-        if of_layer:
-            layers.append(Difference(layer.name, max(of_layer, key=_size).relative))
+        tolerance = TOLERANCES[dtype] * deeper
     return Check(
         _differences(fast.loss, peft.loss)[0],
         _differences(fast.outputs, peft.outputs),
-        gradients,
-        tuple(layers),
+        _differences(fast.gradients, peft.gradients),
+        judge.layers,
         tolerance,
         Coverage(report.layers, report.notes, report.frozen_linears, report.gated_mlps),
         dtype,
+        tuple(filled),
+        tuple(sorted(judge.zeros)),
     )
 
 
+@contextmanager
+def _filled(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, no active lora_B is zero; at the end each one is restored bit for bit.
+
+    Yields the layers' names.  A lora_B that is sharded, or has no data, stays zero.
+    """
+    found = {
+        name: layer.lora_B[adapter].weight
+        for name, layer in peft_layers(model)
+        for adapter in layer.active_adapters
+        if adapter in layer.lora_B
+    }
+    zero = {
+        name: (up, up.detach().clone())
+        for name, up in found.items()
+        if up.is_floating_point() and not (is_sharded(up) or up.is_meta or up.any())
+    }
+    draw = torch.Generator("cpu").manual_seed(0)
+    try:
+        # By .data: a graph of the user's that holds lora_B stays valid.
+        for up, _ in zero.values():
+            how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
+            up.data.copy_(_STD * torch.randn(up.shape, **how))
+        yield [*zero]
+    finally:
+        for up, before in zero.values():
+            up.data.copy_(before)
+
+
 class _Run(NamedTuple):
-    """What one run computed, by name; and the dtypes of autocast where LoRA layers were called."""
+    """The numbers of one run, by name."""
 
     loss: dict[str, Tensor]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    autocast: set[torch.dtype]
 
 
 def _run(model: nn.Module, batch: Any) -> _Run:
@@ -175,15 +258,13 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     seed_all()
     inner.zero_grad()
     batch = tree_map(_fresh, dict(batch) if isinstance(batch, Mapping) else batch)
-    with _noted_autocast(inner) as autocast:
-        output = call(model, batch)
-    loss, outputs = loss_and_outputs(output)
+    loss, outputs = loss_and_outputs(call(model, batch))
     if loss.requires_grad:
         loss.backward()
     inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     named = chain(inner.named_parameters(), ((f"input {i}", x) for i, x in enumerate(inputs)))
     gradients = {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None}
-    return _Run({"loss": loss.detach()}, outputs, gradients, autocast)
+    return _Run({"loss": loss.detach()}, outputs, gradients)
 
 
 def _fresh(value: Any) -> Any:
@@ -194,28 +275,6 @@ def _fresh(value: Any) -> Any:
         return copy.deepcopy(value)
     except TypeError:  # it can't be copied
         return value
-
-
-@contextmanager
-def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's.
-
-    Of a block the block is asked: a hook on one of its layers would send it layer by layer.
-    """
-    dtypes = set()
-    blocks = [module for module in model.modules() if isinstance(module, mlp.GatedMLP)]
-    inside = {part for block in blocks for part in block.children()}
-    layers = [layer for _, layer in peft_layers(model) if layer not in inside]
-
-    def note(_, args):
-        device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
-        if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-
-    with ExitStack() as handles:
-        for module in (*blocks, *layers):
-            handles.callback(module.register_forward_pre_hook(note).remove)
-        yield dtypes
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:

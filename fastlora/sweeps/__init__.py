@@ -1,4 +1,9 @@
-"""Many LoRA configurations on one base, side by side: ``fastlora.sweep``."""
+"""Train many LoRA configurations on one base at once: ``fastlora.sweep``.
+
+Each step is one call of the model, and every configuration has rows in it, so the base's weights
+are read once for all.  Eight configurations take 0.48 to 0.83 × the time of eight separate runs
+(``python -m tools.sweep_speed 16 256``).
+"""
 
 import json
 import math
@@ -58,37 +63,44 @@ def sweep(
     replace: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    """Train every configuration on this model at once, and say which one is best.
+    """Train every configuration on this model at once, and report the best one.
 
-    ``configs`` is a list of dicts: fields of :class:`fastlora.LoRAConfig` (``target_modules`` is
-    "all-linear" where it isn't given), ``learning_rate``, and a ``name`` if the differing fields
-    shall not make one.  ``data`` gives batches, over and over (a list, a DataLoader; what can be
-    read only once is read before, as far as it is needed): mappings of tensors [examples, …] with
-    ``labels``, the rest being what ``model`` is called with.  In each of ``steps`` every trial sees
-    the same batch, as rows of one call; its gradients, AdamW's moments, learning rate and the norm
-    that is clipped at ``max_grad_norm`` are its own.  So what it learns is, to rounding, what it
-    would learn alone.  ``loss(logits, labels)`` is a trial's mean loss.
+    ``configs``: a list of dicts, one for each trial, with fields of :class:`fastlora.LoRAConfig`
+    (``target_modules`` defaults to "all-linear"), ``learning_rate``, and optionally ``name``.  By
+    default the fields that differ make the name.
+
+    ``data``: batches, read again from the start when they end: a list, a DataLoader, or an
+    iterator, which is first read into a list.  A batch maps names to tensors [examples, …]; one of
+    them is ``labels``, and all others are keyword arguments of ``model``.
+
+    In each of ``steps`` every trial sees the same batch, as rows of one call.  Each trial has
+    separate gradients, AdamW moments, learning rate and gradient norm (clipped at
+    ``max_grad_norm``).  A trial therefore learns the same as in a separate run, up to rounding.
+    ``loss(logits, labels)`` returns a trial's mean loss.
 
     ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
-    is left; the others take over the rows of those that left: two, four … batches a step, as one
-    where their lengths differ with an ``attention_mask`` or without a ``loss`` of your own.
+    is left.  The remaining trials take over the free rows: two, four … batches a step.  These are
+    joined into one batch; if their lengths differ, this needs an ``attention_mask`` or the default
+    ``loss``.
 
-    ``eval_data`` gives the batches of the held-out loss, every ``eval_steps`` (a quarter of the
-    steps) and in the end.  ``schedule``, "linear" to zero, "cosine" or "constant", comes behind
-    ``warmup_steps``.  Initial adapters, the order of a shuffling loader and dropout follow
-    ``seed``.
+    ``eval_data``: the batches of the held-out loss, which is computed every ``eval_steps`` (by
+    default a quarter of the steps) and at the end.  ``schedule``: "linear" to zero, "cosine" or
+    "constant", after ``warmup_steps``.  ``seed`` determines initial adapters, the order of a
+    shuffling loader and dropout.
 
-    ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``sweep.json``, all
-    numbers; ``losses.png``, where matplotlib is installed; and ``state.pt`` at each evaluation and
-    on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
-    the same end, over the same base and data.  A folder that has a sweep is refused without it;
-    with ``replace`` that one's files go when the new one writes its first.
+    ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
+    all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation and
+    on Ctrl-C, which first finishes the running step.  With ``resume`` the sweep continues from
+    ``state.pt``, over the same base and data, and ends with the same result.  A folder that already
+    has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes the old sweep's
+    files when the new one writes its first file.
 
-    The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: batch
-    norms stay in evaluation, with a warning.  Returns a :class:`fastlora.sweeps.record.Sweep`,
-    which prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for
-    a folder that can't be written to, before anything changes, and what the model raises; and
-    ValueError for a layer in whose x trials can't be told apart.
+    Afterwards the model is unchanged, also if the sweep fails.  Rows must be independent of each
+    other, so batch norms stay in evaluation mode, with a warning.  Returns a
+    :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
+    TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
+    During training, raises ValueError if a layer's input doesn't tell which trial a row belongs
+    to, and passes on the model's errors.
     """
     check_model(model)
     switches = {"halving": halving, "resume": resume, "replace": replace, "progress": progress}
@@ -107,9 +119,9 @@ def sweep(
         held_out = [as_batch(batch) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
-            "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
+            "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
-    write_whole(folder, {})  # raises now, and not hours later, if no file can be written there
+    write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
     fingerprints = {"base": of_base(inner), "eval_data": of_batches(held_out)}
     before = state.fingerprints if state else {}
     check_same(before, fingerprints, folder / FILE)
@@ -120,7 +132,7 @@ def sweep(
         with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
             for norm in norms.values():
                 norm.eval()
-            # It may draw numbers for what it skips.
+            # Skipping batches may draw random numbers, so the random state is set afterwards.
             feed = Feed(data, seed, state.batches, options.batches(len(trials)))
             check_same(before, {"data": feed.fingerprint}, folder / FILE)
             state.fingerprints = fingerprints | {"data": feed.fingerprint}
@@ -130,11 +142,11 @@ def sweep(
 
 
 def _check(data: object, eval_data: object, loss: object, switches: Mapping[str, bool]) -> None:
-    """Raise TypeError or ValueError for what can't be meant."""
+    """Raise TypeError or ValueError for invalid arguments."""
     for name, switch in switches.items():
         check_switch(name, switch)
     for name, batches in (("data", data), ("eval_data", eval_data)):
-        # No ``iter``: a loader would start its workers.
+        # Don't call iter() here: a DataLoader would start its workers.
         if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
             raise TypeError(
                 f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
@@ -144,14 +156,14 @@ def _check(data: object, eval_data: object, loss: object, switches: Mapping[str,
 
 
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
-    """Write what a sweep leaves in the end."""
+    """Write the final files: adapters, the table and the picture."""
     ranks = [
         _write(run.model, trial, adapters, folder / ADAPTERS / trial.name)
         for adapters, trial in zip(state.adapters, run.trials, strict=True)
     ]
     sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
-        warnings.warn("no trial's held-out loss is finite: there is no best one", stacklevel=3)
+        warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
         delete_adapter(folder / BEST)
     else:
         best = sweep.outcomes.index(sweep.best)
@@ -163,9 +175,12 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """Set by a first Ctrl-C, while a second one is Python's own; in the main thread alone."""
-    event, mine = threading.Event(), threading.current_thread() is threading.main_thread()
-    if not mine:
+    """An event that the first Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt as usual.
+
+    Python allows signal handlers only in the main thread; elsewhere the event is never set.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = signal.getsignal(signal.SIGINT)
@@ -182,16 +197,17 @@ def _interruption() -> Iterator[threading.Event]:
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Those that stay in evaluation, since they would mix trials in training; it warns of them.
+    """The model's batch norms, with a warning: in training they would mix trials.
 
-    Raises ValueError for one that has no running statistics, and mixes in evaluation too.
+    The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
+    statistics, because it uses the batch's statistics in evaluation as well.
     """
     norms: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
     mixing = [called(name) for name, norm in norms.items() if norm.running_mean is None]
     if mixing:
         raise ValueError(
-            f"{some(mixing)} would mix trials, for it normalizes by the statistics of the batch: "
-            "give it running ones (track_running_stats=True), or train each configuration alone"
+            f"{some(mixing)} would mix trials, because it normalizes by the statistics of the "
+            "batch: set track_running_stats=True, or train each configuration in a separate run"
         )
     if norms:
         warnings.warn(
@@ -203,8 +219,8 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:
-    """The adapter in PEFT's files; its effective rank, NaN if it has NaN."""
-    from ..adapters.resize import resize_adapter  # here, where all training is over
+    """Write a trial's adapter in PEFT's files.  Returns its effective rank, NaN if it has NaN."""
+    from ..adapters.resize import resize_adapter  # imported late: only the end of a sweep needs it
 
     with torch.random.fork_rng():
         apply_lora(model, trial.config, frozen_linears=False, gated_mlps=False)

@@ -1,4 +1,7 @@
-"""What a sweep was made of, in a few words for each part, so that a run that goes on can tell."""
+"""Fingerprints of a sweep's base, held-out data and data.
+
+A resumed sweep compares them, so that it can't silently continue with other inputs.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,11 +16,11 @@ from ..formats import PackedLayer, quantized_weight, vendor_of
 from ..layers.experts import PackedWeight
 from ..layers.modules import some
 
-# Of each part, by name: a digest of bits, or numbers that are the same but for rounding.
+# By name of a tensor or batch: a digest of its bits, or values that are compared up to rounding.
 Fingerprint = dict[str, str | list[float]]
-FIRST = 8  # batches of the data
-_ELEMENTS = 1000  # of a weight, at least, if it has as many
-_ROUNDING = 2**-7
+FIRST = 8  # how many batches of the data are compared
+_ELEMENTS = 1000  # a digest reads at least this many elements of a larger weight
+_ROUNDING = 2**-7  # relative tolerance
 _SEEDED = " (what a loader draws must come from torch)"
 _WHAT = {
     "base": ("is of another model, whose base weights differ", ""),
@@ -27,7 +30,7 @@ _WHAT = {
 
 
 def of_batch(batch: Mapping[str, Tensor]) -> str:
-    """All of its tensors, with their names."""
+    """A digest of all tensors of a batch and their names."""
     words = [f"{name} {_digest(batch[name], all_of_it=True)}" for name in sorted(batch)]
     return blake2b(" ".join(words).encode(), digest_size=8).hexdigest()
 
@@ -38,9 +41,11 @@ def of_batches(batches: Iterable[Mapping[str, Tensor]]) -> Fingerprint:
 
 @torch.no_grad()
 def of_base(model: nn.Module) -> Fingerprint:
-    """Some elements of each weight; of a vendor's packed one, which a call may lay otherwise, rows.
+    """A digest of some elements of each weight.
 
-    Of a weight that isn't here (on meta, sharded), or of a class of its own, its shape alone.
+    For a vendor's packed layer it holds the values of a row instead, because a call may rearrange
+    the packed bits.  For a weight on meta or of a tensor subclass (sharded), only the shape and
+    dtype count.
     """
     digests: Fingerprint = {}
     for name, module in model.named_modules():
@@ -59,10 +64,11 @@ def of_base(model: nn.Module) -> Fingerprint:
 def check_same(
     before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint], path: Path
 ) -> None:
-    """Raise ValueError that says what differs, if a part isn't what it was when path was written.
+    """Raise ValueError if a part differs from the sweep in ``path``; the message names it.
 
-    Of data, what was read on both sides is compared; with nothing before, nothing.
+    For data, only batches that both runs have read are compared.  An empty ``before`` passes.
     """
+    # Data may be read further in one run than in the other; other parts must match completely.
     for part, new in now.items() if before else ():
         old, (what, hint) = before[part], _WHAT[part]
         names = [n for n in {**old, **new} if part != "data" or (n in old and n in new)]
@@ -83,19 +89,20 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _digest(tensor: Tensor, all_of_it: bool = False) -> str:
-    """Of its shape and dtype, and of all its elements, or some that lie evenly in it."""
+    """A digest of the shape, the dtype, and all elements or an evenly spaced sample."""
     digest = blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     if all_of_it or (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta):
         flat = tensor.detach().flatten()
-        if not all_of_it:  # an odd step: no column of a weight
+        if not all_of_it:  # the step is odd, so that a sample isn't a single column of a weight
             flat = flat[:: (len(flat) // _ELEMENTS - 1) | 1] if len(flat) > _ELEMENTS else flat
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _some_of_a_row(layer: nn.Module) -> list[float]:
-    """Of a vendor's layer, as its numbers are meant; none if it can't be read."""
-    with torch.enable_grad():  # without, it isn't read where a call in evaluation has laid it anew
+    """A vendor layer's shape and dequantized values of its middle row; [] if it can't be read."""
+    # Reading needs grad mode where an earlier call in evaluation has rearranged the packed weight.
+    with torch.enable_grad():
         packed = quantized_weight(layer)
     if (
         not isinstance(packed, PackedLayer)

@@ -1,4 +1,4 @@
-"""Layers with an adapter for each trial, which the rows of a batch are shared out to."""
+"""Linear layers with one adapter for each trial; the rows of a batch are divided among trials."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ from ..rows import AdapterMapping
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
-# One of several experts: a router chooses its rows, and may order all of a batch's otherwise.
+# A linear layer of one expert: the router chooses its rows, so their number and order tell nothing.
 _ROUTED = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
 class TrialRows:
-    """Which trial each sequence of the running batch belongs to; all layers look there.
+    """Which trial each sequence of the running batch belongs to; all layers share this record.
 
-    Without a batch of the trials' the layers are the base's.
+    Before the first batch, layers compute the base only.
     """
 
     def __init__(self, trials: int) -> None:
@@ -36,16 +36,16 @@ class TrialRows:
         self._mappings: dict[tuple[int, ...], AdapterMapping] = {}
 
     def share_out(self, trials: Sequence[int], batch: Mapping[str, Tensor]) -> None:
-        """The batch's sequences to each of the trials, in this order."""
+        """Announce the next call: the batch's sequences, once for each trial, in this order."""
         owners = tuple([trial for trial in trials for _ in batch["labels"]])
-        self._lengths = frozenset(each.shape[1] for each in batch.values() if each.dim() > 1)
+        self._lengths = frozenset(x.shape[1] for x in batch.values() if x.dim() > 1)
         if owners != self._owners:
             self._owners, self._mappings = owners, {}
 
     def by_sequence(self, x: Tensor, name: str) -> Tensor:
-        """x, whose first dimension is of sequences, or all their tokens as rows: then with both.
+        """x as [sequences, …].  An x of all tokens as rows becomes [sequences, tokens, features].
 
-        Raises ValueError where trials can't be told apart, such as among tokens that were routed.
+        Raises ValueError if x doesn't tell which trial a row belongs to, such as routed tokens.
         """
         count, shape = len(self._owners), tuple(x.shape)
         if len(shape) > 1 and shape[0] == count:
@@ -54,13 +54,13 @@ class TrialRows:
         if len(shape) == 2 and all_tokens and not _ROUTED.search(name):
             return x.unflatten(0, (count, -1))
         raise ValueError(
-            f"{called(name)} is called with x {shape}, in which nothing says which trial a row is "
-            f"of: that needs the {count} sequences first, or all their tokens, sequence by "
-            f"sequence; a sweep without this layer has exclude_modules=[{name!r}]"
+            f"{called(name)} is called with x of shape {shape}, which doesn't tell which trial a "
+            f"row belongs to: its first dimension must be the {count} sequences, or all their "
+            f"tokens in order; to leave this layer out, set exclude_modules=[{name!r}]"
         )
 
     def mapping(self, members: tuple[int, ...]) -> AdapterMapping | None:
-        """For a layer that these trials adapt."""
+        """The mapping for a layer that these trials adapt; None before the first batch."""
         if members not in self._mappings and self._owners:
             places = {trial: place for place, trial in enumerate(members)}
             indices = [places.get(owner, -1) for owner in self._owners]
@@ -69,7 +69,7 @@ class TrialRows:
 
 
 class Adapters(NamedTuple):
-    """Those of one layer: of the trials that target it, in their order."""
+    """One layer's adapters, of the trials that target it, in order."""
 
     name: str
     members: tuple[int, ...]
@@ -79,19 +79,23 @@ class Adapters(NamedTuple):
 
 
 class TrialsLayer(nn.Module):
-    """A linear layer's class, which comes after this one, with the adapters of several trials."""
+    """A mixin that gives a linear layer the adapters of several trials.
 
-    plain_class: type[nn.Module]  # what it is without them
+    :func:`fastlora.layers.members.class_over` puts it before the layer's class.
+    """
+
+    plain_class: type[nn.Module]  # the layer's class without adapters
 
     def forward(self, x: Tensor) -> Tensor:
         adapters: Adapters = self.__dict__[_RECORD]
         mapping = adapters.rows.mapping(adapters.members)
         if mapping is None:
             return super().forward(x)
-        with torch.enable_grad():  # as a weight is read that a call in evaluation has laid anew
+        # Reading needs grad mode where an earlier call in evaluation rearranged the packed weight.
+        with torch.enable_grad():
             packed = quantized_weight(self, self.plain_class)
         if isinstance(packed, str):
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {packed}")
+            raise ValueError(f"the weight of {called(adapters.name)} can't be read: {packed}")
         weight: Any = matrix_of(self, self.plain_class) if packed is None else packed.weight
 
         lora_a, lora_b = map(list, zip(*adapters.pairs, strict=True))
@@ -106,39 +110,41 @@ class TrialsLayer(nn.Module):
 
 
 class Attached(NamedTuple):
-    """What a model has while trials train: the trials' parameters by name, and their rows."""
+    """The trials' parameters and the record of their rows, while trials train."""
 
-    parameters: list[dict[str, nn.Parameter]]  # of each trial: "layer.lora_A" and so on
+    parameters: list[dict[str, nn.Parameter]]  # one dict for each trial, by "layer.lora_A" …
     rows: TrialRows
 
 
 @contextmanager
 def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[Attached]:
-    """Inside, the model's layers have every trial's adapter, and nothing else of it trains.
+    """Inside, the model's layers have the adapters of all trials, and only adapters train.
 
-    A trial's adapters are those that ``apply_lora`` would make after ``torch.manual_seed(seed)``.
-    Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
+    A trial gets the same initial adapters as from ``apply_lora`` after ``torch.manual_seed(seed)``.
+    Raises the errors of :func:`fastlora.apply_lora` for a target; the model is then unchanged.
     """
     targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
     routers = sorted(
-        n for of_trial in targets for n, one in of_trial.items() if is_router(one.module)
+        n for of_trial in targets for n, target in of_trial.items() if is_router(target.module)
     )
     if routers:
         raise ValueError(
-            f"{routers[0]} is a router, whose adapters can't share a batch: exclude it"
+            f"{routers[0]} is a router, and trials can't share a batch there: exclude it with "
+            f"exclude_modules=[{routers[0]!r}]"
         )
-    made = []
+    pairs = []
     for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made.append({n: one.new_adapter(n, trial.config) for n, one in of_trial.items()})
+            pairs.append({n: target.new_adapter(n, trial.config) for n, target in of_trial.items()})
     rows = TrialRows(len(trials))
+    # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
-        for parameter in [each for each in model.parameters() if each.requires_grad]:
+        for parameter in [weight for weight in model.parameters() if weight.requires_grad]:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for name, layer in model.named_modules():
-            adapters = _adapters_of(name, trials, made, rows)
+            adapters = _adapters_of(name, trials, pairs, rows)
             if adapters.members:
                 stack.callback(layer.__dict__.pop, _RECORD)
                 stack.callback(setattr, layer, "__class__", type(layer))
@@ -150,17 +156,17 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
                 for name, pair in adapters.items()
                 for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
             }
-            for adapters in made
+            for adapters in pairs
         ]
         yield Attached(named, rows)
 
 
 def _adapters_of(
-    name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: TrialRows
+    name: str, trials: Sequence[Trial], pairs: Sequence[dict[str, Pair]], rows: TrialRows
 ) -> Adapters:
-    """A layer's, of the trials that target it."""
-    members = tuple([i for i, adapters in enumerate(made) if name in adapters])
+    """The adapters of the layer of this name, of the trials that target it."""
+    members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
     configs = [trials[i].config for i in members]
     scales = [scaling_of(c.alpha_of(name), c.rank_of(name), c.use_rslora) for c in configs]
     numbers = {"scales": scales, "dropout": [config.lora_dropout for config in configs]}
-    return Adapters(name, members, [made[i][name] for i in members], numbers, rows)
+    return Adapters(name, members, [pairs[i][name] for i in members], numbers, rows)

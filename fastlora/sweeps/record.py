@@ -1,4 +1,4 @@
-"""What a sweep leaves: how far it is, in one file, and in the end a line for each trial."""
+"""A sweep's records: its state between two steps, in one file, and its final results."""
 
 import io
 import math
@@ -24,7 +24,7 @@ ADAPTERS, BEST = "adapters", "best"
 
 @dataclass
 class State:
-    """Of a sweep between two steps; a run that goes on must have the same ``settings``."""
+    """The state of a sweep between two steps; a resumed sweep must have the same ``settings``."""
 
     settings: dict[str, Any]
     step: int = 0
@@ -35,8 +35,8 @@ class State:
     steps: list[int] = field(default_factory=list)
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
-    random: list[Tensor] = field(default_factory=list)  # of the CPU, and of each GPU
-    # Of the base, the held-out data, and the data as far as it was read; 0.2.0 wrote none.
+    random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
+    # Of the base, the held-out data and the first batches; fastlora 0.2.0 wrote none.
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
@@ -47,38 +47,39 @@ def save(state: State, folder: Path) -> None:
 
 
 def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bool) -> State | None:
-    """The state to go on from, or None to begin with.
+    """The state to resume from, or None for a new sweep.
 
-    Raises ValueError for a folder that has a sweep which is neither to be resumed nor replaced, and
-    for one that is to be resumed and can't be: it is another sweep's, or can't be read.
+    Raises ValueError if the folder has a sweep and neither ``resume`` nor ``replace`` is set, and
+    if the sweep to resume has other settings or can't be read.
     """
     if resume and replace:
-        raise ValueError("resume goes on with a sweep, and replace deletes it: give one of them")
+        raise ValueError("resume continues a sweep, and replace deletes it: give only one")
     there = [name for name in (FILE, TABLE) if (folder / name).exists()]
     if not there or replace:
         return None
     if not resume:
         raise ValueError(
-            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True goes on with "
-            "it, replace=True deletes it, and another output_dir leaves it as it is"
+            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it, "
+            "replace=True deletes it, and another output_dir keeps it"
         )
     if FILE not in there:
         raise ValueError(
             f"{folder} has no {FILE}, so its sweep can't be resumed: replace=True deletes it, and "
-            "another output_dir leaves it as it is"
+            "another output_dir keeps it"
         )
     earlier = _read(folder / FILE)
+    # Only the same trials and options end with the same result as an uninterrupted sweep.
     for name, value in settings.items():
         if earlier.settings.get(name) != value:
             raise ValueError(
                 f"{folder / FILE} is of a sweep with {name} {shown(earlier.settings.get(name))}, "
-                f"not {shown(value)}: give the same, another output_dir, or replace=True in place "
-                "of resume"
+                f"not {shown(value)}: give the same value, another output_dir, or replace=True "
+                "instead of resume"
             )
     if not earlier.fingerprints:
         warnings.warn(
-            f"{folder / FILE} is of a fastlora that noted neither data nor base: make sure that "
-            "both are the same",
+            f"{folder / FILE} was written by an older fastlora without fingerprints: make sure "
+            "that the base and the data are the same",
             stacklevel=3,
         )
     return earlier
@@ -92,9 +93,9 @@ def _read(path: Path) -> State:
 
 
 def delete(folder: Path) -> None:
-    """Delete what the folder's sweep left, but for its state, which the next one's replaces.
+    """Delete the files of the folder's sweep; the next sweep overwrites its state file.
 
-    Nothing else goes: of its adapters' folders, an adapter's two files.
+    Only the sweep's files are deleted; a folder goes only if it is empty afterwards.
     """
     for name in _names(folder):
         delete_adapter(folder / ADAPTERS / name)
@@ -105,19 +106,19 @@ def delete(folder: Path) -> None:
 
 
 def delete_adapter(folder: Path) -> None:
-    if not folder.is_symlink():  # behind one it is somebody else's
+    if not folder.is_symlink():  # the target of a link doesn't belong to the sweep
         for name in (WEIGHTS, CONFIG):
             (folder / name).unlink(missing_ok=True)
         _delete_empty(folder)
 
 
 def _delete_empty(folder: Path) -> None:
-    with suppress(OSError):  # it has something else, or isn't there
+    with suppress(OSError):  # it isn't empty, or doesn't exist
         folder.rmdir()
 
 
 def _names(folder: Path) -> set[str]:
-    """Those of the trials of the folder's sweep, as far as its files can be read."""
+    """The names of the trials of the folder's sweep, from the files that can be read."""
     names: list[Any] = []
     for read in (lambda: _read(folder / FILE).settings, lambda: read_json(folder / TABLE)):
         with suppress(OSError, ValueError, LookupError, TypeError):
@@ -138,16 +139,16 @@ def set_random_state(states: list[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial: how it went.
+    """The result of one trial.
 
-    ``losses`` are held out: pairs of (step, loss).  ``seconds`` is its share of the steps it took
-    part in.  ``steps`` is fewer than the sweep's if it was stopped on the way.
-    ``effective_rank`` is that of ``fastlora.resize_adapter``, the mean over the layers.
+    ``losses``: held-out losses, pairs of (step, loss).  ``seconds``: its share of the time of its
+    steps.  ``steps``: fewer than the sweep's if halving stopped it.  ``effective_rank``: the mean
+    over the layers, as in ``fastlora.resize_adapter``.
     """
 
     trial: Trial
     parameters: int
-    bytes: int  # of them, which is the size of the adapter's file
+    bytes: int  # size of the parameters
     losses: tuple[tuple[int, float], ...]
     seconds: float
     steps: int
@@ -161,10 +162,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All trials; prints as a table, the best first.
+    """The results of all trials; prints as a table, the best first.
 
-    ``best`` is the trial with the lowest held-out loss of those that ran to the end; None if no
-    loss is finite.  ``folder`` has its adapter in ``best/``, everyone's in ``adapters/NAME/``,
+    ``best``: the trial with the lowest held-out loss among trials that ran all steps; None if no
+    loss is finite.  ``folder`` holds its adapter in ``best/``, all adapters in ``adapters/NAME/``,
     ``sweep.json`` and ``losses.png``.
     """
 
@@ -175,12 +176,12 @@ class Sweep:
 
     @property
     def best(self) -> Outcome | None:
-        whole = [each for each in self.outcomes if each.steps == self.steps]
-        finite = [each for each in whole if math.isfinite(each.loss)]
+        whole = [outcome for outcome in self.outcomes if outcome.steps == self.steps]
+        finite = [outcome for outcome in whole if math.isfinite(outcome.loss)]
         return min(finite, key=lambda outcome: outcome.loss, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a program: plain numbers and texts."""
+        """The results as plain dicts, numbers and texts."""
         outcomes = [
             {
                 "name": outcome.trial.name,
@@ -203,8 +204,8 @@ class Sweep:
         }
 
     def __str__(self) -> str:
-        ranked = sorted(self.outcomes, key=lambda each: (-each.steps, nan_last(each.loss)))
-        best = self.best.trial.name if self.best else "none, for no loss is finite"
+        ranked = sorted(self.outcomes, key=lambda trial: (-trial.steps, nan_last(trial.loss)))
+        best = self.best.trial.name if self.best else "none, because no loss is finite"
         last = f"{self.steps} steps, {self.seconds:.0f} s; best: {best}"
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
@@ -231,17 +232,17 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _finite(number: float) -> float | None:
-    """None for NaN and infinity, which JSON hasn't."""
+    """The number, or None for NaN and infinity, which JSON can't hold."""
     return number if math.isfinite(number) else None
 
 
 def nan_last(loss: float) -> float:
-    """A loss's place in an order in which NaN is last."""
+    """A sort key that puts NaN last."""
     return math.inf if math.isnan(loss) else loss
 
 
 def curves(sweep: Sweep) -> dict[str, bytes]:
-    """The held-out losses as a picture; nothing without matplotlib."""
+    """A picture of the held-out losses, by file name; empty without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""The trials while they train: a step of all, the held-out losses, and what is kept of both."""
+"""Training of a sweep: a step of all trials, the held-out losses, and saving the state."""
 
 import sys
 import threading
@@ -22,23 +22,24 @@ from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
-_PADDING = {"labels": -100}
+_PADDING = {"labels": -100}  # ignored by the loss; other tensors are padded with 0
 
 
 class Feed:
-    """The batches of ``data``, over and over, in an order that the seed fixes.
+    """The batches of ``data``, repeated without end, in an order that the seed determines.
 
-    What the data draws from torch on the CPU comes from a stream of its own.  ``fingerprint`` is of
-    its first batches, as far as they were read.  ``skip`` of them were taken before.  ``count`` is
-    how many are taken in all (None: as many as there are): of what can be read only once, these are
-    read now.  Raises ValueError for a list with what is no batch.
+    While ``data`` is read, torch's CPU random numbers come from a separate generator.
+    ``fingerprint`` covers the first batches that were read.  ``skip``: the number of batches that a
+    resumed sweep has already used.  ``count``: the number of batches that will be taken in all
+    (None: unknown); an iterator is read that far now.  Raises ValueError if a list holds an invalid
+    batch.
     """
 
     def __init__(
         self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0, count: int | None = None
     ) -> None:
         self.fingerprint: Fingerprint = {}
-        if isinstance(data, Iterator):  # a generator, for one
+        if isinstance(data, Iterator):  # such as a generator: it can be read only once
             data = list(islice(data, count))
         elif (length := _length(data)) is not None:
             self.fingerprint["the number of batches"] = str(length)
@@ -51,21 +52,21 @@ class Feed:
         self.taken = skip
 
     def take(self, count: int) -> list[Batch]:
-        """The next batches."""
+        """The next ``count`` batches."""
         self.taken += count
         return [next(self._batches) for _ in range(count)]
 
     def _forever(self) -> Iterator[Batch]:
         epoch = number = 0
         while True:
-            # A shuffling loader draws its order when its first batch is asked for.
+            # A shuffling loader draws its order when its first batch is read.
             random = torch.Generator("cpu").manual_seed(self.seed + epoch)
             with drawing(random):
                 batches = iter(self.data)
                 batch = next(batches, None)
             if batch is None:
-                what = "gives no batch" if epoch == 0 else "ends, and can't be read again"
-                raise ValueError(f"data {what}: give a list of batches or a DataLoader")
+                problem = "gives no batch" if epoch == 0 else "ends, and can't be read again"
+                raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
             while batch is not None:
                 batch, number = as_batch(batch), number + 1
                 if number <= FIRST:
@@ -77,7 +78,7 @@ class Feed:
 
 
 def _length(data: Any) -> int | None:
-    """How many batches there are, where that is known."""
+    """The number of batches, or None if ``data`` doesn't tell."""
     try:
         return len(data)
     except (AttributeError, NotImplementedError, TypeError):
@@ -86,7 +87,7 @@ def _length(data: Any) -> int | None:
 
 @contextmanager
 def drawing(random: torch.Generator) -> Iterator[None]:
-    """Inside, what torch draws on the CPU comes from this generator, which goes on there."""
+    """Inside, torch's CPU random numbers come from this generator, which advances."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(random.get_state())
         try:
@@ -96,13 +97,16 @@ def drawing(random: torch.Generator) -> Iterator[None]:
 
 
 def as_batch(batch: Any) -> Batch:
-    """Its tensors by name; ValueError unless they have one number of examples, and labels."""
+    """The batch's tensors by name; other values are dropped.
+
+    Raises ValueError if there are no labels, or the tensors differ in the number of examples.
+    """
     items = batch.items() if hasattr(batch, "items") else ()
     tensors = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
     if "labels" not in tensors or any(tensor.dim() == 0 for tensor in tensors.values()):
         raise ValueError(
-            f"a batch is {shown(batch)}, but must map names to tensors, [examples, …], with "
-            "'labels'"
+            f"a batch is {shown(batch)}, but must map names to tensors [examples, …], and one of "
+            "the names must be 'labels'"
         )
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         sizes = {name: len(tensor) for name, tensor in tensors.items()}
@@ -111,10 +115,11 @@ def as_batch(batch: Any) -> Batch:
 
 
 def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
-    """One batch of the examples of all, filled up on the right to the longest.
+    """Join batches into one, padded on the right to the longest.
 
-    They stay apart where their names or shapes differ otherwise, and where lengths differ and
-    neither an ``attention_mask`` tells the model nor what is ``causal`` needs none.
+    One larger call is faster than several.  Batches stay separate if their names differ, or their
+    shapes differ in more than the length.  Padding also needs an ``attention_mask`` that hides it,
+    or a ``causal`` loss, which it can't affect.
     """
     apart, first = list(batches), batches[0]
     like = "attention_mask" if "attention_mask" in first else "labels" if causal else ""
@@ -125,9 +130,9 @@ def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
         parts = [batch[name] for batch in apart]
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = [batch[like].shape for batch in apart if like]
-            if [part.shape for part in parts] != shapes or any(len(each) != 2 for each in shapes):
+            if [part.shape for part in parts] != shapes or any(len(size) != 2 for size in shapes):
                 return apart
-            length, fill = max(each[1] for each in shapes), _PADDING.get(name, 0)
+            length, fill = max(size[1] for size in shapes), _PADDING.get(name, 0)
             parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
         whole[name] = torch.cat(parts)
     return [whole]
@@ -137,18 +142,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of the next token, in float32, as transformers computes it; -100 is none."""
+    """The mean loss of the next token, in float32, ignoring labels of -100, as in transformers."""
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def counted(labels: Tensor, loss: Loss) -> int:
-    """Of how many labels the loss is the mean; the first token of a text has no prediction."""
+    """The number of labels that the loss averages.
+
+    The causal loss leaves out the first token of each sequence, which has no prediction.
+    """
     return int(((labels[:, 1:] if loss is causal_loss else labels) != -100).sum())
 
 
 @dataclass
 class Training:
-    """The trials while they train."""
+    """The training loop of a sweep."""
 
     model: nn.Module
     trials: Sequence[Trial]
@@ -156,7 +164,7 @@ class Training:
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
-    replaces: bool = False  # an earlier sweep's files, when its own first ones are there
+    replaces: bool = False  # whether to delete an earlier sweep's files before the first write
 
     def __post_init__(self) -> None:
         self.eval_steps = self.options.eval_steps or self.options.steps
@@ -178,14 +186,14 @@ class Training:
         )  # fmt: skip
 
     def restored(self, state: State) -> State:
-        """Put a state's adapters in place.  Raises ValueError if they don't fit this model."""
+        """Load a state's adapters and optimizer.  Raises ValueError if they don't fit the model."""
         for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
             if {n: p.shape for n, p in parameters.items()} != {
                 n: a.shape for n, a in saved.items()
             }:
                 raise ValueError(
                     "the sweep to resume is of another model: give that model, another output_dir, "
-                    "or replace=True in place of resume"
+                    "or replace=True instead of resume"
                 )
         with torch.no_grad():
             for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
@@ -197,7 +205,7 @@ class Training:
     def train(
         self, state: State, feed: Feed, folder: Path, interrupted: threading.Event, progress: bool
     ) -> None:
-        stops = self.options.rungs(len(self.trials))
+        stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
         while (left := self.options.steps - state.step) > 0:
@@ -208,7 +216,7 @@ class Training:
                 state.seconds[i] += elapsed / len(state.alive)
                 state.steps[i] += 1
             state.step, left = state.step + 1, left - 1
-            if progress:  # on the one line that the next step takes
+            if progress:  # on one line, which the next step overwrites
                 said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
                 said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
                 print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
@@ -223,11 +231,11 @@ class Training:
                 self._keep(state, feed, folder)
             if interrupted.is_set() and left:
                 raise KeyboardInterrupt(
-                    f"stopped after step {state.step}: resume=True goes on from there"
+                    f"stopped after step {state.step}: resume=True continues from there"
                 )
 
     def step(self, state: State, feed: Feed) -> list[float]:
-        """One of every trial that is left; their losses."""
+        """Do one step of every remaining trial.  Returns their losses."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
@@ -238,11 +246,12 @@ class Training:
         self.optimizer.zero_grad()
         for batch, size in zip(batches, sizes, strict=True):
             if size or not batches[1:]:
-                share = size / sum(sizes) if batches[1:] else 1.0  # of the mean over all labels
+                # Weighted by labels, so that the sum is the mean over the labels of all batches.
+                share = size / sum(sizes) if batches[1:] else 1.0
                 losses = share * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
                 sums += losses.detach()
-        if self.options.max_grad_norm:
+        if self.options.max_grad_norm:  # clipped separately, as in separate runs
             for i in state.alive:
                 parameters = list(self.parts.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
@@ -254,7 +263,8 @@ class Training:
         count = len(batch["labels"])
         self.parts.rows.share_out(alive, batch)
         whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        labels = whole.pop("labels")  # and all else once for each trial, one after the other
+        labels = whole.pop("labels")
+        # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
         logits = _logits(self.model(**inputs))
         if len(logits) != count * len(alive):
@@ -266,26 +276,26 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self, state: State) -> None:
-        """Add the held-out losses of all trials that are left."""
+        """Append the held-out losses of all remaining trials to the state."""
         total, weight = torch.zeros(len(state.alive), dtype=torch.float64, device="cpu"), 0
         with in_mode(self.model, training=False):
             for batch in self.held_out:
                 size = counted(batch["labels"], self.loss)
-                if size:  # else there is no loss
+                if size:  # without labels the mean loss would be NaN
                     total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
                     weight += size
         for i, loss in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
             state.losses[i].append((state.step, loss))
 
     def _keep(self, state: State, feed: Feed, folder: Path) -> None:
-        """Put all that is needed to go on from here into the state, and the state on the disk."""
+        """Complete the state, so that a sweep can resume from here, and write it to the folder."""
         state.batches, state.random = feed.taken, random_state()
         state.optimizer = self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters
         ]
-        if self.replaces:
+        if self.replaces:  # only now, so that a failed start keeps the old sweep
             delete(folder)
             self.replaces = False
         save(state, folder)

@@ -1,4 +1,4 @@
-"""What a sweep is asked for: its configurations, and what holds for all of them alike."""
+"""The arguments of a sweep: its trials, and options that all trials share."""
 
 import math
 import re
@@ -11,13 +11,13 @@ from ..projection import is_number, shown
 
 _SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"
-_LONGEST = 200  # bytes; file systems take 255
+_LONGEST = 200  # bytes of a name; file systems allow 255
 _SHORT = {"lora_alpha": "alpha", "lora_dropout": "dropout", _RATE: "lr", "target_modules": ""}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration with its learning rate, and a name that serves as a folder's."""
+    """A configuration with its learning rate, and a name, which also names its folder."""
 
     name: str
     config: LoRAConfig
@@ -25,17 +25,17 @@ class Trial:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """For a file: all of it, with no record in it."""
+        """The trial as plain values, to be written to the state file."""
         fields = asdict(self.config).items()
         settings = {key: dict(v) if isinstance(v, Mapping) else v for key, v in fields}
         return {"name": self.name, "learning_rate": self.learning_rate} | settings
 
 
 def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
-    """The trials that a sweep's ``configs`` stand for.
+    """The trials of a sweep's ``configs``.
 
-    Raises TypeError for what is no list of mappings, and ValueError for a field that a trial hasn't
-    or that doesn't fit, and for two trials of one name.
+    Raises TypeError if ``configs`` is not a list of mappings.  Raises ValueError for an unknown or
+    invalid field, and if two trials have the same name.
     """
     if not isinstance(configs, Sequence) or isinstance(configs, str) or not configs:
         raise TypeError(f"configs is {shown(configs)}, but must be a list of dicts")
@@ -47,7 +47,7 @@ def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two of configs are called {name!r}: give each a 'name' of its own")
+            raise ValueError(f"two of configs are called {name!r}: give each a different 'name'")
     return tuple(trials)
 
 
@@ -56,8 +56,8 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
     unknown = [key for key in entry if key not in known | {_RATE, "name"}]
     if unknown:
         raise ValueError(
-            f"configs[{number}] has {shown(unknown[0])}, but its fields are those of "
-            f"fastlora.LoRAConfig, {_RATE!r} and 'name'"
+            f"configs[{number}] has {shown(unknown[0])}, but its fields must be fields of "
+            f"fastlora.LoRAConfig, {_RATE!r} or 'name'"
         )
     rate: Any = entry.get(_RATE)
     if not is_number(rate) or not 0 < rate < float("inf"):
@@ -66,11 +66,11 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
     config = LoRAConfig(**({"target_modules": "all-linear"} | settings))
     if config.bias != "none" or config.modules_to_save or config.target_parameters:
         raise ValueError(
-            f"configs[{number}] trains more than adapters of linear layers (bias, modules_to_save, "
-            "target_parameters): trials share all else"
+            f"configs[{number}] trains more than adapters of linear layers, but trials share all "
+            "other parameters: leave out bias, modules_to_save and target_parameters"
         )
     if not is_folder_s(name):
-        raise ValueError(f"configs[{number}] is called {shown(name)}, which can't be a folder's")
+        raise ValueError(f"configs[{number}] is called {shown(name)}, which can't name a folder")
     if len(name.encode()) > _LONGEST:
         raise ValueError(
             f"configs[{number}] is called {shown(name)}, too long for a folder: give it a 'name' "
@@ -80,14 +80,15 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
 
 
 def is_folder_s(name: object) -> bool:
-    """Whether it can be the name of a folder, and of nothing outside of where that lies."""
+    """Whether it can name a folder, and can't lead out of the parent folder."""
     return isinstance(name, str) and bool(re.fullmatch(r"(?!\.)[\w.,=+-]+", name))
 
 
 def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
-    """The given one, or the fields in which the configurations differ."""
+    """The given name, or a name made of the fields that differ among the configurations."""
     if "name" in entry:
         return str(entry["name"])
+    # Only fields whose value differs from another configuration's distinguish the trial.
     keys = [
         key
         for key in entry
@@ -103,7 +104,7 @@ def _text(value: Any) -> str:
 
 
 class Options(NamedTuple):
-    """What holds for all trials alike."""
+    """The options that all trials share."""
 
     steps: int
     halving: bool
@@ -115,16 +116,16 @@ class Options(NamedTuple):
     seed: int
 
     def check(self, trials: int) -> None:
-        """Raise ValueError for a number or a word that can't be meant, with so many trials."""
+        """Raise ValueError for an option that is invalid for this number of trials."""
         for name in ("steps", "eval_steps", "warmup_steps", "seed"):
             value, least = getattr(self, name), int(name in ("steps", "eval_steps"))
-            if type(value) is not int or not least <= value < 2**63:  # torch's limit of a seed
+            if type(value) is not int or not least <= value < 2**63:  # torch's limit for a seed
                 raise ValueError(
                     f"{name} is {shown(value)}, but must be a whole number from {least} on"
                     " and below 2⁶³"
                 )
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule is {shown(self.schedule)}, but must be in {_SCHEDULES}")
+            raise ValueError(f"schedule is {shown(self.schedule)}, but must be one of {_SCHEDULES}")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not is_number(value) or not value >= 0:
@@ -133,7 +134,7 @@ class Options(NamedTuple):
             raise ValueError(f"steps is {self.steps}, too few to halve {trials} trials to one")
 
     def rungs(self, trials: int) -> dict[int, int]:
-        """After which step how many trials go on, at equal intervals."""
+        """The number of trials that continue after a step, by step; at equal intervals."""
         halvings = self._halvings(trials)
         return {
             self.steps * (i + 1) // (halvings + 1): -(-trials // 2 ** (i + 1))
@@ -141,7 +142,8 @@ class Options(NamedTuple):
         }
 
     def batches(self, trials: int) -> int:
-        """How many of ``data`` so many trials take in all: those that are left share the rows."""
+        """The number of batches that a sweep takes: remaining trials take over free rows."""
+        # A step takes as many batches as each remaining trial has free places for.
         stops, left, taken = self.rungs(trials), trials, 0
         for step in range(self.steps):
             taken += trials // left
@@ -149,11 +151,11 @@ class Options(NamedTuple):
         return taken
 
     def _halvings(self, trials: int) -> int:
-        """Until one is left."""
+        """The number of halvings until one trial is left."""
         return (trials - 1).bit_length() if self.halving else 0
 
     def factor(self, step: int) -> float:
-        """Of the learning rate in this step, the first being 0."""
+        """The factor of the learning rate in this step; the first step is 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         rest = max(1, self.steps - self.warmup_steps)

@@ -1,4 +1,4 @@
-"""Which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
+"""Measure which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -20,12 +20,12 @@ from ..report import bar
 from .calls import distinct, products_of
 from .table import Tuned, Tuning
 
-_TOKENS = 4096  # of a model's step, where nobody says
-_FEWEST, _ROUNDS = 3, 9  # of timing
-_MOST_TILES = 8  # beside the default ones
-_FOR_TILES = 0.7  # of a product's time, after which no more are tried
-_LONGEST = 1e9  # seconds; rounds are counted from them, and infinity has no number
-_CLEARLY = 0.99  # of the default's time: what is above is no reason to leave it
+_TOKENS = 4096  # rows of a step, the command's default
+_FEWEST, _ROUNDS = 3, 9  # least and most rounds of timing
+_MOST_TILES = 8  # in addition to the default tiles
+_FOR_TILES = 0.7  # share of a product's time after which no further tiles are tried
+_LONGEST = 1e9  # seconds; a finite limit, because the number of rounds is computed from it
+_CLEARLY = 0.99  # another plan must take less than this share of the default plan's time
 
 
 def tune(
@@ -36,64 +36,65 @@ def tune(
     seconds: float = 120.0,
     progress: bool = True,
 ) -> Tuning:
-    """Measure how this GPU best computes the model's LoRA layers, and compute them so from now on.
+    """Measure the fastest plan and tiles for the model's LoRA layers, and use them from now on.
 
-    ``tokens`` is how many rows a step has: batch size times length.  The base product of each kind
-    of layer, forward and backward, is made by Triton in one kernel with the adapter (fused), by the
-    default tiles and up to eight others, and by torch on top of the adapter's part (in place).
-    What isn't PyTorch's result has no time.  torch's frozen layer and PEFT's, if it is installed,
-    are beside.  Tensors are random: the model isn't called, and may be on ``meta``.
+    ``tokens`` is the number of rows in a step: batch size times length.  For each kind of layer,
+    forward and backward, two plans are timed: *fused*, where one Triton kernel computes the base
+    product and the adapter, with the default tiles and up to eight others; and *in place*, where
+    torch adds the base product to the adapter's part.  A plan with a wrong result is not timed.
+    torch's frozen layer is timed for comparison, and PEFT's layer if PEFT is installed.  Tensors
+    are random: the model isn't called, and may be on ``meta``.
 
     The fastest plans and tiles are written to a file for this device in the user's cache
-    (``FASTLORA_CACHE``), beside those of earlier calls.  Calls of about these sizes, within two
-    doublings in all, go by it, here and in later processes with the same Triton.  Results change by
-    rounding.  On a CPU, and wherever no Triton kernels run, nothing is measured, and a note says
+    (``FASTLORA_CACHE``), together with earlier results.  Calls of similar sizes (within two
+    doublings in all) use them, here and in later processes with the same Triton.  Results change by
+    rounding.  On a CPU, and on devices without Triton kernels, nothing is measured, and a note says
     so.
 
-    ``dtype``: that of the calls, where it isn't the weights', as under autocast; for packed weights
-    it is bfloat16 by default.  ``seconds``: how long it may take in all, about.  ``progress``: with
-    a bar.
+    ``dtype``: the dtype of the calls if it isn't the weights', as under autocast; the default for
+    packed weights is bfloat16.  ``seconds``: approximate time limit of the whole call.
+    ``progress``: whether to show a bar.
 
-    Returns a :class:`fastlora.tuning.table.Tuning`, which prints as a table.  Raises TypeError for
-    what is no module, and ValueError for one without LoRA layers, and for numbers that can't be.
-    If it fails or is interrupted, the file is as it was.
+    Returns a :class:`fastlora.tuning.table.Tuning`, which prints as a table.  Raises TypeError if
+    ``model`` is not a module.  Raises ValueError for a model without LoRA layers and for invalid
+    numbers.  If it fails or is interrupted, the file is unchanged.
     """
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of torch's")
+        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
     check_switch("progress", progress)
     _check_seconds(seconds)
     with torch.no_grad():
         products, notes = products_of(model, tokens, dtype)
-    here = [each.device for each in model.parameters() if each.device.type == "cuda"]
+    here = [weight.device for weight in model.parameters() if weight.device.type == "cuda"]
     return _tuned(products, notes, here, seconds, progress)
 
 
 def command(
     model: str | None, shape: Sequence | None, tokens: int | None, seconds: float, **about: Any
 ) -> Tuning:
-    """``python -m fastlora tune``: of a model by name, every linear layer adapted, or of shapes.
+    """``python -m fastlora tune``: tunes for a named model, all linear layers adapted, or shapes.
 
     ``about``: r, dropout and dtype.
     """
     _check_seconds(seconds)
     r, dropout, dtype = about["r"], about["dropout"], about["dtype"]
     if bool(model) == bool(shape):
-        raise ValueError("give a model, or --shape: one of the two")
+        raise ValueError("give either a model or --shape")
     if model:
         config = LoRAConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
         return tune(_on_meta(model, config), tokens or _TOKENS, dtype=dtype, seconds=seconds)
     if tokens:
-        raise ValueError("--tokens is of a model: a --shape has its rows")
+        raise ValueError("--tokens goes with a model: a --shape states its rows, so leave it out")
     dtype = dtype or torch.bfloat16
     forward = [Sizes(m, k, (n,), ((r,),), dtype, dropout=dropout) for m, k, n in shape or ()]
-    backward = [replace(each, backward=True) for each in forward]
+    backward = [replace(sizes, backward=True) for sizes in forward]
     return _tuned(distinct([*forward, *backward]), [], [], seconds, progress=True)
 
 
 def _on_meta(name: str, config: LoRAConfig) -> nn.Module:
-    """A causal language model of transformers, with adapters, of which only a config is read."""
+    """A causal language model of transformers on meta, with adapters; only its config is read."""
     transformers = import_module("transformers")
     about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     dtype = getattr(about, "dtype", None) or torch.bfloat16
@@ -109,13 +110,14 @@ def _check_seconds(seconds: float) -> None:
 def _tuned(
     products: Sequence[Sizes], said: list[str], devices: list, seconds: float, progress: bool
 ) -> Tuning:
-    """Measures as many as there is time for, on the first device, and keeps what was found."""
-    from ..doctor.machine import devices_here  # here, since an import of fastlora needs no doctor
+    """Measure as many products as time allows, on the first device, and write the results."""
+    # Imported late: ``import fastlora`` needs neither the doctor nor the kernels.
+    from ..doctor.machine import devices_here
 
     device = devices[0] if devices else devices_here()[-1]
     name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, _LONGEST)
     if backend_name(device=device) == "triton":
-        from ..backends.triton import measured, why_not  # here, since it imports the kernels
+        from ..backends.triton import measured, why_not
 
         name = measured.name_of(device)
     if not name:
@@ -124,7 +126,7 @@ def _tuned(
     measured_rows = []
     with (
         torch.no_grad(),
-        torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws
+        torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws random numbers
         torch.cuda.device(device) if is_gpu else nullcontext(),
     ):
         for i, product in enumerate(bar(products, "tuning", "product") if progress else products):
@@ -132,7 +134,7 @@ def _tuned(
             if now >= end:
                 reason = "the time was over"
             try:
-                if not reason:
+                if not reason:  # each remaining product gets an equal share of the remaining time
                     share = (end - now) / (len(products) - i)
                     measured_rows += _measured(product, device, now, share, said)
             except torch.OutOfMemoryError:
@@ -141,14 +143,17 @@ def _tuned(
                 said.append(f"{product} wasn't measured: {reason}")
     path = measured.keep(name, [row for _, row in measured_rows]) if measured_rows else ""
     if measured_rows and not path:
-        said.append(f"{measured.path_of(name)} can't be written: it is for this process alone")
+        said.append(f"{measured.path_of(name)} can't be written: only this process uses it")
     return Tuning(name, tuple(line for line, _ in measured_rows), tuple(said), path)
 
 
 def _measured(
     product: Sizes, device: torch.device, start: float, share: float, said: list[str]
 ) -> list[tuple[Tuned, Any]]:
-    """A line and a row, if any plan is right; of the time that there is, the product has a share"""
+    """A line for the table and a row for the file; empty if no plan gives the right result.
+
+    ``start`` and ``share``: when this product's measurement began, and its seconds.
+    """
     from ..backends.triton.plans import Contest
 
     contest, steps = Contest(product, device), dict[Any, Callable[[], object]]()
@@ -159,7 +164,7 @@ def _measured(
             why = contest.why_wrong(plan)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler's, or a driver's
+        except Exception as error:  # from the compiler or the driver: this plan can't run
             why = f"{type(error).__name__}: {error}"
         if why:
             said.append(f"{product}, {_named(plan)}: {' '.join(why.split())[:400]}")
@@ -181,15 +186,15 @@ def _measured(
     now = monotonic()
     left = int((start + share - now) / max(now - before, 1e-9))
     seconds = medians(clock, steps, min(max(left, _FEWEST), _ROUNDS))
-    # A little isn't worth another kernel than the default.
+    # The default plan wins unless another one is clearly faster.
     best = min(ours, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
-    others = [seconds.get(each) for each in (default, "frozen", "PEFT")]
+    others = [seconds.get(side) for side in (default, "frozen", "PEFT")]
     line = Tuned(str(product), _named(default), _named(best), seconds[best], *others)
     return [(line, contest.row(best))]
 
 
 def _named(plan: Any) -> str:
-    """With its tiles, if they aren't the default ones."""
+    """The plan's name, with its tiles unless they are the default ones."""
     if plan.gemm is None:
         return "fused" if plan.fused else "in place"
     block_m, block_n, block_k, warps, stages, group, descriptors = vars(plan.gemm).values()

@@ -1,4 +1,4 @@
-"""The base products that the calls of a model's LoRA layers have, each kind once."""
+"""The distinct kinds of base products in the calls of a model's LoRA layers."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,20 +18,20 @@ from ..peft.optimize import checked, peft_layers
 from ..projection import Base, Output
 from ..report import NO_LAYERS
 
-# A module, its output or why it has none that is fast, and the probability of its dropout.
+# A module, its output (or the reason why it isn't fast), and its dropout probability.
 _Layer = tuple[Any, Output[Tensor] | str, float]
 
 
 def products_of(
     model: nn.Module, tokens: int, dtype: torch.dtype | None
 ) -> tuple[list[Sizes], list[str]]:
-    """Those of a training step with so many tokens, and why some layers have none.
+    """The products of a training step with so many tokens, and notes on layers without one.
 
     Raises ValueError for a model without LoRA layers.
     """
     inner = checked(model)
     layers: dict[nn.Module, Sizes] = {}
-    experts: list[Sizes] = []  # whose modules have two weights
+    experts: list[Sizes] = []  # not by module, because an experts module has two weights
     reasons: Counter[str] = Counter()
     for module, output, p in chain(_own(inner), _of_peft(inner)):
         sizes = output if isinstance(output, str) else _sizes(module, output, p, tokens, dtype)
@@ -44,34 +44,35 @@ def products_of(
     if not (layers or experts or reasons):
         raise ValueError(f"this {type(model).__name__} has {NO_LAYERS}")
     products = [*layers.values(), *experts]
+    # A gated MLP's block computes gate and up in one call, with one dx.
     for block in [module for module in inner.modules() if isinstance(module, GatedMLP)]:
         gate, up = [getattr(block, name) for name in PARTS[:2]]
         if gate in layers and up in layers:
-            one, other = layers[gate], layers[up]
-            both = replace(one, outs=one.outs + other.outs, ranks=one.ranks + other.ranks)
-            if replace(other, outs=one.outs, ranks=one.ranks) == one:
-                layers[gate] = layers[up] = both  # their dx is one
-    backward = [replace(each, backward=True) for each in (*layers.values(), *experts)]
+            g, u = layers[gate], layers[up]
+            both = replace(g, outs=g.outs + u.outs, ranks=g.ranks + u.ranks)
+            if replace(u, outs=g.outs, ranks=g.ranks) == g:
+                layers[gate] = layers[up] = both
+    backward = [replace(sizes, backward=True) for sizes in (*layers.values(), *experts)]
     notes = [f"{count} layers weren't measured: {reason}" for reason, count in reasons.items()]
     return distinct([*products, *backward]), notes
 
 
 def distinct(products: Iterable[Sizes]) -> list[Sizes]:
-    """The first of each kind: how much is dropped makes none."""
+    """The first product of each kind; kinds don't differ by the dropout's probability."""
     kinds: dict[Sizes, Sizes] = {}
-    for each in products:
-        kinds.setdefault(replace(each, dropout=float(each.dropout > 0)), each)
+    for sizes in products:
+        kinds.setdefault(replace(sizes, dropout=float(sizes.dropout > 0)), sizes)
     return list(kinds.values())
 
 
 def _own(model: nn.Module) -> Iterator[_Layer]:
-    """Layers and experts' weights of fastlora's own."""
+    """The layers and weights of experts that apply_lora adapted."""
     for _, layer in lora_layers(model):
         module = layer.adapted_module
         output: Output[Tensor] | str = "merged"
         if not layer.merged:
             try:
-                if isinstance(layer, ExpertsWeight):  # whose output isn't stacked
+                if isinstance(layer, ExpertsWeight):
                     output = Output(Base(layer.weight), (layer.adapter(),))
                 else:
                     output = layer.adapted_output()
@@ -83,7 +84,7 @@ def _own(model: nn.Module) -> Iterator[_Layer]:
 def _of_peft(model: nn.Module) -> Iterator[_Layer]:
     layers = peft_layers(model)
     if layers:
-        from ..peft.records import outputs_of  # here, since it imports PEFT
+        from ..peft.records import outputs_of  # imported late, because it imports PEFT
 
         yield from outputs_of(layers)
 
@@ -91,7 +92,7 @@ def _of_peft(model: nn.Module) -> Iterator[_Layer]:
 def _sizes(
     module: Any, output: Output[Tensor], p: float, tokens: int, dtype: torch.dtype | None
 ) -> Sizes | str:
-    """Of the layer's forward; or why there are none."""
+    """The sizes of the layer's forward product, or the reason why there is none."""
     weight, adapters = output.base.weight, output.adapters
     if weight.dim() not in (2, 3):
         return "sharded"
@@ -99,7 +100,7 @@ def _sizes(
     if weight.dim() == 3:
         experts, used = weight.shape[0], experts_of_a_token(module)
         if not used:
-            return "its config doesn't say how many experts a token goes to"
+            return "its config doesn't say how many experts each token uses"
     if isinstance(weight, Tensor):
         dtype = dtype or weight.dtype
     ranks = tuple([adapter.lora_a.shape[-2] for adapter in adapters])

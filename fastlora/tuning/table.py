@@ -1,4 +1,4 @@
-"""What tuning found: a line for each base product, and what it couldn't measure."""
+"""The result of tuning: a line for each base product, and notes on the rest."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ _TITLES = ("rows x in x out", "default", "best", "ms", "/ default", "/ frozen", 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A base product, a forward's (y) or a backward's (dx): ``best`` is the plan that runs now.
+    """One base product, of a forward (y) or a backward (dx).
 
-    It names its tiles, where they aren't the default ones.  ``default`` is what ran without tuning.
-    Times are the device's, in seconds: of a forward or of a backward, with all that the adapter
-    needs; ``frozen_seconds`` are those of torch's product alone, ``peft_seconds`` of PEFT's layer.
-    None is what wasn't measured.
+    ``best``: the plan that runs from now on, with its tiles unless they are the default ones.
+    ``default``: the plan without tuning.  Times are the device's, in seconds, of the whole forward
+    or backward, adapter included.  ``frozen_seconds``: time of torch's product without an adapter.
+    ``peft_seconds``: time of PEFT's layer.  None means not measured.
     """
 
     product: str
@@ -28,9 +28,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A line for each product; prints as a table.  Without lines, ``notes`` say why.
+    """A line for each product; prints as a table.  ``notes`` explain missing products.
 
-    ``path`` is the file that later processes read; "": nothing was written.
+    ``path``: the file that later processes read; "" if nothing was written.
     """
 
     device: str
@@ -42,7 +42,7 @@ class Tuning:
         rows: list[tuple[str, ...]] = [_TITLES]
         for line in self.lines:
             others = (line.default_seconds, line.frozen_seconds, line.peft_seconds)
-            ratios = ["–" if each is None else f"{line.seconds / each:.3f}" for each in others]
+            ratios = ["–" if time is None else f"{line.seconds / time:.3f}" for time in others]
             rows.append(
                 (line.product, line.default, line.best, f"{line.seconds * 1e3:.3f}", *ratios)
             )

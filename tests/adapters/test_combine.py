@@ -181,7 +181,7 @@ BAD = {
     "no-layer-of-no-base": (other_layers_of_another_base, {}, "share no layer"),
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
-    "weights": (None, {"weights": [1]}, "one of a weight for each"),
+    "weights": (None, {"weights": [1]}, "a list of as many weights"),
     "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
     "large": (None, {"weights": [1, 1e300, 1]}, "would have numbers that are too large for torch"),
 }
@@ -200,6 +200,6 @@ def test_adapters_that_can_t_be_summed_give_a_one_line_error(name, folders, tmp_
 
 
 def test_an_output_that_is_one_of_them(folders):
-    with pytest.raises(ValueError, match="which is read from"):
+    with pytest.raises(ValueError, match="which is also an input"):
         fastlora.combine_adapters(folders, [1, 1, 1], folders[2])
     assert json.loads((folders[2] / CONFIG).read_text())["r"] == 1

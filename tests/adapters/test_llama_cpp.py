@@ -138,16 +138,16 @@ def qwen_s(folder):
 
 
 BAD = {
-    "bias": ({"modules_to_save": ["norm"]}, None, {}, "no trained biases, modules_to_save"),
+    "bias": ({"modules_to_save": ["norm"]}, None, {}, "can't hold trained biases, modules_to_save"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, None, {}, "nor adapters of embeddings"),
     "tied": ({"target_modules": ["lm_head"]}, None, {"tie_word_embeddings": True}, "for lm_head"),
-    "type": ({}, None, {"model_type": "bert"}, "type is 'bert', and fastlora exports"),
-    "types": ({}, None, {"model_type": ["llama"]}, r"type is \['llama'\], and fastlora exports"),
+    "type": ({}, None, {"model_type": "bert"}, "type is 'bert', but fastlora can export"),
+    "types": ({}, None, {"model_type": ["llama"]}, r"type is \['llama'\], but fastlora can export"),
     "layers": ({}, None, {"num_hidden_layers": 1}, "layers.1.* with 1 layers, has no such layer"),
-    "hidden": ({}, None, {"hidden_size": 96}, r"v_proj takes \d+ features and gives \d+, and a"),
+    "hidden": ({}, None, {"hidden_size": 96}, r"v_proj has \d+ in and \d+ out features, but a"),
     "queries": ({"target_modules": ["q_proj"]}, None, {"head_dim": 48}, "has no such layer: give"),
-    "heads": ({"target_modules": ["q_proj"]}, None, NO_HEADS, "are no 3 heads"),
-    "base": ({}, qwen_s, {}, "whose type is 'qwen3', and model_config's is 'llama': give its base"),
+    "heads": ({"target_modules": ["q_proj"]}, None, NO_HEADS, "multiple of 6 for 3 heads"),
+    "base": ({}, qwen_s, {}, "whose type is 'qwen3', but model_config's type is 'llama': give the"),
     "key-heads": ({}, None, {"num_key_value_heads": "2"}, "config has num_key_value_heads '2'"),
     "many": ({}, None, {"num_hidden_layers": 10**7}, "config has num_hidden_layers 10000000"),
     "large": ({"lora_alpha": 8, "alpha_pattern": {"v_proj": 1e9}}, None, {}, "too large for f16"),
@@ -212,7 +212,7 @@ def test_a_model_s_file_is_not_written_over(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="no adapter's GGUF: give another"):
+    with pytest.raises(ValueError, match="isn't an adapter's GGUF file: give another"):
         fastlora.export_gguf(folder, path, model_config=llama().config)
     assert path.read_bytes() == before
 
@@ -225,7 +225,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match="model_config is None"):
         fastlora.export_gguf(folder, path, model_config=None)
     for taken in (folder, folder / "adapter_config.json"):
-        with pytest.raises(ValueError, match="no adapter's GGUF: give another"):
+        with pytest.raises(ValueError, match="isn't an adapter's GGUF file: give another"):
             fastlora.export_gguf(folder, taken, model_config=config)
     fastlora.export_gguf(folder, path, model_config=config)
     fastlora.export_gguf(folder, path, model_config=config)  # replaces another adapter's file

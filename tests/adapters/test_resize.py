@@ -165,7 +165,7 @@ def test_a_model_in_memory(kind, tmp_path):
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     assert all(before[key].equal(value) for key, value in model.state_dict().items())
     if kind != "fastlora":
-        with pytest.raises(ValueError, match="no adapter 'third': default, other"):
+        with pytest.raises(ValueError, match="adapter_name is 'third', not one of default, other"):
             fastlora.resize_adapter(model, adapter_name="third")
 
 
@@ -290,17 +290,17 @@ BROKEN = {
     ),
     "no-lora-b": (
         lambda f: change_tensors(f, lambda t: t.pop(B)),
-        "lacks, or has too many, .*q_proj.lora_B.weight",
+        "has missing or unsupported keys, .*q_proj.lora_B.weight",
     ),
     "dora-tensor": (
         lambda f: change_tensors(f, lambda t: t.update({MAGNITUDE: torch.ones(64)})),
-        "lora_magnitude_vector: .*not DoRA's magnitudes",
+        "lora_magnitude_vector: .*neither DoRA's magnitudes",
     ),
     "dora": (lambda f: change_config(f, use_dora=True), "use_dora=True"),
-    "rank": (lambda f: change_config(f, r=5), r"gives rank 5"),
+    "rank": (lambda f: change_config(f, r=5), "says that its rank is 5"),
     "unlike": (
         lambda f: change_tensors(f, lambda t: t.update({B: torch.ones(64, 7)})),
-        r"lora_A \(6, 64\) and lora_B \(64, 7\) of model.layers.0.self_attn.q_proj",
+        r"lora_A \(6, 64\) and lora_B \(64, 7\) for model.layers.0.self_attn.q_proj",
     ),
     "large": (
         lambda f: change_tensors(f, lambda t: t.update({A: t[A].double() * 1e308})),
@@ -309,7 +309,7 @@ BROKEN = {
     "empty": (lambda f: change_tensors(f, dict.clear), "no lora_A and no lora_B: it holds no adap"),
     "int8": (
         lambda f: change_tensors(f, lambda t: t.update({A: t[A].to(torch.int8)})),
-        "lora_A of torch.int8 and lora_B of torch.float32 of .*q_proj, which must be floating",
+        "lora_A of torch.int8 and lora_B of torch.float32 for .*q_proj, but both must be floating",
     ),
 }  # fmt: skip
 
@@ -330,8 +330,8 @@ def test_a_broken_folder_is_one_clear_line(name, folder, tmp_path):
         ({"rank": 0}, "r is 0"),
         ({"energy": 0.0}, "energy is 0.0"),
         ({"energy": math.nan}, "energy is nan"),
-        ({"rank": 2, "energy": 0.5}, "give one"),
-        ({}, "give rank or energy"),
+        ({"rank": 2, "energy": 0.5}, "give only one"),
+        ({}, "nothing is cut: give rank or energy"),
     ],
 )
 def test_invalid_arguments(settings, message, folder, tmp_path):
@@ -343,7 +343,7 @@ def test_invalid_arguments(settings, message, folder, tmp_path):
 def test_an_output_that_would_be_spoilt(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for own in (folder, folder / ".." / "adapter"):
-        with pytest.raises(ValueError, match="which is read from"):
+        with pytest.raises(ValueError, match="which is also an input"):
             fastlora.resize_adapter(folder, rank=2, output=own)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "else").mkdir()

@@ -150,7 +150,7 @@ def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_s
         found = fastlora.estimate(tiny_model(**packed), [2], rounds=0)
     assert found.rank_costs == expected.rank_costs
     assert (expected.notes, "nothing was measured" in str(found)) == ((), True)
-    assert "quantized (bitsandbytes), and it is dense here" in str(found)
+    assert "quantized (bitsandbytes), but it is dense here" in str(found)
 
 
 def test_kept_bytes_of_an_adapter():
@@ -201,7 +201,7 @@ META = {"ranks": [2], "batch": torch.ones(2, 24, device="meta")}
         ({"ranks": [0]}, ValueError, "ranks is"),
         ({"rounds": -1}, ValueError, "rounds is"),
         ({"progress": True}, TypeError, "progress is True, but must be a function"),
-        ({}, ValueError, "batch is None, and Net has no config.vocab_size"),
+        ({}, ValueError, "batch is None, but Net has no config.vocab_size"),
         ({"batch": torch.zeros(())}, ValueError, "must hold a tensor"),
         ({"batch": torch.ones(1).long()}, ValueError, "nothing to differentiate"),
         ({"model": Net().to("meta"), **META}, ValueError, "on meta"),

@@ -211,7 +211,7 @@ REFUSED_OF = {
         ("places-layers-of-a-block", "places-in-full-in-a-block", "places-all-biases"),
         "not known base_model.model.blocks.2",
     ),
-    "0.19.1": (("by-their-weights",), "fastlora reads those of PEFT 0.19.1"),
+    "0.19.1": (("by-their-weights",), "reads adapters of experts from PEFT 0.19.1"),
 }
 
 

@@ -185,7 +185,9 @@ def test_load_packed_loads_packed_linear_layers_beside_packed_experts(kind, tmp_
 def test_layers_of_two_vendors_are_refused():
     _need("nf4"), _need("fp8")
     model = mixture("qwen3", "nf4", ["q_proj"])
-    with pytest.raises(ValueError, match="another vendor's layers, and its quantization_config"):
+    with pytest.raises(
+        ValueError, match="another vendor's packed layers, and its quantization_config"
+    ):
         fastlora.pack(model, "fp8", ["k_proj"])
 
 

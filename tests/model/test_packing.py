@@ -138,7 +138,7 @@ REFUSED = {
     "nothing": ({"modules": ["experts", "quux"]}, "'quux', which matches no module"),
     "pattern": ({"modules": "quux"}, "'quux', which matches no module"),
     "neither": ({"modules": ["norm"]}, "a GptOssRMSNorm is neither experts that fastlora knows"),
-    "linear": ({"modules": ["experts", "q_proj"]}, "torchao's linear layers of mxfp4"),
+    "linear": ({"modules": ["experts", "q_proj"]}, "torchao's mxfp4 linear layers"),
     "adapters": ({"before": _adapt}, "has an adapter already"),
     "numbers": ({"before": _with_infinity}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
     "a head": ({"before": _head_of_inf} | HEAD, "lm_head can.*NaN"),
@@ -146,7 +146,7 @@ REFUSED = {
     "none": ({"before": _pack}, "no dense experts that fastlora knows"),
     "fsdp": ({"before": _wrap}, r"layers\.1\.mlp\.experts can't be packed: FSDP or DDP has it"),
     "compiled": ({"before": _compile} | HEAD, "lm_head can't be packed: it is compiled, or"),
-    "tied": ({"before": _tie} | HEAD, "tied to what isn't packed"),
+    "tied": ({"before": _tie} | HEAD, "tied to a module that isn't packed"),
     "a list": ({"kind": ["nf4"]}, "kind is .'nf4'., but must be one of"),
     "a number": ({"modules": 3}, "modules is 3, but must be a list of names"),
 }  # fmt: skip
@@ -210,7 +210,7 @@ def test_weights_that_are_tied_are_packed_together():
     model = mixture("mixtral")
     one, other = experts_modules(model)
     other.down_proj = one.down_proj
-    with pytest.raises(ValueError, match="tied to what isn't packed"):
+    with pytest.raises(ValueError, match="tied to a module that isn't packed"):
         fastlora.pack(model, "fp8", ["0.mlp.experts"])
     fastlora.pack(model, "fp8")
     bits = [bits_of(experts) for experts in (one, other)]
@@ -350,13 +350,13 @@ def _dense(state):
 UP = "model.layers.0.mlp.experts.gate_up_proj"
 TORN = {
     "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "has neither model.saf"),
-    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist, and"),
+    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist, but"),
     "cut": (_cut, "is damaged"),
-    "no JSON": (_index(lambda index: "{"), "is no JSON"),
+    "no JSON": (_index(lambda index: "{"), "is not valid JSON"),
     "no map": (_index(lambda index: "[]"), "has no weight_map"),
     "outside": (_index(lambda index: index["weight_map"].update(a="../a")), "has no weight_map"),
     "not there": (_index(lambda index: index["weight_map"].update(
-        quux=next(iter(index["weight_map"].values())))), "has quux, which its file hasn't"),
+        quux=next(iter(index["weight_map"].values())))), "names quux, but its file lacks it"),
     "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"missing {UP}_scales; not"),
     "no norm": (_edit(lambda state: state.pop("model.norm.weight")), "missing model.norm.weight;"),
     "more": (_edit(lambda state: state.update(quux=torch.ones(1))), "missing none; not known quux"),
@@ -367,7 +367,7 @@ TORN = {
     "dtype": (_put("_scales", torch.Tensor.char), "_scales of torch.int8, but the model"),
     "codes": (_put("model.norm.weight", lambda old: old.to(torch.float8_e4m3fn)),
               "norm.weight of torch.float8_e4m3fn, but the model's is torch.float32"),
-    "dense": (_edit(_dense), "has no experts packed as MXFP4"),
+    "dense": (_edit(_dense), "has no packed experts of this model"),
 }  # fmt: skip
 
 
@@ -409,7 +409,7 @@ def test_a_linear_layer_in_float8_without_its_scales_is_refused(tmp_path):
         about = file.metadata()
     save_file(state, tmp_path / ONE, about)
     model = empty(tmp_path, device="cpu")
-    with refused(model, r"the file has \S+1\.self_attn\.q_proj\._weight_qdata alone of"):
+    with refused(model, r"the file has only \S+1\.self_attn\.q_proj\._weight_qdata of"):
         fastlora.load_packed(model, tmp_path)
 
 
@@ -433,7 +433,9 @@ def test_a_failing_quantizer_config_leaves_the_model_unchanged(tmp_path, monkeyp
 def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
     model = empty(checkpoint)
     model.model.norm.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
-    with pytest.raises(ValueError, match=r"model\.norm's odd is on meta, no checkpoint has it"):
+    with pytest.raises(
+        ValueError, match=r"model\.norm's odd is on meta, checkpoints don't hold it"
+    ):
         fastlora.load_packed(model, checkpoint)
     assert all(parameter.is_meta for parameter in model.parameters())
     model = empty(checkpoint)
@@ -446,7 +448,7 @@ def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
         fastlora.load_packed(model, checkpoint)
     with pytest.raises(ValueError, match=r"doesn.t fit the model: it lacks .*; it has "):
         fastlora.load_packed(mixture("qwen3"), checkpoint)
-    with pytest.raises(ValueError, match="has no experts packed as MXFP4"):
+    with pytest.raises(ValueError, match="has no packed experts of this model"):
         fastlora.load_packed(nn.Linear(2, 2), checkpoint)
     with pytest.raises(TypeError, match="folder is"):
         fastlora.load_packed(mixture(), 3)

@@ -93,7 +93,7 @@ def test_a_layer_without_numbers_takes_no_adapter(layer, reason):
 
 def test_a_lazy_module_beside_the_targets_leaves_all_as_it_was():
     model = nn.Sequential(nn.Linear(8, 8), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match=r"1\.weight has no shape as yet: call the model once"):
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet: call the model once"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
@@ -106,7 +106,7 @@ FOREIGN = {
     ),
     "another-method": (peft.IA3Config(target_modules=["up"]), "peft_type 'IA3'"),
     "a-subclass": (peft.AdaLoraConfig(target_modules=["up"], total_step=9), "peft_type 'ADALORA'"),
-    "no-targets": (peft.LoraConfig(), "no target_modules, which PEFT looks up in a table"),
+    "no-targets": (peft.LoraConfig(), "no target_modules, and fastlora doesn't have PEFT's table"),
     "experts": (
         peft.LoraConfig(target_modules=["up"], target_parameters=["norm.weight"]),
         "norm can't take an adapter|norm.weight, which is no weight of a linear layer",
@@ -276,25 +276,23 @@ def quantized() -> nn.Module:
 
 
 def test_all_linear_names_the_layers_it_can_t_adapt():
-    message = r"In the way: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
+    message = r"These can't be adapted: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
     with pytest.raises(ValueError, match=message):
         fastlora.apply_lora(quantized(), LoRAConfig(target_modules="all-linear"))
 
 
 def test_all_linear_warns_of_part_of_a_model():
     model = nn.Sequential(nn.Linear(4, 4), *quantized())
-    with pytest.warns(
-        UserWarning, match=r"passed over 2 layers \(1, 3\): it is a Linear4bit, .*PEFT"
-    ):
+    with pytest.warns(UserWarning, match=r"left out 2 layers \(1, 3\): it is a Linear4bit, .*PEFT"):
         fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
     assert names(model).keys() == {"0"}
 
 
 def test_a_peft_model_is_peft_s_to_save(tmp_path):
     model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
-    with pytest.raises(ValueError, match="this is a PEFT model, whose save_pretrained saves it"):
+    with pytest.raises(ValueError, match="this is a PEFT model: save it with model"):
         fastlora.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="this is a PEFT model, whose load_adapter loads it"):
+    with pytest.raises(ValueError, match="this is a PEFT model: load the adapter with model"):
         fastlora.load_adapter(model, tmp_path)
 
 
@@ -310,7 +308,7 @@ def several(folder) -> None:
 
 
 FOLDERS = {
-    "pickle": (pickled, "adapter_model.bin, which is a pickle.* PeftModel.from_pretrained"),
+    "pickle": (pickled, "adapter_model.bin, a pickle.* PeftModel.from_pretrained"),
     "subfolders": (several, r"in its subfolders \(first, second\): give one of these"),
     "whole-model": (
         lambda folder: tiny_llama().save_pretrained(folder),

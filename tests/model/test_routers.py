@@ -88,11 +88,13 @@ def test_it_is_reported_as_a_router():
 
 def test_dropout_and_shared_batches_are_refused_for_routers(tmp_path):
     model = plain("qwen3")
-    with refused(model, r"gate is a router \(Qwen3MoeTopKRouter\), whose adapter has no dropout"):
+    with refused(
+        model, r"gate is a router \(Qwen3MoeTopKRouter\), whose adapter can't have dropout"
+    ):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["gate"], lora_dropout=0.1))
     batch = {"input_ids": IDS, "labels": IDS}
     configs = [{"target_modules": ["gate"], "learning_rate": 0.1}]
-    with refused(model, "gate is a router, whose adapters can't share a batch"):
+    with refused(model, "gate is a router, and trials can't share a batch"):
         fastlora.sweep(model, configs, [batch], eval_data=[batch], steps=1, output_dir=tmp_path)
 
 

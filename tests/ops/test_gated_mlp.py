@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import fastlora
 from fastlora.backends.gated import ACTIVATIONS
+from fastlora.ops.dispatch import follows
 from fastlora.ops.gated import gated_mlp
-from fastlora.ops.way import follows
 from fastlora.projection import Output, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")

@@ -295,7 +295,7 @@ def test_a_sharded_model_loads_a_saved_adapter(two, what, tmp_path):
 
 def test_changes_that_fsdp2_and_ddp_would_miss_are_refused(two):
     for merging, *applying in two.run(mixed.refusals):
-        assert "q_proj is under FSDP, which goes on with the weight that it has" in merging
+        assert "q_proj is under FSDP, which would ignore the merged weight" in merging
         assert len(applying) == 2
         for message in applying:
             assert "can't take an adapter: FSDP or DDP has it already" in message

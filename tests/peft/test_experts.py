@@ -10,6 +10,7 @@ from peft_models import adapted, assert_runs_the_same, counted_calls, optimized,
 from torch import nn
 
 import fastlora
+from fastlora.peft import experts as fast_experts
 
 _TARGETS = ("target_modules", "target_parameters")
 
@@ -127,3 +128,22 @@ def test_files_and_merging_are_peft_s(tmp_path):
     assert torch.equal(
         optimized(theirs).merge_and_unload()(input_ids=IDS).logits, merged(input_ids=IDS).logits
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_check_judges_experts(monkeypatch, dtype):
+    model = model_of().to(dtype).train()
+    batch = {"input_ids": IDS, "labels": IDS}
+    found = fastlora.check(model, batch)
+    assert all(found.layers), str(found)
+    count = sum(layer.fast for layer in found.coverage.layers)
+    assert f"{count} of {count} fast layers judged, all right" in str(found)
+    run = fast_experts.run_experts
+
+    def wrong(arguments, how, up, down):
+        return run(arguments, how, up, down) * 1.02
+
+    monkeypatch.setattr(fast_experts, "run_experts", wrong)
+    wrong_ones = [layer.name for layer in fastlora.check(model, batch).layers if not layer]
+    assert wrong_ones
+    assert all("experts" in name for name in wrong_ones)

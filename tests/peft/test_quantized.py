@@ -170,3 +170,12 @@ def test_compiled_without_a_break(kind):
     ys = model(x), compiled(x)
     torch.testing.assert_close(*ys)
     torch.testing.assert_close(*[torch.autograd.grad(y.sum(), x) for y in ys])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float8"])  # PEFT's needs a GPU
+def test_check_judges_layers_of_quantized_bases(kind):
+    model = peft_model(kind, torch.bfloat16, lora_dropout=0.2).train()
+    x = torch.randn(40, K, dtype=torch.bfloat16, requires_grad=True)
+    found = fastlora.check(model, x)
+    assert found, str(found)
+    assert "1 of 1 fast layers judged, all right" in str(found)

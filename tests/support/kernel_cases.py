@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastlora.backends.dropout import dropout_mask
+from fastlora.kernels.capture import CapturedCall
 from fastlora.kernels.launch import Launch, Work, intercept
-from fastlora.kernels.script import Script
 from fastlora.kernels.target import Target, target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -179,7 +179,7 @@ def counted_launches() -> Iterator[list[Counted]]:
             setattr(InterpreterBuilder, name, function)
 
 
-def buffers_of(made: Script) -> dict[str, Tensor]:
+def buffers_of(made: CapturedCall) -> dict[str, Tensor]:
     """The buffers that a replay allocates, by their names, in the order of allocation."""
     made_by = re.findall(r"(\w+) = (\w*_buffer(?:_\d+)?)\(\)", made.source)
     scope = made.replay.__func__.__globals__

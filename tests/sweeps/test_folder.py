@@ -182,7 +182,7 @@ def test_a_record_without_fingerprints_is_warned_of(tmp_path):
     state = torch.load(tmp_path / FILE, weights_only=True)
     assert state.pop("fingerprints")
     torch.save(state, tmp_path / FILE)
-    with pytest.warns(UserWarning, match="noted neither data nor base"):
+    with pytest.warns(UserWarning, match="older fastlora without fingerprints"):
         swept(tmp_path, data=batches(5, 9), resume=True)
     with pytest.raises(ValueError, match="had other data"):  # it is recorded now
         swept(tmp_path, resume=True)
@@ -196,7 +196,7 @@ def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     before = files_in(tmp_path)
     with pytest.raises(ValueError, match=rf"has a sweep \({', '.join(left)}\): .*replace=True"):
         swept(tmp_path)
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="give only one"):
         swept(tmp_path, resume=True, replace=True)
     if FILE not in left:
         with pytest.raises(ValueError, match=r"has no state\.pt, so .* can't be resumed"):
@@ -248,10 +248,10 @@ def test_a_sweep_that_can_t_be_read_is_replaced_too(broken, tmp_path):
 
 def test_there_is_no_best_where_no_loss_is_finite(tmp_path):
     configs = [config | {"learning_rate": 1e30} for config in CONFIGS]
-    with pytest.warns(UserWarning, match="no trial's held-out loss is finite"):
+    with pytest.warns(UserWarning, match="no trial has a finite held-out loss"):
         found = swept(tmp_path, configs=configs, max_grad_norm=0.0, halving=True)
     assert found.best is None
-    assert str(found).endswith("best: none, for no loss is finite")
+    assert str(found).endswith("best: none, because no loss is finite")
     assert not (tmp_path / "best").exists()
     assert json.loads((tmp_path / TABLE).read_text())["best"] is None
     assert (tmp_path / "adapters" / "rank1" / WEIGHTS).exists()

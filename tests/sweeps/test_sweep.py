@@ -328,7 +328,7 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate 0"),
         ({"configs": [{"rank": 2, "learning_rate": 1}]}, ValueError, "has 'rank'"),
         ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "more than adapters"),
-        ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't be a folder's"),
+        ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't name a folder"),
         ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": 2, "halving": True}, ValueError, "too few to halve 4 trials"),
@@ -339,7 +339,7 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"data": 3}, TypeError, "data is 3, but must give batches"),
         ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
         ({"data": []}, ValueError, "data gives no batch"),
-        ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "with 'labels'"),
+        ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "must be 'labels'"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
     ],
 )  # fmt: skip
@@ -438,7 +438,9 @@ class Expert(nn.Module):
 
 
 def test_the_rows_of_one_of_several_experts_are_never_taken_for_all_tokens(tmp_path):
-    with pytest.raises(ValueError, match=r"^experts\.0\.up is called with .*which trial a row is"):
+    with pytest.raises(
+        ValueError, match=r"^experts\.0\.up is called with .*which trial a row belongs to"
+    ):
         swept(Expert(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
 
 

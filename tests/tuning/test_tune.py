@@ -15,11 +15,11 @@ from models import Mlp, adapt, assert_untouched, snapshot, tiny_llama
 from process import run_python
 
 import fastlora
-from fastlora import tuning
+from fastlora import kernels, tuning
 from fastlora.__main__ import main
-from fastlora.backends.triton import first_contact, measured, trust
+from fastlora.backends.triton import measured, verification
 from fastlora.doctor import examine
-from fastlora.kernels import kept, plan, target
+from fastlora.kernels import plan, replay, target
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_rows
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     """Simulates a named device with the interpreter, and a user without tuning files."""
     monkeypatch.setattr(target, "_of_cpu", device(GPU))
     monkeypatch.setattr(measured, "_rows", {})
-    monkeypatch.setattr(kept, "_calls", {})
+    monkeypatch.setattr(replay, "calls", {})
     monkeypatch.setattr(tuning, "_MOST_TILES", 2)
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     with fastlora.use_backend("triton"):
@@ -89,16 +89,16 @@ def resolved(monkeypatch, change=None):
 
     ``change`` changes the results under a plan, or raises an error.
     """
-    real, found = kept.script_of, []
+    real, found = kernels.capture_call, []
 
-    def script_of(*call):
+    def capture(*call):
         forced, made = plan.forced, real(*call)
         found.append((forced or plan.edition, made.identities))
         if change is None:
             return made
         return made._replace(replay=lambda *args: change(forced, made.replay(*args)))
 
-    monkeypatch.setattr(kept, "script_of", script_of)
+    monkeypatch.setattr(kernels, "capture_call", capture)
     return found
 
 
@@ -190,16 +190,16 @@ def the_second_result(results):
 @pytest.mark.parametrize(
     ("mode", "change"),
     [
-        (trust.OFF, one_element),
-        (trust.OFF, the_second_result),
-        (trust.FIRST, one_row_unwritten),
-        (trust.FIRST, the_second_result),
+        (verification.OFF, one_element),
+        (verification.OFF, the_second_result),
+        (verification.FIRST, one_row_unwritten),
+        (verification.FIRST, the_second_result),
     ],
 )
 def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
-    monkeypatch.setattr(trust, "_CHOSEN", mode)
-    monkeypatch.setattr(trust, "_verdicts", {})
-    monkeypatch.setattr(first_contact, "REPEATS", 2)
+    monkeypatch.setattr(verification, "_CHOSEN", mode)
+    monkeypatch.setattr(verification, "_records", {})
+    monkeypatch.setattr(verification, "REPEATS", 2)
 
     def spoil(plan, results):
         results = list(results)
@@ -218,19 +218,19 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
     assert found.notes[0].startswith(f"{PRODUCTS[0]}, fused, 32x32x16, 4 warps, 3 stages, group 2")
 
 
-@pytest.mark.parametrize("mode", [trust.OFF, trust.FIRST])
+@pytest.mark.parametrize("mode", [verification.OFF, verification.FIRST])
 def test_plans_that_do_not_compile_are_dropped(timed, monkeypatch, mode, recwarn):
-    monkeypatch.setattr(trust, "_CHOSEN", mode)
-    monkeypatch.setattr(trust, "_verdicts", {})
-    monkeypatch.setattr(first_contact, "REPEATS", 2)
-    real = kept.script_of
+    monkeypatch.setattr(verification, "_CHOSEN", mode)
+    monkeypatch.setattr(verification, "_records", {})
+    monkeypatch.setattr(verification, "REPEATS", 2)
+    real = kernels.capture_call
 
-    def script_of(*call):
+    def capture(*call):
         if plan.forced == FUSED:
             raise RuntimeError("PassManager::run failed")
         return real(*call)
 
-    monkeypatch.setattr(kept, "script_of", script_of)
+    monkeypatch.setattr(kernels, "capture_call", capture)
     found = tuned()
     assert [FUSED in steps for steps in timed.steps] == [False, False]
     assert {line.default_seconds for line in found.lines} == {None}
@@ -242,7 +242,7 @@ def test_a_product_that_nothing_computes_has_no_row(timed, monkeypatch, tmp_path
     def fails(*call):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(kept, "script_of", fails)
+    monkeypatch.setattr(kernels, "capture_call", fails)
     found = tuned()
     assert (found.lines, found.path, len(found.notes)) == ((), "", 8)
     assert files(tmp_path) == {}
@@ -331,7 +331,7 @@ def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monk
     found = tuned()
     assert found.path == ""
     assert found.notes == (
-        "/dev/null/tuning/A-GPU.json can't be written: it is for this process alone",
+        "/dev/null/tuning/A-GPU.json can't be written: only this process uses it",
     )
     assert planned() == IN_PLACE
 
@@ -491,9 +491,9 @@ def test_invalid_arguments_are_refused(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "give a model, or --shape: one of the two"),
-        ("x --shape 1,2,3", "give a model, or --shape: one of the two"),
-        ("--shape 1,2,3 --tokens 5", "--tokens is of a model: a --shape has its rows"),
+        ("", "give either a model or --shape"),
+        ("x --shape 1,2,3", "give either a model or --shape"),
+        ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
         ("x --tokens 0", "'0' is no number of tokens"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],

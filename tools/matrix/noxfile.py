@@ -1,4 +1,4 @@
-"""fastlora's wheel under the versions that people have: ``make matrix``.
+"""fastlora's wheel with many versions of its dependencies: ``make matrix``.
 
     make matrix ARGS="--list"
     make matrix ARGS="-t quick"                 # the oldest and the newest

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import torch as torch_backend
 from ..dropout import dropout_mask
 from ..protocol import Call
-from . import experts, first_contact, layer, many, measured
-from .cover import TARGETS, Unproven, why_not, without_launching
+from . import experts, layer, many, measured, verification
+from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
-from .trust import environment
+from .verification import State, environment, read_records
 
 HANDS_TO = "torch"
 
@@ -31,6 +30,7 @@ __all__ = [
     "gated_backward",
     "h_dtype",
     "measured",
+    "read_records",
     "takes_experts_in_turn",
     "why_not",
     "without_launching",
@@ -42,13 +42,8 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's."""
     run = _module_of(call).forward
-    try:
-        return run(inputs, seeds, call)
-    except Unproven as unproven:
-        by_torch = unproven.refused
-    if by_torch:
-        return torch_backend.forward(inputs, seeds, call)
-    return first_contact.forward(run, inputs, seeds, call)
+    made = run(inputs, seeds, call)
+    return verification.forward(made, run, inputs, seeds, call) if isinstance(made, State) else made
 
 
 def backward(
@@ -61,13 +56,10 @@ def backward(
 ) -> list[Tensor | None]:
     """As the torch backend's."""
     run = _module_of(call).backward
-    try:
-        return run(dys, inputs, hs, needs, seeds, call)
-    except Unproven as unproven:
-        by_torch = unproven.refused
-    if by_torch:
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
-    return first_contact.backward(run, dys, inputs, hs, needs, seeds, call)
+    made = run(dys, inputs, hs, needs, seeds, call)
+    if isinstance(made, State):
+        return verification.backward(made, run, dys, inputs, hs, needs, seeds, call)
+    return made
 
 
 def _module_of(call: Call) -> Any:

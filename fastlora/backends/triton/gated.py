@@ -1,25 +1,23 @@
-"""The middle of a gated MLP by the Triton kernels."""
+"""The elementwise part of a gated MLP, act(gate) ∘ up, by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from .. import torch as torch_backend
-from . import first_contact
 from .cover import empty_like, kernels, why_not
+from .verification import State, elementwise, run_kernels
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once, whether ``wide`` or not."""
+    """act(gate) ∘ up, [M, N], as the torch backend returns it; always rounded once (``wide``)."""
 
-    def by_torch(gate: Tensor, up: Tensor) -> Tensor:
-        return torch_backend.gated(gate, up, activation, wide)
+    def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
+        gate, up = matrices
+        return [torch_backend.gated(gate, up, activation, wide)]
 
-    def by_kernels(*matrices: Tensor) -> Tensor:
-        made = _of_gated(_gated, matrices, activation)
-        return by_torch(*matrices) if made is None or made[0] is None else made[0]
-
-    return first_contact.elementwise(by_kernels, by_torch, gate, up)
+    return elementwise(partial(_by_kernels, _gated, activation), by_torch, [gate, up])[0]
 
 
 def gated_backward(
@@ -31,24 +29,24 @@ def gated_backward(
     d_up: Tensor,
     wide: bool = False,
 ) -> None:
-    """As the torch backend's: d_gate and d_up are filled, each rounded once."""
+    """Fill d_gate and d_up as the torch backend does; each is rounded once."""
 
-    def by_torch(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
+        dy, gate, up, d_gate, d_up = matrices
         torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up, wide)
+        return []
 
-    def by_kernels(*matrices: Tensor) -> None:
-        if _of_gated(_gated_backward, matrices, activation) is None:
-            by_torch(*matrices)
-
-    first_contact.elementwise(by_kernels, by_torch, dy, gate, up, d_gate, d_up, fills=2)
+    matrices = [dy, gate, up, d_gate, d_up]
+    run = partial(_by_kernels, _gated_backward, activation)
+    elementwise(run, by_torch, matrices, fills=2)
 
 
-def _of_gated(
-    function: Callable[..., list[Tensor]], matrices: Sequence[Tensor], activation: str
-) -> list[Tensor | None] | None:
-    """What a call of these matrices comes to; None if the kernels don't cover it."""
+def _by_kernels(
+    function: Callable[..., list[Tensor]], activation: str, matrices: Sequence[Tensor]
+) -> list[Tensor] | State:
+    """The results of ``function``, captured and replayed; a State if the kernels can't be used."""
     x = matrices[0]
-    return kernels.replayed(
+    return run_kernels(
         function,
         matrices,
         (activation,),

@@ -11,28 +11,30 @@ import triton
 from kernel_cases import buffers_of
 
 import fastlora
-from fastlora.kernels import kept
+from fastlora import kernels
+from fastlora.backends.triton import verification
+from fastlora.kernels import replay
+from fastlora.kernels.capture import CapturedCall
 from fastlora.kernels.launch import Launch, intercept, launch, recording
-from fastlora.kernels.script import Script
-from fastlora.ops import functional
+from fastlora.ops import kinds
 
 K = 40
 
 
 @contextmanager
-def resolved():
+def captured():
     """The calls that are captured inside the block."""
-    real, new = kept.script_of, []
+    real, new = kernels.capture_call, []
 
-    def resolve(*call):
+    def capture(*call):
         new.append(real(*call))
         return new[-1]
 
-    kept.script_of = resolve
+    kernels.capture_call = capture
     try:
         yield new
     finally:
-        kept.script_of = real
+        kernels.capture_call = real
 
 
 def projection(out=24, r=4, dtype=torch.float32, **changes):
@@ -61,7 +63,7 @@ def step(x, projections, p=0.0):
 def test_a_new_kind_inside_a_capture_is_an_error_and_a_known_one_is_not(monkeypatch):
     x, group = torch.randn(5, K, requires_grad=True), [projection()]
     step(x, group)
-    monkeypatch.setattr(kept, "_is_captured", lambda tensors: True)
+    monkeypatch.setattr(replay, "is_in_graph_capture", lambda device: True)
     step(x, group)
     with pytest.raises(RuntimeError, match="Run the same step once before"):
         step(torch.randn(6, K, requires_grad=True), group)
@@ -71,10 +73,10 @@ def test_the_workspace_may_have_an_odd_size():
     """The sums in float32 are followed by a dh of 30 bytes in the workspace."""
     x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)
     one = projection(r=3, dtype=torch.bfloat16)
-    with resolved() as new:
+    with captured() as new:
         found = step(x, [one])
-    rooms = [buffers_of(each).get("room") for each in new]
-    assert any(room.numel() % 4 for room in rooms if room is not None)
+    workspaces = [buffers_of(each).get("workspace") for each in new]
+    assert any(each.numel() % 4 for each in workspaces if each is not None)
     with intercept(Launch.run):
         assert all(map(torch.equal, found, step(x, [one])))
 
@@ -95,7 +97,7 @@ def test_each_relevant_change_captures_a_new_call(change):
     x, one = torch.randn(33, K, requires_grad=True), projection()
     step(x, [one])
     x, one = change(x, one)
-    with resolved() as new:
+    with captured() as new:
         found = step(x, [one])
     assert len(new) == 2  # forward and backward
     with intercept(Launch.run):
@@ -148,15 +150,15 @@ class Slow(dict):
 
 def test_threads_may_capture_calls_concurrently(monkeypatch):
     """Each thread evicts the oldest entry for its own new one."""
-    monkeypatch.setattr(kept, "_MOST", 2)
+    monkeypatch.setattr(replay, "_MOST", 2)
     monkeypatch.setattr(
-        kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", [], frozenset())
+        kernels, "capture_call", lambda *_: CapturedCall(lambda stream, x: [x], "", [], frozenset())
     )
     calls = Slow()
 
     def call(first):
         for i in range(first, 40, 4):
-            kept.replayed(step, [torch.empty(1)], (i,), lambda: True, calls)
+            verification.run_kernels(step, [torch.empty(1)], (i,), lambda: True, calls)
 
     with ThreadPoolExecutor(4) as threads:
         assert [*threads.map(call, range(4))] == [None] * 4  # and no error
@@ -164,27 +166,27 @@ def test_threads_may_capture_calls_concurrently(monkeypatch):
 
 
 def test_a_capture_keeps_no_tensor_of_the_caller():
-    with resolved() as new:
+    with captured() as new:
         step(torch.randn(51, K, requires_grad=True), [projection()])
     assert len(new) == 2
-    for script in new:
-        constants = vars(script.replay.__self__).values()
+    for call in new:
+        constants = vars(call.replay.__self__).values()
         assert not any(isinstance(each, torch.Tensor) for each in constants)
-        buffers = buffers_of(script).values()
+        buffers = buffers_of(call).values()
         assert buffers
         assert all(each.untyped_storage().nbytes() <= 8 for each in buffers)  # one element
 
 
 def test_the_oldest_captures_are_evicted(monkeypatch):
-    monkeypatch.setattr(kept, "_calls", {})
-    monkeypatch.setattr(kept, "_MOST", 4)
-    monkeypatch.setattr(functional, "_known", {})
-    monkeypatch.setattr(functional, "_MOST_KINDS", 4)
+    monkeypatch.setattr(replay, "calls", {})
+    monkeypatch.setattr(replay, "_MOST", 4)
+    monkeypatch.setattr(kinds, "_calls", {})
+    monkeypatch.setattr(kinds, "_MOST", 4)
     one = projection()
     for rows in range(1, 8):
         step(torch.randn(rows, K, requires_grad=True), [one])
-    assert len(kept._calls) == len(functional._known) == 4
-    with resolved() as new:
+    assert len(replay.calls) == len(kinds._calls) == 4
+    with captured() as new:
         step(torch.randn(7, K, requires_grad=True), [one])
     assert not new
 
@@ -196,7 +198,7 @@ def test_a_launch_hook_sees_every_launch(name):
     x, one = torch.randn(61, K), frozen()
     chain.add(print)
     try:
-        with resolved() as new:
+        with captured() as new:
             fastlora.lora_linears(x, [one], backend="triton")
     finally:
         chain.remove(print)

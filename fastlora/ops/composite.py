@@ -15,7 +15,7 @@ from ..rows import Rows, Share, take
 Drop = Callable[[int, Tensor, Share | None], Tensor]
 
 
-def textbook(
+def run_composite(
     x: Tensor, outputs: Sequence[Output[Tensor]], drop: Drop | None, rows: Rows | None = None
 ) -> tuple[Tensor, ...]:
     """Every output of x, which may be nested where its rows aren't cut."""

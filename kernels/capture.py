@@ -1,35 +1,35 @@
-"""A call as a graph of torch.fx: the torch operations and the launches that it comes to.
+"""Captures a call as a torch.fx graph of its torch operations and its kernel launches.
 
-torch.fx makes a function of the graph.  Printed (``Script.source``), that of h = x lora_aᵀ is, say,
-where the columns are summed in eight parts:
+torch.fx makes a function of the graph, which replays the call.  Printed (``CapturedCall.source``),
+the function of h = x lora_aᵀ is this, where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        room = buffer()
-        at_room = room.data_ptr()
+        workspace = buffer()
+        at_workspace = workspace.data_ptr()
         h = buffer_1()
         constant_0 = self.constant_0
         at_t0 = t0.data_ptr();  t0 = None
         at_t1 = t1.data_ptr();  t1 = None
         at_h = h.data_ptr()
-        add = at_room + 0;  at_room = None
+        add = at_workspace + 0;  at_workspace = None
         project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (add,), …));  …
         sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_h,), 8192, …));  …
-        _held = held(room);  room = _held = None
+        _held = held(workspace);  workspace = _held = None
         return [h]
 
-What comes is t0, t1 …  A buffer is made like a tensor of one element, expanded: that takes half
-the time of a shape and a dtype.  Buffers of which only launches know lie in one allocation, the
-room, and where one lay that is needed no more the next one lies.  torch.fx lets go of a value
-behind its last use; an address holds no tensor, so that a call to ``_held`` is the last use of a
-launch's buffers.
+The inputs are t0, t1 …  A buffer is made like a tensor of one element, expanded: that takes half
+the time of a shape and a dtype.  Buffers that only launches use lie in one allocation, the
+workspace, and share its bytes where they are needed at different times.  torch.fx lets go of a
+value after its last use, but an address holds no tensor.  So a call of ``_held`` is the last use of
+a launch's buffers.
 
-To get the graph, the call runs on stand-ins, tensors of the device "meta": launchers ask for shapes
-of what isn't made yet, and Triton for alignments, and nothing is half done where it fails.  A torch
-function mode sees each operation, views too; without it backends would name all of them a second
-time, and a wrong result be what a forgotten one costs.
+The capture runs the call on stand-ins, tensors of the device "meta".  Launchers ask for shapes of
+tensors that don't exist yet, Triton asks for alignments, and a failure leaves nothing half done.  A
+torch function mode records each operation, also views: without it, backends would have to name
+their operations a second time, and a forgotten one would give wrong results.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from copy import copy
 from functools import partial
 from operator import add, getitem
@@ -47,53 +47,53 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import INTERPRETED
 from .launch import Launch, recording
 
-_BUFFERS = (Tensor.new_empty, torch.empty_like)  # what makes them
-_ALIGNED = 512  # bytes, as torch's allocations on a GPU
-# What torch.fx writes as it is.  Anything else that a replay doesn't make is a constant of it.
+_BUFFERS = (Tensor.new_empty, torch.empty_like)  # functions that make buffers
+_ALIGNED = 512  # bytes, like torch's allocations on a GPU
+# torch.fx writes these values into the source.  Any other value is a constant of the replay.
 _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
 
-class Script(NamedTuple):
-    replay: Callable[..., list[Tensor | None]]  # of the stream, and of the tensors
+class CapturedCall(NamedTuple):
+    replay: Callable[..., list[Tensor | None]]  # takes the stream, then the tensors
     source: str
-    kernels: list[Any]  # Triton's, which unload their code when they go
-    identities: frozenset[str]  # each kernel's name, and the hash of its code
+    kernels: list[Any]  # Triton's, which unload their code when they are freed
+    identities: Set[str]  # each kernel's name, and the hash of its code
     device: int | None = None  # a GPU's number
 
 
-def script_of(
+def capture_call(
     function: Callable[..., Sequence[Tensor | None]],
     tensors: Sequence[Tensor | None],
     settings: Sequence[Hashable],
-) -> Script:
-    """What ``function(tensors, *settings)`` does, for all tensors like these.
+) -> CapturedCall:
+    """Capture ``function(tensors, *settings)`` for all tensors of the same kind.
 
-    Whoever replays it holds the tensors meanwhile.
+    The caller of a replay has to keep the tensors alive until it returns.
     """
-    # Modes of the caller's see what is replayed, and no stand-in.  A view that inference mode made,
-    # or of a tensor that it made, doesn't know its base, and so neither its address.
+    # The caller's modes see replays, but no stand-ins.  A view made in inference mode doesn't know
+    # its base, and so has no address.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         recorder = _Recorder(tensors)
         with recorder, recording(recorder.add_launch):
             results = function(recorder.stand_ins, *settings)
         with DisableTorchFunction():
-            return recorder.script(results)
+            return recorder.captured(results)
 
 
 class _Recorder(TorchFunctionMode):
-    """Makes nodes of what happens to stand-ins, and answers for their device and their address."""
+    """Makes a node of each operation on stand-ins, and answers for their device and address."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
         self.graph = Graph()
-        self.nodes: dict[int, Node] = {}  # by the id of what they stand for
-        self.alive: list[Any] = []  # so that an id stays one object's
+        self.nodes: dict[int, Node] = {}  # by the id of the value
+        self.alive: list[Any] = []  # values, so that no id is reused
         self.constants = SimpleNamespace()
         self.buffers: dict[Node, Tensor] = {}
-        self.acts: set[Node] = set()  # on what is there: needed even if nobody uses its result
+        self.acts: set[Node] = set()  # have effects: needed even if their results aren't used
         self.addresses: dict[Node, Node] = {}
-        self.modulo_16: dict[Node, int] = {}  # addresses of what came
+        self.modulo_16: dict[Node, int] = {}  # addresses of the inputs
         self.launches: list[Node] = []
         self.uses: dict[Node, list[int]] = {}  # the numbers of launches that get its address
         self.kernels: list[Any] = []
@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
-            # Only what it is modulo 16 is looked at, and that it isn't 0, which is no address.
+            # Callers read only the address modulo 16, and that it isn't 0, which is no address.
             base = self.nodes[id(_base(arguments[0]))]
             return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
         if getattr(function, "__self__", None) is Tensor.device:
@@ -158,18 +158,18 @@ class _Recorder(TorchFunctionMode):
         self.launches.append(self._call(run, operands, options, launch.name))
         self.acts.add(self.launches[-1])
 
-    def script(self, results: Sequence[Tensor | None]) -> Script:
+    def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
         output = self.graph.output([self._argument(each) for each in results])
         self._drop_unused()
-        self._share_room()
+        self._share_workspace()
         self._hold(output.all_input_nodes)
         self._drop_unused()
         # Not a GraphModule: it keeps the graph, and torch.fx its source for ever.
         code = self.graph.python_code("self")
         scope = dict(code.globals)
-        exec(compile(code.src, "<a kept call>", "exec"), scope)
+        exec(compile(code.src, "<a captured call>", "exec"), scope)
         replay = MethodType(scope["forward"], self.constants)
-        return Script(replay, code.src, self.kernels, frozenset(self.identities), self.device.index)
+        return CapturedCall(replay, code.src, self.kernels, self.identities, self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
@@ -202,7 +202,7 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def _argument(self, value: Any, address: bool = False) -> Any:
-        """As it is in the graph; ``address``: for a tensor its address, also inside of tuples."""
+        """The value's node or literal; ``address``: tensors give addresses, also in tuples."""
         if address and isinstance(value, Tensor):
             return self._address(value)
         if id(value) in self.nodes:
@@ -235,8 +235,8 @@ class _Recorder(TorchFunctionMode):
         function = _held if INTERPRETED.value else Tensor.data_ptr
         return self._call(function, [node], name=f"at_{node.name}")
 
-    def _share_room(self) -> None:
-        """Buffers of which launches alone know become parts of one, the room."""
+    def _share_workspace(self) -> None:
+        """Buffers that only launches use become parts of one allocation, the workspace."""
         lives = {
             node: (uses[0], uses[-1])
             for node, uses in self.uses.items()
@@ -244,26 +244,26 @@ class _Recorder(TorchFunctionMode):
         }
         sizes = {node: self.buffers[node].untyped_storage().nbytes() for node in lives}
         offsets, size = _placed(lives, sizes)
-        start = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(start):
-            room = self._empty([size], torch.uint8, "room")
-            at_room = self._at(room)
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            workspace = self._empty([size], torch.uint8, "workspace")
+            start = self._at(workspace)
         for node, offset in offsets.items():
             address = self.addresses[node]
             with self.graph.inserting_before(address):
-                part = self._part(at_room, offset, self.buffers[node])
+                part = self._part(start, offset, self.buffers[node])
             address.replace_all_uses_with(part)
-            self.uses.setdefault(room, []).extend(self.uses.pop(node))
+            self.uses.setdefault(workspace, []).extend(self.uses.pop(node))
 
-    def _part(self, at_room: Node, offset: int, buffer: Tensor) -> Node:
+    def _part(self, start: Node, offset: int, buffer: Tensor) -> Node:
         if not INTERPRETED.value:  # where the address of nothing is 0
-            return self._call(add, [at_room if buffer.numel() else 0, offset])
-        part = self._call(getitem, [at_room, slice(offset, offset + buffer.nbytes)])
+            return self._call(add, [start if buffer.numel() else 0, offset])
+        part = self._call(getitem, [start, slice(offset, offset + buffer.nbytes)])
         typed = self._call(Tensor.view, [part, buffer.dtype])
         return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
     def _hold(self, returned: Sequence[Node]) -> None:
-        """What a replay makes lives until the last launch with it; an address holds nothing."""
+        """Keep each new tensor alive until its last launch, because an address keeps none alive."""
         for node, uses in self.uses.items():
             if node.op.startswith("call") and node not in returned:
                 with self.graph.inserting_after(self.launches[max(uses)]):
@@ -277,9 +277,9 @@ class _Recorder(TorchFunctionMode):
 
 
 def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-    """What Triton's launcher calls for these arguments, and with what.
+    """The function in C that Triton's launcher calls for these arguments, and its arguments.
 
-    The launcher itself, where there is more to it: scratch memory, a sanitizer.
+    The launcher itself if it does more: scratch memory, a sanitizer.
     """
     fields = vars(launcher)
     scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
@@ -293,10 +293,9 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
 
 
 def _placed(lives: dict, sizes: dict) -> tuple[dict, int]:
-    """Where in one room buffers of these sizes (bytes) lie; and its size.
+    """Offsets of buffers in the workspace, by first fit, and the size of the workspace, in bytes.
 
-    ``lives``: the first and the last launch with each, in the order of the first.  Each gets the
-    first place that is free from then to then.
+    ``lives``: the first and the last launch with each buffer, in the order of the first.
     """
     placed: list[tuple[int, int, int]] = []  # begin, end, last use
     offsets = {}
@@ -326,7 +325,7 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 class _Address(int):
-    """The base of a tensor descriptor, of which Triton's launcher asks the address alone."""
+    """The base of a tensor descriptor: Triton's launcher reads only its address."""
 
     data_ptr = int.__int__
 
@@ -342,7 +341,7 @@ class _Described(TensorDescriptor):
 
 
 def _describing(like: TensorDescriptor) -> type[_Described]:
-    # Of a plain tuple a tensor map is encoded in half the time that a torch.Size takes.
+    # A tensor map is encoded from plain tuples in half the time of a torch.Size.
     fields = {
         name: tuple(value) if isinstance(value, (tuple, list)) else value
         for name, value in vars(like).items()

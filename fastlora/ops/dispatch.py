@@ -1,7 +1,7 @@
-"""What torch's modes mean for a call at this moment: the way that it goes, and autocast.
+"""Dispatch: which path a call takes under torch's modes at this moment, and autocast.
 
-The way is the autograd node, the registered op, or the textbook formula.  Autocast is the op's
-affair: x and the weight are cast as ``nn.Linear`` casts them.
+The paths are the autograd node, the registered op, and the composite one, by torch's own
+operations.  The op handles autocast: x and the weight are cast as ``nn.Linear`` casts them.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from ..backends.products import is_slow
 from ..formats.format import Quantized
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
 
-NODE, OP, TEXTBOOK = "node", "op", "textbook"
+NODE, OP, COMPOSITE = "node", "op", "composite"
 # Up to so many rows a node costs more than it saves (docs/performance.md).
 MOST_ROWS = 32
 _OFF = nullcontext()
 
 
-def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
-    """The way of a call with this x at this moment, and why it isn't the node; "" if it is.
+def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
+    """The path of a call with this x at this moment, and why it isn't the node; "" if it is.
 
     ``is_cut``: its rows are cut by numbers in a tensor, which only a real one has.
     """
-    reason = why_textbook(x)
+    reason = why_composite(x)
     if reason:
-        return TEXTBOOK, reason
+        return COMPOSITE, reason
     if torch.compiler.is_compiling():
         return OP, "it is compiled"
     if not is_plain(x):
@@ -40,7 +40,7 @@ def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
     return NODE, ""
 
 
-def why_textbook(x: Tensor) -> str:
+def why_composite(x: Tensor) -> str:
     """Why a node can't follow x, or what is done with the call; "" if it can."""
     if x.is_nested:
         return "x is nested"
@@ -67,12 +67,12 @@ def why_not_here() -> str:
 
 def is_eager(x: Tensor) -> bool:
     """Whether a node of several calls can follow x; it may run under a dispatch mode."""
-    return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
+    return not (why_composite(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
 def is_ordinary(x: object) -> bool:
     """Whether nothing but autograd follows a call made at this moment with this x."""
-    return isinstance(x, Tensor) and way_of(x)[0] == NODE
+    return isinstance(x, Tensor) and path_of(x)[0] == NODE
 
 
 def follows(x: object) -> bool:

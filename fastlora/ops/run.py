@@ -1,4 +1,4 @@
-"""Behind the doors of the functional API: autocast, the seeds, and the way that a call goes."""
+"""How a checked call runs: autocast, dispatch, the choice of backend, and the seeds of dropout."""
 
 from collections.abc import Sequence
 
@@ -10,45 +10,45 @@ from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
-from .call import LoRALinearFunction, run_forward
-from .library import call_registered
-from .textbook import of_few_rows, textbook, torch_s_dropout
-from .way import (
+from .composite import of_few_rows, run_composite, torch_s_dropout
+from .dispatch import (
+    COMPOSITE,
     OP,
-    TEXTBOOK,
     autocast_dtype,
     autocast_inputs,
     autocast_is_on,
     autocast_off,
     is_few,
-    way_of,
+    path_of,
 )
+from .library import call_registered
+from .node import LoRALinearFunction, run_forward
 
 _SEEDS = -(2**63), 2**63 - 1  # from, to
 
 
-def through(
+def run_checked(
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
     dropout: float,
     backend: str | None = None,
     rows: Rows | Many | None = None,
-    keeps: bool = False,
+    captures: bool = False,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
-    """The outputs of a call that passed the checks; and what an eager one like it may run with.
+    """The outputs of a call that passed the checks; and the Call to reuse for equal eager calls.
 
-    ``keeps``: that is for calls of this kind alone.
+    ``captures``: that is for calls of one kind only, so it may hold captured launches.
     """
     try:
-        way, _ = way_of(x, rows is not None)
-        if way == TEXTBOOK and rows is None:  # which autocast's own operations follow
-            return textbook(x, outputs, torch_s_dropout(dropout)), None
+        path, _ = path_of(x, rows is not None)
+        if path == COMPOSITE and rows is None:  # which autocast's own operations follow
+            return run_composite(x, outputs, torch_s_dropout(dropout)), None
         device = x.device.type
         if not autocast_is_on(device):
-            return _through(way, x, outputs, dropout, backend, rows, keeps)
+            return _run_on(path, x, outputs, dropout, backend, rows, captures)
         x, outputs = autocast_inputs(x, outputs)
         with autocast_off(device):
-            return _through(way, x, outputs, dropout, backend, rows, keeps)
+            return _run_on(path, x, outputs, dropout, backend, rows, captures)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -58,20 +58,20 @@ def through(
         raise
 
 
-def _through(
-    way: str,
+def _run_on(
+    path: str,
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
     dropout: float,
     backend: str | None,
     rows: Rows | Many | None,
-    keeps: bool,
+    captures: bool,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
     layouts = layouts_of(outputs)
-    if way == TEXTBOOK:
+    if path == COMPOSITE:
         cut = rows.on(x.device, outputs[0].adapters) if isinstance(rows, Many) else rows
-        return textbook(x, outputs, torch_s_dropout(dropout, cut), cut), None
-    if way == OP:
+        return run_composite(x, outputs, torch_s_dropout(dropout, cut), cut), None
+    if path == OP:
         name = "" if backend is None else backend_name(backend)
         seeds = _seeds(layouts, dropout, rows, x.device)
         return call_registered(x, outputs, dropout, seeds, name, rows), None
@@ -81,9 +81,9 @@ def _through(
         rows = rows._replace(shares=rows.shares_of(len(x)))  # it raises before anything is drawn
     name = backend_name(backend, x.device)
     few = rows is None and is_few(x, outputs, name)
-    memo: dict | None = {} if keeps and not few else None
-    call = Call(layouts, dropout, find_backend(name), rows, memo, few)
-    # Some may have outlived a transform of torch.func, which no known kind has.
+    captured: dict | None = {} if captures and not few else None
+    call = Call(layouts, dropout, find_backend(name), rows, captured, few)
+    # Some may have outlived a transform of torch.func, which no cached call has.
     return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends import Call
 from ..projection import Layout, unflatten
 from ..rows import Share
-from .textbook import Drop, textbook
-from .way import autocast_dtype, autocast_off
+from .composite import Drop, run_composite
+from .dispatch import autocast_dtype, autocast_off
 
 _ARGUMENTS = 3  # of the node: seeds, ends and call, before the inputs
 
@@ -102,9 +102,9 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
 
 
 def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-    """Every output by the textbook formula, with the masks that the seeds make."""
+    """Every output by the composite path, with the masks that the seeds make."""
     x, *tensors = inputs
-    return textbook(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
+    return run_composite(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
 
 
 def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
@@ -135,7 +135,7 @@ def differentiable(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None]:
-    """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
+    """run_backward's gradients by torch's own operations: autograd's, of the composite path."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_off(inputs[0].device.type):
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
@@ -232,7 +232,7 @@ def _with_zeros(
 
 
 def unread(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
-    """Zeros of x's shape, for a textbook backward without the gradients that read x."""
+    """Zeros of x's shape, for a composite backward without the gradients that read x."""
     if any(h is not None for h in hs):
         raise NotImplementedError(
             "gradients of gradients, and for many dys at once, need x, which isn't kept where "

@@ -11,8 +11,8 @@ from kernel_cases import buffers_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.kernels import script
-from fastlora.kernels.script import script_of
+from fastlora.kernels import capture
+from fastlora.kernels.capture import capture_call
 from fastlora.kernels.sum_planes import sum_planes
 
 
@@ -28,7 +28,7 @@ def ordinary(tensors, factor):
 
 def test_a_replay_gives_the_results_of_its_call():
     tensors = [torch.randn(2, 3), torch.randn(3, 5)]
-    made = script_of(ordinary, tensors, (0.5,))
+    made = capture_call(ordinary, tensors, (0.5,))
     again = [torch.randn(2, 3), torch.randn(3, 5)]
     for each in (tensors, again):
         found, expected = made.replay(None, *each), ordinary(each, 0.5)
@@ -38,12 +38,12 @@ def test_a_replay_gives_the_results_of_its_call():
 
 
 def test_unused_operations_are_not_captured():
-    made = script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
+    made = capture_call(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
     assert "zeros_like" not in made.source
 
 
 def test_tensors_are_freed_after_their_last_use():
-    made = script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
+    made = capture_call(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
     alive: set[str] = set()
     for line in made.source.strip().splitlines()[1:]:
         code, _, gone = line.strip().partition(";  ")
@@ -61,7 +61,7 @@ def test_a_view_knows_its_address_in_inference_mode():
         return []
 
     with torch.inference_mode():
-        script_of(look, [torch.empty(7)[1:].view(2, 3)], ())
+        capture_call(look, [torch.empty(7)[1:].view(2, 3)], ())
     assert found == [8]
 
 
@@ -86,7 +86,7 @@ def test_modes_of_the_caller_s_do_not_see_stand_ins(mode):
     tensors = [torch.randn(2, 3), torch.randn(3, 5)]
     SEEN.clear()
     with mode():
-        made = script_of(ordinary, tensors, (0.5,))
+        made = capture_call(ordinary, tensors, (0.5,))
         assert not SEEN & {torch.cat, torch.ops.aten.cat.default}
         made.replay(None, *tensors)
     assert SEEN & {torch.cat, torch.ops.aten.cat.default}
@@ -101,19 +101,19 @@ def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
         return [sums[1]]
 
     x = torch.randn(2, 8)
-    made = script_of(function, [x], ())
+    made = capture_call(function, [x], ())
     shapes = {name: tuple(like.shape) for name, like in buffers_of(made).items()}
     assert list(shapes.values()) == [(544,), (2, 8), (8,)]
-    assert shapes["room"] == (544,)
+    assert shapes["workspace"] == (544,)
     assert torch.equal(made.replay(None, x)[0], x.sum(0))
 
 
-def test_threads_may_record_at_one_time():
-    def record(_):
-        return script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,)).source
+def test_threads_may_capture_at_one_time():
+    def captured(_):
+        return capture_call(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,)).source
 
     with ThreadPoolExecutor(4) as threads:
-        assert len(set(threads.map(record, range(16)))) == 1
+        assert len(set(threads.map(captured, range(16)))) == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -122,7 +122,7 @@ def test_no_two_buffers_are_in_one_place_at_one_time(seed):
     sizes = {i: random.choice([0, 1, 500, 512, 513, 9000]) for i in range(12)}
     lives = sorted((*sorted(random.choices(range(9), k=2)), i) for i in sizes)
     lives = {i: (first, last) for first, last, i in lives}
-    offsets, size = script._placed(lives, sizes)
+    offsets, size = capture._placed(lives, sizes)
     for (one, at), (two, there) in combinations(offsets.items(), 2):
         apart_in_time = lives[one][1] < lives[two][0] or lives[two][1] < lives[one][0]
         apart = at + sizes[one] <= there or there + sizes[two] <= at
@@ -139,5 +139,5 @@ def test_a_tensor_that_is_no_argument_is_a_constant():
         assert table.data_ptr()
         return [tensors[0].new_empty(4)]
 
-    (made,) = script_of(function, [torch.zeros(4)], ()).replay(None, torch.zeros(4))
+    (made,) = capture_call(function, [torch.zeros(4)], ()).replay(None, torch.zeros(4))
     assert made.shape == (4,)

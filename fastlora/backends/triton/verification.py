@@ -1,0 +1,547 @@
+"""Verification of compiled kernels: PyTorch's operations check their results before a first use.
+
+:func:`run_kernels` looks a call up.  Either it is captured, and replays; or its kernels are
+*refused*, and the call runs on PyTorch; or they are *unverified*, because this device has not
+compared them yet.  Then the call runs twice by both, once with random numbers in the place of all
+operands but a packed weight, and once as it came.  If all results agree, the kernels run from then
+on.  If not, or if a kernel doesn't compile, the caller gets PyTorch's result and a warning, and the
+kernels are refused.
+
+Results hold for one kernel's code on one kind of device with one driver, Triton and ptxas.  Each
+has a file of its own in the user's cache, so that processes that verify at the same time lose
+nothing.  If no file can be written, each process verifies for itself.
+
+``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
+"""
+
+import contextlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ... import cache as files
+from ...formats.format import Quantized
+from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
+from .. import torch as torch_backend
+from ..protocol import Call
+from .cover import kernels, user_level
+
+# Bound once, because every call needs them.
+plan, replay, target, _CapturedCall = (
+    kernels.plan,
+    kernels.replay,
+    kernels.target,
+    kernels.CapturedCall,
+)
+Run = Callable[[Sequence], Any]  # takes tensors; gives a list of results, or a State
+
+VARIABLE = "FASTLORA_VERIFY"
+FIRST, ALWAYS, OFF = "first", "always", "off"
+_CHOSEN = os.environ.get(VARIABLE) or None
+_FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the files
+
+# All have to make the same bits.  A fault that shows in one call of three passes once in 1,000.
+REPEATS = 16
+# An error may be this many times PyTorch's own, because sums have another order.
+_SLACK = 8.0
+_FEW = 32  # rows or columns
+_BLOCK = 2**21  # elements that are compared at once
+_SEED = 12
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+# The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
+# zeros (a fresh lora_b, adaLN-zero) and NaN hide a wrong kernel, and a model that has them in every
+# step gets a definite result once.  A packed weight isn't replaced.  If it is zero or not finite,
+# the call runs on PyTorch and its kernels stay unverified, which costs a dense weight each call.
+_ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
+
+
+class State(str):
+    """Why the kernels of a call don't run.  No Enum: every call asks for it by isinstance."""
+
+
+UNVERIFIED = State("a kernel has not been compared with PyTorch on this device")
+REFUSED = State("a kernel was wrong, or the kernels don't cover the call: PyTorch runs it")
+
+
+class _Unverified(NamedTuple):
+    """A cached call that may not replay yet."""
+
+    call: "kernels.CapturedCall"
+
+
+# By kernel (its name and the hash of its code) and environment: its fault, or "" if it is right.
+Records = dict[tuple[str, str], str]
+_records: Records = {}
+# While this thread verifies a call: the captured calls that it runs, with their caches and keys.
+_here = threading.local()
+Trial = dict[Hashable, tuple[dict, Hashable, "kernels.CapturedCall"]]
+
+
+def run_kernels(
+    function: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    settings: tuple[Hashable, ...],
+    covers: Callable[[], bool],
+    calls: dict | None = None,
+) -> list[Any] | State:
+    """The tensors (or None) that ``function(tensors, *settings)`` makes, or why it can't run.
+
+    The function may use torch's operations and the kernels' launchers.  It may depend on the
+    settings and on all facts of the tensors, but not on their elements.  All tensors are on one
+    device, which is the current one meanwhile.  ``covers`` is asked for a new kind of call.
+    ``calls``: the cache of a caller whose tensors agree in these facts from call to call, so that
+    the key leaves them out.  Raises RuntimeError for a new kind inside of a CUDA graph's capture.
+    """
+    key: Hashable = (function, settings, plan.forced, plan.edition, target.forced)
+    if calls is None:
+        calls = replay.calls
+        key = (key, replay.device_of(tensors), *map(replay.facts_of, tensors))
+    call = calls.get(key)
+    is_captured = type(call) is _CapturedCall
+    if not is_captured or replay.is_observed():
+        device = replay.device_of(tensors)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            if call is None and not covers():
+                return REFUSED
+            may_run = is_captured or (call is None and mode(device) == OFF)
+            if kernels.launch.interceptor or (may_run and replay.is_observed()):
+                return list(function(tensors, *settings))
+            if not is_captured:
+                call = _lookup(function, tensors, settings, calls, key)
+        if isinstance(call, State):
+            return call
+    return replay.replay_call(call, tensors)
+
+
+def _lookup(
+    function: Callable, tensors: Sequence, settings: tuple, calls: dict, key: Hashable
+) -> "kernels.CapturedCall | State":
+    """A call that is captured and may replay, or UNVERIFIED, or REFUSED."""
+    known, device = calls.get(key), replay.device_of(tensors)
+    trial: Trial | None = getattr(_here, "trial", None)
+    if isinstance(known, State):
+        return known
+    if trial is None and replay.is_in_graph_capture(device):
+        raise RuntimeError(
+            "a CUDA graph is being captured, and no call of this kind has run before: kernels "
+            "are compiled, loaded and verified outside of a capture. Run the same step once "
+            "before it"
+        )
+    if known is None:
+        try:
+            known = _Unverified(kernels.capture_call(function, tensors, settings))
+        except Exception as error:
+            if mode(device) == OFF:
+                raise
+            replay.remember(calls, key, REFUSED)
+            _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
+            return REFUSED
+        replay.remember(calls, key, known)
+    call, here = known.call, environment(device)
+    faults = [_known().get((identity, here)) for identity in call.identities]
+    if mode(device) == OFF or (mode(device) == FIRST and all(fault == "" for fault in faults)):
+        replay.remember(calls, key, call)
+    elif any(faults):
+        replay.remember(calls, key, REFUSED)
+        return REFUSED
+    elif trial is None:
+        return UNVERIFIED
+    else:
+        trial[id(calls), key] = calls, key, call
+    return call
+
+
+def mode(device: torch.device) -> str:
+    """FIRST, ALWAYS or OFF.  Raises ValueError for another word in the variable."""
+    if _CHOSEN not in (None, FIRST, ALWAYS, OFF):
+        raise ValueError(f"{VARIABLE} is {_CHOSEN!r}, but must be {FIRST!r}, {ALWAYS!r} or {OFF!r}")
+    # The interpreter, and a stand-in for a GPU, are for tests, which compare results themselves.
+    return _CHOSEN or (FIRST if device.type == "cuda" else OFF)
+
+
+@cache
+def environment(device: torch.device) -> str:
+    """The device and the versions that a result holds for."""
+    gpu, name, ptxas = kernels.target_of(device), "Triton's interpreter", ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    if gpu is not None and gpu.kind == "cuda":
+        ptxas = ", ptxas " + ".".join(map(str, kernels.ptxas(int(gpu.arch))))
+    versions = f"driver {_driver()}, Triton {triton.__version__}{ptxas}, torch {torch.__version__}"
+    return f"{name} ({versions})"
+
+
+def _driver() -> str:
+    """The driver's version, or the version of the CUDA or HIP that it speaks."""
+    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text(encoding="utf-8").strip()
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(version()) if version else "unknown"
+
+
+def read_records() -> Records:
+    """The results of all processes of this user.  A file that isn't a whole record is skipped."""
+    records: Records = {}
+    for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
+        # RecursionError: of a file with too many nested brackets.
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            record = json.loads(text)
+            kernel, where, fault = [record[name] for name in _FIELDS]
+            if all(isinstance(word, str) for word in (kernel, where, fault)) and kernel.split():
+                records[kernel, where] = fault
+    return records
+
+
+def _known() -> Records:
+    if not _records:
+        _records.update(read_records())
+    return _records
+
+
+def _settle(trial: Trial, device: torch.device, fault: str) -> str:
+    """Record the result of a trial.  Returns the names of the kernels that it is about.
+
+    A fault is about the kernels of the call that no other call has verified.
+    """
+    here, known, always = environment(device), _known(), mode(device) == ALWAYS
+    identities = sorted({each for _, _, call in trial.values() for each in call.identities})
+    new = [each for each in identities if always or (each, here) not in known]
+    for identity in new:
+        known[identity, here] = fault
+        name = sha256(f"{identity}\n{here}".encode()).hexdigest()[:32]
+        text = json.dumps(dict(zip(_FIELDS, (identity, here, fault), strict=True)), indent=1)
+        files.write(files.cache_folder() / _FOLDER / f"{name}.json", text + "\n")
+    if fault:
+        _refuse(trial)
+    return ", ".join(dict.fromkeys(identity.split()[0] for identity in new)) or "of a call"
+
+
+def _refuse(trial: Trial) -> None:
+    """Run calls of these kinds on PyTorch in this process."""
+    for calls, key, _ in trial.values():
+        replay.remember(calls, key, REFUSED)
+
+
+def _warn_of_fault(names: str, device: torch.device, fault: str) -> None:
+    _warn(
+        f"the Triton kernels {names} no longer run on {environment(device)}, and PyTorch's "
+        f"operations run instead: {fault}. Please report it, with the output of `python -m "
+        "fastlora doctor`"
+    )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=user_level())
+
+
+def forward(
+    state: State, run: Callable, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A forward whose kernels are unverified or refused; ``run`` is the kernels' forward."""
+    of = partial(of_forward, seeds=seeds)
+    results = _verified(state, of, run, torch_backend.forward, inputs, call)
+    return results[: len(call.layouts)], results[len(call.layouts) :]
+
+
+def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
+    """A backend's forward as a function of a call's inputs, which gives every y and h."""
+
+    def run(tensors: Sequence) -> list | State:
+        made = forward(tensors, seeds, call)
+        return made if isinstance(made, State) else [*made[0], *made[1]]
+
+    return run
+
+
+def backward(
+    state: State,
+    run: Callable,
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """A backward whose kernels are unverified or refused; ``run`` is the kernels' backward."""
+    of = partial(of_backward, needs=needs, seeds=seeds)
+    return _verified(state, of, run, torch_backend.backward, [*inputs, *hs, *dys], call)
+
+
+def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
+    """A backend's backward as a function of inputs, hs and dys, which gives every gradient."""
+    first_h, first_dy = len(needs), -len(call.layouts)
+
+    def run(tensors: Sequence) -> list | State:
+        hs = tensors[first_h:first_dy]
+        return backward(tensors[first_dy:], tensors[:first_h], hs, needs, seeds, call)
+
+    return run
+
+
+def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int = 0) -> list:
+    """The results of ``run``, a function of matrices; or it fills the last ``fills`` of them."""
+    made = run(matrices)
+    if not isinstance(made, State):
+        return made
+    if made is REFUSED:
+        return by_torch(matrices)
+    read, filled = matrices[: len(matrices) - fills], matrices[len(matrices) - fills :]
+
+    def of(function: Run, call: None) -> Run:
+        def run(tensors: Sequence) -> list | State:
+            new = [_alike(each, _memory(each, tensors[0].dtype)) for each in filled]
+            made = function([*tensors, *new])
+            return made if isinstance(made, State) else new or made
+
+        return run
+
+    results = _verified(made, of, run, by_torch, read)
+    # Only now, because a matrix may be both read and filled.
+    for matrix, result in zip(filled, results, strict=False):
+        matrix.copy_(result)
+    return results
+
+
+def _roles(layouts: Sequence[Layout]) -> list[str]:
+    """The role of each of a call's inputs."""
+    outputs = [
+        Output(
+            Base(_FACTOR if layout.format is None else _PACKED, _ROWS),
+            tuple([Adapter(_FACTOR, _FACTOR, scale) for scale in layout.scales]),
+        )
+        for layout in layouts
+    ]
+    return [_ROWS, *flatten(outputs, layouts)]
+
+
+def _probe_of_call(call: Call, count: int) -> Call:
+    """The call without zero scales, with its ``count`` rows spread evenly over experts.
+
+    Zero scales and empty segments hide a wrong kernel.
+    """
+    layouts = tuple([layout._replace(scales=_not_zero(layout.scales)) for layout in call.layouts])
+    rows = call.rows
+    if rows is not None and rows.numbers is not None:
+        rows = rows._replace(numbers=rows.numbers._replace(scales=_not_zero(rows.numbers.scales)))
+    elif rows is not None:
+        ends = _alike(rows.ends, _memory(rows.ends))
+        experts = torch.arange(1, len(ends) + 1, device=ends.device)
+        rows = rows._replace(ends=ends.copy_(experts * count // len(ends)), shares=None)
+    return call._replace(layouts=layouts, rows=rows)
+
+
+def _not_zero(scales: Sequence[float]) -> tuple[float, ...]:
+    return tuple([scale or 1.0 for scale in scales])
+
+
+def _verified(
+    state: State,
+    of: Callable[..., Run],
+    run: Callable,
+    torch_run: Callable,
+    tensors: Sequence[Tensor | None],
+    call: Call | None = None,
+) -> list:
+    """The kernels' results for the tensors if the kernels are right; otherwise PyTorch's.
+
+    ``of`` makes a function of the tensors from a backend's ``run`` and a call.
+    """
+    by_kernels, by_torch = of(run, call=call), of(torch_run, call=call)
+    if state is REFUSED:
+        return by_torch(tensors)
+    x, roles, packed, probe_call = tensors[0], list[str](), list[Any](), call
+    assert x is not None
+    with _disable_current_modes(), torch.no_grad():
+        if call is not None:
+            roles, probe_call = _roles(call.layouts), _probe_of_call(call, len(x))
+            outputs = unflatten(tensors[1 : len(roles)], call.layouts)
+            packed = [o.base.weight for o in outputs if isinstance(o.base.weight, Quantized)]
+        roles += [_ROWS] * (len(tensors) - len(roles))
+        right, results, fault = by_torch(tensors), list[Any](), None
+        _here.trial = trial = Trial()
+        try:
+            if all(_is_comparable([weight.dense(x.dtype)]) for weight in packed):
+                of_probe = of(run, call=probe_call), of(torch_run, call=probe_call)
+                fault = _fault_of_probe(*of_probe, _probe(tensors, roles), roles)
+            if fault == "":
+                results = by_kernels(tensors)
+            if fault is None or isinstance(results, State):
+                return right
+            fault = fault or compared(by_torch, tensors, roles, results, right)
+        except torch.OutOfMemoryError:
+            _refuse(trial)
+            _warn(
+                "there isn't enough memory to verify Triton kernels: calls of this kind run on "
+                "PyTorch's operations in this process"
+            )
+            return right
+        except Exception as error:  # a driver's, for instance
+            fault = f"{type(error).__name__}: {error}"
+        finally:
+            _here.trial = None
+    names = _settle(trial, x.device, fault)
+    if not fault:
+        return results
+    _warn_of_fault(names, x.device, fault)
+    return right
+
+
+def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
+    """The fault that random numbers show, "" for none; or None if the kernels can't be verified."""
+    right = by_torch(probe)
+    results = by_kernels(probe) if _is_comparable(right) else UNVERIFIED
+    if isinstance(results, State):
+        return None
+    for _ in range(REPEATS - 1):
+        if not all(map(_same_bits, results, by_kernels(probe))):
+            return f"two calls of {REPEATS} with the same tensors made other bits"
+    return compared(by_torch, probe, roles, results, right)
+
+
+def _is_comparable(results: Sequence[Tensor | None]) -> bool:
+    """Whether every result is finite, and none is zero everywhere."""
+    made = [result for result in results if result is not None]
+    return all(bool(each.isfinite().all()) and bool(each.any()) for each in made)
+
+
+def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
+    """Random tensors with the same layouts in memory; packed weights are the same tensors.
+
+    Tensors of one storage, such as the adapters of a bank, share a storage again.
+    """
+    memories: dict[tuple, Tensor] = {}
+    made: list[Tensor | None] = []
+    for tensor, role in zip(tensors, roles, strict=True):
+        if tensor is None or role == _PACKED or not tensor.numel():
+            made.append(tensor)
+            continue
+        place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
+        if place not in memories:
+            # These sizes make all terms of a sum similar in size.
+            spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
+            generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
+            memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
+        made.append(_alike(tensor, memories[place]))
+    return made
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The part of its storage to copy, first element and count: all unless that is far more."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if count <= 4 * tensor.numel():
+        return 0, count
+    ends = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()), 1 + sum((size - 1) * stride for size, stride in ends)
+
+
+def _shift(tensor: Tensor) -> int:
+    """Elements before the first one: kernels are compiled for an address modulo 16."""
+    size = tensor.element_size()
+    return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
+
+
+def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """New memory for :func:`_alike`."""
+    return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
+
+
+def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
+    """A tensor in this memory with the shape, strides, and address modulo 16 of the first."""
+    offset = int(tensor.storage_offset()) - _extent(tensor)[0] + _shift(tensor)
+    return memory.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def compared(
+    by_torch: Run,
+    tensors: Sequence[Tensor | None],
+    roles: Sequence[str],
+    results: Sequence,
+    right: Sequence,
+) -> str:
+    """The fault of the kernels' results, measured by the errors of PyTorch's; "" for none."""
+    x = tensors[0]
+    assert x is not None
+    try:  # the same in a wider dtype
+        truth = by_torch(
+            [
+                tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
+                for tensor, role in zip(tensors, roles, strict=True)
+            ]
+        )
+    except torch.OutOfMemoryError:
+        truth = None
+    for i, (ours, its) in enumerate(zip(results, right, strict=True)):
+        name = f"result {i + 1} of {len(right)}"
+        if ours is None or its is None:  # a gradient that is zero may be left out
+            made = its if ours is None else ours
+            if made is not None and torch.count_nonzero(made):
+                return f"{name} is missing"
+        elif its.numel():
+            wide = None if truth is None else _as_matrix(truth[i])
+            share = _worst(_as_matrix(ours), _as_matrix(its), wide, torch.finfo(x.dtype).eps)
+            if not share <= 1:
+                shape = f"{name}, {list(its.shape)}"
+                return f"{shape}, has an error of {share:.3g} times what rounding explains"
+    return ""
+
+
+def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
+    """The largest error over the allowed error.
+
+    Allowed are _SLACK times PyTorch's largest error in the same row or in the same column, the
+    smaller of the two, and a rounding.  So large numbers in one row or column hide no error in
+    another one.  Without a truth, PyTorch's result replaces it, with errors of a rounding.  Where
+    PyTorch's result isn't finite, elements are skipped.
+    """
+    matrices = ours, its, its if truth is None else truth
+    of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
+    for _, it, true in _blocks(*matrices):
+        sizes = torch.stack([(it - true).abs(), true.abs()]).nan_to_num(0.0, 0.0)
+        of_rows.append(sizes.amax(2))
+        of_columns = torch.maximum(of_columns, sizes.amax(1))
+    rows_in_all = torch.cat(of_rows, 1)
+    if its.shape[0] < _FEW:  # too few rows to estimate a column's error
+        of_columns = torch.full_like(of_columns, torch.inf)
+    if its.shape[1] < _FEW:
+        rows_in_all = rows_in_all.amax(1, keepdim=True).expand_as(rows_in_all)
+    worst, first = 0.0, 0
+    for our, it, true in _blocks(*matrices):
+        of_block = rows_in_all[:, first : first + len(it), None]
+        error, size = torch.minimum(of_block, of_columns[:, None])
+        allowed = _SLACK * error + 2 * eps * size
+        if truth is None:
+            allowed += _SLACK * eps * size
+        away = torch.where(it.isfinite() & true.isfinite(), (our - true).abs(), 0.0)
+        share = torch.where(away == 0, 0.0, away / allowed)
+        worst, first = max(worst, share.nan_to_num(torch.inf).amax().item()), first + len(it)
+    return worst
+
+
+def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
+    """Some rows of each matrix at a time in float64, to save memory."""
+    step = max(1, _BLOCK // matrices[0].shape[1])
+    for first in range(0, len(matrices[0]), step):
+        yield [matrix[first : first + step].double() for matrix in matrices]
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
+
+
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))

@@ -1,0 +1,374 @@
+"""Each LoRA layer on the inputs that the model gives it: fastlora and PEFT, beside exact results.
+
+The rounding of many 16-bit layers hides a wrong one in the model's outputs.  It hides less in one
+layer, and little along the adapter's own part of a result: there rounding errors cancel, and a
+systematic error adds up.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..backends import asked_backend, use_backend
+from ..formats import PackedLayer, quantized_weight
+from ..layers.members import plain_class_of, twin
+from ..layers.modules import has_sharded, plain_name
+from ..projection import HALF_DTYPES
+from ..report import Coverage
+from .baseline import SeededDropout
+from .check import TOLERANCES
+from .layer import swapped_in
+
+_SHARE = 0.01  # of a result: a systematic error below it may be rounding
+_SIGMAS = 6.0  # of rounding: a large model has 10,000 measures, and a right one passes always
+_ROWS = 1024  # of x have an exact result: a GPU multiplies float32 up to 16 times slower
+_SEED = 20240301
+_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # on an instance
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a layer's call: fastlora's, PEFT's, and which of fastlora's are right.
+
+    An error is ‖result - exact‖ / ‖exact‖.  A size is <result, D> / <exact, D>, where D is the
+    exact result, or the adapters' part of it.  A right value is ``middle`` ± ``allowed``.
+    """
+
+    name: str
+    value: float
+    peft: float
+    middle: float
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        """Distance from the middle, divided by the allowed distance; infinite for NaN."""
+        excess = abs(self.value - self.middle) / self.allowed
+        return excess if excess >= 0 else float("inf")
+
+    def __str__(self) -> str:
+        if self.middle == 0.0:
+            allowed = f"at most {self.allowed:.2g} is allowed"
+            return f"{self.name}: {self.value:.2g} (PEFT's {self.peft:.2g}; {allowed})"
+        low, high = self.middle - self.allowed, self.middle + self.allowed
+        allowed = f"{low:.4f} to {high:.4f} is allowed"
+        return f"{self.name}: {self.value:.4f} of the exact one (PEFT's {self.peft:.4f}; {allowed})"
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """All measures of a LoRA layer, or of a gated MLP with its layers.  True if all are right."""
+
+    name: str
+    measures: tuple[Measure, ...]
+
+    @property
+    def worst(self) -> Measure:
+        return max(self.measures, key=lambda measure: measure.excess)
+
+    @property
+    def relative(self) -> float:
+        """The largest of fastlora's errors."""
+        return max(measure.value for measure in self.measures if measure.middle == 0.0)
+
+    def __bool__(self) -> bool:
+        return self.worst.excess <= 1.0
+
+
+class Judge:
+    """The layers' measures, which fill while the model runs inside of :meth:`watching`."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[torch.dtype | None] = set()  # of calls, and of autocast around them
+        self.zeros: set[str] = set()  # exact results that are zero, and say nothing
+        self._measures: dict[str, dict[str, Measure]] = {}  # the worst of all calls
+
+    @property
+    def layers(self) -> tuple[LayerCheck, ...]:
+        found = self._measures.items()
+        return tuple(LayerCheck(name, tuple(of_layer.values())) for name, of_layer in found)
+
+    @contextmanager
+    def watching(self, model: nn.Module, report: Coverage, mixed: bool) -> Iterator[None]:
+        """Judge every call of a layer that is fast in ``report``; the model runs PEFT's forward.
+
+        A gated MLP is judged as one, but in a ``mixed`` batch, whose layers get names.
+        """
+        names = {layer.name for layer in report.layers if layer.runs_adapter}
+        names |= {block.name for block in report.gated_mlps if block.fast and not mixed}
+        inside: set[nn.Module] = set()
+        with ExitStack() as handles:
+            for name, unit in [(plain_name(name), unit) for name, unit in model.named_modules()]:
+                if name in names and unit not in inside:
+                    inside.update(unit.modules())
+                    hook = partial(self._called, name, unit)
+                    settings: Any = {"with_kwargs": True, "prepend": True}
+                    handles.callback(unit.register_forward_hook(hook, **settings).remove)
+            yield
+
+    def _called(self, name: str, unit: nn.Module, module: nn.Module, *call: Any) -> Tensor | None:
+        """A forward hook.  The layer is judged when the backward gives the gradient of ``y``.
+
+        Without a gradient it is judged at once.
+        """
+        *tree, y = call
+        leaves, form = tree_flatten(tree)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if module is not unit or not (tensors and isinstance(y, Tensor)):  # DataParallel's copy
+            return None
+        device = tensors[0].device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.dtypes |= {cast, y.dtype, *(tensor.dtype for tensor in tensors)}
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        needs = [tensor.requires_grad for tensor in tensors]
+        made = _Call(name, unit, others, needs, form, y.dtype, cast, asked_backend())
+        if y.requires_grad:
+            return _Probe.apply(partial(self._judge, made), y, *tensors)
+        self._judge(made, tuple(tensors), None)
+        return None
+
+    def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
+        unit, x = call.unit, tensors[0]
+        if not _is_whole(unit):
+            return
+        dtype = max(call.dtypes(tensors), key=TOLERANCES.__getitem__)
+        wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
+        rows, count = None, x.numel() // max(1, x.shape[-1])
+        if count > _ROWS and len(call.others) == 1:
+            rows = torch.linspace(0, count - 1, _ROWS, device=x.device).round().long()
+        if rows is not None and dy is not None:
+            kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
+            kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
+            dy = kept
+        if dy is not None and dy.any():  # gradients are linear in it, and float16's may underflow
+            dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
+        with call.surroundings(x):
+            peft = call.run(unit, tensors, dy)
+            with swapped_in(unit):
+                fast = call.run(unit, tensors, dy)
+        exact_unit = _wide_twin(unit, wide, x.dtype, {})
+        for module in exact_unit.modules():
+            if isinstance(module, SeededDropout):
+                module.__dict__["rows"] = None if rows is None else (count, rows)
+        tensors = tuple([_rows_of(tensor, rows, wide) for tensor in tensors])
+        dy = None if dy is None else _rows_of(dy, rows, wide)
+        with torch.autocast(x.device.type, enabled=False):
+            exact = call.run(exact_unit, tensors, dy)
+            for module in exact_unit.modules():
+                if isinstance(module, LoraLayer):
+                    module._disable_adapters = True
+            base = call.run(exact_unit, tensors, dy, of_parameters=False)
+        of_layer = self._measures.setdefault(call.name, {})
+        for name, truth in exact.items():
+            if not truth.any():
+                self.zeros.add(f"{call.name}: {name}")
+            of_rows = rows if name in base else None
+            found = [
+                _rows_of(each[name], of_rows) if name in each else None for each in (fast, peft)
+            ]
+            for measure in _measures(name, found, truth, base.get(name), torch.finfo(dtype).eps):
+                before = of_layer.get(measure.name)
+                if before is None or measure.excess > before.excess:
+                    of_layer[measure.name] = measure
+
+
+class _Probe(torch.autograd.Function):
+    """y, whose gradient is shown to ``judge``, with the inputs as autograd keeps them."""
+
+    @staticmethod
+    def forward(ctx, judge: Callable, y: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.judge = judge
+        ctx.save_for_backward(*tensors)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes them for one reading
+        ctx.judge(tensors, dy.detach())
+        return None, dy, *[None for _ in tensors]
+
+
+class _Call(NamedTuple):
+    """A layer's call, whose tensors are kept apart."""
+
+    name: str
+    unit: nn.Module
+    others: list[Any]  # the leaves of its arguments, None in the places of tensors
+    needs: list[bool]  # which tensors require a gradient
+    form: TreeSpec
+    dtype: torch.dtype  # of its output
+    autocast: torch.dtype | None
+    backend: str | None
+
+    def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
+        """The dtypes in which the call may compute."""
+        packed = [quantized_weight(module) for module in self.unit.modules()]
+        used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
+        used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
+        used |= {self.dtype, self.autocast}
+        return [dtype for dtype in TOLERANCES if dtype in used]
+
+    @contextmanager
+    def surroundings(self, x: Tensor) -> Iterator[None]:
+        """The model's autocast and backend, which another thread runs the backward without."""
+        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
+        with ExitStack() as stack:
+            if self.backend is not None:
+                stack.enter_context(use_backend(self.backend))
+            stack.enter_context(torch.autocast(x.device.type, cache_enabled=False, **settings))
+            yield
+
+    def run(
+        self,
+        unit: nn.Module,
+        tensors: tuple[Tensor, ...],
+        dy: Tensor | None,
+        of_parameters: bool = True,
+    ) -> dict[str, Tensor]:
+        """The output for these tensors, and the gradients for dy; the same masks each time."""
+        inputs = [
+            tensor.detach().requires_grad_(needs and dy is not None)
+            for tensor, needs in zip(tensors, self.needs, strict=True)
+        ]
+        rest = iter(inputs)
+        leaves = [next(rest) if leaf is None else leaf for leaf in self.others]
+        args, kwargs = tree_unflatten(leaves, self.form)
+        with torch.set_grad_enabled(dy is not None), _same_masks(tensors[0].device):
+            y = unit.forward(*args, **kwargs)
+            results = {"output": y.detach()}
+            wanted = {f"gradient of input {i}": x for i, x in enumerate(inputs) if x.requires_grad}
+            if of_parameters:
+                wanted |= {
+                    f"gradient of {name}": p
+                    for name, p in unit.named_parameters()
+                    if p.requires_grad and not p._backward_hooks  # which change its gradient
+                }
+            if wanted and y.requires_grad:
+                gradients = torch.autograd.grad(y, [*wanted.values()], dy, allow_unused=True)
+                named = zip(wanted, gradients, strict=True)
+                results |= {name: each for name, each in named if each is not None}
+        return results
+
+
+@contextmanager
+def _same_masks(device: torch.device) -> Iterator[None]:
+    """Inside, dropout draws the same numbers in every call.  The random state is put back."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(_SEED)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _is_whole(unit: nn.Module) -> bool:
+    """Whether its parameters are all there: FSDP may have parts of them, or views in places."""
+    plain = [module for module in unit.modules() if quantized_weight(module) is None]
+    views = (value for module in plain for value in vars(module).values())
+    return not has_sharded(unit) and not any(isinstance(view, Tensor) for view in views)
+
+
+def _wide_twin(
+    module: nn.Module, dtype: torch.dtype, inside: torch.dtype, made: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """A module that computes the same in this dtype, with weights and gradients of its own.
+
+    ``inside``: the dtype for unpacking a weight that names none.  ``made``: twins of modules.
+    """
+    if module in made:
+        return made[module]
+    packed = quantized_weight(module)
+    if isinstance(packed, PackedLayer):
+        weight = packed.weight.dense(packed.compute_dtype or inside)
+        other = made[module] = nn.Linear(1, 1, bias=False, device="meta")
+        other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        parameters = {"bias": getattr(module, "bias", None)}
+    else:
+        other = made[module] = twin(module, plain_class_of(module))
+        parameters = module._parameters
+    for name, p in parameters.items():
+        if p is not None:
+            p = nn.Parameter(p.detach().to(dtype), p.requires_grad) if p.is_floating_point() else p
+        other._parameters[name] = p
+    for name in _OF_ACCELERATE:
+        other.__dict__.pop(name, None)
+    for name, child in module._modules.items() if packed is None else ():
+        other._modules[name] = None if child is None else _wide_twin(child, dtype, inside, made)
+    return other
+
+
+def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The rows with these numbers (None: all rows) in this dtype; integers keep theirs."""
+    tensor = tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _measures(
+    name: str,
+    found: Sequence[Tensor | None],
+    truth: Tensor,
+    base: Tensor | None,
+    eps: float,
+) -> Iterator[Measure]:
+    """One result's error, and its sizes.
+
+    ``found``: fastlora's and PEFT's.  ``base``: the exact one without the adapters.
+    """
+    fast, peft = found
+    if peft is None or not peft.isfinite().all():
+        return  # there is nothing to be as good as
+    inf = float("inf")
+    if fast is None or fast.shape != peft.shape:
+        yield Measure(f"{name}, error", inf, 0.0, 0.0, eps)
+        return
+    scale = truth.abs().max().clamp_min(torch.finfo(truth.dtype).tiny)
+    truth = truth / scale
+    error, peft_error = (
+        side.reshape(truth.shape).to(truth) / scale - truth for side in (fast, peft)
+    )
+    size = truth.norm()
+    if size:
+        of_fast, of_peft = (float(each.norm() / size) for each in (error, peft_error))
+        allowed = 2 * of_peft + max(2 * eps, TOLERANCES[torch.float64])
+        yield Measure(f"{name}, error", of_fast, of_peft, 0.0, allowed)
+    elif fast.any():
+        yield Measure(f"{name}, error", inf, float(peft.any()), 0.0, eps)
+    parts = {"size": truth}
+    if base is not None:
+        parts["size of the adapter's part"] = truth - base / scale
+    for what, part in parts.items():
+        if part.any():
+            share, sigma = _share_of(error, part)
+            of_peft, sigma_of_peft = _share_of(peft_error, part)
+            allowed = max(_SHARE, _SIGMAS * sigma, _SIGMAS * sigma_of_peft)
+            # Where PEFT loses a part of it to rounding, fastlora may lose less.
+            middle, reach = 1.0 + of_peft / 2, abs(of_peft) / 2
+            yield Measure(f"{name}, {what}", 1.0 + share, 1.0 + of_peft, middle, allowed + reach)
+
+
+def _share_of(error: Tensor, part: Tensor) -> tuple[float, float]:
+    """<error, part> / <part, part>, and its standard deviation if rounding is all of the error.
+
+    Rounding errors of one row, or of one column, may come from one number before, as h's do: so
+    the deviation is estimated by elements, by rows and by columns, without the share itself.
+    """
+    columns = part.shape[-1] if part.dim() else 1
+    error, part = error.reshape(-1, columns), part.reshape(-1, columns)
+    products, squares = error * part, part.square()
+    total = squares.sum()
+    share = products.sum() / total
+    rest = products - share * squares
+    sigma = max(each.norm() for each in (rest, rest.sum(0), rest.sum(1)))
+    return float(share), float(sigma / total)

@@ -1,0 +1,74 @@
+"""Replays captured calls, and caches them by the kind of call.
+
+The choice of tiles, grids, splits and buffers, and the binding of a kernel's arguments, cost the
+host more than a small layer costs the device.  All of it depends only on shapes, strides, dtypes,
+alignment and settings, which are the kind of a call.  The first call of a kind is captured
+(:mod:`.capture`), and every call of the kind is a replay.  Without replays, a call takes 4.8 to 6.3
+times as long on the host (``make bench ARGS=host``).
+"""
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .capture import CapturedCall
+from .common import INTERPRETED
+
+_MOST = 1024  # cached calls: about 15 kB each, a group of three 24
+calls: dict[Hashable, Any] = {}
+_hooks = triton.knobs.runtime
+_changes = threading.Lock()  # no other thread may change a cache while one looks for its oldest key
+
+
+def remember(cache: dict, key: Hashable, value: Any) -> None:
+    """Cache a captured call, or what stands for it; the oldest entries make space."""
+    with _changes:
+        while len(cache) >= _MOST and key not in cache:
+            del cache[next(iter(cache))]
+        cache[key] = value
+
+
+def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Run a captured call on tensors of its kind: all of its results, new tensors or None."""
+    if INTERPRETED.value:
+        return call.replay(None, *tensors)
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    if call.device not in (None, device):  # Triton launches on the current device
+        with torch.cuda.device(call.device):
+            return replay_call(call, tensors)
+    return call.replay(driver.get_current_stream(device), *tensors)
+
+
+def is_observed() -> bool:
+    """Whether an interceptor or a profiler's hooks want each launch, which replays don't tell."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    watched = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return launch.interceptor is not None or bool(watched)
+
+
+def is_in_graph_capture(device: torch.device) -> bool:
+    """Whether a CUDA graph captures the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    for tensor in tensors:
+        if tensor is not None:
+            return tensor.device
+    raise ValueError("a call has no tensor")
+
+
+def facts_of(tensor: Tensor | None) -> Hashable:
+    """The facts that launchers, Triton and ``covers`` read; all tensors are on one device.
+
+    Aligned addresses allow loads of 16 bytes.
+    """
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.is_neg()

@@ -1,0 +1,496 @@
+"""The first results of kernels are verified before they are used: with faults of every kind."""
+
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from packed import random_int8
+
+import fastlora
+from fastlora import kernels
+from fastlora.backends import triton
+from fastlora.backends.triton import packed, verification
+from fastlora.doctor import _compiled
+from fastlora.kernels import replay
+from fastlora.kernels.capture import CapturedCall
+
+K = 40
+
+
+def faults():
+    return [fault for fault in verification.read_records().values() if fault]
+
+
+@pytest.fixture(autouse=True)
+def verifying(monkeypatch, tmp_path):
+    """As on a GPU, in the first process of a user."""
+    monkeypatch.setattr(verification, "_CHOSEN", verification.FIRST)
+    monkeypatch.setattr(verification, "REPEATS", 3)
+    forget(monkeypatch, tmp_path / "cache")
+
+
+def forget(monkeypatch, folder=None):
+    """As a process that starts, and of a user with another folder."""
+    if folder:
+        monkeypatch.setenv("FASTLORA_CACHE", str(folder))
+    monkeypatch.setattr(verification, "_records", {})
+    monkeypatch.setattr(replay, "calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+
+
+def group(dtype=torch.float32, zero_b=False, r=4, out=24):
+    lora_b = torch.zeros(out, r) if zero_b else torch.randn(out, r)
+    return [
+        fastlora.Projection(
+            torch.randn(out, K, dtype=dtype),
+            torch.randn(r, K, requires_grad=True),
+            lora_b.requires_grad_(),
+            torch.randn(out, dtype=dtype),
+            0.5,
+        )
+    ]
+
+
+def step(x, projections, p=0.0, backend="triton"):
+    """Outputs and gradients of a training step."""
+    torch.manual_seed(3)
+    leaves = [x, *[t for one in projections for t in one[1:3] if t.requires_grad]]
+    ys = fastlora.lora_linears(x, projections, dropout=p, backend=backend)
+    waves = [torch.arange(y.numel(), dtype=torch.float32).view(y.shape).sin() for y in ys]
+    return [
+        *ys,
+        *torch.autograd.grad(ys, leaves, [w.to(y) for w, y in zip(waves, ys, strict=True)]),
+    ]
+
+
+def rows(count=48, dtype=torch.float32):
+    return torch.randn(count, K, dtype=dtype, requires_grad=True)
+
+
+def agree(found, expected):
+    tolerance = 1e-5 if expected[0].dtype == torch.float32 else 4e-2
+    for ours, its in zip(found, expected, strict=True):
+        assert (ours - its).abs().amax() <= tolerance * its.abs().amax()
+
+
+def faulty(monkeypatch, change, names=("project", "lowrank", "gemm_lowrank")):
+    """From now on, ``change`` is done to the results of calls with one of these kernels."""
+    real, counts = kernels.capture_call, []
+
+    def capture(*call):
+        made = real(*call)
+        if not {each.split()[0] for each in made.identities} & set(names):
+            return made
+
+        def replayed(*arguments):
+            counts.append(1)
+            results = list(made.replay(*arguments))
+            change(results, len(counts))
+            return results
+
+        return made._replace(replay=replayed)
+
+    monkeypatch.setattr(kernels, "capture_call", capture)
+    return counts
+
+
+def tile(results, call):
+    results[0][16:32, 8:24] += results[0].abs().amax()
+
+
+def one_row_is_nan(results, call):
+    results[0][-1] = torch.nan
+
+
+def one_element(results, call):
+    results[0][3, 5] += 2 * results[0].std()
+
+
+def swapped(results, call):
+    results[0][:20], results[0][20:40] = results[0][20:40].clone(), results[0][:20].clone()
+
+
+def like_tf32(results, call):
+    results[0].view(torch.int32).bitwise_and_(-(2**13))
+
+
+def sometimes(results, call):
+    if call % 3 == 2:
+        results[0][5] = 0
+
+
+FAULTS = [tile, one_row_is_nan, one_element, swapped, like_tf32, sometimes]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "zero_b"),
+    [(torch.float32, 0.0, False), (torch.float32, 0.3, True), (torch.bfloat16, 0.3, False)],
+    ids=["f32", "f32-dropout-fresh", "bf16-dropout"],
+)
+def test_right_kernels_are_verified_by_one_call(dtype, p, zero_b, recwarn):
+    x, layers = rows(dtype=dtype), group(dtype, zero_b)
+    agree(step(x, layers, p), step(x, layers, p, "torch"))
+    assert not recwarn.list
+    assert verification._records
+    assert not faults()
+    count = len(verification._records)
+    step(x, layers, p)
+    assert len(verification._records) == count
+
+
+def test_a_new_kind_of_call_is_captured_once(monkeypatch):
+    """With verification, in later calls, and by a later process."""
+    real, kinds = kernels.capture_call, []
+    monkeypatch.setattr(kernels, "capture_call", lambda *call: kinds.append(call) or real(*call))
+    x, layers = rows(), group()
+    for _ in range(2):
+        step(x, layers)
+        assert len(kinds) == 2  # forward and backward
+    forget(monkeypatch)
+    step(x, layers)
+    assert len(kinds) == 4
+
+
+@pytest.mark.parametrize("change", FAULTS, ids=lambda change: change.__name__)
+def test_a_wrong_kernel_gives_pytorch_s_result_and_one_warning(monkeypatch, change):
+    x, layers = rows(), group()
+    expected = step(x, layers, backend="torch")
+    faulty(monkeypatch, change)
+    with pytest.warns(RuntimeWarning, match=r"gemm_lowrank no longer run on Triton's") as said:
+        found = step(x, layers)
+    agree(found, expected)
+    assert faults()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(step(x, layers), expected)
+    assert len([each for each in said if "no longer run" in str(each.message)]) >= 1
+
+
+def test_a_wrong_mask_is_seen(monkeypatch):
+    from fastlora.backends.triton import layer
+
+    x, layers = rows(), group(zero_b=True)
+    real = layer.kernels.project
+
+    def other_mask(*arguments, seeds, **options):
+        return real(*arguments, seeds=None if seeds is None else seeds + 1, **options)
+
+    monkeypatch.setattr(layer.kernels, "project", other_mask)
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        found = step(x, layers, 0.3)
+    agree(found, step(x, layers, 0.3, "torch"))
+
+
+@pytest.mark.parametrize("kind", ["experts", "many"])
+def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
+    def call(backend):
+        torch.manual_seed(1)
+        x, weight = torch.randn(60, K), torch.randn(3, 24, K)
+        a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
+        ends = torch.tensor([20, 41, 60], dtype=torch.int32)
+        with fastlora.use_backend(backend):
+            if kind == "experts":
+                y = fastlora.grouped_lora_linear(x, weight, a, b, ends)
+            else:
+                indices = torch.arange(60) % 3
+                y = fastlora.multi_lora_linear(x, weight[0], a, b, indices, scales=[1.0, 2.0, 0.5])
+            return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
+
+    agree(call("triton"), call("torch"))
+    assert not faults()
+    forget(monkeypatch, tmp_path / "another")
+    real = kernels.lowrank if kind == "many" else kernels.gemm_lowrank
+
+    def swapped(out, *arguments, **options):
+        ends = options["ends"]
+        return real(out, *arguments, **options | {"ends": torch.clamp(ends, max=41)})
+
+    name = "lowrank" if kind == "many" else "gemm_lowrank"
+    monkeypatch.setattr(kernels, name, swapped)
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        found = call("triton")
+    agree(found, call("torch"))
+
+
+def spoiled_base(monkeypatch, name="gemm_lowrank"):
+    """A kernel that takes the base weight's rows in another order."""
+    real = getattr(kernels, name)
+
+    def other(out, ps, qs, *arguments, **options):
+        return real(out, ps, [q.flip(-1).contiguous() for q in qs], *arguments, **options)
+
+    monkeypatch.setattr(kernels, name, other)
+
+
+DEGENERATE = {
+    "zero": torch.zeros(()),
+    "nan": torch.tensor(torch.nan),
+    "inf": torch.tensor(torch.inf),
+}
+
+
+@pytest.mark.parametrize("value", DEGENERATE.values(), ids=DEGENERATE)
+def test_a_weight_that_hides_a_wrong_kernel_is_no_verification(monkeypatch, value):
+    """A weight of zeros (adaLN-zero, ControlNet) and one with NaN, in the first call."""
+    spoiled_base(monkeypatch)
+    x, (one,) = rows(), group()
+    odd = one._replace(weight=torch.full_like(one.weight, value.item()))
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        step(x, [odd])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agree(step(x, [one]), step(x, [one], backend="torch"))
+
+
+@pytest.mark.parametrize("value", DEGENERATE.values(), ids=DEGENERATE)
+def test_a_weight_that_hides_everything_is_verified_once(monkeypatch, value, recwarn):
+    x, (one,) = rows(), group()
+    odd = one._replace(weight=torch.full_like(one.weight, value.item()))
+    first, expected = step(x, [odd]), step(x, [odd], backend="torch")
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(first, expected, strict=True))
+    assert not faults()
+    monkeypatch.setattr(verification, "_fault_of_probe", lambda *_: pytest.fail("verified again"))
+    step(x, [odd])
+    # The interpreter's numpy warns of infinities.
+    assert not [one for one in recwarn if "no longer run" in str(one.message)]
+
+
+def experts_call(ends, backend="triton", scale=1.0):
+    torch.manual_seed(1)
+    x, weight = torch.randn(60, K), torch.randn(3, 24, K)
+    a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    y = fastlora.grouped_lora_linear(x, weight, a, b, ends, scale=scale, backend=backend)
+    return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
+
+
+@pytest.mark.parametrize(
+    ("names", "hidden"),
+    [
+        (("project", "gemm_lowrank"), {"ends": [0, 0, 0]}),
+        (("project",), {"ends": [20, 41, 60], "scale": 0.0}),
+    ],
+    ids=["empty", "zero-scale"],
+)
+def test_empty_segments_and_zero_scales_do_not_hide_a_wrong_kernel(monkeypatch, names, hidden):
+    for name in names:
+        real = getattr(kernels, name)
+
+        def cut(*arguments, real=real, **options):
+            return real(*arguments, **options | {"ends": torch.clamp(options["ends"], max=41)})
+
+        monkeypatch.setattr(kernels, name, cut)
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        experts_call(**hidden)
+    agree(experts_call([20, 41, 60]), experts_call([20, 41, 60], "torch"))
+
+
+def test_a_packed_weight_of_zeros_leaves_kernels_unverified(monkeypatch, recwarn):
+    """Calls run on PyTorch until one has numbers to compare, which finds a wrong kernel."""
+    x, (one,) = rows(), group()
+    right = random_int8(24, K)
+    codes, scales = right.tensors
+    zero = one._replace(weight=right._replace(tensors=(codes, torch.zeros_like(scales))))
+    right = one._replace(weight=right)
+    real = packed.packed_of
+    monkeypatch.setattr(packed, "packed_of", lambda weight: swapped_codes(real(weight)))
+    for _ in range(2):
+        found, expected = step(x, [zero]), step(x, [zero], backend="torch")
+        assert all(map(torch.equal, found, expected))
+    assert not verification._records
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        found = step(x, [right])
+    agree(found, step(x, [right], backend="torch"))
+
+
+def swapped_codes(weight):
+    return replace(weight, codes=weight.codes.flip(-1).contiguous())
+
+
+def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
+    gate, up, dy = (torch.randn(50, 64) for _ in range(3))
+    from fastlora.backends import torch as by_torch
+    from fastlora.backends import triton
+
+    wide = torch.randn(50, 128)
+    for d_gate, d_up in ((dy.clone(), torch.empty(50, 64)), (wide[:, :64], wide[:, 64:])):
+        given = d_gate if d_gate.is_contiguous() else dy
+        expected = [torch.empty(50, 64), torch.empty(50, 64)]
+        by_torch.gated_backward(dy, gate, up, "silu", *expected)
+        for _ in range(2):
+            given.copy_(dy)
+            triton.gated_backward(given, gate, up, "silu", d_gate, d_up)
+            agree([d_gate, d_up], expected)
+    agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+    assert not faults()
+    forget(monkeypatch, tmp_path / "another")
+    faulty(monkeypatch, one_row_is_nan, ["gated"])
+    with pytest.warns(RuntimeWarning, match="gated no longer run"):
+        agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+
+
+def test_a_kernel_that_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
+    def capture(*call):
+        raise RuntimeError("gemm_lowrank doesn't compile: PassManager::run failed")
+
+    monkeypatch.setattr(kernels, "capture_call", capture)
+    x, layers = rows(), group()
+    with pytest.warns(RuntimeWarning, match=r"PassManager::run failed") as said:
+        found = step(x, layers)
+    agree(found, step(x, layers, backend="torch"))
+    count = len(said)
+    agree(step(x, layers), found)
+    assert count == len(said) == 2  # the forward's, the backward's
+
+
+def test_a_kernel_that_does_not_compile_raises_where_verification_is_off(monkeypatch):
+    monkeypatch.setattr(verification, "_CHOSEN", verification.OFF)
+    monkeypatch.setattr(kernels, "capture_call", lambda *call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(rows(), group())
+
+
+def test_the_next_process_runs_verified_kernels_and_refuses_wrong_ones(monkeypatch, tmp_path):
+    x, layers = rows(), group()
+    step(x, layers)
+    forget(monkeypatch)
+    monkeypatch.setattr(verification, "_fault_of_probe", lambda *_: pytest.fail("verified again"))
+    step(x, layers)
+    for path in (tmp_path / "cache" / verification._FOLDER).glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fault": "wrong"}))
+    forget(monkeypatch)
+    agree(step(x, layers), step(x, layers, backend="torch"))
+    assert len(faults()) == len(verification._records)
+
+
+def test_other_versions_verify_again(monkeypatch):
+    x, layers = rows(), group()
+    step(x, layers)
+    here = verification.environment(torch.device("cpu"))
+    forget(monkeypatch)
+    monkeypatch.setattr(verification, "environment", lambda device: here + "99.0")
+    before = len(verification._known())
+    step(x, layers)
+    assert len(verification._known()) == 2 * before
+
+
+RECORD = {"kernel": "a 1", "environment": "a GPU", "fault": "wrong"}
+ODD = {
+    "empty": "",
+    "cut": "{",
+    "number": '{"kernel": 3}',
+    "list": '["a"]',
+    "of-0.3": RECORD | {"environment": {"device": "a GPU"}},
+    "environment-is-a-list": RECORD | {"environment": ["a GPU"]},
+    "fault-is-a-list": RECORD | {"fault": ["wrong"]},
+    "kernel-is-a-list": RECORD | {"kernel": ["a 1"]},
+    "no-name": RECORD | {"kernel": " "},
+    "nested": "[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
+    """By calls, and by ``doctor``."""
+    folder = tmp_path / "cache" / verification._FOLDER
+    folder.mkdir(parents=True)
+    (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    assert verification.read_records() == {}
+    monkeypatch.setattr(verification, "compared", lambda *_: "")
+    gate, up = torch.randn(2, 8, 16)
+    triton.gated(gate, up, "silu")
+    assert [kernel.split()[0] for kernel, _ in verification._records] == ["gated"]
+    assert _compiled([torch.device("cpu")], broken := []) == {}
+    (folder / "odd.json").write_text(json.dumps(RECORD))
+    assert _compiled([torch.device("cpu")], broken).keys() == {"a 1"}
+    assert "1 compiled kernels were wrong" in broken[0]
+
+
+def test_a_home_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, recwarn):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "file"))
+    x, layers = rows(), group()
+    agree(step(x, layers), step(x, layers, backend="torch"))
+    assert verification._records
+    assert not recwarn.list
+
+
+def test_always_verifies_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
+    monkeypatch.setattr(verification, "_CHOSEN", verification.ALWAYS)
+    monkeypatch.setattr(verification, "REPEATS", 1)
+    x, layers, is_wrong = rows(), group(), []
+    expected = step(x, layers, backend="torch")
+    counts = faulty(monkeypatch, lambda *made: tile(*made) if is_wrong else None)
+    for _ in range(2):
+        before = len(counts)
+        agree(step(x, layers), expected)
+        assert len(counts) > before + 2  # the probe, and the call itself, of two kinds
+    is_wrong.append(True)
+    with pytest.warns(RuntimeWarning, match="no longer run"):
+        found = [step(x, layers) for _ in range(4)]
+    for each in found:
+        agree(each, expected)
+
+
+def test_several_threads_may_verify_at_one_time(monkeypatch, recwarn):
+    x, layers = rows(), group()
+    made = step(x, layers, backend="torch")[:1]  # the interpreter itself is one thread's
+    monkeypatch.setattr(verification, "compared", lambda *_: "")
+    monkeypatch.setattr(
+        kernels,
+        "capture_call",
+        lambda *_: CapturedCall(
+            lambda *_: [made[0].detach(), torch.zeros(48, 4)], "", [], frozenset({"project 1"})
+        ),
+    )
+
+    def run(_):
+        return fastlora.lora_linears(x.detach(), layers, backend="triton")[0].detach()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(torch.equal(each, made[0]) for each in threads.map(run, range(8)))
+    assert list(verification._records) == [
+        ("project 1", verification.environment(torch.device("cpu")))
+    ]
+    assert not recwarn.list
+
+
+def test_another_word_in_the_variable_is_an_error(monkeypatch):
+    monkeypatch.setattr(verification, "_CHOSEN", "yes")
+    with pytest.raises(ValueError, match="FASTLORA_VERIFY is 'yes', but must be 'first'"):
+        step(rows(), group())
+
+
+def test_the_caller_s_random_numbers_are_the_same():
+    x, layers = rows(), group()
+    step(x, layers, 0.3)
+    after = torch.rand(3)
+    step(x, layers, 0.3)
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_too_little_memory_to_verify_runs_pytorch_s_operations(monkeypatch):
+    def none_left(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(verification, "compared", none_left)
+    x, layers = rows(), group()
+    with pytest.warns(RuntimeWarning, match="enough memory to verify"):
+        found = step(x, layers)
+    expected = step(x, layers, backend="torch")
+    agree(found, expected)
+    monkeypatch.setattr(verification, "_fault_of_probe", lambda *_: pytest.fail("verified again"))
+    agree(step(x, layers), expected)
+    assert not verification._records
+
+
+def test_without_memory_for_a_wider_dtype_errors_are_those_of_a_rounding():
+    its = torch.randn(64, 48).bfloat16()
+    close = its + its.abs().amax() * 2**-7
+    assert verification._worst(its, its, None, 2**-7) == 0
+    assert verification._worst(close, its, None, 2**-7) <= 1
+    assert verification._worst(its.roll(1, 0), its, None, 2**-7) > 1
