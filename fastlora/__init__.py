@@ -22,6 +22,7 @@ from .model.packed_files import load_packed
 from .model.packing import pack
 from .namesake import warn_of_namesake
 from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
+from .ops.loss import linear_cross_entropy, token_logprobs
 from .peft.check import check
 from .peft.optimize import coverage, optimize, restore
 from .projection import Projection
@@ -46,6 +47,7 @@ __all__ = [
     "estimate",
     "export_gguf",
     "grouped_lora_linear",
+    "linear_cross_entropy",
     "load_adapter",
     "load_packed",
     "lora_linear",
@@ -62,6 +64,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "sweep",
+    "token_logprobs",
     "tune",
     "unmerge_lora",
     "use_backend",

@@ -51,6 +51,12 @@ class DropoutMask:
         rest.row_keys = self.row_keys[start:]
         return rest
 
+    def of_rows(self, numbers: Tensor) -> "DropoutMask":
+        """The mask of these rows, int64 [count], in their order."""
+        chosen = copy(self)
+        chosen.row_keys = self.row_keys[numbers]
+        return chosen
+
     def rows(self, first: int, count: int) -> Tensor:
         """bool [count, columns], from row ``first`` on: true where an element is kept."""
         return self.row_keys[first : first + count] * self.column_keys >= self.least << 16

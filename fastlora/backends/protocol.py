@@ -27,6 +27,15 @@ class Call(NamedTuple):
     is_few: bool = False  # so few rows that torch's autograd is to follow the composite path
 
 
+class LossSettings(NamedTuple):
+    """The numbers of a loss's formulas (:mod:`.loss`)."""
+
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+
+
 class Backend(Protocol):
     """``inputs`` are x [M, K] and the tensors of the outputs, laid flat as the layouts say.
 
@@ -84,6 +93,21 @@ class Backend(Protocol):
         wide: bool = False,
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
+
+    def row_loss(
+        self,
+        z: Tensor,
+        target: Tensor,
+        losses: Tensor,
+        settings: LossSettings,
+        upstream: Tensor | None,
+        gradient: bool,
+    ) -> None:
+        """Fill the losses [rows], float32 or wider, of logits z [rows, V] and int64 targets [rows].
+
+        With ``gradient``, z becomes the gradient of each row's loss, times the row's number in
+        ``upstream``, if given.  The formulas are those of :mod:`.loss`.
+        """
 
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""

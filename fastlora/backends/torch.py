@@ -30,6 +30,7 @@ from .formula import Masks, backward_rows, base_gradients, forward_rows, from_ro
 from .gated import gated, gated_backward
 from .products import h_dtype
 from .protocol import Call
+from .row_loss import row_loss
 
 HANDS_TO = ""  # nobody: it covers all
 
@@ -43,6 +44,7 @@ __all__ = [
     "gated_backward",
     "h_dtype",
     "no_gradients",
+    "row_loss",
     "takes_experts_in_turn",
     "why_not",
 ]

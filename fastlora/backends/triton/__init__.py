@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dropout import dropout_mask
 from ..protocol import Call
+from ..row_loss import row_loss  # by PyTorch's operations: no kernel has these formulas yet
 from . import experts, layer, many, measured, verification
 from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
@@ -31,6 +32,7 @@ __all__ = [
     "h_dtype",
     "measured",
     "read_records",
+    "row_loss",
     "takes_experts_in_turn",
     "why_not",
     "without_launching",

@@ -1,0 +1,336 @@
+"""Cross-entropy of a head, with an adapter or without, that never forms the logits [M, V].
+
+One autograd node computes the loss and all gradients in its forward, chunk by chunk
+(:mod:`fastlora.backends.loss`).  It saves the gradients: dx [M, K] and those of the tensors that
+train.  The backward multiplies them by the gradient of the loss.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ..backends import Backend, backend_name, find_backend
+from ..backends.dropout import DropoutMask
+from ..backends.loss import loss_of_rows
+from ..backends.protocol import LossSettings
+from ..checks import check_call, check_tensor
+from ..projection import (
+    Adapter,
+    Base,
+    Layout,
+    Output,
+    flatten,
+    is_number,
+    is_plain,
+    layouts_of,
+    shown,
+    unflatten,
+)
+from .composite import run_composite, torch_s_dropout
+from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
+from .node import Function, as_matrix
+from .run import draw_seed
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Head(NamedTuple):
+    """A linear layer that a loss follows, and the hidden states x [..., K] that it is called with.
+
+    With dropout, ``seeds`` is int64 [1], and ``numbers`` has the row of the mask for each row of x;
+    None: x has all rows of the mask, in their order.  ``rows``: how many rows the mask has.
+    """
+
+    x: Tensor
+    output: Output[Tensor]
+    dropout: float = 0.0
+    backend: str | None = None
+    seeds: Tensor | None = None
+    numbers: Tensor | None = None
+    rows: int = 0
+
+    def masks(self, kept: Tensor | None = None) -> list[DropoutMask | None]:
+        """The mask of each adapter for the rows of x, or for the ``kept`` ones."""
+        if self.seeds is None:
+            return [None] * len(self.output.adapters)
+        mask = DropoutMask(self.seeds, (self.rows, self.x.shape[-1]), self.dropout)
+        if self.numbers is not None:
+            mask = mask.of_rows(self.numbers.flatten())
+        return [mask if kept is None else mask.of_rows(kept)]
+
+
+def head_of(x: Tensor, output: Output[Tensor], dropout: float, backend: str | None = None) -> Head:
+    """The head's call with x.  With dropout it draws a seed."""
+    if not dropout or not output.adapters:
+        return Head(x, output, 0.0, backend)
+    rows = x.numel() // x.shape[-1]
+    return Head(x, output, dropout, backend, draw_seed(1, x.device), rows=rows)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear layer's output, without a tensor of the output's size.
+
+    The logits are z = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, as in
+    :func:`fastlora.lora_linear`; both of lora_a and lora_b are given, or neither.  The loss is that
+    of :func:`torch.nn.functional.cross_entropy` on logit_scale · z, capped to
+    softcap · tanh(· / softcap) if there is a ``softcap``, plus z_loss · lse², where lse is the
+    logarithm of a row's Σ exp.
+
+    Shapes: x [..., K]; weight [V, K]; bias [V]; lora_a [r, K]; lora_b [V, r]; target [...], int64,
+    with the classes 0 to V - 1, or ``ignore_index`` for rows that don't count.  The result has no
+    dimensions, or with ``reduction`` "none" target's shape, where ignored rows are 0.
+
+    Dtypes: those of :func:`fastlora.lora_linear`.  The softmax runs in float32 (float64 for
+    float64), and so does the result.  ``weight`` may be packed.
+
+    ``reduction`` "mean" divides by the number of rows that count; without any, the mean is NaN.
+
+    Peak memory: a chunk of logits, 24 MiB on a CPU and 512 MiB on a GPU, and the gradients.  The
+    node saves dx and the gradients of what trains.  With "none", rows have gradients of their own:
+    if a weight, bias or adapter trains, the backward computes the logits again.  Gradients of
+    gradients are an error.
+
+    Calls that torch traces, compiles or transforms form the logits by torch's operations.
+
+    Raises ValueError for shapes, devices, classes or numbers that don't fit, and TypeError for
+    dtypes.  The name and the arguments follow ``torch.nn.functional.linear_cross_entropy``.
+    """
+    output = _output(weight, bias, lora_a, lora_b, scale)
+    settings = LossSettings(label_smoothing, softcap, logit_scale, z_loss)
+    for name, tensor in (("x", x), ("target", target)):
+        if not is_plain(tensor):
+            check_tensor(name, tensor)
+    check_call(x, [output], dropout, training, autocast_is_on(x.device.type))
+    _check_loss(x, target, settings, reduction, ignore_index)
+    p = dropout if training and output.adapters else 0.0
+    if not is_eager(x) or not is_plain(target):
+        return _composite(x, output, target, p, settings, reduction, ignore_index)
+    if autocast_is_on(x.device.type):
+        x, (output,) = autocast_inputs(x, [output])
+    with autocast_off(x.device.type):
+        head = head_of(x, output, p, backend)
+        return head_loss(head, target, settings, reduction, ignore_index)
+
+
+def token_logprobs(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """log p(target) of each row, target's shape: for GRPO, DPO and distillation.
+
+    p is the softmax of :func:`linear_cross_entropy`'s logits; its arguments, dtypes, memory and
+    errors hold.  Ignored rows are 0.  Each row's gradient is its own.  With a frozen head without
+    an adapter, the backward computes no product: it multiplies the saved dx.
+    """
+    return -linear_cross_entropy(
+        x, weight, target, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout=dropout,
+        training=training, ignore_index=ignore_index, reduction="none", softcap=softcap,
+        logit_scale=logit_scale, backend=backend,
+    )  # fmt: skip
+
+
+def _output(
+    weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
+) -> Output[Tensor]:
+    if lora_a is None and lora_b is None:
+        return Output(Base(weight, bias))
+    if lora_a is None or lora_b is None:
+        absent = "lora_a" if lora_a is None else "lora_b"
+        raise ValueError(f"{absent} is None, but an adapter has both: give lora_a and lora_b")
+    return Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
+
+
+def _check_loss(
+    x: Tensor, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
+) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"target has dtype {target.dtype}, but must have int64, the class of each row: call "
+            "target.long(); probabilities of classes aren't supported"
+        )
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but x has {tuple(x.shape)}: target must be "
+            f"{list(x.shape[:-1])}, a class for each row"
+        )
+    if target.device != x.device:
+        raise ValueError(
+            f"target is on {target.device}, but x is on {x.device}: move them to one device"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {shown(reduction)}, but must be one of {REDUCTIONS}")
+    if type(ignore_index) is not int:
+        raise ValueError(f"ignore_index is {shown(ignore_index)}, but must be a whole number")
+    smoothing, softcap, logit_scale, z_loss = settings
+    finite = {"label_smoothing": smoothing, "logit_scale": logit_scale, "z_loss": z_loss}
+    for name, value in (finite | ({} if softcap is None else {"softcap": softcap})).items():
+        if not is_number(value) or not abs(value) < float("inf"):
+            raise ValueError(f"{name} is {shown(value)}, but must be a finite number")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {smoothing}, but must lie in [0, 1]")
+    if softcap is not None and softcap <= 0.0:
+        raise ValueError(f"softcap is {softcap}, but must be positive, or None for no cap")
+
+
+def _composite(
+    x: Tensor,
+    output: Output[Tensor],
+    target: Tensor,
+    p: float,
+    settings: LossSettings,
+    reduction: str,
+    ignore_index: int,
+) -> Tensor:
+    """The same by torch's own operations, with the logits."""
+    (z,) = run_composite(x, [output], torch_s_dropout(p))
+    smoothing, softcap, logit_scale, z_loss = settings
+    s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    t = target.flatten()
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": smoothing}
+    losses = functional.cross_entropy(s, t, reduction="none", **options)
+    counts = t != ignore_index
+    if z_loss:
+        losses = losses + torch.where(counts, z_loss * s.logsumexp(-1).square(), 0.0)
+    if reduction == "none":
+        return losses.view(target.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
+class _LossCall(NamedTuple):
+    """A call of the node besides the tensors that autograd follows."""
+
+    head: Head  # whose x is a matrix
+    layout: Layout
+    target: Tensor  # int64 [rows that count]
+    kept: Tensor | None  # the numbers of the rows that count; None if all do
+    settings: LossSettings
+    reduction: str
+    backend: Backend
+
+    def losses(
+        self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Each row's loss, 0 for a row that doesn't count, and the gradients of their sum."""
+        x, *tensors = inputs
+        layouts = (self.layout,)
+        (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
+        losses, (dx, gradients) = loss_of_rows(
+            x if self.kept is None else x[self.kept],
+            self.target,
+            output,
+            self.head.masks(self.kept),
+            self.settings,
+            self.backend.row_loss,
+            needs[0],
+            wanted,
+            upstream,
+        )
+        if self.kept is not None:
+            losses = losses.new_zeros(len(x)).index_copy_(0, self.kept, losses)
+            dx = None if dx is None else torch.zeros_like(x).index_copy_(0, self.kept, dx)
+        found = [dx, *flatten([gradients], layouts)]
+        if not len(self.target):  # no row counts
+            pairs = zip(inputs, needs, strict=True)
+            found = [torch.zeros_like(tensor) if need else None for tensor, need in pairs]
+        return losses, found
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return losses
+        total = losses.sum()
+        return total if self.reduction == "sum" else total / len(self.target)
+
+
+def head_loss(
+    head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
+) -> Tensor:
+    """The loss of a head's call whose arguments are checked, without logits."""
+    x, t = as_matrix(head.x), target.flatten()
+    counts = t != ignore_index
+    kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
+    if kept is not None:
+        t = t[kept]
+    V = head.output.base.weight.shape[0]
+    if t.is_cpu and t.numel():
+        low, high = (int(end) for end in t.aminmax())
+        if low < 0 or high >= V:
+            wrong = low if low < 0 else high
+            raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
+    layouts = layouts_of([head.output])
+    backend = find_backend(backend_name(head.backend, x.device))
+    call = _LossCall(head._replace(x=x), layouts[0], t, kept, settings, reduction, backend)
+    inputs = x, *flatten([head.output], layouts)
+    if torch.is_grad_enabled():
+        loss = LinearCrossEntropyFunction.apply(call, *inputs)
+    else:
+        loss = call.reduced(call.losses(inputs, [False] * len(inputs))[0])
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+class LinearCrossEntropyFunction(Function):
+    """The loss as one node.  It saves gradients, or what it needs to compute them later."""
+
+    @staticmethod
+    def forward(ctx, call: _LossCall, *inputs: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[1:]
+        # Sums over rows need each row's upstream gradient, which only the backward knows.
+        later = call.reduction == "none" and any(needs[1:])
+        losses, gradients = call.losses(inputs, [False] * len(needs) if later else needs)
+        ctx.save_for_backward(*(inputs if later else gradients))
+        ctx.call = call._replace(
+            head=call.head._replace(x=inputs[0].new_empty(0, inputs[0].shape[1]))
+        )
+        ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
+        return call.reduced(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        call, saved = ctx.call, ctx.saved_tensors
+        if ctx.later:
+            of_rows = upstream if call.kept is None else upstream[call.kept]
+            with autocast_off(upstream.device.type):
+                _, found = call.losses(saved, ctx.needs_input_grad[1:], of_rows)
+            pairs = zip(found, ctx.dtypes, strict=True)
+            return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
+        if call.reduction == "mean":
+            upstream = upstream / len(call.target)
+        factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
+        pairs = zip(saved, ctx.dtypes, strict=True)
+        return None, *[None if g is None else (g * factor).to(dtype) for g, dtype in pairs]
