@@ -1,7 +1,6 @@
-"""Which layers run fast, and why the others don't; and text in columns."""
+"""Which layers run fast, and why the others don't."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,27 +11,6 @@ from .layers.adapted import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
 from .projection import Output
-
-
-def columns(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
-    """A line for each row of cells: the first ``left`` columns flush left, the others right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return [form.format(*row).rstrip() for row in rows]
-
-
-def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iterable:
-    """The items behind a progress bar, if there are as many, and tqdm is installed."""
-    if len(items) < least:
-        return items
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=what, unit=unit, leave=False)
-
 
 NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")

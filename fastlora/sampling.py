@@ -23,8 +23,8 @@ from .peft.merged import (
     why_not_merged,
 )
 from .peft.optimize import peft_layers
-from .projection import shown
 from .report import NO_LAYERS
+from .text import shown
 
 _PLACES = ("device", "cpu")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch as pytorch  # here `torch` is the backend
 
-from ..projection import Output, shown
+from ..projection import Output
+from ..text import shown
 from .protocol import Backend, Call
 
 __all__ = [

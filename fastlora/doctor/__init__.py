@@ -16,7 +16,7 @@ from ..layers.linear import LoRALinear
 from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
-from ..report import columns
+from ..text import columns
 from .launches import Asked, would_run
 from .machine import devices_here, hardware, installation, one_line, settings, versions
 

@@ -15,7 +15,8 @@ from ..blocks import buffer_for, source_of, widened
 from ..ops.door import run_one
 from ..ops.functional import linears
 from ..ops.way import autocast_off
-from ..projection import Adapter, Base, Output, shown
+from ..projection import Adapter, Base, Output
+from ..text import shown
 from .members import tensor_of
 from .reading import Reader, Reading, call_as_read, forget
 

@@ -23,7 +23,8 @@ from ..layers.frozen import read_base
 from ..layers.members import is_hooked, tensor_of, why_not_part
 from ..layers.reading import Reading
 from ..ops.way import why_not_here
-from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
+from ..projection import Adapter, Base, Output, is_plain
+from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
 
