@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    what = "this machine, what runs on it, and a self-test: the text for a bug report"
+    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
     doctor = commands.add_parser(
         "doctor",
         help=what,
-        description=f"Reports on {what}. Exits with 1 if something is broken.",
+        description=f"Prints {what}. Exits with 1 if something is broken.",
         allow_abbrev=False,
     )
     add = doctor.add_argument

@@ -309,12 +309,12 @@ def test_experts_train_as_peft_s_of_jsonl_with_all_linear_and_auto_dtype(
 BAD_INPUT = [
     (["--data", "missing.txt"], "missing.txt: there is no such file"),
     (["--data", "other.jsonl"], "line 2: each line must be"),
-    (["--data", "broken.jsonl"], "line 1: no JSON"),
+    (["--data", "broken.jsonl"], "line 1: not JSON"),
     (["--data", "binary.txt"], "not UTF-8"),
     (["--data", "empty.txt"], "the file is empty"),
-    (["--rank", "0"], "'0' is no whole number of at least 1"),
-    (["--dropout", "1"], "'1' is no number from 0 to below 1"),
-    (["--lr", "nan"], "--lr: 'nan' is no number"),
+    (["--rank", "0"], "'0' isn't a whole number of at least 1"),
+    (["--dropout", "1"], "'1' isn't a number from 0 to below 1"),
+    (["--lr", "nan"], "--lr: 'nan' isn't a number"),
     (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     (["--target", "q_proj,,v_proj"], "--target"),
     (["--model", "./no/such/folder"], "no such folder"),
@@ -322,7 +322,7 @@ BAD_INPUT = [
     (["--out", "binary.txt"], "--out"),
     (["--no-compare", "--optimize"], "--no-compare leaves PEFT out"),
     (["--quantized", "--experts"], "choose one"),
-    (["--experts", "--dropout=0.1"], "PEFT can't drop experts' inputs"),
+    (["--experts", "--dropout=0.1"], "PEFT has no dropout for experts"),
 ]
 
 
@@ -482,5 +482,5 @@ def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("sweep").parse_options()
     assert stopped.value.code == 2
-    said = f"--out {out} has a sweep: --resume goes on, --replace begins anew"
+    said = f"--out {out} has a sweep: --resume continues it, --replace deletes it"
     assert said in capsys.readouterr().err
