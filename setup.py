@@ -1,7 +1,7 @@
-"""What pyproject.toml can't say: kernels/ is installed as fastlora.kernels, not as kernels.
+"""Settings that pyproject.toml doesn't support: kernels/ is installed as fastlora.kernels.
 
-And PyPI shows README.md, where links to files lead nowhere.  ``FASTLORA_REPOSITORY``, an address
-such as https://github.com/OWNER/NAME, makes them links to the files of this version's tag there.
+PyPI shows README.md, whose links to files don't work there.  ``FASTLORA_REPOSITORY``, an address
+such as https://github.com/OWNER/NAME, makes them links to the files of this version's tag.
 """
 
 import os
@@ -16,16 +16,16 @@ VERSION = re.search('__version__ = "(.+)"', (ROOT / "fastlora/version.py").read_
 
 
 def address(found: re.Match) -> str:
-    picture, text, path = found[1], found[2], found[3]
+    picture, path = found[1] or "", found[2]
     place = "raw" if picture else "blob"
-    # What leaves the files are GitHub's own pages, such as ../../../issues.
+    # Paths outside of the files are GitHub's pages, such as ../../../issues.
     where = path.lstrip("./") if path.startswith("../") else f"{place}/v{VERSION}/{path}"
-    return f"{picture}[{text}]({REPOSITORY}/{where})"
+    return f"{picture}]({REPOSITORY}/{where})"
 
 
 readme, urls = (ROOT / "README.md").read_text(), {}
 if REPOSITORY:
-    readme = re.sub(r"(!?)\[([^\[\]]*)\]\((?!https?:|#)([^)\s]+)\)", address, readme)
+    readme = re.sub(r"(!\[[^\[\]]*)?\]\((?!https?:|#)([^)\s]+)\)", address, readme)
     changes = f"{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md"
     urls = {"Source": REPOSITORY, "Changes": changes, "Issues": f"{REPOSITORY}/issues"}
 

@@ -1,4 +1,4 @@
-"""fastlora and its peers, measured side by side: README.md says what, how, and how to add to it."""
+"""Benchmarks of fastlora and other LoRA implementations; README.md describes them."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The contestants of rows that are more than a layer: transformers' modules, with PEFT's layers.
+"""Contestants of rows with more than one layer: transformers' modules with PEFT's layers.
 
-All have the same frozen tensors, and adapters of their own with equal values.
+All contestants share the frozen tensors.  Each has its own adapters, with equal values.
 """
 
 import copy
@@ -15,7 +15,7 @@ import fastlora
 from .cases import PACKS, Case
 from .contestants import SCALE, Contestant, Maker, Tensors
 
-_VOCABULARY = 21760  # of four layers what Qwen3's own is of its 28
+_VOCABULARY = 21760  # Qwen3's vocabulary, scaled from its 28 layers to 4
 _TARGETS = {
     "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "mlp": {"target_modules": r"mlp\.\w+_proj"},
@@ -25,7 +25,7 @@ _TARGETS = {
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
-    """A step has no "layer by layer": one more model would take its time."""
+    """A step has no "layer by layer", because another model would take too long."""
     apart = {"layer by layer": partial(_adapted, gated_mlps=False)} if case.block == "mlp" else {}
     fast = _over_packed if case.kind in PACKS else partial(_adapted, gated_mlps=True)
     adapted = {"peft": _adapted, **apart, "fastlora": fast}
@@ -68,7 +68,7 @@ class Routed(nn.Module):
         self.weights = nn.Parameter(weights / weights.sum(-1, keepdim=True))
 
     def double(self) -> "Routed":
-        """For the truth; torch's grouped_mm has no float64."""
+        """The module in float64 for the oracle; torch's grouped_mm has no float64."""
         self.config._experts_implementation = "eager"
         return super().double()
 
@@ -77,7 +77,7 @@ class Routed(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Qwen3's."""
+    """The gated MLP of Qwen3."""
 
     def __init__(self, case: Case) -> None:
         from transformers import Qwen3Config
@@ -91,9 +91,9 @@ class GatedMLP(nn.Module):
 
 
 class Projections(nn.Module):
-    """All seven of a Llama layer, without what stands between them.
+    """All seven projections of a Llama layer, without the operations between them.
 
-    Each has a leaf of its own for x.  Else autograd would sum every dx [M, K] on the CPU, and the
+    Each has its own leaf for x.  Otherwise autograd would sum every dx [M, K] on the CPU, and the
     host's time would contain arithmetic that a GPU does.
     """
 
@@ -110,7 +110,7 @@ class Projections(nn.Module):
 
 
 class Step(nn.Module):
-    """The loss of a Qwen3 for two rows of tokens, or of what these are embedded as."""
+    """The loss of a Qwen3 for two rows of tokens, or for their embeddings."""
 
     def __init__(self, case: Case) -> None:
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -137,7 +137,7 @@ class Step(nn.Module):
 
 
 def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """Its backward leads to x; the choice of experts trains."""
+    """The frozen block: gradients of x, and of the router's choice of experts."""
     module = _copy(tensors.base)
     if isinstance(module, Routed):
         module.weights.requires_grad_()
@@ -147,9 +147,10 @@ def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 def _adapted(
     case: Case, tensors: Tensors, dropout: float, gated_mlps: bool | None = None
 ) -> Contestant:
-    """PEFT's, optimized where ``blocks`` isn't None.  A step's backward ends at the first adapter.
+    """PEFT's block, optimized if ``gated_mlps`` isn't None.
 
-    A step trains, with the gradients' norm clipped; as the learning rate is 0, all start alike.
+    A step's backward ends at the first adapter.  A step trains and clips the gradients' norm.  The
+    learning rate is 0, so all steps start from the same values.
     """
     import peft
 
@@ -158,7 +159,7 @@ def _adapted(
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, init_lora_weights=False,
         **{"target_modules": [], **_TARGETS[case.block]},
     )  # fmt: skip
-    with warnings.catch_warnings():  # of tied embeddings, which have no adapter
+    with warnings.catch_warnings():  # about tied embeddings, which have no adapter
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
     module = model.train().base_model.model
@@ -180,7 +181,7 @@ def _adapted(
 
 
 def _over_packed(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """A model of one's own, whose experts are packed again, to the same numbers."""
+    """A model without PEFT, whose experts are packed again, to the same values."""
     module = _copy(tensors.base)
     fastlora.pack(module, case.kind, modules=["experts"])
     settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}

@@ -1,4 +1,4 @@
-"""One call of a launcher, by several tiles and beside torch's own: judged, and timed in turn."""
+"""One call of a launcher, with several tiles and by torch: verified, then timed in turn."""
 
 import math
 import sys
@@ -21,16 +21,17 @@ from .judge import checked
 from .measure import digits
 from .tree import last_error
 
-_SECONDS, _ROUNDS = 15.0, 9  # of compiling; of timing
-_KEPT = 5  # of the configs' times, and of failures
+_SECONDS, _ROUNDS = 15.0, 9  # seconds for compiling; rounds of timing
+_KEPT = 5  # configs with times, and failures, in a row
 
 
 def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | None = None) -> dict:
-    """A row: the default tiles, or the best of ``most``; of a base product a row for the plans.
+    """A row: the default tiles, or the best of ``most``; for a base product, a row of plans.
 
-    Beside a base product stand in place, by both orders, and torch's product, which writes (mm) or
-    adds (addmm); beside all else a copy.  ``rates`` are FLOPs of the base product, else bytes, in
-    10¹² a second.  ``pool`` compiles, so that a crash there takes no timing along.
+    A base product is compared with in place, in both orders, and with torch's product, which
+    writes (mm) or adds (addmm).  Other calls are compared with a copy.  ``rates`` are the FLOPs of
+    the base product, or else bytes, in 10¹² a second.  ``pool`` compiles in other processes, so
+    that a crash there doesn't end the timing.
     """
     target, operands, stated = target_of(device), Operands(form, device), []
     default = default_config(form.kernel, target, form.call)
@@ -74,31 +75,31 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
 
 
 def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Callable]) -> tuple:
-    """Medians of rounds, and why a call has none: it was wrong, or raised."""
+    """Medians of rounds, and reasons of calls without one, which were wrong or raised an error."""
     form, device, truth = operands.form, operands.device, operands.truth()
     clock, calls, failures = clock_for(device), dict(theirs), {}
     for name, call in ours.items():
-        print(f"{form.id}: {name}", file=sys.stderr)  # the last words of a process that dies
+        print(f"{form.id}: {name}", file=sys.stderr)  # for the log, if the process dies
         try:
             for tensor in call():
-                tensor.fill_(float("nan"))  # what no kernel writes shows
+                tensor.fill_(float("nan"))  # shows elements that no kernel writes
             checked(zip(call(), truth, strict=True), form.dtype)
             calls[name] = call
         except Exception:
             failures[name] = last_error()
-            wait_for(device)  # if the device is lost, nobody else can run
+            wait_for(device)  # raises if the device is lost, and ends the run
     seconds = medians(clock, calls, _ROUNDS if device.type == "cuda" else 1)
     return {name: digits(each) for name, each in seconds.items()}, failures
 
 
 def _compile(form: Form, target: Target, config: Config) -> None:
-    """What this call would launch is compiled and not launched: its tensors are meta tensors."""
+    """Compile the launches of this call without running them: its tensors are meta tensors."""
     with use_target(target), intercept(Launch.compile):
         Operands(form, "meta").run(config)
 
 
 def ahead(pool: Executor | None, seconds: float, compiles: Callable, asked: Sequence) -> dict:
-    """Why each of the arguments failed, or "", as far as ``compiles`` ended in time."""
+    """The error of each argument, or "", if its ``compiles`` ended in time."""
     futures = {pool.submit(compiles, *each): each for each in asked} if pool else {}
     done, late = wait(futures, timeout=seconds)
     for future in late:

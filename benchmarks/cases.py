@@ -1,4 +1,4 @@
-"""What is measured: every size, dtype, dropout and target comes from these tables."""
+"""The benchmark cases: every size, dtype, dropout and target comes from these tables."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,26 +8,29 @@ import torch
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
-SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
+SAME_DTYPE = (
+    "fastlora, same dtype"  # fastlora with adapters in x's dtype, where the others' are float32
+)
 DECODE = 16
-ADAPTERS = 8  # of a mixed batch, a sequence each
+ADAPTERS = 8  # in a mixed batch, with one sequence each
 BLOCKS = ("experts", "mlp", "projections", "step")
-PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # those of fastlora.pack
+PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # the kinds of fastlora.pack
 
 
 @dataclass(frozen=True)
 class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
-    ``table``: the row's place in the report, and who takes part (``lineup.py``).  ``kind``: of
-    PEFT's layers lora, dora, or two-adapters, both active; in the table "quantized" that of
-    the makers in ``tests/support``.  In the table "mixed" x is a sequence for each of ``ADAPTERS``.
+    ``table`` is the row's table in the report, and selects the contestants (``lineup.py``).
+    ``kind`` is the kind of PEFT's layers: lora, dora, or two-adapters, both active.  In the table
+    "quantized" it is a kind of the makers in ``tests/support``.  In the table "mixed", x has one
+    sequence for each of ``ADAPTERS``.
 
-    ``BLOCKS`` are more than a layer: experts, mlp (gated), all projections of a Llama layer, or
-    step (of a model's training); each is a table, or a kind in the table "host".  An MLP, or an
-    expert, is K -> ``inner`` -> K.  Each token has ``top`` of the ``experts``, which are packed if
-    the kind is one of ``PACKS``; then the others have the weights that these stand for.  A step is
-    that of a model of so many ``layers``.
+    ``BLOCKS`` are larger than a layer: experts, mlp (gated), all projections of a Llama layer, or
+    step (of a model's training).  Each is a table, or a kind in the table "host".  An MLP, or an
+    expert, is K -> ``inner`` -> K.  Each token has ``top`` of the ``experts``.  If the kind is one
+    of ``PACKS``, fastlora's experts are packed, and the others have their dequantized weights.  A
+    step trains a model with ``layers`` layers.
     """
 
     M: int
@@ -62,7 +65,7 @@ class Case:
 
     @property
     def block(self) -> str:
-        """Which of ``BLOCKS`` it is; "" for a layer."""
+        """One of ``BLOCKS``, or "" for a layer."""
         name = self.kind if self.table == "host" else self.table
         return name if name in BLOCKS else ""
 
@@ -72,40 +75,40 @@ class Case:
 
     @property
     def by_peft(self) -> bool:
-        """Whether all are PEFT's modules, or such optimized: in float64 they are the truth."""
+        """Whether all are PEFT's modules, some of them optimized; the oracle is PEFT in float64."""
         return self.table == "optimized" or self.is_block
 
     @property
     def has_peak(self) -> bool:
-        """Whether the most memory of a step is measured, besides what is kept."""
+        """Whether a step's peak memory is measured, in addition to the memory that is saved."""
         return self.table == "quantized" or self.is_block
 
     @property
     def decodes(self) -> bool:
-        """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
+        """On a GPU, few rows also measure inference, without gradients and in a CUDA graph."""
         return self.table == "gpu" and self.M <= DECODE
 
     @property
     def has_no_node(self) -> bool:
-        """A call of few rows on a CPU, which torch's own autograd follows."""
-        from fastlora.backends.products import is_slow  # a worker chooses first whose fastlora
+        """Whether this is a call of few rows on a CPU, which runs under torch's autograd."""
+        from fastlora.backends.products import is_slow  # late: a worker selects its fastlora first
 
         few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
         return few and self.adapter_dtype == F32 and (self.dtype == F32 or not is_slow(self.dtype))
 
     @property
     def calls_in_a_row(self) -> int:
-        """More than one where the caller's own CPU time is measured, on one thread."""
+        """More than one if the caller's own CPU time is measured, on one thread."""
         return 5 if self.table == "few" else 1
 
     @property
     def tiny(self) -> bool:
-        """For the question whether everything works: its times mean nothing."""
+        """Whether the row only checks that everything works: its times mean nothing."""
         return self.name.startswith("quick")
 
     @property
     def targets(self) -> list[tuple[str, str, float]]:
-        """Upper limits: of a time's median or of bytes ("kept", "peak"); quantity, ratio, limit."""
+        """Upper limits of a time's median or of bytes ("kept", "peak"): quantity, ratio, limit."""
         return [] if self.tiny else [*self._usual_targets(), *self.limits]
 
     def _usual_targets(self) -> list[tuple[str, str, float]]:
@@ -128,7 +131,7 @@ class Case:
                 limit = 1.15 if square else 1.10 if group else 1.08
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
-        if self.table == "few":  # with dropout there is nothing to gain but the same masks
+        if self.table == "few":  # with dropout, only the masks are a gain
             names = "fastlora/peft", "peft, optimized/peft"
             quantities = ("both",) if self.dropout else ("forward", "inference", "both")
             limit = 1.3 if self.dropout else 1.0
@@ -149,8 +152,8 @@ _OVER_FROZEN = {
     "4096x1024x1024-bf16-r16-p0": 1.45,
     "4096x1024x1024-bf16-r16-p0.1": 2.4,
 }
-# Of quantized bases: limits of forward + backward over the frozen dense layer's at 512 rows in
-# float32, and what may be kept there, in MiB, of which x is 4.
+# For quantized bases: limits of forward + backward as a ratio to the frozen dense layer's, at 512
+# rows in float32; and limits of the saved memory, in MiB, including 4 for x.
 _OVER_DENSE = {"nf4": 1.2, "int8": 1.15, "torchao-int8": 1.2, "gguf-q8_0": 1.25, "gguf-q4_k": 1.4}
 _KEPT = 4.1
 _SQUARES = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
@@ -175,7 +178,7 @@ def cpu_cases() -> list[Case]:
         layers += _layers(f"{name}-down", M, mlp, (hidden,))
     layers += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
     layers += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
-    # PEFT's adapters are float32; fastlora's of x's dtype are timed beside them.
+    # PEFT's adapters are float32; fastlora is timed with these, and with adapters in x's dtype.
     cases += [case for case in layers if case.mixed]
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
@@ -200,7 +203,7 @@ def _quantized() -> Iterator[Case]:
 
 
 def _blocks() -> Iterator[Case]:
-    """In float32, which every CPU multiplies fast."""
+    """Blocks in float32, because every CPU has fast float32 products."""
     of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
     shared = Case(512, 1024, (1024,), 8, F32, F32, table="experts", inner=384, experts=32, top=4)
     for M, experts, inner, top, limit in (
@@ -223,7 +226,7 @@ def _blocks() -> Iterator[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """In the order of importance, for the time of a visit may run out."""
+    """The most important cases first, because the time of a visit may run out."""
     layers = (
         ("llama3-8b-q", 8192, 4096, (4096,)),
         ("qwen3-0.6b-q", 8192, 1024, (2048,)),
@@ -239,13 +242,13 @@ def gpu_cases() -> list[Case]:
 
 
 def host_cases() -> list[Case]:
-    """Rows of x decide what is launched; the layer's sizes hardly do."""
+    """Cases by rows of x, which decide the launches; the layer's sizes hardly matter."""
     layers = [("layer", (2048,)), ("qkv", (2048, 512, 512))]
     cases = [Case(512, 2048, out, 16, BF16, F32, name=name, table="host") for name, out in layers]
     cases = [
         replace(each, M=M, dropout=p) for each in cases for p in DROPOUTS for M in (16, 512, 4096)
     ]
-    # Up to 64 rows a forward is fused.
+    # Forwards of up to 64 rows are fused.
     for kind, outputs, limit in (
         ("mlp", (512,), 0.65), ("projections", (512, 128, 128, 512, 512), 0.70),
     ):  # fmt: skip
@@ -256,7 +259,7 @@ def host_cases() -> list[Case]:
 
 
 def dry_cases() -> list[Case]:
-    """Those of a GPU, so small that the interpreter can run their kernels."""
+    """The cases of a GPU, so small that the interpreter can run their kernels."""
     return [
         Case(34, 40, (48,), 8, dropout=0.1, name="quick-gpu", table="gpu"),
         Case(34, 40, (48, 24), 8, name="quick-gpu-qkv", table="gpu"),
@@ -275,7 +278,7 @@ def _layers(
 
 
 def _optimized(dropout: float) -> Iterator[Case]:
-    """PEFT's own: a block's q, k, v, gate and up projections; layers of the less usual kinds."""
+    """PEFT's layers: a block's q, k, v, gate and up projections, and the less usual kinds."""
     shared = {"dropout": dropout, "table": "optimized"}
     for kind in ("lora", "dora", "two-adapters"):
         yield Case(64, 48, (32, 16), 8, BF16, F32, name="quick", kind=kind, **shared)

@@ -1,8 +1,8 @@
-"""This tree's fastlora beside another commit's: ``pytest benchmarks --base REF``.
+"""Compare this tree's fastlora with another commit's: ``pytest benchmarks --base REF``.
 
 Each of the two has a process that imports it from its own folder.  The processes run in turn, so
-that whatever disturbs the machine disturbs both alike; one ratio a round is reported.  Both are
-judged before, without dropout: the masks of another commit are not known here.
+that other work on the machine affects both equally; each round gives one ratio.  Both are first
+compared with the formula, without dropout, because the masks of the other commit are unknown.
 """
 
 import io
@@ -32,7 +32,7 @@ class UnknownRefError(pytest.UsageError):
 
 
 def check_ref(ref: str) -> None:
-    """Raise UnknownRefError with what git says, unless ``ref`` names a commit."""
+    """Raise UnknownRefError with git's message, unless ``ref`` names a commit."""
     command = ["git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
@@ -47,7 +47,7 @@ class Pair:
     workers: dict[str, Worker]
 
     def measure(self, case: Case, seconds: float = 0.0, rounds: int = 0) -> dict:
-        """A row, as of ``measure.measure``, in which "base" is the other commit's fastlora."""
+        """A row like ``measure.measure``'s; "base" is the other commit's fastlora."""
         errors, failures, summary = {}, {}, {}
         for name, worker in self.workers.items():
             try:
@@ -63,7 +63,7 @@ class Pair:
 
 @contextmanager
 def pair_with(ref: str, device: str) -> Iterator[Pair]:
-    """REF's two packages lie in a temporary folder for a while."""
+    """Yield the Pair; REF's two packages are in a temporary folder until the end."""
     with ExitStack() as stack:
         base = Path(stack.enter_context(TemporaryDirectory(prefix="fastlora-base-")))
         command = ["git", "archive", ref, "fastlora", "kernels"]
@@ -78,7 +78,7 @@ def pair_with(ref: str, device: str) -> Iterator[Pair]:
 
 
 class Served:
-    """What a worker does: it times the fastlora that it imports, one step at a time."""
+    """A worker's requests: it times the fastlora that it imports, one step at a time."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -90,7 +90,7 @@ class Served:
         return {"fastlora": fastlora.__file__, "kernels": fastlora.kernels.__file__}
 
     def prepare(self, case_id: str) -> dict[str, float]:
-        """Build a case and judge it; the worst error."""
+        """Build a case and verify it.  Returns the worst error."""
         case = self.case = self.cases[case_id]
         make, tensors = makers_for(case)["fastlora"], make_tensors(case, self.device)
         error = Judge(case, tensors, known_masks=False).error("fastlora", make, not case.decodes)

@@ -19,11 +19,13 @@ _ROWS = pytest.StashKey[list[dict]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastlora").addoption
-    option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
-    option("--release", action="store_true", help="this release's rows, saved (releases.py)")
-    option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
+    option("--device", choices=("cpu", "cuda"), default="cpu", help="the device to measure")
+    option(
+        "--release", action="store_true", help="measure and save this release's rows (releases.py)"
+    )
+    option("--host", action="store_true", help="the host's time for a GPU, without a GPU (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
-    seconds = "of a row's rounds: more where the machine is shared"
+    seconds = "seconds for the rounds of a row; more on a shared machine"
     option("--seconds", type=float, default=2.0, help=seconds)
     saves = f"write {FOLDER}/<device>/[NAME-]<date>.json"
     option("--save-results", nargs="?", const="", metavar="NAME", help=saves)
@@ -37,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.host:
         if config.option.base is not None:
-            raise pytest.UsageError("--host has no --base: run it in each of the two commits")
+            raise pytest.UsageError(
+                "--host doesn't support --base: run it in each of the two commits"
+            )
         import cuda_standin
 
         cuda_standin.install()
@@ -46,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The quick rows run only when asked for: their times mean nothing beside the others."""
+    """Run the quick rows only on request: their times mean nothing."""
     options = metafunc.config.option
     of_device = gpu_cases if options.device == "cuda" else cpu_cases
     cases = (host_cases if options.host else of_device)()
@@ -58,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
-    """The two commits that ``--base`` compares.  Also after Ctrl-C nothing of them is left."""
+    """The two commits that ``--base`` compares, whose files are removed even after Ctrl-C."""
     options = request.config.option
     with pair_with(options.base, options.device) if options.base else nullcontext() as found:
         yield found
@@ -66,7 +70,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
 
 @pytest.fixture
 def rows(request: pytest.FixtureRequest) -> list[dict]:
-    """For the table and the results file."""
+    """The rows of the table and of the results file."""
     return request.config.stash[_ROWS]
 
 

@@ -1,7 +1,7 @@
-"""The contestants of layers: the frozen layer, fastlora's ways, PEFT's, and what else one can do.
+"""Contestants of layers: the frozen layer, fastlora's functions and modules, PEFT's, and others.
 
-A maker builds a contestant on the tensors of a case, which all contestants share.  Only public
-names of fastlora are used, so that another commit's can take part (``compare.py``).
+A maker builds a contestant on the tensors of a case, which all contestants share.  It uses only
+public names of fastlora, so that another commit's fastlora also works (``compare.py``).
 """
 
 import warnings
@@ -21,26 +21,26 @@ SCALE = 2.0
 
 @dataclass(frozen=True)
 class Tensors:
-    """The float32 adapters hold the very values of the others.
+    """The tensors of a case.  Adapters of all dtypes have equal values.
 
-    Of PEFT's layers with two adapters, the second half of the pairs is the second adapter's.
+    For PEFT's layers with two adapters, the second half of the pairs is the second adapter.
     """
 
     x: Tensor
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
     adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
-    # A block, which has no weights or adapters here; or a quantized layer, of this weight.
+    # A block, which has no weights or adapters here; or a quantized layer with this weight.
     base: nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """``module`` maps x to y, or to several.
+    """``module`` maps x to one y or several.
 
-    ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
-    ``chosen`` stands around forward and backward: autograd's own threads follow it.  ``finish`` is
-    what a step does after them.  ``needs_dx``: x gets a gradient.
+    ``own_mask``: its dropout mask is unknown, so it is compared with the formula without dropout.
+    ``chosen`` is a context around forward and backward, which autograd's threads also follow.
+    ``finish`` ends a step after them.  ``needs_dx``: x gets a gradient.
     """
 
     module: nn.Module
@@ -51,11 +51,11 @@ class Contestant:
 
     @property
     def adapter(self) -> list[nn.Parameter]:
-        """What is trained: every lora_a before its lora_b, one projection after the other."""
+        """The trained parameters: lora_a, lora_b of one projection after the other."""
         return [each for each in self.module.parameters() if each.requires_grad]
 
     def leaves(self, x: Tensor) -> list[Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         return [x] * self.needs_dx + self.adapter
 
 
@@ -63,7 +63,7 @@ Maker = Callable[[Case, Tensors, float], Contestant]
 
 
 class Group(nn.Module):
-    """Layers of one x, each called by itself: what a group is without fastlora."""
+    """Layers of one x, called one by one, as a group is without fastlora."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def peft_layer(optimized: bool = False) -> Maker:
 
 
 def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
-    """One layer is called as it is; several through a group."""
+    """A contestant of one layer, called directly, or of several, called through a group."""
     return Contestant(layers[0] if len(layers) == 1 else as_group(layers), **more)
 
 
@@ -143,10 +143,10 @@ def peft_group(
     case: Case, tensors: Tensors, dropout: float, optimized: bool,
     base: Group | None = None, known: dict | None = None,
 ) -> Group:  # fmt: skip
-    """PEFT's own layers, in training mode, on these weights or a ``base``; perhaps optimized.
+    """PEFT's layers, in training mode, on these weights or a ``base``; optionally optimized.
 
-    ``known``: layers of PEFT's for classes that it doesn't know.  DoRA's magnitude isn't the norm,
-    or it would do nothing.
+    ``known`` maps classes that PEFT doesn't know to PEFT's layers.  DoRA's magnitude differs from
+    the norm, because otherwise it would have no effect.
     """
     import peft
 
@@ -178,7 +178,7 @@ def peft_group(
 
 
 class Mixed(nn.Module):
-    """What ``run`` makes of x, cut into a sequence for each adapter, and of these parameters."""
+    """Calls ``run`` with x, split into a sequence for each adapter, and with these parameters."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], case: Case, tensors: Tensors) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 def peft_batch(optimized: bool = False) -> Maker:
     """PEFT's layer, called with ``adapter_names``; it loops over them.
 
-    The layer itself may be called in training, where PEFT's model refuses.
+    In training, PEFT's model refuses this call, but the layer accepts it.
     """
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:

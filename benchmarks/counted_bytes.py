@@ -1,12 +1,12 @@
-"""Bytes that a forward and a backward of a layer move: fastlora and its peers, without a GPU.
+"""Modeled bytes of a layer's forward and backward, for fastlora and other projects, without a GPU.
 
-``python benchmarks/counted_bytes.py`` prints the table of README.md.  Each kernel reads or
-writes a matrix once, as if the caches held a tile until its last use and nothing from one kernel to
-the next.  A real kernel moves more: what a GPU does has to be measured there.
+``python benchmarks/counted_bytes.py`` prints the table of README.md.  Each kernel reads or writes
+a matrix once, as if the caches held a tile until its last use, but nothing between two kernels.  A
+real kernel moves more, so only a measurement on a GPU gives the real number.
 
-fastlora's rows add up what its launches state about themselves, on tensors without data; tests
-compare these statements with every load and store of the kernels.  torch's own products count as
-their arguments and result.  The peers' rows are the passes below, read from their sources.
+fastlora's rows add up the numbers that its launches state, on tensors without data.  Tests compare
+these numbers with every load and store of the kernels.  torch's products count as their arguments
+and result.  The rows of other projects are the passes below, read from their sources.
 """
 
 import re
@@ -25,13 +25,13 @@ from fastlora.projection import Layout
 from fastlora.rows import Rows
 
 MIB = 2**20
-# Of torch's operations, those that move nothing.
+# torch's operations that move no bytes.
 FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x [M, K] in bfloat16, and weights [N, K] with adapters of rank r; of each expert, if any."""
+    """x [M, K] in bfloat16, and weights [N, K] with adapters of rank r, one for each expert."""
 
     M: int = 8192
     N: int = 4096
@@ -44,16 +44,16 @@ class Shape:
 class Bytes:
     forward: int
     backward: int
-    partial: int | None = None  # partial sums, which are part of these; None: not told apart
+    partial: int | None = None  # partial sums, included in the others; None: not separated
 
     @property
     def both(self) -> int:
         return self.forward + self.backward
 
 
-# A pass is one kernel: what it reads -> what it writes.  Capitals are weights; xd is the dropped
-# copy of x, dxd its gradient, and mask that of dropout; l = h B is the adapter's output; 32 marks
-# a float32 copy.  A name on both sides is read and written.
+# A pass is one kernel: the matrices it reads -> the matrices it writes.  Capitals are weights; xd
+# is the dropped copy of x, dxd its gradient, and mask the dropout mask; l = h B is the adapter's
+# output; 32 marks a float32 copy.  A name on both sides is read and written.
 FORWARD = "x W -> y, x A -> h, y h B -> y"
 DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
 PEFT_BACKWARD = "dy -> dl, dl B -> dh, dl h -> dB, dh A -> dxd, dh xd -> dA, dy W -> dx"
@@ -65,7 +65,7 @@ PEFT = (
 # A row is the passes of a forward and of a backward, or the settings of fastlora's call.
 ROWS: dict[str, tuple[str, str] | dict] = {
     "frozen layer, no adapter": ("x W -> y", "dy W -> dx"),
-    "floor: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
+    "minimum: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
     "fastlora, fused": {"plan": FUSED},
     "fastlora, fused, dropout": {"plan": FUSED, "dropout": 0.1},
     "fastlora, fused, float32 adapters, dropout": {
@@ -115,7 +115,7 @@ GROUP_ROWS: dict[str, tuple[str, str] | dict] = {
 EXPERTS = Shape(M=8 * 4096, N=1536, K=2048, experts=128)
 EXPERT_ROWS: dict[str, tuple[str, str] | dict] = {
     "frozen experts": ROWS["frozen layer, no adapter"],
-    "floor of experts: all inputs and results once": ROWS["floor: all inputs and results once"],
+    "minimum of experts: all inputs and results once": ROWS["minimum: all inputs and results once"],
     "fastlora experts, fused": {"plan": FUSED},
     "fastlora experts, fused, float32 adapters, dropout": {
         "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
@@ -124,7 +124,7 @@ EXPERT_ROWS: dict[str, tuple[str, str] | dict] = {
 
 
 def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
-    """A gradient has its tensor's shape."""
+    """The bytes of these passes.  A gradient has its tensor's shape."""
     M, N, K, r, stacked = shape.M, shape.N, shape.K, shape.r, shape.experts or 1
     counts = {"x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r}
     counts |= {name: counts[name] * stacked for name in "WAB"}
@@ -142,9 +142,9 @@ def bytes_of_fastlora(
     adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
     packed: Quantized | None = None,
 ) -> Bytes:  # fmt: skip
-    """A forward and a backward with gradients of x and of the adapters, as launched there.
+    """The bytes of a forward and a backward with gradients of x and of the adapters.
 
-    ``packed``: of this weight, whose tensors have no data.
+    ``packed`` is the weight, whose tensors have no data.
     """
     banks = [shape.experts] if shape.experts else []
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def bytes_of_fastlora(
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what Triton launches state, and torch's products."""
+    """Adds up the bytes that Triton launches state, and the bytes of torch's products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,9 @@ class _Counter(TorchDispatchMode):
             read = arguments[1:] if named.get("beta") == 0.0 else arguments
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*read, result))
         elif name not in FREE:
-            raise NotImplementedError(f"what {name} reads and writes is not counted")
+            raise NotImplementedError(
+                f"the bytes of {name} are not counted: add the operation to _Counter"
+            )
         return result
 
 
@@ -196,7 +198,7 @@ def counted(row: tuple[str, str] | dict, shape: Shape) -> Bytes:
 
 
 def table() -> str:
-    """Each block of rows is compared with its own first row, the frozen layers."""
+    """The Markdown table.  Each block of rows is compared with its first row, the frozen layers."""
     lines = [
         "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
         "|---|---|---|---|---|",

@@ -1,10 +1,10 @@
-"""The launchers' calls that a layer is made of: operands, the call, and what it must give.
+"""The calls of launchers in a layer: operands, the call, and its expected results.
 
 ====== ================================================= =============
 y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
-y,h    the same, and h, in one launch: for few rows
+y,h    the same, and h, in one launch (few rows)
 dx     Σ dy weight + keep ∘ (dh lora_a)
-y+ dx+ the low-rank term alone, beside torch's product      lowrank
+y+ dx+ only the low-rank term, for torch's base product     lowrank
 h      factor · (keep ∘ x) lora_aᵀ                       project
 dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
@@ -49,9 +49,10 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class Form:
-    """One call.  ``columns`` of out for y and dx, of x or dy elsewhere; a rank for each projection.
+    """One call, with a rank for each projection.
 
-    ``depths``: the inner lengths of the base products, which y+ and dx+ have not.
+    ``columns`` are the columns of out for y and dx, and of x or dy for the others.  ``depths`` are
+    the inner lengths of the base products; y+ and dx+ have none.
     """
 
     name: str
@@ -64,9 +65,9 @@ class Form:
     dropout: float = 0.0
     bias: bool = False
     precision: str = "ieee"
-    packed: str = ""  # what the weights are: one of PACKED; "": dense
-    segments: int = 0  # that the rows are cut into, of about the same length; each has factors
-    own: bool = False  # and scale and mask of its own, and its rows lie in no order: an adapter
+    packed: str = ""  # the weights' packing, one of PACKED; "": dense
+    segments: int = 0  # the number of segments, of about the same length
+    own: bool = False  # each segment is an adapter: its own factor, scale and mask, unsorted rows
 
     @property
     def kernel(self) -> str:
@@ -74,17 +75,17 @@ class Form:
 
     @property
     def also(self) -> bool:
-        """Whether the launch makes h, dh or a low-rank term as well."""
+        """Whether the launch also computes h, dh or a low-rank term."""
         return "," in self.name
 
     @property
     def adds(self) -> bool:
-        """Whether that is a low-rank term."""
+        """Whether the launch also adds a low-rank term."""
         return self.name == "dA,dx+"
 
     @property
     def call(self) -> Call:
-        """What a choice of tiles depends on, as the launcher would say it."""
+        """The properties that a choice of tiles depends on, as the launcher states them."""
         size = self.dtype.itemsize
         return Call(
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
@@ -138,19 +139,19 @@ class Operands:
         self.b = self._adapter(N, ranks[0]) if form.also and not form.adds else None
         self.vs = [self._adapter(r, N).mT for r in ranks] if form.adds else []
         self.out = self._random(M, N) if form.adds else None
-        # [N, r]: factors of h and dh, results of the others.
+        # [N, r]: factors for h and dh, results for the others.
         lies = form.name in ("h", "dA", "dA,dx+")
         self.adapters = [self._adapter(r, N).mT if lies else self._adapter(N, r) for r in ranks]
 
     def tensors(self) -> list[Tensor]:
-        """All that come in or are asked for."""
+        """All operands and results."""
         lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
         named = [each for found in lists for each in found]
         packed = [t for each in named if isinstance(each, Packed) for t in each.tensors()]
         return packed + [each for each in named if isinstance(each, Tensor)]
 
     def run(self, config: Config | None = None) -> list[Tensor]:
-        """Launch it; what it gives."""
+        """Launch the call.  Returns its results."""
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
@@ -170,7 +171,7 @@ class Operands:
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
-        """The same of y and dx by torch's product, which comes on top of the adapter's part."""
+        """y and dx in place: torch's product is added to the adapter's part."""
         form, us, shared = self.form, self.us, {"precision": self.form.precision}
         if self.a is not None:
             us = project(self.ps[0], [self.a], [FACTOR], **shared)
@@ -185,7 +186,7 @@ class Operands:
         return [self.out, *(us if form.also else [])]
 
     def truth(self) -> list[Tensor]:
-        """What :meth:`run` must give, in float64; of rows that aren't cut."""
+        """The expected float64 results of :meth:`run`, if the call has no segments."""
         form, us = self.form, [u.double() for u in self.us]
         if form.kernel == "project":
             parts = enumerate(self.adapters)
@@ -218,7 +219,7 @@ class Operands:
         return self._random(*self.banks, *shape, dtype=self.form.adapter_dtype)
 
     def _packed(self, depth: int) -> Packed:
-        """[depth, columns], of codes for [columns, depth] for y."""
+        """A packed weight [depth, columns]; for y, the codes are ordered as [columns, depth]."""
         of_y = self.form.name.startswith("y")
         rows, columns = (self.form.columns, depth) if of_y else (depth, self.form.columns)
         experts = self.form.segments
@@ -233,20 +234,20 @@ class Operands:
         return made.T if q.transposed else made
 
     def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
-        """[depth, columns] of each segment; the weights of y lie the other way round."""
+        """[depth, columns] for each segment; the weights of y are transposed."""
         if self.form.name.startswith("y"):
             return self._random(*self.banks, self.form.columns, depth, dtype=dtype).mT
         return self._random(*self.banks, depth, self.form.columns, dtype=dtype)
 
 
-# "four-bit nested": as QLoRA's usual recipe has it; "four-bit e2m1": MXFP4.
+# "four-bit nested": QLoRA's usual recipe; "four-bit e2m1": MXFP4.
 PACKED = (FOUR_BIT, f"{FOUR_BIT} nested", f"{FOUR_BIT} e2m1", INT8, FLOAT8)
 
 
 def random_packed(
     kind: str, rows: int, columns: int, device: torch.device | str, block: int = 64
 ) -> Packed:
-    """A weight of random codes; each code of a nested scale is there, if there are 256."""
+    """A weight of random codes.  With 256 nested scales or more, each code of a scale occurs."""
     kind, _, form = kind.partition(" ")
     codes = partial(torch.randint, 0, 256, dtype=torch.uint8, device=device)
     if kind == FOUR_BIT:

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs, and memory's peak in one; clocks are fastlora's (``fastlora/clock.py``)."""
+"""Steps as CUDA graphs, and the peak memory of a step; ``fastlora/clock.py`` has the clocks."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of this call; without a GPU the call itself."""
+    """A CUDA graph of this call; without a GPU, the call itself."""
     if not torch.cuda.is_available():
         return call
-    call()  # compiles and allocates what a capture can't
+    call()  # compiles and allocates, which a capture can't do
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -19,9 +19,9 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that torch has allocated at the worst moment of a step, beyond those before it.
+    """torch's peak allocation within a step, in bytes, without the allocations before the step.
 
-    On a CPU its profiler tells of each; what libraries allocate by themselves isn't among them.
+    On a CPU, torch's profiler reports each allocation; allocations by libraries aren't included.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

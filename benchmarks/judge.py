@@ -1,4 +1,4 @@
-"""What is judged before any time: results, by the float64 oracle, and bytes kept for backward."""
+"""The checks before timing: results against the float64 oracle, and bytes saved for backward."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -17,30 +17,30 @@ from .cases import Case
 from .contestants import SCALE, Contestant, Maker, Tensors
 from .lineup import makers_for
 
-# Of the largest error over the largest value, and of the norms.  bfloat16: of four roundings, at
-# most 2⁻⁸ each (h, the base product, the sum, a group's next); tensor cores' sums add 3e-5, and to
-# float32, which they don't multiply here, nothing (docs/maths.md).
+# Limits of the largest error as a ratio to the largest value, and of the same ratio of norms.  The
+# limit of bfloat16 allows four roundings of at most 2⁻⁸ (h, the base product, the sum, a group's
+# next sum); sums in tensor cores add 3e-5.  float32 products here don't use them (docs/maths.md).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 _SEED = 1234
 
 
 class Judge:
-    """Judges the contestants of a case; each truth is computed once.
+    """Verifies the contestants of a case; each expected result is computed once.
 
-    ``known_masks``: this commit's own fastlora takes part, whose dropout masks can be made again.
+    ``known_masks``: fastlora is this commit's, so that its dropout masks can be computed here.
     """
 
     def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
         self.case, self.tensors, self.known_masks = case, tensors, known_masks
         self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
-        if case.by_peft:  # PEFT's own dropout is made to drop what fastlora drops
+        if case.by_peft:  # PEFT's dropout gets fastlora's masks
             from fastlora.peft.baseline import shared_masks
 
             self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
     def error(self, name: str, make: Maker, backward: bool = True) -> float:
-        """The worst of outputs and gradients; AssertionError beyond tolerance."""
+        """The worst error of outputs and gradients.  Raises AssertionError beyond the tolerance."""
         dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
         if not self.known_masks or (contestant.own_mask and not self.case.by_peft):
@@ -51,11 +51,11 @@ class Judge:
         key = (name == "frozen", dropout)
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
-        # An inference has outputs alone, and the frozen layer no adapter.
+        # An inference has only outputs, and the frozen layer has no adapter.
         return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
-        """Outputs, and gradients of x and of every adapter."""
+        """The expected outputs, and gradients of x and of every adapter."""
         wide = widened(self.tensors)
         if self.case.by_peft:
             make = makers_for(self.case)["frozen" if frozen else "peft"]
@@ -77,9 +77,9 @@ class Judge:
         return [*(y.detach() for y in ys), *gradients]
 
     def _masks(self, x: Tensor, dropout: float) -> list[Tensor]:
-        """Those that fastlora draws from the judge's random state."""
+        """The masks that fastlora draws from the judge's random state."""
         from fastlora.backends.dropout import dropout_mask
-        from fastlora.ops.door import draw_seed
+        from fastlora.ops.run import draw_seed
 
         torch.manual_seed(_SEED)
         seeds = draw_seed(len(self.case.outputs), x.device)
@@ -87,7 +87,7 @@ class Judge:
 
 
 def _truth_of_a_mixed_batch(wide: Tensors) -> list[Tensor]:
-    """y, and gradients of x and of every adapter; a sequence each."""
+    """The expected y, and gradients of x and of every adapter; each adapter has one sequence."""
     pairs = wide.adapters[torch.float64]
     indices = torch.arange(len(pairs)).repeat_interleave(len(wide.x) // len(pairs))
     lora_a, lora_b = map(list, zip(*pairs, strict=True))
@@ -109,7 +109,7 @@ def widened(tensors: Tensors) -> Tensors:
 
 
 def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
-    """Outputs, and gradients of x and of the adapter, from a random state of their own."""
+    """Outputs, and gradients of x and of the adapter, from a fixed random state."""
     torch.manual_seed(_SEED)
     with torch.set_grad_enabled(backward):
         ys = contestant.module(tensors.x)
@@ -121,9 +121,10 @@ def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> 
 
 
 def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
-    """The worst error of results and their truths; AssertionError beyond tolerance.
+    """The worst error of results and expected results; AssertionError beyond the tolerance.
 
-    Of each pair the worse of largest difference over largest value, and ratio of norms.
+    A pair's error is the larger of two ratios: of the largest difference to the largest value, and
+    of the same norms.
     """
     worst = 0.0
     for got, want in pairs:
@@ -136,9 +137,10 @@ def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float
 
 
 def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int]:
-    """Bytes that the forward keeps for backward: x itself, and what is added to it.
+    """Bytes that the forward saves for backward: of x, and of all other tensors ("added").
 
-    Whole storages are counted, each once, since that is what stays in memory; parameters are not.
+    Whole storages are counted, each once, because whole storages stay in memory.  Parameters are
+    not counted.
     """
     kept = {}
 
@@ -160,19 +162,18 @@ def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int
 
 
 def _plain(parameter: Tensor) -> list[Tensor]:
-    """The tensors that a parameter of torchao's is made of; of any other, it."""
+    """The inner tensors of torchao's parameter; any other parameter itself."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return [parameter]
     return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
 
 
 def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
-    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
+    """Raise AssertionError if fastlora saves more than x, and each projection's h [M, r] and seed.
 
-    And the scales of a quantized base, which are no parameters.
-
-    Few rows on a CPU have x in the adapter's dtype beside, if that is another; with dropout they
-    have the mask and the dropped x in the seed's place.
+    The scales of a quantized base, which are no parameters, are also allowed.  With few rows on a
+    CPU, a copy of x in the adapter's dtype is allowed; with dropout, the mask and the dropped x
+    replace the seed.
     """
     M, K, n = case.M, case.K, len(case.outputs)
     if case.has_no_node:
@@ -190,4 +191,6 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
             scales.nbytes for scales in quantized_weight(tensors.base).weight.tensors[1:]
         )
     if kept["added"] > allowed:
-        raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")
+        raise AssertionError(
+            f"saves {kept['added']} bytes in addition to x, but {allowed} are allowed"
+        )

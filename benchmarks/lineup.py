@@ -1,4 +1,4 @@
-"""Who takes part in a row, and on which tensors."""
+"""The contestants of a row, and their tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .contestants import (
 
 @contextmanager
 def _by_plan(name: str) -> Iterator[None]:
-    """The triton backend with one plan, "FUSED" or "IN_PLACE"."""
+    """A context: the triton backend with one plan, "FUSED" or "IN_PLACE"."""
     from fastlora.kernels import plan
 
     with fastlora.use_backend("triton"), plan.use_plan(getattr(plan, name)):
@@ -34,7 +34,7 @@ def _by_plan(name: str) -> Iterator[None]:
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
-    """By name; the frozen layer, which all are compared with, first, and fastlora last."""
+    """Makers by name: first the frozen layer, the baseline of all; fastlora last."""
     peft = {"peft": peft_layer(), "peft, optimized": peft_layer(optimized=True)}
     if case.is_block:
         return blocks.makers_for(case)

@@ -1,7 +1,7 @@
-"""One row: the contestants of a case, judged first, then timed in shared rounds.
+"""One row: the contestants of a case, verified first, then timed in shared rounds.
 
-An absolute time says nothing on a shared machine, so every time is a ratio, taken in pairs: a
-round runs all contestants in turn and gives one ratio of each two; reported are the quartiles.
+An absolute time means nothing on a shared machine, so every time is a ratio of a pair.  A round
+runs all contestants in turn and gives one ratio for each pair; a row has the quartiles of rounds.
 """
 
 import statistics
@@ -27,15 +27,15 @@ _LEAST, _MOST = 5, 300  # rounds
 
 
 def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> dict:
-    """So many rounds, or as many as fit into the seconds, of a turn of each.
+    """Run ``rounds`` rounds, or as many as fit into the seconds; a round has one turn of each step.
 
-    A turn is a step that is not timed and then one that is, so that every timed step finds the
-    caches and the heap as its own kind leaves them.  Without that, whoever comes after PEFT pays
-    for what PEFT left: of two equal frozen layers the second took 0.85 of the first one's time
+    A turn is an untimed step and then a timed one, so that every timed step finds the caches and
+    the heap in the state that the same step leaves.  Without the untimed step, a step after PEFT's
+    pays for PEFT's state: of two equal frozen layers, the second took 15 % less time than the first
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
-    Seconds of each, median and 10th percentile; quartiles of ratios: over the first's, the last's
-    over each, and PEFT's optimized over its own.
+    Returns each step's seconds, as median and 10th percentile, and quartiles of ratios: of each to
+    the first, of the last to each, and of optimized PEFT to PEFT.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):
@@ -57,7 +57,7 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
 
 
 def _fitting(steps: dict[str, Step], seconds: float) -> int:
-    """How many rounds fit, after a warm-up."""
+    """The number of rounds that fit, after a warm-up."""
     for _ in range(2):
         start = time.perf_counter()
         for step in steps.values():
@@ -70,9 +70,10 @@ def measure(
     case: Case, device: torch.device, seconds: float = 0.0, rounds: int = 0,
     makers: dict[str, Maker] | None = None,
 ) -> dict:  # fmt: skip
-    """A row, of so many rounds or seconds of them.
+    """A row, measured in ``rounds`` rounds or within ``seconds``.
 
-    A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
+    A contestant that is wrong, saves too much or raises an error gets no time; ``failures`` has the
+    reason.
     """
     tensors, clock = make_tensors(case, device), clock_for(device)
     judge = Judge(case, tensors)
@@ -80,7 +81,7 @@ def measure(
     known: dict[str, dict] = {"errors": {}, "saved": {}, "failures": {}, "skipped": {}}
     with threads_for(case):
         for name, make in (makers or makers_for(case)).items():
-            print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
+            print(f"{case.id}: {name}", file=sys.stderr)  # for the log, if the process dies
             try:
                 worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
@@ -94,20 +95,20 @@ def measure(
                     known.setdefault("peak", {})[name] = peak_of(step, device)
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
-            except ModuleNotFoundError as reason:  # nothing is wrong
+            except ModuleNotFoundError as reason:  # not a failure
                 known["skipped"][name] = str(reason)
             except Exception:
                 known["failures"][name] = last_error()
-                wait_for(device)  # if the device is lost, nobody else can run
+                wait_for(device)  # raises if the device is lost, and ends the run
         both = {"frozen", "fastlora"} <= set(steps)
         summary = in_turn(steps, seconds, rounds) if both else {}
     return row_of(case, summary, **known)
 
 
 def row_of(case: Case, summary: dict, **known: dict) -> dict:
-    """Plain data for JSON, with each target that was measured.
+    """Plain data for JSON, with each measured target.
 
-    Without a summary nothing was timed, and ``failures`` say why.
+    Without a summary nothing was timed, and ``failures`` has the reasons.
     """
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
     row |= {**summary, "targets": []}
@@ -120,7 +121,7 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
 
 
 def _value(row: dict, quantity: str, ratio: str) -> float | None:
-    """The median of a time's ratio, or a ratio of bytes, also to a MiB; None: not measured."""
+    """The median of a time's ratio, a ratio of bytes, or MiB; None if it was not measured."""
     if quantity in row["ratios"]:
         return row["ratios"][quantity].get(ratio, [None] * 3)[1]
     sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
@@ -131,7 +132,7 @@ def _value(row: dict, quantity: str, ratio: str) -> float | None:
 
 
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
-    """All that is timed of a contestant, one quantity after the other."""
+    """A step that times all quantities of a contestant, one after the other."""
     module, x, leaves = contestant.module, tensors.x, contestant.leaves(tensors.x)
 
     def inference() -> object:
@@ -139,7 +140,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
             return module(x)
 
     def train(mark: Callable[[], Any] = lambda: None) -> list:
-        """Forward, backward and the release of what they made, which is part of the price."""
+        """Forward, backward, and freeing their tensors, whose time is included."""
         marks = [mark()]
         ys = module(x)
         marks.append(mark())
@@ -150,7 +151,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
             leaf.grad = None
         return [*marks, mark()]
 
-    # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
+    # Quantity, clock, call, and calls in a row, because a clock may be too coarse for one call.
     calls: list[tuple[str, Clock, Callable[[], object], int]] = []
     wall = HostClock(x.device)
     own_time = case.calls_in_a_row > 1
@@ -181,20 +182,20 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile of the pairs."""
+    """Lower quartile, median and upper quartile of the pairs' ratios."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]
     pairs *= 1 + (len(pairs) == 1)
     return [digits(each) for each in statistics.quantiles(pairs, n=4, method="inclusive")]
 
 
 def digits(value: float) -> float:
-    """Five significant ones: no time here is known better."""
+    """Five significant digits, because times are not more precise."""
     return float(f"{value:.5g}")
 
 
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where CPU time is the caller's, or where others would only be waited for."""
+    """A context: one thread if the caller's CPU time is measured, or if more threads only wait."""
     before = torch.get_num_threads()
     if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
         torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""What LoRA on all experts of well-known mixtures takes in memory, dense and packed.
+"""The memory of LoRA on all experts of well-known mixtures, dense and packed.
 
     python -m benchmarks.mixtures mixtures.json
 
 Weights and adapters are counted by ``fastlora.estimate`` on meta models of the real sizes.  Bytes
 saved for the backward are counted in forwards of one layer and of two, with few experts: each
 further layer saves as much as the second.  The scores of attention, which grow with the square of
-the tokens, don't count: flash attention saves none.
+the tokens, are not counted, because flash attention saves none.
 """
 
 import json
@@ -20,7 +20,7 @@ import fastlora
 from .report import pipes
 
 TOKENS, RANK, _GIB = 4096, 8, 2**30
-# The packing that each is shipped in, or that fits it; and its config.
+# The published packing of each model, or one that fits it; and its config.
 MODELS = {
     "gpt-oss-20b": ("mxfp4", GptOssConfig, {"num_hidden_layers": 24, "num_local_experts": 32}),
     "Qwen3-30B-A3B": ("fp8", Qwen3MoeConfig, {
@@ -34,7 +34,7 @@ _LORA = fastlora.LoRAConfig(
 
 
 def cost(config, kind: str = "", tokens: int = 0) -> fastlora.estimates.count.Estimate:
-    """Counted on meta; or with what a forward of so many tokens keeps."""
+    """Counted on meta; with ``tokens``, also the bytes that a forward of them saves."""
     device, rounds = ("cpu", 1) if tokens else ("meta", 0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
-"""The visit on a rented GPU: ``modal run benchmarks/modal_visit.py``, for an account at Modal.
+"""The visit on a rented GPU: ``modal run benchmarks/modal_visit.py`` (needs a Modal account).
 
     modal run benchmarks/modal_visit.py --out visit.json
-    FASTLORA_MODAL_GPU=RTX-PRO-6000 modal run benchmarks/modal_visit.py     # another than an L4
+    FASTLORA_MODAL_GPU=RTX-PRO-6000 modal run benchmarks/modal_visit.py     # instead of an L4
 
-It sends this tree, runs ``benchmarks/visit.py`` there, and writes the file that this made.
+It sends this tree, runs ``benchmarks/visit.py`` there, and writes the resulting file.
 """
 
 import os
@@ -28,7 +28,7 @@ app = modal.App("fastlora-visit", image=image)
 
 @app.function(gpu=GPU, timeout=1800)
 def visit() -> bytes:
-    """What the visit wrote, after a part that failed too."""
+    """The file of the visit, even if a part of it failed."""
     out = Path("/tmp/visit.json")
     command = (sys.executable, "benchmarks/visit.py", "--out", str(out))
     subprocess.run(command, cwd=THERE, check=False)

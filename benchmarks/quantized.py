@@ -1,6 +1,6 @@
-"""A layer whose base is quantized: who takes part.
+"""Contestants for a layer with a quantized base.
 
-The yardstick is the frozen layer with the dequantized weight, which no quantized one can beat.
+The baseline is the frozen layer with the dequantized weight; no quantized layer can be faster.
 """
 
 import copy
@@ -26,7 +26,7 @@ from .contestants import (
 
 
 def layer_of(kind: str, K: int, N: int, dtype: torch.dtype) -> nn.Module:
-    """A vendor's, of random weights, without bias; where it isn't installed the test is skipped."""
+    """A vendor's layer with random weights, without bias.  Skips the test without that vendor."""
     from vendor_layers import quantized
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def layer_of(kind: str, K: int, N: int, dtype: torch.dtype) -> nn.Module:
 
 
 def with_base(case: Case, tensors: Tensors) -> Tensors:
-    """With the vendor's layer, and for a weight what it stands for."""
+    """The tensors with the vendor's layer, and with its dequantized weight as weight."""
     from fastlora.formats import quantized_weight
 
     layer = layer_of(case.kind, case.K, *case.outputs, case.dtype)

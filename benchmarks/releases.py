@@ -1,8 +1,8 @@
-"""What each release took: ``make bench ARGS=--release`` measures this one's rows.
+"""The times of each release: ``make bench ARGS=--release`` measures the rows of this one.
 
-``python benchmarks/releases.py`` prints a table of the files that it left, one of a version and
-a device; ``--plot PICTURE.png`` draws it, which needs matplotlib.  Compared
-are ratios of one run, and times of two runs never.
+``python benchmarks/releases.py`` prints a table of its results files, one for each version and
+device.  ``--plot PICTURE.png`` draws the table, and needs matplotlib.  All numbers are ratios
+within one run, because times of different runs can't be compared.
 """
 
 import json
@@ -16,7 +16,7 @@ except ImportError:  # run as a file
     from report import pipes
 
 RESULTS = Path(__file__).parent / "results"
-# What people run: a layer, DoRA, a gated MLP, experts, a quantized base, and a step of a model.
+# Typical uses: a layer, DoRA, a gated MLP, experts, a quantized base, and a step of a model.
 ROWS = {
     "2048x2048x2048-f32-r16-p0.1": "a layer",
     "layer-dora-1024x1024x1024-f32-r16-p0.1": "DoRA",
@@ -28,8 +28,10 @@ ROWS = {
 
 
 def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """Of each device and version, in order: of each row fastlora's time over PEFT's, and its
-    quartiles.  The last file of a version counts."""
+    """Each row's ratio of fastlora's time to PEFT's, with quartiles, by device and version.
+
+    The last file of a version counts.
+    """
     of_release = {}
     for path in sorted(folder.glob("*/release-*.json"), key=_order):
         file = json.loads(path.read_text())
@@ -62,7 +64,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def plot(picture: Path, folder: Path = RESULTS) -> None:
-    """A panel of each row, a line of each machine: readable on a phone."""
+    """Draw a panel for each row and a line for each machine, readable on a phone."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -85,7 +87,7 @@ def plot(picture: Path, folder: Path = RESULTS) -> None:
         for panel in panels[-1]:
             panel.set_xticks(range(len(versions)), versions)
         panels[0, 0].set_ylim(0, 1.1)
-        figure.supylabel("time of forward and backward over PEFT's")
+        figure.supylabel("time of forward and backward / PEFT's")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
         figure.savefig(picture, dpi=150)
 

@@ -1,8 +1,8 @@
-"""The tables that people read: in columns, and the short ones of docs/ as Markdown.
+"""The tables of a results file: in columns, or the short tables of docs/ as Markdown.
 
 ``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file: all rows,
-or those whose id has one of the parts.  A part with * stands for a whole id.
-It needs Python alone, so that the file can be read where torch is not installed.
+or the rows whose id contains one of the parts.  A part with * must match a whole id.  It needs only
+Python, so that a file can be read without torch.
 """
 
 import json
@@ -14,25 +14,25 @@ from pathlib import Path
 Table = list[tuple[str, ...]]  # the head, and then the lines
 _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
-    "layers": "Medians of pairs, each over the first contestant's time in the same round; "
-    "quartiles of fastlora's. Kept for backward: x + what is added to it.",
-    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "layers": "Medians of pairs, as ratios to the first contestant's time in the same round; "
+    "quartiles of fastlora's. Saved for backward: x + all other tensors.",
+    "optimized": "The same for PEFT's layers; fastlora: after fastlora.optimize.",
     "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
-    "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
-    "worst moment of a step.",
+    "experts": "Experts, for one choice of a trained router. Peak: torch's peak allocation in a "
+    "step.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
-    "backward leads to its embeddings.",
-    "quantized": "A quantized base, over the frozen layer with the dequantized weight; dense base: "
-    "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
+    "backward runs down to its embeddings.",
+    "quantized": "A quantized base, compared with the frozen layer with the dequantized weight; "
+    "dense base: fastlora with that weight. Peak: torch's peak allocation in a step.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "host": "The host's time of a step on a GPU. forward, both: measured, without the driver's "
     "part of launches; modeled: both + 3 µs for each launch, torch's and Triton's (assumed).",
-    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
-    "else is the device's own time.",
-    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
-    "other, by tokens of each (tools/sweep_speed.py).",
-    "base": "This tree's fastlora over the base's.",
+    "gpu": "On the GPU. wall: the caller's waiting time; graph: the forward in a CUDA graph; all "
+    "others: the device's own time.",
+    "sweep": "A step of eight LoRA configurations at once, compared with the steps of eight runs "
+    "one after the other, by tokens of each (tools/sweep_speed.py).",
+    "base": "This tree's fastlora compared with the base's.",
 }
 
 
@@ -43,7 +43,7 @@ def text(rows: list[dict]) -> str:
 
 def heading(machine: dict) -> str:
     bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
-    bf16 = f"kept to {machine['kept_to']}: no" if machine.get("kept_to") else bf16
+    bf16 = f"limited to {machine['kept_to']}: no" if machine.get("kept_to") else bf16
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
     versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
     return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
@@ -58,9 +58,9 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
-        ("On this device.", [("what", "outcome"), *tests]),
-        ("What failed, or could not run.", [("what", "why"), *failures]),
+        ("The rate of a call: FLOPs of the base product, or else bytes.", _called(rows)),
+        ("Tests on this device.", [("test", "outcome"), *tests]),
+        ("Failed or skipped.", [("row", "reason"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
@@ -75,8 +75,8 @@ def _times(rows: list[dict]) -> Table:
     kept = peaks or kept
     head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
     head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
-    head += ["over PEFT"] * ("peft" in names)
-    head += [f"{_SHORT.get(name, name)} keeps" for name in kept]
+    head += ["/ PEFT"] * ("peft" in names)
+    head += [f"{_SHORT.get(name, name)} saves" for name in kept]
     head += [f"{_SHORT.get(name, name)} peak" for name in peaks]
     lines = [(*head, "target")]
     for row, quantity in timed:
@@ -95,7 +95,7 @@ def _times(rows: list[dict]) -> Table:
 
 
 def _called(rows: list[dict]) -> Table:
-    """A line for each way of a call."""
+    """A line for each plan or implementation of a call."""
     lines = [("call", "by", "µs", "TFLOP/s or TB/s")]
     for row in (row for row in rows if "rates" in row):
         for name, rate in row["rates"].items():
@@ -116,7 +116,7 @@ def _bytes(count: int) -> str:
 
 
 def _verdict(target: dict) -> str:
-    """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
+    """``≤ 1.08 × frozen met``; a miss repeats the value, because the column is rounded."""
     verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
     below = target["ratio"].split("/")[1]
     times = "" if below == "MiB" else "× "
@@ -125,7 +125,7 @@ def _verdict(target: dict) -> str:
 
 
 def align(table: Sequence[tuple]) -> str:
-    """Columns of a common width."""
+    """The table as text, with aligned columns."""
     lines = [[str(cell) for cell in line] for line in table]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     form = "  ".join(f"{{:{width}}}" for width in widths)
@@ -133,20 +133,20 @@ def align(table: Sequence[tuple]) -> str:
 
 
 def pipes(table: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """The table as Markdown."""
     head, *lines = ("|" + "".join(f" {c} |" if c else " |" for c in cells) for cells in table)
     return "\n".join([head, "|---" * len(table[0]) + "|", *lines])
 
 
 def brief(rows: list[dict]) -> str:
-    """The few columns that a README shows: forward + backward, and what waits for the backward."""
+    """The short table: forward + backward, and the memory that is saved for the backward."""
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
     if all(row["table"] == "host" for row in rows):
         return _brief_of_hosts(rows)
     if all(not row.get("saved") for row in rows):
         return _brief_of_steps(rows)
-    heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
+    heads = ("frozen", "fastlora", "PEFT", "fastlora saves", "PEFT saves")
     lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
         both, saved = row["ratios"]["both"], row["saved"]
@@ -157,10 +157,12 @@ def brief(rows: list[dict]) -> str:
 
 
 def _brief_of_blocks(rows: list[dict]) -> str:
-    """Times over the frozen block's, and MiB: kept, and at the peak of a step."""
+    """Times as ratios to the frozen block's, and MiB: saved, and at the peak of a step."""
     names = list(dict.fromkeys(name for row in rows for name in row["peak"]))
     shown = [_SHORT.get(name, name) for name in names]
-    lines = [("", *(f"{name}: time" for name in shown), *(f"kept, peak: {name}" for name in shown))]
+    lines = [
+        ("", *(f"{name}: time" for name in shown), *(f"saved, peak: {name}" for name in shown))
+    ]
     for row in rows:
         both, line = row["ratios"]["both"] | {"frozen/frozen": [1, 1, 1]}, [row["id"]]
         line += [_median(both, f"{name}/frozen").removesuffix(".000") for name in names]
@@ -172,8 +174,8 @@ def _brief_of_blocks(rows: list[dict]) -> str:
 
 
 def _brief_of_steps(rows: list[dict]) -> str:
-    """Of each, the time of a step over another's, and the quartiles of that."""
-    lines = [("", "over", "time of a step (quartiles)")]
+    """The ratio of each step's time to another's, and its quartiles."""
+    lines = [("", "ratio to", "time of a step (quartiles)")]
     for row in rows:
         for pair, (low, median, high) in row["ratios"]["step"].items():
             name, over = pair.split("/")

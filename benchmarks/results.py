@@ -1,4 +1,4 @@
-"""The file that keeps all rows, with the machine that gave them."""
+"""The results file: all rows, and the machine that measured them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _SMI = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
 
 
 def describe_machine(device: torch.device) -> dict:
-    """What decides a time besides the code; ``device`` names the folder of the results."""
+    """Everything except the code that affects times; ``device`` names the folder of the results."""
     cpu, flags, threads = processor_name(), processor_flags(), torch.get_num_threads()
     machine = {
         "device": f"cpu-{_slug(cpu)}-{threads}-cores", "cpu": cpu, "threads": threads,
@@ -42,12 +42,12 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def results_path(machine: dict, folder: Path = FOLDER, name: str = "") -> Path:
-    """A later run of the same day has the same one."""
+    """The path of the results file; a later run of the same day has the same path."""
     return folder / machine["device"] / f"{name}{'-' * bool(name)}{machine['date']}.json"
 
 
 def write_results(path: Path, machine: dict, arguments: Sequence[str], rows: list[dict]) -> None:
-    """Whole or not at all: beside it, and then renamed.  ``arguments`` tell a partial run."""
+    """Write the file completely or not at all; ``arguments`` show which part of the rows ran."""
     head = json.dumps({"machine": machine, "arguments": list(map(str, arguments))})
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)  # a line for each row
     path.parent.mkdir(parents=True, exist_ok=True)

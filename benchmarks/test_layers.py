@@ -1,4 +1,4 @@
-"""Training steps of a layer, of a group, of PEFT's own layers; a call's own cost; a GPU's rows."""
+"""Training steps of layers, groups and PEFT's layers; calls of few rows; a GPU's rows."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, requ
 
     def run() -> dict:
         if case.table == "host":
-            from . import host  # not before: it sets up Triton for a GPU
+            from . import host  # imported late, because it sets up Triton for a GPU
 
             return host.measure(case, seconds)
         if pair is None:
             return measure(case, torch.device(options.device), seconds)
         return pair.measure(case, seconds)
 
-    # Its rounds are ours, in turn; --benchmark-json has the row as extra_info.
+    # measure() runs the rounds itself; --benchmark-json has the row as extra_info.
     row = benchmark.pedantic(run, rounds=1)
     rows.append(row)
     benchmark.extra_info.update(row)

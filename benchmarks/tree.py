@@ -1,4 +1,4 @@
-"""Where fastlora is imported from, a plain folder or another commit's, and processes that do so."""
+"""Import fastlora from a plain folder, or from another commit's, and processes that do so."""
 
 import json
 import os
@@ -21,16 +21,16 @@ ROOT = BENCHMARKS.parent
 
 
 class _Tree(MetaPathFinder):
-    """Finds fastlora in a folder; the benchmarks are always these here.
+    """Finds fastlora in a folder; the benchmarks are always this tree's.
 
-    ``sys.path`` could not: kernels/ is installed as fastlora.kernels (setup.py), and under its own
-    name it would hide Hugging Face's package ``kernels``.
+    ``sys.path`` can't do this, because kernels/ is installed as fastlora.kernels (setup.py).  Under
+    its own name it would hide Hugging Face's package ``kernels``.
     """
 
     def __init__(self, root: Path) -> None:
         self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
         self.folders["benchmarks"] = BENCHMARKS
-        # Times of all trees are taken by one clock, which an older one hasn't.
+        # One clock times all trees, and older trees don't have it.
         self.folders["fastlora.clock"] = ROOT / "fastlora" / "clock.py"
 
     def find_spec(
@@ -43,20 +43,21 @@ class _Tree(MetaPathFinder):
 
 
 def import_from(root: Path = ROOT) -> None:
-    """From now on ``import fastlora`` and ``import benchmarks`` find this folder's.
+    """Make ``import fastlora`` and ``import benchmarks`` find this folder's packages.
 
-    A script's folder leaves the path, where its ``report`` or ``judge`` could be taken for others.
+    The script's folder is removed from the path, because its ``report`` or ``judge`` could hide
+    other modules.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
-    sys.path.append(str(ROOT / "tests" / "support"))  # as pytest has it: oracles, vendors' layers
+    sys.path.append(str(ROOT / "tests" / "support"))  # as in pytest: oracles, vendors' layers
     sys.meta_path.insert(0, _Tree(root))
 
 
 class Worker:
-    """A process with the fastlora of a folder.  It answers what is asked of a module's ``Served``:
+    """A process with the fastlora of a folder, which answers requests to a module's ``Served``.
 
-    a request is a line of JSON with the name of a method and its arguments, an answer another.
-    After a request that failed the next one has a new process.
+    A request is a line of JSON with the name of a method and its arguments; the answer is also a
+    line.  After a failed request, the next one gets a new process.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, *request: str, seconds: float = 600.0) -> dict:
-        """The answer; a RuntimeError with what was printed if there is none in time."""
+        """The answer.  Without one in time, raises a RuntimeError with the process's output."""
         process = self.process = self.process or self._start()
         timer = Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
-        with suppress(BrokenPipeError):  # what was printed says why
+        with suppress(BrokenPipeError):  # the output has the reason
             print(json.dumps(request), file=process.stdin, flush=True)
         line = process.stdout.readline()
         timer.cancel()
@@ -89,11 +90,11 @@ class Worker:
         return subprocess.Popen(
             self.command, cwd=self.root, env=self.environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
-            start_new_session=True,  # a Ctrl-C is this process's business
+            start_new_session=True,  # only this process handles Ctrl-C
         )  # fmt: skip
 
     def close(self) -> None:
-        """With all processes that it started."""
+        """End the process and all processes that it started."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -102,7 +103,7 @@ class Worker:
 
 
 def serve(served: object) -> None:
-    """A worker's side.  Standard output is for answers: what libraries print goes to the log."""
+    """The worker's loop.  Standard output is for answers; output of libraries goes to the log."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         for line in sys.stdin:
@@ -115,7 +116,7 @@ def serve(served: object) -> None:
 
 
 def last_error() -> str:
-    """Of an except clause: kind, text and place, cut where a compiler is verbose."""
+    """The error of an except clause: kind, text and place, shortened if a compiler is verbose."""
     return traceback.format_exc(limit=-1)[-1500:]
 
 

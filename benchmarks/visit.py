@@ -1,11 +1,11 @@
-"""Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
+"""A visit: all measurements on a machine with a GPU, in ten minutes, with a short table at the end.
 
     python benchmarks/visit.py --out FILE.json                  all of it
     python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
-It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
-done in another process: a crash costs one part alone, and the next has a new process.  FILE is
-whole after every part.  A number from ``--dry`` says only that the code runs.
+It needs a folder with the repository, torch and Triton; nothing has to be installed.  Another
+process does the work, so a crash costs only one part, and the next part gets a new process.  FILE
+is complete after every part.  Numbers of ``--dry`` only show that the code runs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
-if __name__ == "__main__":  # else whoever imports it has seen to that
+if __name__ == "__main__":  # an importing module has already done this
     from tree import import_from
 
     import_from()
@@ -40,7 +40,7 @@ from fastlora.kernels import target_of
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import Target, use_target
 
-LIMITS = {  # seconds of a part
+LIMITS = {  # seconds for a part
     "calls": 30, "compile": 60, "layers": 45, "tune": 45, "sanitizer": 60, "tests": 75,
 }  # fmt: skip
 _KEPT_FOR_TESTS = 60.0
@@ -55,7 +55,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 class Visit:
-    """The rows so far, in a file, and the process that makes the next ones."""
+    """The rows so far, in a file, and the process that measures the next rows."""
 
     def __init__(self, options: argparse.Namespace, module: str = "benchmarks.visit") -> None:
         self.options, self.end = options, time.monotonic() + 60 * options.minutes
@@ -74,12 +74,12 @@ class Visit:
             self.worker.close()
 
     def row(self, kind: str, name: str) -> dict:
-        """What a part gave, or why it gave nothing."""
+        """The row of a part, or the reason why it has none."""
         left = self.end - time.monotonic() - _KEPT_FOR_TESTS * (kind != "tests")
         if left < 5.0:
-            return {"table": kind, "id": name, "skipped": {"time": "none was left"}}
+            return {"table": kind, "id": name, "skipped": {"time": "no time was left"}}
         try:
-            limit = LIMITS[kind] * (3 if self.options.dry else 1)  # a CPU may have other work
+            limit = LIMITS[kind] * (3 if self.options.dry else 1)  # a CPU may be shared
             return self.worker.ask("part", kind, name, seconds=min(limit, left))
         except RuntimeError as reason:
             return {"table": kind, "id": name, "failures": {"the process": str(reason)}}
@@ -90,7 +90,7 @@ def main() -> None:
     visit.run()
     out = visit.options.out
     rows = [measured.as_row(row["plan"]) for row in visit.rows if "plan" in row]
-    if rows:  # as fastlora.tune writes them
+    if rows:  # in the format of fastlora.tune
         out.with_suffix(".tuning.json").write_text(measured.as_text(rows[0].device, rows))
     print(f"{out}\n\n{text(visit.rows)}")
 
@@ -99,8 +99,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
-    parser.add_argument("--only", choices=LIMITS, help="parts of this kind alone")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
+    parser.add_argument("--only", choices=LIMITS, help="run only parts of this kind")
+    parser.add_argument("--minutes", type=float, default=9.0, help="minutes for all parts together")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.dry and options.out.is_relative_to(FOLDER):
@@ -113,18 +113,18 @@ def parse() -> argparse.Namespace:
 def environment(dry: bool) -> dict[str, str]:
     """Triton reads TRITON_INTERPRET when the kernels are imported.
 
-    The visit judges results by itself: a wrong kernel is to be seen, and not replaced.  Plans are
-    those of everybody, whatever was tuned here.
+    The visit verifies results itself: a wrong kernel must be seen, not replaced.  It uses the
+    default plans, even if other plans were tuned on this machine.
     """
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     kept |= {"FASTLORA_VERIFY": "off", "FASTLORA_CACHE": os.devnull}
-    if dry:  # one thread: on a busy machine tiny products wait for the others' threads
+    if dry:  # one thread, because on a busy machine tiny products wait for other threads
         kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return kept
 
 
 class Served:
-    """What the worker does: a row for each part."""
+    """The worker's requests: a row for each part."""
 
     def __init__(self, device: str) -> None:
         self.device, self.dry = torch.device(device), device == "cpu"
@@ -137,7 +137,7 @@ class Served:
         return getattr(self, kind)(self.parts[kind, name])
 
     def listed(self) -> dict[tuple[str, str], object]:
-        """What there is to do, by kind and name: the most decisive first, and tests last."""
+        """All parts by kind and name: the most decisive first, tests last."""
         cases, M = (dry_cases(), 34) if self.dry else (gpu_cases(), 8192)
         widths = (48, 40, 64) if self.dry else (4096, 1024, 14336)
         ys, dxs = ([Form(name, M, widths[0], (16,), (k,)) for k in widths] for name in ("y", "dx"))
@@ -154,7 +154,7 @@ class Served:
 
     @cached_property
     def pool(self) -> Executor | None:
-        """For compilers; the interpreter has none."""
+        """Processes for compiling; the interpreter needs none."""
         count = max(2, min(14, (os.cpu_count() or 4) - 2))
         return None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
 
@@ -162,7 +162,7 @@ class Served:
         return reached(form, self.device)
 
     def compile(self, cases: list[Case]) -> dict:
-        """What the layers will launch, into Triton's cache on disk."""
+        """Compile the launches of the layers into Triton's cache on disk."""
         target = target_of(self.device)
         asked = [(case, name, target) for case in cases for name in ("fused", "in place")]
         ended = ahead(self.pool, 45.0, compile_layer, asked)
@@ -177,7 +177,7 @@ class Served:
         return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}
 
     def sanitizer(self, tool: str) -> dict:
-        """Steps of a layer and of experts under compute-sanitizer, where it is installed."""
+        """Steps of a layer and of experts under compute-sanitizer, if it is installed."""
         if (program := sanitizer_program()) is None:
             skipped = {"compute-sanitizer": "it isn't installed"}
             return {"table": "sanitizer", "id": tool, "skipped": skipped}
@@ -192,10 +192,10 @@ class Served:
 
 
 def last_line(command: Sequence[str]) -> str:
-    """What a command says at its end; a RuntimeError with more of it if it fails."""
+    """The last line of a command's output; a RuntimeError with more of it if the command fails."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"it ended with {done.returncode}: {done.stdout[-2000:]}")
+        raise RuntimeError(f"the command ended with {done.returncode}: {done.stdout[-2000:]}")
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -207,7 +207,7 @@ def sanitizer_program() -> str | None:
 
 
 def compile_layer(case: Case, name: str, target: Target) -> None:
-    """What a step of a contestant would launch; its tensors are meta tensors."""
+    """Compile the launches of a contestant's step; its tensors are meta tensors."""
     tensors = make_tensors(case, torch.device("meta"))
     contestant = makers_for(case)[name](case, tensors, case.dropout)
     with use_target(target), intercept(Launch.compile), contestant.chosen():

@@ -9,6 +9,7 @@ import functools
 import os
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -101,6 +102,44 @@ def _check_engine(trainer: Trainer) -> None:
         )
 
 
+_sampling: WeakSet[nn.Module] = WeakSet()  # models inside of a merged ``generate``
+
+
+class _Sample:
+    """A model's ``generate`` that samples merged: it stands in the model's ``__dict__``."""
+
+    def __init__(self, model: Any, keep: str) -> None:
+        generate = model.generate
+        functools.update_wrapper(self, generate)  # with its attributes, before this one's own
+        self.keep, self.is_on = keep, True
+        self.before = vars(model).get("generate")  # another one, on this model only; or None
+        if getattr(generate, "__self__", None) is model:
+            self.theirs = generate.__func__
+        else:
+            self.theirs = lambda _, *inputs, **settings: generate(*inputs, **settings)
+        vars(model)["generate"] = MethodType(self, model)  # a copy of the model gets its own
+
+    def __call__(self, model: Any, *inputs: Any, **settings: Any) -> Any:
+        if not self.is_on or model in _sampling:
+            return self.theirs(model, *inputs, **settings)
+        _sampling.add(model)
+        try:
+            with merged(model, keep=self.keep):
+                return self.theirs(model, *inputs, **settings)
+        finally:
+            _sampling.discard(model)
+
+    def leave(self, model: Any) -> None:
+        """Put back what this model had before, if it has this one still."""
+        if getattr(vars(model).get("generate"), "__func__", None) is not self:
+            return
+        del vars(model)["generate"]
+        if self.before is not None:
+            is_method = getattr(self.before, "__func__", None) is self.theirs
+            is_copied = is_method and self.before.__self__ is not model
+            vars(model)["generate"] = MethodType(self.theirs, model) if is_copied else self.before
+
+
 class MergedSampling(TrainerCallback):
     """Makes ``model.generate`` sample with merged weights during training, as in TRL's GRPOTrainer.
 
@@ -109,8 +148,9 @@ class MergedSampling(TrainerCallback):
     where the original weights are kept meanwhile (see :class:`fastlora.merged`).
 
     Use it as ``trainer.add_callback(MergedSampling())``.  The end of training restores
-    ``model.generate``.  An error in training doesn't, because Trainer then calls no callback:
-    ``generate`` keeps sampling merged, correctly, until :meth:`put_back` or the next training.
+    ``model.generate``.  An error in training ends it without a callback: ``generate`` then keeps
+    sampling merged, correctly, until :meth:`put_back`, or until the next training of the model with
+    any MergedSampling.  A second MergedSampling on the same model takes over from the first.
 
     Training raises ValueError before its first step if the model can't be merged, or if vLLM or
     continuous batching samples, because these don't call ``generate``.
@@ -118,40 +158,26 @@ class MergedSampling(TrainerCallback):
 
     def __init__(self, *, keep: str = "device") -> None:
         self.keep = keep
-        self._replaced: tuple[dict, Any] | None = None
+        self._placed: tuple[Any, _Sample] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
+        model: Any = unwrap(kwargs["model"])
+        while isinstance(sample := getattr(vars(model).get("generate"), "__func__", None), _Sample):
+            sample.leave(model)  # another callback's
         for name in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(args, name, False):
                 raise ValueError(f"{name}: MergedSampling works only with model.generate")
-        model: Any = unwrap(kwargs["model"])
         with merged(model, keep=self.keep):  # raises here, before the first step, if it can't merge
-            generate = model.generate
-
-        keep = self.keep
-        if getattr(generate, "__self__", None) is model:
-            original = generate.__func__
-        else:  # a function that someone set on the model; it takes no self
-            original = lambda _, *inputs, **named: generate(*inputs, **named)  # noqa: E731
-
-        @functools.wraps(generate)
-        def sample(model: Any, *inputs: Any, **settings: Any) -> Any:
-            with merged(model, keep=keep):
-                return original(model, *inputs, **settings)
-
-        self._replaced = vars(model), vars(model).get("generate")
-        # A bound method, so that a deepcopy of the model gets one that is bound to the copy.
-        vars(model)["generate"] = MethodType(sample, model)
+            pass
+        self._placed = model, _Sample(model, self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
 
     def put_back(self) -> None:
         """Restore the ``generate`` that the model had before training."""
-        if self._replaced is None:
-            return
-        (entries, before), self._replaced = self._replaced, None
-        del entries["generate"]
-        if before is not None:  # an instance attribute that the user set
-            entries["generate"] = before
+        if self._placed is not None:
+            (model, sample), self._placed = self._placed, None
+            sample.is_on = False  # another function may call it
+            sample.leave(model)

@@ -1,10 +1,9 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
-Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
-order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
-``gemm_lowrank`` (the forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host
-``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``capture``,
-``replay``.
+The package knows nothing of ``nn.Module``; only ``fastlora.backends`` imports it.  Reading order:
+on the device ``common``, ``segments``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
+``gemm_lowrank`` (the kernel of y and dx), ``weight_grad``, ``dequant``, ``gated``; on the host
+``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``capture``, ``replay``.
 """
 
 from . import defaults, replay  # fills the tables that launchers choose from

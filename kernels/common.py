@@ -1,14 +1,15 @@
-"""What the kernels share: the dot product, loads, tile order, the dropout mask.
+"""Device functions that all kernels share: dot product, loads, tile order, dropout mask.
 
-Names inside a kernel: ``i_`` an index, ``o_`` offsets, ``b_`` a tile; ``BLOCK_`` a tile's size.
-Operands that come once a projection are tuples, and ``tl.static_range`` unrolls over them.
+Names inside a kernel: ``i_`` an index, ``o_`` offsets, ``b_`` a tile in registers (a block);
+``BLOCK_`` a tile's size.  BM, BN, BK and BR in the comments are BLOCK_M, BLOCK_N, BLOCK_K and
+BLOCK_R.  Operands that exist once per projection are tuples; ``tl.static_range`` unrolls over them.
 """
 
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit reads it at import, too.  To a kernel it is
-# a default argument: what it takes from the module, Triton compares at every launch.
+# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit also reads it at import.  Kernels receive it
+# as a default argument, because Triton compares every global that a kernel uses at every launch.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -17,7 +18,7 @@ def dot(
     b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED
 ):  # fmt: skip
     """b_sum + b_left @ b_right, accumulated in float32."""
-    if INTERPRETED:  # there tl.dot multiplies the bit patterns of bfloat16
+    if INTERPRETED:  # the interpreter's tl.dot would multiply the bit patterns of bfloat16
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
@@ -25,9 +26,9 @@ def dot(
 @triton.jit
 def cast(b_tile, dtype: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """The tile in another dtype, rounded to nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # there .to() cuts the lower bits off
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's .to() truncates the lower bits
         bits = b_tile.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
         bits = tl.where(b_tile == b_tile, rounded, bits | 0x400000)  # NaN stays NaN
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -49,10 +50,11 @@ def load_tile(
     i_segment=None,
     o_at=None,
 ):
-    """The tile of a matrix [rows, columns] at (i_row, i_column), zeros where it sticks out.
+    """The tile of a matrix [rows, columns] at (i_row, i_column), zero outside of the matrix.
 
-    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides; or
-    one of a matrix for each segment.  ``o_at``: where the tile's rows lie, if not one by one.
+    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
+    With ``i_segment``, the descriptor has one matrix for each segment: [segments, rows, columns].
+    ``o_at`` [BLOCK_ROWS]: the rows' numbers in memory, if they aren't consecutive.
     """
     if DESCRIPTOR and i_segment is not None:
         return source.load([i_segment, i_row, i_column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
@@ -63,16 +65,17 @@ def load_tile(
         o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
         inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
         if o_at is not None:
-            o_row = o_at
+            o_row = o_at  # only the addresses change: ``inside`` still counts sorted rows
         pointers = tile_pointers(source, o_row, o_column, row_stride, column_stride)
-        return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(pointers, mask=inside, other=0.0)  # [BLOCK_ROWS, BLOCK_COLUMNS]
 
 
 @triton.jit
 def known_multiple(number, OF_8: tl.constexpr):
-    """The same number; if OF_8, the compiler sees that 8 divides it, and loads 16 bytes at once.
+    """The same number; if OF_8, in a form that shows the compiler that 8 divides it.
 
-    (That 16 divides an argument it finds by itself; but 8 is a common rank.)
+    Then the compiler loads 16 bytes at once.  Triton detects by itself that 16 divides an argument,
+    but not that 8 does, and 8 is a common rank.
     """
     return number // 8 * 8 if OF_8 else number
 
@@ -81,9 +84,9 @@ def known_multiple(number, OF_8: tl.constexpr):
 def store_tile(
     target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride, o_at=None
 ):  # fmt: skip
-    """Store a tile at (i_row, i_column) of a matrix [rows, columns], but for what sticks out.
+    """Store a tile at (i_row, i_column) of a matrix [rows, columns], cast to the matrix's dtype.
 
-    ``o_at`` as in :func:`load_tile`.
+    Elements outside of the matrix are not stored.  ``o_at`` as in :func:`load_tile`.
     """
     o_row = i_row + tl.arange(0, b_tile.shape[0])
     o_column = i_column + tl.arange(0, b_tile.shape[1])
@@ -96,17 +99,21 @@ def store_tile(
 
 @triton.jit
 def tile_pointers(base, o_row, o_column, row_stride, column_stride):
-    """Offsets in 64 bits: a matrix may have more than 2³¹ elements."""
+    """Pointers to a tile, [rows, columns].  A matrix may have over 2³¹ elements: 64-bit offsets."""
     o_row, o_column = o_row.to(tl.int64), o_column.to(tl.int64)
     return base + o_row[:, None] * row_stride + o_column[None, :] * column_stride
 
 
 @triton.jit
 def tile_of(i_tile, m_tiles, n_tiles, GROUP: tl.constexpr):
-    """(row, column) of a tile: GROUP rows of tiles go column by column, so that L2 serves both."""
+    """(row, column) of tile number i_tile, in tiles.
+
+    Tiles are numbered column by column inside a group of GROUP rows of tiles.  So programs that run
+    at the same time share rows of P and columns of Q, which L2 then serves.
+    """
     group_size = GROUP * n_tiles
-    i_first = i_tile // group_size * GROUP
-    height = min(m_tiles - i_first, GROUP)
+    i_first = i_tile // group_size * GROUP  # the group's first row of tiles
+    height = min(m_tiles - i_first, GROUP)  # the last group may be smaller
     return i_first + i_tile % group_size % height, i_tile % group_size // height
 
 
@@ -114,16 +121,19 @@ def tile_of(i_tile, m_tiles, n_tiles, GROUP: tl.constexpr):
 def keep_tile(
     seed, i_row, i_column, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Which elements of a tile dropout keeps: a function of (seed, row, column) alone.
+    """True where dropout keeps an element: a function of only (seed, row, column).
 
     ``seed`` is an int64, ``i_column`` even, ``threshold`` from :func:`dropout_threshold`.  An
-    element's word is the product of two keys: fastlora/backends/dropout.py explains it.
+    element's random word is the product of a row key and a column key, and the element is kept if
+    the word is at least the threshold.  fastlora/backends/dropout.py explains the keys.
     """
     OF_THE_SECOND: tl.constexpr = 0x2C9277B5
     row_keys = _hash(i_row + tl.arange(0, BLOCK_ROWS)) ^ (seed.to(tl.int32) * 2 + 1)
-    # Not by tl.join: behind one, Triton before 3.8 takes exact float32 for TF32 on sm_100.
+    # Not tl.join: with a join before a product, Triton before 3.8 computes that product in TF32 on
+    # sm_100 where exact float32 was requested.
     o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
     pairs = _hash(~(o_column // 2))
+    # One hash serves two columns; the second column multiplies it by a constant.
     column_hashes = tl.where(o_column % 2 == 0, pairs, pairs * OF_THE_SECOND)
     column_keys = column_hashes ^ ((seed >> 32).to(tl.int32) * 2 + 1)
     return row_keys[:, None] * column_keys[None, :] >= threshold  # [BLOCK_ROWS, BLOCK_COLUMNS]
@@ -131,7 +141,7 @@ def keep_tile(
 
 @triton.jit
 def _hash(o_number):
-    """Twice a hash of each int32."""
+    """Twice a hash of each int32: even, so that ``^ (2 · seed + 1)`` gives an odd key."""
     FIRST_MIX: tl.constexpr = 0x7FEB352D
     SECOND_MIX: tl.constexpr = 0x846CA68B
     word = o_number.to(tl.uint32)
@@ -143,5 +153,5 @@ def _hash(o_number):
 
 
 def dropout_threshold(p: float) -> int:
-    """A word is kept from this one on: round(p · 2¹⁶) - 2¹⁵ in its upper half."""
+    """The smallest int32 word that dropout keeps: round(p · 2¹⁶) - 2¹⁵ in its upper 16 bits."""
     return (min(round(p * 2**16), 2**16 - 1) - 2**15) << 16

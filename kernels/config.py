@@ -1,4 +1,10 @@
-"""What the configs of all kernels share: what they are chosen for, what fits, how to choose."""
+"""Launch configs (tiles, warps, stages): how one is chosen for a call, and what fits a target.
+
+The choice follows a cost model (:meth:`Config.through_l2`, :meth:`Config.tiles`,
+:meth:`ThinConfig.capacity`): counts of bytes and programs, which rank configs that compile well.
+No GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its
+result takes the model's place (plan.py).
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,34 +16,35 @@ from .faults import miscompiles_pipelines
 from .target import Target
 
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
-FEW_ROWS = 64  # up to which a base product waits for the weight's bytes
+FEW_ROWS = 64  # up to so many rows, loading the weight takes most of a base product's time
 MARGIN = 2048  # bytes of shared memory for barriers and alignment
-# float32 sums of products that a thread may hold: half of its 255 registers, since those that
-# compile with more spill (`make compile-report`).
+# The most float32 sums of products in a thread: half of its 255 registers.  Configs with more spill
+# when compiled (`make compile-report`).
 _MOST_SUMS = 128
-_LETTERS = {"w": "warps", "s": "stages", "g": "group", "r": "width"}  # of a config's word
+# A config prints as a word, for example 64x64-w8-s4-r256: these letters name its numbers.
+_LETTERS = {"w": "warps", "s": "stages", "g": "group", "r": "width"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a choice of tiles depends on.  ``m`` rows, ``n`` columns of what is tiled, rank r."""
+    """The properties of a launch that the choice of tiles depends on: the key of that choice."""
 
-    m: int
-    n: int
-    r: int  # the largest of the group
+    m: int  # rows
+    n: int  # columns of the tiled matrix: OUT, or x in project and weight_grad
+    r: int  # rank, the largest of the group
     itemsize: int  # of x, in bytes
     precision: str  # "tf32" or "ieee"
     projections: int = 1
-    masked: bool = False
-    project: bool = False  # weight_grad: with dh in the same pass; gemm_lowrank: with h
-    pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
-    packed: str = ""  # gemm_lowrank: the kind of codes that q is made from
-    segments: int = 0  # that the rows are cut into; 0: into none
-    low_rank: bool = False  # weight_grad: with the low-rank term in the same pass
+    masked: bool = False  # with dropout
+    project: bool = False  # weight_grad: also computes dh; gemm_lowrank: also computes h
+    pointers: bool = False  # gemm_lowrank: an operand can't be loaded by tensor descriptor
+    packed: str = ""  # gemm_lowrank: the kind of codes of a packed q
+    segments: int = 0  # how many segments the rows are cut into; 0: not cut
+    low_rank: bool = False  # weight_grad: also computes the low-rank part of dx
 
     @property
     def product(self) -> str:
-        """How it multiplies: in "16-bit", "tf32" or exact "float32"."""
+        """How products are computed: in "16-bit", in "tf32", or in exact "float32"."""
         if self.itemsize == 2:
             return "16-bit"
         return "tf32" if self.precision == "tf32" else "float32"
@@ -48,10 +55,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles, warps and pipeline stages of a launch; each kernel's file has its own, and its cost.
+    """Tiles, warps and pipeline stages of a launch.
 
-    It doesn't know the operands: a :class:`Call` does.  It prints as a word, which :meth:`of` reads
-    back: ``128x256x64-w8-s3-tma`` has tiles of that size, 8 warps, 3 stages and descriptors.
+    Each kernel's file has a subclass with its tile sizes and its cost.  A config knows nothing of
+    the operands; the methods take a :class:`Call`.  It prints as a word, which :meth:`of` parses:
+    ``128x256x64-w8-s3-tma`` has tiles of that size, 8 warps, 3 stages, and loads by descriptor.
     """
 
     @classmethod
@@ -73,34 +81,37 @@ class Config:
         return "-".join([tile, *numbers] + ["tma"] * getattr(self, "descriptors", False))
 
     def block_r(self, call: Call) -> int:
-        """The columns of a step over the rank: a power of two that tensor cores take."""
-        n = power_of_two(call.projections)
-        return min(max(16, power_of_two(call.r)), 128 // min(n, 2), self.width // n)
+        """BLOCK_R: the columns of one step over the rank, a power of two from 16 on."""
+        raise NotImplementedError
 
     def tiles(self, call: Call) -> int:
-        """How many programs this makes of the call, before it is split."""
+        """The number of programs of a launch, before its rows or columns are split."""
         raise NotImplementedError
 
     def sums(self, call: Call) -> int:
-        """The float32 sums of products that a program holds at once."""
+        """The number of float32 sums of products that a program holds at once."""
         raise NotImplementedError
 
     def through_l2(self, call: Call) -> float:
-        """What programs ask of the L2 cache, over what memory has to give, of a thin product."""
+        """Ratio of L2 requests to DRAM traffic, both in bytes, of a thin product.
+
+        Small tiles load the adapter (or x) again and again: DRAM serves a byte once, L2 every time.
+        """
         return 0.0
 
     def shared_memory(self, target: Target, call: Call) -> int:
-        """An upper bound of what a program takes, in bytes; adapters count as float32."""
+        """An upper bound of a program's shared memory, in bytes; adapters count as float32."""
         raise NotImplementedError
 
     def tensor_memory(self, target: Target, call: Call) -> int:
-        """The columns that a program takes."""
+        """The columns of Blackwell's tensor memory that a program allocates."""
         return 0
 
     def why_not(self, target: Target, call: Call) -> str:
-        """Why this can't run there; "" if it can.  Every path asks here.
+        """Why this config can't run the call on the target; "" if it can.
 
-        It doesn't foresee every spill: those of the defaults show in ``make compile-report``.
+        This is the only such check: defaults, tuning and callers' configs all pass through it.  It
+        doesn't predict every register spill; ``make compile-report`` shows the defaults' spills.
         """
         memory, columns = self.shared_memory(target, call), self.tensor_memory(target, call)
         sums = self.sums(call) // (self.warps * target.warp_size)
@@ -109,7 +120,7 @@ class Config:
         if columns > target.tensor_memory > 0:
             return f"{columns} columns of tensor memory, but there are {target.tensor_memory}"
         if sums > _MOST_SUMS and target.kind != "cpu":
-            return f"{sums} sums a thread, but its registers have room for {_MOST_SUMS}"
+            return f"{sums} float32 sums in a thread, but at most {_MOST_SUMS} fit its registers"
         if self.stages > 1 and miscompiles_pipelines(target):
             return f"{self.stages} stages, but Triton miscompiles pipelined loops for {target.name}"
         if (call.project or call.low_rank) and call.r > self.block_r(call):
@@ -117,7 +128,7 @@ class Config:
         return ""
 
     def neighbors(self) -> "Iterator[Config]":
-        """What tuning may try beside it."""
+        """Configs that differ in one setting, which tuning may also try."""
         stages = range(max(2, self.stages - 1), self.stages + 2) if self.stages > 1 else (1,)
         yield from (replace(self, warps=w, stages=s) for w in (self.warps, 4, 8) for s in stages)
         for name, values in {"group": (4, 16), "descriptors": (False,)}.items():
@@ -125,12 +136,31 @@ class Config:
                 yield from (replace(self, **{name: value}) for value in values)
 
 
-# (target, kernel) → the product → rows: defaults.py fills it.
+class ThinConfig(Config):
+    """A config of a kernel whose programs hold all U_i of a group: ``project``, ``weight_grad``."""
+
+    width: int  # the most columns of all U_i together that a program holds
+
+    def block_r(self, call: Call) -> int:
+        n = power_of_two(call.projections)
+        return min(max(16, power_of_two(call.r)), 128 // min(n, 2), self.width // n)
+
+    def capacity(self, target: Target, call: Call) -> int:
+        """The number of programs of a thin product that should run at once.
+
+        One for each processor.  Where a group makes several masks, ``target.masking`` for each,
+        unless the rank is so high that a processor's registers hold only one program.
+        """
+        is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
+        return target.processors * (target.masking if is_many else 1)
+
+
+# (target, kernel) → product → configs in the order of preference.  defaults.py fills it.
 DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
 
 def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
-    """The target's configs for this kind of call."""
+    """The target's table of configs for this kind of call."""
     if call.packed:
         kernel = "packed"
     elif call.project and kernel == "weight_grad":
@@ -143,21 +173,28 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
 
 
 def default_config(kernel: str, target: Target, call: Call) -> Config | None:
-    """The first of the target's rows that fits, and is wide enough for its L2 cache.
+    """The config that the cost model chooses from the target's table; None if no config fits.
 
-    Of a base product's, the first that fits and fills the device.  It is one for all numbers of
-    rows, two of a base product, since each compiles in the middle of training.  None, if none fits.
+    Thin products (``project``, ``lowrank``, ``weight_grad``): the first that fits and whose L2
+    requests stay below the target's limit.  Base products (``gemm_lowrank``): the first that fits
+    and has a tile for nearly every processor.  The number of rows hardly matters (thin products
+    have one config, base products one for few and one for many rows), because every further config
+    would compile in the middle of training.
     """
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
     if kernel != "gemm_lowrank":
-        # Behind the work on masks L2 has more time; of those that take too long, the shortest.
+        # L2 has more time while the masks are computed, so the limit is higher.  If no config stays
+        # below the limit, the one with the fewest requests is chosen.
         enough = target.l2 + call.masked * (call.projections - 1) / 2
         return min(fitting, key=lambda each: max(each.through_l2(call), enough), default=None)
     few = call.m <= FEW_ROWS * max(1, call.segments)
-    # 2048: the fused plan is meant for as many rows and more (plan.py).
+    # Count tiles at one size for all calls with few rows, and at one size for all others.  2048:
+    # the fused plan is meant for about as many rows and more (plan.py).
     level = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
-    if call.packed:  # one tile of rows, as small as can be: each unpacks the weight anew
+    if call.packed:
+        # Every tile of rows unpacks the weight again.  So one tile should hold all rows (up to
+        # FEW_ROWS), and be the smallest that does.
         m = cdiv(call.m, call.segments or 1)
         held = [c.block_m for c in fitting if c.block_m >= min(m, FEW_ROWS)]
         suited = [config for config in fitting if config.block_m == min(held, default=0)]
@@ -172,9 +209,9 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
 def chosen_config(
     kernel: str, target: Target, call: Call, config: Any = None, preferred: Any = None
 ) -> Any:
-    """The config that a caller gave, else the preferred one if it fits, else the default.
+    """``config`` if it is given, else ``preferred`` if that fits the call, else the default.
 
-    Raises ValueError with :meth:`Config.why_not`'s reason if it can't run this call.
+    Raises ValueError with the reason of :meth:`Config.why_not` if the chosen config doesn't fit.
     """
     if config is None and preferred is not None and not preferred.why_not(target, call):
         return preferred
@@ -186,9 +223,9 @@ def chosen_config(
 
 
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
-    """What tuning tries: all rows of the target and their neighbors, as far as they fit.
+    """The configs that tuning tries: the target's tables and their neighbors, if they fit the call.
 
-    The default comes first, and the nearer ones, by doublings, before the others.
+    The default comes first.  The others follow by their distance from it, counted in doublings.
     """
     kind = type(rows(kernel, target, call)[0])
     tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
@@ -199,34 +236,27 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
 
     def doublings(config: Config) -> float:
         pairs = zip(vars(config).values(), default, strict=True)
-        return sum(abs(math.log2((1 + a) / (1 + b))) for a, b in pairs)  # switches too
+        # 1 + …, because the pairs include switches, which are 0 or 1.
+        return sum(abs(math.log2((1 + a) / (1 + b))) for a, b in pairs)
 
     return sorted(fitting, key=doublings)
 
 
-def room(target: Target, call: Call) -> int:
-    """Programs of a thin product that should run at once: one a processor, or ``masking``.
+def splits(at_once: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
+    """(number of splits of the summed axis, steps in each): enough for ``at_once`` programs.
 
-    The registers of one at a high rank leave no room for another.
+    ``length``: of the axis.  ``step``: elements of it in a step of the loop.  A split costs a plane
+    of partial sums, so it has at least two steps and about ``least`` elements.
     """
-    is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
-    return target.processors * (target.masking if is_many else 1)
-
-
-def splits(room: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
-    """(number of splits of an axis, steps in each): as many as there is room for.
-
-    Each costs a plane of partial sums, so it is about two steps and ``least`` elements long.
-    """
-    longest = max(2, cdiv(least, step)) * step
-    wanted = max(1, min(room // programs, cdiv(length, longest)))
+    shortest = max(2, cdiv(least, step)) * step
+    wanted = max(1, min(at_once // programs, cdiv(length, shortest)))
     steps = cdiv(cdiv(length, wanted), step)
     return cdiv(length, steps * step), steps
 
 
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
-    """The same projections of every group, as many as a launch takes; None stays None."""
-    if len(groups[0]) <= MAX_PROJECTIONS:  # no slice, which of a tensor takes time
+    """Cut lists of projections into parts of at most MAX_PROJECTIONS; None stays None."""
+    if len(groups[0]) <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return
     for first in range(0, len(groups[0]), MAX_PROJECTIONS):
@@ -239,10 +269,10 @@ def cdiv(length: int, step: int) -> int:
 
 
 def row_tiles(rows: int, block_m: int, segments: int | None) -> int:
-    """The tiles of rows; with segments as many as there may be (segments.py), nobody's too."""
+    """The number of tiles of rows; with segments an upper bound, which segments.py explains."""
     return rows // block_m + segments + 1 if segments else cdiv(rows, block_m)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest one that is at least ``number``."""
+    """The smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()

@@ -1,8 +1,10 @@
-"""The default configs: a table for every architecture and kernel.
+"""The default configs: for each architecture and kernel, a table of configs for each product.
 
-No GPU has measured them.  They are what compiles to tensor-core instructions without a spill in a
-loop (`make compile-report`), with enough bytes under way to fill a device's memory pipes on paper.
-Which of the rows a call takes, ``config.default_config`` says.
+No GPU has measured them.  They were chosen by what compiles (`make compile-report`): tensor-core
+instructions, no spill inside a loop, and, on paper, enough bytes in flight to keep memory busy.
+"From compilation" in a comment refers to that report.  ``config.default_config`` chooses a call's
+config from its table, by a cost model that no GPU has measured either; ``fastlora tune`` replaces
+the choice by a measured one.
 """
 
 from dataclasses import replace
@@ -18,15 +20,15 @@ Table = dict[str, tuple[Config, ...]]
 
 
 def _table(kind: type[Config], *words: str) -> Table:
-    """Rows for each product, by the last words for the others.
+    """A table from words: one string for each product; the last string also serves the rest.
 
-    A row is as it prints: ``128x64x32-w8-s4`` has tiles of that size, 8 warps and 4 stages.
+    A word is a config as it prints: ``128x64x32-w8-s4`` has tiles of that size, 8 warps, 4 stages.
     """
     rows = [tuple(map(kind.of, each.split())) for each in words]
     return dict(zip(PRODUCTS, [*rows, rows[-1], rows[-1]], strict=False))
 
 
-# From large tiles to small.  For few rows (FEW_ROWS), of those with tiles of few rows.
+# From large tiles to small.  Calls with few rows (FEW_ROWS) take one with at most as many rows.
 _FLOAT32_GEMM = "64x64x16-w8-s3 32x32x32-w4-s3 16x32x32-w4-s2"
 _AMPERE_GEMM = (
     "128x128x32-w8-s4 128x64x32-w4-s4 64x64x64-w4-s3 64x32x128-w4-s3",
@@ -39,30 +41,31 @@ _HOPPER_GEMM = (
     "128x128x32-w8-s4-tma 64x64x32-w4-s4-tma 32x32x64-w4-s4-tma",
     _FLOAT32_GEMM,
 )
-# Of those that hold all rows, up to FEW_ROWS, the first that fills the device.  From compilation
-# for sm_90: with eight warps each has fewer codes to turn into numbers than with four, and two are
-# there for every scheduler.
+# A tile has to hold all rows, up to FEW_ROWS; of such tiles, the first that fills the device is
+# chosen.  From compilation for sm_90: with eight warps instead of four, a warp converts half as
+# many codes, and each of the four schedulers has two warps to switch between.
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
-# The low-rank term alone has no main loop and waits for memory, so it wants several small programs
-# for each processor.  From compilation: 80 instructions a KiB of the output, 230 masked; by 8 warps
-# 120 and 288.  The masks of three projections: 440, and 620 in tiles of 64x64.
+# The low-rank term without a base product has no main loop and waits for memory, so several small
+# programs should share a processor.  From compilation, instructions for each KiB of the output: 80,
+# or 230 with a mask (120 and 288 with 8 warps).  With three masks 440, or 620 in tiles of 64x64.
 _LOWRANK = "64x64-w4-s1 32x64-w4-s1 16x64-w4-s1 16x32-w4-s1"
 _WIDE_LOWRANK = f"64x128-w4-s1 128x128-w8-s1 {_LOWRANK}"
-# Eight warps, or two programs a processor: from compilation, four warps' barriers and casts of a
-# 64x64 step take about as long as memory does.
+# Eight warps, or two programs for each processor: from compilation, the barriers and casts of a
+# 64x64 step take four warps about as long as memory takes to deliver the step.
 _LOW_PROJECT = "32x64-w4-s6 16x128-w4-s4 16x64-w4-s3 16x32-w4-s3"
 _PROJECT = f"64x64-w8-s4 {_LOW_PROJECT}"
 _WIDE_PROJECT = "128x32-w8-s4-r256 128x32-w8-s3-r256"
 _MASKED_PROJECT = f"64x64-w8-s4 {_WIDE_PROJECT} {_LOW_PROJECT}"
-# Narrow, since a split of the rows costs a plane of partial sums.  From compilation for sm_90, all
-# loads go by cp.async, stages ahead.  With four masks of rank 64, 128 rows spill in the loop.
+# Narrow tiles make enough programs without splitting the rows; a split costs a plane of partial
+# sums.  From compilation for sm_90: all loads are asynchronous (cp.async), stages ahead.  With four
+# masks of rank 64, a step of 128 rows spills in the loop.
 _WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
 _WIDE_WEIGHT_GRAD = "32x128-w8-s4-r256"
 _WEIGHT_GRAD_32 = ("64x32-w8-s4 32x32-w4-s3", "32x32-w4-s3 16x32-w4-s3")
-# From compilation: three masks of one step fit into registers.  As narrow as weight_grad's, so that
-# few columns leave no more planes.
+# From compilation: three masks of one step fit into registers.  As narrow as weight_grad's own
+# tiles, so that the same number of columns needs no more planes.
 _LOW_RANK_TOO = "64x32-w8-s4 32x32-w8-s4-r256 32x32-w4-s3"
-# Wide, since every tile of columns leaves a plane of dh.
+# Wide tiles, because every tile of columns writes a plane of dh.
 _ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"
 
 _AMPERE = {
@@ -70,8 +73,8 @@ _AMPERE = {
     "packed": _table(GemmConfig, _PACKED, "64x32x32-w4-s3 16x32x32-w4-s3"),
     "lowrank": _table(LowRankConfig, _WIDE_LOWRANK, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _WIDE_LOWRANK, _LOWRANK),
-    # Three stages, so that two programs fit sm_80's shared memory with a mask.  Exact float32 has
-    # no tensor cores, and spills in the first.
+    # Three stages, so that two masked programs fit sm_80's shared memory.  Exact float32 runs
+    # without tensor cores and would spill in the first config.
     "project": _table(
         ProjectConfig,
         f"64x128-w8-s3 {_WIDE_PROJECT} {_PROJECT}",
@@ -97,7 +100,8 @@ _AMPERE = {
     ),
     "one pass over x": _table(WeightGradConfig, _LOW_RANK_TOO, "32x32-w4-s3", "16x32-w4-s3"),
 }
-# From compilation: two programs of these fit a processor, with fewer instructions for a mask.
+# From compilation: two programs with these tiles fit a processor, and masks take fewer
+# instructions.
 _A100 = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, f"128x256x64-w8-s3 {_AMPERE_GEMM[0]}", *_AMPERE_GEMM[1:]),
     "project of a masked group": _table(ProjectConfig, f"{_WIDE_PROJECT} {_PROJECT}", _PROJECT),
@@ -109,14 +113,15 @@ _A100 = _AMPERE | {
 }
 _HOPPER = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, *_HOPPER_GEMM),
-    "packed": _table(GemmConfig, _PACKED, "16x32x32-w4-s3"),  # faults.py says why
+    # 16 rows in float32, because larger tiles fail: faults.unpacks_wrong.
+    "packed": _table(GemmConfig, _PACKED, "16x32x32-w4-s3"),
     "project": _table(
         ProjectConfig,
         f"64x128-w8-s4 128x64-w8-s3-r256 {_WIDE_PROJECT} {_PROJECT}",
         f"64x128-w8-s4 {_PROJECT}",
         _PROJECT,
     ),
-    # More stages, so that enough bytes are under way: from compilation, in the same loop.
+    # More stages keep more bytes in flight; from compilation, the loop's instructions are the same.
     "weight_grad": _table(
         WeightGradConfig,
         f"128x32-w8-s6 128x32-w8-s4 64x64-w8-s6-r256 {_WIDE_WEIGHT_GRAD} {_WEIGHT_GRAD}",
@@ -127,7 +132,8 @@ _HOPPER = _AMPERE | {
         f"32x64-w8-s6-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
         *_WEIGHT_GRAD_32,
     ),
-    # Both products of a tile are Hopper's own (weight_grad.py), and two programs fit a processor.
+    # With 64 rows, both products of a step are wgmma instructions (WeightGradConfig.why_not), and
+    # two programs fit a processor.
     "one pass": _table(
         WeightGradConfig,
         "64x256-w8-s3 64x128-w8-s3 64x64-w4-s4",
@@ -136,13 +142,15 @@ _HOPPER = _AMPERE | {
     ),
     "one pass over x": _table(
         WeightGradConfig,
-        # The last are for what the others race at: rank 33 to 64 of 3 and 4 projections, or TF32.
+        # The last configs serve calls where the others race (faults.overwrites_tiles): ranks 33 to
+        # 64 with 3 and 4 projections, and TF32.
         f"{_LOW_RANK_TOO} 64x32-w8-s3-r256",
         "32x32-w4-s3 64x32-w8-s3",
         "16x32-w4-s3",
     ),
 }
-# One step over a small rank isn't worth a way through tensor memory, which takes 64 rows.
+# Tiles of 64 rows would move their sums through tensor memory, which a single step over a small
+# rank doesn't repay.
 _SHALLOW_LOWRANK = f"32x128-w4-s1 128x128-w8-s1 {_LOWRANK.partition(' ')[2]}"
 _BLACKWELL = _HOPPER | {
     "lowrank": _table(LowRankConfig, _SHALLOW_LOWRANK),
@@ -172,7 +180,7 @@ _AMD = _AMPERE | {
     ),
     "one pass over x": _AMD_WEIGHT_GRAD,
 }
-# One stage: faults.py says why.
+# One stage, because Triton miscompiles pipelined loops there: faults.miscompiles_pipelines.
 _GFX950 = {
     kernel: {
         product: tuple(dict.fromkeys(replace(config, stages=1) for config in rows))
@@ -180,6 +188,7 @@ _GFX950 = {
     }
     for kernel, table in _AMD.items()
 }
+# The interpreter's tiles are small, so that small shapes in tests have several tiles.
 _SMALL_GEMM = _table(GemmConfig, "32x32x16-w4-s2-g2-tma")
 _SMALL_LOWRANK = _table(LowRankConfig, "32x32-w4-s1-g2")
 _SMALL_PROJECT = _table(ProjectConfig, "32x32-w4-s2")

@@ -1,4 +1,4 @@
-"""A packed weight as a dense one: codes, scales and tables in one launch."""
+"""Unpack a whole packed weight to a dense matrix, in one launch: OUT = codes times scales."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,8 @@ from .launch import Launch, Work, launch, size_of, stated
 from .packed import Packed, packed_tile, scale_bytes, tables_of
 from .target import target_of
 
-# Elements of a program, and how many of them a row may have: 16 bytes of codes for each thread.
+# Elements in a tile, and the most columns of one.  With four warps, 4096 codes of four bits are 16
+# bytes for each thread: one load.
 _TILE, _WIDEST, _WARPS = 4096, 512, 4
 
 
@@ -43,11 +44,15 @@ def dequant_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     PACKING: tl.constexpr,
 ):  # fmt: skip
-    """OUT [rows, columns] = the weight that is packed."""
+    """OUT = the unpacked weight.
+
+    CODES [rows, width] (bytes), OUT [rows, columns].  ``operands``: scales and tables (packed.py).
+    """
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     i_row = tl.program_id(0) // column_tiles * BLOCK_ROWS
     i_column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS
     tables = tables_of(operands, PACKING)
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
     b_out = packed_tile(
         codes, operands, tables, i_row, i_column, rows, columns, width,
         BLOCK_ROWS, BLOCK_COLUMNS, PACKING, out.dtype.element_ty,
@@ -56,12 +61,13 @@ def dequant_kernel(
 
 
 def dequant(packed: Packed, out: Tensor) -> Tensor:
-    """out [rows, columns], contiguous, of 16 or 32 bits: computed in float32 and rounded once.
+    """Fill ``out`` with the unpacked weight, computed in float32 and rounded once; returns ``out``.
 
-    Or out [experts, rows, columns].  The weight has fewer than 2³¹ elements, unless it lies in
-    rows.
+    ``out`` [rows, columns] or [experts, rows, columns] is contiguous and has 16 or 32 bits.  The
+    weight has fewer than 2³¹ elements, unless ``packed.lies_in_rows``.
     """
     packed = packed.of_all_experts
+    # Where a byte or a block of scales crosses rows, the whole weight is handled as one long row.
     if not packed.lies_in_rows:
         packed = packed.in_one_row
     rows, columns = packed.rows, packed.columns

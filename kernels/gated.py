@@ -1,4 +1,4 @@
-"""The middle of a gated MLP: an activation times another matrix, and its gradients."""
+"""The elementwise part of a gated MLP, OUT = act(GATE) ∘ UP, and its gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,33 +13,33 @@ from .launch import Launch, Work, launch, size_of, stated
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
-_BLOCK, _WARPS = 1024, 4  # 16 bytes of 16 bits a thread
+_BLOCK, _WARPS = 1024, 4  # 128 threads with 8 elements of 16 bits: one load of 16 bytes each
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
     loaded = size_of(*(arguments.get(name) for name in ("dy", "gate", "up")))
     stored = size_of(*(arguments.get(name) for name in ("out", "d_gate", "d_up")))
-    flops = 10 * arguments["gate"].numel() * (2 if "dy" in arguments else 1)  # about
+    flops = 10 * arguments["gate"].numel() * (2 if "dy" in arguments else 1)  # an estimate
     return Work(flops, loaded, stored, loaded_by_tiles=loaded)
 
 
 @triton.jit
 def activated(b_gate, ACTIVATION: tl.constexpr):
-    """act(gate) and act'(gate), in float32; what isn't used is never computed."""
-    if ACTIVATION == "silu":
+    """act(gate) and act'(gate), in float32.  The compiler removes a result that isn't used."""
+    if ACTIVATION == "silu":  # gate · sigmoid(gate)
         b_share = tl.sigmoid(b_gate)
         return b_gate * b_share, b_share * (1.0 + b_gate * (1.0 - b_share))
-    elif ACTIVATION == "gelu":  # gate times the share of a normal distribution below it
+    elif ACTIVATION == "gelu":  # gate · Φ(gate): b_share is the normal CDF, b_density its slope
         b_share = 0.5 * (1.0 + tl.math.erf(b_gate * 0.7071067811865476))
         b_density = 0.3989422804014327 * tl.exp(-0.5 * b_gate * b_gate)
         return b_gate * b_share, b_share + b_gate * b_density
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh z) / 2 is sigmoid(2 z)
+    elif ACTIVATION == "gelu_tanh":  # gate · (1 + tanh z) / 2, and (1 + tanh z) / 2 = sigmoid(2 z)
         b_square = b_gate * b_gate
         b_share = tl.sigmoid(1.5957691216057308 * b_gate * (1.0 + 0.044715 * b_square))
         b_slope = 1.5957691216057308 * (1.0 + 0.134145 * b_square)
         return b_gate * b_share, b_share * (1.0 + b_gate * (1.0 - b_share) * b_slope)
     else:
-        b_is_above = tl.where(b_gate > 0.0, 1.0, 0.0)
+        b_is_above = tl.where(b_gate > 0.0, 1.0, 0.0)  # the slope of relu
         b_positive = tl.where(b_gate < 0.0, 0.0, b_gate)  # NaN stays NaN
         if ACTIVATION == "relu2":
             return b_positive * b_positive, 2.0 * b_positive
@@ -49,7 +49,7 @@ def activated(b_gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def row_and_columns(N, BLOCK: tl.constexpr):
-    """A program's row, and its columns: each row has as many programs as its columns need."""
+    """A program's row, and its columns [BLOCK].  A row takes ⌈N / BLOCK⌉ programs."""
     blocks = tl.cdiv(N, BLOCK)
     i_row = tl.program_id(0) // blocks
     return i_row.to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -63,12 +63,12 @@ def gated_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT = act(GATE) ∘ UP.  All [M, N], rows apart by their strides."""
+    """OUT = act(GATE) ∘ UP.  GATE, UP, OUT [M, N]; ``*_rows`` are their strides from row to row."""
     i_row, o_column = row_and_columns(N, BLOCK)
     inside = o_column < N
     b_gate = tl.load(gate + i_row * gate_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
-    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)
-    b_act, _ = activated(b_gate.to(tl.float32), ACTIVATION)
+    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_act, _ = activated(b_gate.to(tl.float32), ACTIVATION)  # [BLOCK], float32
     b_out = cast(b_act * b_up.to(tl.float32), out.dtype.element_ty)
     tl.store(out + i_row * out_rows + o_column, b_out, mask=inside)
 
@@ -83,15 +83,15 @@ def gated_backward_kernel(
 ):  # fmt: skip
     """D_GATE = act'(GATE) ∘ DY ∘ UP and D_UP = DY ∘ act(GATE).
 
-    All [M, N], rows apart by their strides.  A program reads what it has, and then writes: D_GATE
-    or D_UP may be DY.
+    All are [M, N]; ``*_rows`` are their strides from row to row.  A program reads its elements of
+    all operands before it writes, so D_GATE or D_UP may share DY's memory.
     """
     i_row, o_column = row_and_columns(N, BLOCK)
     inside = o_column < N
     b_dy = tl.load(dy + i_row * dy_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
-    b_gate = tl.load(gate + i_row * gate_rows + o_column, mask=inside, other=0.0)
-    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)
-    b_act, b_slope = activated(b_gate.to(tl.float32), ACTIVATION)
+    b_gate = tl.load(gate + i_row * gate_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_act, b_slope = activated(b_gate.to(tl.float32), ACTIVATION)  # [BLOCK] each, float32
     b_dy = b_dy.to(tl.float32)
     b_d_gate = cast(b_dy * b_up.to(tl.float32) * b_slope, d_gate.dtype.element_ty)
     b_d_up = cast(b_dy * b_act, d_up.dtype.element_ty)
@@ -100,10 +100,10 @@ def gated_backward_kernel(
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
-    """out = act(gate) ∘ up, computed in float32 and rounded once.
+    """Fill ``out`` with act(gate) ∘ up, computed in float32 and rounded once; returns ``out``.
 
-    All [M, N] of 16 or 32 bits, with columns that lie end to end and rows of any stride (halves of
-    one matrix are such).  ``activation`` is one of ``ACTIVATIONS``.
+    All are [M, N] with 16 or 32 bits.  Columns have stride 1, rows any stride: the two halves of
+    one matrix fit.  ``activation`` is one of ``ACTIVATIONS``.
     """
     _launch(gated_kernel, activation, gate=gate, up=up, out=out)
     return out
@@ -112,7 +112,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
 def gated_backward(
     dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
 ) -> None:
-    """d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate), as :func:`gated` takes them.
+    """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); operands as in :func:`gated`.
 
     One of the two may be dy itself.
     """
@@ -134,11 +134,11 @@ def _launch(kernel: Any, activation: str, **matrices: Tensor) -> None:
 
 
 def why_not_gated(matrix: Tensor) -> str:
-    """Why these kernels don't take a matrix of a dtype that they have; "" if they do."""
+    """Why these kernels can't take a matrix of a supported dtype; "" if they can."""
     M, N = matrix.shape
     if matrix.stride(1) != 1 and N > 1:
-        return "its columns don't lie end to end"
+        return "its columns aren't contiguous"
     if matrix.is_neg():
         return "it is a negated view"
     programs = M * cdiv(N, _BLOCK)
-    return "" if 0 < programs < 2**31 else f"{programs} programs would run"
+    return "" if 0 < programs < 2**31 else f"it needs {programs} programs, not 1 to 2³¹ - 1"

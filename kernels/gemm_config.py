@@ -1,4 +1,8 @@
-"""Tiles of a base product with its low-rank term, and what they cost a device."""
+"""The config of ``gemm_lowrank``: its tiles, and their cost in registers and memory.
+
+These costs decide what fits a target (``why_not``) and how many tiles there are.  They are
+estimates that compilation has checked (``make compile-report``) and no GPU has measured.
+"""
 
 from dataclasses import dataclass
 
@@ -10,14 +14,14 @@ from .target import Target
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """Tiles of ``gemm_lowrank``: OUT in block_m x block_n, in steps of block_k."""
+    """Tiles of ``gemm_lowrank``: OUT is cut into block_m x block_n, its depth K into block_k."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    group: int = 8  # rows of tiles that go together, for the L2 cache
+    group: int = 8  # rows of tiles that advance together and share L2 (common.tile_of)
     descriptors: bool = False  # load by tensor descriptor (TMA) where the operands allow it
 
     def block_r(self, call: Call) -> int:
@@ -27,7 +31,7 @@ class GemmConfig(Config):
         return self.descriptors and not call.pointers
 
     def low_rank(self, target: Target, call: Call) -> str:
-        """Where the low-rank term goes: the kernel's LOW_RANK."""
+        """The kernel's LOW_RANK: where it computes the low-rank term (see its docstring)."""
         if call.project:
             return "made"
         if call.masked:
@@ -38,10 +42,10 @@ class GemmConfig(Config):
         return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group has products at hand beside its sum; from compilation, two for four.
+        # A masked group holds products beside its sum; from compilation, two for four projections.
         outs = 1 + call.masked * call.projections // 2
         if not self.uses_descriptors(call):
-            # Addresses take registers, too: of ragged rows as many as there are elements.
+            # Addresses also take registers.  Rows that 16 doesn't divide need one for each element.
             ragged = call.pointers or call.n % 16 > 0
             is_least = call.projections == 1 and call.r <= self.block_r(call)
             outs = outs + 2 if ragged else max(outs, 2 - is_least)
@@ -53,25 +57,27 @@ class GemmConfig(Config):
         if loads_at_once(target, call):
             low_rank *= call.projections
         if call.masked and size == 4:
-            low_rank *= 2  # as loaded, and as tensor cores read it
+            low_rank *= 2  # one copy as loaded, one in the layout that tensor cores read
+        # The output's tile passes through shared memory before it is stored.
         store = self.block_m * self.block_n * size
         step = (self.block_m + self.block_n) * self.block_k * size
-        step += call.project * self.block_k * r * 4
-        if call.packed:  # codes wait, and the numbers that they become are handed round
+        step += call.project * self.block_k * r * 4  # A's tile, float32
+        if call.packed:  # a buffer for loaded codes, and one to exchange the unpacked numbers
             low_rank += self.block_n * self.block_k * (size + 4)
         if self.uses_descriptors(call) and not call.segments:
-            # Half of the tile is stored from beside the main loop's buffers.
+            # A persistent program keeps the main loop's buffers while it stores half a tile.
             return copies * step + low_rank + store // 2 + MARGIN
+        # Otherwise the store reuses the main loop's buffers.
         return max(copies * step + low_rank, store) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
         if call.packed and call.itemsize == 4 and unpacks_wrong(target, self.block_m):
-            return f"tiles of {self.block_m} rows of a packed weight in float32"
+            return f"Triton fails on a packed weight in float32 with tiles of {self.block_m} rows"
         return super().why_not(target, call)
 
     def tensor_memory(self, target: Target, call: Call) -> int:
         if not target.tensor_memory:
             return 0
-        # For every product two sums, before and after a step.
+        # Two accumulators for every product: one before and one after a step.
         sums = self.block_n * power_of_two(2 * call.projections)
         return sums + call.project * self.block_r(call)

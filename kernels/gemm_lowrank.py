@@ -1,4 +1,17 @@
-"""y and dx: a matrix product with a low-rank product in the same accumulator."""
+"""OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias): a base product and its low-rank term.
+
+Both go into the same float32 accumulator.  One kernel serves y and dx:
+
+    |      | P_i          | Q_i              | U_i           | V_i              | keep_i   |
+    |------|--------------|------------------|---------------|------------------|----------|
+    | y    | x [M, K]     | weightᵀ [K, N]   | h [M, r]      | lora_bᵀ [r, N]   | -        |
+    | dx   | dy_i [M, N_i]| weight_i [N_i, K]| dh_i [M, r_i] | lora_a_i [r_i, K]| the mask |
+
+y has one product (i = 0), or with several adapters several U_i V_i.  dx sums over all projections
+that read x, because their gradients add up.  Dropout concerns only dx: y's mask is already in h,
+and in the backward the mask multiplies the adapter's part of dx, not dy weight.  The kernel names
+sizes by OUT = P Q: OUT is [M, N], and the depth of product i is K_i.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,9 +46,11 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     M, N, depths, ranks = (arguments[name] for name in ("M", "N", "K", "R"))
     segments, n_tiles = arguments["segments"], cdiv(N, arguments["BLOCK_N"])
     m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
-    # A descriptor's tile doesn't stop where the segment does.
+    # A tile loaded by descriptor doesn't stop at its segment's end.
     whole = segments is not None and arguments["DESCRIPTORS"]
     p_rows = m_tiles * arguments["BLOCK_M"] if whole else M
+    # FLOPs of h = x lora_aᵀ, if this launch computes it.  Every tile of columns repeats the
+    # product; the count has it once.
     made = 0 if a is None else 2 * M * depths[0] * ranks[0]
     rows = size_of(*p) + (size_of(*u) if a is None else 0)
     columns, again = size_of(*q, *v), size_of(out) if arguments["ADD"] else 0
@@ -64,7 +79,10 @@ def q_tile(
     PACKING: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """The tile [BK, BN] of Q [K, N] at (i_k, i_n); TRANSPOSED: from where Qᵀ lies in rows."""
+    """The tile [BK, BN] of Q [K, N] at (i_k, i_n).
+
+    TRANSPOSED: the memory has Qᵀ in rows, so a tile of Qᵀ is loaded and transposed.
+    """
     if TRANSPOSED:
         return stored_tile(
             q, operands, tables, i_n, i_k, i_segment, N, K, strides[0], strides[2], strides[1],
@@ -86,11 +104,14 @@ def stored_tile(
     PACKING: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """The tile of a matrix, or of its segment's, as it is stored: packed or not."""
+    """The tile [ROWS, COLUMNS] of a stored matrix [rows, columns], unpacked if it is packed.
+
+    With segments, ``bank`` is the stride from one segment's matrix to the next; None without.
+    """
     if PACKING is not None:
-        if bank is not None:  # the experts' weights are one matrix, below each other
+        if bank is not None:  # the experts' packed weights are one matrix, one below the other
             i_row += i_segment * rows
-            rows *= i_segment + 1
+            rows *= i_segment + 1  # this expert's last row, counted from the first expert's
         return packed_tile(
             q, operands, tables, i_row, i_column, rows, columns, row_stride,
             ROWS, COLUMNS, PACKING, dtype,
@@ -98,7 +119,7 @@ def stored_tile(
     else:
         i_bank = None
         if bank is not None:
-            i_bank = i_segment
+            i_bank = i_segment  # an index for a descriptor, an offset for a pointer
             if not DESCRIPTOR:
                 q += i_segment.to(tl.int64) * bank
         return load_tile(
@@ -109,13 +130,17 @@ def stored_tile(
 
 @triton.jit
 def store_in_halves(out, b_out, i_m, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """By descriptor: the store's buffer stays allocated, beside those of the main loop."""
-    halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    """Store a tile [BM, BN] by descriptor, in two steps of BN / 2 columns.
+
+    A store by descriptor goes through shared memory.  In a persistent program its buffer stays
+    allocated beside the main loop's buffers; half a tile needs half the buffer.
+    """
+    halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()  # [BM, BN / 2] each
     for i in tl.static_range(2):
         out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
 
 
-# What batches and sequences of all lengths change.
+# M changes with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
     p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends,
@@ -138,30 +163,49 @@ def gemm_lowrank_kernel(
 ):  # fmt: skip
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
-    P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments,
-    Q_i, V_i and the bias have an axis more in front: a row's are its segment's, and OUT is zero in
-    nobody's rows.  PACKING, unless None, says how to make Q_i of ``q_operands`` (packed.py).
+    P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The module's
+    docstring has a table of these operands in y and in dx.
 
-    LOW_RANK says where U_i V_i goes:
-    "first"  before the main loop, since a mask is its alone; behind the loop it would need a
-             second accumulator of this size
-    "early"  loaded before the main loop, which hides the wait, and multiplied behind it
-    "last"   loaded and multiplied behind it, in steps over the rank
-    "made"   the same, of U_0 = factor · P_0 A from the main loop, which is stored; A [K_0, R_0]
+    A program computes tiles [BM, BN] of OUT.  Each tile has one accumulator and four stages:
+
+        1. before the main loop    the low-rank term, if LOW_RANK is "first"
+        2. the main loop           accumulator += P_i Q_i for every i, in steps over K_i
+        3. behind the main loop    the low-rank term otherwise
+        4. the epilogue            + bias, + OUT, round, store
+
+    LOW_RANK (``GemmConfig.low_rank`` chooses it):
+    "first"  with dropout: load, multiply and mask U_i V_i before the main loop.  The mask belongs
+             only to this term.  Behind the main loop, the term would need a second accumulator
+             until it is masked; before the loop, the main accumulator isn't in use yet
+    "early"  load U_i and V_i before the main loop, which hides the wait, and multiply behind it
+    "last"   load and multiply behind the main loop, in steps over the rank
+    "made"   like "last", but U_0 = factor · P_0 A is computed in the main loop from the same tiles
+             of P_0, with A [K_0, R_0], and stored.  In y, P_0 is x, A is lora_aᵀ and U_0 is h
+
+    With segments (``ends``): Q_i [segments, K_i, N], V_i [segments, R_i, N], bias [segments, N].  A
+    row uses the matrices of its segment; rows without a segment get zero.  PACKING, unless None:
+    Q_i is packed, q_i has its codes and ``q_operands`` its scales and tables (packed.py).
     """
-    # Not tuples from outside: a launch finds no descriptors inside of tuples.
+    # Descriptors come as single arguments, because a launch doesn't find them inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
     dtype: tl.constexpr = p0.dtype if DESCRIPTORS else p0.dtype.element_ty
+    # With segments an upper bound: each segment may have a partly filled tile (segments.py).
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
     n_tiles = tl.cdiv(N, BLOCK_N)
+    # PERSISTENT: as many programs as processors, each takes every num_programs-th tile.  So a
+    # tile's loads can overlap the store of the tile before.  Otherwise a program has one tile.
     first = tl.program_id(0)
     last = m_tiles * n_tiles if PERSISTENT else first + 1
     for i_tile in range(first, last, tl.num_programs(0) if PERSISTENT else 1):
-        i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
-        i_n = i_n * BLOCK_N
+        # GROUP rows of tiles advance column by column, so that L2 serves both P and Q.
+        i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)  # in tiles
+        i_n = i_n * BLOCK_N  # in columns
+        # i_m becomes the tile's first row.  Rows below ``rows`` and columns below ``columns`` are
+        # loaded; both are 0 for rows without a segment.  Rows below ``end`` are stored.
         i_segment, _, i_m, end, rows, columns = segment_of_tile(
             ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
         )
+        # 1. Before the main loop: "first" multiplies here, "early" only loads.
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
         for i in tl.static_range(len(u)):
@@ -171,21 +215,26 @@ def gemm_lowrank_kernel(
                 b_low = low_rank_tile(
                     u[i], v_i, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
+                # [BM, BN]
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
-                # From compilation for sm_90: without the 0 of the first, a fifth more instructions.
+                # b_out is zero for the first term, but the addition stays.  From compilation for
+                # sm_90: without it there are a fifth more instructions.
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 b_u, b_v = u_v_tiles(
                     u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
                 )
-                b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
+                b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)  # [BM, BR], [BR, BN]
 
+        # 2. The main loop: its depth runs over the K of all projections, one after the other.
         b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for i in tl.static_range(len(K)):
+            # Rows without a segment take no steps.
             depth = K[i] if ends is None else tl.where(rows > 0, K[i], 0)
             operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
+            # The compiler pipelines this loop: loads run num_stages - 1 steps ahead.
             for i_k in range(0, depth, BLOCK_K):
                 b_p = load_tile(
                     p[i], i_m, i_k, rows, K[i], p_strides[i][0], p_strides[i][1],
@@ -196,12 +245,15 @@ def gemm_lowrank_kernel(
                     BLOCK_K, BLOCK_N, Q_TRANSPOSED, DESCRIPTORS, PACKING, dtype,
                 )  # [BK, BN]  # fmt: skip
                 b_out = dot(b_p, b_q, b_out, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
+                # h from the tile of x that is loaded anyway.
                 if LOW_RANK == "made":
                     b_a = load_tile(
                         a, i_k, 0, K[0], R[0], a_strides[0], a_strides[1], BLOCK_K, BLOCK_R
                     )  # [BK, BR]
-                    b_made = dot(b_p, cast(b_a, dtype), b_made, PRECISION)  # [BM, BR]
+                    # [BM, BR] += [BM, BK] @ [BK, BR]
+                    b_made = dot(b_p, cast(b_a, dtype), b_made, PRECISION)
 
+        # 3. Behind the main loop.
         for i in tl.static_range(len(u)):
             v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if LOW_RANK == "early":
@@ -213,16 +265,22 @@ def gemm_lowrank_kernel(
             elif LOW_RANK == "made":
                 b_u = cast(b_made * factor, dtype)  # [BM, BR]
                 v_0, r, row, column = v_i
+                # Every tile of columns computes the same h; only the first stores it.
                 if i_n == 0:
                     store_tile(u[i], b_u, i_m, 0, M, r, r, 1)
                 b_v = load_tile(v_0, 0, i_n, r, N, row, column, BLOCK_R, BLOCK_N)  # [BR, BN]
+                # [BM, BN] += [BM, BR] @ [BR, BN]
                 b_out = dot(b_u, cast(b_v, dtype), b_out, PRECISION)
+
+        # 4. The epilogue, in float32 until the store rounds.
         if bias is not None:
+            # [BM, BN] += [1, BN]
             b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         if ADD:
             b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N)
             b_out += b_before.to(tl.float32)  # [BM, BN]
 
+        # A store by descriptor can't stop at a segment's end, inside of a tile: pointers can.
         if DESCRIPTORS and ends is None:
             store_in_halves(out, b_out, i_m, i_n, BLOCK_M, BLOCK_N)
         else:
@@ -247,21 +305,24 @@ def gemm_lowrank(
     config: GemmConfig | None = None,
     preferred: GemmConfig | None = None,
 ) -> None:
-    """out = Σ_i p_i q_i + Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
+    """Fill ``out`` with Σ_i p_i q_i + Σ_i keep_i ∘ (u_i v_i) (+ bias), or add it if ``add``.
 
-    out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
-    any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
-    Without an adapter there is no u_i, and v_i.
-    Or all q_i are packed alike, and lie in rows (``Packed.lies_in_rows``); with ``ends`` experts'.
+    out [M, N] and u_i [M, R_i] are contiguous.  p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
+    any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias [N] are cast to it when they
+    are loaded.  Without adapters, ``us`` and ``vs`` are empty.  The q_i may be packed, all in the
+    same format (``Packed.is_like``), with ``Packed.lies_in_rows``.
 
-    Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
-    u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
+    With ``dropout``, ``seeds`` (int64) has one seed for each u_i.  With ``a`` [K_0, R_0], the
+    launch also fills u_0 with factor · p_0 a; that needs one projection and no dropout, and
+    :func:`one_launch_pays` says when it saves time.
 
-    ``ends`` as in :func:`project`, without ``a``: q_i [E, K_i, N], v_i [E, R_i, N], bias [E, N].
+    ``ends`` as in :func:`project`, without ``a``: q_i [E, K_i, N], v_i [E, R_i, N], bias [E, N]; a
+    packed q_i has E experts.
 
-    ``config``, if given, must fit the call; ``preferred`` is taken if it does.
+    ``config`` must fit the call; ``preferred`` is used only if it fits.
     """
     target, (M, N) = target_of(out.device), out.shape
+    # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     for i, (u, v, p, q, keys) in enumerate(chunks(us, vs, ps, qs, seeds)):
         if not p:  # more adapters than products
             options = {"precision": precision, "dropout": dropout, "seeds": keys, "ends": ends}
@@ -269,6 +330,7 @@ def gemm_lowrank(
             continue
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
         packed = q[0] if isinstance(q[0], Packed) else None
+        # A weight is stored row by row.  q is its transpose in the forward, and itself in dx.
         transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in q)
         described = [] if packed else [*p, *(each.mT if transposed else each for each in q), out]
         adds, size = add or i > 0, out.element_size()
@@ -282,8 +344,8 @@ def gemm_lowrank(
         )  # fmt: skip
         tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
         descriptors = tiles.uses_descriptors(call)
-        # The addresses of a group's low-rank operands, kept from tile to tile, are too many
-        # registers beside its two accumulators.
+        # A masked group isn't persistent: the addresses of its low-rank operands would stay in
+        # registers from tile to tile, beside two accumulators.
         persistent = descriptors and ends is None and not (keys is not None and len(u) > 1)
         operands = (
             _described(p, q, out, tiles, transposed, ends)
@@ -322,7 +384,7 @@ def _described(
     transposed: bool,
     ends: Tensor | None,
 ) -> tuple[list[TensorDescriptor], list[TensorDescriptor], TensorDescriptor | Tensor]:
-    """The operands by descriptor, but for the output of segments: a tile may have two's rows."""
+    """Descriptors of p, q and out.  With segments, out stays a tensor, because tiles are cut."""
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     shape = [block_n, block_k] if transposed else [block_k, block_n]
     shape = shape if ends is None else [1, *shape]
@@ -335,17 +397,19 @@ def _described(
 
 
 def one_launch_pays(x: Tensor, r: int) -> bool:
-    """Whether :func:`gemm_lowrank` should make h as well, by repeating that for every tile.
+    """Whether a forward should compute h inside of :func:`gemm_lowrank`, which saves a launch.
 
-    It should while the launch waits for the weight's bytes, and r is small beside a tile.
+    Every tile of columns then computes h again.  That costs no time while the launch waits for the
+    weight's bytes (few rows) and r is small beside a tile.
     """
     return len(x) <= FEW_ROWS and r <= 32
 
 
 def _has_descriptor(matrix: Tensor, target: Target) -> bool:
-    """Whether a tensor descriptor can describe it: rows that don't overlap, all at 16 bytes.
+    """Whether a tensor descriptor can describe a matrix, or a stack of matrices.
 
-    Of stacked matrices every one lies at 16 bytes, too.
+    Columns must be contiguous, rows mustn't overlap, and every row and every matrix must begin at a
+    multiple of 16 bytes.
     """
     *outer, column = matrix.stride()
     size = matrix.element_size()

@@ -1,4 +1,4 @@
-"""A launch as a record: what runs, on which grid, and what work it states about itself."""
+"""A kernel launch as a record: kernel, grid, arguments, and the work that it states."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,28 +15,29 @@ from .common import INTERPRETED
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does.  Bytes count once for each launch, or as often as a tile asks.
+    """The FLOPs and bytes of one launch, as benchmarks and profilers report them.
 
-    With segments, it is as if each had rows and no rows were nobody's; by tiles it is a bound.
+    With segments, the counts assume that every row has a segment and no segment is empty, and
+    ``loaded_by_tiles`` is an upper bound.
     """
 
     flops: int
-    loaded: int  # bytes, each element once
+    loaded: int  # bytes, each element counted once: the traffic from DRAM if caches are perfect
     stored: int  # bytes; no kernel stores an element twice
-    loaded_by_tiles: int  # bytes, again for every tile that needs them
-    partial: int = 0  # bytes of partial sums, which are part of loaded and stored
+    loaded_by_tiles: int  # bytes, an element counted for every tile that loads it: L2 requests
+    partial: int = 0  # bytes of partial sums, already counted in ``loaded`` or ``stored``
 
 
 def size_of(*operands: Tensor | TensorDescriptor | None) -> int:
-    """Bytes of the elements; None has none."""
+    """Bytes of the operands' elements; None counts as zero."""
     tensors = [o.base if isinstance(o, TensorDescriptor) else o for o in operands if o is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def stated(work: Callable[[Mapping[str, Any]], Work]) -> Callable:
-    """Triton's ``launch_metadata`` of a kernel: what profilers such as Proton show of a launch.
+    """A kernel's ``launch_metadata``, which profilers such as Proton show for each launch.
 
-    ``work`` makes it of the kernel's arguments, by name.
+    ``work`` computes it from the kernel's arguments, by name.
     """
 
     def metadata(grid: tuple[int, ...], kernel: Any, arguments: Mapping[str, Any]) -> dict:
@@ -48,6 +49,8 @@ def stated(work: Callable[[Mapping[str, Any]], Work]) -> Callable:
 
 @dataclass(frozen=True)
 class Launch:
+    """One launch of a kernel.  Launchers build it and hand it to :func:`launch`."""
+
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
@@ -65,10 +68,10 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        if not INTERPRETED.value:  # which has no such option
-            # The mask's hash wraps, where TRITON_DEBUG=1 would trap.
+        if not INTERPRETED.value:  # the interpreter rejects these options
+            # The dropout mask's hash relies on wrapping; TRITON_DEBUG=1 would trap there.
             options["sanitize_overflow"] = False
-            # Products are added in one step.  Triton 3.9 warns that 3.10 won't by itself.
+            # Fuse multiply and add.  Triton 3.9 warns that 3.10 turns this off by default.
             options["enable_fp_fusion"] = True
         return options
 
@@ -77,23 +80,23 @@ class Launch:
 
     @property
     def identity(self) -> str:
-        """Its name, and a hash of what it would be compiled for, where it is interpreted."""
+        """Name and hash of all compile-time arguments: a kernel's identity in the interpreter."""
         names = [name for name in self.arguments if len(name) > 1 and name.isupper()]
         settings = [self.options, *[(name, self.arguments[name]) for name in names]]
         return f"{self.name} {sha256(repr(settings).encode()).hexdigest()}"
 
     def compile(self) -> Any:
-        """Triton's compiled kernel, as :meth:`run` would launch it; the arguments may be meta."""
+        """The compiled kernel that :meth:`run` would launch; arguments may be meta tensors."""
         return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options)
 
 
-# Not a context variable: a backward runs in a thread of autograd's own.
+# Not a context variable, because autograd runs a backward in a thread of its own.
 interceptor: Callable[[Launch], None] | None = None
-_here = threading.local()  # a recording is one thread's
+_here = threading.local()  # a recording concerns only the thread that records
 
 
 def launch(record: Launch) -> None:
-    """Run it, unless :func:`recording` or :func:`intercept` wants it."""
+    """Run the launch, or hand it to the handler of :func:`recording` or :func:`intercept`."""
     handler = getattr(_here, "handler", None) or interceptor
     if handler is None:
         record.run()
@@ -113,9 +116,9 @@ def recording(handler: Callable[[Launch], None]) -> Iterator[None]:
 
 @contextmanager
 def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand every launch inside the block to ``handler``, which runs it or doesn't.
+    """Hand every launch inside the block, in all threads, to ``handler``, which may run it.
 
-    On meta tensors, a handler that runs nothing learns what a call would launch.
+    With meta tensors, a handler that runs nothing lists the launches of a call.
     """
     global interceptor
     before, interceptor = interceptor, handler

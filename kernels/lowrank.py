@@ -1,4 +1,8 @@
-"""The low-rank term alone: written before torch's product comes on top, or added to one."""
+"""OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias): the low-rank term without a base product.
+
+Plans "in place" use it.  It writes the term to a new output, to which torch's product is then added
+(a layer), or it adds the term to a product that torch wrote (experts, many adapters).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,13 +39,13 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class LowRankConfig(Config):
-    """Tiles of :func:`lowrank`: OUT in block_m x block_n.  No loop is pipelined."""
+    """Tiles of :func:`lowrank`: OUT is cut into block_m x block_n.  No loop is pipelined."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int = 1
-    group: int = 8  # rows of tiles that go together, for the L2 cache
+    group: int = 8  # rows of tiles that advance together and share L2 (common.tile_of)
 
     def block_r(self, call: Call) -> int:
         return rank_step(call.r)
@@ -50,10 +54,12 @@ class LowRankConfig(Config):
         return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group has products at hand beside its sum; from compilation, two for four.
+        # A masked group holds products beside its sum; from compilation, two for four projections.
         return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
 
     def through_l2(self, call: Call) -> float:
+        # DRAM serves OUT once.  L2 serves U (itemsize bytes) for every tile of columns, and V
+        # (float32, 4 bytes) for every tile of rows.
         each = 1 / self.block_n + 4 / (self.block_m * call.itemsize)
         return 1 + call.projections * call.r * each
 
@@ -68,15 +74,17 @@ class LowRankConfig(Config):
 
 
 def rank_step(r: int) -> int:
-    """The columns of a step over the rank, beside a tile of OUT."""
-    # Of a rank that 16 doesn't divide, Triton may load every element by itself, with a pointer.
+    """BLOCK_R where a program also holds a tile of OUT: the whole rank up to 64, then 32 or 16."""
+    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own; 16
+    # columns limit the registers that those pointers take.
     return min(max(16, power_of_two(r)), 64 if r <= 64 else 32 if r % 16 == 0 else 16)
 
 
 def loads_at_once(target: Target, call: Call) -> bool:
-    """Whether tiles of all U and V are loaded before the first is multiplied.
+    """Whether a program loads the tiles of all U and V before it multiplies the first pair.
 
-    They wait in shared memory on Hopper and newer, elsewhere in registers, which few fit into.
+    Loaded tiles wait in shared memory on Hopper and newer, elsewhere in registers, where only small
+    ones fit.
     """
     one_step = call.r <= rank_step(call.r) and not call.masked
     return one_step and (target.descriptors or call.r * call.projections <= 16)
@@ -103,7 +111,11 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 
 @triton.jit
 def v_operand(v, i_bank, R, strides, MULTIPLES_OF_8: tl.constexpr):
-    """(V [R, N] or its segment's, R, and its two strides), with what the compiler may count on."""
+    """(pointer to V [R, N], R, row stride, column stride), as the other functions take V.
+
+    With segments (``strides[0]``), V is matrix number ``i_bank`` of a stack.  MULTIPLES_OF_8 tells
+    the compiler which of R and the column stride 8 divides.
+    """
     if strides[0] is not None:
         v += i_bank.to(tl.int64) * strides[0]
     r = known_multiple(R, MULTIPLES_OF_8[0])
@@ -117,10 +129,13 @@ def u_v_tiles(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of U and V, a :func:`v_operand`, at one step over the rank: [BM, BR], [BR, BN]."""
+    """One step over the rank: U's tile at (i_m, i_r), and V's at (i_r, i_n) in U's dtype.
+
+    ``v`` comes from :func:`v_operand`.
+    """
     v, r, row, column = v
-    b_u = load_tile(u, i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)
-    b_v = load_tile(v, i_r, i_n, r, N, row, column, BLOCK_R, BLOCK_N)
+    b_u = load_tile(u, i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)  # [BM, BR]
+    b_v = load_tile(v, i_r, i_n, r, N, row, column, BLOCK_R, BLOCK_N)  # [BR, BN]
     return b_u, cast(b_v, b_u.dtype)
 
 
@@ -132,8 +147,8 @@ def low_rank_tile(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
-    # Not pipelined: a few steps, whose buffers would lie beside those of a main loop.
+    """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
+    # Not pipelined: there are few steps, and their buffers would add to the main loop's.
     for i_r in tl.range(0, v[1], BLOCK_R, num_stages=1):
         b_u, b_v = u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
@@ -142,14 +157,17 @@ def low_rank_tile(
 
 @triton.jit
 def add_kept(b_sum, b_term, keep, i: tl.constexpr):
-    """b_sum + keep ∘ b_term; of the first term, without the sum."""
+    """b_sum + keep ∘ b_term.  For the first term (i = 0), b_sum is zero and is left out."""
     b_kept = tl.where(keep, b_term, 0.0)
     return b_kept + b_sum if i > 0 else b_kept
 
 
 @triton.jit
 def bias_row(bias, i_n, i_bank, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
-    """[1, BN] of a bias [N], or of its segment's: rounded to x's dtype, as torch rounds it."""
+    """The bias [1, BN] of a tile's columns, in float32 after rounding to ``dtype``.
+
+    torch's linear also casts the bias to x's dtype.  With segments, the bias is a row of a stack.
+    """
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_bias = o_n.to(tl.int64) * strides[1]
     if strides[0] is not None:
@@ -158,7 +176,7 @@ def bias_row(bias, i_n, i_bank, N, strides, BLOCK_N: tl.constexpr, dtype: tl.con
     return cast(b_bias, dtype).to(tl.float32)[None, :]
 
 
-# What batches and sequences of all lengths change.
+# M changes with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def lowrank_kernel(
     u, v, bias, out, seeds, ends, order, own_thresholds,
@@ -175,14 +193,19 @@ def lowrank_kernel(
 ):  # fmt: skip
     """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
-    U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments, V_i and the bias have an axis
-    more in front: a row's are its segment's, and OUT is zero in nobody's rows.  Of an ``order``,
-    which is OUT's, and of what is a segment's own, see project.py.  AT_ONCE: all U_i and V_i are
-    loaded, and then multiplied.
+    U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The index i runs over the projections of a
+    group: for y, one; for dx, all that read x.  A program computes one tile of OUT.
+
+    With segments (``ends``): V_i [segments, R_i, N], bias [segments, N].  A row uses the matrices
+    of its segment; rows without a segment get zero.  With ``order``, row s of U_i belongs to row
+    order[s] of OUT.  With ``own_thresholds``, each segment has its own seed and threshold.
+
+    AT_ONCE: load all U_i and V_i first, then multiply, so that the loads overlap.
     """
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
     first = tl.program_id(0)
-    # One tile: outside of a loop, ptxas takes up to a tenth more registers for a group's masks.
+    # A loop of one pass.  From compilation: without the loop, ptxas takes up to a tenth more
+    # registers for a group's masks.
     for i_tile in range(first, first + 1):
         i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
         i_n = i_n * BLOCK_N
@@ -199,6 +222,8 @@ def lowrank_kernel(
                 )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
             else:
+                # Without a mask, products go straight into the output's sum.  With one, a product
+                # needs a sum of its own, because the mask must not touch the other terms.
                 b_sum = b_out
                 if seeds is not None:
                     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -206,23 +231,27 @@ def lowrank_kernel(
                     u[i], v_i, i_m, i_n, rows, columns, b_sum, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
                 if seeds is not None:
+                    # One seed for each projection.  With per-segment numbers, one for each segment;
+                    # its mask begins at the segment's first row.
                     i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
                     i_mask = i_m if own_thresholds is None else i_m - start
                     least = own_number(own_thresholds, threshold, i_segment, segments)
                     keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
                     b_sum = add_kept(b_out, b_sum, keep, i)
                 b_out = b_sum  # [BM, BN]
+        # AT_ONCE: the tiles have arrived.
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
         if bias is not None:
             dtype: tl.constexpr = out.dtype.element_ty
             b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
+        # The tile's rows in memory, if OUT isn't sorted.
         o_at = None
         if order is not None:
-            o_at = row_numbers(order, i_m, end, BLOCK_M)
+            o_at = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
         if ADD:
             b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
-            b_out += b_before.to(tl.float32)
+            b_out += b_before.to(tl.float32)  # [BM, BN]
         store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
 
 
@@ -241,16 +270,18 @@ def lowrank(
     numbers: SegmentNumbers | None = None,
     config: LowRankConfig | None = None,
 ) -> None:
-    """out = Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
+    """Fill ``out`` with Σ_i keep_i ∘ (u_i v_i) (+ bias), or add that to it if ``add``.
 
-    out [M, N] and u_i [M, R_i], of which there may be none, are contiguous and have one dtype; v_i
-    [R_i, N] has any strides; it and bias [N] are cast as they are read.  ``ends``, ``order`` and
-    ``numbers`` as in :func:`project`: v_i [E, R_i, N], bias [E, N]; u's rows are added to these of
-    out.  ``config`` must fit the call.
+    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; ``us`` may be empty.  v_i [R_i,
+    N] has any strides.  v_i and bias [N] are cast to that dtype when they are loaded.
+
+    ``ends``, ``order`` and ``numbers`` as in :func:`project`, with v_i [E, R_i, N] and bias [E, N].
+    With ``order``, row s of u_i belongs to row order[s] of out.  ``config`` must fit the call.
     """
     M, N, target = sorted_rows(out, order), out.shape[1], target_of(out.device)
     segments = segment_arguments(ends)
     for i, (u, v, keys) in enumerate(chunks(us, vs, seeds)):
+        # Only the first launch adds the bias; later ones add to the first one's output.
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
         call = Call(
             M, N, max(ranks, default=0), out.element_size(), precision, len(u), keys is not None,
@@ -278,5 +309,5 @@ def bias_strides(bias: Tensor | None, ends: Tensor | None) -> tuple | None:
 
 
 def multiples_of_8(us: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether 8 divides all ranks, and all of v's strides from column to column."""
+    """Whether 8 divides all ranks, and whether it divides the last stride of every v."""
     return all(u.shape[1] % 8 == 0 for u in us), all(v.stride(-1) % 8 == 0 for v in vs)

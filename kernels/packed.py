@@ -1,8 +1,11 @@
-"""Packed weights: codes and scales, and how a kernel makes a tile of the weight from them."""
+"""Packed weights: a record of codes and scales, and the device functions that unpack a tile.
+
+An element is number(code) · scale, computed in float32 and rounded once to the product's dtype.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,24 +21,28 @@ FOUR_BIT, INT8, FLOAT8 = "four-bit", "int8", "float8"
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight [rows, columns]: a code for each element, and numbers that the codes are scaled by.
+    """A weight [rows, columns]: a code for each element, and a scale for each block of elements.
 
-    ``codes``, one of these:
+    ``codes`` is one of these, by ``kind``:
 
-    * "four-bit": uint8, two elements a byte, the earlier one in the upper half, or in the lower
-      one if ``low_first``; one element comes after the other over the whole weight.  ``table`` says
-      what each of the 16 codes stands for;
+    * "four-bit": uint8, two elements in a byte, row after row without gaps.  The first element is
+      in the upper half, or in the lower half if ``low_first``.  ``table`` has the number of each of
+      the 16 codes;
     * "int8": int8 [rows, columns];
     * "float8": e4m3, as uint8 [rows, columns].
 
-    Each ``block_rows`` x ``block_columns`` of the weight, powers of two, have a scale in common; 0
-    stands for all there are.  ``scales`` hold them row by row, in any floating dtype of at most 32
-    bits, in which they are multiplied by ``factor``; or as codes of their own, uint8, of which
-    ``outer`` has a scale for every ``outer_block`` of them, a table [256], and what is added to
-    all: float32, as is the sum.
+    A block of ``block_rows`` x ``block_columns`` elements shares a scale.  Both are powers of two,
+    or 0 for all rows or columns.  ``scales`` has one entry for each block, row by row, in one of
+    two forms:
 
-    Codes and scales lie end to end, also those of ``experts`` weights, if there are several: then
-    ``block_rows`` divides the rows.  ``transposed``: columns and rows change places.
+    * numbers of a floating dtype of at most 32 bits, which are multiplied by ``factor`` and rounded
+      to that dtype;
+    * nested: uint8 codes.  ``outer`` then has three float32 tensors: a scale for every
+      ``outer_block`` codes, a table [256], and an offset.  A block's scale is table[code] · outer
+      scale + offset, in float32.
+
+    Codes and scales are contiguous.  With ``experts``, all weights follow each other in them, and
+    ``block_rows`` divides the rows.  ``transposed``: the weight is [columns, rows], the transpose.
     """
 
     kind: str
@@ -54,7 +61,7 @@ class Packed:
     experts: int = 0
 
     @property
-    def mT(self) -> "Packed":  # noqa: N802  # as tensors have it
+    def mT(self) -> "Packed":  # noqa: N802  # the name that tensors use
         return replace(self, transposed=not self.transposed)
 
     @property
@@ -64,11 +71,11 @@ class Packed:
 
     @property
     def width(self) -> int:
-        """The codes of a row, in bytes."""
+        """Bytes of codes in a row."""
         return cdiv(self.columns, 2) if self.kind == FOUR_BIT else self.columns
 
     def stride(self) -> tuple[int, ...]:
-        """Of the codes, in bytes."""
+        """Strides of the codes, in bytes."""
         strides = (1, self.width) if self.transposed else (self.width, 1)
         return (self.rows * self.width, *strides) if self.experts else strides
 
@@ -78,12 +85,12 @@ class Packed:
 
     @property
     def in_one_row(self) -> "Packed":
-        """The same elements as a matrix of one row, where ``block_rows`` is 1."""
+        """The same elements as a matrix with one row; needs ``block_rows`` 1."""
         return replace(self, rows=1, columns=self.rows * self.columns)
 
     @property
     def of_all_experts(self) -> "Packed":
-        """Their weights as one matrix, below each other."""
+        """The experts' weights as one matrix, one below the other."""
         return replace(self, rows=max(1, self.experts) * self.rows, experts=0)
 
     def tensors(self) -> list[Tensor]:
@@ -91,11 +98,11 @@ class Packed:
 
     @property
     def operands(self) -> tuple:
-        """What a kernel reads besides the codes."""
+        """The kernel operands besides the codes: (scales, outer scales, outer table, offset)."""
         return self.scales, *(self.outer or (None, None, None))
 
     def is_like(self, other: "Packed") -> bool:
-        """Whether one kernel reads both."""
+        """Whether one launch can read both weights."""
         ours, theirs = (
             (each.kind, each.block_rows, each.block_columns, each.table, each.outer_block)
             + (each.factor, each.scales.dtype, each.low_first)
@@ -103,32 +110,40 @@ class Packed:
         )
         return ours == theirs
 
-    def packing(self, target: Target) -> tuple:
-        """What a kernel is compiled for: its PACKING, whose parts it takes by these places.
-
-        0 kind, 1 block_rows, 2 block_columns, 3 outer_block (0: scales aren't nested), 4 factor,
-        5 table of 16, 6 by how many bits a byte is shifted for the earlier of its two codes.
-        """
+    def packing(self, target: Target) -> "Packing":
+        """The compile-time constants of a kernel that reads this weight."""
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
         numbers = self.block_rows, self.block_columns, outer_block, self.factor
-        return kind, *numbers, self.table, 0 if self.low_first else 4
+        return Packing(kind, *numbers, self.table, 0 if self.low_first else 4)
+
+
+class Packing(NamedTuple):
+    """A kernel's argument PACKING: how codes and scales become numbers, known when compiling."""
+
+    kind: str
+    block_rows: int
+    block_columns: int
+    outer_block: int  # 0: scales aren't nested
+    factor: float
+    table: tuple[float, ...]  # of 16 numbers
+    shift: int  # bits to shift a byte right for the first of its two codes
 
 
 def lies_in_rows(kind: str, columns: int, block_columns: int) -> bool:
-    """Whether no byte, and no block of scales, goes on from one row into the next."""
+    """Whether every row begins a new byte and a new block of scales."""
     return kind != FOUR_BIT or columns % max(2, block_columns) == 0
 
 
-def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int) -> int:
-    """Bytes that are read of the scales if each tile of so many columns reads its own."""
-    _, _, block_columns, outer_block, *_ = packing
-    count = rows * cdiv(columns, min(tile_columns, block_columns or columns))
-    return count * (operands[0].element_size() + (8 if outer_block else 0))
+def scale_bytes(operands: tuple, packing: Packing, rows: int, columns: int, width: int) -> int:
+    """Bytes of scales that tiles of ``width`` columns load in all."""
+    count = rows * cdiv(columns, min(width, packing.block_columns or columns))
+    # A nested scale also loads a float32 from the table and an outer scale.
+    return count * (operands[0].element_size() + (8 if packing.outer_block else 0))
 
 
 def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """What packed weights have to be read besides their codes; the same again for every tile."""
+    """Bytes that packed weights load besides their codes: (once, as all tiles load them)."""
     packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
     if packing is None:
         return 0, 0
@@ -141,22 +156,20 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = (N, K, block_k) if transposed else (K, N, block_n)
         once += size_of(*operands)
         by_tiles += m_tiles * scale_bytes(operands, packing, *shape)
-        by_tiles += m_tiles * n_tiles * size_of(operands[3])
+        by_tiles += m_tiles * n_tiles * size_of(operands[3])  # the offset
     return once, by_tiles
 
 
 @triton.jit
 def tables_of(operands, PACKING: tl.constexpr):
-    """What every tile needs: the numbers that codes of four bits stand for, and an offset."""
-    KIND: tl.constexpr = PACKING[0]
-    OUTER_BLOCK: tl.constexpr = PACKING[3]
-    TABLE: tl.constexpr = PACKING[5]
-    b_table, offset_of_scales = 0.0, 0.0  # Triton 3.6 hands on no None from here
-    if KIND == "four-bit":
+    """(table of four-bit codes [16], offset of nested scales): loaded once, used by every tile."""
+    b_table, offset_of_scales = 0.0, 0.0  # Triton 3.6 can't return None
+    if PACKING.kind == "four-bit":
+        # The table is known when compiling, so it is built from constants in registers.
         b_table = tl.zeros((16,), tl.float32)
         for i in tl.static_range(16):
-            b_table = tl.where(tl.arange(0, 16) == i, TABLE[i], b_table)
-    if OUTER_BLOCK > 0:
+            b_table = tl.where(tl.arange(0, 16) == i, PACKING.table[i], b_table)
+    if PACKING.outer_block > 0:
         offset_of_scales = tl.load(operands[3])
     return b_table, offset_of_scales
 
@@ -168,40 +181,37 @@ def scale_tile(
     GROUPS: tl.constexpr,
     PACKING: tl.constexpr,
 ):  # fmt: skip
-    """The scales of a tile, float32 [ROWS, GROUPS]."""
+    """The scales of a tile, float32 [ROWS, GROUPS]: GROUPS blocks of columns in each row."""
     scales, outer, outer_table, _ = operands
-    BLOCK_ROWS: tl.constexpr = PACKING[1]
-    BLOCK_COLUMNS: tl.constexpr = PACKING[2]
-    OUTER_BLOCK: tl.constexpr = PACKING[3]
-    FACTOR: tl.constexpr = PACKING[4]
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
-    groups = 1
+    groups = 1  # scales in a row of blocks; one if a block has all columns
     inside = (o_row < rows)[:, None] & (o_group < 1)[None, :]
-    if BLOCK_COLUMNS > 0:
-        o_group += i_column // BLOCK_COLUMNS
-        groups = tl.cdiv(columns, BLOCK_COLUMNS)
+    if PACKING.block_columns > 0:
+        o_group += i_column // PACKING.block_columns
+        groups = tl.cdiv(columns, PACKING.block_columns)
         inside = (o_row < rows)[:, None] & (o_group < groups)[None, :]
-    o_block = o_row // BLOCK_ROWS if BLOCK_ROWS > 0 else o_row * 0
+    o_block = o_row // PACKING.block_rows if PACKING.block_rows > 0 else o_row * 0
     o_scale = o_block.to(tl.int64)[:, None] * groups + o_group[None, :]
-    b_scale = tl.load(scales + o_scale, mask=inside, other=0)
-    if OUTER_BLOCK > 0:
+    b_scale = tl.load(scales + o_scale, mask=inside, other=0)  # [ROWS, GROUPS]
+    if PACKING.outer_block > 0:
         b_inner = tl.load(outer_table + b_scale.to(tl.int32), mask=inside, other=0.0)
-        b_outer = tl.load(outer + o_scale // OUTER_BLOCK, mask=inside, other=0.0)
-        # Rounded, and then added to: a minimum in between can't become one multiply-add.
+        b_outer = tl.load(outer + o_scale // PACKING.outer_block, mask=inside, other=0.0)
+        # The format rounds the product before it adds the offset.  The minimum keeps the compiler
+        # from fusing both into one multiply-add, which rounds only once.
         b_scale = tl.minimum(b_inner * b_outer, 3.0e38, propagate_nan=tl.PropagateNan.ALL) + offset
-    elif FACTOR != 1.0:
-        b_scale = cast(b_scale.to(tl.float32) * FACTOR, b_scale.dtype)
+    elif PACKING.factor != 1.0:
+        b_scale = cast(b_scale.to(tl.float32) * PACKING.factor, b_scale.dtype)
     return b_scale.to(tl.float32)
 
 
 @triton.jit
 def scaled(b_code, b_scale):
-    """Codes [ROWS, C] times their scales [ROWS, GROUPS], in float32."""
+    """Numbers [ROWS, COLUMNS] times their scales [ROWS, GROUPS], in float32."""
     ROWS: tl.constexpr = b_code.shape[0]
     COLUMNS: tl.constexpr = b_code.shape[1]
     GROUPS: tl.constexpr = b_scale.shape[1]
-    if GROUPS > 1:
+    if GROUPS > 1:  # repeat each scale for the columns of its group
         b_wide = b_scale[:, :, None].broadcast_to(ROWS, GROUPS, COLUMNS // GROUPS)
         b_scale = b_wide.reshape(ROWS, COLUMNS)
     return b_code * b_scale
@@ -209,9 +219,10 @@ def scaled(b_code, b_scale):
 
 @triton.jit
 def float8_of(b_bits):
-    """What e4m3's bits stand for, in float32."""
+    """Convert e4m3's bits to float32, for GPUs without an instruction that does."""
     bits = b_bits.to(tl.int32)
-    # In the place of float32's exponent and mantissa, whose bias is greater by 120.
+    # Move e4m3's exponent and mantissa to their places in float32.  float32's exponent bias is
+    # greater by 120, hence the factor 2¹²⁰; it also makes subnormal numbers right.
     b_number = ((bits & 0x7F) << 20 | (bits & 0x80) << 24).to(tl.float32, bitcast=True) * 2.0**120
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), b_number)
 
@@ -226,37 +237,38 @@ def packed_tile(
 ):  # fmt: skip
     """The tile of a packed weight [rows, columns] at (i_row, i_column), rounded to ``dtype`` once.
 
-    ``width``: the codes of a row, in bytes.
-    Where it sticks out it has some number or other.
+    ``width``: bytes of codes in a row.  Elements outside of the weight are arbitrary finite
+    numbers.  A product meets them with zeros of its other operand, or its store leaves them out.
     """
-    KIND: tl.constexpr = PACKING[0]
-    BLOCK_COLUMNS: tl.constexpr = PACKING[2]
-    EARLIER: tl.constexpr = PACKING[6]
+    BLOCK_COLUMNS: tl.constexpr = PACKING.block_columns
     GROUPS: tl.constexpr = max(1, COLUMNS // BLOCK_COLUMNS) if BLOCK_COLUMNS > 0 else 1
     b_table, offset = tables
     b_scale = scale_tile(operands, offset, i_row, i_column, rows, columns, ROWS, GROUPS, PACKING)
-    if KIND == "four-bit":
+    if PACKING.kind == "four-bit":
         b_byte = load_tile(
             codes, i_row, i_column // 2, rows, width, width, 1, ROWS, COLUMNS // 2
         )  # [ROWS, COLUMNS / 2]
-        b_even = scaled(looked_up(b_table, b_byte >> EARLIER & 15), b_scale)
-        b_odd = scaled(looked_up(b_table, b_byte >> (4 - EARLIER) & 15), b_scale)
-        # Rounded behind the reshape: Triton 3.9 fails on one that a product reads as it is.
+        # [ROWS, COLUMNS / 2] each: the elements of even and of odd columns
+        b_even = scaled(looked_up(b_table, b_byte >> PACKING.shift & 15), b_scale)
+        b_odd = scaled(looked_up(b_table, b_byte >> (4 - PACKING.shift) & 15), b_scale)
+        # The cast comes after the reshape, because Triton 3.9 fails if a product reads a reshaped
+        # tile directly.
         return cast(tl.join(b_even, b_odd).reshape(ROWS, COLUMNS), dtype)
     else:
+        # [ROWS, COLUMNS]
         b_code = load_tile(codes, i_row, i_column, rows, width, width, 1, ROWS, COLUMNS)
-        if KIND == "float8":
+        if PACKING.kind == "float8":
             b_number = b_code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        elif KIND == "float8 by bits":
+        elif PACKING.kind == "float8 by bits":
             b_number = float8_of(b_code)
-        else:
+        else:  # int8
             b_number = b_code.to(tl.float32)
         return cast(scaled(b_number, b_scale), dtype)
 
 
 @triton.jit
 def looked_up(b_table, b_code):
-    """The entry of a table [16] for each code of a tile."""
+    """table[code] for each code of a tile.  tl.gather takes vectors, so the tile is flattened."""
     ROWS: tl.constexpr = b_code.shape[0]
     COLUMNS: tl.constexpr = b_code.shape[1]
     flat = tl.gather(b_table, b_code.to(tl.int32).reshape(ROWS * COLUMNS), 0)

@@ -1,9 +1,12 @@
-"""Who multiplies by the base weight: a fused Triton kernel, or torch on top of the adapter's part.
+"""How a call multiplies by the base weight: in a fused Triton kernel, or by torch.
 
-What was measured on this device decides, where somebody did (``fastlora tune``).  Else a rule does,
-which no GPU has measured.  For 16 bits on some NVIDIA targets it comes of a model of time
-(docs/gpu.md).  Elsewhere it takes torch's product (cuBLAS, hipBLASLt), whose speed is known, and
-leaves to Triton what torch has no kernel for: thin products, dropout masks, sums of low-rank terms.
+* Fused: one kernel, ``gemm_lowrank``, computes the base product and the adapter's part.
+* In place: ``lowrank`` writes the adapter's part, and torch's product (cuBLAS, hipBLASLt) adds to
+  it.
+
+A measurement on this device decides, if there is one (``fastlora tune``).  Otherwise :func:`rule`
+decides; no GPU has measured it.  In 16 bits on some NVIDIA targets it follows a model of time
+(docs/gpu.md).  Elsewhere it takes torch's product, whose speed is known.
 """
 
 import math
@@ -21,24 +24,21 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class Plan:
-    """``fused``: base product and adapter in one kernel, with these tiles if they fit the call.
+    """How a call multiplies by its base weight."""
 
-    ``unpacks``: that kernel reads a packed weight's codes.  Else they are made dense before.
-    """
-
-    fused: bool
-    gemm: GemmConfig | None = None
-    unpacks: bool = False
+    fused: bool  # base product and adapter in one kernel
+    gemm: GemmConfig | None = None  # the fused kernel's tiles, if they fit the call
+    unpacks: bool = False  # the fused kernel reads packed codes; False: unpacked before it
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured: m rows, n output features, k depth (summed over a group)."""
+    """One measurement of ``fastlora tune``: the sizes of a call and its fastest plan."""
 
     device: str  # its name
-    m: int
-    n: int
-    k: int
+    m: int  # rows
+    n: int  # columns of the result
+    k: int  # depth of the base product, summed over a group
     r: int
     itemsize: int
     masked: bool
@@ -48,7 +48,7 @@ class Row:
     segments: int = 0
 
     def distance(self, call: Call, k: int) -> float:
-        """From a call, in doublings of its sizes."""
+        """How far a call's sizes are from this row's, in doublings, summed over the sizes."""
         ours = call.m, call.n, k, call.r, call.projections, call.segments or 1
         its = self.m, self.n, self.k, self.r, self.projections, self.segments or 1
         return sum(abs(math.log2(a / b)) for a, b in zip(ours, its, strict=True))
@@ -56,21 +56,22 @@ class Row:
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
 UNPACKING = Plan(fused=True, unpacks=True)
-MANY_ROWS = 1449  # from which a fused kernel has enough tiles for every processor
-SHORT = 2896  # a depth up to which passes over the output count
-_NEAR = 2.0  # doublings of its sizes, in all, up to which a row says something of a call
-# Targets whose Triton is near enough to cuBLAS, by the model.
+MANY_ROWS = 1449  # from so many rows on, a fused kernel has a tile for every processor
+SHORT = 2896  # up to this depth, a pass over the output is a large part of the time
+_NEAR = 2.0  # a measured row decides for calls up to this distance, in doublings
+# Targets where, by the model, Triton's product is fast enough beside cuBLAS's.
 _FUSING = ("sm_86", "sm_90", "sm_120")
 _measured: tuple[Row, ...] = ()
-edition = 0  # of them
+edition = 0  # counts changes of ``_measured``; a part of cache keys
 
 
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
-    """The plan of a call that nobody measured.
+    """The plan of a call without a measurement near it.
 
-    Few rows: a forward waits for the weight's bytes, and one launch is least; dx would walk alone.
-    Many: fused saves passes over the output, which count where the product is short.  A product in
-    Triton is some tenth slower than cuBLAS's, which counts where it is long.
+    Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
+    because h and y then take one launch; dx and dropout take several launches either way.  Many
+    rows: the fused kernel saves passes over the output, which matters if the product is short.
+    Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
     """
     if target.kind == "cpu":
         return FUSED
@@ -85,27 +86,28 @@ def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 
 
 def _of_segments(target: Target, rows: int, k: int) -> Plan:
-    """With a few hundred rows each they wait for the weights' bytes: fused.
+    """The rule for experts with ``rows`` rows each.
 
-    For many and a long product torch's kernel, where there is one.
+    With a few hundred rows, loading the weights takes most of the time: fused.  With many rows and
+    a deep product, torch's grouped kernel where the target has one.
     """
     has_kernel = target.name in ("sm_90", "sm_100")
     return IN_PLACE if has_kernel and rows > 1024 and k > 2048 else FUSED
 
 
 def use_rows(rows: Iterable[Row]) -> None:
-    """These were measured; those of other devices are passed over."""
+    """Choose by these measurements from now on.  Rows of other devices have no effect."""
     global _measured, edition
     _measured, edition = tuple(rows), edition + 1
     _chosen.cache_clear()
 
 
-forced: Plan | None = None  # no context variable, since a backward runs in another thread
+forced: Plan | None = None  # not a context variable: a backward runs in another thread
 
 
 @contextmanager
 def use_plan(plan: Plan) -> Iterator[None]:
-    """Every call in the block follows this plan: to test or to measure one."""
+    """Every call in the block follows this plan, in tests and measurements."""
     global forced
     before, forced = forced, plan
     try:
@@ -126,11 +128,11 @@ def plan_for(
     packed: bool = False,
     segments: int = 0,
 ) -> Plan:
-    """The plan for an output [M, n] from a depth k, as deep as x or dy.
+    """The plan for a result [M, n] of a base product with depth k; ``x`` is x or, for dx, dy.
 
-    ``packed``: of a weight that the kernel could unpack.  With few rows it should, since the launch
-    waits for the weight's bytes, of which the dense one has two to eight times as many.  Of
-    segments with few rows each, a weight is unpacked for one tile of rows, or two.
+    ``packed``: the kernel can unpack this weight.  With few rows it does, because loading the
+    weight takes most of the time and a dense weight has two to eight times as many bytes.  The same
+    holds for segments with few rows each: a weight is unpacked for one or two tiles of rows.
     """
     if forced is not None:
         return forced
@@ -154,11 +156,12 @@ def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 
 
 def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool) -> bool:
-    """Whether dx's low-rank part, in place, comes with d lora_a: a launch less, for as many bytes.
+    """Whether one launch of ``weight_grad`` should make d lora_a and dx's low-rank part (in place).
 
-    Modeled: of few rows each of both takes about as long as a launch.  Of many they don't, and
-    there one program a processor hides less of a mask's work than the many of ``lowrank``.  Four
-    masks are more than a thread's registers hold, from compilation.
+    That saves a launch and moves as many bytes.  By the model it pays for few rows, where either
+    kernel takes about as long as a launch.  With many rows, ``weight_grad``'s one program on each
+    processor hides less of the masks' work than ``lowrank``'s many.  From compilation, four masks
+    don't fit in a thread's registers.
     """
     size = x.element_size(), precision, min(len(ranks), MAX_PROJECTIONS)
     call = Call(*x.shape, max(ranks), *size, masked, low_rank=True)

@@ -1,4 +1,8 @@
-"""h and dh: the thin products of a group, with one pass over x."""
+"""U_i = factor_i · (keep_i ∘ X) V_i: thin products of a group, in one pass over X.
+
+In the forward, X is x, V_i is lora_aᵀ and U_i is h.  In the backward, X is dy, V_i is lora_b and
+U_i is dh.  All projections of a group read x once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, room, row_tiles, splits
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, row_tiles, splits
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
@@ -29,37 +33,40 @@ from .target import Target, target_of
 
 
 @dataclass(frozen=True)
-class ProjectConfig(Config):
-    """Tiles of :func:`project`: block_m rows of x, in steps of block_k columns."""
+class ProjectConfig(ThinConfig):
+    """Tiles of :func:`project`: a program has block_m rows of x, in steps of block_k columns."""
 
     block_m: int
     block_k: int
     warps: int
     stages: int
-    width: int = 128  # columns of all U at once
+    width: int = 128
 
     def why_not(self, target: Target, call: Call) -> str:
-        # A masked x is in registers, where wgmma, which takes 64 rows, reads it.
+        # A masked x is in registers, and a product of 64 rows or more (wgmma) reads it there.
         is_exposed = call.masked and call.product == "tf32" and self.block_m >= 64
         if is_exposed and overwrites_operands(target):
-            return f"ptxas before 13.3 and masked TF32 in tiles of {self.block_m} rows"
+            return f"ptxas before 13.3 miscompiles masked TF32 in tiles of {self.block_m} rows"
         return super().why_not(target, call)
 
     def tiles(self, call: Call) -> int:
         return call.row_tiles(self.block_m)
 
     def sums(self, call: Call) -> int:
-        masked = call.masked * self.block_k  # x, as a mask leaves it
+        masked = call.masked * self.block_k  # the masked tile of x
         return self.block_m * (call.projections * self.block_r(call) + masked)
 
     def through_l2(self, call: Call) -> float:
+        # DRAM serves x once.  L2 serves x for every step over the rank, and V (float32, 4 bytes)
+        # for every tile of rows.
         v = 4 * call.projections * call.r / (self.block_m * call.itemsize)
         return cdiv(call.r, self.block_r(call)) + v
 
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, v = self.block_m * self.block_k * size, n * self.block_k * r
-        # As tensor cores read them; elsewhere than on Hopper and newer, 16 bits from registers.
+        # The operands once more in the layout that tensor cores read.  In 16 bits on older devices
+        # than Hopper, tensor cores read registers, and only a masked x passes through memory.
         rounded = v * size + call.masked * n * x
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
@@ -83,7 +90,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     )
 
 
-# What batches and sequences of all lengths change.
+# M and steps change with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def project_kernel(
     x, v, u, planes, seeds, ends, order, own_factors, own_thresholds,
@@ -97,29 +104,37 @@ def project_kernel(
     SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U_i = factor_i · (keep_i ∘ X) V_i, or PLANES_i, whose sum that is.
+    """U_i = factor_i · (keep_i ∘ X) V_i, or the planes PLANES_i, whose sum is U_i.
 
-    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i]: plane s is of so many
-    ``steps`` over the columns, from s · steps on.  With segments, V_i [segments, K, R_i]: a row's
-    factor is its segment's, and U is zero in nobody's rows; X has the rows of an ``order``, a
-    segment its own factor and mask, if these are there.
+    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i].  keep_i [M, K] is dropout's
+    mask, which each tile computes from seed i.  A program computes BLOCK_M rows of all U_i.  If the
+    columns of X are split, split s takes ``steps`` steps of BLOCK_K columns, from step s · steps
+    on, and writes its partial sums to plane s.
+
+    With segments (``ends``): V_i [segments, K, R_i].  A row uses its segment's matrix; rows without
+    a segment get zero.  With ``order``, X's rows in memory aren't sorted, and row s of U is row
+    order[s] of X.  With ``own_factors`` and ``own_thresholds``, each segment has its own factor,
+    seed and threshold (segments.py).
     """
+    # The steps over the rank come first, so that programs with the same rows of X run together.
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
+    # depth is K, or 0 for rows without a segment: their loop has no steps, so U is zero.
     i_segment, start, i_m, end, _, depth = segment_of_tile(
         ends, segments, i_tile, M, K, BLOCK_M, SEGMENT_BLOCK
     )
     i_split = tl.program_id(1)
-    sums, keys = (), ()
+    sums, keys = (), ()  # an accumulator [BM, BR] and a seed for each projection
     for i in tl.static_range(len(v)):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
         if seeds is not None:
             i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
             keys = keys + (tl.load(seeds + i_seed),)
     threshold = own_number(own_thresholds, threshold, i_segment, segments)
+    # A mask counts rows from 0, or, with per-segment numbers, from the segment's first row.
     i_mask = i_m if own_thresholds is None else i_m - start
     o_at = None
     if order is not None:
-        o_at = row_numbers(order, i_m, end, BLOCK_M)
+        o_at = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
     first = i_split * steps * BLOCK_K
     for i_k in range(first, min(first + steps * BLOCK_K, depth), BLOCK_K):
         b_x = load_tile(
@@ -133,6 +148,7 @@ def project_kernel(
             b_v = load_tile(
                 v_i, i_k, i_r, K, R[i], v_row, v_strides[i][2], BLOCK_K, BLOCK_R
             )  # [BK, BR]
+            # Dropout zeroes x here; 1 / (1 - p) is part of the factor.
             b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_mask, i_k, threshold, BLOCK_M, BLOCK_K)
@@ -141,6 +157,7 @@ def project_kernel(
             new = new + (dot(b_kept, cast(b_v, b_x.dtype), sums[i], PRECISION),)
         sums = new
     for i in tl.static_range(len(v)):
+        # The factor multiplies the float32 sum, before the store rounds it.
         b_u = sums[i] * own_number(own_factors, factors[i], i_segment, segments)  # [BM, BR]
         if tl.num_programs(1) == 1:
             store_tile(u[i], b_u, i_m, i_r, end, R[i], R[i], 1)
@@ -162,14 +179,15 @@ def project(
     numbers: SegmentNumbers | None = None,
     config: ProjectConfig | None = None,
 ) -> list[Tensor]:
-    """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: [M, R_i], in x's dtype.
+    """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: a list of [M, R_i] in x's dtype.
 
-    x [M, K] and v_i [K, R_i] have any strides; v_i any floating dtype of at most 32 bits, cast as
-    it is read.  ``seeds``: int64, one for each v_i, with ``dropout``.
+    x [M, K] and v_i [K, R_i] have any strides.  v_i has a floating dtype of at most 32 bits and is
+    cast to x's when it is loaded.  With ``dropout``, ``seeds`` (int64) has one seed for each v_i.
 
-    ``ends``, int32 [E], dense: the rows are cut into segments, v_i is [E, K, R_i], and nobody's
-    rows give zero.  ``order``, int32 [rows]: they are these of x.  ``numbers``: what segments have
-    instead of a factor and of ``dropout``, for an adapter bank alone, with ``seeds`` [E].
+    ``ends``, int32 [E], contiguous: the rows are cut into segments (segments.py).  v_i is [E, K,
+    R_i], and rows without a segment give zero.  ``order``, int32 [rows]: sorted row s is row
+    order[s] of x, and the results have the sorted rows.  ``numbers``: a factor and dropout for each
+    segment, in place of ``factors`` and ``dropout``; then there is one v_i, and ``seeds`` is [E].
     """
     M, K, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made: list[Tensor] = []
@@ -183,14 +201,15 @@ def project(
         block_r = tiles.block_r(call)
         r_tiles = cdiv(max(ranks), block_r)
         programs = tiles.tiles(call) * r_tiles
-        # In 16 bits, 16 r columns of x, or 8 M of the adapters in 32, are four times the bytes to
-        # write and read their plane.
+        # A split should load at least four times the bytes that its plane costs.  A plane is
+        # written and read: 8 · M · r bytes.  A split loads 2 · M bytes of x for each column: 16 r
+        # columns.  It loads 4 · r bytes of V for each column: 8 M columns.  Either suffices.
         least = min(16 * call.r, 8 * M)
-        count, steps = splits(room(target, call), programs, K, tiles.block_k, least)
+        count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]
         if count > 1:
             planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
-        else:  # none; but the kernel is the same
+        else:  # empty planes, so that both cases compile to the same kernel
             planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
         arguments = {
             "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": keys,

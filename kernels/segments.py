@@ -1,14 +1,24 @@
-"""Rows sorted by segment: where each one's lie, and which segment a tile of rows is in.
+"""Segments of sorted rows: the rows of each segment, and the segment of each tile of rows.
 
-Segment e has the rows from ends[e - 1] to ends[e].  What lies behind the last end is nobody's, and
-counts as one segment more.  No tile has rows of two segments: with BLOCK rows in each, the tiles of
-segment e have the numbers from start // BLOCK + e on.  That grows with e, so the last segment whose
-first number isn't above a tile's is the tile's own; and a few numbers are left that are no tile's.
-So a kernel finds a tile's segment by itself, with one load of all ends: no table is made before.
+A segment is the rows of one expert or one adapter.  Segment e has the rows from ends[e - 1] up to
+ends[e].  Rows behind the last end have no segment (no expert or adapter); kernels treat them as one
+more segment, number ``segments``, whose results are zero.
 
-The segments are experts, or adapters.  Those of adapters have a factor and a mask each
-(:class:`SegmentNumbers`), and an ``order`` [M], int32, where the rows weren't sorted before: the
-number of each sorted row in x, or in the result.
+No tile has rows of two segments.  With BLOCK rows in a tile, the tiles of segment e have the
+numbers start // BLOCK + e, … in order.  These first numbers grow with e, so a tile belongs to the
+last segment whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
+
+    segment   rows      first number       tiles
+    0         0 … 19    0 // 16 + 0 = 0    0 (rows 0 … 15), 1 (rows 16 … 19)
+    1         20 … 23   20 // 16 + 1 = 2   2 (rows 20 … 23)
+    none      24 …      24 // 16 + 2 = 3   3 …
+
+Some numbers may remain between two segments; such a tile starts behind its segment's end and loads
+and stores nothing.  Every program finds its segment by one load of all ends, so that no table has
+to be computed before the launch.
+
+Adapters have a factor and a mask for each segment (:class:`SegmentNumbers`).  Where the rows of x
+aren't sorted, ``order`` [M], int32, has the number of each sorted row in x, or in the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,22 +31,22 @@ from torch import Tensor
 from .config import power_of_two
 from .launch import size_of
 
-_MOST_AT_ONCE = 1024
+_MOST_AT_ONCE = 1024  # ends in one load
 
 
 class SegmentNumbers(NamedTuple):
-    """What each segment has of its own, in the place of a factor, and of one mask of dropout.
+    """Per-segment factor and dropout, in place of one for the whole launch.
 
-    A launch that takes this has one projection, and seeds, if any, for each segment.  A mask's
-    first row is then the segment's first.
+    A launch with these numbers has one projection, and with dropout one seed for each segment.  Row
+    0 of a segment's mask is the segment's first row.
     """
 
     factors: Tensor  # float32 [segments]
-    thresholds: Tensor  # int32 [segments], each of ``dropout_threshold``
+    thresholds: Tensor  # int32 [segments], from ``dropout_threshold``
 
 
 def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
-    """What the kernels take: ``ends`` int32 [segments], dense; None of all, if no rows are cut."""
+    """A kernel's arguments for ``ends``, int32 [segments], contiguous; without, all are None."""
     if ends is None:
         return {"ends": None, "segments": None, "SEGMENT_BLOCK": None}
     block = min(_MOST_AT_ONCE, power_of_two(len(ends) + 1))
@@ -46,7 +56,11 @@ def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
 def sorted_arguments(
     order: Tensor | None, numbers: SegmentNumbers | None, *, scaled: bool, masked: bool
 ) -> dict[str, Tensor | None]:
-    """Of ``numbers``, what a launch reads that is ``scaled`` or ``masked``."""
+    """A kernel's arguments for ``order`` and ``numbers``.
+
+    Factors only if the launch multiplies by one (``scaled``), thresholds only with dropout
+    (``masked``).
+    """
     factors, thresholds = (None, None) if numbers is None else numbers
     return {
         "order": order,
@@ -56,24 +70,24 @@ def sorted_arguments(
 
 
 def sorted_rows(matrix: Tensor, order: Tensor | None) -> int:
-    """How many rows a launch is about: those of a matrix, or as many of them as are sorted."""
+    """The number of rows of a launch: the matrix's, or with ``order`` the sorted ones."""
     return len(matrix) if order is None else len(order)
 
 
 def strides_of(tensors: Sequence[Any], ends: Tensor | None) -> tuple[tuple, ...]:
-    """The strides of each, from segment to segment first: None, if no rows are cut."""
+    """The strides of each tensor; the first is from segment to segment, None without segments."""
     return tuple([t.stride() if ends is not None else (None, *t.stride()) for t in tensors])
 
 
 def bytes_to_find(segments: int | None) -> int:
-    """What a program loads to find its tile's segment, at most."""
+    """An upper bound of the bytes that a program loads to find its tile's segment."""
     return 4 * (segments + 2) if segments else 0
 
 
 def bytes_beside(arguments: Mapping[str, Any], programs: int, passes: int) -> tuple[int, int]:
-    """Of seeds, ends, order and own numbers: their bytes, and what so many programs load of them.
+    """Bytes of seeds, ends, order and per-segment numbers: (once, as all programs load them).
 
-    ``passes``: how often all rows are gone over.
+    ``passes``: how many programs load the order of one row.
     """
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
     operands = [arguments.get(name) for name in names]
@@ -86,25 +100,25 @@ def bytes_beside(arguments: Mapping[str, Any], programs: int, passes: int) -> tu
 
 @triton.jit
 def row_numbers(order, i_row, rows, BLOCK: tl.constexpr):
-    """Where the sorted rows from i_row on lie, [BLOCK]."""
+    """The numbers in memory of the sorted rows from i_row on, [BLOCK]."""
     o_row = i_row + tl.arange(0, BLOCK)
     return tl.load(order + o_row, mask=o_row < rows, other=0)
 
 
 @triton.jit
 def own_number(numbers, number, i_segment, segments):
-    """A segment's own of these numbers, if it has; else the launch's."""
+    """The segment's entry of ``numbers`` [segments]; without ``numbers``, the launch's number."""
     if numbers is None:
         return number
     else:
-        return tl.load(numbers + min(i_segment, segments - 1))  # nobody's are never looked at
+        return tl.load(numbers + min(i_segment, segments - 1))  # rows without a segment ignore it
 
 
 @triton.jit
 def segment_rows(ends, segments, i_segment, M):
-    """(first row, row behind the last) of a segment, nobody's included; inside of M, come what may.
+    """(first row, row behind the last) of a segment, clamped to 0 … M whatever ``ends`` has.
 
-    Of nobody's, the first row is the last end.
+    Number ``segments`` stands for the rows without a segment, from the last end to M.
     """
     start = tl.load(ends + i_segment - 1, mask=i_segment > 0, other=0)
     end = tl.load(ends + i_segment, mask=i_segment < segments, other=M)
@@ -115,14 +129,17 @@ def segment_rows(ends, segments, i_segment, M):
 def segment_of_tile(
     ends, segments, i_tile, M, N, BLOCK_M: tl.constexpr, SEGMENT_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(segment, its first row, the tile's, row behind the segment's last, rows, columns) of a tile.
+    """(segment, its first row, the tile's first row, the segment's end, rows, columns) of a tile.
 
-    Rows up to ``rows`` and columns up to ``columns`` are to be loaded, of N: of nobody's none are.
-    Where no rows are cut, all are of one segment.
+    The tile loads rows below ``rows`` and columns below ``columns``; both are 0 for rows without a
+    segment, so their results are zero.  Stores go up to the segment's end.  Without ``ends``, all
+    rows are one segment.
     """
     if ends is None:
         return 0, 0, i_tile * BLOCK_M, M, M, N
     else:
+        # Count the segments whose first tile number isn't above i_tile.  Segment 0 always counts:
+        # its start, which isn't loaded, is 0.
         i_segment = -1
         for i_first in tl.range(0, segments + 1, SEGMENT_BLOCK, num_stages=1):
             o_segment = i_first + tl.arange(0, SEGMENT_BLOCK)
@@ -131,6 +148,7 @@ def segment_of_tile(
             is_before = (starts // BLOCK_M + o_segment <= i_tile) & (o_segment <= segments)
             i_segment += tl.sum(is_before.to(tl.int32), 0)
         start, end = segment_rows(ends, segments, i_segment, M)
+        # The max keeps i_m in range if ``ends`` isn't sorted.
         i_m = start + max(i_tile - start // BLOCK_M - i_segment, 0) * BLOCK_M
         has_rows = (i_segment < segments) & (i_m < end)
         rows, columns = tl.where(has_rows, end, 0), tl.where(has_rows, N, 0)

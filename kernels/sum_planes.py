@@ -1,4 +1,8 @@
-"""Sums of planes: what splits over rows or columns left, added in a fixed order."""
+"""OUT_i = Σ_s PLANES_i[s]: add the partial sums that split kernels wrote, in a fixed order.
+
+``project`` and ``weight_grad`` split their summed axis where there are too few tiles for a device.
+Each split writes a float32 plane.  A fixed order, without atomics, gives the same bits every time.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +26,8 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     return Work(flops, loaded, size_of(*outs), loaded_by_tiles=loaded, partial=loaded)
 
 
+# One argument for each sum: sizes and counts change with the number of rows, and do_not_specialize
+# takes names of arguments.
 _SIZES = [f"size{i}" for i in range(MAX_PROJECTIONS)]
 _COUNTS = [f"count{i}" for i in range(MAX_PROJECTIONS)]
 
@@ -37,12 +43,14 @@ def sum_planes_kernel(
 
     PLANES_i [count_i, size_i], OUT_i [size_i].
     """
-    # Not tuples from outside: Triton would compile for each number that 16 divides.
+    # Tuples are made here.  In a tuple argument, Triton would specialize each number that 16
+    # divides.
     sizes, counts = (size0, size1, size2, size3), (count0, count1, count2, count3)
-    # One grid for all sums: a block belongs to the first i whose blocks still hold it.
+    # One grid for all sums: the first blocks belong to sum 0, the next to sum 1, and so on.
     i_block = tl.program_id(0)
     for i in tl.static_range(len(planes)):
         size = known_multiple(sizes[i], SIZES_OF_8)
+        # Blocks of earlier sums have a negative number here, blocks of later sums one too large.
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = (o_element >= 0) & (o_element < size)
         blocks = tl.cdiv(size.to(tl.int64), BLOCK)
@@ -59,10 +67,10 @@ def sum_planes_kernel(
 def sum_planes(
     planes: Sequence[Tensor], out: Sequence[Tensor], beside: torch.dtype | None = None
 ) -> None:
-    """out_i = Σ_s planes_i[s]: float32 [S_i, …], and contiguous [...] of any dtype.
+    """out_i = Σ_s planes_i[s].  planes_i: float32 [S_i, …].  out_i: contiguous […], any dtype.
 
-    Where there is no plane, out_i stays as it is.  One sum alone has a sum of nothing ``beside``
-    it, in another dtype, so that all sums of a layer are one compiled kernel.
+    An out_i with no plane (S_i = 0) isn't written.  A single sum gets an empty second sum with the
+    dtype ``beside``, so that one compiled kernel serves all sums of a layer.
     """
     sums = list(zip(planes, out, strict=True))
     if len(sums) == 1 and beside is not None:
@@ -75,7 +83,7 @@ def sum_planes(
         "planes": tuple(each for each, _ in sums), "out": tuple(total for _, total in sums),
         **dict(zip(_SIZES, sizes + absent, strict=True)),
         **dict(zip(_COUNTS, counts + absent, strict=True)),
-        # By the last axis, which is no number of rows.
+        # Decided by the last axis, because the others may be a number of rows, which varies.
         "SIZES_OF_8": all(total.shape[-1] % 8 == 0 for _, total in sums), "BLOCK": _BLOCK,
     }  # fmt: skip
     grid = (sum(cdiv(size, _BLOCK) for size in sizes),)

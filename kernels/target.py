@@ -1,4 +1,4 @@
-"""What a device offers to a kernel: the numbers that configs are chosen and checked by."""
+"""Targets: the properties of an architecture or device that configs are chosen and checked by."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,29 +14,30 @@ from .common import INTERPRETED
 class Target:
     """An architecture, or one device of it."""
 
-    name: str  # the row of the tables in defaults.py
+    name: str  # the key of its tables in defaults.py
     kind: str  # "cuda", "hip", or "cpu" for Triton's interpreter
-    arch: int | str  # as Triton's GPUTarget has it
+    arch: int | str  # the value of Triton's GPUTarget.arch
     warp_size: int
-    shared_memory: int  # bytes that one program may have
+    shared_memory: int  # the most bytes that a program can have
     processors: int  # SMs or compute units
     descriptors: bool = False  # loads matrices by tensor descriptor (TMA)
-    tensor_memory: int = 0  # columns, where accumulators live there
-    l2: float = 2.5  # what the L2 cache gives while memory gives 1, as assumed
-    masking: int = 1  # programs a processor that make the masks of a group
+    tensor_memory: int = 0  # columns of Blackwell's tensor memory, which holds accumulators
+    l2: float = 2.5  # bandwidth of the L2 cache relative to DRAM: an assumption
+    masking: int = 1  # programs on a processor while they compute the masks of a group
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
-    device: str = ""  # its name, of one that is here
+    device: str = ""  # the name of an actual device; "" for an architecture
 
     @property
     def float8(self) -> bool:
-        """Whether it has an instruction that converts e4m3."""
+        """Whether an instruction converts float8 (e4m3)."""
         return isinstance(self.arch, int) and self.arch >= 89
 
     def copies(self, stages: int) -> int:
-        """The buffers in shared memory of a loop with so many pipeline stages.
+        """The number of shared-memory buffers of a loop with ``stages`` pipeline stages.
 
-        Hopper and newer read the tensor cores' operands from there until a step is over.
+        On Hopper and newer, tensor cores read operands from shared memory, so the current step's
+        buffer stays occupied until the step is over.
         """
         return max(1, stages if self.descriptors else stages - 1)
 
@@ -53,22 +54,22 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
         Target("gfx950", "hip", "gfx950", 64, 64 * _KIB, 256, tf32=False),
         Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False, float32=False),
-        # Few processors and small tiles (defaults.py), so that small shapes take every path.
+        # Few processors and small tiles (defaults.py), so that small shapes reach every branch.
         Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
     )
 }
 
-# Loops over K come out wrong there, or read anywhere (triton#11378, seen on gfx1151).
+# Loops over K give wrong results there or read out of bounds (triton#11378, seen on gfx1151).
 _MISCOMPILED = "gfx115"
 
-# What CPU tensors run on; tests put a GPU here whose driver launches nothing.
+# The target of CPU tensors.  Tests assign a GPU target here, with a driver that launches nothing.
 _of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
-forced: Target | None = None  # no context variable, since a backward runs in another thread
+forced: Target | None = None  # not a context variable: a backward runs in another thread
 
 
 @contextmanager
 def use_target(target: Target) -> Iterator[None]:
-    """Launch for this target, whatever the device: to compile or to count on meta tensors."""
+    """Use this target for tensors on any device, to compile or count with meta tensors."""
     global forced
     before, forced = forced, target
     try:
@@ -108,7 +109,7 @@ def _device_target(index: int) -> Target | None:
         target,
         arch=arch,
         warp_size=warp_size,
-        # of AMD's, gfx942 alone has it
+        # Among AMD's targets only gfx942 itself has TF32, not others that share its tables.
         tf32=target.tf32 and (target.kind != "hip" or arch == target.arch),
         shared_memory=shared_memory,
         device=properties.name,

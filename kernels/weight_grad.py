@@ -1,4 +1,9 @@
-"""d lora_a and d lora_b: products over rows; in the same pass dh, or the adapter's part of dx."""
+"""OUT_i = (keep_i ∘ X)ᵀ U_i: d lora_a and d lora_b, which are sums over rows.
+
+For d lora_b, X is dy and U is h; the same pass over dy may also compute dh = factor · dy lora_b
+("one pass").  For d lora_a, X is x and U_i is dh; the same pass may also compute the adapter's part
+of dx, Σ keep ∘ (dh lora_a) ("one pass over x").
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, room, splits
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, default_config, splits
 from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_kept
@@ -30,39 +35,43 @@ from .target import Target, target_of
 
 
 @dataclass(frozen=True)
-class WeightGradConfig(Config):
-    """Tiles of :func:`weight_grad`: block_n columns, in steps of block_m rows."""
+class WeightGradConfig(ThinConfig):
+    """Tiles of :func:`weight_grad`: a program has block_n columns, in steps of block_m rows."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    width: int = 128  # columns of all U at once
+    width: int = 128
 
     def tiles(self, call: Call) -> int:
         return cdiv(call.n, self.block_n)
 
     def splits(self, target: Target, call: Call) -> tuple[int, int]:
-        """(number of splits of the rows, steps in each); none of a segment's."""
+        """(number of splits of the rows, steps in each).  A segment's rows aren't split."""
         if call.segments:
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
-        # In 16 bits, 16 r rows are four times the bytes to write and read their plane.
-        return splits(room(target, call), programs, call.m, self.block_m, least=16 * call.r)
+        # With 16 r rows, a split loads four times the bytes that its plane costs: 2 · N bytes of x
+        # for each row, beside 8 · N · r to write and read the plane.
+        return splits(self.capacity(target, call), programs, call.m, self.block_m, 16 * call.r)
 
     def sums(self, call: Call) -> int:
         thin = call.projections * self.block_n + call.project * self.block_m
-        tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as LowRankConfig's
+        tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as in LowRankConfig
         return thin * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
+        # DRAM serves x once.  L2 serves x for every step over the rank, and U for every tile of
+        # columns.
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
 
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
         v = call.project * (self.block_n + self.block_m) * r * 4
-        # Hopper's products of fewer than 64 rows, as older devices', have operands in registers.
+        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices: its
+        # buffer is free one stage earlier.
         rows = self.block_n if call.project else r
         copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
         low_rank = call.low_rank * (n * self.block_n * r + self.block_m * self.block_n) * size
@@ -70,9 +79,11 @@ class WeightGradConfig(Config):
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
-        """One pass multiplies a tile twice: over dy the tile of x, over x the tile of each u.
+        """See :meth:`Config.why_not`; also refuses tiles in one pass with which Triton races.
 
-        With a mask the loop waits for each product, because the kept x is in registers.
+        One pass uses a loaded tile in two products: over dy the tile of X, over x the tiles of U_i.
+        With a mask there is no race: the masked x is in registers, so the loop waits for each
+        product.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
@@ -85,7 +96,7 @@ class WeightGradConfig(Config):
         return super().why_not(target, call)
 
     def partial_sums(self, target: Target, call: Call) -> int:
-        """The floats of one pass: a plane of dh a tile of columns, of d lora_b a split of rows."""
+        """Float32 elements of one pass's planes: dh's (one per tile of columns) and d lora_b's."""
         n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)
         floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
         return floats * call.r
@@ -112,7 +123,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     )
 
 
-# What batches and sequences of all lengths change.
+# M and steps change with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
     x, u, out, planes, v, made, low_rank, seeds, ends, order, own_factors, own_thresholds,
@@ -126,28 +137,33 @@ def weight_grad_kernel(
     SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE or LOW_RANK.
+    """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also MADE or LOW_RANK.
 
-    X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i:
-    plane s is of so many ``steps`` over the rows, from s · steps on.
+    X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i.  A
+    program has BLOCK_N columns of X and walks down the rows.  If the rows are split, split s takes
+    ``steps`` steps from step s · steps on, and writes its partial sums to plane s.
 
-    If they are there, V_i [N, R_i] give one of these.  MADE [N / BLOCK_N, M, R_0] = factor · X V_0,
-    a plane for every tile of columns.  LOW_RANK [M, N] = Σ_i keep_i ∘ (U_i V_iᵀ) (+ LOW_RANK, if
-    ADD), to the bit as lowrank's, if that makes one step over each rank.
+    With V_i [N, R_i], the same pass computes one of two further results.
+    MADE [N / BLOCK_N, M, R_0] = factor · X V_0: partial sums, one plane for each tile of columns.
+    LOW_RANK [M, N] = Σ_i keep_i ∘ (U_i V_iᵀ) (+ LOW_RANK, if ADD): the same bits as ``lowrank``
+    gives if that takes one step over each rank.
 
-    With segments, OUT_i [segments, N, R_i] is of each one's rows, and V_0 [segments, N, R_0].
-    There are no splits, and no LOW_RANK.  Of an ``order``, and of what is a segment's own, see
-    project.py.
+    With segments (``ends``): OUT_i [segments, N, R_i] sums over each segment's rows, and V_0 is
+    [segments, N, R_0].  There are no splits and no LOW_RANK.  ``order``, ``own_factors`` and
+    ``own_thresholds`` as in ``project_kernel``.
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
+    # The grid's second axis counts splits of the rows, or segments.
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    # What there is to store of MADE; and to load, which is nothing for nobody's rows.
+    # Rows below end have a place in MADE.  Rows below rows and columns below columns are loaded:
+    # none for rows without a segment, so that MADE is zero there.
     start, end, rows, columns = 0, M, M, N
     if ends is not None:
         i_bank = i_split.to(tl.int64)
         start, end = segment_rows(ends, segments, i_split, M)
         is_one = i_split < segments
         rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
+    # V's tiles serve all steps, so they are loaded once.
     b_vs = ()
     for i in tl.static_range(len(v)):
         v_i = v[i]
@@ -161,7 +177,8 @@ def weight_grad_kernel(
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        # OUTᵀ; but OUT of the one pass over dy, whose columns are many: its transpose would spill.
+        # The sum is OUTᵀ.  In one pass over dy it is OUT, because BLOCK_N is large there and OUTᵀ
+        # would spill.
         if made is None:
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
         else:
@@ -179,17 +196,19 @@ def weight_grad_kernel(
     for i_m in range(first, last, BLOCK_M):
         o_at = None
         if order is not None:
-            o_at = row_numbers(order, i_m, rows, BLOCK_M)
+            o_at = row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
         b_x = load_tile(
             x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_at=o_at
         )  # [BM, BN]
         new = ()
         b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(len(u)):
-            # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
+            # U is loaded as its transpose.  Otherwise Triton loads only one of the two tiles more
+            # than one step ahead.
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             b_kept = b_x
             if seeds is not None:
+                # A mask counts rows from 0, or, with per-segment numbers, from the segment's start.
                 i_mask = i_m if own_thresholds is None else i_m - start
                 keep = keep_tile(keys[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
@@ -197,7 +216,7 @@ def weight_grad_kernel(
                 new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
             else:  # [BN, BR] += [BN, BM] @ [BM, BR]
                 new = new + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
-            if low_rank is not None:
+            if low_rank is not None:  # the same mask, on this projection's part of dx
                 b_term = b_low if seeds is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 # [BM, BN] += [BM, BR] @ [BR, BN]
                 b_term = dot(b_u.T, cast(b_vs[i], b_x.dtype).T, b_term, PRECISION)
@@ -205,10 +224,10 @@ def weight_grad_kernel(
         sums = new
         if low_rank is not None:
             if ADD:
-                b_before = load_tile(low_rank, i_m, i_n, M, N, N, 1, BLOCK_M, BLOCK_N)
+                b_before = load_tile(low_rank, i_m, i_n, M, N, N, 1, BLOCK_M, BLOCK_N)  # [BM, BN]
                 b_low += b_before.to(tl.float32)
             store_tile(low_rank, b_low, i_m, i_n, M, N, N, 1)
-        if made is not None:
+        if made is not None:  # dh, whose dy has no mask
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             # [BM, BR] = [BM, BN] @ [BN, BR]
             b_made = dot(b_x, cast(b_vs[0], b_x.dtype), b_made, PRECISION)
@@ -242,17 +261,18 @@ def weight_grad(
     numbers: SegmentNumbers | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
-    """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; given ``b`` or ``vs``, more in the same pass.
+    """Fill ``outs`` with out_i = (keep_i ∘ x)ᵀ u_i; with ``b`` or ``vs``, also a further product.
 
-    x [M, N] has any strides, u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
+    x [M, N] has any strides; u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
     dtype, and is contiguous or the transpose of a contiguous tensor.  ``seeds`` as in
     :func:`project`.
 
-    b [N, R_0] has any strides and dtype; factor · x b [M, R_0] comes back in x's.  So has v_i
-    [N, R_i]; Σ_i keep_i ∘ (u_i v_iᵀ) goes into ``low_rank`` [M, N], contiguous and in x's dtype.
+    With ``b`` [N, R_0]: returns factor · x b [M, R_0] in x's dtype.  With ``vs``, v_i [N, R_i]:
+    fills ``low_rank`` [M, N], contiguous and in x's dtype, with Σ_i keep_i ∘ (u_i v_iᵀ).  b and v_i
+    have any strides and dtype.
 
-    ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
-    ``order`` and ``numbers``, too.
+    ``ends``, ``order`` and ``numbers`` as in :func:`project`: out_i is [E, N, R_i], zero for a
+    segment without rows, and b is [E, N, R_0].
     """
     M, N, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made = product = None
@@ -267,9 +287,9 @@ def weight_grad(
         n_tiles, block_r = tiles.tiles(call), tiles.block_r(call)
         r_tiles = cdiv(max(ranks), block_r)
         dense = [_dense(each) for each in out]
-        if count > 1:  # planes, that lie in memory as their sums do
+        if count > 1:  # planes with the same memory layout as their sums
             planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
-        else:  # none; but the kernel is the same
+        else:  # empty planes, so that both cases compile to the same kernel
             planes = [x.new_empty(0, dtype=torch.float32)] * len(u)
         if b is not None:
             product = made = x.new_empty(M, ranks[0])
@@ -286,10 +306,10 @@ def weight_grad(
             "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
         }  # fmt: skip
-        # Nobody's rows have a place in what is made alone.
+        # One more segment for the rows without one: their rows of MADE must be zero.
         grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (b is not None))
         launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
-        if made is not product:
+        if made is not product:  # dh has planes too: one launch adds both
             sum_planes([*planes, made], [*dense, product])
         elif count > 1:
             sum_planes(planes, dense, beside=x.dtype)
@@ -297,7 +317,7 @@ def weight_grad(
 
 
 def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
-    """Whether the partial sums of one pass over x are fewer bytes than a second reading of it."""
+    """Whether one pass over x costs fewer bytes, in partial sums, than reading x a second time."""
     (M, N), r = x.shape, b.shape[-1]
     target = target_of(x.device)
     segments = len(b) if b.dim() == 3 else 0
@@ -309,5 +329,5 @@ def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """A contiguous tensor, or the one whose transpose this is."""
+    """The tensor, or its transpose if only that is contiguous."""
     return tensor if tensor.is_contiguous() else tensor.mT

@@ -81,8 +81,8 @@ def backend(request):
 @pytest.fixture
 def node(monkeypatch):
     """Calls of few rows also use the node."""
-    monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft_models import counted_calls
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlora.layers import reading
+from fastlora.layers import guards
 from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
@@ -124,17 +124,17 @@ def test_each_change_has_the_same_effect_as_in_peft(kind, walk):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_call_reads_nothing(kind, monkeypatch):
     """Except the values of its tensors, which training changes."""
-    state, readings = State(kind).compile("kept"), []
-    kept = reading.Memory.__init__
+    state, records = State(kind).compile("kept"), []
+    kept = guards.GuardedRecord.__init__
     monkeypatch.setattr(
-        reading.Memory, "__init__", lambda self, it: readings.append(it) or kept(self, it)
+        guards.GuardedRecord, "__init__", lambda self, it: records.append(it) or kept(self, it)
     )
     state.numbers(True)
-    assert readings or "experts" in state.words
-    readings.clear()
+    assert records or "experts" in state.words
+    records.clear()
     changes_of(kind)["step"](state)
     state.numbers(True)
-    assert not readings
+    assert not records
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_cached_records_keep_no_weights_alive(kind):
         (layer, *_) = (
             m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
         )
-        assert bool(calls) == any(place in vars(layer) for place in reading._PLACES)
+        assert bool(calls) == any(place in vars(layer) for place in guards._PLACES)
         weights = [weakref.ref(each) for each in (layer, *layer.parameters())]
         gc.collect()
         gc.disable()

@@ -9,6 +9,7 @@ from compiled_states import KINDS as MODELS
 from models import Mlp, Tied, adapt, randomize
 from peft_models import adapted
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from vendor_layers import BITSANDBYTES
 
 import fastlora
@@ -192,7 +193,25 @@ def broken(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_base(change) -> nn.Module:
+    """Whose layer ``down`` has been changed before it gets its adapter."""
+    model = Mlp()
+    change(model.down)
+    return adapted(model, **UP_DOWN)
+
+
+def buffered(linear: nn.Linear) -> None:
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+
+
+FIXED = "down has a base whose weight is no parameter"
 REFUSED = {
+    "pruned": (lambda: with_base(lambda m: prune.random_unstructured(m, "weight", 0.5)), FIXED),
+    "weight_norm": (lambda: with_base(nn.utils.weight_norm), FIXED),
+    "parametrized": (lambda: with_base(nn.utils.parametrizations.weight_norm), FIXED),
+    "buffer": (lambda: with_base(buffered), FIXED),
     "no layers": (lambda: nn.Linear(2, 2), "no LoRA layers"),
     "NaN": (lambda: broken(KINDS["peft"]()), "down can't be merged: NaN"),
     "own NaN": (lambda: broken(KINDS["own"]()), "NaN"),

@@ -4,7 +4,9 @@ The models are tiny Llamas with dropout in the adapters.  "The same" means bit-e
 """
 
 import copy
+import functools
 import pickle
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,78 @@ def test_an_error_leaves_generate_merged_until_it_is_put_back_or_the_next_traini
         sampling.put_back()
     assert trainer.model.generate is somebody_s
     assert sample.merged == [True] * 4 * STEPS
+
+
+def begin(model: nn.Module) -> MergedSampling:
+    sampling = MergedSampling()
+    sampling.on_train_begin(None, None, None, model=model)
+    return sampling
+
+
+def is_sampled_merged(model: nn.Module) -> bool:
+    sample = Sample()
+    sample.on_step_end(None, types.SimpleNamespace(global_step=0), None, model)
+    return all(sample.merged)
+
+
+@pytest.mark.parametrize("order", ["12", "21", "1", "2"])
+@pytest.mark.parametrize("somebody_s", [False, True])
+def test_callbacks_on_one_model_end_in_any_order_or_not_at_all(order, somebody_s, tmp_path):
+    """The second one finds a training that goes on, or one that an error has ended."""
+    model = sampling_trainer("peft", tmp_path).model
+    before = model.generate
+    if somebody_s:
+        vars(model)["generate"] = before
+    bits = frozen_bits(model)
+    callbacks = {"1": begin(model), "2": begin(model)}
+    assert is_sampled_merged(model)
+    for number in order:
+        callbacks[number].on_train_end(None, None, None)
+        assert is_sampled_merged(model) == (number == "1" and "2" not in order[: order.find("1")])
+    if "2" not in order:  # an error
+        begin(model).on_train_end(None, None, None)
+    assert not is_sampled_merged(model)
+    assert (vars(model).get("generate") is before) == somebody_s
+    assert all(map(torch.equal, frozen_bits(model), bits))
+
+
+def test_a_training_that_cannot_be_sampled_merged_puts_back_another_one_s(tmp_path):
+    model = sampling_trainer("peft", tmp_path).model
+    begin(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged already"):
+        begin(model)
+    assert "generate" not in vars(model)
+
+
+def test_a_function_around_generate_stays_and_samples_as_before(tmp_path):
+    model = sampling_trainer("peft", tmp_path).model
+    first = begin(model)
+    merged_generate = model.generate
+    vars(model)["generate"] = around = functools.wraps(merged_generate)(
+        lambda *args, **named: merged_generate(*args, **named)
+    )
+    second = begin(model)  # the first one's runs inside of it
+    assert is_sampled_merged(model)
+    second.put_back()
+    assert model.generate is around
+    assert is_sampled_merged(model)
+    first.put_back()
+    assert model.generate is around
+    assert not is_sampled_merged(model)
+
+
+def test_a_copy_of_a_model_in_training_trains_by_itself(tmp_path):
+    model = sampling_trainer("peft", tmp_path).model
+    vars(model)["generate"] = model.generate
+    sampling = begin(model)
+    copied = copy.deepcopy(model)
+    begin(copied).put_back()
+    assert copied.generate.__self__ is copied
+    assert not is_sampled_merged(copied)
+    assert is_sampled_merged(model)
+    sampling.put_back()
+    assert not is_sampled_merged(model)
 
 
 @pytest.mark.parametrize("kind", ["peft", "own"])

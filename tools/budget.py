@@ -1,10 +1,11 @@
-"""Lines of code and hard sentences, against [tool.fastlora.budget] of pyproject.toml.
+"""Lines of code and hard sentences, with the limits of [tool.fastlora.budget] in pyproject.toml.
 
     python tools/budget.py            # lines of code and hard sentences, with their limits
-    python tools/budget.py FILE …     # the sentences of these files that have to be read twice
+    python tools/budget.py FILE …     # the hard sentences of these files
 
-A line of code is a line that is neither blank, nor a comment, nor part of a docstring.  A sentence
-counts as hard if it has one of HABITS: comments, docstrings, errors and Markdown are read.
+A line of code is not blank, not a comment, and not part of a docstring.  A sentence is hard, which
+means that a reader has to read it twice, if it matches one of HABITS.  Comments, docstrings, errors
+and Markdown are counted.
 """
 
 import ast
@@ -68,7 +69,7 @@ def sentences_of(path: Path) -> Iterator[str]:
 
 
 def hard(sentences: Iterator[str]) -> tuple[int, list[str]]:
-    """How many sentences there are, and which have to be read twice."""
+    """The number of sentences, and the hard sentences among them."""
     found = [*sentences]
     return len(found), [s for s in found if any(re.search(habit, s) for habit in HABITS)]
 
@@ -101,7 +102,7 @@ def _texts(source: str) -> Iterator[str]:
 
 
 def budget() -> dict[str, dict]:
-    """[tool.fastlora.budget]: limits by the folders that they hold for."""
+    """[tool.fastlora.budget]: limits by kind and by folders."""
     text = (ROOT / "pyproject.toml").read_text()  # tomllib came with Python 3.11
     tables = re.findall(r'^\[tool\.fastlora\.budget\.(\w+)\]\n((?:".*\n)+)', text, re.M)
     rows = {name: re.findall(r'^"(.+)" = (\d+)', body, re.M) for name, body in tables}

@@ -1,9 +1,9 @@
-"""conda-forge's recipe of a release, for its feedstock: what pyproject.toml says, in its words.
+"""conda-forge's recipe of a release, for its feedstock, made from pyproject.toml.
 
     python -m tools.conda_recipe dist/fastlora_kernels-0.2.0.tar.gz > recipe.yaml
 
-The file is the one at PyPI, whose digest the recipe has.  ``FASTLORA_REPOSITORY`` is the address
-that it names; ``FASTLORA_MAINTAINER`` who maintains the feedstock.
+The file must equal the file at PyPI, because the recipe has its digest.  ``FASTLORA_REPOSITORY`` is
+the repository's address, ``FASTLORA_MAINTAINER`` the maintainer of the feedstock.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-# conda-forge's names of what has another one there.
+# Names of packages that differ at conda-forge.
 _NAMES = {"torch": "pytorch"}
 _PLACE = "https://pypi.org/packages/source/f/fastlora-kernels"
 _RECIPE = """\
@@ -69,7 +69,7 @@ extra:
 
 
 def recipe(sdist: Path) -> str:
-    """The text.  Raises SystemExit for a file that isn't such an sdist."""
+    """The recipe's text.  Raises SystemExit for another file than fastlora's sdist."""
     named = re.fullmatch(r"fastlora_kernels-(.+)\.tar\.gz", sdist.name)
     if not named:
         raise SystemExit(f"{sdist.name} is no sdist of fastlora-kernels: make release-check")

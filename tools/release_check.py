@@ -1,12 +1,12 @@
-"""What a release is: sdist and wheel, and that the wheel works in an empty environment.
+"""Build a release, sdist and wheel, and check that the wheel works in an empty environment.
 
     python -m tools.release_check               # builds into dist/, then checks
-    python -m tools.release_check --built       # checks what is in dist/
+    python -m tools.release_check --built       # checks the files in dist/
     python -m tools.release_check --no-machine  # without `make machine`, which takes hours
 
-The checks run outside of the clone, in .cache/release/venv, where pip installed nothing but the
-wheel, first alone and then with the extras that README names.  Each is a line with its time; the
-first that fails ends the run.  ``python -I release_check.py NAME`` is how one of STEPS runs there.
+The checks run outside of the clone, in .cache/release/venv.  pip installs only the wheel there,
+first without and then with extras.  Each check prints a line with its time; the first failure ends
+the run.  ``python -I release_check.py NAME`` runs one of STEPS there.
 """
 
 import os
@@ -25,7 +25,7 @@ FOLDER, DIST = ROOT / ".cache" / "release", ROOT / "dist"
 
 
 def bare() -> None:
-    """Without an extra every public name is there, and what needs one says which."""
+    """Without extras, every public name exists, and errors name the extra that is missing."""
     import torch
 
     import fastlora
@@ -48,16 +48,17 @@ def bare() -> None:
 
 
 def readme() -> None:
-    """Its blocks, in order, on models made from a config."""
+    """Run README's blocks in order, with tiny random models."""
     from cell import BATCH, llama, peft_model
-    from pages import README, blocks_of
+    from pages import README, blocks_of, save_tiny_model
 
+    save_tiny_model(Path.cwd())
     for code in blocks_of(README, "python"):
         exec(code, {"batch": BATCH, "model": llama(), "peft_model": peft_model()})
 
 
 def checks() -> None:
-    """Those of ``make matrix``: the op on both backends, PEFT models, files, Trainer and more."""
+    """The checks of ``make matrix``: the op on both backends, PEFT models, files, Trainer, …"""
     from cell import CHECKS, outcome
 
     found = {name: outcome(each) for name, each in CHECKS.items()}
@@ -68,7 +69,7 @@ STEPS = {step.__name__: step for step in (bare, readme, checks)}
 
 
 def check(what: str, *command: str | Path, cwd: Path = FOLDER) -> str:
-    """Run a command and print its line; what it printed.  A failure ends everything."""
+    """Run a command, print its line, and return its output.  A failure ends the run."""
     own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     own, start = own | {"HF_HUB_OFFLINE": "1"}, time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=False)
@@ -82,8 +83,8 @@ def check(what: str, *command: str | Path, cwd: Path = FOLDER) -> str:
 
 
 def build() -> None:
-    """Both files, from a copy of the tree; dist/ changes once they are whole and right."""
-    from tools.matrix.clone import copy_of_clone  # which the environment of a step hasn't
+    """Build both files from a copy of the tree; dist/ changes only after their checks."""
+    from tools.matrix.clone import copy_of_clone  # late: a step's environment doesn't have it
 
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         source, out = copy_of_clone(Path(scratch, "source")), Path(scratch, "dist")
@@ -95,7 +96,7 @@ def build() -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--built", action="store_true", help="check what is in dist/")
+    parser.add_argument("--built", action="store_true", help="check the files in dist/")
     parser.add_argument("--no-machine", action="store_true", help="leave `make machine` out")
     asked, start = parser.parse_args(), time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def main() -> None:
     (wheel,) = DIST.glob("*.whl")
     venv.create(FOLDER / "venv", clear=True, with_pip=True)
     python = FOLDER / "venv" / "bin" / "python"
-    (extras,) = set(re.findall(r"'fastlora-kernels(\[.+?\])'", (ROOT / "README.md").read_text()))
+    (extras,) = set(re.findall(r"pip install -e '\.(\[.+?\])'", (ROOT / "README.md").read_text()))
     pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         place = Path(scratch)

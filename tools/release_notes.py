@@ -1,4 +1,4 @@
-"""The changelog's section of a tag, which must be of this version: ``release_notes.py v0.2.0``."""
+"""Print the changelog's section of a tag of this version: ``release_notes.py v0.2.0``."""
 
 import re
 import sys

@@ -1,10 +1,10 @@
-"""A step of a sweep of eight LoRA configurations, and eight runs' steps one after the other.
+"""Time a step of a sweep of eight LoRA configurations, and the steps of eight separate runs.
 
     python -m tools.sweep_speed [16 256 …]
 
-for so many tokens a configuration.  The model has Qwen3 0.6B's shapes, 4 of its 28 layers and as
-much of its vocabulary, in float32.  A run alone is ``apply_lora``'s, with its blocks.  Beside the
-benchmarks' results of the day it leaves sweep-DATE.json.
+The arguments are tokens for each configuration.  The model has Qwen3 0.6B's shapes, with 4 of its
+28 layers and 4/28 of its vocabulary, in float32.  A separate run uses ``apply_lora``.  The results
+file is sweep-DATE.json in the folder of the benchmarks' results.
 """
 
 import sys
@@ -22,7 +22,10 @@ from benchmarks.results import describe_machine, results_path, write_results
 
 ROUNDS, STEPS, SWEEP, RUNS = 5, 2, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]
-LIMITS = {16: 0.6, 256: 1.0}  # of the sweep's time over the runs', by tokens a configuration
+LIMITS = {
+    16: 0.6,
+    256: 1.0,
+}  # of the ratio of the sweep's time to the runs', by tokens for each configuration
 
 
 def make_model() -> torch.nn.Module:
@@ -35,7 +38,7 @@ def make_model() -> torch.nn.Module:
 
 
 def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
-    """Of a step of one configuration: forward, backward, clipping, AdamW."""
+    """Seconds of a step of one configuration: forward, backward, clipping, AdamW."""
     fastlora.apply_lora(model, fastlora.LoRAConfig(r=r, target_modules="all-linear"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

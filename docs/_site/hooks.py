@@ -1,7 +1,7 @@
-"""What the site needs beyond Markdown: pages of files outside docs/, links to code, a link check.
+"""Additions to mkdocs: pages of files outside docs/, links to code, and a check of all links.
 
-docs/*.md are written for GitHub, where ``../README.md`` is a link; here each such link leads to
-the page that the file has become, or to the repository, if ``FASTLORA_REPOSITORY`` has its address.
+docs/*.md are written for GitHub, where ``../README.md`` is a link.  On the site, such a link points
+to the page of that file, or to the repository, if ``FASTLORA_REPOSITORY`` has its address.
 """
 
 import os
@@ -27,6 +27,7 @@ PAGES = {
 REFERENCE = ROOT / "docs" / "reference.md"
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 _SENTENCE = r"(?<=[.;])\s+(?=[`A-Z])"
+_BADGE = re.compile(r"^(?:\[!\[[^\]]*\]\(\S+\)\]\(\S+\)|!\[[^\]]*\]\((?:http|\.\./)\S+\))\n", re.M)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
@@ -35,20 +36,22 @@ def title(page: str) -> str:
 
 
 def relink(text: str, folder: str) -> str:
-    """A file's Markdown with its links, relative to ``folder``, as those of a page in docs/."""
+    """A file's Markdown, without badges, with its links as a page in docs/ needs them.
+
+    Links are relative to ``folder``.  A badge is a picture of another host.
+    """
+    text = _BADGE.sub("", text)
 
     def link(found: re.Match) -> str:
         path, hash_, anchor = found[3].partition("#")
         if not path or urlsplit(path).scheme:
             return found[0]
         path = posixpath.normpath(posixpath.join(folder, path))
-        if found[1] and path.startswith("../"):  # a badge, which is another host's
-            return ""
         if path in PAGES:
             path = PAGES[path]
         elif path.startswith("docs/"):
             path = path.removeprefix("docs/")
-        elif REPOSITORY:  # what leaves the files are GitHub's own pages, such as ../../../issues
+        elif REPOSITORY:  # paths outside of the files are GitHub's pages, such as ../../../issues
             outside = path.lstrip("./") if path.startswith("../") else f"blob/main/{path}"
             path = f"{REPOSITORY}/{outside}"
         else:
@@ -56,14 +59,16 @@ def relink(text: str, folder: str) -> str:
         name = title(found[2]) if found[2] == f"docs/{path}" else found[2]
         return f"{found[1]}[{name}]({path}{hash_}{anchor})"
 
-    # A link's text may be code, so code in backticks is put aside and comes back.
+    # A link's text may be code, so code in backticks is replaced by marks until the end.
     aside: list[str] = []
     text = _CODE.sub(lambda code: f"\0{aside.append(code[0]) or len(aside) - 1}\0", text)
     return re.sub("\0(\\d+)\0", lambda mark: aside[int(mark[1])], _LINK.sub(link, text))
 
 
 def part_of_readme(found: re.Match) -> str:
-    """``<!-- README.md -->``: what is above its first section; or ``<!-- README.md: A, B -->``."""
+    """The text for ``<!-- README.md -->``, which is above its first section, or for the sections of
+    ``<!-- README.md: A, B -->``.
+    """
     top, *sections = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
     if not found[1]:
         return relink(top.partition("\n")[2].strip(), "")
@@ -87,7 +92,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Roles(griffe.Extension):
-    """Docstrings name others as ``:func:`fastlora.optimize```, and pages as ``docs/peft.md``."""
+    """Make links of ``:func:`fastlora.optimize``` and ``docs/peft.md`` in docstrings."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring:
@@ -143,7 +148,7 @@ def _reference(obj):
 
 
 class _Page(HTMLParser):
-    """The links of a built page, its anchors, and what it loads by itself."""
+    """The links of a built page, its anchors, and the files that it loads."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -162,7 +167,7 @@ class _Page(HTMLParser):
 
 
 def on_post_build(config):
-    """Every link of the built pages leads somewhere, and nothing is loaded from another host."""
+    """Check that every link of the built pages works, and that no page loads from another host."""
     site = Path(config.site_dir)
     pages = {path: _Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
     faults = []

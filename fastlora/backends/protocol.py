@@ -21,10 +21,10 @@ class Call(NamedTuple):
     dropout: float  # the probability of dropping an input, in [0, 1); 0 in evaluation
     backend: "Backend"
     rows: Rows | None = None  # how x's rows are cut into segments; None: they aren't
-    # A cache for the backend, valid for inputs with these shapes, strides, dtypes, devices and
-    # addresses modulo 16; None if the inputs may differ from call to call.
-    memo: dict | None = None
-    is_few: bool = False  # so few rows that torch's autograd follows the composite formula
+    # Launches that the backend captured for a forward with inputs of these shapes, strides, dtypes,
+    # devices and addresses modulo 16; None where they may differ from call to call.
+    captured: dict | None = None
+    is_few: bool = False  # so few rows that torch's autograd follows the composite path
 
 
 class Backend(Protocol):

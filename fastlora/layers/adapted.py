@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..backends import Call
 from ..blocks import buffer_for, source_of, widened
-from ..ops.door import run_one
+from ..ops.dispatch import autocast_off
 from ..ops.functional import linears
-from ..ops.way import autocast_off
+from ..ops.run import run_one
 from ..projection import Adapter, Base, Output
 from ..text import shown
+from .guards import Record, Recorder, call_recorded, forget
 from .members import tensor_of
-from .reading import Reader, Reading, call_as_read, forget
 
 # Of a tensor on meta.
 UNLOADED = (
@@ -257,7 +257,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         if self.merged:
             refuse_training(self)
             return self.run_merged(x)
-        y = call_as_read(self, x, _READER)
+        y = call_recorded(self, x, _RECORDER)
         assert y is not None
         return y
 
@@ -265,14 +265,14 @@ class LoRALayer(AdaptedWeight, Adapted):
         """The output for x of a layer that is merged."""
         return super().forward(x)
 
-    def read(self) -> Reading:
+    def read(self) -> Record:
         """What a call that isn't merged computes with."""
-        return Reading("", (self.adapted_output(),), (self.lora_dropout,))
+        return Record("", (self.adapted_output(),), (self.lora_dropout,))
 
-    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
+    def run(self, x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         """The output for x of a layer that was read so; and its record."""
-        (dropout,) = reading.dropouts
-        (y,), call = linears(x, reading.outputs, dropout, self.training)
+        (dropout,) = record.dropouts
+        (y,), call = linears(x, record.outputs, dropout, self.training)
         return y, call
 
     def adapted_output(self) -> Output:
@@ -307,11 +307,11 @@ class LoRALayer(AdaptedWeight, Adapted):
     __repr__ = nn.Module.__repr__  # Conv1D has one of its own
 
 
-_READER = Reader(
+_RECORDER = Recorder(
     lambda layer, x: False,
     lambda layer: layer.read(),
     lambda layer: (),
-    lambda layer, x, reading: layer.run(x, reading),
+    lambda layer, x, record: layer.run(x, record),
     run_one,
 )
 

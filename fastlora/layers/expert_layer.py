@@ -16,7 +16,7 @@ from ..foreign import is_class
 from ..formats import gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantized
-from ..ops.way import why_textbook
+from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import (
     Adapted,
@@ -175,7 +175,7 @@ class LoRAExperts(Adapted):
         experts = self.read()
         reason = experts.reason
         if args and isinstance(args[0], Tensor):
-            reason = reason or why_textbook(args[0])
+            reason = reason or why_composite(args[0])
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
             if takes(args, (up, down)):

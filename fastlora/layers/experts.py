@@ -15,18 +15,25 @@ from ..foreign import is_class
 from ..formats import float8, gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantized
+from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
-from ..ops.way import autocast_is_on
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from .adapted import Features
-from .members import activation_of, is_hooked, plain_class_of, tensor_of
+from .members import (
+    activation_of,
+    defined_in,
+    is_hooked,
+    plain_class_of,
+    tensor_of,
+    why_patched,
+)
 
 _INTERFACE = "transformers.integrations.moe"
 _SETTINGS = {
     "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
     "_is_expert_parallel",
 }  # fmt: skip
-OTHER = "its gate or activation is none that fastlora knows, or is hooked"
+OTHER = "its gate or activation is none that fastlora knows, or is hooked or patched"
 ADDED = "_lora_"  # in the names of parameters that aren't the module's own
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
@@ -86,9 +93,9 @@ def read_module(base: Any, kind: Any = None) -> Experts:
     """
     kind = kind or plain_class_of(base)
     forward = kind.forward
-    decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
+    decorated = defined_in(forward) == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):
-        if gguf.is_experts(kind):
+        if gguf.is_experts(kind) and not why_patched(kind):
             known = activation_of(base.act_fn)
             return Experts("" if known else OTHER, ("gate_up_proj", "down_proj"), activate=known)
         return Experts("its forward isn't that of transformers' use_experts_implementation")
@@ -119,7 +126,8 @@ def read_module(base: Any, kind: Any = None) -> Experts:
 
 
 def _is_transformers(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).startswith("transformers.")
+    home = defined_in(thing) or str(getattr(thing, "__module__", ""))
+    return home.startswith("transformers.")
 
 
 def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
@@ -135,7 +143,7 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     gate, is_own = base._apply_gate, "_apply_gate" in base.__dict__
     function = None if is_own else kind._apply_gate
     is_default = not is_own and (
-        getattr(function, "__module__", "") == _INTERFACE
+        defined_in(function) == _INTERFACE
         or (
             is_class(kind, *_FP8)
             and all(getattr(base, name, None) is None for name in _OTHER_GATES)
@@ -159,7 +167,6 @@ def _is_plain_function(act: Any) -> bool:
     known = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
     return (
         known
-        and type(act).__call__ is nn.Module.__call__
         and type(act) is not nn.RReLU
         and not getattr(act, "inplace", False)
         and not any(map(is_hooked, act.modules()))

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from ..backends.products import are_wide
 from ..foreign import is_class
 from ..formats import SHARDED, PackedLayer, quantized_weight, vendor_of
+from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
-from ..ops.way import why_not_here
 from ..projection import HALF_DTYPES, Base, Output
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
-from .members import change_class, plain_class_of, tensor_of, why_not_part, why_not_tensor
-from .reading import fits
+from .guards import fits
+from .members import (
+    change_class,
+    plain_class_of,
+    tensor_of,
+    why_not_part,
+    why_not_tensor,
+    why_patched,
+)
 
 
 class Linear(nn.Linear):
@@ -31,17 +38,17 @@ class Linear(nn.Linear):
     so are exports, traces and transforms.
     """
 
+    plain_class = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:  # as torch names it
         weight = slow_weight(self)
-        if weight is not None and not why_not_here() and fits(input, weight):
+        is_own = not (why_not_here() or why_patched(nn.Linear))
+        if weight is not None and is_own and fits(input, weight):
             output = Output(Base(weight, self.bias))
             return lora_linears(input, (output,), backend="torch")[0]
         return super().forward(input)
 
 
-# As they are at import: others may replace them, as make_fx does while it traces.
-_LINEAR_FORWARDS = (nn.Linear.forward, Linear.forward)
-_MODULE_CALL = nn.Module.__call__
 # Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
 # Falcon adds the bias last.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -52,10 +59,10 @@ _KINDS = ("DTensor", "FakeTensor")
 
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
-    forward = getattr(kind, "forward", None)
-    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_class(kind, *_FALCON)
-    if known and kind.__call__ is _MODULE_CALL:
-        return ""
+    is_linear = kind.forward in (nn.Linear.forward, Linear.forward)
+    patched = why_patched(kind)
+    if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):
+        return patched and f"a {kind.__name__} ({patched})"
     name = kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"
     return f"a {name}, no torch.nn.Linear"
 
@@ -183,7 +190,7 @@ def give_back_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 def _gains(layer: nn.Module) -> bool:
     """Whether it is a plain frozen layer, and this device multiplies its weight slowly."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or why_patched(nn.Linear):
         return False
     weight, bias = slow_weight(layer), layer.bias
     if weight is None or why_not_tensor(weight, 2) or why_not_tensor(bias, 1):

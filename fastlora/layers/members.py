@@ -4,7 +4,7 @@ It becomes another kind of module, and what it was again, by its class.
 """
 
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -66,8 +66,52 @@ def why_not_part(
     return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
 
 
+# Packages of decorators whose functions compute the same as the function that they wrap: that of
+# experts' implementations, torch.compile.
+_SAME = ("transformers.integrations.moe", "torch._dynamo.")
+
+
+def why_patched(kind: Any) -> str:
+    """Why a class doesn't run the forward that its library defined, as text; "" if it does.
+
+    Every class is asked whose forward the fast path doesn't call.  The function must come from the
+    body of a class in ``__mro__``, so that a patch before ``import fastlora`` counts also.  A call
+    that uses a cached record skips this, because it compares the functions themselves.
+    """
+    kind = getattr(kind, "plain_class", kind)
+    # torch.compile guards a function that is compared, and compiles again when it is replaced.
+    return "" if kind.forward is None else _why_patched(kind)
+
+
+def _why_patched(kind: Any) -> str:
+    if not _is_own(kind, kind.forward):
+        return f"{kind.__name__}.forward was replaced on the class"
+    if issubclass(kind, nn.Module) and not _is_own(nn.Module, kind.__call__):
+        return f"{kind.__name__}.__call__ isn't torch.nn.Module's"
+    return ""
+
+
+# As torch.compiler.assume_constant_result does, which imports all of torch's compiler.
+_why_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _is_own(kind: type, function: Any) -> bool:
+    """functools.wraps copies names, but neither globals nor code."""
+    home = defined_in(function)
+    if home.startswith(_SAME):
+        return _is_own(kind, getattr(function, "__wrapped__", None))
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    return any([base.__module__ == home and base.__qualname__ == owner for base in kind.__mro__])
+
+
+def defined_in(function: Any) -> str:
+    """The name of the module whose code a function is; "" for other callables."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something acts on a call of this module besides its class's forward."""
+    """Whether a call of this module does something besides its library's forward."""
     attributes = module.__dict__  # a look-up here takes half the time of an attribute
     if torch.compiler.is_compiling():
         _guard(module)
@@ -77,6 +121,7 @@ def is_hooked(module: nn.Module) -> bool:
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
         or ("forward" in attributes and not _acts_as_its_class(module))
+        or why_patched(type(module))
     )
 
 
@@ -112,7 +157,7 @@ def activation_of(act: Any) -> str:
     """silu, gelu, gelu_tanh, relu or relu2; "" for any other, or if something acts on its calls."""
     if not isinstance(act, nn.Module):
         return _name_of_function(act)
-    if is_hooked(act) or type(act).__call__ is not nn.Module.__call__:
+    if is_hooked(act):
         return ""
     kind = type(act)
     if kind in (nn.SiLU, nn.ReLU):

@@ -1,4 +1,4 @@
-"""A gated MLP, down(act(gate(x)) ∘ up(x)), whose call keeps less: a block's class, and its reading.
+"""A gated MLP, down(act(gate(x)) ∘ up(x)), whose call keeps less: a block's class, and its record.
 
 A module becomes one, and ceases to be one, by its class, where its forward is one that is known:
 by what it does, compared instruction by instruction, and not by its class's name.  Its own forward
@@ -14,11 +14,12 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
 from ..formats import PackedLayer
+from ..ops.dispatch import autocast_dtype, follows, has_few_rows, why_not_here
 from ..ops.gated import GatedCall, gated_call, run_gated
-from ..ops.way import autocast_dtype, follows, has_few_rows, why_not_here
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from .adapted import LoRALayer
 from .frozen import read_base
+from .guards import Record, Recorder, call_recorded, fits, forget
 from .members import (
     activation_of,
     change_class,
@@ -28,7 +29,6 @@ from .members import (
     plain_class_of,
     under,
 )
-from .reading import Reader, Reading, call_as_read, fits, forget
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
@@ -66,21 +66,21 @@ class GatedMLP(nn.Module):
     plain_class: type[nn.Module]  # what it is elsewhere
 
     def forward(self, *args, **named):
-        y = None if len(args) != 1 or named else call_as_read(self, args[0], _READER)
+        y = None if len(args) != 1 or named else call_recorded(self, args[0], _RECORDER)
         return super().forward(*args, **named) if y is None else y
 
     def why_not(self, x: object) -> bool | str:
         """Few rows keep next to nothing, and to read the block costs more than its products."""
         return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
 
-    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor | None, GatedCall | None]:
+    def run(self, x: Tensor, record: Record) -> tuple[Tensor | None, GatedCall | None]:
         """The nodes' output for x, and their record; None where the call is the module's own."""
-        dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
-        if dtypes is None or not fits(x, reading.outputs[0].base.weight):
+        dtypes = _dtypes_of_all(x, record) if record.outputs else None
+        if dtypes is None or not fits(x, record.outputs[0].base.weight):
             return None, None
-        (gate, up, down), (p, of_down) = reading.outputs, reading.dropouts
+        (gate, up, down), (p, of_down) = record.outputs, record.dropouts
         inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside
-        y, call = gated_call(inside, gate, up, down, reading.how, p, of_down, is_wide)
+        y, call = gated_call(inside, gate, up, down, record.how, p, of_down, is_wide)
         return y.to(dtypes.outside), call if inside is x and not is_wide else None
 
     def why_not_now(self) -> str:
@@ -99,24 +99,24 @@ class GatedMLP(nn.Module):
         """The modules inside of gate, up or down that are read, too."""
         return []
 
-    def read(self) -> Reading:
+    def read(self) -> Record:
         """Look at everything that a call would compute with.
 
         The dropouts are that of gate's and up's adapters, and that of down's.
         """
         if not _is_known(self.plain_class.forward):
-            return Reading(_UNKNOWN)
+            return Record(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Reading("its activation is none that fastlora knows, or is hooked")
+            return Record("its activation is none that fastlora knows, or is hooked or patched")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)
             if not isinstance(linear, nn.Module):
-                return Reading(f"its {name} is no module")
+                return Record(f"its {name} is no module")
             part = self.read_part(linear)
             if part.output is None:
-                return Reading(f"its {name}: {part.reason}")
+                return Record(f"its {name}: {part.reason}")
             parts.append(part)
         outputs = tuple([output for part in parts for output in part.outputs])
         packed = tuple([layer for part in parts for layer in part.packed])
@@ -124,37 +124,35 @@ class GatedMLP(nn.Module):
         if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
             reason = "its gate_proj and up_proj have different dropouts, and are training"
         if reason:
-            return Reading(reason)
-        return Reading("", outputs, (max(p[:2]), p[2]), packed, activation)
+            return Record(reason)
+        return Record("", outputs, (max(p[:2]), p[2]), packed, activation)
 
-    def read_part(self, linear: nn.Module) -> Reading:
+    def read_part(self, linear: nn.Module) -> Record:
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear)
         if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
-            return Reading(WATCHED)
+            return Record(WATCHED)
         if linear.merged:
-            return Reading("it is merged")
-        reading = linear.read()
-        return reading if linear.training else reading._replace(dropouts=(0.0,))
+            return Record("it is merged")
+        record = linear.read()
+        return record if linear.training else record._replace(dropouts=(0.0,))
 
 
-_READER = Reader(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
+_RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
 
 
-def read_frozen(linear: nn.Module) -> Reading:
+def read_frozen(linear: nn.Module) -> Record:
     """A part that has no adapter."""
     if is_hooked(linear):
-        return Reading(WATCHED)
+        return Record(WATCHED)
     if "parametrizations" in linear._modules:
-        return Reading("its weight is computed (a parametrization)")
+        return Record("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__
         reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
-    return (
-        Reading(reason) if reason else Reading("", (Output(Base(weight, bias)),), packed=(packed,))
-    )
+    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
 
 
 class _Dtypes(NamedTuple):
@@ -162,11 +160,11 @@ class _Dtypes(NamedTuple):
     outside: torch.dtype  # in which it gives what it has computed
 
 
-def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
+def _dtypes_of_all(x: Tensor, record: Record) -> _Dtypes | None:
     """Those of every layer of a block that is called with x; None where the nodes have others."""
     cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
     of_layers = set()
-    for output, packed in zip(reading.outputs, reading.packed, strict=True):
+    for output, packed in zip(record.outputs, record.packed, strict=True):
         dtype = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
         inside = cast if cast is not None and dtype in AUTOCAST_DTYPES else dtype
         if packed is not None and dtype not in (inside, x.dtype):

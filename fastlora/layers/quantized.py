@@ -12,7 +12,7 @@ from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
 from .adapted import LoRALayer, add_product
-from .reading import Reading
+from .guards import Record
 
 
 class LoRAQuantized(LoRALayer):
@@ -34,18 +34,18 @@ class LoRAQuantized(LoRALayer):
     def weight_name(self) -> str:
         return "weight" if self.is_dense else self.vendor.PARTS[0]
 
-    def read(self) -> Reading:
+    def read(self) -> Record:
         packed = self.vendor.read(self)
         if isinstance(packed, str) or not packed.is_whole:
-            return Reading(packed if isinstance(packed, str) else SHARDED)
-        return Reading("", (self.output_over(packed.weight),), (self.lora_dropout,), (packed,))
+            return Record(packed if isinstance(packed, str) else SHARDED)
+        return Record("", (self.output_over(packed.weight),), (self.lora_dropout,), (packed,))
 
-    def packed(self, reading: Reading | None = None) -> PackedLayer:
+    def packed(self, record: Record | None = None) -> PackedLayer:
         """The weight as it is now, or was read.  Raises ValueError if it can't be read."""
-        reading = reading or self.read()
-        (packed,) = reading.packed
+        record = record or self.read()
+        (packed,) = record.packed
         if packed is None:
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {reading.reason}")
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {record.reason}")
         return packed
 
     def adapted_output(self) -> Output:
@@ -58,9 +58,9 @@ class LoRAQuantized(LoRALayer):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
-    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
+    def run(self, x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         run = super().run
-        return self.packed(reading).run(x, lambda x: run(x, reading))
+        return self.packed(record).run(x, lambda x: run(x, record))
 
     def _device(self) -> torch.device:
         return self.packed().weight.device

@@ -11,9 +11,9 @@ from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import vendor_of
 from ..layers.adapted import AdaptedWeight
+from ..layers.guards import forget
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized
-from ..layers.reading import forget
 from ..projection import DTYPES
 from ..settings import check_switch
 from ..text import bar

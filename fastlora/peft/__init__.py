@@ -1,8 +1,8 @@
 """PEFT's models, sped up in place.
 
-:mod:`.layer` is what a layer becomes, and does and undoes it; :mod:`.reading` says which calls it
-takes.  This folder alone imports PEFT, and only where a model with PEFT's layers is met: its doors,
-:mod:`.optimize` and :mod:`.check`, do without.
+:mod:`.layer` is what a layer becomes, and does and undoes it; :mod:`.read` says which calls it
+takes.  This folder alone imports PEFT, and only where a model with PEFT's layers is met:
+:mod:`.optimize` and :mod:`.check` do without.
 
 A PEFT that is older than those the tests were run with is left as it is; a newer one is sped up,
 and named.

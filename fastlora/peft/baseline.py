@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
-from ..ops.door import draw_seed
+from ..ops.run import draw_seed
 
 
 class SeededDropout(nn.Dropout):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..layers.experts import OTHER, Experts, packed_names, read_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
-from ..layers.members import is_hooked, why_not_tensor
-from ..layers.reading import Reading
+from ..layers.guards import Record
+from ..layers.members import is_hooked, why_not_tensor, why_patched
 from ..projection import Adapter, Base, Output
 from . import newer
-from .reading import adapters_now, why_not_now, why_not_pair, why_not_scale
+from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
 
 _UNTESTED = bool(newer())  # asked once: it takes as long as a small op
 # What PEFT adds an adapter to a weight by, in its versions.
@@ -36,13 +36,15 @@ class ParamWrapper(PeftParamWrapper):
     :func:`read_experts` doesn't allow, and those of an inner one, are PEFT's.
     """
 
+    plain_class = PeftParamWrapper
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs and not why_not_now():
-            reading = read_experts(self)
-            if reading.outputs:
-                up, down = reading.outputs
+            record = read_experts(self)
+            if record.outputs:
+                up, down = record.outputs
                 if takes((x, *args), (up, down)):
-                    return run_experts((x, *args), reading.how, up, down)
+                    return run_experts((x, *args), record.how, up, down)
         return super().forward(x, *args, **kwargs)
 
 
@@ -53,53 +55,53 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
         layer = layer._modules["base_layer"]
 
 
-def read_experts(outermost: PeftParamWrapper) -> Reading:
+def read_experts(outermost: PeftParamWrapper) -> Record:
     """Read the layers around an experts module, from the outermost one on."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
     if getattr(base, innermost.parameter_name).dim() == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
-        return Reading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
-    reading = _read_experts(wrappers, outermost, base)
-    if reading.reason and packed_names(base):
-        return Reading(
+        return Record(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
+    record = _read_experts(wrappers, outermost, base)
+    if record.reason and packed_names(base):
+        return Record(
             "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
             "scaled, without a gradient: fastlora.apply_lora trains such experts"
         )
-    return reading
+    return record
 
 
 def _read_experts(
     wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
-) -> Reading:
+) -> Record:
     experts = read_module(base, type(base))
     # A node runs the activation twice.
-    reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)
+    reason = experts.reason or ("" if experts.repeats else OTHER)
+    reason = reason or why_patched(PeftParamWrapper) or _why_not_base(base)
     if reason:
-        return Reading(reason)
+        return Record(reason)
     if not wrappers.keys() <= set(experts.names):
         wrapped, expected = ", ".join(wrappers), " and ".join(experts.names)
-        return Reading(f"its adapters are on {wrapped}, and not on {expected}")
+        return Record(f"its adapters are on {wrapped}, and not on {expected}")
     outputs: list[Output[Tensor]] = []
     for name in experts.names:
         layer = wrappers.get(name)
         reason = "" if layer is None else _why_not_wrapper(layer, layer is outermost)
         output = reason or _read_output(name, layer, base, experts)
         if isinstance(output, str):
-            return Reading(f"its {name}: {output}")
+            return Record(f"its {name}: {output}")
         outputs.append(output)
-    return Reading("", tuple(outputs), how=experts)
+    return Record("", tuple(outputs), how=experts)
 
 
 def _why_not_base(base: Any) -> str:
     """Why the module inside of the layers can't be left uncalled; "" if it can."""
-    if type(base).__call__ is not nn.Module.__call__ or is_hooked(base):
+    if is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
         return "its experts are parametrized"
-    places = [getattr(proxy.forward, "__globals__", {}).get("__name__") for proxy in _PROXIES]
-    if any(place != peft_layer.__name__ for place in places):
+    if any(map(why_patched, _PROXIES)):
         return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:
         return "experts are PEFT's where this version of PEFT isn't a tested one"

@@ -13,28 +13,38 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.model import LoraModel as PeftModel
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.members import change_class, class_over, is_hooked, is_over, is_replaced
-from ..layers.reading import Reader, Reading, call_as_read, fits, forget
-from ..ops.door import run_one
+from ..layers.guards import Record, Recorder, call_recorded, fits, forget
+from ..layers.members import (
+    change_class,
+    class_over,
+    is_hooked,
+    is_over,
+    is_replaced,
+    why_patched,
+)
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
+from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
-from .reading import parts_of, read_active, why_not_now
+from .read import parts_of, read_active, why_not_now
 
 
 class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
     It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
-    and ceases to be one, by its ``__class__``.  What :mod:`.reading` refuses is PEFT's.
+    and ceases to be one, by its ``__class__``.  What :mod:`.read` refuses is PEFT's.
     """
+
+    plain_class = PeftLinear
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
@@ -68,30 +78,30 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
     """The output of a layer's forward; None where the call is PEFT's."""
     if not args and not kwargs:
-        return call_as_read(layer, x, _READER)
+        return call_recorded(layer, x, _RECORDER)
     if not args and kwargs.keys() == {"adapter_names"} and not why_not_now():
         return mixed_forward(layer, x, kwargs["adapter_names"])
     return None
 
 
-def _run_reading(
-    layer: LoraLayer, x: Tensor, reading: Reading
-) -> tuple[Tensor | None, Call | None]:
-    if reading.output is None or not fits(x, reading.output.base.weight):
+def _run_record(layer: LoraLayer, x: Tensor, record: Record) -> tuple[Tensor | None, Call | None]:
+    if record.output is None or not fits(x, record.output.base.weight):
         return None, None
-    return fast_forward(x, reading)
+    if record.how is not None and why_patched(DoraLinearVariant):
+        return None, None  # a variant is no module, so no guard has its class
+    return fast_forward(x, record)
 
 
 # The call's adapters are the active ones.
-_READER = Reader(lambda *_: why_not_now(), read_active, parts_of, _run_reading, run_one)
+_RECORDER = Recorder(lambda *_: why_not_now(), read_active, parts_of, _run_record, run_one)
 
 
-def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
-    """The output for x by fastlora's ops; and what it is, if it is one node of the reading's."""
-    (output,), (packed,), p = reading.outputs, reading.packed, max(reading.dropouts)
+def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
+    """The output for x by fastlora's ops; and what it is, if it is one node of the record's."""
+    (output,), (packed,), p = record.outputs, record.packed, max(record.dropouts)
     if packed is not None:
-        return packed.run(x, lambda x: fast_forward(x, reading._replace(packed=(None,))))
-    magnitude = reading.how
+        return packed.run(x, lambda x: fast_forward(x, record._replace(packed=(None,))))
+    magnitude = record.how
     if magnitude is None:
         (y,), call = linears(x, (output,), p)
         return y, call
@@ -105,8 +115,8 @@ def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
         magnitude.weight,
         bias=bias,
         scale=scale,
-        drop=reading.drop if p > 0.0 else None,
-        norm=_norm(magnitude, weight, adapter, adapter_name=reading.adapter),
+        drop=record.drop if p > 0.0 else None,
+        norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
     )
     # PEFT's gain is [1, N], and so is this output.
     return y if x.dim() > 1 else y.unsqueeze(0), None
@@ -199,7 +209,7 @@ class PeftGatedMLP(mlp.GatedMLP):
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
         return parts_of(module) if isinstance(module, LoraLayer) else []
 
-    def read_part(self, linear: nn.Module) -> Reading:
+    def read_part(self, linear: nn.Module) -> Record:
         """gate, up or down, where the layer's own call would be fast."""
         if not isinstance(linear, LoraLayer):
             return mlp.read_frozen(linear)
@@ -207,6 +217,6 @@ class PeftGatedMLP(mlp.GatedMLP):
         if not reason and is_hooked(linear):
             reason = mlp.WATCHED
         if reason:
-            return Reading(reason)
-        reading = read_active(linear)
-        return reading if reading.how is None else Reading("it is DoRA")
+            return Record(reason)
+        record = read_active(linear)
+        return record if record.how is None else Record("it is DoRA")

@@ -54,8 +54,11 @@ def why_not_merged(layers: Layers) -> str:
                 "is over a weight that a call in evaluation has laid for bitsandbytes' CPU kernel, "
                 "and PEFT's merge misreads that: load the model again, and optimize it before"
             )
-        elif "parametrizations" in base._modules:
-            reason = "has a base whose weight is computed (a parametrization)"
+        elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
+            reason = (
+                f"has a base whose {_weight_name(layer)} is no parameter: make a computed one "
+                "(pruning, weight_norm, parametrization) permanent first, and a buffer a parameter"
+            )
         else:
             continue
         return f"{called(name)} {reason}"

@@ -1,7 +1,7 @@
 """A mixed batch: ``model(…, adapter_names=[…])``, a name a sample, in training too.
 
 PEFT hands the names to every LoRA layer by hooks, which it removes when the call ends.  A layer
-reads its adapters by name (:mod:`.reading`), and runs them all as one node.
+reads its adapters by name (:mod:`.read`), and runs them all as one node.
 
 PEFT refuses names in training, where its own code would be right, with two exceptions: activation
 checkpointing runs layers again in the backward, when PEFT's hooks are gone and with them the names;
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..backends.products import are_wide
+from ..layers.guards import fits
+from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
-from ..layers.reading import fits
+from ..ops.dispatch import autocast_is_on
 from ..ops.functional import multi_lora_linear
-from ..ops.way import autocast_is_on
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
-from .reading import read
+from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
 _FEW = 64  # rows in all
@@ -44,22 +45,22 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(layer._modules["lora_A"]._modules))
-    if not used:
-        return None  # it is the base layer's call
+    if not used or why_patched(type(layer)):
+        return None  # without names it is the base layer's call
     if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
-    reading = read(layer, used, mixed=True)
-    if reading.output is None or not fits(x, reading.output.base.weight):
+    record = read(layer, used, mixed=True)
+    if record.output is None or not fits(x, record.output.base.weight):
         return None
-    (weight, bias), adapters = reading.output
+    (weight, bias), adapters = record.output
     lora_a, lora_b, scales = zip(*adapters, strict=True)
 
     def run(x: Tensor) -> Tensor:
         return multi_lora_linear(
-            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=reading.dropouts
+            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=record.dropouts
         )
 
-    (packed,) = reading.packed
+    (packed,) = record.packed
     return run(x) if packed is None else packed.call(x, run)
 
 
@@ -87,7 +88,8 @@ def _few_rows(
         lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         rows = x[items].to(lora_a.weight.dtype)
         change = lora_b(lora_a(layer.lora_dropout[name](rows))) * scale
-        y[items] += change.to(y.dtype)
+        # Not +=: torch refuses that for a slice of all of a view, as linear's y [B, T, N] is.
+        y[items] = y[items] + change.to(y.dtype)
     return y
 
 

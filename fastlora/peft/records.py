@@ -14,7 +14,7 @@ from ..projection import Output
 from ..report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
 from .experts import read_experts, wrappers_in
 from .layer import is_swapped, why_not_swapped
-from .reading import adapters_now, read, why_not_now
+from .read import adapters_now, read, why_not_now
 
 _UNCALLED = (
     "nothing calls it: torch.nn.MultiheadAttention reads its weight, with the adapter only where "
@@ -92,14 +92,14 @@ def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, O
     if has_sharded(called) and not is_hooked(layer.get_base_layer()):
         return SHARDED, IN_THE_CALL, None
     if isinstance(called, ParamWrapper):
-        reading = read_experts(called)
-        outputs = reading.outputs
-        output = outputs[reading.how.names.index(layer.parameter_name)] if outputs else None
+        record = read_experts(called)
+        outputs = record.outputs
+        output = outputs[record.how.names.index(layer.parameter_name)] if outputs else None
     else:
-        reading = read(layer, names)
-        output = reading.output
+        record = read(layer, names)
+        output = record.output
     if output is None:
-        return PEFT_FORWARD, reading.reason, None
+        return PEFT_FORWARD, record.reason, None
     return *planned_backend([output]), output
 
 

@@ -12,8 +12,8 @@ from fastlora import AdapterMapping
 from fastlora.backends import Call, find_backend
 from fastlora.backends.triton import at_once
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
-from fastlora.ops.door import through
 from fastlora.ops.experts import lora_experts
+from fastlora.ops.run import run_checked
 from fastlora.projection import Adapter, Base, Layout, Output
 from fastlora.rows import Rows
 
@@ -107,7 +107,7 @@ def test_an_absent_adapter_is_absent(in_place, has_bias, request):
     found = []
 
     def run() -> None:
-        (y,), _ = through(x, [output], 0.1, rows=rows)
+        (y,), _ = run_checked(x, [output], 0.1, rows=rows)
         found[:] = [y, *torch.autograd.grad(y.float().square().sum(), [x])]
 
     with use_plan(IN_PLACE if in_place else FUSED):

@@ -120,6 +120,6 @@ def test_bytes_are_as_stated(dtype):
 def test_reasons_against_operands():
     assert why_not_gated(random(3, 4)) == ""
     assert why_not_gated(random(3, 1, layout="window")) == ""
-    assert "end to end" in why_not_gated(random(3, 4, layout="column-major"))
+    assert "aren't contiguous" in why_not_gated(random(3, 4, layout="column-major"))
     assert "negated" in why_not_gated(torch.ones(2, 2, dtype=torch.cfloat).conj().imag[:, :1])
     assert "programs" in why_not_gated(random(1, 4)[:0])

@@ -16,7 +16,7 @@ from fastlora.backends.triton import verification
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
 from fastlora.kernels.launch import Launch, intercept, launch, recording
-from fastlora.ops import functional
+from fastlora.ops import kinds
 
 K = 40
 
@@ -180,12 +180,12 @@ def test_a_capture_keeps_no_tensor_of_the_caller():
 def test_the_oldest_captures_are_evicted(monkeypatch):
     monkeypatch.setattr(replay, "calls", {})
     monkeypatch.setattr(replay, "_MOST", 4)
-    monkeypatch.setattr(functional, "_known", {})
-    monkeypatch.setattr(functional, "_MOST_KINDS", 4)
+    monkeypatch.setattr(kinds, "_calls", {})
+    monkeypatch.setattr(kinds, "_MOST", 4)
     one = projection()
     for rows in range(1, 8):
         step(torch.randn(rows, K, requires_grad=True), [one])
-    assert len(replay.calls) == len(functional._known) == 4
+    assert len(replay.calls) == len(kinds._calls) == 4
     with captured() as new:
         step(torch.randn(7, K, requires_grad=True), [one])
     assert not new

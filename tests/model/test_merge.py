@@ -92,7 +92,7 @@ def test_a_merged_layer_is_one_product(monkeypatch):
     from fastlora.layers import adapted as linear
 
     model = fastlora.merge_lora(adapted_mlp())
-    monkeypatch.setattr(linear, "call_as_read", lambda *_, **__: pytest.fail("the adapter ran"))
+    monkeypatch.setattr(linear, "call_recorded", lambda *_, **__: pytest.fail("the adapter ran"))
     model(torch.randn(2, 8))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.ops import functional
+from fastlora.ops import functional, kinds
 from fastlora.projection import Adapter, Base, Output
 
 M, K, N, R = 5, 8, 6, 2
@@ -25,7 +25,7 @@ def checks(monkeypatch):
     """The checks that ran: one element for each call that was checked."""
     seen, real = [], functional.check_call
     monkeypatch.setattr(functional, "check_call", lambda *all: seen.append(real(*all)))
-    monkeypatch.setattr(functional, "_known", {})
+    monkeypatch.setattr(kinds, "_calls", {})
     call(**tensors())
     assert len(seen) == 1
     return seen

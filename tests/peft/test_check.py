@@ -14,9 +14,10 @@ from peft_models import BATCH, adapted, qwen3
 from torch import nn
 
 import fastlora
-from fastlora.ops import door
-from fastlora.peft import baseline, layer_check, reading
+from fastlora.ops import run as ops_run
+from fastlora.peft import baseline, layer_check
 from fastlora.peft import layer as fast_linear
+from fastlora.peft import read as reading
 from fastlora.peft.check import Difference
 
 
@@ -185,7 +186,7 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
     def draw(count, device):
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
-    monkeypatch.setattr(door, "draw_seed", draw)
+    monkeypatch.setattr(ops_run, "draw_seed", draw)
     monkeypatch.setattr(baseline, "draw_seed", draw)
     model = adapted(tiny_llama(), target_modules=["q_proj", "o_proj"], lora_dropout=0.3).train()
     model.add_adapter("second", model.peft_config["default"])

@@ -14,9 +14,9 @@ FEW = 32
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", FEW)
+    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", FEW)
     monkeypatch.setattr("fastlora.backends.products.FORCED", False)  # 16 bits are fast
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
     torch.compiler.reset()
 
 

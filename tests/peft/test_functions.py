@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.layers.reading import _PLACES
+from fastlora.layers.guards import _PLACES
 
 # Each function takes a PEFT model, does something with it, and returns all results.
 

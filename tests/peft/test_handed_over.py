@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
-from fastlora.peft import reading
+from fastlora.peft import read as peft_read
 
 K, N = 8, 6
 
@@ -62,11 +62,11 @@ def step(layer: nn.Module) -> list:
 
 
 @pytest.fixture
-def readings(monkeypatch):
+def records(monkeypatch):
     """The results of reading layers: one element each time a layer is read anew."""
-    seen, read = [], reading.read
-    monkeypatch.setattr(reading, "read", lambda *all: seen.append(read(*all)) or seen[-1])
-    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    seen, read = [], peft_read.read
+    monkeypatch.setattr(peft_read, "read", lambda *all: seen.append(read(*all)) or seen[-1])
+    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
     return seen
 
 
@@ -165,7 +165,10 @@ PEFT_S = {  # Each value: the change, and the report's reason; "" if the reason 
     "lora-float64": (weight("lora_A", 4, K, dtype=torch.float64), "its lora_A is torch.float64"),
     "bias-lora_A": (weight("lora_A", 4, name="bias"), "its lora_A has a bias"),
     "class-base": (to("base", Doubled), "its base is a Doubled, no torch.nn.Linear"),
-    "call-base": (to("base", DoubledCall), "its base is a DoubledCall"),
+    "call-base": (
+        to("base", DoubledCall),
+        "its base layer is a DoubledCall (DoubledCall.__call__ isn't torch.nn.Module's)",
+    ),
     "class-lora_A": (to("lora_A", Doubled), "its lora_A is a Doubled, no torch.nn.Linear"),
     "inside-another": (
         lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
@@ -209,14 +212,14 @@ DORA = {
 }  # fmt: skip
 
 
-def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str]:
+def assert_seen(change: Callable, records: list, **settings) -> tuple[bool, str]:
     """Compare a changed layer with PEFT's; return whether its call was fast, and why not."""
     ours, theirs = layer_of(**settings).train(), layer_of(**settings).train()
     fastlora.optimize(ours)
-    readings.clear()
+    records.clear()
     for _ in range(2):
         torch.testing.assert_close(step(ours), step(theirs))
-    assert len(readings) == 1  # the second call used the cached record
+    assert len(records) == 1  # the second call used the cached record
     for each in (ours, theirs):
         torch.manual_seed(2)
         change(each)
@@ -232,19 +235,19 @@ def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_change_is_seen_by_a_fast_call(name, readings):
-    assert assert_seen(FAST[name], readings) == (True, "")
+def test_a_change_is_seen_by_a_fast_call(name, records):
+    assert assert_seen(FAST[name], records) == (True, "")
 
 
 @pytest.mark.parametrize("name", [*PEFT_S, *DORA])
-def test_a_change_makes_the_call_peft_s(name, readings):
+def test_a_change_makes_the_call_peft_s(name, records):
     change, reason = (PEFT_S | DORA)[name]
-    is_fast, said = assert_seen(change, readings, **{"use_dora": True} if name in DORA else {})
+    is_fast, said = assert_seen(change, records, **{"use_dora": True} if name in DORA else {})
     assert not is_fast
     assert reason in said
 
 
-def test_temporary_changes_are_seen(readings, monkeypatch):
+def test_temporary_changes_are_seen(records, monkeypatch):
     layer, x = layer_of(), inputs()
     theirs = copy.deepcopy(layer)
     fastlora.optimize(layer)
@@ -263,15 +266,15 @@ def test_temporary_changes_are_seen(readings, monkeypatch):
         assert seen.count(nn.Linear) >= 3  # PEFT's forward called them
     with fastlora.use_backend("triton"):
         torch.testing.assert_close(layer(x), plain)
-    readings.clear()
+    records.clear()
     with disable_input_dtype_casting(layer):
         layer(x)
-    assert "disable_input_dtype_casting" in readings[-1].reason
+    assert "disable_input_dtype_casting" in records[-1].reason
     run = nn.Linear.forward
     # a patch of torch's own class
     monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)
     torch.testing.assert_close(layer(x), theirs(x))
-    assert "no torch.nn.Linear" in readings[-1].reason
+    assert "Linear.forward was replaced on the class" in records[-1].reason
 
 
 @pytest.mark.parametrize("made", ["base", "model"])

@@ -93,6 +93,22 @@ def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
     assert mixed_calls == [3, 3]
 
 
+@pytest.mark.parametrize("names", [["a"] * 4, ["a", "a", "b", "b"], NAMES], ids="-".join)
+@pytest.mark.parametrize("targets", [["up"], ["up", "down"]], ids="-".join)
+def test_few_rows_with_gradients_beside_a_bias(targets, names, mixed_calls):
+    """x needs no gradient, and all samples may have one adapter, whose rows are the whole of y."""
+    base = Mlp()
+    base.up = nn.Linear(base.up.in_features, base.up.out_features)
+    base.down = nn.Linear(base.down.in_features, base.down.out_features)
+    theirs = many(base, targets).double()
+    ours = optimized(theirs)
+    for model in (theirs, ours):
+        model(rows(), adapter_names=names).sum().backward()
+    assert not mixed_calls
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_each_adapter_trains_as_it_would_alone(mixed_calls):
     """5 steps of AdamW, each adapter with its own rate; an adapter not named gets no gradient."""
     start = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})

@@ -171,7 +171,7 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
     new = {name for name in found["new"] if name not in ("triton", "transformers")}
     assert {name.split(".")[0] for name in new} == {"fastlora"}
     assert not [name for name in new if name.startswith("fastlora.kernels")]
-    late = ("layer", "mixed", "reading", "records")
+    late = ("layer", "mixed", "read", "records")
     assert not new & {f"fastlora.peft.{name}" for name in late}
     assert found["trained"]
     assert "pip install 'fastlora-kernels[trainer]'" in found["trainer"]

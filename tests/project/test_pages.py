@@ -25,12 +25,10 @@ from pages import (
     code_of,
     name_of,
     printed_by,
+    save_tiny_model,
     sentences,
+    tiny_tokenizer,
 )
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 import fastlora
 from fastlora.__main__ import main
@@ -42,6 +40,7 @@ PROMISED = re.compile(
     r"\d+ of \d+ (?:layers fast \(backend torch\)|gated MLPs as one block)|\d+ quantized: NF4"
 )
 WITH_CODE = [page for page in PAGES if blocks_of(page, "python")]
+SENTENCES = [*sentences()]
 
 
 def quantized_llama() -> torch.nn.Module:
@@ -55,22 +54,11 @@ def mixture() -> torch.nn.Module:
     return base_model("qwen3", moe_intermediate_size=32)  # a block of MXFP4
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and ChatML's."""
-    words = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
-
-
 @pytest.fixture
 def as_on_the_hub(tmp_path, monkeypatch) -> None:
-    """A folder to run in, which has a tiny model under the name of the one in the quick start."""
+    """The working directory gets a tiny model under the name of the model on the Hub."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    save_tiny_model(tmp_path)
 
 
 MODELS = {"experts.md": mixture, "quantized.md": quantized_llama}
@@ -121,12 +109,19 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, as_on_the_hub):
 
 
 @pytest.mark.parametrize("i", range(len(blocks_of(README, "python"))))
-def test_a_block_of_the_readme_runs_by_itself(i, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, names = blocks_of(README, "python")[i], names_for(README)
-    if "AdapterTrainer" in code:  # an earlier block applies LoRA
-        fastlora.apply_lora(names["model"], fastlora.LoRAConfig(target_modules="all-linear"))
-    run(code, f"README.md, block {i}", {"fastlora": fastlora} | names)
+def test_a_block_of_the_readme_runs_by_itself(i, as_on_the_hub):
+    code = blocks_of(README, "python")[i]
+    is_complete = "from_pretrained" in code  # a script, which needs no names of the reader
+    run(code, f"README.md, block {i}", {} if is_complete else names_for(README))
+
+
+def test_the_readme_has_a_complete_script():
+    scripts = [code for code in blocks_of(README, "python") if "from_pretrained" in code]
+    assert len(scripts) == 1
+    assert all(
+        step in scripts[0]
+        for step in ("get_peft_model(", "fastlora.optimize(", ".backward()", ".save_pretrained(")
+    )
 
 
 def test_few_blocks_are_not_run():
@@ -137,25 +132,32 @@ def test_few_blocks_are_not_run():
 
 @pytest.mark.parametrize("name", USERS)
 def test_a_page_of_users_begins_with_code_gain_and_cost(name):
-    """And its numbers in bold occur in a table, on this page or on one that it links."""
+    """Its numbers in bold come from a results file or a table."""
     page = ROOT / f"docs/{name}.md"
     head, below = page.read_text().split("\n## ", 1)
     assert len(head.splitlines()) <= 35
     assert head.index("```python") < head.index("\n* **Gain**") < head.index("\n* **Cost**")
-    assert numbers_in_no_table(page, head, below) == []
+    assert numbers_without_source(page, head, below) == []
 
 
-def test_the_numbers_of_the_readme_stand_in_tables():
-    head, below = README.read_text().split("\n## A PEFT model", 1)
-    assert numbers_in_no_table(README, head, below) == []
+def test_the_bold_numbers_of_the_readme_have_a_source():
+    head, below = README.read_text().split("\n## Results", 1)
+    assert len(re.findall(r"\*\*\d+ %\*\*", head)) >= 5
+    assert numbers_without_source(README, head, below) == []
 
 
-def numbers_in_no_table(page: Path, head: str, below: str) -> list[str]:
-    """The numbers in bold that aren't in a table below the head or on a linked page."""
+def numbers_without_source(page: Path, head: str, below: str) -> list[str]:
+    """The numbers in bold that neither a results file (``sentences``) nor a table has.
+
+    The tables are those below the head, and on the pages that the head links.
+    """
+    from_files = {
+        number for name, _, found in SENTENCES if name == name_of(page) for number in found
+    }
     linked = re.findall(r"\]\(([\w./]+\.md)", head)
     texts = [below, *((page.parent / path).read_text() for path in linked)]
     tables = "\n".join(line for text in texts for line in text.splitlines() if line[:1] == "|")
-    numbers = re.findall(r"\*\*([\d.]+)(?: times)?\*\*", head)
+    numbers = set(re.findall(r"\*\*([\d.]+)(?: %)?\*\*", head)) - from_files
     return [number for number in numbers if not re.search(rf"\b{number}\b", tables)]
 
 
@@ -224,8 +226,6 @@ def test_the_reference_has_every_command_option_and_setting():
 
 TABLES = [(page, *found) for page in PAGES for found in TABLE.findall(page.read_text())]
 
-SENTENCES = [*sentences()]
-
 
 @pytest.mark.parametrize(
     ("page", "command", "table"),
@@ -244,14 +244,31 @@ def test_there_are_tables():
 
 
 def test_they_are_short():
-    """The README's first screen has its picture; README and docs/ keep to their word budgets."""
+    """README and docs/ stay within their limits of lines and words."""
     text = README.read_text()
     assert len(text.splitlines()) <= 130
     assert len(text.split()) <= 1000
-    badge, picture = re.findall(r"^!\[.*\]\((.*)\)$", text.partition("\n## ")[0], re.M)
-    assert (ROOT / ".github" / badge.removeprefix("../../actions/")).parent.exists()
+    assert sum(len(page.read_text().split()) for page in DOCS) <= 20500
+
+
+def test_the_first_screen_of_the_readme_has_badges_and_a_picture():
+    """The badges show the workflow's state, and the versions of pyproject.toml."""
+    head = README.read_text().partition("\n## ")[0]
+    *badges, picture = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", head)
     assert picture == "docs/demo.png"
-    assert sum(len(page.read_text().split()) for page in DOCS) <= 20000
+    workflow, *shields = badges
+    assert (ROOT / ".github" / workflow.removeprefix("../../actions/")).parent.exists()
+    project = (ROOT / "pyproject.toml").read_text()
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    torch_from = re.search(r'"torch>=([\d.]+)"', project)[1]
+    tested = re.search(r"tests run with PEFT ([\d.]+) to ([\d.]+)\. ", PROSE[ROOT / "docs/peft.md"])
+    shown = " ".join(shields)
+    for text in (
+        f"/python-{pythons[0]}_to_{pythons[-1]}-",
+        f"/pytorch-%E2%89%A5_{torch_from}-",
+        f"/peft-{tested[1]}_to_{tested[2]}-",
+    ):
+        assert text in shown
 
 
 @pytest.mark.parametrize(

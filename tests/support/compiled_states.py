@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
-from fastlora.layers import reading
+from fastlora.layers import guards
 from fastlora.layers.adapted import Adapted
 
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -221,13 +221,13 @@ class State:
 def _read_anew() -> Iterator[None]:
     """Inside the block, modules are always read anew, and no call's record is cached."""
 
-    def read_once(module, reader):
+    def record_of(module, reader):
         found = reader.read(module)
-        return reading.Memory(found), found
+        return guards.GuardedRecord(found), found
 
     with (
-        mock.patch.object(reading, "read_once", read_once),
-        mock.patch.object(reading, "key_of", return_value=None),
+        mock.patch.object(guards, "record_of", record_of),
+        mock.patch.object(guards, "key_of_x", return_value=None),
     ):
         yield
 

@@ -18,7 +18,7 @@ from fastlora import Projection
 from fastlora.backends import Call
 from fastlora.backends import torch as torch_backend
 from fastlora.formats.format import Quantized
-from fastlora.ops.door import draw_seed
+from fastlora.ops.run import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
 
 K, HIDDEN, N = 24, 40, 20  # the sizes of a gated MLP

@@ -156,7 +156,7 @@ def blocks(model: nn.Module) -> set[str]:
 @contextmanager
 def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
     """Call ``note(module, x)`` for every fast call that the module ``place`` makes."""
-    call = place.call_as_read
+    call = place.call_recorded
 
     def noted(module, x, *rest):
         y = x  # checkpointing ends a recomputation by an exception once it has the tensors it needs
@@ -168,7 +168,7 @@ def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "call_as_read", noted)
+        patch.setattr(place, "call_recorded", noted)
         yield
 
 

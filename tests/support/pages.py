@@ -1,7 +1,7 @@
-"""README, CONTRIBUTING and docs/: their text, code, tables, and the numbers of the demos.
+"""README, CONTRIBUTING and docs/: their text, code, tables, and the numbers of results files.
 
-``python tests/support/pages.py`` rewrites all tables, and the sentences that repeat a demo's
-numbers (``sentences``).  A table is the output of the command in the comment above it:
+``python tests/support/pages.py`` rewrites all tables, and the sentences that repeat numbers of a
+results file (``sentences``).  A table is the output of the command in the comment above it:
 
     <!-- benchmarks/report.py FILE -->
 
@@ -50,16 +50,50 @@ def printed_by(command: str) -> str:
     return result.stdout.strip()
 
 
+def tiny_tokenizer():
+    """A tokenizer with a token for each byte, and ChatML's tokens."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A tiny model in this folder, under the name of the model on the Hub that pages load."""
+    from models import tiny_llama
+
+    tokenizer = tiny_tokenizer()
+    name = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    tokenizer.save_pretrained(name)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(name)
+
+
 def report_of(page: str, kind: str) -> dict:
     """The results file of this kind that the page links."""
     [name] = set(re.findall(rf"results/[\w-]+/{kind}-[\d-]+\.json", (ROOT / page).read_text()))
     return json.loads((ROOT / "benchmarks" / name).read_text())
 
 
-def numbers_of(report: dict, side: str, base: str = "peft") -> tuple[str, str]:
-    """The ratio of a side's step time to another's, and of its memory growth to PEFT's."""
+def less(ratio: float) -> str:
+    """A ratio below 1 as the percentage that it saves: "27" for 0.73."""
+    return f"{100 * (1 - ratio):.0f}"
+
+
+def numbers_of(report: dict, side: str) -> tuple[str, str]:
+    """How much less step time a side takes than PEFT, and how much less its memory grows, in %."""
     growth = [report["results"][name]["peak_memory_growth"] for name in (side, "PEFT")]
-    return f"{report[f'step_time_over_{base}'][side]['median']:.3f}", f"{growth[0] / growth[1]:.2f}"
+    return less(report["step_time_over_peft"][side]["median"]), less(growth[0] / growth[1])
+
+
+def medians_of(page: str, kind: str, quantity: str, *ratios: str) -> list[list[float]]:
+    """The median ratios of each row of the results file of this kind that the page links."""
+    rows = [row["ratios"][quantity] for row in report_of(page, kind)["rows"]]
+    return [[row[ratio][1] for ratio in ratios] for row in rows]
 
 
 def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -69,25 +103,31 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     optimized, ours = numbers_of(demo, "optimized"), numbers_of(demo, "fastlora")
     nf4 = numbers_of(report_of("docs/quantized.md", "demo-quantized"), "fastlora")
     experts = numbers_of(report_of("docs/experts.md", "demo-experts"), "fastlora")
-    yield "README.md", r"takes \*\*(\S+) times\*\* PEFT's.*?grows by \*\*(\S+) times", optimized
-    frozen = [numbers_of(demo, side, "frozen")[0] for side in ("optimized", "PEFT")]
-    yield (
-        "README.md",
-        r"takes (\S+) times the frozen model's step, PEFT's (\S+) times",
-        tuple(frozen),
-    )
-    cells = r" \| step \*\*(\S+)\*\*, memory \*\*(\S+)\*\* \|"
+    gain = r"\*\*(\d+) %\*\* less\s+time than PEFT's.*?grows\s+by\s+\*\*(\d+) %\*\* less"
+    yield "README.md", gain, optimized
+    over_frozen = (demo["step_time_over_frozen"][side]["median"] for side in ("optimized", "PEFT"))
+    added = tuple(f"{100 * (ratio - 1):.0f}" for ratio in over_frozen)
+    yield "README.md", r"LoRA adds \*\*(\d+) %\*\*.*?with PEFT it adds \*\*(\d+) %\*\*", added
+    cells = r"[^|\n]* \| \*\*(\d+) %\*\* less time, \*\*(\d+) %\*\* less memory \|"
     yield "README.md", "TRL" + cells, optimized
     yield "README.md", "without PEFT" + cells, ours
     yield "README.md", "packed" + cells, experts
     yield "README.md", "GGUF" + cells, nf4
-    gain = r"\*\*Gain\*\*: .*?step of .*?takes \*\*(\S+)\*\* of.*?grows\s+by\s+\*\*(\S+)\*\*"
-    yield "docs/peft.md", gain, optimized
-    yield "docs/trainer.md", gain, optimized
-    yield "docs/model.md", gain, ours
-    yield "docs/quantized.md", gain, nf4
-    yield "docs/experts.md", gain, experts
-    yield "docs/cpu.md", r"SmolLM2 135M takes \*\*(\S+)\*\* of PEFT's", ours[:1]
+    for page, numbers in (
+        ("peft", optimized), ("trainer", optimized), ("model", ours),
+        ("quantized", nf4), ("experts", experts),
+    ):  # fmt: skip
+        yield f"docs/{page}.md", r"\*\*Gain\*\*: [^*]*?" + gain, numbers
+    yield "docs/cpu.md", r"\*\*Gain\*\*: [^*]*?\*\*(\d+) %\*\* less\s+time than PEFT's", ours[:1]
+    [(frozen, peft)] = medians_of(
+        "docs/adapters.md", "mixed", "both", "fastlora/frozen", "peft/frozen"
+    )
+    yield "README.md", r"many adapters in one batch \| \*\*(\d+) %\*\*", (less(frozen / peft),)
+    yield "docs/adapters.md", r"\*\*Gain\*\*: .*?\*\*(\d+) %\*\* less", (less(frozen / peft),)
+    at_once = medians_of("docs/rank.md", "sweep", "step", "fastlora/eight runs")
+    bounds = tuple(sorted(less(ratio) for [ratio] in at_once))
+    yield "README.md", r"8 runs at once take (\d+) to (\d+) % less time", bounds
+    yield "docs/rank.md", r"at once takes \*\*(\d+) %\*\* to \*\*(\d+) %\*\* less", bounds
     small = demo["results"]["fastlora"]["resized"]
     losses = demo["results"]["fastlora"]["held_out_loss"][-1][1], *small["losses"].values()
     pattern = (

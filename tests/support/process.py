@@ -138,9 +138,9 @@ class Ranks:
 
 
 def _join(store: str, rank: int, size: int) -> None:
-    from fastlora.ops import way
+    from fastlora.ops import dispatch
 
-    way.MOST_ROWS = 0  # small models have few rows, but the autograd node is under test
+    dispatch.MOST_ROWS = 0  # small models have few rows, but the autograd node is under test
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
 

@@ -31,10 +31,10 @@ from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
-from fastlora.ops import functional, way
-from fastlora.ops.door import draw_seed
+from fastlora.ops import dispatch, kinds
 from fastlora.ops.dora import dora_linear
 from fastlora.ops.gated import gated_mlp
+from fastlora.ops.run import draw_seed
 from fastlora.projection import HALF_DTYPES, Adapter, Base, Output
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -236,10 +236,10 @@ class Case:
             put = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            put(functional, "_known", {})
+            put(kinds, "_calls", {})
             put(products, "FORCED", self.wide)
             if self.node:
-                put(way, "MOST_ROWS", 0)
+                put(dispatch, "MOST_ROWS", 0)
             if self.small:
                 put(blocks, "SMALLEST_BLOCK", 5 * self.K)
                 for name, value in {"_BLOCK": 0, "_ROWS": 0, "_FEWEST_ROWS": 8}.items():

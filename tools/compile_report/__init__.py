@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels, for GPUs that nobody needs to have: see __main__.py."""
+"""A report on the compiled code of the kernels, without a GPU: see __main__.py."""

@@ -1,9 +1,8 @@
-"""What the compiler makes of every kernel and every default config: ``make compile-report``.
+"""A report on the compiled code of every kernel and every default config: ``make compile-report``.
 
 It needs no GPU.  Each row is one kernel of one call, compiled for one target: registers, spills,
-shared and tensor memory, tensor-core and TMA instructions.  What they must be is in
-``tests/kernels/test_compile.py``.  The words behind a call (``y``, ``dx``, …) are explained in
-``benchmarks/forms.py``.
+shared and tensor memory, tensor-core and TMA instructions.  ``tests/kernels/test_compile.py`` has
+the limits.  ``benchmarks/forms.py`` explains the words of a call (``y``, ``dx``, …).
 """
 
 import argparse
@@ -15,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-# Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
+# Triton reads both when it is imported: compile, don't interpret; and an explicit default.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -35,7 +34,7 @@ NAMES = [name for name, target in HARDWARE.items() if target.kind != "cpu"]
 
 
 def rows_of(case: Case, by_ptx: bool = False) -> list[dict]:
-    """Compile what the call launches: its kernel, and the sum of its planes if it has any.
+    """Compile the launches of the call: its kernel, and the sum of its planes if it has any.
 
     ``by_ptx``: see :func:`compile_launch`.
     """
@@ -44,9 +43,9 @@ def rows_of(case: Case, by_ptx: bool = False) -> list[dict]:
         config = config or default_config(form.kernel, target, form.call)
         facts = {
             "form": form.name, "config": asdict(config), "segments": form.segments,
-            # float32 without tensor cores, where the target has none that are exact
+            # float32 without tensor cores, if the target has no exact ones
             "ieee": form.dtype == torch.float32 and form.precision == "ieee",
-            "refused": config.why_not(target, form.call),  # "" where it fits
+            "refused": config.why_not(target, form.call),  # "" if it fits
             "estimated": config.shared_memory(target, form.call),
         }  # fmt: skip
     try:
@@ -75,10 +74,12 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=NAMES, default=REPORTED, metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument(
-        "--brief", action="store_true", help="fewer forms: most configs in one alone"
+        "--brief", action="store_true", help="fewer forms: most configs in only one"
     )
     parser.add_argument(
-        "--turns", action="store_true", help="brief, and what some GPUs share for one of them alone"
+        "--turns",
+        action="store_true",
+        help="brief, and each config that several GPUs share for only one of them",
     )
     arguments = parser.parse_args()
     if arguments.turns:
@@ -86,7 +87,7 @@ def main() -> None:
     else:
         chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
         chosen += [case for name in arguments.target for case in other_cases(name)]
-    launches(chosen[0])  # what this imports, none of the pool's processes has to
+    launches(chosen[0])  # imports modules, so that the pool's processes don't have to
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = [*pool.map(partial(rows_of, by_ptx=arguments.turns), chosen, chunksize=4)]
     rows = [row for each in found for row in each]

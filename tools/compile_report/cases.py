@@ -1,4 +1,4 @@
-"""The calls that the compile report looks at: every default config, in the forms of its use."""
+"""The calls of the compile report: every default config, in the forms of its use."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86", "sm_89", "sm_120")
-# Whose code is alike: by `mma.sync`; by products that read shared memory; AMD's.
+# Targets with similar code: with `mma.sync`; with products that read shared memory; AMD's.
 FAMILIES = (("sm_80", "sm_86", "sm_89", "sm_120"), ("sm_90", "sm_100"), ("gfx942",))
-HARDWARE = TARGETS | {"sm_89": replace(TARGETS["sm_86"], arch=89)}  # which takes that row
+HARDWARE = TARGETS | {"sm_89": replace(TARGETS["sm_86"], arch=89)}  # a device that uses this row
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call on one target: of a launcher, by form and config (None: the default); or other."""
+    """One call on one target: a launcher's form and config (None: the default), or another call."""
 
     name: str
     target: str
     config: Config | None = None
     form: Form | None = None
-    other: Callable[[], None] | None = None  # what has no form and no config
+    other: Callable[[], None] | None = None  # a call without form and config
 
 
 def run_gated(activation: str, dtype: str) -> None:
@@ -41,13 +41,13 @@ def run_gated(activation: str, dtype: str) -> None:
 
 
 def run_dequant(kind: str, columns: int, dtype: str) -> None:
-    """A packed weight made dense."""
+    """Unpack a weight."""
     packed = random_packed(kind, 4096, columns, "meta")
     dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the call would launch, its tensors being meta tensors."""
+    """The launches of the call, captured on meta tensors."""
     records: list[Launch] = []
     with use_target(HARDWARE[case.target]), intercept(records.append):
         if case.form:
@@ -59,8 +59,9 @@ def launches(case: Case) -> list[Launch]:
 
 # A word for each kind of packed weight.
 _KINDS = dict(zip(("nf4", "nf4-nested", "mxfp4", "int8", "float8"), PACKED, strict=True))
-# What the call computes, and what isn't the usual: rank, projections … (`_case`).
-# Every row of a table is compiled in the first list's forms, the first two in the second's too.
+# The result of the call, and its unusual properties: rank, projections … (`_case`).
+# Every row of a table is compiled in the forms of the first list, the first two rows also in the
+# forms of the second.
 _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "gemm_lowrank": (
         ["y bias", "dx mask", "y,h M16"],
@@ -81,7 +82,7 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "one pass": (["dB,dh"], ["dB,dh r64"]),
     "one pass over x": (["dA,dx+ n3 mask", "dA,dx+"], ["dA,dx+ r64 n3 mask", "dA,dx+ r64 n4"]),
 }  # fmt: skip
-# What a user's call launches: whatever the tables choose; and with experts, many rows and few.
+# Calls with the configs that the tables choose; also with experts, many rows and few.
 _CHOSEN = (
     "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
     "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
@@ -100,9 +101,9 @@ _CHOSEN_BY_EXPERTS = (
 def cases(target: str, brief: bool = False) -> list[Case]:
     """Every row of the target's tables, in each form that it fits.
 
-    ``brief``: every row once, in one of its forms, and the first of each table in more of them;
-    of float32's tables those with a config that no other has, and the first, if that has one, on
-    every other target.  Rare forms come on every fourth, and those of experts on every other one.
+    ``brief``: every row once, in one of its forms, and the first row of each table in more forms.
+    float32's tables give only the rows whose config is in no other table, and the first row on
+    every other target.  Every fourth target has rare forms, every other one the forms of experts.
     """
     turn = REPORTED.index(target) if brief and target in REPORTED else 0
     step = 4 if brief else 1
@@ -143,7 +144,7 @@ def other_cases(target: str) -> list[Case]:
 
 
 def cases_in_turn(targets: Sequence[str]) -> list[Case]:
-    """Brief ones; what several targets of a family have is compiled for one of them, in turn."""
+    """Brief cases; a case of several targets of a family is compiled for one of them, in turn."""
     alike: dict[tuple, list[Case]] = {}
     for target in targets:
         family = next(each for each in FAMILIES if target in each)
@@ -181,6 +182,6 @@ def _tables(target: str) -> Iterator[tuple[str, str, tuple[Config, ...]]]:
             yield from ((kernel, product, rows) for product, rows in table.items())
 
 
-# The accumulators of three masked projections at once are more than the registers of a thread.
+# The accumulators of three masked projections need more registers than a thread has.
 _TOO_LARGE = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
 SPILLING = _case("sm_90", _TOO_LARGE, "dx n3 mask")

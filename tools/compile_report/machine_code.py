@@ -1,4 +1,4 @@
-"""What Triton makes of a launch, with no GPU: compile it for a target and read the machine code."""
+"""Compile a launch for a target without a GPU, and inspect the machine code."""
 
 import re
 import subprocess
@@ -11,14 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import networkx  # torch needs it, too
+import networkx  # torch also needs it
 import triton
 from triton.backends.compiler import GPUTarget
 
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.target import Target
 
-# HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
+# HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and similar; matrix instructions of CDNA and RDNA.
 _TENSOR_CORE = r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*"
 # Registers that an instruction with such a word writes; the others write one.
 _WRITTEN = {"WIDE": 2, "64": 2, "128": 4, "2": 2, "4": 4, "HMMA": 4}
@@ -39,48 +39,50 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The address of a branch's target."""
         found = re.findall(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else ()
         return int(found[-1], 16) if found else None
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel's machine code.  Counts of instructions are of the text, not of a run."""
+    """One kernel's machine code.  Instructions are counted in the text, not in a run."""
 
     registers: int  # of a thread; on AMD vector registers and accumulators
     stack: int  # bytes of a thread
-    spills: int  # instructions that touch the stack; on AMD registers that are kept there
-    inner_spills: int  # those of a loop over steps; on AMD every instruction that touches scratch
+    spills: int  # instructions that access the stack; on AMD, registers on the stack
+    inner_spills: int  # spills in a loop over steps; on AMD, every instruction on scratch
     shared_memory: int  # bytes of a program
     tensor_memory: int  # columns
     tensor_core: int  # instructions
     tma_loads: int
     tma_stores: int
-    stores: int  # to global memory: none, where the compiler gave the kernel up
+    stores: int  # to global memory; 0 if the compiler gave up the kernel
     instructions: int
-    chained: int = 0  # products of a loop that add to another one of the same pass
+    chained: int = 0  # products that add to a product of the same iteration
     overwritten: int = 0  # writes to registers that a running wgmma reads (triton#9433)
-    packed_adds: int = 0  # add.s16x2, of which ptxas 12.9 drops a number (triton#11581)
-    two_clusters: int = 0  # products of AMD's that race by such a schedule (triton#11696)
+    packed_adds: int = 0  # add.s16x2; ptxas 12.9 drops one of its numbers (triton#11581)
+    two_clusters: int = 0  # AMD's products whose schedule races (triton#11696)
 
 
 def compile_launch(launch: Launch, target: Target, by_ptx: bool = False) -> Compiled:
-    """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors.
+    """Compile as ``launch.run()`` does on that target; its arguments are meta tensors.
 
-    ``by_ptx``: of what has no stack, wgmma, tensor memory or TMA, count in NVIDIA's PTX; to
-    disassemble it takes as long as to compile it.
+    ``by_ptx``: for NVIDIA code without stack, wgmma, tensor memory and TMA, count in the PTX,
+    because disassembling takes as long as compiling.
     """
     compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
-    driver = SimpleNamespace(  # all that ``kernel.warmup`` asks of a GPU's
+    driver = SimpleNamespace(  # everything that ``kernel.warmup`` needs of a GPU's driver
         get_current_target=lambda: compiled_for,
-        get_current_device=lambda: target.arch,  # a kernel keeps what it compiled by this alone
+        get_current_device=lambda: (
+            target.arch
+        ),  # a kernel's cache of compiled code has only this key
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
     kernel = launch.compile()
     ttir, is_amd = kernel.asm["ttir"], target.kind == "hip"
-    # Around the loops over steps, a persistent program has one over tiles.
+    # A persistent program has a loop over tiles around the loops over steps.
     tile_loops = int(launch.arguments.get("PERSISTENT", False))
     return replace(
         _read_amd(kernel) if is_amd else _read_nvidia(kernel, tile_loops, by_ptx),
@@ -90,8 +92,8 @@ def compile_launch(launch: Launch, target: Target, by_ptx: bool = False) -> Comp
 
 
 def chained_products(ttir: str) -> int:
-    """Products that add to another one of the same pass, of a sum that a loop carries on."""
-    scopes: list[tuple[set[str], set[str]]] = []  # what a loop carries on; products added to it
+    """The number of products in a loop's accumulator that add to one of the same iteration."""
+    scopes: list[tuple[set[str], set[str]]] = []  # a loop's carried values; products added to them
     found = 0
     for line in ttir.splitlines():
         if line.lstrip().startswith("}"):
@@ -108,13 +110,13 @@ def chained_products(ttir: str) -> int:
 
 
 def products_in_two_clusters(ttir: str) -> int:
-    """Those whose M, N, K and bits are what Triton schedules so with 8 warps: triton#11696."""
+    """The number of products with the M, N, K and bits of triton#11696, which race with 8 warps."""
     tile = r"tt\.dot .*: tensor<(\d+)x(\d+)x[a-z]+(\d+)\S* \* tensor<\d+x(\d+)x"
     return sum(prod(map(int, sizes)) == 2**25 for sizes in re.findall(tile, ttir))
 
 
 def overwrites(code: list[Instruction]) -> int:
-    """Writes to registers that a running wgmma reads, in the text or when a loop goes round."""
+    """Writes to registers that a running wgmma reads, also in the next iteration of a loop."""
     index = {each.address: i for i, each in enumerate(code)}
     back = [(index[each.target], i) for i, each in enumerate(code) if each.target in index]
     return sum(map(_overwrites_of, [code, *(code[to : i + 1] * 2 for to, i in back if to <= i)]))
@@ -156,7 +158,7 @@ def _read_nvidia(kernel, tile_loops: int, by_ptx: bool) -> Compiled:
     code = [Instruction(int(address, 16), bool(guard), *rest) for address, guard, *rest in found]
     names = Counter(each.name for each in code)
     spilling = [each.address for each in code if each.name in ("LDL", "STL")]
-    depth = depths(code) if spilling else {}  # most spill nothing, and to look takes time
+    depth = depths(code) if spilling else {}  # only with spills, because this takes time
     spills = [depth[address] for address in spilling]
     return Compiled(
         registers=registers, stack=stack, spills=len(spills),
@@ -191,7 +193,7 @@ def _count(names: Counter, pattern: str) -> int:
 
 
 def depths(code: list[Instruction]) -> dict[int, int]:
-    """How many loops there are around each address."""
+    """The number of loops around each address."""
     graph = networkx.DiGraph()
     for each, after in pairwise([*code, code[-1]]):
         graph.add_node(each.address)
@@ -205,7 +207,7 @@ def depths(code: list[Instruction]) -> dict[int, int]:
 
 
 def _add_loops(graph: networkx.DiGraph, depth: dict[int, int]) -> None:
-    """Count each loop for what it holds; then those inside it: loops without the way back to it."""
+    """Add 1 to the depth of each loop's nodes, then the same for its inner loops."""
     for loop in networkx.strongly_connected_components(graph):
         inside = graph.subgraph(loop).copy()
         if inside.size() == 0:

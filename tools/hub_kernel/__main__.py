@@ -2,10 +2,10 @@
 
     python -m tools.hub_kernel FOLDER
 
-FOLDER gets what kernel-builder builds from (build.toml, flake.nix, CARD.md, torch-ext/, tests/,
+FOLDER gets the inputs of kernel-builder (build.toml, flake.nix, CARD.md, torch-ext/, tests/,
 benchmarks/), and the builds that it would make, which ``kernels.get_local_kernel(Path(FOLDER))``
-loads.  Triton compiles where it runs, so that a build is the files of kernels/ and layers.py, as
-they are, beside their digests.  ``FASTLORA_REPOSITORY``, if set, is named as their source.
+loads.  Triton compiles at run time, so a build is the files of kernels/ and layers.py, unchanged,
+with their digests.  ``FASTLORA_REPOSITORY``, if set, is named as their source.
 """
 
 import base64
@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 KERNELS, PACKAGE = Path(__file__).parents[2] / "kernels", Path(__file__).parent / "package"
-NAME, VERSION = "fastlora-kernels", 0  # what the Hub calls a version that may still change
+NAME, VERSION = "fastlora-kernels", 0  # the Hub's number for a version that may still change
 _LICENSE = "Apache-2.0"
-# Whose compiled code tests read, and NVIDIA's the machine runs.
+# Architectures whose compiled code is tested; the emulator also runs NVIDIA's.
 ARCHS = {
     "cuda": ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"],
     "rocm": ["gfx942"],
 }
-# kernels 0.17 reads underscores here, whatever its pages say.
+# kernels 0.17 reads underscores here, although its documentation differs.
 _BUILD = f"""\
 [general]
 name = "{NAME}"
@@ -40,7 +40,7 @@ rocm_archs = {json.dumps(ARCHS["rocm"])}
 
 
 def write(folder: Path) -> None:
-    """Raises FileExistsError for a folder that has such a package already."""
+    """Write the package.  Raises FileExistsError if the folder already has one."""
     module, upstream = NAME.replace("-", "_"), os.getenv("FASTLORA_REPOSITORY", "").rstrip("/")
     files = _files()
     for place in ("torch-ext/" + module, *(f"build/torch-{each}" for each in ARCHS)):
@@ -70,10 +70,10 @@ def write(folder: Path) -> None:
 
 
 def _files() -> dict[str, bytes]:
-    """The module's, by name: kernels/ with one more, which has autograd."""
+    """The module's files by name: kernels/, and layers.py with autograd."""
     files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
     files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
-    # Last of all: it imports the launchers from here.
+    # Last, because it imports the launchers from here.
     files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
     return files
 

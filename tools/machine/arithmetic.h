@@ -1,4 +1,4 @@
-// Instructions that compute each lane by itself: a row of a table is an instruction and its types.
+// Instructions that compute each lane separately: a row of a table is an instruction and its types.
 #pragma once
 #include "machine.h"
 
@@ -30,7 +30,7 @@ NAME(s8) NAME(u8) NAME(s16) NAME(u16) NAME(s32) NAME(u32) NAME(s64) NAME(u64)
 NAME(f16) NAME(bf16) NAME(f32) NAME(f16x2) NAME(bf16x2) NAME(f32x2)
 #undef NAME
 
-// One for each of the types, all operands being of it.
+// One operation for each type; all operands have this type.
 template <class... T, class F> void unary(const std::string& name, F f) {
   (lanes<T, T>(name + suffix<T>, f), ...);
   if constexpr ((std::is_same_v<T, f32> || ...))
@@ -48,7 +48,7 @@ template <class... T, class F> void shift(const std::string& name, F f) {
   (lanes<T, T, u32>(name + suffix<T>, f), ...);
 }
 
-template <class T> T quotient(T a, T b) {  // no trap where the divisor is 0 or -1
+template <class T> T quotient(T a, T b) {  // no trap if the divisor is 0 or -1
   if (b == 0) return T(-1);
   return std::is_signed_v<T> && b == T(-1) ? T(0 - a) : T(a / b);
 }
@@ -70,7 +70,7 @@ template <class T> T field(T a, u32 start, u32 length) {
   return length & 0xff ? extended(shifted, std::min(length & 0xff, 32u), std::is_signed_v<T>) : 0;
 }
 
-// Signed types where the sign matters; where it doesn't, ptx.py says u.
+// Signed types if the sign matters; otherwise ptx.py uses u.
 inline Table integers([] {
   binary<u16, u32, u64>("add", [](auto a, auto b) { return a + b; });
   binary<u16, u32, u64>("sub", [](auto a, auto b) { return a - b; });
@@ -113,7 +113,7 @@ inline Table integers([] {
   lanes<u64, u64>("cvta.param", [](u64 a) { return a + PARAMETERS; });
 });
 
-// Of floats: the number where one is NaN, or (.NaN) NaN.
+// Minimum and maximum of floats: if one is NaN, the other; with .NaN, NaN.
 inline f32 smaller(f32 a, f32 b) {
   return a != a ? b : b != b ? a : a < b || (a == b && std::signbit(a)) ? a : b;
 }
@@ -129,7 +129,7 @@ template <class... T> void sums_and_products() {
   binary<T...>("mul", [](auto a, auto b) { return a * b; });
   ternary<T...>("fma", [](f32 a, f32 b, f32 c) { return std::fma(a, b, c); });
 }
-template <class T> void mixed() {  // a float32 at the end, and halves before it (Blackwell)
+template <class T> void mixed() {  // the last operand is a float32, the others are halves (Blackwell)
   lanes<f32, T, f32>("add.f32" + suffix<T>, [](f32 a, f32 b) { return a + b; });
   lanes<f32, T, f32>("sub.f32" + suffix<T>, [](f32 a, f32 b) { return a - b; });
   lanes<f32, T, T, f32>("fma.f32" + suffix<T>, [](f32 a, f32 b, f32 c) {
@@ -162,8 +162,8 @@ inline Table floats([] {
   unary<f32>("lg2", [](auto a) { return std::log2(a); });
 });
 
-// setp: [d, that of a pair's higher half, x, y, of less 1, equal 2, greater 4 and unordered 8 those
-// that are true].
+// setp: [d, d of a pair's upper half, x, y, the sum of the cases in its favor: less 1, equal 2,
+// greater 4, unordered 8].
 template <class T> void compare(Step& s) {
   const u32 *x = s.slot(2), *y = s.slot(3), true_for = s[4];
   auto compare_parts = [&](int to, auto part) {
@@ -182,8 +182,8 @@ template <class T> void compare(Step& s) {
 }
 template <class... T> void comparisons() { (normal("setp" + suffix<T>, compare<T>), ...); }
 
-// From or to a float: [d, x, rounding to an integer: n 0, z 1, m 2, p 3, none -1].  float64 holds
-// all of them.
+// From or to a float: [d, x, rounding to an integer: n 0, z 1, m 2, p 3, none -1].  float64
+// represents every type exactly.
 inline f64 rounded(f64 x, s64 how) {
   switch (how) {
     case 0: return std::nearbyint(x);
@@ -230,7 +230,7 @@ inline Table conversion([] {
       return extended(extended(s.w.raw(s[2], s[3], lane), s[4], s[5]), s[6], s[7]);
     });
   });
-  // mov of parts, the lowest first: [whole, bits of it, parts ...]; -1 for one that nobody wants.
+  // mov of parts, the lowest first: [whole, bits of it, parts ...]; -1 for an unused part.
   normal("pack", [](Step& s) {
     s64 bits = s[1] / (s.count() - 2);
     s.set_bits(0, s[1], [&](int lane) {

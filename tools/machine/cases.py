@@ -1,8 +1,9 @@
-"""Calls of fastlora whose kernels the machine runs: a name says all of a call.
+"""The calls of fastlora whose kernels the machine runs.  A case's name defines the whole call.
 
-``layer fused bf16/f32 80x96+64x128 r8+4 p0.1 bias x:odd`` is a group of two by the plan "fused": x
-[80, 128] in bfloat16, with an odd stride, and adapters in float32 of rank 8 and 4.  The judges of
-the op tests make the tensors, and compare every output and gradient with the oracle in float64.
+For example ``layer fused bf16/f32 80x96+64x128 r8+4 p0.1 bias x:odd``: a group of two outputs, with
+96 and 64 features, by the plan "fused".  x is [80, 128] in bfloat16 with an odd stride; the
+adapters are in float32 with ranks 8 and 4; dropout is 0.1.  The judges of the op tests make the
+tensors and compare every output and gradient with the reference in float64.
 """
 
 import re
@@ -25,9 +26,9 @@ from fastlora.formats.format import Quantized
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
-from fastlora.ops.door import draw_seed, through
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated import gated_mlp
+from fastlora.ops.run import draw_seed, run_checked
 from fastlora.projection import Adapter, Base, Output, as_outputs, flatten, layouts_of, unflatten
 from fastlora.rows import Rows
 
@@ -41,7 +42,7 @@ FORMATS = {
     "int8": packed.random_int8,
     "float8-rows": lambda n, k: packed.random_float8(n, k, 1, k, scale=F32),
     "float8-blocks": lambda n, k: packed.random_float8(n, k, 32, 64, scale=F32),
-    # No kernel reads these.
+    # No kernel reads the following formats; torch unpacks them.
     "float8-e5m2": lambda n, k: packed.random_float8(n, k, 32, 64, "float8_e5m2"),
     "affine": lambda n, k: packed.random_affine(n, k, 1, 32),
     "hqq": lambda n, k: packed.random_hqq(n, k, 4, 32),
@@ -59,22 +60,22 @@ class Case:
     dtype: str = "bf16"
     adapter: str = ""
     sizes: tuple[int, int] = (0, 0)  # rows, and features of x
-    outputs: tuple[int, ...] = ()  # their features
+    outputs: tuple[int, ...] = ()  # the features of each output
     ranks: tuple[int, ...] = ()  # 0: a frozen layer
     p: float = 0.0
-    words: dict[str, str] = field(default_factory=dict)  # all others
+    words: dict[str, str] = field(default_factory=dict)  # all other words: "x:odd" is x → odd
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         return DTYPES[self.dtype], DTYPES[self.adapter or self.dtype]
 
     def run(self) -> Results:
-        """Every result of the call; an AssertionError if one is wrong."""
+        """Return every result of the call.  Raises AssertionError if one is wrong."""
         return _CHECKS[self.name.split()[0]](self)
 
 
 def case_of(name: str) -> Case:
-    """What a name says."""
+    """The case with this name."""
     said: dict[str, Any] = {}
     words: dict[str, str] = {}
     for word in name.split()[1:]:
@@ -98,7 +99,7 @@ def _numbers(word: str) -> tuple[int, ...]:
 
 
 def _layer(case: Case) -> Results:
-    """One, or a group, of dense weights or packed ones."""
+    """A layer or a group, with dense or packed weights."""
     (M, K), (dtype, adapter), words = case.sizes, case.dtypes, case.words
     trains = words.get("only", "xab")
 
@@ -120,7 +121,7 @@ def _layer(case: Case) -> Results:
         "expanded": lambda y: torch.ones((), dtype=y.dtype).expand(y.shape),
         "transposed": lambda y: judge.random_like(y.T).T,
     }[words.get("dy", "")]
-    rounded = F16 if case.dtype == "tf32" else None  # which has as many bits
+    rounded = F16 if case.dtype == "tf32" else None  # float16 and TF32 have mantissas of 10 bits
     outputs = as_outputs(group)
     dense = [Output(output.base._replace(weight=_dense(output.base.weight, dtype)),
                     output.adapters) for output in outputs]  # fmt: skip
@@ -140,7 +141,7 @@ def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
     return weight.dense(dtype) if isinstance(weight, Quantized) else weight
 
 
-_SEED = 5  # of torch's generator, when a call begins
+_SEED = 5  # torch's generator has this seed when a call begins
 
 
 def _seeded(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -152,7 +153,7 @@ def _seeded(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _masks(shapes: list[tuple[tuple[int, int], float]]) -> list[Tensor | None] | None:
-    """Those that a call of so many adapters will draw, each of its rows and p."""
+    """The dropout masks that a call will draw: one for each (shape, p), None where p is 0."""
     if not any(p for _, p in shapes):
         return None
     state = torch.get_rng_state()
@@ -182,7 +183,7 @@ def _experts(case: Case) -> Results:
     def run() -> Any:
         if case.ranks[0]:
             return judge.call_experts(x, stacks, ends, **options)
-        return through(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
+        return run_checked(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
 
     return judge.check(
         _seeded(run),
@@ -192,7 +193,7 @@ def _experts(case: Case) -> Results:
 
 
 def _adapters(case: Case) -> Results:
-    """Of rows in no order and in their adapters', and of sequences; some rows are nobody's."""
+    """Many adapters, with sorted or unsorted rows or sequences; some rows have no adapter."""
     (M, K), (n,), count = case.sizes, case.outputs, len(case.ranks)
     indices = torch.randint(-1, count, (M,), dtype=torch.int32)
     if "sorted" in case.words:
@@ -206,7 +207,7 @@ def _adapters(case: Case) -> Results:
     leaves = {"x": x, "weight": random(n, K, x.dtype)}
     leaves |= {"bias": random(1, n, x.dtype)[0].requires_grad_()} if bias else {}
     ranks = None
-    if banks:  # NaN behind each rank
+    if banks:  # NaN in the padding behind each rank: a kernel mustn't read it
         ranks, most = list(case.ranks), max(case.ranks)
         lora_a, lora_b = poisoned(count, most, K, dtype=own), poisoned(count, n, most, dtype=own)
         for i, (a, b) in enumerate(pairs):
@@ -234,7 +235,7 @@ def _adapters(case: Case) -> Results:
 
 
 def _mlp(case: Case) -> Results:
-    """A gated one: its backward writes over the gradient that it reads."""
+    """A gated MLP.  Its backward overwrites the gradient that it reads."""
     (M, K), (hidden,), words = case.sizes, case.outputs, case.words
     adapted = words.get("adapted", "gud")
     mlp = judge.make_mlp(*case.dtypes, "bias" in words, adapted, (K, hidden, K))
@@ -256,7 +257,7 @@ def _mlp(case: Case) -> Results:
 
 
 def _block(case: Case) -> Results:
-    """A block of experts, whose gate and up are halves of one matrix; some tokens are nobody's."""
+    """A block of experts; gate and up are halves of one matrix.  Some tokens have no expert."""
     (M, K), (inner,), (r,), E, act = case.sizes, case.outputs, case.ranks, 4, case.words["act"]
     index = torch.stack([torch.randperm(E + 1)[:2] for _ in range(M)])
     dtype = case.dtypes[0]
@@ -296,7 +297,7 @@ def _block(case: Case) -> Results:
 
 
 def _dequant(case: Case) -> Results:
-    """Bit for bit what the format says."""
+    """A packed weight unpacked by a kernel: equal to the format's definition, bit for bit."""
     (n, k), dtype = case.sizes, case.dtypes[0]
     weight = FORMATS[case.words["weight"]](n, k)
     out = dequant(packed_of(weight), poisoned(n, k, dtype=dtype))
@@ -305,7 +306,7 @@ def _dequant(case: Case) -> Results:
 
 
 def _sums(case: Case) -> Results:
-    """Of four planes' sums in one launch, in unlike dtypes."""
+    """Up to four sums of planes in one launch, with several dtypes."""
     dtypes = (BF16, F32, F16, F32)
     planes = [random(count, n) for count, n in zip((3, 1, 5, 2), case.outputs, strict=False)]
     outs = [poisoned(p.shape[1], dtype=dtype) for p, dtype in zip(planes, dtypes, strict=False)]
@@ -321,7 +322,8 @@ _CHECKS = {
 }  # fmt: skip
 
 
-# {a,b} stands for each; a star for quick cases, which reach every way through a kernel.
+# {a,b} expands to one case with a and one with b.  A star marks quick cases; together they reach
+# every branch of the kernels.
 _ALL = """
 * layer {fused,in-place} {bf16/f32,f32} {77x53x75 r3 bias,96x128x160 r8 p0.25}
 * layer {fused,in-place} bf16/f32 {96x160x128 r16,70x40x72 r40 p0.5 bias,65x136x200 r200}
@@ -398,7 +400,7 @@ _ALL = """
 
 
 def names(quick: bool = False) -> list[str]:
-    """Of all cases, or of the quick ones."""
+    """The names of all cases, or of the quick ones."""
     found: dict[str, None] = {}
     for line in _ALL.strip().splitlines():
         parts = re.split(r"\{(.*?)\}", line[2:])

@@ -1,4 +1,4 @@
-"""Triton's side: compile a kernel for a GPU that isn't here, and run its PTX on CPU tensors."""
+"""Compile a kernel with Triton for an absent GPU, and run its PTX on CPU tensors."""
 
 import struct
 import time
@@ -25,7 +25,7 @@ _kernels: dict[tuple[str, int], Kernel] = {}
 
 def _without_ptxas(self, stages, *options):
     _stages(self, stages, *options)
-    stages["cubin"] = lambda ptx, metadata: ptx.encode()  # which driver.py loads
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()  # driver.py loads it
 
 
 CUDABackend.add_stages = _without_ptxas
@@ -33,24 +33,24 @@ CUDABackend.add_stages = _without_ptxas
 
 @dataclass(frozen=True)
 class Ran:
-    """A launch: what it was, and what was found."""
+    """A launch, and its findings."""
 
     name: str
     grid: tuple[int, ...]
     warps: int
     shared: int  # bytes
-    steps: int  # instructions of warps
+    steps: int  # executed instructions, counted by warp
     seconds: float
     findings: list[Finding]
-    kernel: Any  # Triton's
+    kernel: Any  # Triton's compiled kernel
 
 
 def use(arch: int) -> None:
-    """Compile for sm_<arch> from now on."""
+    """Make Triton compile for sm_<arch> until the process ends."""
     target = GPUTarget("cuda", arch, 32)
     driver = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: arch,  # a kernel keeps what it compiled by this alone
+        get_current_device=lambda: arch,  # a kernel's cache of compiled code has only this key
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
@@ -66,9 +66,9 @@ def run(
     only: Sequence[int] = (),
     order: int = 0,
 ) -> Ran:
-    """Compile a kernel, and run it on the machine.
+    """Compile a kernel, and run it in the emulator.
 
-    ``change``: what to do to its PTX before.  The others: see :meth:`Kernel.launch`.
+    ``change`` edits the PTX first.  :meth:`Kernel.launch` describes the other arguments.
     """
     kernel = jitted.warmup(**arguments, grid=grid, **options)
     text, metadata = kernel.asm["ptx"], kernel.metadata
@@ -98,7 +98,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _parameters(kernel, arguments: dict[str, Any], program) -> bytes:
-    """The block of parameters, of arguments by their names."""
+    """The block of parameters for these named arguments."""
     maps = iter(getattr(kernel.metadata, "tensordesc_meta", None) or ())
     parts = [
         part
@@ -109,11 +109,11 @@ def _parameters(kernel, arguments: dict[str, Any], program) -> bytes:
 
 
 def block_of(parts: Sequence[bytes | int], program) -> bytes:
-    """The block of parameters; those that Triton adds at its end (scratch) are null."""
+    """The block of parameters; parameters that Triton adds at the end (scratch) are null."""
     parts = [*parts, *[0] * (len(program.parameters) - len(parts))]
     block = bytearray(program.parameter_bytes)
     for parameter, part in zip(program.parameters, parts, strict=True):
-        if isinstance(part, int):  # as wide as its parameter
+        if isinstance(part, int):  # a number as wide as its parameter
             part = (part % 2 ** (8 * parameter.size)).to_bytes(parameter.size, "little")
         assert parameter.size == len(part), (parameter, part)
         block[parameter.offset : parameter.offset + parameter.size] = part
@@ -121,7 +121,7 @@ def block_of(parts: Sequence[bytes | int], program) -> bytes:
 
 
 def _parts(kind: str | tuple, value: Any, maps: Iterator[dict]) -> Iterator[bytes | int]:
-    """The parameters that an argument becomes."""
+    """The parameters for an argument."""
     if isinstance(kind, tuple):
         for each_kind, each in zip(kind, value, strict=True):
             yield from _parts(each_kind, each, maps)
@@ -130,7 +130,7 @@ def _parts(kind: str | tuple, value: Any, maps: Iterator[dict]) -> Iterator[byte
         found = next(maps, None)
         if found is not None:
             yield _tensor_map(value, found)
-        else:  # before Hopper, Triton takes descriptors apart
+        else:  # before Hopper, Triton splits descriptors into numbers
             yield from [value.base.data_ptr(), *sizes, int(value.padding == "nan")]
             if hasattr(value, "round_f32_to_tf32"):
                 yield int(value.round_f32_to_tf32)
@@ -142,7 +142,7 @@ def _parts(kind: str | tuple, value: Any, maps: Iterator[dict]) -> Iterator[byte
 
 
 def _tensor_map(descriptor: TensorDescriptor, meta: dict) -> bytes:
-    """As machine.h's TensorMap."""
+    """The bytes of machine.h's TensorMap."""
     base, rank = descriptor.base, len(descriptor.shape)
     size = base.element_size()
     swizzle = (0, 32, 64, 128)[int(meta["swizzle"])]

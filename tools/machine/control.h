@@ -1,4 +1,4 @@
-// How a CTA runs: warps one after the other until they wait, and what lets them go on.
+// Runs a CTA: each warp until it waits, one after the other, and the end of waits.
 #pragma once
 #include "tensor_products.h"
 
@@ -48,7 +48,7 @@ inline Table control([] {
   reduction<s32>("max.s32", [](s32 a, s32 b) { return std::max(a, b); });
 });
 
-// The lanes that run next: those furthest behind, but for parked ones, which wait for others.
+// The lanes that run next: the lanes furthest behind, without parked lanes, which wait for others.
 inline u32 next_lanes(Warp& w) {
   if (w.uniform) return w.alive;
   u32 lanes = 0;
@@ -58,7 +58,7 @@ inline u32 next_lanes(Warp& w) {
   each(w.alive, [&](int lane) { lanes |= u32(w.pcs[lane] == w.pc) << lane; });
   return lanes;
 }
-// After an instruction of these lanes: where they go on, and whether all are together again.
+// After an instruction of these lanes: their next instruction, and whether all lanes have met again.
 inline void advance(Warp& w, const Instruction& i, u32 lanes) {
   int next = i.pc + 1, target = w.taken ? i.operands[0] : next;
   if (w.uniform && (!w.taken || w.taken == lanes)) {
@@ -78,7 +78,7 @@ inline u32 guarded(Warp& w, const Instruction& i) {
   for (int lane = 0; lane < 32; lane++) lanes |= u32(w.slot(i.guard)[lane] != 0) << lane;
   return i.negated ? ~lanes : lanes;
 }
-// Until it waits or is done; false where it doesn't run at all.
+// Run a warp until it waits or is done; false if it can't run.
 inline bool run_warp(Machine& m, Warp& w) {
   if (w.state != RUNS) return false;
   while (w.state == RUNS && w.alive) {
@@ -100,7 +100,7 @@ inline bool run_warp(Machine& m, Warp& w) {
   return true;
 }
 
-// Warps meet: each knows all that the others did before.
+// Warps meet: each is ordered after everything that the others did before.
 inline bool meet(Machine& m, const std::vector<Warp*>& who) {
   Clock clock(m.agents, 0), fenced(m.agents, 0);
   for (Warp* w : who) join(clock, w->clock), join(fenced, w->fenced);
@@ -112,7 +112,7 @@ inline bool meet(Machine& m, const std::vector<Warp*>& who) {
   }
   return true;
 }
-// Lets warps go on whose wait is over; whether there is any.
+// Release warps whose wait is over; returns whether there is any.
 inline bool release(Machine& m) {
   bool any = false;
   auto waiting = [&](State state, auto which) {
@@ -136,7 +136,7 @@ inline bool release(Machine& m) {
     any = true;
   }
   if (any) return true;
-  // Bulk loads and tensor memory's products are as late as they can be: when nothing else can run.
+  // Bulk loads and tensor memory's products run as late as possible: when nothing else can run.
   auto is_over = [&](Warp& w) { return m.barriers[w.barrier].phase != w.parity; };
   for (Warp& w : m.warps)
     if (w.state == AT_MBARRIER && land_loads(m, w.barrier)) break;
@@ -157,7 +157,7 @@ inline void start_warp(Machine& m, Warp& w) {
   s64 x = m.cta % grid[0], y = m.cta / grid[0] % grid[1], z = m.cta / grid[0] / grid[1];
   for (s64 lane = 0; lane < 32; lane++) {
     s64 values[] = {32 * w.id + lane, 0, 0, m.launch.threads, 1, 1, x, y, z,
-                    grid[0], grid[1], grid[2], lane, w.id, 0};  // by ptx.py's SPECIAL
+                    grid[0], grid[1], grid[2], lane, w.id, 0};  // in the order of ptx.py's SPECIAL
     for (auto [slot, which] : m.specials) w.slot(slot)[lane] = values[which];
     for (auto [slot, value, is_wide] : m.constants)
       if (is_wide) put<u64>(w.slot(slot), lane, value);

@@ -1,5 +1,5 @@
-// Copies that run by themselves (cp.async, and TMA's tensor copies), and mbarriers.  They land
-// when somebody waits for them, and not before.
+// Asynchronous copies (cp.async, and TMA's tensor copies), and mbarriers.  A copy arrives when a
+// wait for it ends, and not before.
 #pragma once
 #include "products.h"
 
@@ -65,7 +65,7 @@ inline void arrive(Step& s) {
   });
   s.w.clock[s.w.id]++;
 }
-// [result, slot of the parity, address].  A warp stays here until the phase is over.
+// [result, slot of the parity, address].  A warp stays at this instruction until the phase is over.
 inline void wait_barrier(Step& s) {
   int lane = std::countr_zero(s.active);
   u32 address = s.address(2, lane), parity = s.slot(1)[lane] & 1;
@@ -99,7 +99,7 @@ inline u32 box_bytes(const TensorMap& map) {
   for (int d = 0; d < map.rank; d++) size *= map.box[d];
   return size;
 }
-// A box's elements that are in the tensor: f(address in shared memory, in global memory).
+// The elements of a box that are in the tensor: f(address in shared memory, in global memory).
 template <class F> void elements(const TensorMap& map, const s32* corner, u32 start, F f) {
   for (u32 n = 0; n < box_bytes(map) / map.size; n++) {
     u64 rest = n, address = map.base;
@@ -129,7 +129,7 @@ inline void bulk_load(Step& s) {
   begin_copy(s.m, s.w, to, size);
   s.m.loads.push_back(std::move(load));
 }
-// All that a barrier counts, in the order in which they began.
+// All copies that a barrier counts, in the order of their start.
 inline bool land_loads(Machine& m, u32 address) {
   Barrier& b = m.barriers[address];
   return std::erase_if(m.loads, [&](BulkLoad& load) {
@@ -141,7 +141,7 @@ inline bool land_loads(Machine& m, u32 address) {
     return true;
   });
 }
-// [map, from, coordinates ...].  It reads when it is waited for.
+// [map, from, coordinates ...].  It reads when a wait for it ends.
 inline void bulk_store(Step& s) {
   int lane = s.only_lane();
   BulkStore store{{}, {}, u32(s.address(1, lane)), s.m.pc};

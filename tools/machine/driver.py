@@ -1,8 +1,8 @@
-"""The machine as Triton's driver: what is launched for CPU tensors runs on it.
+"""The emulator as Triton's driver: launches on CPU tensors run in it.
 
-All above is real: Triton's binder, its launcher, tensor maps, and the package's captured calls.
-Their replays hand over addresses, which may touch what the replay holds at that moment; of an
-ordinary launch it is the tensors among its arguments.
+Everything above the driver is real: Triton's binder, its launcher, tensor maps, and the package's
+captured calls, whose replays pass addresses.  A replay may access the tensors that it holds at that
+moment, an ordinary launch the tensors among its arguments.
 """
 
 import sys
@@ -31,7 +31,7 @@ _ROWS = [row for row in TARGETS.values() if row.kind == "cuda"]
 
 
 def _like_its_row(arch: int, processors: int) -> Target:
-    """An architecture that has no row of its own takes the one before, as `target_of` says."""
+    """The row for an architecture without its own row: the row before, as in `target_of`."""
     row = max((row for row in _ROWS if row.arch < arch), key=lambda row: row.arch)
     return replace(row, arch=arch, processors=processors)
 
@@ -43,11 +43,10 @@ CARDS = dict(sorted(CARDS.items(), key=lambda each: each[1].arch))
 
 @dataclass
 class Session:
-    """What ran in a block, and how.
+    """The launches of a block of code, and their settings.
 
-    ``order``: 0, or a seed that shuffles CTAs and warps.
-
-    ``allowed``: kinds of races that aren't told.
+    ``order``: 0, or a seed that shuffles CTAs and warps.  ``allowed``: kinds of races that are not
+    reported.
     """
 
     order: int = 0
@@ -65,7 +64,7 @@ _session = Session()
 
 @contextmanager
 def use(session: Session) -> Iterator[Session]:
-    """Launches in the block are this one's."""
+    """A context whose launches belong to this session."""
     global _session
     before, _session = _session, session
     try:
@@ -75,12 +74,12 @@ def use(session: Session) -> Iterator[Session]:
 
 
 def install(name: str, processors: int | None = None) -> None:
-    """Launches on CPU tensors are those of a card, from now on; of one with so many processors."""
+    """Run launches on CPU tensors as on this card, with this number of processors."""
     card = CARDS[name]
     target._of_cpu = card = replace(card, processors=processors or card.processors)
     compiled.use(card.arch)
     if not hasattr(of_triton, "PyKernelArg"):
-        # Before 3.7 Triton makes a launcher in C for each kernel: calls only run step by step.
+        # Before 3.7, Triton makes a launcher in C for each kernel, so calls can't be replayed.
         Launch.run, replay.is_observed = _run, lambda: True
         return
     active = triton.runtime.driver.active
@@ -104,7 +103,7 @@ def _run(launch: Launch) -> None:
 
 
 class _Loaded(NamedTuple):
-    """A compiled kernel, as Triton's launcher knows it; its "binary" is PTX."""
+    """A compiled kernel for Triton's launcher; its "binary" is PTX."""
 
     name: str
     text: bytes
@@ -125,7 +124,7 @@ def _load(name: str, text: bytes, shared: int, device: int) -> tuple:
 
 
 def _encode(address: int, swizzle: int, size: int, kind: int, box, shape, strides, padding) -> _Map:
-    """A tensor map of elements of so many bytes."""
+    """A tensor map of elements with ``size`` bytes."""
     base = SimpleNamespace(data_ptr=lambda: address, element_size=lambda: size)
     described = SimpleNamespace(base=base, shape=shape, strides=strides)
     meta = {"swizzle": swizzle, "block_size": box}
@@ -133,7 +132,7 @@ def _encode(address: int, swizzle: int, size: int, kind: int, box, shape, stride
 
 
 def _launch(*handed: Any) -> None:
-    """What Triton's launcher hands to CUDA: the grid, the kernel, and at the end its operands."""
+    """Run a launch.  Triton's launcher passes the grid, the kernel, and at the end its operands."""
     grid, loaded = handed[:3], handed[4]
     annotations, signature, operands = handed[-3:]
     machine = machines.get(loaded)
@@ -174,7 +173,7 @@ def _address(value: Any) -> int:
 
 
 def _held(values: Sequence[Any]) -> list[Tensor]:
-    """The tensors that may be meant: the replay's, the launch's, or those among the operands."""
+    """The tensors that a launch may access: the replay's, the launch's, or tensor operands."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == CAPTURED:

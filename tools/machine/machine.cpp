@@ -1,8 +1,8 @@
-// Runs PTX on a CPU.  ptx.py decodes the text, and memory.py calls what is here.
+// Runs PTX on a CPU.  ptx.py decodes the text, and memory.py calls these functions.
 #include "arithmetic.h"
 #include "control.h"
 
-// A list of numbers, with its length before it.
+// A list of numbers, after its length.
 static std::vector<s64> next_list(const s64*& at) {
   s64 size = *at++;
   at += size;
@@ -32,7 +32,7 @@ Machine* new_machine(const char** names, s64 count, s64 slots, const s64* code) 
 }
 void free_machine(Machine* m) { delete m; }
 
-// What failed, or nothing.
+// The error, or nothing.
 const char* run(Machine* m, const Launch* launch) {
   m->launch = *launch;
   m->findings.clear();
@@ -53,7 +53,7 @@ const char* run(Machine* m, const Launch* launch) {
   return m->error.c_str();
 }
 
-// Where it stands: steps, CTA, instruction.
+// The current position: steps, CTA, instruction.
 void where(const Machine* m, s64* out) {
   out[0] = m->steps;
   out[1] = m->cta;

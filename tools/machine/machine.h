@@ -1,4 +1,4 @@
-// The machine: a program, and one CTA at a time that runs it, warp by warp.
+// The emulator: a program, and one CTA at a time that runs it, warp by warp.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -11,10 +11,10 @@
 
 #include "numbers.h"
 
-const u64 PARAMETERS = 0x5000000000000000;  // where cvta.param puts them
-const u32 SHARED_START = 1024;              // below it are CUDA's own bytes
+const u64 PARAMETERS = 0x5000000000000000;  // the address space of cvta.param
+const u32 SHARED_START = 1024;              // lower addresses belong to CUDA
 
-const u32 UNWRITTEN = 0xfff7dead;           // in registers and tensor memory: NaN
+const u32 UNWRITTEN = 0xfff7dead;           // the initial value of registers and tensor memory: NaN
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -24,7 +24,7 @@ struct Operation {
   Run run;
   bool together;  // the lanes of a warp meet here
 };
-inline std::unordered_map<std::string, Operation>& operations() {  // by ptx.py's names
+inline std::unordered_map<std::string, Operation>& operations() {  // by the names of ptx.py
   static std::unordered_map<std::string, Operation> all;
   return all;
 }
@@ -40,10 +40,10 @@ struct Instruction {
   bool negated;
   int pc;
   std::vector<s64> operands;   // slots and numbers, in the order of ptx.py's table
-  std::vector<s64> registers;  // what it touches besides the sums of a wgmma
+  std::vector<s64> registers;  // accessed registers, without the sums of a wgmma
 };
 
-// What a warp has begun, in the groups that it commits and waits for.
+// The operations that a warp has started, in the groups that it commits and waits for.
 template <class T> struct Groups {
   std::vector<T> open;
   std::deque<std::vector<T>> running;
@@ -54,7 +54,7 @@ template <class T> struct Groups {
     open.clear();
     committed++;
   }
-  template <class F> u32 wait(size_t keep, F finish) {  // how many groups are over
+  template <class F> u32 wait(size_t keep, F finish) {  // returns the number of finished groups
     for (; running.size() > keep; running.pop_front())
       for (T& each : running.front()) finish(each);
     return committed - running.size();
@@ -66,12 +66,12 @@ template <class T> struct Groups {
   }
 };
 
-struct Copy {  // a cp.async, and what it read
+struct Copy {  // a cp.async, and the bytes that it read
   u32 to, size;
   std::array<u8, 16> data;
   int pc;
 };
-struct TensorMap {  // as compiled.py packs it; dimensions from the innermost on
+struct TensorMap {  // packed by compiled.py; dimensions from the innermost on
   u64 magic, base;
   u8 rank, size, swizzle, unused;
   u32 shape[5];
@@ -89,19 +89,19 @@ struct BulkLoad {
   std::vector<u8> data;
   int pc;
 };
-struct Product {  // a wgmma that nobody has waited for
+struct Product {  // a wgmma before its wait
   const Instruction* instruction;
   u64 a, b;  // descriptors
   bool adds, done;
-  u32 registers[4][32];  // A, where it isn't in shared memory
+  u32 registers[4][32];  // A, if it isn't in shared memory
 };
 
-struct TensorLoad {  // a tcgen05.ld that nobody has waited for
-  static const int REGISTERS = 5;  // where they begin among its operands, as in tcgen05.st's
+struct TensorLoad {  // a tcgen05.ld before its wait
+  static const int REGISTERS = 5;  // the position of the first among its operands, as in tcgen05.st
   const Instruction* instruction;
   std::vector<u32> data;  // [registers, lanes]
 
-  template <class F> void registers(F f) const {  // f(slot, what it will hold)
+  template <class F> void registers(F f) const {  // f(slot, its future value)
     for (size_t n = REGISTERS; n < instruction->operands.size(); n++)
       f(instruction->operands[n], &data[32 * (n - REGISTERS)]);
   }
@@ -109,14 +109,15 @@ struct TensorLoad {  // a tcgen05.ld that nobody has waited for
 struct TensorProduct {  // a tcgen05.mma that hasn't run
   s64 type;
   int rows, columns, depth;
-  bool rows_together_a, rows_together_b;  // and not the depth
+  bool rows_together_a, rows_together_b;  // rows are contiguous, not the depth
   bool adds, a_in_tensor_memory;
-  u32 lane, column, column_a;  // in tensor memory, of its sums and of A
+  u32 lane, column, column_a;  // in tensor memory: of its sums, and of A
   u64 a, b;                    // descriptors
 };
 
-// How often each agent had synchronized when this one heard of it.  Agents: warps, then the wgmma
-// of each warp group, each warp's bulk stores, all tcgen05.mma, and each mbarrier's bulk loads.
+// A vector clock: for each agent, the number of its synchronizations that this agent is ordered
+// after.  Agents: warps, then the wgmma of each warp group, each warp's bulk stores, all tcgen05.mma,
+// and each mbarrier's bulk loads.
 using Clock = std::vector<u32>;
 inline void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < into.size(); i++) into[i] = std::max(into[i], from[i]);
@@ -126,20 +127,20 @@ enum State { RUNS, AT_BARRIER, AT_MBARRIER, AT_PRODUCT, AT_PRODUCT_WAIT, DONE };
 struct Warp {
   int id;
   State state = RUNS;
-  bool again = false;  // the instruction that it waits in runs once more
+  bool again = false;  // the waiting instruction runs again
   bool met = false;    // its warp group is at the same wgmma
-  bool uniform = true;  // all lanes are at `pc`, else each at its own
+  bool uniform = true;  // all lanes are at `pc`; otherwise each has its own
   int pc = 0, pcs[32];
   u32 alive, parked = 0, taken = 0;
   std::vector<u32> registers;
-  Clock clock, fenced;  // fenced: of what the async proxy sees as well
-  u64 barrier = 0, barrier_threads = 0, parity = 0, keep = 0;  // what it waits for
+  Clock clock, fenced;  // fenced: the part that the async proxy also sees
+  u64 barrier = 0, barrier_threads = 0, parity = 0, keep = 0;  // the conditions of its wait
   Groups<Copy> copies;
   Groups<Product> products;
   Groups<BulkStore> stores;
   std::vector<TensorLoad> tensor_loads;
   std::vector<u32> reads_tensor, writes_tensor;  // cells of its shadow, until it waits
-  std::vector<u8> busy;  // registers that a running wgmma adds to, or a tcgen05.ld will fill
+  std::vector<u8> busy;  // registers that a running wgmma or tcgen05.ld writes
   bool any_busy = false;
 
   u32* slot(s64 n) { return registers.data() + n * 32; }
@@ -165,7 +166,7 @@ struct Barrier {  // an mbarrier
   }
 };
 
-struct Storage {  // of tensors: which bytes may be touched, and who wrote and read each last
+struct Storage {  // of tensors: for each byte, whether it may be accessed, its last writer and reader
   u64 start, end;
   u8* allowed;
   u64 *writers, *readers;
@@ -174,9 +175,9 @@ struct Written {  // a cell of a memory: its last write
   u32 clock = 0;
   int pc = -1, agent = -1;
   bool in_flight = false, generic = false;
-  u64 order = 0;  // of tcgen05.mma: those of one order run after each other
+  u64 order = 0;  // of tcgen05.mma: operations with equal order run one after the other
 };
-struct Shadow {  // of a memory, by its cells.  Agents before `readers` read
+struct Shadow {  // the race detector's state of a memory, by cells.  Agents before `readers` read
   size_t readers = 0;
   std::vector<Written> written;
   std::vector<u32> read_clock;
@@ -190,7 +191,7 @@ struct Shadow {  // of a memory, by its cells.  Agents before `readers` read
   }
 };
 struct TensorMemory {
-  std::vector<u32> words;  // [lanes, columns]; none before the first is allocated
+  std::vector<u32> words;  // [lanes, columns]; empty before the first allocation
   std::vector<u8> taken;   // columns
   Shadow shadow;
   Groups<TensorProduct> products;
@@ -199,17 +200,17 @@ struct TensorMemory {
   bool relinquished = false;
 };
 
-// As memory.py's KINDS.
+// In the order of memory.py's KINDS.
 enum Kind {
   RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALIZED, TWICE, GLOBAL_RACE, EARLY_REGISTER, EARLY_LOAD
 };
 struct Finding {
   s64 kind, pc, other, address, cta, warp, count;
 };
-struct Launch {  // as memory.py's
+struct Launch {  // the same fields as in memory.py
   s64 grid[3], threads, shared, granule, check, limit;
   const u8* parameters;
-  const s64 *ctas, *warp_order;  // in the order in which they run
+  const s64 *ctas, *warp_order;  // in their order of execution
   s64 parameter_bytes, cta_count, storage_count;
   const u64 *starts, *ends;  // of storages
   u8* const* allowed;
@@ -245,7 +246,7 @@ struct Machine {
   }
 };
 
-// What an operation sees: a warp at an instruction, the lanes that take part, and its operands.
+// The context of an operation: a warp at an instruction, its active lanes, and its operands.
 struct Step {
   Machine& m;
   Warp& w;
@@ -261,7 +262,7 @@ struct Step {
     if (active & (active - 1)) fail("more than one thread is here");
     return std::countr_zero(active);
   }
-  // Compute all lanes, then keep the active ones: such loops become vector instructions.
+  // Compute all lanes, then store the active ones, so that such loops become vector instructions.
   template <class T, class F> void set(int n, F value) {
     T results[32];
     u32* to = slot(n);

@@ -1,4 +1,4 @@
-// Shared memory under vector clocks, and global memory, of which every byte has an owner.
+// Shared memory with vector clocks, and global memory, where every byte has an owner.
 #pragma once
 #include "machine.h"
 
@@ -13,13 +13,13 @@ template <class F> void granules(const Machine& m, u32 address, u32 size, F f) {
   for (u32 g = (address - SHARED_START) >> shift; g <= last; g++) f(g);
 }
 
-// The rules of both memories, shared and tensor memory.  What is read or written next in a cell is
-// said to be at `at`; `order`: of tcgen05.mma.
+// The rules of shared memory and tensor memory.  `at` is the address in reports of the next access
+// to a cell; `order` belongs to tcgen05.mma.
 inline bool unordered(const Warp& w, const Written& last, u64 order) {
   return last.agent >= 0 && last.agent != w.id && w.clock[last.agent] < last.clock &&
          (!order || order != last.order);
 }
-// On behalf of a warp; `async`: through the async proxy.
+// An access for a warp; `async`: through the async proxy.
 inline void check_read(Machine& m, const Warp& w, const Written& last, s64 at, bool async,
                        u64 order = 0) {
   if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, at, w);
@@ -30,7 +30,7 @@ inline void check_read(Machine& m, const Warp& w, const Written& last, s64 at, b
   else if (async && last.generic && w.fenced[last.agent] < last.clock)
     m.find(NO_FENCE, m.pc, last.pc, at, w);
 }
-// `same`: it writes what is there already.
+// `same`: it writes the value that the cell already has.
 inline void check_write(Machine& m, const Warp& w, const Shadow& shadow, size_t cell, s64 at,
                         bool same = false, u64 order = 0) {
   const Written& last = shadow.written[cell];
@@ -62,7 +62,7 @@ inline void note_read(Machine& m, const Warp& w, u32 address, u32 size) {
   note_read(m, w, address, size, w.id, w.clock[w.id], false);
 }
 
-// A copy is in flight until it lands.  Warps that store what is there already don't race.
+// A copy is in flight until it arrives.  Warps that store the value of a cell again don't race.
 inline void note_write(Machine& m, const Warp& w, u32 address, u32 size, bool in_flight,
                        const void* data = nullptr) {
   if (!m.launch.check) return;
@@ -100,7 +100,7 @@ inline Storage& storage_of(Machine& m, u64 address, u32 size, const char* what) 
        "tensor: " + std::to_string(nearest) + " bytes from the start of the nearest");
 }
 
-// When a warp did something, among all CTAs; and whether that is before what `w` does now.
+// The time of a warp's access, among all CTAs; and whether it is ordered before `w`'s current one.
 inline u64 tag(const Machine& m, const Warp& w) {
   return u64(m.cta + 1) << 40 | u64(w.id) << 32 | w.clock[w.id];
 }
@@ -110,7 +110,7 @@ inline bool before(const Machine& m, u64 tag, const Warp& w) {
 }
 const u64 SEVERAL = ~0ull;  // readers of several CTAs
 
-// `data`: what a store writes; stores of the same bytes by unordered warps are no race.
+// `data`: the bytes of a store; stores of equal bytes by unordered warps are no race.
 inline void global(Machine& m, const Warp& w, u64 address, u32 size, const u8* data, int pc) {
   bool write = data != nullptr;
   Storage& s = storage_of(m, address, size, write ? "store" : "load");
@@ -135,7 +135,7 @@ inline void global(Machine& m, const Warp& w, u64 address, u32 size, const u8* d
 enum Space { PARAMETER_SPACE, GLOBAL_SPACE, SHARED_SPACE };
 const int PARTS = 7;
 
-// Where an access lies, if it is allowed.
+// The storage of an access, if it is allowed.
 inline u8* place(Step& s, int lane, bool write, const u8* data) {
   u32 size = s[1] * (s.count() - PARTS);
   u64 address = s.address(4, lane);

@@ -1,4 +1,4 @@
-"""Runs a :class:`~tools.machine.ptx.Program` on tensors of the CPU, and says what it found."""
+"""Runs a :class:`~tools.machine.ptx.Program` on tensors of the CPU, and reports findings."""
 
 import ctypes
 import functools
@@ -19,12 +19,12 @@ from . import CACHE
 from .ptx import Program, parse
 
 HERE = Path(__file__).resolve().parent
-# As machine.h's Kind.
+# The names of machine.h's Kind.
 KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialized", "stored twice",
          "global race", "early register", "early load"]  # fmt: skip
-# Not those that may be meant: a masked lane reads what nobody wrote, warps store equal bytes.  And
-# LLVM moves arithmetic on what a tcgen05.ld loads before its wait, which PTX forbids: ptxas puts a
-# scoreboard in the place of both.
+# Findings that may be intended are not races: a masked lane reads unwritten memory, and warps store
+# equal bytes.  LLVM also moves arithmetic on the result of a tcgen05.ld before its wait.  PTX
+# forbids this, but ptxas makes it correct with a scoreboard.
 RACES = {*KINDS} - {"uninitialized", "stored twice", "early load"}
 _FLAGS = (
     "-O3 -march=native -std=c++20 -shared -fPIC -fvisibility=hidden -fwrapv -fno-math-errno "
@@ -33,19 +33,19 @@ _FLAGS = (
 
 
 class Fault(RuntimeError):  # noqa: N818
-    """What a GPU would have trapped at, or might have."""
+    """An access or instruction at which a GPU traps, or may trap."""
 
 
 class Unsupported(RuntimeError):  # noqa: N818
-    """Instructions that the machine doesn't know."""
+    """Instructions that the emulator doesn't know."""
 
 
 @dataclass(frozen=True)
 class Finding:
     kind: str
     line: str  # the instruction
-    other: str  # the one that it races with
-    address: int  # in shared memory, from the start of a tensor's storage, a column
+    other: str  # the other instruction of the race
+    address: int  # in shared memory, in a tensor's storage, or a column of tensor memory
     cta: int
     warp: int
     count: int
@@ -58,12 +58,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    steps: int  # instructions of warps
+    steps: int  # executed instructions, counted by warp
     findings: list[Finding]
 
 
 class _Launch(ctypes.Structure):
-    """As machine.h's."""
+    """The fields of machine.h's Launch."""
 
     _fields_ = [
         ("grid", ctypes.c_int64 * 3),
@@ -76,7 +76,7 @@ class _Launch(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The machine, built where this source has no build for this CPU."""
+    """The emulator's library, built if there is no build of this source for this CPU."""
     sources = [*sorted(HERE.glob("*.h")), HERE / "machine.cpp"]
     known = [os.environ.get("CXX"), "g++", "c++", "clang++"]
     compiler = next((each for each in known if each and shutil.which(each)), None)
@@ -110,10 +110,10 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 class Memory:
-    """The tensors that a launch may touch: their elements, and nothing between or around them."""
+    """The tensors that a launch may access: only their elements, not the gaps between them."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
-        self.allowed: dict[int, np.ndarray] = {}  # a storage's address → of each byte
+        self.allowed: dict[int, np.ndarray] = {}  # a storage's address → a flag for each byte
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if tensor.numel() == 0:
@@ -127,7 +127,7 @@ class Memory:
                 view.fill_(1)
 
     def tables(self) -> list[np.ndarray]:
-        """Starts, ends, and pointers to what is allowed, to writers and to readers, by address."""
+        """Starts, ends, and pointers to the flags, to writers and to readers, sorted by address."""
         starts = sorted(self.allowed)
         flags = [self.allowed[start] for start in starts]
         self.owners = [np.zeros((2, len(each)), np.uint64) for each in flags]
@@ -142,7 +142,7 @@ class Memory:
 
 
 class Kernel:
-    """A program, decoded once; :meth:`launch` runs it.  Unsupported if it has what isn't known."""
+    """A decoded program; :meth:`launch` runs it.  Raises Unsupported for unknown instructions."""
 
     def __init__(self, source: str, shared: int, threads: int = 0):
         self.program = program = parse(source)
@@ -180,8 +180,8 @@ class Kernel:
     ) -> Result:
         """Run the CTAs of the grid, or ``only`` these.
 
-        ``check``: look for races.  ``order``: 0, or the seed of another order of CTAs and warps.
-        ``limit``: of instructions.  A Fault says what a GPU would not have done.
+        ``check``: find races.  ``order``: 0, or the seed of another order of CTAs and warps.
+        ``limit``: the number of instructions.  Raises Fault for an access that a GPU can't do.
         """
         assert len(parameters) == self.program.parameter_bytes
         sizes = (*grid, 1, 1)[:3]
@@ -223,7 +223,7 @@ class Kernel:
 
 
 def _encoded(program: Program) -> list[int]:
-    """As machine.cpp's new_machine reads it: lists, each with its length before it."""
+    """The input of machine.cpp's new_machine: lists, each after its length."""
     lists: list[Sequence[int]] = []
     for each in zip(program.guards, program.operands, program.registers, strict=True):
         lists += each

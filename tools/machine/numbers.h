@@ -1,4 +1,4 @@
-// The numbers of PTX, and how they lie in a warp's registers.
+// The numbers of PTX, and their layout in a warp's registers.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -18,11 +18,11 @@ using s64 = int64_t;
 using f32 = float;
 using f64 = double;
 const f32 NAN32 = std::bit_cast<f32>(0x7fffffffu);
-// A result: PTX has one NaN for all that compute in float32, whatever NaNs came in.
+// A result: every float32 operation of PTX returns the same NaN, for any NaN operand.
 inline f32 canonical(f32 x) { return x != x ? NAN32 : x; }
 template <class T> T canonical(T x) { return x; }
 
-// Half precision computes as float32 and rounds its results.
+// Half precision computes in float32 and rounds its results.
 struct bf16 {
   u16 bits;
   bf16() = default;
@@ -43,17 +43,17 @@ template <class T> struct Pair {  // in a register of 32 bits
 };
 using f16x2 = Pair<f16>;
 using bf16x2 = Pair<bf16>;
-using f32x2 = Pair<f32>;  // in one of 64
+using f32x2 = Pair<f32>;  // in a register of 64 bits
 
 inline f32 e4m3(u8 x) {
   u32 magnitude = x & 0x7f;
   f32 value = magnitude == 0x7f ? NAN32 : std::bit_cast<f32>(magnitude << 20) * 0x1p120f;
   return x & 0x80 ? -value : value;
 }
-// What .ftz does with a number that is too small for its exponent.
+// .ftz: flush a subnormal number to zero.
 inline f32 flushed(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
-// The lowest bits of x, with a sign or without.
+// The lowest bits of x, signed or unsigned.
 inline s64 extended(u64 x, s64 bits, bool is_signed) {
   u64 high = x << (64 - bits);
   return is_signed ? s64(high) >> (64 - bits) : s64(high >> (64 - bits));

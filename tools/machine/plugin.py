@@ -1,4 +1,4 @@
-"""The tests' kernels on the machine, in the place of Triton's interpreter: for tests/conftest.py.
+"""Run the tests' kernels in the emulator instead of the interpreter: for tests/conftest.py.
 
     FASTLORA_MACHINE=sm_90 .venv/bin/pytest tests/kernels/test_project.py
 
@@ -14,7 +14,7 @@ from . import driver
 
 driver.install(os.environ["FASTLORA_MACHINE"])
 
-# What a test's code names, and why it isn't for the machine.
+# Names in a test's code that exclude it, with the reason.
 _OTHERS = {
     "counted_launches": "it counts the interpreter's loads and stores",
     "run_without_interpreter": "its process has another driver",
@@ -30,7 +30,7 @@ def no_races() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test's tiles may be too large for the target, as `why_not` says."""
+    """Skip a test whose tiles are too large for the target, according to `why_not`."""
     try:
         return (yield)
     except ValueError as error:

@@ -1,5 +1,5 @@
-// Tensor cores: mma, and wgmma, which reads its operands no earlier than somebody waits for it.
-// Products are exact; sums are rounded to float32 after each, in the order of k.
+// Tensor cores: mma, and wgmma, which reads its operands when a wait for it ends.  Products are
+// exact; sums are rounded to float32 after each product, in the order of k.
 #pragma once
 #include "memory.h"
 
@@ -20,7 +20,7 @@ inline void multiply_tiles(int k_size, int n_size) {
   for (auto& row : sums)
     for (int n = 0; n < n_size; n++) row[n] = canonical(row[n]);
 }
-// A register of an operand holds for each lane one float32, or two halves side by side along k:
+// A register of an operand holds for each lane one float32, or two halves that are adjacent in k:
 // f(row of eight, k, value).
 template <class F> void fragment(s64 type, const u32* slot, F f) {
   int parts = type == TF32 ? 1 : 2;
@@ -36,7 +36,7 @@ inline void read_b(s64 type, const u32* slot, int r) {
   int k0 = 16 / size_of(type) * r;
   fragment(type, slot, [&](int n, int k, f32 x) { tile_b[k0 + k][n] = x; });
 }
-inline f32& sum_at(int lane, int r) {  // what a lane holds in register r of the sums
+inline f32& sum_at(int lane, int r) {  // a lane's value of register r of the sums
   return sums[lane / 4 + 8 * (r / 2 % 2)][8 * (r / 4) + 2 * (lane % 4) + r % 2];
 }
 inline void read_sums(Warp& w, const s64* slots, int count) {
@@ -58,16 +58,16 @@ inline void mma(Step& s) {
   write_sums(s.w, &s.i.operands[2], 4);
 }
 
-// wgmma: [type, n, k, whether A's rows lie side by side and not its depth, B's columns, whether A
-// is in registers, whether to add, descriptor of A or its 4 registers, of B, sums ...].
+// wgmma: [type, n, k, whether A's rows are contiguous (not its depth), the same for B's columns,
+// whether A is in registers, whether to add, descriptor of A or its 4 registers, of B, sums ...].
 enum { TYPE, N_SIZE, K_SIZE, ROWS_A, ROWS_B, IN_REGISTERS, ADDS, A };
 const int B = A + 4, SUMS = B + 1;
 
-// Rows of `span` bytes have their pieces of 16 mixed, so that columns lie in different banks.
+// Rows of `span` bytes have their 16-byte pieces permuted, so that columns are in different banks.
 inline u32 swizzled(u32 address, int span) {
   return span ? address ^ (address >> 3 & (span - 16)) : address;
 }
-// An operand in shared memory: rows of A, or columns of B, of a depth.
+// An operand in shared memory: rows of A, or columns of B, of this depth.
 struct Operand {
   u64 descriptor;
   s64 type;
@@ -88,7 +88,7 @@ struct Operand {
       offset = row % piece * size + row / piece * stride + k % 8 * 16 + k / 8 * leading;
     return swizzled(start + offset, span);
   }
-  // Pieces of 16 bytes, whose elements lie side by side: f(row from the first, k, address).
+  // Pieces of 16 bytes with contiguous elements: f(row from the first, k, address).
   template <class F> void pieces(F f) const {
     int piece = 16 / size_of(type), k_step = rows_lie_together ? 1 : piece;
     for (int row = 0; row < rows; row += rows_lie_together ? piece : 1)
@@ -133,9 +133,9 @@ inline void mark_busy(Warp& w) {
     load.registers([&](s64 slot, const u32*) { w.busy[slot] = 1; });
 }
 
-// It begins: its reads are noted, and its sums are busy until somebody waits.
+// The start of a wgmma: its reads are recorded, and its sums are busy until a wait.
 inline void wgmma(Step& s) {
-  if (!s.w.met) {  // its group comes together here, as Triton counts on; the ISA doesn't say so
+  if (!s.w.met) {  // its group meets here, which Triton assumes and the ISA doesn't promise
     s.w.state = AT_PRODUCT;
     s.w.again = true;
     return;
@@ -176,8 +176,8 @@ inline void land_tensor_loads(Warp& w) {
   w.tensor_loads.clear();
   mark_busy(w);
 }
-// Somebody touches sums of a running wgmma, or what a tcgen05.ld will fill: it is said, and they
-// are there at once.  (No GPU has both.)
+// An access to the sums of a running wgmma, or to registers that a tcgen05.ld will write: report it,
+// and finish them at once.  (No GPU has both.)
 inline void check_busy(Machine& m, Warp& w, const Instruction& i) {
   auto busy = [&](s64 slot) { return w.busy[slot]; };
   if (!std::any_of(i.registers.begin(), i.registers.end(), busy)) return;

@@ -1,10 +1,11 @@
-"""The machine on itself: kernels that are known to be right, and PTX that was broken on purpose.
+"""Test the emulator: correct kernels, and PTX that was broken on purpose.
 
     python -m tools.machine.proof [sm_80 sm_90 sm_100 …]
 
-Every barrier, wait and fence of some kernels is taken away: all of a kind, which must be seen, and
-one by one, which are counted, since many have another beside them.  Prints what it misses and one
-line at the end; exit 1 if it misses anything.
+The barriers, waits and fences of some kernels are removed.  If all of a kind are removed, the
+emulator must report it.  If one is removed, reports are only counted, because another one often
+protects the same data.  The proof prints each miss, and a line at the end.  The exit status is 1
+after a miss.
 """
 
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import compiled  # before Triton
+from . import compiled  # before Triton is imported
 from .compiled import RACES, Fault
 
 # isort: split
@@ -47,7 +48,7 @@ def matmul(
 def matmul_tma(
     a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """The same by descriptors; B [N, K] where it is transposed."""
+    """The same through descriptors; B is [N, K] if it is transposed."""
     i, j = tl.program_id(0) * BM, tl.program_id(1) * BN
     sums = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -59,7 +60,7 @@ def matmul_tma(
 
 @triton.jit
 def attention(q, k, v, out, M, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    """OUT = exp(scale Q Kᵀ) V: the first product is the second one's A.  All [M, D]."""
+    """OUT = exp(scale Q Kᵀ) V: the first product is A of the second.  All [M, D]."""
     rows, depth = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
     in_q = rows[:, None] < M
     x = tl.load(q + rows[:, None] * D + depth[None, :], mask=in_q, other=0.0)
@@ -76,7 +77,7 @@ def attention(q, k, v, out, M, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.
 
 @triton.jit
 def softmax(x, y, N, stride, BLOCK: tl.constexpr):
-    """Of each row.  X [rows, N], Y [rows, N]."""
+    """The softmax of each row.  X [rows, N], Y [rows, N]."""
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     v = tl.load(x + row * stride + column, mask=column < N, other=float("-inf"))
     v = tl.exp(v - tl.max(v, 0))
@@ -85,7 +86,7 @@ def softmax(x, y, N, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def scan(x, y, z, N, BLOCK: tl.constexpr):
-    """Y: sums of each row so far; Z: its elements in another order.  [rows, N] each."""
+    """Y: cumulative sums of each row; Z: its elements in another order.  [rows, N] each."""
     column = tl.arange(0, BLOCK)
     at = tl.program_id(0) * N + column
     v = tl.load(x + at, mask=column < N, other=0)
@@ -95,7 +96,7 @@ def scan(x, y, z, N, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Case:
-    """A launch, which shall give these."""
+    """A launch with its expected results."""
 
     name: str
     kernel: Any
@@ -104,7 +105,7 @@ class Case:
     options: dict[str, int]
     results: tuple[torch.Tensor, ...]
     truths: tuple[torch.Tensor, ...]
-    bound: float  # of the error, as a part of the largest element
+    bound: float  # limit of the error as a ratio to the largest element
 
     def run(self, change: Callable[[str], str] | None = None, order: int = 0) -> compiled.Ran:
         for result in self.results:
@@ -123,7 +124,7 @@ def _data(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 BOUNDS = {(BF16, "ieee"): 1e-2, (F16, "ieee"): 2e-3, (F32, "tf32"): 3e-3, (F32, "ieee"): 1e-6}
-# M, N, K, tiles, warps, stages, layouts of A and B: n as they are, t transposed
+# M, N, K, tiles, warps, stages, layouts of A and B: n normal, t transposed
 SHAPES = [
     (70, 52, 97, (64, 32, 32), 4, 3, "nn"), (64, 64, 64, (32, 32, 32), 4, 2, "nt"),
     (130, 100, 200, (128, 64, 32), 8, 3, "tn"), (33, 17, 9, (16, 16, 16), 1, 1, "nn"),
@@ -220,7 +221,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from row_cases()
 
 
-# What is taken away: pattern, and what stands there instead.
+# The removed instructions: pattern and replacement.
 WAITS = {
     "barrier": (r"^\s*bar\.sync\s+0;", ""),
     "wait for copies": (r"^\s*cp\.async\.wait_group\s+\d+;", ""),
@@ -237,7 +238,7 @@ WAITS = {
 
 
 def without(wait: str, n: int | None = None) -> Callable[[str], str]:
-    """A change of PTX: it loses the n-th wait of a kind, or all."""
+    """A change of PTX that removes the n-th wait of a kind, or all."""
     pattern, instead = WAITS[wait]
 
     def change(text: str) -> str:
@@ -254,7 +255,7 @@ def count(wait: str, text: str) -> int:
 
 
 def seen(case: Case, change: Callable[[str], str]) -> str:
-    """What the machine says of broken PTX, or nothing."""
+    """The emulator's report for broken PTX, or nothing."""
     try:
         ran = case.run(change)
     except Fault as fault:
@@ -266,7 +267,7 @@ def seen(case: Case, change: Callable[[str], str]) -> str:
 
 
 def prove(arch: int) -> tuple[str, bool]:
-    """A line, and whether nothing was missed."""
+    """The line of a card, and whether nothing was missed."""
     compiled.use(arch)
     torch.manual_seed(0)
     right = total = kinds_seen = kinds = singles_seen = singles = 0
@@ -292,12 +293,12 @@ def prove(arch: int) -> tuple[str, bool]:
             if seen(case, without(wait)):
                 kinds_seen += 1
             else:
-                print(f"MISS sm_{arch} {case.name}: nobody sees that every {wait} is gone")
+                print(f"MISS sm_{arch} {case.name}: no report although every {wait} is removed")
             singles += places
             singles_seen += sum(bool(seen(case, without(wait, n))) for n in range(places))
     line = (
-        f"sm_{arch}: {right} of {total} right and without races; all of a kind taken away: "
-        f"{kinds_seen} of {kinds} seen; one by one: {singles_seen} of {singles}"
+        f"sm_{arch}: {right} of {total} correct and without races; all of a kind removed: "
+        f"{kinds_seen} of {kinds} reported; one by one: {singles_seen} of {singles}"
     )
     return line, right == total and kinds_seen == kinds
 

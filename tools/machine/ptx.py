@@ -1,7 +1,7 @@
-"""PTX text → a :class:`Program`: the machine's operations, whose operands are numbers.
+"""PTX text → a :class:`Program`: the emulator's operations, whose operands are numbers.
 
-What is no instruction that the machine knows stands in ``Program.unknown`` with its line, and such
-a program isn't run.  Not there: atomics, clusters, integer and fp8 products, local memory, calls.
+``Program.unknown`` has the unknown instructions with a line of each; a program with any isn't run.
+Not supported: atomics, clusters, integer and fp8 products, local memory, calls.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# Of a type, in a register.
+# Bits of a type in a register.
 BITS = {"pred": 32, "e4m3x2": 16, "e5m2x2": 16, "f16x2": 32, "bf16x2": 32, "bf16": 16}
 BITS |= {"f32x2": 64}
 BITS |= {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)}
@@ -23,10 +23,10 @@ SPECIAL |= {"%laneid": 12, "%warpid": 13, "%cluster_ctarank": 14}
 SPECIAL |= {f"%cluster_ctaid.{axis}": 14 for axis in "xyz"}
 
 SPACES = {"param": 0, "global": 1, "shared": 2, "shared::cta": 2}
-SHARED_START = 1024  # of the machine's addresses
+SHARED_START = 1024  # in the emulator's addresses
 
-# Words of opcodes as numbers.  A comparison is what it is true for: less 1, equal 2, greater 4,
-# unordered 8.
+# Words of opcodes as numbers.  A comparison is the sum of the cases in its favor: less 1, equal 2,
+# greater 4, unordered 8.
 NUMBERS = {
     "lt": 1, "eq": 2, "le": 3, "gt": 4, "ne": 5, "ge": 6, "lo": 1, "ls": 3, "hi": 4, "hs": 6,
     "num": 7, "nan": 8, "ltu": 9, "equ": 10, "leu": 11, "gtu": 12, "neu": 13, "geu": 14,
@@ -35,13 +35,14 @@ NUMBERS = {
     "idx": 0, "up": 1, "down": 2, "bfly": 3, "u": 0, "s": 1, "f16": 0, "bf16": 1, "tf32": 2,
 }  # fmt: skip
 
-# Opcode, operation ({1} is the pattern's first group), operands of the operation.  These are
-# words of a letter and the place of PTX's operand: d destination and s source (:64 bits, :1 those
-# of the type in the first group), p both of d|p, D and S
-# registers in braces, R a register and its bits, a [address], m and c the map and the coordinates
-# of [map, {coordinates}], t whether it is an [address] of tensor memory and that, or a descriptor;
-# n a number, l a label; # a group of the opcode as a number; - nothing, which is -1, as is a word
-# with ? whose operand isn't there.
+# Opcode, operation ({1} is the pattern's first group), operands of the operation.  An operand is a
+# letter and the position of PTX's operand:
+#   d destination, s source (:64 has 64 bits, :1 the bits of the type in the first group),
+#   p both of d|p, D and S registers in braces, R a register and its bits, a [address],
+#   m and c the map and the coordinates of [map, {coordinates}],
+#   t a flag and an [address] of tensor memory, or a descriptor,
+#   n a number, l a label, # a group of the opcode as a number,
+#   - nothing, which is -1; a word with ? is also -1 if its operand is missing.
 _SHARED = r"\.shared(?:::cta)?"
 _NUMBER = r"([suf]\d+|bf16)"
 _MMA = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(f16|bf16|tf32)\.\2\.f32"
@@ -98,8 +99,8 @@ TABLE = [
 ]  # fmt: skip
 _WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.\3"
 
-# Arithmetic: operands that don't have the bits of the type.  The machine's names have no type
-# with a sign where the sign doesn't matter, and none of floats where bits alone are moved.
+# Arithmetic: operands whose bits differ from the type's.  The emulator's names use an unsigned type
+# if the sign doesn't matter, and an integer type if only bits are moved.
 _OTHER_BITS = {"shl": {2: 32}, "shr": {2: 32}, "bfe": {2: 32, 3: 32}, "selp": {3: 32}}
 _SIGNLESS = {"add", "sub", "mul.lo", "mad.lo", "neg"}
 _MOVES = {"mov", "selp"}
@@ -117,14 +118,16 @@ class Program:
     name: str
     parameters: list[Parameter]
     threads: int = 0
-    text: list[str] = field(default_factory=list)  # of each instruction, and so on
+    text: list[str] = field(default_factory=list)  # one entry for each instruction, here and below
     operations: list[str] = field(default_factory=list)
-    guards: list[tuple[int, int]] = field(default_factory=list)  # slot or -1, whether negated
+    guards: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # slot or -1, and whether it is negated
     operands: list[list[int]] = field(default_factory=list)
-    registers: list[list[int]] = field(default_factory=list)  # slots, but for sums of a wgmma
+    registers: list[list[int]] = field(default_factory=list)  # slots, without sums of a wgmma
     slots: int = 0
     constants: dict[tuple[int, bool], int] = field(default_factory=dict)  # (value, wide) → slot
-    specials: dict[int, int] = field(default_factory=dict)  # slot → which
+    specials: dict[int, int] = field(default_factory=dict)  # slot → special register
     unknown: dict[str, str] = field(default_factory=dict)  # opcode → a line of it
     granule: int = 16  # bytes of the narrowest access to shared memory
 
@@ -161,7 +164,7 @@ def _parameters(text: str) -> Iterator[Parameter]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas that aren't in braces or brackets."""
+    """Split at commas outside of braces and brackets."""
     return [part.strip() for part in re.findall(r"(?:[\[{][^\]]*?[\]}]+|[^,\[{])+", text)]
 
 
@@ -170,7 +173,7 @@ def _in_braces(text: str) -> list[str]:
 
 
 class _Decoder:
-    """Reads statements into a program.  Scopes in braces have registers and labels of their own."""
+    """Reads statements into a program.  Scopes in braces have their own registers and labels."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -202,7 +205,7 @@ class _Decoder:
             elif statement and not self.declare_shared(statement):
                 self.instruction(statement.strip())
         if body[end:].strip():
-            raise ValueError(f"not understood: {body[end:].strip()[:200]!r}")
+            raise ValueError(f"unknown PTX: {body[end:].strip()[:200]!r}")
         for pc, labels, label in self.jumps:
             self.program.operands[pc][0] = labels[label]
 
@@ -220,7 +223,7 @@ class _Decoder:
                 self.registers[each] = self.new_slot(BITS[kind]), BITS[kind]
 
     def declare_shared(self, text: str) -> bool:
-        """Triton has one array of it, without a size."""
+        """Declare shared memory, which Triton does with one array without a size."""
         found = re.findall(r"\.shared\s[^;]*?([\w$]+)\[\]", text)
         self.symbols |= dict.fromkeys(found, SHARED_START)
         return bool(found)
@@ -232,7 +235,7 @@ class _Decoder:
         return self.program.constants[key]
 
     def register(self, name: str, bits: int = 0) -> int:
-        """Its slot, or -1 if there is none of that name."""
+        """The slot of a register, or -1 for an unknown name."""
         if name in SPECIAL and name not in self.registers:
             slot = self.registers.maps[-1].setdefault(name, (self.new_slot(32), 32))[0]
             self.program.specials[slot] = SPECIAL[name]
@@ -278,7 +281,7 @@ class _Decoder:
         return [self.constant(self.number(name), True), 64, offset]
 
     def operand_a(self, text: str) -> list[int]:
-        """Whether a tcgen05.mma's is in tensor memory, and its address there; or a descriptor."""
+        """A of a tcgen05.mma: a flag for tensor memory, and its address there or its descriptor."""
         return [1, *self.address(text)] if text[0] == "[" else [0, self.source(text, 64), 64, 0]
 
     # Instructions
@@ -318,7 +321,7 @@ class _Decoder:
         return self.arithmetic(kind, modifiers, operands)
 
     def word(self, word: str, operands: list[str], found: re.Match) -> list[int]:
-        """Numbers of a word of the table."""
+        """The numbers for a word of the table."""
         kind, place, optional, bits = re.fullmatch(r"(.)(\d?)(\??)(?::(\d+))?", word).groups()
         index = int(place or "0")
         missing = found[index] is None if kind == "#" else index >= len(operands)
@@ -351,12 +354,12 @@ class _Decoder:
         }[kind]()
 
     def jump(self, label: str) -> list[int]:
-        """Its target is known at the end."""
+        """A jump, whose target is known only at the end."""
         self.jumps.append((len(self.program.text), self.labels, label))
         return [-1]
 
     def access(self, modifiers: list[str], operands: list[str], stores: bool) -> list[int]:
-        """Of ld and st: memory.h says what the numbers are."""
+        """The numbers of ld and st; memory.h describes them."""
         address, data = operands if stores else reversed(operands)
         space = SPACES.get(modifiers[0])
         if space is None or modifiers[-1] not in BITS:
@@ -384,7 +387,7 @@ class _Decoder:
         return "unpack", [self.source(whole, bits), bits, *slots]
 
     def wgmma(self, found: re.Match, operands: list[str]) -> list[int]:
-        """products.h says what the numbers are."""
+        """The numbers of wgmma; products.h describes them."""
         sums, a, b, adds, *rest = operands
         in_registers = "{" in a
         sign_a, sign_b, *major = [self.number(each) for each in rest]
@@ -401,7 +404,7 @@ class _Decoder:
         return numbers
 
     def arithmetic(self, kind: str, modifiers: list[str], operands: list[str]):
-        """Operands all of the type at the end, but for a few."""
+        """An instruction whose operands have its last type, with few exceptions."""
         *modifiers, type_name = modifiers or [""]
         if type_name not in BITS:
             raise UnknownError("instruction")
@@ -411,7 +414,7 @@ class _Decoder:
         widths = {n: bits for n in range(len(operands))} | _OTHER_BITS.get(kind, {})
         if "wide" in kept:
             widths |= {0: 2 * bits, 3: 2 * bits}
-        if kept[-1:] == ["f32"]:  # halves, added to a float32 into a float32
+        if kept[-1:] == ["f32"]:  # halves added to a float32, with a float32 result
             widths |= {0: 32, len(operands) - 1: 32}
         if type_name == "pred":
             operands = ["1" if each == "-1" else each for each in operands]

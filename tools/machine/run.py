@@ -1,13 +1,13 @@
-"""Calls of fastlora on the PTX that Triton compiles for them: ``make machine``.
+"""Run calls of fastlora on the PTX that Triton compiles for them: ``make machine``.
 
     python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "layer f32"] [--rows all]
     python -m tools.machine --quick --share 4    # each case on two of the eight cards
     python -m tools.machine --quick --target ci --triton ci  # each case on two cards
 
-A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
-unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
-as a replay of the captured call (before Triton 3.7: launched again) with its CTAs and warps in
-another order.  The bits must be equal.
+Each case prints one line: ok; MISS with the error, fault or races; skip if no tile fits the target;
+unsupported if the PTX has an instruction that the machine doesn't know.  A case runs twice, with
+its CTAs and warps in two orders, and the bits must be equal.  The first run launches step by step.
+The second replays the captured call (before Triton 3.7 it also launches step by step).
 """
 
 import argparse
@@ -32,7 +32,7 @@ import fastlora
 from fastlora.kernels import config, replay
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
-from fastlora.ops import functional
+from fastlora.ops import kinds
 
 from . import driver, memory, revision, table, tritons
 from .cases import Case, Results, case_of, names
@@ -43,7 +43,7 @@ MOST_ROWS = max(len(rows) for table in config.DEFAULTS.values() for rows in tabl
 
 @contextmanager
 def only_row(target: str, i: int) -> Iterator[None]:
-    """The i-th configuration of each table alone, or its last."""
+    """Reduce each table to its i-th configuration, or to its last if it has fewer."""
     before, row = dict(config.DEFAULTS), CARDS[target].name
     for key, of_kernel in before.items():
         if key[0] == row:
@@ -58,14 +58,14 @@ def only_row(target: str, i: int) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """What was resolved with other configurations."""
+    """Clear caches of calls that were resolved with other configurations."""
     config.chosen_config.cache_clear()
     replay.calls.clear()
-    functional._known.clear()
+    kinds._calls.clear()
 
 
 def results(case: Case, session: driver.Session) -> Results:
-    """Of new memory full of NaN.  Order 0 launches step by step, the others replay."""
+    """Run the case in new memory full of NaN.  Order 0 launches step by step, others replay."""
     torch.manual_seed(sum(case.name.encode()))
     with ExitStack() as stack:
         if case.dtype == "tf32":
@@ -80,7 +80,7 @@ def results(case: Case, session: driver.Session) -> Results:
 
 
 def judged(case: Case, asked: argparse.Namespace) -> dict:
-    """What there is to say about a case."""
+    """Run a case in every order, and return its result as a record."""
     start, said, loaded = time.perf_counter(), [], len(driver.machines)
     sessions = [driver.Session(order, asked.allow) for order in range(asked.orders)]
     try:
@@ -120,7 +120,7 @@ def _are_same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
 
 
 def chosen(target: str, asked: argparse.Namespace) -> Iterator[str]:
-    """The names of its cases: all cases that were asked for, or its share of them.
+    """The names of the target's cases: all requested cases, or the target's share of them.
 
     With ``--share N`` one card of each N runs a case; under another Triton other cards run it.
     ``--triton ci`` runs each case of a card under one of the two Tritons.
@@ -135,10 +135,10 @@ def chosen(target: str, asked: argparse.Namespace) -> Iterator[str]:
 
 
 def run(target: str, asked: argparse.Namespace) -> list[dict]:
-    """Every case for one target, in this process; it prints as it goes."""
+    """Run every case for one target in this process, and print each result at once."""
     driver.install(target, asked.processors)
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors are NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # also fills new tensors with NaN
     rows = {"": [None], "all": range(MOST_ROWS)}.get(asked.rows) or [int(asked.rows)]
     found = []
     for i in rows:
@@ -165,19 +165,24 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--target", nargs="+", default=[*CARDS], choices=[*CARDS, "ci"], metavar="NAME",
-        help="these cards; ci: sm_90 and the one whose turn it is by the commit")  # fmt: skip
-    add("--quick", action="store_true", help="what reaches every way of a kernel")
+        help="these cards; ci: sm_90 and one other card, chosen by the commit")  # fmt: skip
+    add("--quick", action="store_true", help="only the cases that together reach every branch")
     add("--rows", default="", help="the i-th configuration of each table, or all")
     add("--only", default="", help="cases whose names have all of these words")
     add("--share", type=int, default=1, metavar="N", help="one card of each N runs a case")
-    add("--processors", type=int, help="so few: a persistent program has several tiles")
-    add("--orders", type=int, default=2, help="in how many orders each case runs")
-    add("--allow", default="", help="kinds of races that are no miss: a,b")
-    add("--misses", action="store_true", help="print these alone, and the sum")
-    add("--triton", nargs="*", metavar="X.Y.Z", help="under these; ci: each case under one of two")
-    add("--json", type=Path, help="write what was found of each case to this file")
-    add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)  # of so many Tritons
-    add("--save", action="store_true", help="write the sums to the results of docs/kernels.md")
+    add(
+        "--processors",
+        type=int,
+        help="of the card; with few, a persistent program has several tiles",
+    )
+    add("--orders", type=int, default=2, help="the number of orders that each case runs in")
+    add("--allow", default="", help="kinds of races that don't count as a miss: a,b")
+    add("--misses", action="store_true", help="print only misses and the summary")
+    add("--triton", nargs="*", metavar="X.Y.Z", help="these versions; ci: one of two for each case")
+    add("--json", type=Path, help="write each case's record to this file")
+    # The number of this Triton and how many there are: set by --triton ci.
+    add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
+    add("--save", action="store_true", help="write the counts to the table of docs/kernels.md")
     asked = parser.parse_args(words)
     if "ci" in asked.target:
         asked.target = ["sm_90", card_in_turn(revision.commit())]
@@ -196,8 +201,8 @@ def main() -> None:
         sys.exit(not all(passed))
     if len(asked.target) == 1:
         found = run(asked.target[0], asked)
-    else:  # Triton compiles for one in a process
-        memory.library()  # built once
+    else:  # a process compiles for one target, so each target gets a process
+        memory.library()  # built here once, not in every process
         spawn = multiprocessing.get_context("spawn")
         with spawn.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             parts = pool.map(partial(run, asked=asked), asked.target, chunksize=1)
@@ -220,7 +225,7 @@ def main() -> None:
 
 
 def _words(asked: argparse.Namespace) -> str:
-    """Those that chose the cases."""
+    """The command-line words that chose the cases."""
     words = {"--quick": asked.quick, f"--share {asked.share}": asked.share > 1}
     words |= {
         f"--rows {asked.rows}": asked.rows,

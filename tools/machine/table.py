@@ -1,6 +1,7 @@
-"""What ran on the machine, as a table: ``python tools/machine/table.py RESULTS.json``.
+"""The table of the emulator's cases: ``python tools/machine/table.py RESULTS.json``.
 
-A line for each Triton and set of cases, a column for each card.  It needs Python alone.
+It has a line for each Triton and set of cases, and a column for each card.  This file needs only
+Python.
 """
 
 import json
@@ -37,7 +38,7 @@ def said(counts: dict[str, int]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Bare numbers are of cases that were right."""
+    """The Markdown table.  Bare numbers count correct cases."""
     cards = [*dict.fromkeys(name for row in rows for name in row["cards"])]
     lines = [("Triton", "commit", *cards)]
     for row in rows:

@@ -1,16 +1,16 @@
-// Blackwell's tensor memory: 128 lanes by 512 columns of words for a CTA.  What warps load and store
-// there is on its way until they wait for it.
+// Blackwell's tensor memory: 128 lanes by 512 columns of words for a CTA.  Loads and stores of warps
+// are in flight until their wait.
 #pragma once
 #include "copies.h"
 
 const u32 LANES = 128, COLUMNS = 512;
-const u32 BLOCK = 16;  // lanes of a column that are one cell of its shadow
+const u32 BLOCK = 16;  // lanes of a column in one cell of its shadow
 
 inline u32& word_at(TensorMemory& t, u32 lane, u32 column) {
   return t.words[lane * COLUMNS + column];
 }
 inline size_t cell_of(u32 lane, u32 column) { return lane / BLOCK * COLUMNS + column; }
-// The cells of these lanes and columns, which must be somebody's.
+// The cells of these lanes and columns, which must be allocated.
 template <class F> void cells(TensorMemory& t, u32 lane, u32 column, u32 columns, F f) {
   for (u32 c = column; c < column + columns; c++) {
     if (lane >= LANES || c >= COLUMNS || t.words.empty() || !t.taken[c])
@@ -19,8 +19,8 @@ template <class F> void cells(TensorMemory& t, u32 lane, u32 column, u32 columns
   }
 }
 
-// [where its address goes in shared memory, columns].  Every second CTA gets the last columns
-// first, so that an address that starts from nothing is seen.
+// [the place for its address in shared memory, columns].  Every second CTA gets the last columns
+// first, so that the use of an address without the allocated start is found.
 inline void allocate(Step& s) {
   TensorMemory& t = s.m.tensor_memory;
   u32 count = s[3], to = s.address(0, std::countr_zero(s.active));
@@ -43,7 +43,7 @@ inline void allocate(Step& s) {
   }
   fail("no tensor memory is left");
 }
-// [address, columns].  Whoever uses them must be done.
+// [address, columns].  All accesses to them must have ended.
 inline void deallocate(Step& s) {
   TensorMemory& t = s.m.tensor_memory;
   u32 first = s.slot(0)[std::countr_zero(s.active)], count = s[1];
@@ -65,7 +65,7 @@ inline void end_tensor_memory(const Machine& m) {
 }
 
 // Loads and stores: [shape, address, distance of the second half or -1, registers ...], all 32
-// lanes at one address.  A warp reaches the 32 lanes of its place in its warp group.
+// lanes at one address.  A warp can access the 32 lanes of its position in its warp group.
 enum Shape { S32X32B, S16X32BX2, S16X256B };
 // f(register, lane of the warp, lane there, column).
 template <class F> void words(Step& s, F f) {
@@ -82,12 +82,12 @@ template <class F> void words(Step& s, F f) {
           f(r, lane, first + lane % 16 + lane / 16 * (half >> 16),
             column + r + lane / 16 * (half & 0xffff));
           break;
-        case S16X256B:  // as the sums of mma lie in a warp
+        case S16X256B:  // in the layout of mma's sums
           f(r, lane, first + lane / 4 + 8 * (r / 2 % 2),
             column + 8 * (r / 4) + 2 * (lane % 4) + r % 2);
       }
 }
-// The cells that it touches, each once: f(cell, column).
+// The accessed cells, each once: f(cell, column).
 template <class F> void touched_cells(Step& s, F f) {
   TensorMemory& t = s.m.tensor_memory;
   std::vector<bool> seen(LANES / BLOCK * COLUMNS);

@@ -1,5 +1,5 @@
-// Blackwell's products (tcgen05.mma), whose sums lie in tensor memory.  One thread begins them, and
-// they run by themselves: in their order, and no earlier than somebody waits for a commit behind.
+// Blackwell's products (tcgen05.mma), whose sums are in tensor memory.  One thread starts them, and
+// they run asynchronously: in their order, and only when a wait for a later commit ends.
 #pragma once
 #include "tensor_memory.h"
 
@@ -7,7 +7,7 @@
 // or its descriptor, B's descriptor, the instruction's, whether to add].
 enum { KIND, SUMS_AT, A_IN_TENSOR_MEMORY = 4, A_AT, B_AT = 8, HOW, ADDS_TO };
 
-// What an instruction's descriptor says.
+// The fields of an instruction's descriptor.
 inline TensorProduct described(s64 kind, u32 how) {
   TensorProduct p{};
   u32 type_a = how >> 7 & 7, type_b = how >> 10 & 7, sparse = how & 7, saturates = how >> 3 & 1;
@@ -26,7 +26,7 @@ inline TensorProduct described(s64 kind, u32 how) {
   if (p.type == TF32 && (p.rows_together_a || p.rows_together_b)) fail("rows of TF32 together");
   return p;
 }
-// Rows and sums go by 16: 64 take the first or the last half of each 32 lanes.
+// Rows and sums are in blocks of 16: 64 rows use the first or the last half of each 32 lanes.
 inline u32 lane_of(const TensorProduct& p, int row) {
   return p.lane + (p.rows == 128 ? row : row / 16 * 32 + row % 16);
 }
@@ -37,7 +37,7 @@ inline Operand operand_b(const TensorProduct& p) {
   return {p.b, p.type, 0, p.columns, p.depth, p.rows_together_b};
 }
 
-// It begins: what it reads in shared memory is its own until it is waited for, and so are its sums.
+// The start of a product: its operands in shared memory and its sums are busy until its wait.
 inline void begin_product(Step& s) {
   TensorMemory& t = s.m.tensor_memory;
   int lane = s.only_lane(), agent = s.m.tensor_agent();
@@ -63,9 +63,9 @@ inline void begin_product(Step& s) {
   reads_shared(operand_b(p));
   if (!p.a_in_tensor_memory) reads_shared(operand_a(p, 0, p.rows));
 
-  u64 order = u64(to) << 32 | how;  // those of one place and one shape run one after the other
+  u64 order = u64(to) << 32 | how;  // products with the same sums and shape run one after the other
   for (int row = 0; row < p.rows; row += 16) {
-    u32 lane = lane_of(p, row), words_a = p.a_in_tensor_memory ? 8 : 0;  // of each row of A
+    u32 lane = lane_of(p, row), words_a = p.a_in_tensor_memory ? 8 : 0;  // words of A in each row
     cells(t, lane, p.column_a, words_a, [&](size_t cell, u32 column) {
       if (!s.m.launch.check) return;
       check_read(s.m, s.w, t.shadow.written[cell], column, false);
@@ -110,7 +110,7 @@ inline void run_product(Machine& m, const TensorProduct& p) {
       for (int n = 0; n < p.columns; n++) sum(r, n) = std::bit_cast<u32>(sums[r][n]);
   }
 }
-// All up to the first commit that arrives at this mbarrier; false if there is none.
+// Run all products up to the first commit that arrives at this mbarrier; false if there is none.
 inline bool run_committed(Machine& m, u32 address) {
   TensorMemory& t = m.tensor_memory;
   if (std::find(t.arrivals.begin(), t.arrivals.end(), address) == t.arrivals.end()) return false;

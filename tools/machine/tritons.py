@@ -1,6 +1,6 @@
-"""The machine under other Tritons, each in a process with that one from ``.cache/``.
+"""The emulator with other Tritons, each installed into ``.cache/`` and run in a separate process.
 
-``make machine ARGS="--triton 3.6.0 3.9.0 …"``: the other words are for each of them.
+``make machine ARGS="--triton 3.6.0 3.9.0 …"`` passes the other words to each of them.
 """
 
 import os
@@ -11,29 +11,28 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from tools.matrix.cells import TORCH
-from tools.matrix.tritons import VERSIONS, installed
+from tools.matrix.tritons import TORCH, VERSIONS, installed
 
-# What a version does to its own plain products as well, and no kernel of ours can mend.
+# Faults of a version that also affect its plain products, so no kernel here can avoid them.
 KNOWN = {"3.6.0": "no proxy fence"}
 
 
 def pinned() -> str:
-    """By this torch, or the newest by one that is newer."""
+    """The Triton that this torch pins; for a torch newer than the table, the newest."""
     return TORCH.get(torch.__version__.partition("+")[0], VERSIONS[-1])
 
 
 def versions(asked: Sequence[str]) -> list[str]:
-    """``ci``: the one that torch pins and the newest, or, where these are one, the oldest too."""
+    """The versions.  ``ci`` is torch's pin and the newest; if they are equal, the oldest also."""
     other = pinned() if pinned() != VERSIONS[-1] else VERSIONS[0]
     named = {"ci": [other, VERSIONS[-1]]}
     return [*dict.fromkeys(each for word in asked for each in named.get(word, [word]))]
 
 
 def run_under(version: str, words: Sequence[str]) -> bool:
-    """``python -m tools.machine WORDS`` under this Triton; whether nothing was a miss.
+    """Run ``python -m tools.machine WORDS`` with this Triton.  Returns whether no case missed.
 
-    Of a word that comes twice the last one counts: ``--triton`` without a version.
+    ``--triton`` is repeated without a version, because the last of two equal options counts.
     """
     allowed = ["--allow", KNOWN[version]] if version in KNOWN else []
     command = [sys.executable, "-m", "tools.machine", *words, "--triton", *allowed]

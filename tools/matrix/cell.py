@@ -1,10 +1,10 @@
-"""What a cell does, in its own environment and outside of the clone: a JSON line for each check.
+"""The checks of a cell, run in its environment and outside of the clone: a JSON line for each.
 
-    python cell.py [NAME …]    all of them, or these; kernels run in Triton's interpreter
-    python cell.py compiled    the kernels, as this Triton compiles them for GPUs
+    python cell.py [NAME …]    all checks, or these; kernels run in Triton's interpreter
+    python cell.py compiled    the kernels, compiled for GPUs by this Triton
 
-It needs no pytest, nothing of the clone, and no Triton, which macOS and Windows don't have.  Its
-exit status is that of the worst check.
+It needs no pytest, nothing of the clone, and no Triton, which macOS and Windows don't have.  The
+exit status shows the worst check.
 """
 
 import json
@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fastlora
 from fastlora.backends.dropout import dropout_mask
 from fastlora.doctor.machine import processor_name
-from fastlora.ops.door import draw_seed
+from fastlora.ops.run import draw_seed
 from fastlora.trainer import AdapterTrainer
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "accelerate", "safetensors")
@@ -37,7 +37,7 @@ BATCH = {"input_ids": torch.arange(18).view(2, 9), "labels": torch.arange(18).vi
 
 
 class SkippedError(Exception):
-    """Why a check can't run here."""
+    """The reason why a check can't run here."""
 
 
 def version_of(package: str) -> str:
@@ -48,7 +48,7 @@ def version_of(package: str) -> str:
 
 
 def doctor() -> None:
-    """As people call it, without the interpreter."""
+    """The doctor command, without the interpreter."""
     compiling = {key: own for key, own in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastlora", "doctor"]
     done = subprocess.run(command, env=compiling, capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def doctor() -> None:
 
 
 def op(backend: str) -> None:
-    """A layer with dropout and a bias: its output and every gradient, beside the oracle's."""
+    """A layer with dropout and a bias: its output and every gradient equal the oracle's."""
     new = tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
     if backend == "triton" and version_of("triton") == "–":
         raise SkippedError("no Triton here")
@@ -90,7 +90,7 @@ def compiled_by_torch() -> None:
 
 
 def llama() -> torch.nn.Module:
-    """A tiny one; always the same."""
+    """A tiny Llama, always with the same weights."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
@@ -98,7 +98,7 @@ def llama() -> torch.nn.Module:
 
 
 def peft_model(**settings) -> torch.nn.Module:
-    """Of a Llama, with adapters that are no identity change."""
+    """A PEFT model of the Llama, whose adapters change the outputs."""
     settings = {"target_modules": "all-linear", "init_lora_weights": False} | settings
     return peft.get_peft_model(llama(), peft.LoraConfig(**SETTINGS | settings))
 
@@ -118,7 +118,7 @@ def same(*models: torch.nn.Module) -> None:
 
 
 def files(**settings) -> None:
-    """PEFT's to fastlora, fastlora's to PEFT and to itself; and merged."""
+    """PEFT's files in fastlora, fastlora's in PEFT and in fastlora; and merged."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = peft_model(**settings)
         for name, parameter in theirs.named_parameters():
@@ -134,7 +134,7 @@ def files(**settings) -> None:
 
 
 def trained(kind: type[Trainer]) -> None:
-    """A run, and the same one from its checkpoint on."""
+    """A run, and the same run resumed from its checkpoint."""
     if kind is AdapterTrainer:
         settings = fastlora.LoRAConfig(target_modules="all-linear", **SETTINGS)
         model = fastlora.apply_lora(llama(), settings)
@@ -154,7 +154,7 @@ def trained(kind: type[Trainer]) -> None:
 
 
 def compiled(name: str) -> None:
-    """A layer's step with this Triton, on meta tensors: every kernel gives machine code."""
+    """A layer's step with this Triton, on meta tensors: every kernel compiles to machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -195,7 +195,7 @@ if "compiled" in sys.argv:
 
 
 def outcome(check: Callable[[], None]) -> str:
-    """``ok``, or what a table says instead."""
+    """``ok``, or the table's text for the failure or skip."""
     try:
         check()
     except SkippedError as why:

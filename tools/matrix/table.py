@@ -1,6 +1,6 @@
 """The tables of docs/, as in ``python tools/matrix/table.py benchmarks/results/matrix.json cells``.
 
-It needs Python alone.
+This file needs only Python.
 """
 
 import json
@@ -18,7 +18,7 @@ _TABLES = re.compile(r"(<!-- tools/matrix/table\.py (\S+) (\w+) -->\n\n).*?\n(?=
 
 
 def said(row: dict) -> str:
-    """What of a cell's checks went wrong, in a line."""
+    """A cell's failures and skips, in a line."""
     found: dict[str, list[str]] = {"ok": [], "error": [], "skipped": []}
     for name, outcome in row["checks"].items():
         kind, _, why = outcome.partition(": ")
@@ -31,7 +31,7 @@ def said(row: dict) -> str:
 
 
 def cells(results: dict) -> str:
-    """A line for each cell that ran, and for each that couldn't."""
+    """A line for each cell, also for cells that could not run."""
     lines = [("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "checks")]
     for row in results["cells"].values():
         asked = {name.lower(): own or "newest" for name, own in row["asked"].items()}
@@ -42,7 +42,7 @@ def cells(results: dict) -> str:
 
 
 def triton(results: dict) -> str:
-    """A line for each Triton, and what passed under it."""
+    """A line for each Triton, with the tests that passed."""
     lines = [("Triton", "pinned by torch", "compiled", "launched")]
     for version, row in results["triton"].items():
         lines.append((version, *row))
@@ -50,7 +50,7 @@ def triton(results: dict) -> str:
 
 
 def rewrite(page: Path) -> None:
-    """Every such table of a page, of what the results are now."""
+    """Rewrite every such table of a page from the current results."""
 
     def new(found: re.Match) -> str:
         results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""PEFT's own tests, run with and without fastlora, and compared test by test."""
+"""PEFT's tests, run with and without fastlora, and compared test by test."""

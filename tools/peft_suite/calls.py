@@ -1,6 +1,6 @@
 """Optimizes every model that PEFT puts LoRA layers into, and counts the calls of these layers.
 
-Calls inside torch.compile are not counted: a counter would change what is compiled.
+Calls inside torch.compile are not counted, because a counter would change the compiled code.
 """
 
 import functools
@@ -14,22 +14,23 @@ FAST = "fast"
 
 
 def optimize_and_count() -> Counter:
-    """Do so from now on, in this process.  Returns the counter: FAST, and why PEFT's own calls ran.
+    """Start optimizing and counting, in this process.
 
-    RuntimeError if a plain layer, optimized, doesn't run fast: nothing would be compared.
+    Returns the counter: FAST, and the reasons of calls that ran PEFT's forward.  Raises
+    RuntimeError if a plain optimized layer doesn't run fast: then nothing would be compared.
     """
     from peft.tuners import lora
 
-    from fastlora.ops import way
+    from fastlora.ops import dispatch
     from fastlora.peft.layer import PackedLinear
 
-    way.MOST_ROWS = 0  # tiny models have few rows, which are PEFT's own in training
+    dispatch.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
     counter: Counter = Counter()
     fast_class = type(optimized_layer())
     if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:
         raise RuntimeError(
-            "fastlora.optimize left a plain lora.Linear as it was: is the installed PEFT one that "
-            "it supports? (make peft-suite runs with the packages of .venv)"
+            "fastlora.optimize didn't change a plain lora.Linear: install a PEFT that it supports "
+            "(make peft-suite runs with the packages of .venv)"
         )
     fast = fast_class, PackedLinear
     for layer_class in classes_with_forward(lora.LoraLayer):
@@ -85,7 +86,7 @@ def classes_with_forward(base: type) -> list[type]:
 
 
 def count(layer_class: type, note: Callable[[nn.Module, dict], None]) -> None:
-    """Have ``note`` told of every call of that class's forward outside torch.compile."""
+    """Call ``note`` for every call of that class's forward outside torch.compile."""
     original = layer_class.forward
 
     @functools.wraps(original)
@@ -98,33 +99,33 @@ def count(layer_class: type, note: Callable[[nn.Module, dict], None]) -> None:
 
 
 def count_blocks(counter: Counter) -> None:
-    """A call of a gated MLP that is one block is a fast one of each of its LoRA layers."""
+    """Count a call of a fused gated MLP as a fast call of each of its LoRA layers."""
     from peft.tuners.lora import LoraLayer
 
     from fastlora.layers import mlp
 
-    original = mlp.call_as_read
+    original = mlp.call_recorded
 
     @functools.wraps(original)
-    def call_as_read(block, *rest):
+    def call_recorded(block, *rest):
         y = original(block, *rest)
         if y is not None and not torch.compiler.is_compiling():
             parts = [getattr(block, name) for name in mlp.PARTS]
             counter[FAST] += sum(isinstance(part, LoraLayer) for part in parts)
         return y
 
-    mlp.call_as_read = call_as_read
+    mlp.call_recorded = call_recorded
 
 
 def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:
-    """PEFT's own forward runs: in a call that came in as fast, it was handed over."""
+    """Count a call of PEFT's forward, also if a fast layer passed the call to it."""
     if isinstance(layer, fast):
         counter[FAST] -= 1
     counter[description(layer, arguments)] += 1
 
 
 def description(layer: nn.Module, arguments: dict) -> str:
-    """What a person would call this layer and its state."""
+    """A readable name of this layer and its state."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     active = [name for name in layer.active_adapters if name in layer.r]

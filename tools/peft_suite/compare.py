@@ -1,4 +1,4 @@
-"""Outcomes of tests, as the plugin wrote them: read, compared and shown."""
+"""Read, compare and print the outcomes of tests that the plugin wrote."""
 
 import json
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one test ended; why, if it didn't pass; and how often LoRA layers were called how."""
+    """The outcome of one test, its reason if it didn't pass, and counts of calls of LoRA layers."""
 
     test: str
     outcome: str
@@ -26,7 +26,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """A test that ended in one way without fastlora, and in another with it."""
+    """A test with different outcomes without and with fastlora."""
 
     test: str
     unpatched: str
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Outcome]:
 
 
 def differences(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> list[Difference]:
-    """Every test whose outcome isn't the same in both, one that only one run has among them."""
+    """Every test whose outcomes differ, also a test that only one run has."""
     found = []
     for test in unpatched | optimized:
         before = unpatched.get(test, Outcome(test, NOT_RUN))
@@ -60,7 +60,7 @@ def differences(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) ->
 
 
 def tally(outcomes: Iterable[Outcome]) -> str:
-    """Passed / failed / skipped; a failure that was expected counts as skipped."""
+    """Passed / failed / skipped; an expected failure counts as skipped."""
     counts = Counter(outcome.outcome for outcome in outcomes)
     skipped = counts["skipped"] + counts["xfailed"]
     return f"{counts['passed']} / {counts['failed']} / {skipped}"
@@ -74,7 +74,7 @@ def calls(outcomes: Iterable[Outcome]) -> Counter:
 
 
 def table(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> str:
-    """A line per test file, and one for all."""
+    """A line for each test file, and one for all."""
     differing = Counter(Outcome(d.test, "").file for d in differences(unpatched, optimized))
     files: dict[str, tuple[list[Outcome], list[Outcome]]] = defaultdict(lambda: ([], []))
     for side, outcomes in enumerate((unpatched, optimized)):
@@ -94,7 +94,7 @@ def row(name: str, before: Iterable, after: Iterable, differing: int) -> tuple[s
 
 
 def own_calls(optimized: dict[str, Outcome]) -> str:
-    """Which calls of linear layers PEFT's own forward took, by number; packed ones by class."""
+    """The calls of linear layers that ran PEFT's forward, by number; packed layers by class."""
     counted = calls(optimized.values())
     names = [(n, name.partition(": ")) for name, n in counted.most_common()]
     rows = [
@@ -106,7 +106,7 @@ def own_calls(optimized: dict[str, Outcome]) -> str:
 
 
 def failed_in_both(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> str:
-    """The reasons of tests that failed without fastlora too, with the number of each."""
+    """The reasons of tests that also failed without fastlora, with the number of each."""
     reasons = Counter(
         outcome.reason
         for test, outcome in unpatched.items()

@@ -1,4 +1,4 @@
-"""Writes the tiny models as huggingface_hub's cache would hold them: tests find them offline.
+"""Writes the tiny models in the layout of huggingface_hub's cache, where tests find them offline.
 
 python -m peft_suite.hub FOLDER
 """
@@ -17,7 +17,7 @@ SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_t
 
 
 def snapshot(hub: Path, name: str, revisions: tuple[str, ...] = ("main",)) -> Path:
-    """The new folder of one repository's files, which all its revisions point to."""
+    """Make the folder of one repository's files, to which all its revisions point."""
     repository = hub / f"models--{name.replace('/', '--')}"
     commit = hashlib.sha1(name.encode()).hexdigest()
     folder = repository / "snapshots" / commit
@@ -29,7 +29,7 @@ def snapshot(hub: Path, name: str, revisions: tuple[str, ...] = ("main",)) -> Pa
 
 
 def trained_tokenizer():
-    """A byte-level BPE tokenizer, trained on the text of two of Python's own modules."""
+    """A byte-level BPE tokenizer, trained on the text of two of Python's modules."""
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -115,7 +115,7 @@ def write_pipeline(folder: Path, tokenizer) -> None:
 
 
 def build(hub: Path) -> None:
-    """Write everything into a new folder; it appears when it is whole."""
+    """Write everything into a new folder, which appears when it is complete."""
     part = hub.with_name(hub.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = trained_tokenizer()

@@ -1,7 +1,7 @@
-"""Which tiny models stand in for those that PEFT's tests load from the hub.
+"""The tiny models that replace the models that PEFT's tests load from the hub.
 
-They share an architecture with their namesakes, not the weights and hardly ever the sizes: a test
-that compares with stored numbers can't pass with them.
+They have the architecture of the originals, but not the weights and rarely the sizes.  A test that
+compares with stored numbers can't pass with them.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ def vision(**settings) -> dict[str, Any]:
 
 
 def named(architectures: dict[str, dict[str, Any]], prefix: str) -> dict[str, Model]:
-    """Those whose names on the hub end with their architectures."""
+    """Models whose names on the hub end with their architectures."""
     return {f"{prefix}{name}": Model(name, settings) for name, settings in architectures.items()}
 
 
@@ -82,7 +82,7 @@ QWEN2_5_VL = {
 MAMBA = {"ssm_state_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2}
 HYBRID = ["linear_attention", "full_attention", "mlp"]
 NEMOTRON_H = llama(head_dim=4, layers_block_type=HYBRID, **MAMBA)
-# Large weights, so that probabilities differ: tests compare them to within a thousandth.
+# Large weights, so that probabilities differ, because tests compare them to within a thousandth.
 OPT_SIZES = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "init_std": 0.1}
 OPT_125M = Model("OPTForCausalLM", opt(**OPT_SIZES, num_hidden_layers=12))
 OPT_LARGER = Model("OPTForCausalLM", opt(**OPT_SIZES))

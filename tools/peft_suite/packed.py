@@ -1,4 +1,4 @@
-"""PEFT's tests of packed weights: those that ask for a GPU run on a CPU, and LoRA is among all."""
+"""PEFT's tests of packed weights: run tests for GPUs on a CPU, and add LoRA to the methods."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,22 +10,22 @@ from .selection import is_packed
 
 
 def prepare() -> None:
-    """Before PEFT's tests are collected: have files for GPUs collected too, and add LoRA."""
+    """Before PEFT's tests are collected: also collect files for GPUs, and add LoRA."""
     from accelerate.test_utils import testing
 
-    # A file for GPUs skips itself where this says "cpu".
+    # A file for GPUs skips itself if this is "cpu".
     testing.get_backend = lambda: ("cpu:0", 1, lambda: 0)
     if find_spec("bitsandbytes"):
         from bitsandbytes.nn import modules
 
-        # On such a CPU a call in evaluation repacks a weight, which PEFT then misreads (DoRA).
+        # On such a CPU, a call in evaluation repacks a weight, which PEFT then misreads (DoRA).
         modules.has_avx512bf16 = lambda: False
     if Path("tests", "test_quantization.py").is_file():
         add_lora(import_module("tests.test_quantization"))
 
 
 def add_lora(matrix) -> None:
-    """Their matrix of methods and packed weights is without LoRA."""
+    """Add LoRA to their matrix of methods and packed weights."""
     from peft import LoraConfig
 
     settings = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -33,7 +33,7 @@ def add_lora(matrix) -> None:
 
 
 def need_no_gpu(items: list[pytest.Item]) -> None:
-    """Take from tests of packed weights the marks that skip them where there is no GPU."""
+    """Remove the marks that skip tests of packed weights without a GPU."""
     for item in items:
         if is_packed(item.nodeid):
             for node in item.listchain():
@@ -41,7 +41,7 @@ def need_no_gpu(items: list[pytest.Item]) -> None:
 
 
 def asks_for_gpu(mark: pytest.Mark) -> bool:
-    """Whether this mark skips a test where there is no GPU; one that asks for several stays."""
+    """Whether this mark skips a test without a GPU; marks for several GPUs stay."""
     reason = mark.kwargs.get("reason", "")
     return mark.name == "skipif" and any(
         words in reason for words in ("requires GPU", "requires a GPU", "requires a hardware")

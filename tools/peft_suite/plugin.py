@@ -1,8 +1,7 @@
-"""A pytest plugin for PEFT's tests: picks those of LoRA, writes down how each ended, and, if asked,
-optimizes every model.
+"""A pytest plugin for PEFT's tests: selects the LoRA tests and writes their outcomes.
 
-Without ``--suite-optimize`` PEFT is left as it is.  With it, ``fastlora.optimize`` is called on a
-model right after PEFT has put LoRA layers into it, and the calls of LoRA layers are counted.
+With ``--suite-optimize``, it calls ``fastlora.optimize`` on a model right after PEFT has put LoRA
+layers into it, and counts the calls of LoRA layers.  Without it, PEFT is unchanged.
 """
 
 import json
@@ -17,9 +16,11 @@ from .selection import is_chosen
 
 def pytest_addoption(parser):
     group = parser.getgroup("peft suite")
-    group.addoption("--suite-outcomes", type=Path, help="file to write, a line of JSON for a test")
+    group.addoption(
+        "--suite-outcomes", type=Path, help="file for the outcomes, a line of JSON for each test"
+    )
     group.addoption("--suite-optimize", action="store_true", help="optimize every LoRA model")
-    group.addoption("--regression", action="store_true", help="an option that PEFT's tests ask for")
+    group.addoption("--regression", action="store_true", help="an option that PEFT's tests need")
 
 
 def pytest_configure(config):
@@ -39,7 +40,7 @@ def pytest_unconfigure(config):
 
 
 class EveryModel(dict):
-    """Says of every model that it was fetched before: PEFT's tests then look in the cache only."""
+    """Reports every model as fetched, so that PEFT's tests look only in the cache."""
 
     def __contains__(self, name) -> bool:
         return True
@@ -54,7 +55,7 @@ def pytest_collection():
     from tests import testing_utils
 
     testing_utils._HUB_MODEL_ACCESSES = EveryModel()
-    # transformers' own add_adapter refuses a PEFT that is older than this, though it works with it.
+    # transformers' add_adapter refuses a PEFT older than this, although it works with it.
     peft.MIN_PEFT_VERSION = "0"
     packed.prepare()
 
@@ -87,7 +88,7 @@ def write(config, report, outcome: str) -> None:
 
 
 def first_line(text) -> str:
-    """The line that says most about why a test failed or was skipped."""
+    """The most useful line of the reason why a test failed or was skipped."""
     if isinstance(text, tuple):  # skipped: path, line, reason
         return text[2].removeprefix("Skipped: ")
     crash = getattr(text, "reprcrash", None)
@@ -98,7 +99,9 @@ def first_line(text) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call" or report.outcome != "passed":  # else: set up or torn down, no more
+    if (
+        report.when == "call" or report.outcome != "passed"
+    ):  # ignore set-up and tear-down that passed
         xfailed = hasattr(report, "wasxfail") and report.outcome == "skipped"
         write(item.config, report, "xfailed" if xfailed else report.outcome)
     return report
@@ -107,6 +110,6 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     report = yield
-    if report.outcome != "passed":  # a file that can't be imported, or that skips itself
+    if report.outcome != "passed":  # a file that can't be imported or skips itself
         write(collector.config, report, report.outcome)
     return report

@@ -1,8 +1,8 @@
-"""PEFT's own LoRA tests as the judge: run without fastlora and with it, and compared.
+"""Run PEFT's LoRA tests without fastlora and with it, and compare the outcomes.
 
     python -m tools.peft_suite.run --quick
 
-Everything that is fetched or written lies in .cache/peft-suite.
+All fetched or written files are in .cache/peft-suite.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make peft-suite", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a third of the tests, in 3 minutes")
     parser.add_argument(
-        "--file", action="append", metavar="NAME", help="this file only (again for more files)"
+        "--file", action="append", metavar="NAME", help="only this file (repeat for more files)"
     )
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match, as in pytest")
     parser.add_argument(
@@ -40,13 +40,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--keep-unpatched",
         action="store_true",
-        help="take the unpatched outcomes of the last call, which must have been the same one",
+        help="use the unpatched outcomes of the last call, which must have had the same arguments",
     )
     return parser.parse_args(arguments)
 
 
 def hub(peft: Peft) -> Path:
-    """The folder of tiny models, made anew when what makes them has changed."""
+    """The folder of tiny models, written again if the code for it has changed."""
     texts = [(TOOLS / "peft_suite" / name).read_bytes() for name in ("hub.py", "models.py")]
     versions = [version("transformers"), version("diffusers"), peft.version]
     texts += [text.encode() for text in versions]
@@ -65,7 +65,7 @@ def hub(peft: Peft) -> Path:
 
 
 def environment(models: Path, peft: Peft) -> dict[str, str]:
-    """No hub but the tiny models, and one thread, which is fastest for layers of this size."""
+    """Settings: no hub except the tiny models, and one thread, the fastest for these layers."""
     defaults = {"OMP_NUM_THREADS": "1"}
     fixed = {
         "HF_HOME": str(CACHE / "home"),
@@ -82,7 +82,7 @@ def environment(models: Path, peft: Peft) -> dict[str, str]:
 def run_tests(
     name: str, options: list[str], folder: Path, models: Path, peft: Peft
 ) -> dict[str, Outcome]:
-    """Run PEFT's tests in a process of their own, and read how each ended."""
+    """Run PEFT's tests in a separate process, and read their outcomes."""
     outcomes, log = CACHE / f"{name}.jsonl", CACHE / f"{name}.log"
     command = [sys.executable, "-m", "pytest", "-p", "peft_suite.plugin", "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "--disable-warnings", "--continue-on-collection-errors"]
@@ -103,10 +103,10 @@ def run_tests(
         sys.exit("No LoRA test of these files matches: change -k or --file")
     if code not in (0, 1):  # all passed, some failed
         lines = log.read_text().strip().splitlines()[-10:]
-        print(*lines, f"pytest ended with {code}; all that it said is in {log}", sep="\n")
+        print(*lines, f"pytest ended with {code}; its output is in {log}", sep="\n")
     if code > 1:
         sys.exit(1)
-    return compare.read(outcomes)  # after a crash (code < 0): of the tests before it
+    return compare.read(outcomes)  # after a crash (code < 0), of the tests before it
 
 
 def chosen_files(arguments: argparse.Namespace, tests: Path) -> list[str]:
@@ -121,7 +121,7 @@ def chosen_files(arguments: argparse.Namespace, tests: Path) -> list[str]:
 
 
 def unknown_files(tests: Path) -> list[str]:
-    """Files that use LoRA, and that the selection neither takes nor leaves out."""
+    """Files with LoRA tests that the selection neither includes nor excludes."""
     known = {*selection.FILES, *selection.LEFT_OUT}
     return [
         path.name
@@ -131,11 +131,11 @@ def unknown_files(tests: Path) -> list[str]:
 
 
 def report(peft: Peft, unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
-    """Print what came of it; 0 if no test's outcome differs."""
+    """Print the comparison.  Returns 0 if no test's outcome differs."""
     print(f"\nPEFT {peft.version}\n{compare.table(unpatched, optimized)}")
-    print("\nCalls of lora.Linear that PEFT's own forward took:")
+    print("\nCalls of lora.Linear that ran PEFT's forward:")
     print(compare.own_calls(optimized) or "    none")
-    print("\nFailed in both (most need files or packages that aren't here):")
+    print("\nFailed in both (most need files or packages that aren't installed):")
     print(compare.failed_in_both(unpatched, optimized) or "    none")
     found = compare.differences(unpatched, optimized)
     print("\nDifferences:", len(found) or "none")
@@ -165,7 +165,7 @@ def main() -> int:
         for name, reason in (selection.LEFT_OUT | selection.TESTS_LEFT_OUT).items():
             print(f"    {name}: {reason}")
         for name in unknown_files(folder / "tests"):
-            print(f"    {name}: not looked at yet, may have LoRA tests (selection.py)")
+            print(f"    {name}: not classified yet, may have LoRA tests (selection.py)")
     return code
 
 

@@ -1,4 +1,4 @@
-"""Which of PEFT's tests are run: the LoRA tests that run on a CPU, without the hub."""
+"""The selection of PEFT's tests: LoRA tests that run on a CPU and without the hub."""
 
 import re
 
@@ -41,16 +41,16 @@ FILES = [
     "test_gpu_examples.py",
 ]
 
-# Files that ask for a GPU.  Of their tests, those of packed weights need none any more, but for
-# some that name it; and some only round dense weights.
+# Files for GPUs.  Their tests of packed weights no longer need a GPU, except some that name it.
+# Others only round dense weights.
 FOR_GPU = {"test_common_gpu.py", "test_gpu_examples.py"}
 PACKED = re.compile(r"bnb|[48]bit|quantized", re.IGNORECASE)
 NOT_ON_CPU = re.compile(r"multi_gpu|FSDP|LoftQ|PiSSA|bloomz|no_quantization")
 
 LEFT_OUT = {
-    "test_auto.py": "loads adapters of many kinds from the hub, calls none",
+    "test_auto.py": "loads adapters of many kinds from the hub, but calls none",
     "test_config.py": "makes no layers",
-    "test_gptqmodel.py": "needs gptqmodel, and checkpoints that it made",
+    "test_gptqmodel.py": "needs gptqmodel and its checkpoints",
     "test_hub_features.py": "needs the hub",
     "test_lora_megatron.py": "needs megatron",
     "test_vision_models.py": "loads a picture from the hub; its only LoRA layers are convolutions",
@@ -58,10 +58,10 @@ LEFT_OUT = {
 
 TESTS_LEFT_OUT = {
     "test_quantization_backend_is_set_and_repr": "LoRA's layers have no such field",
-    "test_4bit_dora_inference": "wants two models' logits equal to 1e-5 of each: rounding decides",
+    "test_4bit_dora_inference": "compares two models' logits to 1e-5, so rounding decides",
 }
 
-# A test is another method's if its class, its name or its parameters say so, and none says LoRA.
+# A test belongs to another method if its class, name or parameters name one, and none names LoRA.
 LORA = re.compile(r"(?<![A-Za-z])(Test)?(LoRA|Lora|lora|DoRA|Dora|dora)")
 OTHERS = re.compile(
     r"[A-Za-z0-9]Config\b"
@@ -82,12 +82,12 @@ def is_chosen(test: str) -> bool:
 
 
 def is_packed(test: str) -> bool:
-    """Whether a test, by its id in pytest, is one of packed weights, which run on a CPU."""
+    """Whether a test, by its id in pytest, is about packed weights and runs on a CPU."""
     name = test.partition("::")[2]
     return bool(PACKED.search(name)) and not NOT_ON_CPU.search(name)
 
 
 def is_about_lora(test: str) -> bool:
-    """Whether a test, by its id in pytest, is one of LoRA or of no method in particular."""
+    """Whether a test, by its id in pytest, is about LoRA or about no particular method."""
     name = test.partition("::")[2]
     return bool(LORA.search(name)) or not OTHERS.search(name)

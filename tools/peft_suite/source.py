@@ -1,4 +1,4 @@
-"""PEFT: its source with its tests, the folder that they are run in, and other versions of it."""
+"""PEFT's source and tests, the folder for running the tests, and other versions of PEFT."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ MARKERS = ["single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"]
 
 @dataclass(frozen=True)
 class Peft:
-    """The PEFT whose tests are run; its folder stands before the installed one, if it has one."""
+    """The tested PEFT; its folder, if any, precedes the installed PEFT on the path."""
 
     version: str
     folder: Path | None = None
@@ -28,7 +28,7 @@ def installed() -> Peft:
 
 
 def install(chosen: str, cache: Path) -> Peft:
-    """This version of PEFT, from PyPI, in a folder of its own that is kept in the cache."""
+    """Install this version of PEFT from PyPI into a folder of the cache."""
     folder = cache / f"installed-{chosen}"
     if not folder.is_dir():
         scratch = cache / f"installing-{chosen}"
@@ -39,7 +39,7 @@ def install(chosen: str, cache: Path) -> Peft:
 
 
 def download(peft: Peft, cache: Path) -> Path:
-    """The source of this version of PEFT, from PyPI (its wheel has no tests); kept in the cache."""
+    """Download the source of this PEFT from PyPI into the cache; its wheel has no tests."""
     name = f"peft-{peft.version}"
     if not (cache / name).is_dir():
         place = ("--no-deps", "--no-binary", "peft", "--dest", str(cache))
@@ -53,13 +53,13 @@ def run_pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", arguments[0], "--quiet", *arguments[1:]]
     if subprocess.run(command, check=False).returncode:
         sys.exit(
-            f"pip found no {arguments[-1]}: give another --version, or a folder that has the "
-            "source of the installed one, by --source PATH"
+            f"pip found no {arguments[-1]}: give another --version, or --source PATH with the "
+            "source of the installed PEFT"
         )
 
 
 def check(source: Path, peft: Peft) -> None:
-    """End with a message if the folder has no tests of PEFT's, and warn of another version."""
+    """Exit with a message if the folder has no PEFT tests, and warn of another version."""
     if not (source / "tests" / "testing_common.py").is_file():
         sys.exit(f"{source} has no tests/testing_common.py: --source must be PEFT's source")
     text = (source / "src" / "peft" / "__init__.py").read_text()
@@ -69,7 +69,7 @@ def check(source: Path, peft: Peft) -> None:
 
 
 def prepare(source: Path, folder: Path) -> None:
-    """Copy the tests into ``folder``, as a package, with what they expect around them."""
+    """Copy the tests into ``folder``, as a package, with the files that they need."""
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("conftest.py", "__pycache__")
     shutil.copytree(source / "tests", folder / "tests", ignore=ignored)
@@ -80,7 +80,7 @@ def prepare(source: Path, folder: Path) -> None:
 
 
 def write_quotes(folder: Path) -> None:
-    """A data set for tests that train; datasets finds it by its name in the working directory."""
+    """Write a data set for tests that train; datasets finds it in the working directory."""
     folder.mkdir(parents=True)
     lines = [line for line in inspect.getsource(textwrap).splitlines() if line.strip()]
     records = ({"quote": line, "author": "Python", "tags": ["code"]} for line in lines[:40])

@@ -1,23 +1,23 @@
-"""torch's grouped_mm, which multiplies the rows of all experts at once, where it is a kernel."""
+"""torch's grouped_mm: one kernel for the products of all experts, on devices that have it."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# Limits of torch's grouped_mm: bytes of which strides and addresses are multiples, and experts.
+# Limits of torch's grouped_mm: strides and addresses are multiples of 16 bytes; most experts.
 _ALIGNMENT, _MOST_EXPERTS = 16, 1023
 
 
 def runs_at_once(x: Tensor, weight: Tensor) -> bool:
-    """Whether grouped_mm multiplies for all experts, with no reading of offsets on the host."""
+    """Whether grouped_mm runs as one kernel for this call, without reading offsets on the host."""
     if not (len(x) and _takes(x, weight)):
         return False
     return x.dtype == torch.bfloat16 and _has_kernel(x.device)
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether grouped_mm takes this weight, and x and dy too, if need be as contiguous copies."""
+    """Whether grouped_mm takes this weight.  (x and dy are copied if it doesn't take them.)"""
     if x.dtype == torch.float64 or len(weight) > _MOST_EXPERTS:
         return False
     unit, last = _ALIGNMENT // x.element_size(), weight.stride()[1:]
@@ -30,14 +30,14 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether torch's grouped_mm of bfloat16 is a kernel; elsewhere it reads its offsets itself."""
+    """Whether grouped_mm is one kernel in bfloat16.  If not, torch loops over the offsets."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """The matrix with dense rows, aligned as grouped_mm has it: a copy only if it needs one."""
+    """The matrix, or a contiguous copy if grouped_mm's alignment requires one."""
     first, last = matrix.stride()
     size = matrix.element_size()
     fits = last == 1 and first >= matrix.shape[1] and not first * size % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""Which calls the Triton kernels cover, and what calls share.  It alone imports the kernels."""
+"""Which calls the Triton kernels cover.  Only this module imports the kernels."""
 
 import sys
 import warnings
@@ -21,7 +21,7 @@ except ImportError as error:
         why = f"{__file__} is in a source tree. Run elsewhere, or run pip install --editable ."
     raise ImportError(f"{root}.kernels can't be imported: {why}") from error
 
-# The targets that calls can be planned for without a GPU, and GPUs that take these rows.
+# Targets that a call can be planned for without a GPU, each with GPUs that use its configs.
 TARGETS = {
     "sm_80": "A100, A30",
     "sm_86": "A10, L4, L40, RTX 3090, RTX 4090",
@@ -33,9 +33,9 @@ TARGETS = {
     "gfx11": "RX 7900",
 }
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
-LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
-_MOST_EXPERTS = 2**16 - 2  # a grid's y counts to 2¹⁶ - 1, of which one is nobody's
-# z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
+LONGEST = 2**31 - 2**17  # 32 bits hold an index up to here, plus a few tiles
+_MOST_EXPERTS = 2**16 - 2  # a grid's y axis has 2¹⁶ - 1; one is for rows without an expert
+# Views such as z.conj().imag: kernels read memory, which doesn't contain the minus sign.
 _NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
 _INTERNAL = tuple(
@@ -44,7 +44,7 @@ _INTERNAL = tuple(
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
-    """Why the kernels don't cover x of this dtype on this device, or "" if they do."""
+    """Why the kernels don't cover x with this dtype on this device; "" if they do."""
     target = kernels.target_of(device)
     if target is None:
         if device.type == "cpu":
@@ -72,9 +72,9 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
 def without_launching(
     handler: "Callable[[kernels.Launch], None]", where: str | torch.device
 ) -> Iterator[None]:
-    """Calls inside, on meta tensors, hand ``handler`` what they would launch on a target or device.
+    """Hand ``handler`` every launch of the block's calls, which must be on meta tensors.
 
-    Nothing is launched, and the device of a name in ``TARGETS`` need not be here.
+    ``where``: a device, or a name in ``TARGETS``, whose device need not be present.  Nothing runs.
     """
     target = kernels.TARGETS[where] if isinstance(where, str) else kernels.target_of(where)
     with kernels.use_target(target), kernels.intercept(handler):
@@ -84,6 +84,7 @@ def without_launching(
 def covers(
     inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
 ) -> bool:
+    """Whether the kernels cover a call.  If not, warn once for each reason (except an empty x)."""
     x, *tensors = inputs
     if len(x) == 0:
         return False
@@ -99,7 +100,7 @@ def covers(
 
 
 def user_level() -> int:
-    """The ``stacklevel``, for who calls this, of the first line outside of fastlora and torch."""
+    """The caller's ``stacklevel`` for a warning at the first line outside of fastlora and torch."""
     level, frame = 0, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
         level, frame = level + 1, frame.f_back
@@ -107,11 +108,12 @@ def user_level() -> int:
 
 
 def precision_of(x: Tensor) -> str:
-    """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
+    """The precision of float32 products, "tf32" or "ieee"; 16-bit dtypes ignore it."""
     target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
     if target is None or not target.tf32:
         return "ieee"
-    # It follows the older switches, whose getters raise if this one was used.
+    # The newest of torch's switches.  It follows the older ones; their getters would raise if this
+    # one was used.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

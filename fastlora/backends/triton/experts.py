@@ -1,8 +1,8 @@
-"""Experts by the Triton kernels: a layer of each segment's own.
+"""Experts by the Triton kernels: each segment of x's rows has a layer of its own.
 
-A tile looks its expert's tensors up inside of the kernels (``kernels/segments.py``): nothing is
-gathered, and nothing is read on the host, but where a weight or bias trains: their gradients are
-the torch backend's.
+Inside of the kernels (``kernels/segments.py``), a tile finds its expert's tensors.  So nothing is
+gathered, and the host reads no offset.  The exception is a weight or bias that trains: the torch
+backend computes its gradient, and reads the offsets.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from .layer import through_lora_b
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .verification import REFUSED, State, run_kernels
 
-# Bytes of the largest dense weight of all experts that is made of a packed one, for one product.
+# The most bytes of a dense weight (all experts) that a packed one is unpacked to for one product.
 _LARGEST = 2**32
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Any], list[Any]] | State:
-    """As the torch backend's."""
+    """The output's y and its adapter's h, as the torch backend returns them."""
     if needs_torch(call.layouts, of_experts=True):
         inputs, call = made_dense(inputs, call)
     ends = _ends_of(call)
@@ -50,7 +50,7 @@ def backward(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None] | State:
-    """As the torch backend's: the gradient of each input that needs one, else None."""
+    """The gradient of each input that needs one, else None, as the torch backend returns them."""
     if needs_torch(call.layouts, of_experts=True):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
@@ -69,8 +69,11 @@ def backward(
 
 
 def _ends_of(call: Call) -> Tensor | None:
-    """Dense, if kernels take the call: one output, which has one adapter or none, and rows whose
-    masks begin with them."""
+    """The segments' ends, contiguous; None if the kernels don't take the call.
+
+    They take one output with at most one adapter, and rows whose dropout masks begin with them
+    (``rows.first`` is 0).
+    """
     rows, (layout, *others) = call.rows, call.layouts
     assert rows is not None
     return None if others or rows.first or len(layout.scales) > 1 else rows.ends.contiguous()
@@ -79,7 +82,10 @@ def _ends_of(call: Call) -> Tensor | None:
 def _shared_out(
     needs: Sequence[bool], layouts: Sequence[Layout]
 ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """Which gradients torch's own operations give, and which the kernels."""
+    """Split ``needs`` into (gradients from the torch backend, gradients from the kernels).
+
+    torch computes the weight's and the bias's gradient, the kernels compute x's and the adapter's.
+    """
     x, *flat = needs
     ((base, adapters),) = unflatten(flat, layouts)
     nothing = Base(False, None if base.bias is None else False)
@@ -95,7 +101,7 @@ def _forward(
     precision: str,
     at_once: bool,
 ) -> list[Tensor]:
-    """y, and h if there is an adapter."""
+    """[y], or [y, h] with an adapter."""
     seeds, ends, x, *flat = tensors
     ((weight, bias), adapters) = _stacked(flat, layouts, x)
     plain = {"precision": precision, "ends": ends}
@@ -114,7 +120,7 @@ def _backward(
     at_once: bool,
     needs_flat: Sequence[bool],
 ) -> list[Tensor | None]:
-    """dx, then the gradients of the output's tensors, laid flat."""
+    """dx, then the gradients of the output's tensors as a flat list."""
     seeds, ends, x, *flat = tensors
     needs_x, *rest = needs_flat
     flat, (*hs, dy) = flat[: len(rest)], flat[len(rest) :]
@@ -123,7 +129,8 @@ def _backward(
     plain = {"precision": precision, "ends": ends}
     masked, dhs, gradients = plain | {"dropout": dropout, "seeds": seeds}, [], []
     for (_, lora_b, scale), pair, need, h in zip(adapters, given.adapters, needs, hs, strict=True):
-        # In the shapes that came, of which what kernels read may be a copy.
+        # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
+        # copied.
         d_lora_a, d_lora_b = (
             empty_like(tensor) if needed else None
             for tensor, needed in zip(pair[:2], need[:2], strict=True)
@@ -135,17 +142,17 @@ def _backward(
     dx, lora_as = None, [adapter.lora_a for adapter in adapters]
     if needs_x:
         dx = _product(dy, weight, dhs, lora_as, at_once, masked, backward=True)
-    for dh, (d_lora_a, _, _) in zip(dhs, gradients, strict=False):  # there is a dh if it is needed
+    for dh, (d_lora_a, _, _) in zip(dhs, gradients, strict=False):  # no dh, no gradient
         if d_lora_a is not None:
             kernels.weight_grad(x, [dh], [d_lora_a.mT], **masked)
     return [dx, *flatten([Output(Base(None, None), tuple(gradients))], layouts)]
 
 
 def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Output[Tensor]:
-    """The output as kernels read it.
+    """The output with adapters in a layout that kernels read well, copied if necessary.
 
-    PEFT's lora_b has the expert as its fastest index: as it lies, no two elements that a thread
-    needs are neighbors, so there is a copy.
+    In PEFT's lora_b, the expert is the fastest index, so the elements that a thread needs are never
+    adjacent.  Such a tensor is copied in x's dtype.
     """
     ((base, adapters),) = unflatten(flat, layouts)
 
@@ -156,7 +163,7 @@ def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Ou
 
 
 def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
-    """Whether torch's grouped_mm takes a plain weight as it lies."""
+    """Whether torch's grouped_mm takes the call's weight without a copy.  Packed weights: False."""
     return call.layouts[0].format is None and runs_at_once(inputs[0], inputs[1])
 
 
@@ -169,10 +176,10 @@ def _product(
     options: dict[str, Any],
     backward: bool = False,
 ) -> Tensor:
-    """x weight[e]ᵀ + u v[e] (+ bias[e]), of x [S, K] and weight [E, N, K].
+    """x weight[e]ᵀ + u v[e] (+ bias[e]) for x [S, K] and weight [E, N, K].
 
-    ``backward``: dy weight[e] + u v[e], of dy [S, N] in the place of x.  Of no adapter there is
-    neither u nor v.
+    ``backward``: dy weight[e] + u v[e], with dy [S, N] passed as ``x``.  Without an adapter, ``us``
+    and ``vs`` are empty.  ``at_once``: grouped_mm takes the weight.
     """
     experts, n, k = weight.shape
     if backward:
@@ -183,7 +190,7 @@ def _product(
         x, n, k, [u.shape[1] for u in us], precision,
         masked=masked, backward=backward, packed=packed, segments=experts,
     )  # fmt: skip
-    # A dense one that is too large for memory isn't made: tiles are unpacked as they are read.
+    # A packed weight whose dense form would need too much memory is unpacked tile by tile.
     unpacks = packed and (plan.unpacks or experts * n * k * x.element_size() > _LARGEST)
     q = read_by(weight, x, unpacks)
     at_once = at_once or (packed and not unpacks and runs_at_once(x, q))
@@ -192,8 +199,8 @@ def _product(
         out = x.new_empty(len(x), n)
         kernels.gemm_lowrank(out, [x], [q], us, vs, preferred=plan.gemm, **options)
         return out
-    # torch's product comes first, not the adapter as in a layer: it can't add to what it finds.
-    # Without an adapter there is the bias, and zeros for nobody's rows.
+    # Unlike in a layer, torch's product comes first, because grouped_mm can't add to its output.
+    # Without an adapter, ``lowrank`` still adds the bias, and zeroes rows without an expert.
     out = functional.grouped_mm(aligned(x), q, offs=options["ends"])
     kernels.lowrank(out, us, vs, add=True, **options)
     return out

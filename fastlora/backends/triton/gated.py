@@ -1,4 +1,4 @@
-"""The middle of a gated MLP by the Triton kernels."""
+"""The elementwise part of a gated MLP, act(gate) ∘ up, by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from .verification import State, elementwise, run_kernels
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once, whether ``wide`` or not."""
+    """act(gate) ∘ up, [M, N], as the torch backend returns it; always rounded once (``wide``)."""
 
     def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
         gate, up = matrices
@@ -29,7 +29,7 @@ def gated_backward(
     d_up: Tensor,
     wide: bool = False,
 ) -> None:
-    """As the torch backend's: d_gate and d_up are filled, each rounded once."""
+    """Fill d_gate and d_up as the torch backend does; each is rounded once."""
 
     def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
         dy, gate, up, d_gate, d_up = matrices
@@ -44,6 +44,7 @@ def gated_backward(
 def _by_kernels(
     function: Callable[..., list[Tensor]], activation: str, matrices: Sequence[Tensor]
 ) -> list[Tensor] | State:
+    """The results of ``function``, captured and replayed; a State if the kernels can't be used."""
     x = matrices[0]
     return run_kernels(
         function,

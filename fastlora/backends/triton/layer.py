@@ -1,4 +1,12 @@
-"""Linear layers by the Triton kernels: one x, and the outputs of a group."""
+"""Linear layers by the Triton kernels: one x, and the outputs of a group.
+
+    h  = factor · (mask ∘ x) lora_aᵀ       y  = x weightᵀ + h lora_bᵀ + bias
+    dh = factor · dy lora_b                dx = Σ dy weight + Σ mask ∘ (dh lora_a)
+    d lora_a = dhᵀ (mask ∘ x)              d lora_b = dyᵀ h
+
+``_forward`` and ``_backward`` are captured once for each kind of call and replayed later.  So they
+may use only torch operations and launchers, and no tensor's elements on the host.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +26,7 @@ from .verification import State, run_kernels
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Any], list[Any]] | State:
-    """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
+    """Every output's y [M, N], and every adapter's h [M, r], as the torch backend returns them."""
     x, count = inputs[0], len(call.layouts)
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
@@ -27,7 +35,7 @@ def forward(
         [seeds, *inputs],
         (call.layouts, call.dropout, precision_of(x)),
         lambda: covers(inputs, call.layouts),
-        call.memo,
+        call.captured,
     )
     if isinstance(made, State):
         return made
@@ -42,7 +50,7 @@ def backward(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None] | State:
-    """As the torch backend's: the gradient of each input that needs one, else None."""
+    """The gradient of each input that needs one, else None, as the torch backend returns them."""
     x = inputs[0]
     if needs_torch(call.layouts):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
@@ -55,23 +63,29 @@ def backward(
 
 
 class Common(NamedTuple):
-    """What all kernels of a call take."""
+    """Arguments that all kernels of a call share."""
 
     dropout: float
     precision: str
     seeds: Tensor | None
 
     def factor(self, adapter: Adapter[Tensor]) -> float:
+        """The factor of h and dh: the adapter's scale, with dropout's 1 / (1 - p)."""
         return float(adapter.scale) / (1.0 - self.dropout)
 
 
 def _forward(
     tensors: Sequence[Tensor], layouts: Sequence[Layout], dropout: float, precision: str
 ) -> list[Tensor]:
-    """Every y, then every h."""
+    """Every y, then every h.
+
+    One launch of ``project`` reads x once and computes h for all adapters of the group; then each
+    output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
+    """
     seeds, x, *flat = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
+    # All outputs or none: as soon as one needs ``project``, x is read anyway.
     in_one_launch = seeds is None and all(
         plan.fused
         and len(output.adapters) == 1
@@ -80,7 +94,7 @@ def _forward(
         if plan is not None
     )
     adapters = [adapter for output in outputs for adapter in output.adapters]
-    if in_one_launch:
+    if in_one_launch:  # empty: ``_y`` fills them
         hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
     else:
         factors = [common.factor(adapter) for adapter in adapters]
@@ -99,10 +113,24 @@ def _backward(
     precision: str,
     needs_flat: Sequence[bool],
 ) -> list[Tensor | None]:
-    """dx, then the gradients of the outputs' tensors, laid flat."""
+    """dx, then the gradients of the outputs' tensors as a flat list.
+
+    The launches follow each other on one stream, in this order:
+
+    1. For each output: torch computes d weight and d bias if they train.  For each of its adapters,
+       ``through_lora_b`` reads dy and computes d lora_b and dh: one pass of ``weight_grad`` for
+       both where that costs fewer bytes, otherwise ``weight_grad`` and ``project``.
+    2. ``_dx``, once for the whole group: dx = Σ dy weight + Σ mask ∘ (dh lora_a), with step 1's dh.
+       Fused, it is one launch.  In place, the adapters' part is one launch, to which torch adds one
+       product for each output.  With few rows that first launch also computes every d lora_a.
+    3. ``_d_lora_a``, unless step 2 computed it: one launch reads x once for all adapters.
+
+    Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
+    """
     needs_x, *rest = needs_flat
     seeds, x, *others = tensors
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
+    # After seeds and x: the outputs' tensors, one h for each adapter, one dy for each output.
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
@@ -112,7 +140,7 @@ def _backward(
         dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, seeds), strict=True
     )
     for dy, output, need, thin, own_seeds in per_output:
-        if dy is None:
+        if dy is None:  # this output isn't part of the loss
             gradients.append(torch_backend.no_gradients(output))
             continue
         base = torch_backend.base_gradients(dy, x, output.base, need.base)
@@ -123,6 +151,7 @@ def _backward(
                 empty_like(adapter.lora_a) if wanted.lora_a else None,
                 empty_like(adapter.lora_b) if wanted.lora_b else None,
             )
+            # dx and d lora_a both need dh.
             needs_dh, factor = needs_x or wanted.lora_a, common.factor(adapter)
             dh = through_lora_b(
                 dy, adapter.lora_b, h, d_adapter.lora_b, factor, needs_dh, {"precision": precision}
@@ -130,6 +159,7 @@ def _backward(
             adapters.append(d_adapter)
             terms += [] if dh is None else [_Term(adapter, dh, d_adapter.lora_a, seed)]
         gradients.append(Output(base, tuple(adapters)))
+    # Every dh exists now.  dx sums over the outputs, and x is read once for all d lora_a.
     trained = [term for term in terms if term.d_lora_a is not None]
     dx, is_filled = _dx(x, dys, outputs, terms, common) if needs_x else (None, False)
     if trained and not is_filled:
@@ -138,16 +168,16 @@ def _backward(
 
 
 class _Term(NamedTuple):
-    """An adapter's dh, and what will be made with it: its part of dx, and d lora_a."""
+    """An adapter with its dh, from which its part of dx and its d lora_a are computed."""
 
     adapter: Adapter[Tensor]
     dh: Tensor
-    d_lora_a: Tensor | None  # to be filled
+    d_lora_a: Tensor | None  # empty, to be filled; None if lora_a doesn't train
     seed: Tensor | None
 
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
-    """How to make this output; None for one without adapters, whose product is torch's."""
+    """The plan of an output; None without adapters, where torch computes y."""
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
@@ -166,7 +196,7 @@ def _y(
     makes_h: bool,
     precision: str,
 ) -> Tensor:
-    """x weightᵀ + Σ h lora_bᵀ + bias, [M, N]; ``makes_h``: fill h [M, r] in the same launch."""
+    """x weightᵀ + Σ h lora_bᵀ + bias, [M, N].  ``makes_h``: the same launch also fills h [M, r]."""
     (weight, bias), adapters = output
     if plan is None:
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
@@ -181,7 +211,8 @@ def _y(
             a=a, factor=factor, preferred=plan.gemm,
         )  # fmt: skip
         return y
-    # The adapter first: torch's product adds to what it finds, behind its own loads.
+    # The adapter's part comes first.  torch's addmm then adds its product to y (beta = 1), and
+    # reads y only in its epilogue, after its main loop.
     kernels.lowrank(y, hs, v, precision=precision, bias=bias)
     return torch.addmm(y, x, read_by(weight, x).mT, out=y)
 
@@ -195,15 +226,19 @@ def through_lora_b(
     needs_dh: bool,
     options: dict[str, Any],
 ) -> Tensor | None:
-    """d lora_b is filled, if it is there; dh, if it is needed: both from one reading of dy."""
+    """Fill d lora_b = dyᵀ h, unless it is None; return dh = factor · dy lora_b if it is needed.
+
+    Both need dy.  If one pass over dy costs fewer bytes than two, one launch computes both.
+    """
     dh = None
     if d_lora_b is not None:
         assert h is not None
         also: dict[str, Any] = {}
+        # With an order, only the sorted rows of dy are read; their number decides.
         rows = dy if options.get("order") is None else dy[: len(h)]
         if needs_dh and kernels.one_pass_pays(rows, lora_b, options["precision"]):
             also = {"b": lora_b, "factor": factor}
-        # A hook on saved tensors may give h back in another layout.
+        # A saved-tensor hook may return h in another layout.
         dh = kernels.weight_grad(dy, [h.contiguous()], [d_lora_b], **also, **options)
     if needs_dh and dh is None:
         (dh,) = kernels.project(dy, [lora_b], [factor], **options)
@@ -217,7 +252,10 @@ def _dx(
     terms: Sequence[_Term],
     common: Common,
 ) -> tuple[Tensor, bool]:
-    """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]; and whether every d lora_a was filled as well."""
+    """(dx, is_filled): dx = Σ dy weight + Σ mask ∘ (dh lora_a), [M, K].
+
+    ``is_filled``: every d lora_a was computed by the same launch as the adapters' part of dx.
+    """
     is_filled = False
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
@@ -235,21 +273,26 @@ def _dx(
             masked=masked, backward=True, packed=unpackable,
         )  # fmt: skip
         unpacks = plan.unpacks and unpackable
-        # Of weights that are made dense for it, one at a time is in memory.
+        # A fused launch reads all weights at once.  If packed weights must be unpacked for it,
+        # torch's products are better: only one dense weight is in memory at a time.
         are_plain = all([isinstance(weight, Tensor) for weight in weights])
         if plan.fused and (unpacks or len(weights) == 1 or are_plain):
             fused = adapted
         options = common._replace(seeds=seeds)._asdict()
         if fused:
             ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
+            # One launch: dy weight of all adapted outputs, and all dh lora_a.
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
+        # In place, with every d lora_a: one launch of weight_grad reads x once and writes both.
         elif all([term.d_lora_a is not None for term in terms]) and kernels.low_rank_pays(
             x, ranks, common.precision, masked
         ):
             _d_lora_a(x, terms, common, dx)
             is_filled = True
-        else:  # first, as in the forward
+        else:  # in place: the adapters' part first, as in the forward
             kernels.lowrank(dx, u, v, **options)
+    # torch adds the other products, one launch for each output.  The first one overwrites dx (with
+    # beta 0) if the adapters wrote nothing to it.
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
         torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
@@ -259,7 +302,10 @@ def _dx(
 def _d_lora_a(
     x: Tensor, terms: Sequence[_Term], common: Common, low_rank: Tensor | None = None
 ) -> None:
-    """dhᵀ (mask ∘ x) into every d lora_a; and Σ mask ∘ (dh lora_a) into ``low_rank``, if given."""
+    """Fill every d lora_a with dhᵀ (mask ∘ x), and ``low_rank`` with Σ mask ∘ (dh lora_a).
+
+    One launch for up to four adapters; it reads x once.
+    """
     kernels.weight_grad(
         x,
         [term.dh for term in terms],
@@ -273,14 +319,14 @@ def _d_lora_a(
 
 
 def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Sequence[list[Tensor | None]]:
-    """For each output its adapters' seeds, or None for each without dropout."""
+    """The seeds of each output's adapters; None for every adapter without dropout."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
     return per_adapter(seeds.split(1), outputs)
 
 
 def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
-    """These of the call's seeds as one tensor; no index is sent to the device for it."""
+    """The given seeds as one tensor, without an index tensor that the host would have to send."""
     if seeds is None or len(some) == len(seeds):
         return seeds
     return torch.cat([seed for seed in some if seed is not None])

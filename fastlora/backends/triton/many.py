@@ -1,9 +1,12 @@
 """Many adapters over one base, by the Triton kernels.
 
-A tile looks up inside of the kernels (``kernels/segments.py``) its adapter's tensors, and where its
-rows lie in x, dy, y and dx: nothing is gathered, and nothing is read on the host.  The base product
-is a layer's, of all rows as they lie.  Adapters of unlike ranks are padded to the largest; of a
-bank nothing is copied.
+First, a layer without adapters computes the base product of all rows, in their own order.  Then the
+kernels add each adapter's part to the rows that have the adapter.
+
+Inside of the kernels (``kernels/segments.py``), a tile finds its adapter's tensors and the places
+of its rows in x, dy, y and dx.  So no rows are gathered, and the host reads no index.  Adapters of
+several ranks are copied to one tensor, padded to the largest rank.  Adapters of equal shapes that
+already are slices of one tensor (a bank) aren't copied.
 """
 
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from .verification import REFUSED, State, run_kernels
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Any], list[Any]] | State:
-    """As the torch backend's."""
+    """Every output's y and h, as the torch backend returns them; here one of each."""
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
     if not _is_covered(inputs, call):
@@ -42,11 +45,12 @@ def forward(
         return [y], [x.new_zeros(len(x), width)]
     lora_a, lora_b = _banks(output, rows)
     tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
+    # It covers all calls, because ``_is_covered`` was asked above.
     made = run_kernels(_added, tensors, (precision_of(x),), lambda: True)
     if isinstance(made, State):
         return made
     (h,) = made
-    if len(h) < len(x):
+    if len(h) < len(x):  # h has the sorted rows; rows without an adapter follow, as zeros
         h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
     return [y], [h]
 
@@ -59,13 +63,14 @@ def backward(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None] | State:
-    """As the torch backend's: the gradient of each input that needs one, else None."""
+    """The gradient of each input that needs one, else None, as the torch backend returns them."""
     (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
     assert rows is not None
     if dy is None or not _is_covered(inputs, call, dys):
         return REFUSED
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
     base_inputs, _, base_call = _base_call(x, output)
+    # First the layer without adapters, then the adapters' part of dx is added to it.
     base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
     base = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
     if isinstance(base, State):
@@ -74,6 +79,7 @@ def backward(
     ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
     places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
     some = [wanted.adapters[i] for i in segments]
+    # The kernels compute the gradients of whole banks, so one adapter's need computes all.
     need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
     gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
     if places.rows and (needs[0] or need.lora_a or need.lora_b):
@@ -97,10 +103,11 @@ def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | Non
 
 
 def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
-    """h; and what it gives is added to y."""
+    """Return h [rows, r], and add h lora_bᵀ to y in place."""
     seeds, ends, order, *numbers, x, y, lora_a, lora_b = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
+    # The factor 1.0 isn't used: each segment has its own.
     (h,) = kernels.project(x, [lora_a.mT], [1.0], seeds=seeds, **shared)
     kernels.lowrank(y, [h], [lora_b.mT], add=True, **shared)
     return [h]
@@ -109,7 +116,7 @@ def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
 def _added_backward(
     tensors: Sequence[Tensor], precision: str, needs_a: bool, needs_b: bool
 ) -> list[Tensor | None]:
-    """The gradients of both banks; and what dh gives is added to dx, if it is there."""
+    """Return the gradients of both banks, and add mask ∘ (dh lora_a) to dx, unless dx is None."""
     seeds, ends, order, *numbers, x, dy, dx, lora_a, lora_b, h = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
@@ -126,22 +133,22 @@ def _added_backward(
 
 
 class _Places(NamedTuple):
-    """Where the rows of the adapters lie."""
+    """The places in x of the rows that have an adapter."""
 
-    rows: int  # how many there are
-    first: int  # of x, if they lie there in their order
+    rows: int  # their number
+    first: int  # their first row in x, if they are sorted and consecutive there
     ends: Tensor  # int32 [adapters with rows]
-    order: Tensor | None  # int32 [rows]: where each is, if they lie in another order
+    order: Tensor | None  # int32 [rows]: their rows in x, if they aren't sorted there
 
     def of(self, matrix: Tensor) -> Tensor:
-        """The part of x, y … that kernels get."""
+        """The part of x, y, dy or dx that the kernels receive."""
         if self.order is not None:
             return matrix
         return matrix[self.first : self.first + self.rows]
 
 
 def _places(x: Tensor, rows: Rows) -> _Places:
-    """Kept for all layers, and for the backward."""
+    """The places of a call's rows, cached in ``rows.memo`` for all layers and for the backward."""
     each = len(x) // max(1, rows.items(len(x)))  # rows of an item
     memo = {} if rows.memo is None else rows.memo
     key = ("triton places", each, x.device)
@@ -151,6 +158,7 @@ def _places(x: Tensor, rows: Rows) -> _Places:
 
 
 def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
+    # An item (a row or a sequence of x) has ``each`` rows; shares count items.
     shares = rows.shares or []
     ends = [share.place.stop * each for share in shares]
     count = ends[-1] if ends else 0
@@ -160,6 +168,7 @@ def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
         for share in shares
     }
     (shift, *others) = shifts or {0}
+    # All shares are slices with the same shift: x is sorted, so a slice of x suffices.
     if shift is not None and not others:
         return _Places(count, shift * each, there, None)
     assert rows.order is not None
@@ -169,16 +178,16 @@ def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
 
 
 def _shared(places: _Places, rows: Rows, seeds: Tensor | None) -> list[Tensor | None]:
-    """What all kernels of a call take: seeds, ends, order, and each adapter's own numbers."""
+    """Arguments that all kernels of a call share: seeds, ends, order, factors, thresholds."""
     assert rows.numbers is not None
     segments, (scales, _, dropouts) = [share.segment for share in rows.shares or []], rows.numbers
     numbers = [(scales[i], 0.0 if seeds is None else dropouts[i]) for i in segments]
-    if seeds is not None and len(segments) < len(seeds):
+    if seeds is not None and len(segments) < len(seeds):  # drop seeds of adapters without rows
         seeds = torch.cat([seeds[i : i + 1] for i in segments])
     return [seeds, places.ends, places.order, *_on_device(tuple(numbers), places.ends.device)]
 
 
-@lru_cache(maxsize=256)  # all layers of a model have the same, or a few kinds
+@lru_cache(maxsize=256)  # the layers of a model share a few sets of numbers
 def _on_device(
     numbers: tuple[tuple[float, float], ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +200,7 @@ def _on_device(
 
 
 def _banks(output: Output[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
-    """lora_a [n, r, K] and lora_b [n, N, r] of the adapters with rows; zeros behind a rank."""
+    """lora_a [n, r, K] and lora_b [n, N, r] of the adapters with rows, padded with zeros to r."""
     width = _width(output)
     pairs = [rows.part(output, share.segment).adapters[0] for share in rows.shares or []]
     features, out_features = pairs[0].lora_a.shape[1], pairs[0].lora_b.shape[0]
@@ -201,13 +210,14 @@ def _banks(output: Output[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _bank(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """These [rows, columns] in one tensor [n, *shape]; of one that they are views of, itself."""
+    """Matrices [rows, columns] as one tensor [n, *shape]: a view if they already are one tensor."""
     first, whole = parts[0], all([part.shape == shape for part in parts])
     if whole and 1 in first.stride() and _lie_evenly(parts):
         step = parts[1].storage_offset() - first.storage_offset() if len(parts) > 1 else 0
         return first.as_strided((len(parts), *shape), (step, *first.stride()))
     if whole:
         return torch.stack([part.contiguous() for part in parts])
+    # Unlike shapes: copy into zeros, in a dtype that holds all parts.
     dtype = first.dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)
@@ -218,7 +228,7 @@ def _bank(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 def _lie_evenly(parts: Sequence[Tensor]) -> bool:
-    """Whether they lie in one memory, alike, and each as far behind the one before it."""
+    """Whether the parts share a storage, strides and dtype, and follow at equal distances."""
     kinds = {(part.untyped_storage().data_ptr(), part.stride(), part.dtype) for part in parts}
     steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(parts)}
     return len(kinds) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0
@@ -227,7 +237,7 @@ def _lie_evenly(parts: Sequence[Tensor]) -> bool:
 def _cut(
     made: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
 ) -> Adapter[Tensor | None]:
-    """One adapter's gradients of the banks', in its tensors' shapes and dtypes."""
+    """One adapter's gradients, cut out of the banks' gradients, in its own shapes and dtypes."""
     d_lora_a, d_lora_b = made
     own_a = own_b = None
     if d_lora_a is not None and need.lora_a:
@@ -241,7 +251,7 @@ def _base_call(x: Tensor, output: Output[Tensor]) -> tuple[list[Tensor], None, C
     """The layer without adapters: inputs, no seeds, and the call."""
     alone = [Output(output.base)]
     layouts = layouts_of(alone)
-    # The record's backend is what ops ask; in here nobody does.
+    # The backend of the record only matters to ops; code in this package doesn't read it.
     return [x, *flatten(alone, layouts)], None, Call(layouts, 0.0, torch_backend)
 
 

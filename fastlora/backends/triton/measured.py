@@ -1,7 +1,8 @@
-"""What was measured on devices, for the choice of plans and tiles: as data, and in files.
+"""Measurements of plans and tiles, in memory and in files.
 
-``fastlora.tune`` writes a file for its device to the user's cache, ``benchmarks/visit.py`` one
-beside its results.  This module is imported where this backend is first used, and then reads them.
+``fastlora.tune`` writes a file for its device to the user's cache; ``benchmarks/visit.py`` writes
+one beside its results.  This module is imported at the first use of this backend, and then reads
+the files of the cache.
 """
 
 import json
@@ -18,13 +19,13 @@ import triton
 from ... import cache
 from .cover import kernels
 
-FORMAT = 1  # of the files
+FORMAT = 1  # version of the files' format
 _FOLDER = "tuning"
 _rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use
 
 
 class Tuned(NamedTuple):
-    """A file's rows, or why it has none that can be used."""
+    """A file's rows, or why they can't be used."""
 
     rows: tuple = ()
     date: str = ""
@@ -32,7 +33,7 @@ class Tuned(NamedTuple):
 
 
 def as_text(device: str, rows: Iterable) -> str:
-    """A file of these rows, all of which were measured on this device with this Triton."""
+    """The text of a file with these rows, measured on this device with the installed Triton."""
     head = {"format": FORMAT, "device": device, "triton": triton.__version__}
     head |= {"torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat()}
     plain = [asdict(row) for row in _by_kind(rows).values()]
@@ -40,7 +41,7 @@ def as_text(device: str, rows: Iterable) -> str:
 
 
 def from_text(text: str) -> Tuned:
-    """What a file holds; its rows only if they are of this format and this Triton."""
+    """Parse a file's text.  Its rows are used only for the same format and Triton version."""
     try:
         fields = json.loads(text)
         format, version = fields["format"], fields["triton"]
@@ -49,12 +50,12 @@ def from_text(text: str) -> Tuned:
         if version != triton.__version__:
             return Tuned(why_not=f"it is of Triton {version}, and this is {triton.__version__}")
         return Tuned(tuple(map(as_row, fields["rows"])), fields["date"])
-    except Exception as error:  # whatever is in it, this module is imported
+    except Exception as error:  # a broken file mustn't break the import of this module
         return Tuned(why_not=f"it can't be read ({type(error).__name__}: {error})")
 
 
 def as_row(plain: Mapping[str, Any]) -> "kernels.plan.Row":
-    """The row that ``dataclasses.asdict`` made this of.  Raises an error for what is none."""
+    """The row of a dictionary from ``dataclasses.asdict``.  Raises an error if it isn't valid."""
     plan = dict(plain["plan"])
     tiles = None if plan["gemm"] is None else kernels.gemm_config.GemmConfig(**plan["gemm"])
     row = kernels.plan.Row(**{**plain, "plan": kernels.plan.Plan(**{**plan, "gemm": tiles})})
@@ -68,7 +69,7 @@ def as_row(plain: Mapping[str, Any]) -> "kernels.plan.Row":
 
 
 def name_of(device: torch.device) -> str:
-    """What rows call it; "" where kernels don't run or are interpreted."""
+    """The device's name in rows; "" where kernels don't run or are interpreted."""
     target = kernels.target_of(device)
     return "" if target is None else target.device
 
@@ -85,7 +86,7 @@ def written(device: str) -> Tuned | None:
 
 
 def described(device: str) -> str:
-    """What there is for a device of this name, for a report."""
+    """The state of a device's measurements, as text for a report."""
     if not device:
         return "not possible: it runs no compiled kernels"
     tuned, path = written(device), path_of(device)
@@ -97,13 +98,13 @@ def described(device: str) -> str:
 
 
 def load() -> None:
-    """Choose by the files of all devices from now on."""
+    """Read the files of all devices, and choose plans by them from now on."""
     for text in cache.read(cache.cache_folder() / _FOLDER, "*.json").values():
         use(from_text(text).rows)
 
 
 def use(rows: Iterable) -> None:
-    """Choose by these rows too, from now on."""
+    """Choose plans also by these rows from now on."""
     new = _by_kind(rows)
     if new:
         _rows.update(new)
@@ -111,14 +112,14 @@ def use(rows: Iterable) -> None:
 
 
 def _by_kind(rows: Iterable) -> dict[Hashable, "kernels.plan.Row"]:
-    """The last row of each kind of call."""
+    """The rows by kind of call; the last row of a kind wins."""
     return {replace(row, plan=kernels.plan.IN_PLACE): row for row in rows}
 
 
 def keep(device: str, rows: Iterable) -> str:
-    """Choose by these rows too, and write them to the device's file.
+    """Choose plans also by these rows, and write them to the device's file.
 
-    Returns its path, or "" if it can't be written.
+    Returns the file's path, or "" if it can't be written.
     """
     load()
     use(rows)

@@ -1,4 +1,4 @@
-"""Packed weights for the Triton kernels: what they read themselves, and dense ones of the rest."""
+"""Packed weights for the Triton kernels: formats that kernels read, dense weights for others."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -11,14 +11,15 @@ from ..protocol import Call
 from .cover import LONGEST, kernels
 from .verification import State
 
-# More blocks than any weights have: they share one outer scale.
+# More blocks than any weight has, so that all its blocks share one outer scale.
 _ALL = 2**40
 
 
 def has_kernel(format: Format, of_experts: bool = False) -> bool:
-    """Whether kernels make this format's weights.  What they don't, torch's operations do.
+    """Whether kernels can unpack this format.  torch's operations unpack the others.
 
-    ``of_experts``: those of all experts at once, where no block goes on from one into the next.
+    ``of_experts``: whether they can unpack all experts' weights at once.  Then every expert must
+    begin a new block.
     """
     coding, rows, columns = format.coding, format.rows, format.columns
     if coding is None:
@@ -33,14 +34,14 @@ def has_kernel(format: Format, of_experts: bool = False) -> bool:
 
 
 def packed_of(weight: Quantized) -> "kernels.Packed":
-    """The weight as kernels read it, of a format that has one."""
+    """The record that kernels read.  The format must have a kernel (:func:`has_kernel`)."""
     (format, tensors), (*lead, rows, columns) = weight, weight.shape
     coding, (codes, scales, *outer) = format.coding, format.coded(tensors)
     assert coding is not None
     if lead:
         coding = coding._replace(block_rows=coding.block_rows or rows)
     if not coding.outer_block:
-        each_has_one = outer and len(outer[0]) > 1  # of experts
+        each_has_one = outer and len(outer[0]) > 1  # an outer scale for each expert
         blocks = rows * columns // coding.block_columns if each_has_one else _ALL
         coding = coding._replace(outer_block=blocks)
     shape = {"rows": rows, "columns": columns, "experts": lead[0] if lead else 0}
@@ -49,7 +50,7 @@ def packed_of(weight: Quantized) -> "kernels.Packed":
 
 
 def is_unpackable(weights: Sequence[Tensor | Quantized]) -> bool:
-    """Whether one launch of a product can unpack all of these weights as it reads them."""
+    """Whether one launch of ``gemm_lowrank`` can read all of these weights in packed form."""
     packed = [packed_of(weight) for weight in weights if isinstance(weight, Quantized)]
     alike = all([each.lies_in_rows and each.is_like(packed[0]) for each in packed])
     return alike and len(packed) == len(weights)
@@ -58,9 +59,10 @@ def is_unpackable(weights: Sequence[Tensor | Quantized]) -> bool:
 def read_by(
     weight: Tensor | Quantized, x: Tensor, unpacks: bool = False
 ) -> "Tensor | kernels.Packed":
-    """What a product with x reads: the weight; or its codes, if it ``unpacks``; or a dense one.
+    """The operand of a product with x.
 
-    That is new memory, one weight's or that of all experts, in x's dtype.
+    A plain weight is returned unchanged.  A packed one becomes the kernels' record if the product
+    ``unpacks``, else a new dense weight (of all experts) in x's dtype.
     """
     if not isinstance(weight, Quantized):
         return weight
@@ -70,12 +72,12 @@ def read_by(
 
 @lru_cache(maxsize=1024)
 def needs_torch(layouts: tuple[Layout, ...], of_experts: bool = False) -> bool:
-    """Whether a weight is of a format that no kernel reads."""
+    """Whether one of the weights has a format that no kernel reads."""
     return any(_is_torch_s(layout, of_experts) for layout in layouts)
 
 
 def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call]:
-    """The inputs of a call, with weights of such formats made dense in x's dtype, and the call."""
+    """The call with dense weights, in x's dtype, in place of formats that no kernel reads."""
     x, *flat = inputs
     outputs, layouts = [], []
     of_experts = call.rows is not None and not call.rows.shares_base
@@ -96,7 +98,7 @@ def of_dense(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None] | State:
-    """A backward whose weights have formats that no kernel reads."""
+    """Run the backward ``run`` with dense weights in place of formats that no kernel reads."""
     needs_x, *rest = needs
     inputs, dense = made_dense(inputs, call)
     needs = [needs_x, *flatten(unflatten(rest, call.layouts), dense.layouts)]

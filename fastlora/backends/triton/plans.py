@@ -1,4 +1,4 @@
-"""A base product by one plan after another, each verified by PyTorch's operations: for tuning."""
+"""The plans that ``fastlora tune`` measures for one call, each verified against PyTorch first."""
 
 import warnings
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _SEED = 7  # any number
 
 
 class Contest:
-    """Random tensors of these sizes, from a generator of its own; what plans make of them."""
+    """Runs a call of the given sizes with any plan, on random tensors from its own generator."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.draw, self.sizes = torch.Generator(device).manual_seed(_SEED), sizes
@@ -54,31 +54,34 @@ class Contest:
         self.tensors = [self.x, *flatten(outputs, layouts), *hs, *self.dys]
 
     def default(self) -> "kernels.Plan":
-        """What runs where nobody measured."""
+        """The plan without a measurement."""
         return kernels.plan.rule(self.target, *self._choice(), self.sizes.backward)
 
     def plans(self) -> "list[kernels.Plan]":
-        """In place, fused with the default tiles, and with others, the nearest ones first.
+        """In place, fused with the default tiles, then fused with other tiles, nearest first.
 
-        So kernels that both have are proven before those of tiles.
+        In this order, kernels that all plans share are verified before the kernels of single tiles.
         """
         tiles = kernels.config.candidates("gemm_lowrank", self.target, self._fused_call())
         others = [kernels.Plan(fused=True, gemm=config) for config in tiles[1:]]
         return [kernels.plan.IN_PLACE, kernels.plan.FUSED, *others]
 
     def row(self, plan: "kernels.Plan") -> "kernels.plan.Row":
-        """What says that this plan is best."""
+        """The measurement that makes calls of these sizes follow ``plan``."""
         call, depth = self._choice()
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
         backward, experts = self.sizes.backward, self.sizes.experts
         return kernels.plan.Row(self.target.device, *size, plan, backward, experts)
 
     def why_wrong(self, plan: "kernels.Plan") -> str:
-        """Why its results aren't PyTorch's; "" if they are.  It raises what a compiler does."""
+        """Why the plan's results differ from PyTorch's; "" if they don't.
+
+        Errors of a compiler are raised.
+        """
         with warnings.catch_warnings(record=True) as said, kernels.plan.use_plan(plan):
             warnings.simplefilter("always")
-            self._by(triton_backend)(self.tensors)  # which may verify it
-        for each in self.dys or [self.x]:  # what is right in memory now is so no more
+            self._by(triton_backend)(self.tensors)  # verified as any first call
+        for each in self.dys or [self.x]:  # new numbers: results left in memory are wrong now
             each.normal_(generator=self.draw)
         results = self.step(plan)()
         if isinstance(results, verification.State):
@@ -98,7 +101,7 @@ class Contest:
         return step
 
     def frozen(self) -> Callable[[], Tensor]:
-        """The same without adapters, by torch; not of experts."""
+        """The same pass without adapters, by torch.  Not for experts."""
         if not self.sizes.backward:
             return partial(linear, self.x, *self.weights)
         (dy, weight), *others = zip(self.dys, self.weights, strict=True)
@@ -112,7 +115,7 @@ class Contest:
         return step
 
     def _by(self, module: Any) -> verification.Run:
-        """As a backend, or a part of it, does it."""
+        """The pass as a function of the tensors, by ``module``: a backend, or a part of one."""
         if not self.sizes.backward:
             return verification.of_forward(module.forward, self.seeds, self.call)
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
@@ -120,7 +123,7 @@ class Contest:
         return verification.of_backward(module.backward, needs, self.seeds, self.call)
 
     def _choice(self) -> "tuple[kernels.config.Call, int]":
-        """What a plan is chosen by: the call, and its depth."""
+        """The key of a plan's choice: the call, and its depth."""
         s = self.sizes
         n, depth = (s.features, sum(s.outs)) if s.backward else (s.outs[0], s.features)
         size, count = s.dtype.itemsize, len(self.ranks)
@@ -129,7 +132,7 @@ class Contest:
         return call, depth
 
     def _fused_call(self) -> "kernels.config.Call":
-        """As the launch of a fused plan has it."""
+        """The call that the launch of a fused plan chooses its tiles for (``gemm_lowrank``)."""
         (call, _), s, ranks = self._choice(), self.sizes, self.ranks
         makes_h = not (s.backward or s.dropout or s.experts) and len(ranks) == 1
         turned = kernels.faults.races_when_turned(self.target, call.precision, call.itemsize)

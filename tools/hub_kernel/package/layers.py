@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from . import gemm_lowrank, project, weight_grad
 
-_PRECISION = "ieee"  # float32 stays float32; 16 bits are multiplied as such
+_PRECISION = "ieee"  # exact float32 products; 16-bit inputs use 16-bit products
 
 
 class _LoRALinear(torch.autograd.Function):
-    """y = x weightᵀ + scale · (x lora_aᵀ) lora_bᵀ (+ bias), of x [M, K]."""
+    """y = x weightᵀ + scale · (x lora_aᵀ) lora_bᵀ (+ bias), x [M, K]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
@@ -24,7 +24,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, h = ctx.saved_tensors
         d_lora_a, d_lora_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
-        # One pass over dy makes d lora_b and dh = scale · dy lora_b.
+        # One pass over dy computes d lora_b and dh = scale · dy lora_b.
         dh = weight_grad(dy, [h], [d_lora_b], b=lora_b, factor=ctx.scale, precision=_PRECISION)
         weight_grad(x, [dh], [d_lora_a.T], precision=_PRECISION)
         dx = None
@@ -50,9 +50,9 @@ class LoRALinear(nn.Module):
     scaling: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] gives [..., N].  Raises ValueError for a weight or a bias that trains."""
+        """x [..., K] gives [..., N].  Raises ValueError for a trained weight or bias."""
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            raise ValueError("weight and bias have to be frozen: requires_grad_(False)")
+            raise ValueError("weight and bias must be frozen: call requires_grad_(False)")
         tensors = self.weight, self.bias, self.lora_A, self.lora_B
         y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), *tensors, float(self.scaling))
         return y.view(*x.shape[:-1], y.shape[-1])

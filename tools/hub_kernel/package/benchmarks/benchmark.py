@@ -1,4 +1,4 @@
-"""``kernels benchmark FOLDER``: a layer's forward beside torch's three products."""
+"""``kernels benchmark FOLDER``: a layer's forward, and torch's three products."""
 
 import torch
 from kernels.benchmark import Benchmark

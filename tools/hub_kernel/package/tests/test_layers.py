@@ -1,4 +1,4 @@
-"""The layer beside its formula in float64; on a CPU with TRITON_INTERPRET=1."""
+"""Compare the layer with its formula in float64; on a CPU with TRITON_INTERPRET=1."""
 
 import importlib
 import os

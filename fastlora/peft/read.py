@@ -6,7 +6,7 @@ layer to PEFT's forward, which does call them.
 
 Adapters come and go, and so do hooks.  :func:`why_not_now` asks what isn't the layer's own, in
 every call; :func:`read` judges the layer, and its answer stands while the layer and its
-:func:`parts_of` hold what they held (:mod:`fastlora.layers.reading`).
+:func:`parts_of` hold what they held (:mod:`fastlora.layers.guards`).
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_dtensor
 from ..layers.frozen import read_base
-from ..layers.members import is_hooked, tensor_of, why_not_part
-from ..layers.reading import Reading
-from ..ops.way import why_not_here
+from ..layers.guards import Record
+from ..layers.members import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
+from ..ops.dispatch import why_not_here
 from ..projection import Adapter, Base, Output, is_plain
 from ..settings import LARGEST_SCALE, is_number
 from . import why_never
@@ -55,47 +55,50 @@ def parts_of(layer: LoraLayer) -> list[nn.Module]:
     return modules_read
 
 
-def read_active(layer: LoraLayer) -> Reading:
+def read_active(layer: LoraLayer) -> Record:
     """Read the layer for a call with its active adapters."""
     names = adapters_now(layer)
-    return read(layer, names) if names else Reading("its adapter is merged, disabled or not active")
+    return read(layer, names) if names else Record("its adapter is merged, disabled or not active")
 
 
-def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
+def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
     """Read the layer for a call with these adapters, of which there is one at least.
 
     ``mixed``: each sample of the call has one of them, or none; else every row has all.
     """
     if not layer.cast_input_dtype_enabled:
-        return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+        return Record("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+    patched = why_patched(plain_class_of(layer))
+    if patched:
+        return Record(patched)
     base = layer._modules["base_layer"]
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return Reading(_why_hooked(base, "its base layer"))
+        return Record(_why_hooked(base, "its base layer"))
     reason, weight, bias, packed = read_base(base, adapted=True)
     if reason:
-        return Reading(reason)
+        return Record(reason)
     adapters, dropouts, drop, magnitude = [], [], None, None
     for name in names:
         reason, adapter, shift, drop = _read_adapter(layer, name, weight)
         if adapter is None:
-            return Reading(reason)
+            return Record(reason)
         if mixed and (name in layer.lora_variant or shift is not None):
             what = "is no plain LoRA (DoRA, …)" if shift is None else "has a bias (lora_bias)"
-            return Reading(f"its adapter {name} {what}")
+            return Record(f"its adapter {name} {what}")
         if shift is not None:
             bias = shift if bias is None else bias + shift
         adapters.append(adapter)
         dropouts.append(_rate(drop))
     if not mixed and len(set(dropouts)) > 1:
-        return Reading("its active adapters have different dropouts, and are training")
+        return Record("its active adapters have different dropouts, and are training")
     if layer.lora_variant and not mixed:
         reason, magnitude = _read_variant(layer, names, weight)
         if reason:
-            return Reading(reason)
+            return Record(reason)
         if magnitude is not None and not layer.training:
             dropouts = [0.0]  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", (output,), tuple(dropouts), (packed,), magnitude, drop, names[0])
+    return Record("", (output,), tuple(dropouts), (packed,), magnitude, drop, names[0])
 
 
 def _read_adapter(
@@ -128,6 +131,9 @@ def _read_variant(
     if name is None:
         return "", None
     variant = layer.lora_variant[name]
+    patched = why_patched(DoraLinearVariant)
+    if patched:
+        return patched, None
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
@@ -182,6 +188,9 @@ def _why_hooked(module: nn.Module, name: str) -> str:
     weight = module._parameters.get("weight")
     if weight is not None and is_dtensor(weight):
         return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
+    patched = why_patched(type(module))
+    if patched:
+        return f"{name} is a {type(module).__name__} ({patched})"
     return f"a hook watches, or something replaces, the calls of {name}"
 
 

@@ -12,13 +12,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from vendor_layers import quantized
 
-from fastlora.layers import adapted, reading
+from fastlora.layers import adapted, guards
 from fastlora.peft import layer as peft_layer
 
 
 def read_anew(model: nn.Module, *inputs):
     for module in model.modules():
-        reading.forget(module)
+        guards.forget(module)
     return model(*inputs)
 
 
@@ -133,18 +133,18 @@ def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
     assert torch.equal(module(leaked[0]), module(x))
 
 
-def test_a_watch_that_another_thread_gives_up_meanwhile(monkeypatch):
+def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
     model = randomize(adapt(Mlp(), target_modules=["up"]))
     x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
     before = model.up(x)
-    memory = vars(model.up)["_fastlora_reading_followed"]
+    cached = vars(model.up)["_fastlora_record_followed"]
 
     def given_up():  # between two steps of the call
-        memory.watch = None
+        cached.guard = None
 
-    monkeypatch.setattr(reading.nn_module, "_has_any_global_hook", given_up)
+    monkeypatch.setattr(guards.nn_module, "_has_any_global_hook", given_up)
     assert torch.equal(model.up(x), before)
-    assert memory.watch is None
+    assert cached.guard is None
 
 
 def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
@@ -163,10 +163,10 @@ def test_packed_numbers_that_change_in_place_are_read_again():
     (layer,) = adapt(nn.Sequential(quantized("gguf-q8_0", 256, 32)), target_modules=["0"])
 
     def found():
-        return reading.read_once(layer, adapted._READER)[1]
+        return guards.record_of(layer, adapted._RECORDER)[1]
 
-    assert isinstance(found(), reading.Reading)
+    assert isinstance(found(), guards.Record)
     assert isinstance(found(), list)
     with torch.no_grad():
         layer.weight.add_(0)
-    assert isinstance(found(), reading.Reading)
+    assert isinstance(found(), guards.Record)
