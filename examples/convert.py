@@ -1,4 +1,4 @@
-"""Turn a GGUF file into what transformers loads without it."""
+"""Convert a GGUF file to a folder that transformers loads without gguf."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main(run: SimpleNamespace) -> None:
-    """Write the model, in bfloat16, or its tokenizer to ``run.folder``: what ``run.part`` says.
+    """Write one part to ``run.folder``: the model in bfloat16, or its tokenizer (``run.part``).
 
-    Each takes about as long as the other.  The file is the one in ``run.packed``.
+    The GGUF file is in the folder ``run.packed``.  Both parts take about equally long.
     """
-    gguf.GGUFReader = cache(gguf.GGUFReader)  # for the config and for the weights: 10 s each
+    gguf.GGUFReader = cache(gguf.GGUFReader)  # read once, not for config and weights: 10 s each
     name = gguf_of(run.packed).name
     if run.part == "tokenizer":
         part = AutoTokenizer.from_pretrained(run.packed, gguf_file=name)

@@ -3,8 +3,9 @@
     pip install -e '.[recipes]'  # in a clone
     python examples/diffusion.py --model black-forest-labs/FLUX.1-dev --data encoded.pt --out folder
 
-Without --model: a tiny random Flux.  The data: a torch file of encoded pictures, "latents"
-[n, 16, height / 8, width / 8], "prompt_embeds" [n, tokens, 4096] and "pooled" [n, 768].
+Without --model it trains a tiny Flux with random weights.  --data is a torch file of encoded
+pictures: "latents" [n, 16, height / 8, width / 8], "prompt_embeds" [n, tokens, 4096] and "pooled"
+[n, 768].
 """
 
 from argparse import ArgumentParser, Namespace
@@ -41,12 +42,12 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step}: loss {loss.item():.4f}")
-    about = _collate_lora_metadata({"transformer": transformer})  # its alpha, for one
+    about = _collate_lora_metadata({"transformer": transformer})  # such as alpha
     FluxPipeline.save_lora_weights(options.out, get_peft_model_state_dict(transformer), **about)
 
 
 def flow_loss(model, latents, pooled, prompt_embeds) -> torch.Tensor:
-    """Of the velocity from a picture to noise, somewhere on the way (flow matching)."""
+    """The flow matching loss: the velocity from picture to noise, at a random time between."""
     noise = torch.randn_like(latents)
     t = torch.sigmoid(torch.randn_like(latents[:, :1, :1, :1]))
     n, _, height, width = shape = latents.shape

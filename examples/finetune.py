@@ -1,4 +1,4 @@
-"""Fine-tune a language model with fastlora and, beside it, with PEFT from the same start.
+"""Fine-tune a language model with fastlora, and with PEFT from the same start to compare.
 
     python examples/finetune.py      SmolLM2 135M on Python's documentation: 3 min on 2 cores
     python examples/finetune.py --steps 40       the same for longer
@@ -7,8 +7,9 @@
     python examples/finetune.py --model gemma    Gemma 3 270M, under the Gemma Terms of Use
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
-Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
---out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or not at all.
+Each side (fastlora, PEFT …) runs in its own process, and the sides take turns step by step.
+train_one.py shows how to use fastlora.  --out gets the adapter, loss.png, loss.json and Trainer's
+checkpoints, each complete or not at all.
 """
 
 import json
@@ -35,12 +36,13 @@ def main() -> None:
     packaged = PACKAGED.get(options.model)
     of_model = packaged.needs() if packaged else []
     check_packages(options.compare, of_model, options.quantized, options.experts)
-    # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
+    # By default, threads of Intel's OpenMP spin for 200 ms after their work, which would use the
+    # cores during the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
-    # transformers' own call of its old name, once a run.
+    # transformers calls its own old name and warns about it once in each run.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if packaged or options.model is None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local, so no request
     if packaged:
         options.model = str(prepare(packaged))
     settings = vars(options) | {"alpha": 2 * options.rank}
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:
-    """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
+    """Train all sides in turns.  Move the adapter and the checkpoints to --out."""
     names = sides_of(settings)
     results, sides = dict.fromkeys(names), []
     try:
@@ -75,7 +77,7 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
             sides.append(Worker(name, "train_one", settings | side_settings(name, settings)))
             sides[-1].answer()
         take_turns(sides, settings["steps"])
-        for side in reversed(sides):  # the others leave before fastlora loads a model anew
+        for side in reversed(sides):  # fastlora is last: it loads a second model for its check
             print(f"\n--- {side.name}: measuring what it saves for the backward", flush=True)
             results[side.name] = side.go()
             side.process.join()
@@ -88,7 +90,7 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
 
 
 def sides_of(settings: dict) -> list[str]:
-    """As they are printed."""
+    """The names of the sides, in the order of the table."""
     names = [*["frozen"] * settings["frozen"], *["PEFT"] * settings["compare"]]
     names += [*["optimized"] * settings["optimize"], "fastlora"]
     if settings["quantized"]:
@@ -97,14 +99,18 @@ def sides_of(settings: dict) -> list[str]:
 
 
 def side_settings(name: str, settings: dict) -> dict:
-    """The sides named for their base are fastlora's; with --quantized the others' is NF4."""
+    """The options of one side.
+
+    A side with the name of a base runs fastlora over it.  With --quantized the other sides' base is
+    NF4.
+    """
     named = "dense", "GGUF", *PACKED_EXPERTS
     base = name if name in named else "NF4" if settings["quantized"] else "dense"
     return {"side": name, "base": base, "with_peft": name in ("PEFT", "optimized")}
 
 
 def take_turns(sides: list[Worker], steps: int) -> None:
-    """One step of each side after the other; who goes first changes with each step."""
+    """Let the sides step one after another.  Each step begins with the next side."""
     from tqdm import tqdm
 
     losses = {side.name: "" for side in sides}
@@ -119,7 +125,7 @@ def take_turns(sides: list[Worker], steps: int) -> None:
 
 
 def keep_checkpoints(scratch: Path, out: Path) -> None:
-    """Put whole checkpoints (Trainer writes trainer_state.json last) in earlier ones' place."""
+    """Replace earlier checkpoints by complete new ones (trainer_state.json is written last)."""
     whole = [path.parent for path in scratch.glob("checkpoints/*/checkpoint-*/trainer_state.json")]
     for kept in {out / "checkpoints" / path.parent.name for path in whole}:
         shutil.rmtree(kept, ignore_errors=True)
@@ -129,7 +135,7 @@ def keep_checkpoints(scratch: Path, out: Path) -> None:
 
 
 def step_time_over(base: str, results: dict[str, dict]) -> dict[str, dict]:
-    """For each other side, the ratio of each pair of steps; their median and quartiles."""
+    """For each other side: the ratio of each pair of steps, with median and quartiles."""
     ratios = {}
     seconds = {side: result["seconds_per_step"] for side, result in results.items()}
     theirs = seconds.pop(base, [])
@@ -141,7 +147,7 @@ def step_time_over(base: str, results: dict[str, dict]) -> dict[str, dict]:
 
 
 def print_results(report: dict) -> None:
-    """The sides next to each other, as table.py has them for a page."""
+    """Print the table of all sides that table.py makes, and notes on its rows."""
     results = report["results"]
     rows = rows_of(report)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -167,7 +173,7 @@ def print_results(report: dict) -> None:
 def write(report: dict, scratch: Path, out: Path) -> None:
     from plot import plot
 
-    del report["settings"]["out"]  # where files lie is nobody else's business
+    del report["settings"]["out"]  # loss.json may be published, so it has no paths
     for name in ("model", "data"):
         if path := report["settings"][name]:
             report["settings"][name] = Path(path).name
@@ -178,7 +184,7 @@ def write(report: dict, scratch: Path, out: Path) -> None:
 
 
 def to_json(value: object, indent: str = "\n") -> str:
-    """A line for each entry of a dict; lists, and dicts that are short, on one line."""
+    """JSON with a line for each entry of a long dict; lists and short dicts take one line."""
     text = json.dumps(value)
     if not isinstance(value, dict) or len(text) < 240:
         return text
@@ -189,7 +195,7 @@ def to_json(value: object, indent: str = "\n") -> str:
 
 def interrupted_once(signum: int, frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
+        signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up
     raise KeyboardInterrupt
 
 
@@ -198,7 +204,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupted_once)
     try:
         main()
-    except OSError as error:  # a full disk, for one
+    except OSError as error:  # such as a full disk
         sys.exit(f"finetune.py: error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted: nothing half-written is left", file=sys.stderr)

@@ -1,11 +1,12 @@
-"""Reinforcement learning with TRL's GRPO: a rule as reward, and samples at the base model's speed.
+"""Reinforcement learning with TRL's GRPO, sampling at the base model's speed.
 
     pip install -e '.[recipes]'  # in a clone
     python examples/grpo.py --model Qwen/Qwen3-0.6B
 
-The rule wants short answers with the right sum; write your own in ``reward``.  Sampling takes most
-of a step.  MergedSampling merges the adapter into the weights for it, and puts the very bits back.
---out gets PEFT's adapter and rewards.json: loss, reward and seconds of each step.
+The reward here is a rule: short answers with the right sum.  Write your own in ``reward``.  Most of
+a step is sampling, so MergedSampling merges the adapter into the weights meanwhile, and then
+restores every bit.  --out gets PEFT's adapter, and rewards.json with loss, reward and seconds of
+each step.
 """
 
 import json
@@ -23,7 +24,7 @@ from fastlora.trainer import MergedSampling
 
 
 def reward(completions: list, total: list[int], **columns: list) -> list[float]:
-    """1 for the sum, and up to 1 for being short.  Other columns of the data come by name."""
+    """1 for the right sum, and up to 1 for a short text.  Columns of the data come by name."""
     texts = [completion[0]["content"] for completion in completions]
     pairs = zip(texts, total, strict=True)
     return [(str(n) in text) + 1 / (1 + len(text) / 50) for text, n in pairs]
@@ -42,7 +43,7 @@ def main() -> None:
         options.out,
         max_steps=options.steps,
         per_device_train_batch_size=options.samples,
-        num_generations=options.samples,  # of each prompt, whose rewards are compared
+        num_generations=options.samples,  # for each prompt: GRPO compares their rewards
         max_completion_length=options.tokens,
         learning_rate=1e-5,
         model_init_kwargs={"dtype": "bfloat16" if gpu else "float32"},
@@ -57,7 +58,7 @@ def main() -> None:
     trainer = GRPOTrainer(options.model, reward, arguments, train_dataset=rows, peft_config=lora)
     fastlora.optimize(trainer.model)
     print(fastlora.coverage(trainer.model))
-    print(fastlora.merged(trainer.model))  # what sampling will take
+    print(fastlora.merged(trainer.model))  # the memory that sampling will take
     trainer.add_callback(MergedSampling())
     trainer.train()
     trainer.save_model(options.out)

@@ -1,4 +1,4 @@
-"""What this machine is, and what it is good at: the device and the dtype of a run."""
+"""Facts about this machine, and the device and dtype of a run by them."""
 
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def main(run: SimpleNamespace) -> dict:
 
 
 def choose_dtype(name: str, device: str) -> dict:
-    """The dtype, and why."""
+    """The dtype, and the reason for it."""
     if name != "auto":
         return {"dtype": name, "why": "by --dtype"}
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""What one side's training needs of memory: of its own process, or on the GPU."""
+"""The memory that one side's training needs, in its process or on the GPU."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,10 @@ from fastlora.estimates import kept_bytes
 
 
 class Growth:
-    """What is added from here on, at its peak: to a GPU's allocations, or to what this process has
-    resident.  Only Linux tells the latter: there the kernel's high-water mark can be reset."""
+    """The peak growth from now on: of a GPU's allocations, or of this process's resident memory.
+
+    The growth of resident memory is known only on Linux, where its high-water mark can be reset.
+    """
 
     def __init__(self, device: str) -> None:
         self.on_gpu, self.known = device == "cuda", True
@@ -38,7 +40,7 @@ def of_process(name: str) -> int:
 
 
 def bytes_of_weights(model: torch.nn.Module) -> int:
-    """What all that doesn't train holds, with the scales and tables of 4 bits."""
+    """The bytes of all frozen weights and buffers, with the scales and tables of 4-bit weights."""
     tensors = [each for each in model.parameters() if not each.requires_grad]
     for state in [each.quant_state for each in tensors if hasattr(each, "quant_state")]:
         tensors += [each for each in state.as_dict().values() if isinstance(each, torch.Tensor)]
@@ -47,6 +49,6 @@ def bytes_of_weights(model: torch.nn.Module) -> int:
 
 
 def bytes_kept_for_backward(trainer: Trainer) -> int:
-    """What a forward of one training batch keeps until the backward, without the parameters."""
+    """The bytes that a forward of one training batch saves for backward, without parameters."""
     model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
     return kept_bytes(model, batch)

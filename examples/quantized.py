@@ -1,4 +1,4 @@
-"""A model whose linear layers, but the head, keep packed weights: NF4, or a GGUF's own blocks.
+"""A model with packed weights in its linear layers: NF4, or the blocks of a GGUF file.
 
 The embeddings, and the head that shares their weight, stay dense.
 """
@@ -20,7 +20,7 @@ from transformers.integrations.gguf.utils import GgufLinear
 
 
 def quantize_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """bitsandbytes' layers, with nested absmax, in place of a dense model's, one after another."""
+    """Replace a dense model's layers one by one by bitsandbytes' layers with nested absmax."""
     from bitsandbytes.nn import Linear4bit
 
     for name, linear in linear_layers(model).items():
@@ -28,20 +28,21 @@ def quantize_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
             linear.in_features, linear.out_features, linear.bias is not None,
             compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta",
         )  # fmt: skip
-        # Else some CPUs repack the weight in an evaluation, and it stays so.
+        # Otherwise some CPUs repack the weight in an evaluation, and it stays repacked.
         layer.support_avx512bf16_for_cpu = False
         kind = type(layer.weight)
         layer.weight = kind(linear.weight.data, False, quant_type="nf4", module=layer)
         layer.bias = linear.bias
-        model.set_submodule(name, layer.to(linear.weight.device))  # which quantizes
-    model.is_loaded_in_4bit = True  # PEFT asks
+        model.set_submodule(name, layer.to(linear.weight.device))  # this quantizes
+    model.is_loaded_in_4bit = True  # PEFT reads it
     return model
 
 
 def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
-    """The blocks of the GGUF in the model's folder, and what is dense from the folder's model.
+    """A model with the blocks of the GGUF in its folder, and with the folder's dense parameters.
 
-    transformers' loader would dequantize them on a CPU.  No dense weight of these layers is made.
+    transformers' loader would dequantize the blocks on a CPU.  Here these layers never have a dense
+    weight.
     """
     reader = gguf.GGUFReader(gguf_of(run.model))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -66,15 +67,18 @@ def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
 
 
 def rows_in_halves(rows: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """Of each head of a Llama's q or k, the rows that RoPE turns together: neighbors in its GGUF,
-    half a head apart in transformers.  A block lies within a row, so none changes."""
+    """Reorder the rows of a Llama's q or k for transformers.
+
+    RoPE rotates pairs of rows.  A GGUF has the two rows of a pair side by side; transformers has
+    them half a head apart.  A block lies within a row, so blocks don't change.
+    """
     pairs = rows.reshape(heads, -1, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
     blocks = blocks.copy()  # a reader's array is the file itself
-    if kind == Kind.Q5_0:  # which transformers' layer can't hold
+    if kind == Kind.Q5_0:  # transformers' layer can't hold it
         blocks, kind = as_q8_0(torch.from_numpy(blocks)), Kind.Q8_0
     if kind not in GGML_BLOCK:
         stop(f"--quantized: transformers' GgufLinear can't hold {kind.name}")
@@ -85,7 +89,10 @@ def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
 
 
 def as_q8_0(blocks: Tensor) -> Tensor:
-    """Q5_0's 32 numbers of 5 bits, a float16 scale before them, as bytes: the very same numbers."""
+    """Blocks of Q5_0 as Q8_0, with exactly the same numbers.
+
+    A block of Q5_0 has a float16 scale and 32 numbers of 5 bits; Q8_0 has bytes instead.
+    """
     rows = blocks.shape[0]
     scale, high, low = blocks.reshape(rows, -1, 22).split([2, 4, 16], dim=-1)
     low = torch.cat([low & 15, low >> 4], dim=-1)

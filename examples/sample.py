@@ -1,10 +1,11 @@
-"""Sample from an adapter that sft.py or grpo.py made, and write it for llama.cpp.
+"""Sample from an adapter that sft.py or grpo.py saved, and export it for llama.cpp.
 
     pip install -e '.[recipes,gguf]'  # in a clone
     python examples/sample.py --adapter out/sft --prompt "Why is the sky blue?"
     python examples/sample.py --adapter out/sft --gguf sft.gguf
 
-Sampling is merged, at the base model's speed.  llama.cpp: llama-cli -m BASE.gguf --lora sft.gguf
+It samples with merged weights, at the base model's speed.  llama.cpp loads the exported file with
+``llama-cli -m BASE.gguf --lora sft.gguf``.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -50,9 +51,9 @@ def sampled(options: Namespace, base: str) -> str:
 def parse_options() -> Namespace:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--adapter", required=True, help="a folder with PEFT's files")
-    parser.add_argument("--prompt", help="what the user says")
-    parser.add_argument("--tokens", type=int, default=200, help="at most so many are sampled")
-    parser.add_argument("--gguf", help="a file to write")
+    parser.add_argument("--prompt", help="the user's message")
+    parser.add_argument("--tokens", type=int, default=200, help="largest number of new tokens")
+    parser.add_argument("--gguf", help="export the adapter to this file")
     options = parser.parse_args()
     if not (options.prompt or options.gguf):
         parser.error("nothing to do: give --prompt TEXT, --gguf FILE, or both")

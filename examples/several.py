@@ -1,9 +1,10 @@
-"""Train on several devices with accelerate: FSDP2, which shards the base too, or DDP.
+"""Train on several devices with accelerate: FSDP2, which also shards the base, or DDP.
 
     torchrun --nproc-per-node 2 several.py --model Qwen/Qwen3-0.6B --data text.txt
 
-Adapters are attached before ``accelerator.prepare``.  Behind it each rank would train its own, and
-only fastlora's report says so.  Without GPUs it runs on CPUs, over gloo.  --out gets the adapter.
+Attach adapters before ``accelerator.prepare``.  After it each rank would train a separate adapter,
+and only fastlora's report says so.  Without GPUs it runs on CPUs, over gloo.  --out gets the
+adapter.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -25,16 +26,17 @@ GPU = torch.cuda.is_available()
 def main() -> None:
     options = parse_options()
     accelerator = make_accelerator(options.ddp)
-    set_seed(0)  # the same adapter to begin with, in each rank
+    set_seed(0)  # every rank starts with the same adapter
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    model = peft.get_peft_model(model, lora)  # here, and not after prepare
+    model = peft.get_peft_model(model, lora)  # before prepare
     fastlora.optimize(model)
     accelerator.print(fastlora.coverage(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     loader = torch.utils.data.DataLoader(read_rows(options), options.batch, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    accelerator.print(*fastlora.coverage(model).notes)  # on what each rank trains by itself
+    # Notes warn of parameters that each rank trains separately.
+    accelerator.print(*fastlora.coverage(model).notes)
     for step, rows in enumerate(islice(chain.from_iterable(repeat(loader)), options.steps), 1):
         loss = model(input_ids=rows, labels=rows).loss
         accelerator.backward(loss)
@@ -54,7 +56,7 @@ def make_accelerator(ddp: bool) -> Accelerator:
     by_block = {"auto_wrap_policy": "transformer_based_wrap"}
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **by_block)
     accelerator = Accelerator(cpu=not GPU, fsdp_plugin=plugin)
-    if not GPU:  # where accelerate itself takes DDP
+    if not GPU:  # accelerate itself would choose DDP on CPUs
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator

@@ -1,4 +1,4 @@
-"""Make a small mixture of experts as Qwen3-MoE is, with random weights; its tokens are bytes."""
+"""Make a small Qwen3-MoE, a mixture of experts, with random weights.  Its tokens are bytes."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def main(run: SimpleNamespace) -> None:
 
 
 def make(folder: Path, seed: int, sizes: dict[str, int]) -> None:
-    """Write a model of these sizes, in float32, and its tokenizer to a folder."""
+    """Write a float32 model of these sizes and its tokenizer to a folder."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, **sizes

@@ -1,10 +1,10 @@
-"""Train eight LoRA configurations at once, and keep the best: ranks and learning rates.
+"""Train eight LoRA configurations at once (ranks and learning rates), and keep the best.
 
     python examples/sweep.py             SmolLM2 135M on Python's documentation
     python examples/sweep.py --model ./my-model --data my.jsonl --steps 200
 
 --out gets the table, the curves, and every adapter as PEFT's files.  After Ctrl-C, the same command
-with --resume goes on.  With --replace, a sweep that --out has already goes.
+with --resume continues.  --replace deletes an earlier sweep in --out.
 """
 
 import os
@@ -24,7 +24,7 @@ def main() -> None:
     packaged = PACKAGED.get(options.model)
     check_packages(False, packaged.needs() if packaged else [])
     texts = read_texts(options.data)
-    # Behind the checks, which need none of these.
+    # Imported after the checks, because the checks don't need these packages.
     import torch
     from machine import choose_dtype
     from train_one import load, load_model, make_rows
@@ -68,17 +68,21 @@ def parse_options() -> Namespace:
     add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
     add("--out", type=folder, default="out/sweep", help="a folder for results (%(default)s)")
     add("--steps", type=count, default=100, help="optimizer steps (%(default)s)")
-    add("--batch", type=count, default=1, help="rows a step of each trial (%(default)s)")
-    add("--seq-len", type=number(int, 8), default=128, help="tokens a row (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="adapters, data, dropout (%(default)s)")
-    add("--no-halving", dest="halving", action="store_false", help="train all to the end")
+    add("--batch", type=count, default=1, help="rows per step of each trial (%(default)s)")
+    add("--seq-len", type=number(int, 8), default=128, help="tokens per row (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="for adapters, data, dropout (%(default)s)")
+    add("--no-halving", dest="halving", action="store_false", help="train all trials to the end")
     earlier = parser.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
-    earlier.add_argument("--replace", action="store_true", help="delete it, and begin anew")
+    earlier.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    earlier.add_argument(
+        "--replace", action="store_true", help="delete the sweep in --out, and start again"
+    )
     options = parser.parse_args()
     there = any((options.out / name).exists() for name in ("state.pt", "sweep.json"))
     if there and not (options.resume or options.replace):  # before minutes of work
-        parser.error(f"--out {options.out} has a sweep: --resume goes on, --replace begins anew")
+        parser.error(
+            f"--out {options.out} has a sweep: --resume continues it, --replace deletes it"
+        )
     return options
 
 

@@ -1,6 +1,6 @@
-"""The results of a demo as Markdown, as in ``python examples/table.py out/loss.json``.
+"""The results of a demo or a sweep as Markdown: ``python examples/table.py out/loss.json``.
 
-And those of a sweep (sweep.json).  It needs Python alone.
+For a sweep, pass its sweep.json.  This file needs only Python's standard library.
 """
 
 import json
@@ -12,16 +12,16 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from report import pipes
 
-# What a side's time is compared with, and how that is called.
+# The sides that step times are compared with, and their names in the table.
 OVER = {"PEFT": "PEFT's", "frozen": "the frozen model's"}
 
 
 def rows_of(report: dict) -> list[tuple[str, ...]]:
-    """A column for each side; a ratio of bytes is that to PEFT's."""
+    """A table with a column for each side.  Ratios of bytes compare with PEFT."""
     results = report["results"]
     lines = [("", *map(name_of, results))]
     for base, whose in OVER.items():
-        # Results of before the frozen model was a side lack its ratios.
+        # Old results have no frozen side, and so no ratios to it.
         if ratios := report.get(f"step_time_over_{base.lower()}"):
             cells = ["1" if side == base else with_quartiles(ratios[side]) for side in results]
             lines.append((f"step / {whose}, median of pairs (quartiles)", *cells))
@@ -38,7 +38,7 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
     ):
         values = {side: result.get(name) for side, result in results.items()}
         title += " (/ PEFT's)" * ("PEFT" in results)
-        if name != "weights_resident" or len(set(values.values())) > 1:  # else they say nothing
+        if name != "weights_resident" or len(set(values.values())) > 1:  # equal numbers say nothing
             lines.append((title, *(in_mib(values, side) for side in values)))
     return lines
 
@@ -46,8 +46,9 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
 def sentence_of(report: dict) -> str:
     """The comparison with PEFT in one sentence; "" in a run without PEFT.
 
-    A step whose quartiles are on both sides of PEFT's is neither faster nor slower, and held-out
-    losses that differ by less than 0.5 % are the same: other dropout masks change them as much.
+    A step counts as neither faster nor slower if 1 is between the quartiles of its ratio to PEFT's.
+    Held-out losses that differ by at most 0.5 % count as the same, because other dropout masks
+    change them as much.
     """
     results, ratios = report["results"], report.get("step_time_over_peft")
     if not ratios:
@@ -81,13 +82,13 @@ def in_mib(values: dict[str, int | None], side: str) -> str:
 
 
 def name_of(side: str) -> str:
-    """Those that are called after their base are fastlora's."""
+    """A side's name in tables.  A side with the name of its base runs fastlora."""
     known = {"frozen": "frozen", "fastlora": "fastlora", "PEFT": "PEFT"}
     return (known | {"optimized": "PEFT, optimized"}).get(side, f"fastlora, {side}")
 
 
 def sweep_table(report: dict) -> str:
-    """A line for each trial, the best first."""
+    """A table with a line for each trial, the best first."""
     lines = [("rank", "learning rate", "parameters", "MiB", "held-out loss", "steps")]
     losses = [trial["losses"][-1][1] for trial in report["trials"]]  # None for NaN and infinity
     by_loss = sorted((math.inf if loss is None else loss, i) for i, loss in enumerate(losses))

@@ -1,7 +1,7 @@
-"""One fine-tuning run: fastlora, PEFT, or PEFT optimized.  Copy from add_adapter and finish.
+"""One fine-tuning run with fastlora, PEFT, or optimized PEFT.  Copy from add_adapter and finish.
 
-finetune.py runs main once for each side, in a process of its own; one side is the model alone,
-frozen.  ``run`` holds its options; ``run.scratch`` is a folder for files.
+finetune.py runs main once for each side, in a process of its own.  One side is the frozen model
+without an adapter.  ``run`` has the options; ``run.scratch`` is a folder for files.
 """
 
 import math
@@ -21,8 +21,9 @@ import fastlora
 from fastlora.trainer import AdapterTrainer
 
 HELD_OUT_ROWS = 8  # at most, so that the curve's held-out points stay cheap
-PROMPT_TOKENS, NEW_TOKENS = 24, 24  # of a sample
-# ‖a - b‖ / ‖a‖ of logits that differ by rounding alone.  In bfloat16 0.016 was measured on SmolLM2
+PROMPT_TOKENS, NEW_TOKENS = 24, 24  # in a sample
+
+# The largest ‖a - b‖ / ‖a‖ of logits that rounding explains.  In bfloat16 it was 0.016 on SmolLM2
 # 135M and 0.010 on Gemma 3 270M, for PEFT and for the merge.
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
 
@@ -43,9 +44,9 @@ def main(run: SimpleNamespace) -> dict:
 
 
 def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module:
-    """Freeze the model and add an adapter.  PEFT loads fastlora's, so that both start the same.
+    """Freeze the model and add an adapter.  PEFT loads fastlora's, so both start with the same.
 
-    The frozen side gets none: the gradient goes through all its layers, to the embeddings.
+    The frozen side gets no adapter.  Its backward runs through all layers to the embeddings.
     """
     if run.side == "frozen":
         model.requires_grad_(False).enable_input_require_grads()
@@ -74,15 +75,15 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
 
 
 def train(trainer: Trainer, run: SimpleNamespace) -> dict:
-    """Train, in turns with the other sides; return the losses, and the times of the steps."""
+    """Train in turns with the other sides.  Returns the losses and the times of the steps."""
     turns = Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
-    trainer.remove_callback(ProgressCallback)  # from here on, finetune.py has one for all sides
-    if not math.isfinite(losses[0][1]):  # Gemma 3 in float16, for one
+    trainer.remove_callback(ProgressCallback)  # finetune.py shows one bar for all sides
+    if not math.isfinite(losses[0][1]):  # such as Gemma 3 in float16
         stop(f"--dtype {run.dtype}: the model's loss is {losses[0][1]} before training")
     trainer.add_callback(turns)
-    growth = Growth(run.device)  # the evaluation has read the weights from the disk
+    growth = Growth(run.device)  # after an evaluation, which read the weights from disk
     trainer.train()
     peak = growth.bytes()
     history = trainer.state.log_history
@@ -116,18 +117,18 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
         save_steps=max(1, run.steps // 2),
         dataloader_drop_last=True,
         dataloader_pin_memory=run.device != "cpu",
-        label_names=["labels"],  # which Trainer can't read off a PeftModel's signature
+        label_names=["labels"],  # Trainer can't find it in a PeftModel's signature
         report_to="none",
     )
     kind, settings = Trainer if run.with_peft else AdapterTrainer, {}
-    if run.side == "frozen":  # Trainer asks for something to optimize
+    if run.side == "frozen":  # Trainer needs a parameter to optimize
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         kind, settings = Trainer, {"optimizers": (nothing, None)}
     return kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
 
 
 def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
-    """The adapter's effective rank, and the held-out loss of the best adapters of lower ranks."""
+    """The adapter's effective rank, and the held-out loss after resizing it to lower ranks."""
     model, whole = trainer.model, run.scratch / "whole"
     fastlora.save_adapter(model, whole)
     losses = {}
@@ -141,14 +142,14 @@ def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
 
 
 def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleNamespace) -> dict:
-    """Save the adapter, load it into a fresh base, merge it; check both, and print samples."""
+    """Save the adapter, load it into a fresh base, and merge it.  Check both, and print samples."""
     adapter, prompt = run.scratch / "adapter", row[:PROMPT_TOKENS]
     trained = logits(model.eval(), row)
     fastlora.save_adapter(model, adapter)
 
     print(f"\nwriting two samples of {NEW_TOKENS} tokens (some seconds each)", flush=True)
     fresh = load_model(run).eval().to(model.device)
-    differences = {"base": difference(trained, logits(fresh, row))}  # what the adapter does
+    differences = {"base": difference(trained, logits(fresh, row))}  # the adapter's effect
     print_sample("prompt", tokenizer, prompt)
     print_sample("before training", tokenizer, continuation(fresh, prompt))
 
@@ -159,11 +160,11 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     else:
         fastlora.load_adapter(fresh, adapter)
     differences["loaded"] = difference(trained, logits(fresh, row))
-    fastlora.merge_lora(model, requantize=False)  # quantized again, it would be another model
+    fastlora.merge_lora(model, requantize=False)  # quantizing again would change the model
     differences["merged"] = difference(trained, logits(model, row))
     print_sample("after training", tokenizer, continuation(model, prompt))
 
-    # Where two experts are as good, rounding chooses.
+    # Rounding can change which expert a token goes to.
     limit = TOLERANCE[run.dtype] * (10 if run.parameters else 1)
     base, loaded, merged = (f"{each:.2g}" for each in differences.values())
     loader = "PEFT" if run.compare else "fastlora.load_adapter"
@@ -202,13 +203,13 @@ def print_sample(title: str, tokenizer, tokens: torch.Tensor) -> None:
 
 
 def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
-    """The texts as rows of seq_len tokens: for training and, from the last tenth, held out."""
+    """The texts as rows of seq_len tokens: rows to train on, and rows held out from the end."""
     print(f"tokenizing {sum(map(len, run.texts)):,} characters", flush=True)
     encoded = tokenizer(run.texts, add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = list(chain.from_iterable(text + end for text in encoded))
-    width = run.seq_len - len(start)  # each row begins as the model was trained to see texts begin
+    width = run.seq_len - len(start)  # each row begins like a text in the model's pretraining
     cuts = range(0, len(tokens) - width + 1, width)
     rows = [torch.tensor(start + tokens[cut : cut + width]) for cut in cuts]
     held_out = max(1, len(rows) // 10)
@@ -239,7 +240,7 @@ def load_model(run: SimpleNamespace) -> torch.nn.Module:
 
 
 def load(kind: type, run: SimpleNamespace, **settings):
-    """from_pretrained, with a one-line error."""
+    """Call from_pretrained.  An error is one line."""
     try:
         return kind.from_pretrained(run.model, **settings)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Training in turns: a step when finetune.py says so."""
+"""A Trainer callback that waits for finetune.py before each step."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class Turns(TrainerCallback):
-    """Waits before each step, and after the last; knows when each began and how long it took.
+    """Waits before each step and after the last.  Records each step's start and duration.
 
     A step is forward, backward and optimizer, without evaluations.
     """
@@ -25,7 +25,7 @@ class Turns(TrainerCallback):
         self.seconds.append(now() - self.began[-1])
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Tell the last loss, and wait."""
+        """Send the last loss, and wait."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         try:
             self.parent.send(losses[-1] if losses else None)

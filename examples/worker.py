@@ -1,4 +1,4 @@
-"""The processes of finetune.py: each works when told to, and none outlives it."""
+"""The processes of finetune.py.  Each works on request and ends with finetune.py."""
 
 import contextlib
 import importlib
@@ -14,16 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# All are forks of one process that has imported these and computed nothing: it saves seconds each.
+# All are forks of one process that has imported these modules and computed nothing, which saves
+# seconds of imports in each.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.trainer", "transformers.models.auto", "fastlora"])
 
 
 class Worker:
-    """``main(run)`` of a module of this folder, in a process of its own.
+    """A process that calls ``main(run)`` of a module in this folder.
 
-    It may send answers to ``run.parent``, and wait there for a word to go on, which fails where
-    finetune.py has ended; what it returns is its last answer.
+    ``main`` may send answers to ``run.parent`` and wait there for permission to continue.  Waiting
+    fails if finetune.py has ended.  The result of ``main`` is the last answer.
     """
 
     def __init__(self, name: str, module: str, settings: dict) -> None:
@@ -31,16 +32,17 @@ class Worker:
         self.pipe, theirs = CONTEXT.Pipe()
         run = SimpleNamespace(**settings, parent=theirs)
         self.process = CONTEXT.Process(target=work, args=(module, run), daemon=True)
-        # Ctrl-C waits until it has started, and since it inherits the mask, never reaches it.
-        resource_tracker.ensure_running()  # first, since it takes the mask off
+        # Ctrl-C is blocked until the process has started.  The process inherits the mask, so Ctrl-C
+        # never reaches it.
+        resource_tracker.ensure_running()  # before the mask is set, because it removes the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         start_forkserver()
         self.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        theirs.close()  # so that its end is seen here
+        theirs.close()  # so that answer() notices the end of the process
 
     def answer(self) -> Any:
-        """Its next answer; if it ends without one, this process ends too."""
+        """The next answer.  If the process ends without one, this process also ends."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
@@ -55,16 +57,17 @@ class Worker:
         sys.exit(f"finetune.py: error: {self.name} ended with {how}")
 
     def go(self) -> Any:
-        """Let it go on to its next answer."""
-        with contextlib.suppress(OSError):  # if it has ended, answer tells
+        """Let the process continue to its next answer."""
+        with contextlib.suppress(OSError):  # if the process has ended, answer() reports it
             self.pipe.send("go")
         return self.answer()
 
 
 def start_forkserver() -> None:
-    """Start it in this folder, the first on its path; a forked process changes to the caller's.
+    """Start the fork server in this folder, which is then first on its path.
 
-    In a clone's root, its imports would take ``kernels/`` for Hugging Face's package.
+    In a clone's root, its imports would take ``kernels/`` for Hugging Face's package.  A forked
+    process changes to the caller's folder.
     """
     back = os.getcwd()
     os.chdir(Path(__file__).parent)
@@ -75,7 +78,7 @@ def start_forkserver() -> None:
 
 
 def run(name: str, module: str, settings: dict) -> Any:
-    """The one answer of a worker."""
+    """The answer of a worker that gives only one."""
     worker = Worker(name, module, settings)
     answer = worker.answer()
     worker.process.join()
@@ -84,7 +87,7 @@ def run(name: str, module: str, settings: dict) -> Any:
 
 @contextlib.contextmanager
 def scratch_in(folder: Path) -> Iterator[Path]:
-    """A folder for what is not whole yet; it goes in the end, and before it who may write there."""
+    """A folder for incomplete files.  At the end all workers are stopped and it is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".finetune-", dir=folder) as scratch:
         try:
@@ -102,5 +105,5 @@ def end_all() -> None:
 def work(module: str, run: SimpleNamespace) -> None:
     from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # its own needs a semaphore, which a killed process leaves
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which a killed process leaks
     run.parent.send(importlib.import_module(module).main(run))

@@ -1,10 +1,10 @@
-"""fastlora: LoRA linear layers that cost almost nothing over the frozen layer they wrap.
+"""fastlora: fused LoRA linear layers for PyTorch, with little cost beyond the frozen layer.
 
     model = fastlora.apply_lora(model, fastlora.LoRAConfig(r=16, target_modules="all-linear"))
 
-The way of the data is one straight line: layer (``layer``), op (``ops``), backend (``backends``),
-kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models of your own,
-``peft`` for PEFT's; ``adapters`` is what is done with their files afterwards.
+Data passes through four folders: layers (``layers``), ops (``ops``), backends (``backends``) and
+Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``peft`` speeds up PEFT's
+models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
 """
 
 from . import reference

@@ -1,4 +1,4 @@
-"""``python -m fastlora``: what a person runs."""
+"""The command line: ``python -m fastlora``, or ``fastlora``."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from .version import __version__
 
 
 class _Parser(ArgumentParser):
-    """Whose errors are one line, and to whom -1e-3 is a number, as from Python 3.14 on."""
+    """A parser with errors of one line.  It takes -1e-3 as a number, as Python 3.14 does."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -31,7 +31,7 @@ class _Parser(ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the status to exit with."""
+    """Run a command.  Returns the exit status."""
     parser = _Parser(
         prog="python -m fastlora",
         allow_abbrev=False,
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    what = "what is here, what would run, and whether it works: the text for a bug report"
+    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
     doctor = commands.add_parser(
         "doctor",
         help=what,
@@ -47,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = doctor.add_argument
-    add("--json", action="store_true", help="print it for a program")
-    add("--shape", type=_shape, metavar="M,K,N", help="also tell how such a call would run")
-    add("--r", type=_rank, help="the rank of its adapter (16)")
-    add("--dtype", type=_dtype, help="of x and the weight (bfloat16)")
-    add("--dropout", type=_probability, metavar="P", help="of its adapter (0)")
-    add("--target", type=_target, help="a GPU that need not be here, such as sm_90 or H100")
+    add("--json", action="store_true", help="print JSON")
+    add(
+        "--shape", type=_shape, metavar="M,K,N", help="also show how a call of this shape would run"
+    )
+    add("--r", type=_rank, help="rank of the call's adapter (16)")
+    add("--dtype", type=_dtype, help="dtype of its x and weight (bfloat16)")
+    add("--dropout", type=_probability, metavar="P", help="dropout of its adapter (0)")
+    add("--target", type=_target, help="a GPU to plan for, such as sm_90 or H100")
     _add_tune(commands)
     _add_adapters(commands)
     options = vars(parser.parse_args(arguments))
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _written(output: str | None) -> str:
     if not output:
         return "nothing was written: --rank R --output FOLDER writes the adapter at a lower rank"
-    files = [*Path(output).glob("adapter_*")]  # none, if it is a file itself
+    files = [*Path(output).glob("adapter_*")]  # none if the output is a single file
     size = sum(file.stat().st_size for file in files or [Path(output)])
     how = "" if files else f": llama-cli -m BASE.gguf --lora {output}"
     return f"written: {output} ({size / 2**20:.1f} MiB){how}"
@@ -90,7 +92,7 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
     as_json, shape = options.pop("json"), options.pop("shape")
     details = {name: value for name, value in options.items() if value is not None}
     if details and not shape:
-        doctor.error(f"--{next(iter(details))} is of a call: give its --shape too")
+        doctor.error(f"--{next(iter(details))} describes a call: give its --shape also")
     report = examine(Asked(*shape, **details) if shape else None)
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else str(report)
     print(text)
@@ -98,7 +100,7 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
 
 
 def _add_tune(commands: Any) -> None:
-    what = "measure which plans and tiles are fastest on this GPU, and go by them from now on"
+    what = "measure which plans and tiles are fastest on this GPU, and use them from now on"
     parser = commands.add_parser("tune", help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=tune)
     add = parser.add_argument
@@ -106,39 +108,51 @@ def _add_tune(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="of transformers: a folder, or a name in its cache",
+        help="a model of transformers: a folder, or a name in its cache",
     )
-    add("--shape", type=_shape, action="append", metavar="M,K,N", help="or layers; repeat it")
-    add("--tokens", type=_count, help="of a model's step: batch size times length (4096)")
-    add("--r", type=_rank, default=16, help="the rank of the adapters (%(default)s)")
-    add("--dtype", type=_dtype, help="of x and the weights (the model's; bfloat16)")
-    add("--dropout", type=_probability, default=0.0, metavar="P", help="of adapters (0)")
-    add("--seconds", type=float, default=120.0, help="that it may take, about (%(default)g)")
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="M,K,N",
+        help="instead of a model: a layer; can be repeated",
+    )
+    add("--tokens", type=_count, help="tokens in a model's step: batch size times length (4096)")
+    add("--r", type=_rank, default=16, help="rank of the adapters (%(default)s)")
+    add("--dtype", type=_dtype, help="dtype of x and weights (the model's, or bfloat16)")
+    add("--dropout", type=_probability, default=0.0, metavar="P", help="dropout of adapters (0)")
+    add("--seconds", type=float, default=120.0, help="time limit, roughly (%(default)g)")
 
 
 def _add_adapters(commands: Any) -> None:
-    """The commands on adapters in PEFT's files, whose options are the functions' arguments."""
+    """Add the commands on saved PEFT adapters.  Their options are the functions' arguments."""
     parsers = []
     for name, run, what in (
-        ("resize", resize_adapter, "how many ranks an adapter uses; or the best of a lower rank"),
-        ("combine", combine_adapters, "the weighted sum of several adapters as one"),
-        ("export-gguf", export_gguf, "an adapter as the file that llama.cpp loads"),
+        (
+            "resize",
+            resize_adapter,
+            "show how many ranks an adapter uses, or cut it to a lower rank",
+        ),
+        ("combine", combine_adapters, "write the weighted sum of several adapters as one adapter"),
+        ("export-gguf", export_gguf, "write an adapter as a file for llama.cpp"),
     ):
         parsers.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
         parsers[-1].set_defaults(run=run)
     resize, combine, export = parsers
     resize.add_argument("adapter", metavar="FOLDER")
-    resize.add_argument("--energy", type=float, help="of the squared singular values, to keep")
-    resize.add_argument("--output", metavar="FOLDER", help="for what is cut")
-    resize.add_argument("--plot", metavar="FILE", help="a PNG of the singular values")
+    resize.add_argument("--energy", type=float, help="share of the squared singular values to keep")
+    resize.add_argument("--output", metavar="FOLDER", help="folder for the cut adapter")
+    resize.add_argument("--plot", metavar="FILE", help="write a PNG of the singular values")
     combine.add_argument("folders", nargs="+", metavar="FOLDER")
-    combine.add_argument("--weights", nargs="+", type=float, required=True, help="one for each")
+    combine.add_argument("--weights", nargs="+", type=float, required=True, help="one per adapter")
     combine.add_argument("--output", metavar="FOLDER", required=True)
     for each in (resize, combine):
-        each.add_argument("--rank", type=_rank, help="at most this one, for each layer")
+        each.add_argument("--rank", type=_rank, help="largest rank of each layer")
     export.add_argument("folder", metavar="FOLDER")
     export.add_argument("path", metavar="FILE")
-    export.add_argument("--model-config", metavar="FOLDER", required=True, help="the base model's")
+    export.add_argument(
+        "--model-config", metavar="FOLDER", required=True, help="folder of the base model"
+    )
     export.add_argument("--dtype", default="f32", help="f32, f16 or q8_0 (%(default)s)")
 
 
@@ -146,7 +160,7 @@ def _shape(text: str) -> tuple[int, int, int]:
     sizes = [_whole(part) for part in text.split(",")]
     if len(sizes) != 3 or 0 in sizes:
         raise ArgumentTypeError(
-            f"{text!r} is no M,K,N: rows, in_features and out_features, such as 4096,2048,2048"
+            f"{text!r} isn't M,K,N: give rows, in_features and out_features, such as 4096,2048,2048"
         )
     m, k, n = sizes
     return m, k, n
@@ -154,13 +168,13 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _rank(text: str) -> int:
     if not _whole(text):
-        raise ArgumentTypeError(f"{text!r} is no rank: a whole number of at least 1")
+        raise ArgumentTypeError(f"{text!r} isn't a rank: give a whole number of at least 1")
     return _whole(text)
 
 
 def _count(text: str) -> int:
     if not _whole(text):
-        raise ArgumentTypeError(f"{text!r} is no number of tokens: a whole number of at least 1")
+        raise ArgumentTypeError(f"{text!r} isn't a number of tokens: give at least 1")
     return _whole(text)
 
 
@@ -171,7 +185,7 @@ def _whole(text: str) -> int:
 
 def _dtype(text: str) -> torch.dtype:
     if text not in NAMES:
-        raise ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}")
+        raise ArgumentTypeError(f"{text!r} isn't one of {', '.join(NAMES)}")
     return NAMES[text]
 
 
@@ -181,20 +195,20 @@ def _probability(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0.0 <= value < 1.0:
-        raise ArgumentTypeError(f"{text!r} is no probability from 0 to below 1")
+        raise ArgumentTypeError(f"{text!r} isn't a probability from 0 to below 1")
     return value
 
 
 def _target(text: str) -> str:
     try:
-        from .backends.triton import TARGETS  # here, since it imports the kernels
+        from .backends.triton import TARGETS  # late, because it imports the kernels
     except ImportError as error:
         raise ArgumentTypeError(f"the kernels can't be imported ({error})") from error
     for name, gpus in TARGETS.items():
         if text.lower() in (name, *gpus.lower().split(", ")):
             return name
     known = ", ".join(f"{name} ({gpus})" for name, gpus in TARGETS.items())
-    raise ArgumentTypeError(f"{text!r} is none of {known}")
+    raise ArgumentTypeError(f"{text!r} isn't one of {known}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The records of a call (base, adapters, outputs), and checks of its arguments."""
+"""The records of a call: bases, adapters and outputs; and the flat list of their tensors."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -13,8 +13,6 @@ from .formats.format import Format, Quantized
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # autocast casts these
-LARGEST_SCALE = torch.finfo(torch.float32).max
-LARGEST_RANK = 2**31 - 1
 
 # A record holds one T for each tensor: the tensor, a bool (whether its gradient is needed), or its
 # gradient.
@@ -196,61 +194,6 @@ def packed_of(output: Output[Tensor]) -> tuple[Tensor, ...]:
 def is_plain(tensor: Tensor) -> bool:
     """Whether its class is Tensor or Parameter, not a subclass such as FakeTensor or DTensor."""
     return type(tensor) in PLAIN
-
-
-def shown(value: object) -> str:
-    """The value's repr for a message, on one line and shortened."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # an int of more than 4300 digits, a class with a faulty __repr__ …
-        return f"of type {type(value).__name__}"
-    return text if len(text) < 100 else f"{text[:80]}…"
-
-
-def check_dropout(dropout: float, name: str = "dropout") -> None:
-    """Raise ValueError unless this is a probability below 1."""
-    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
-        raise ValueError(
-            f"{name} is {shown(dropout)}, but must lie in [0, 1): the probability of dropping "
-            "an input, a number"
-        )
-
-
-def check_settings(
-    r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool = False
-) -> None:
-    """Raise ValueError for an invalid rank, alpha, dropout or rsLoRA switch."""
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
-        raise ValueError(
-            f"r is {shown(r)}, but the rank must be a whole number of at least 1 and below 2³¹"
-        )
-    if not is_number(lora_alpha) or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE:
-        raise ValueError(
-            f"lora_alpha is {shown(lora_alpha)}, but must be a finite number: scaling is "
-            "lora_alpha / r"
-        )
-    check_dropout(lora_dropout, "lora_dropout")
-    check_switch("use_rslora", use_rslora)
-
-
-def check_switch(name: str, value: bool) -> None:
-    """Raise ValueError unless this is True or False."""
-    if value is not True and value is not False:
-        raise ValueError(f"{name} is {shown(value)}, but must be True or False")
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float (numpy.float64 is a float), and not a bool."""
-    return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
-
-
-def check_scale(scale: float) -> None:
-    """Raise ValueError unless this is a number that float32 can hold."""
-    if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
-        raise ValueError(
-            f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
-            "rsLoRA"
-        )
 
 
 def facts_of(tensor: Tensor) -> Hashable:

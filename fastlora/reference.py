@@ -1,9 +1,9 @@
-"""The truth: y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, written as it is read.
+"""The oracle: y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, in plain PyTorch.
 
-It shares no code with any backend.  Run it in float64, under plain autograd, to judge an
-implementation; it is not fast, keeps every intermediate, and checks little.
+It shares no code with the backends.  Run it in float64, under plain autograd, to test an
+implementation.  It is not fast, saves every intermediate for backward, and checks little.
 
-The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv
+The formula comes from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv
 2106.09685), with dropout on the adapter's input as in PEFT.
 """
 
@@ -23,14 +23,14 @@ def lora_linear(
     dropout: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The textbook LoRA layer, differentiable in every argument.
+    """A LoRA layer, differentiable in every tensor.
 
     x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r], bias [N] -> [..., N], all in one dtype.
 
-    Dropout comes as an explicit ``mask`` of x's shape, true where x is kept (``fastlora``'s
-    backends give theirs: ``dropout_mask(seed, shape, p)``); kept values are divided by 1 -
-    ``dropout``.  A positive ``dropout`` without a mask is a ValueError, since the oracle draws
-    nothing.
+    Dropout needs an explicit ``mask`` of x's shape, true where x is kept.  Kept values are divided
+    by 1 - ``dropout``.  fastlora's backends make their masks with ``dropout_mask(seed, shape, p)``.
+    Raises ValueError for a positive ``dropout`` without a mask, because the oracle draws no random
+    numbers.
     """
     projection = (weight, lora_a, lora_b, bias, scale)
     return lora_linears(x, [projection], dropout=dropout, masks=None if mask is None else [mask])[0]
@@ -43,11 +43,11 @@ def lora_linears(
     dropout: float = 0.0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several outputs of one x, and a mask for each adapter, in their order.
+    """Several outputs of one x.  ``masks`` has a mask for each adapter, in their order.
 
-    A projection is (weight, lora_a, lora_b, bias, scale), as :class:`fastlora.Projection` is; one
-    whose weight is None adds its low-rank product to the output before it.  Or it is ((weight,
-    bias), adapters), each of which is (lora_a, lora_b, scale): none, one or several.
+    A projection is (weight, lora_a, lora_b, bias, scale), like :class:`fastlora.Projection`.  With
+    weight None, its low-rank product is added to the output before it.  A projection may also be
+    ((weight, bias), adapters) with any number of adapters (lora_a, lora_b, scale).
     """
     outputs: list[tuple] = []
     for projection in projections:
@@ -59,7 +59,7 @@ def lora_linears(
         outputs.append((base, (*adapters, (lora_a, lora_b, scale))))
     if masks is None and dropout > 0:
         raise ValueError(
-            f"dropout is {dropout}, but no mask came: the reference draws none, so give it the mask"
+            f"dropout is {dropout}, but no mask was passed, and the reference draws none"
         )
     count = sum(len(adapters) for _, adapters in outputs)
     mask_of_next = iter([None] * count if masks is None else masks)

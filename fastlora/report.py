@@ -1,7 +1,6 @@
-"""Which layers run fast, and why the others don't; and text in columns."""
+"""Which layers run fast, and why the others don't."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,45 +12,25 @@ from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
 from .projection import Output
 
-
-def columns(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
-    """A line for each row of cells: the first ``left`` columns flush left, the others right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return [form.format(*row).rstrip() for row in rows]
-
-
-def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iterable:
-    """The items behind a progress bar, if there are as many, and tqdm is installed."""
-    if len(items) < least:
-        return items
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=what, unit=unit, leave=False)
-
-
 NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")
-# What a layer that isn't fast runs on: a PEFT layer, and one of fastlora's own.
+# The plan of a layer that isn't fast: of a PEFT layer, and of one of fastlora's own layers.
 PEFT_FORWARD, NOT_FAST = "PEFT's forward", "not fast"
-SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # the latter is a reason
+SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # a plan, and its reason
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One adapted layer: ``plan`` is what its next call runs on.
+    """One adapted layer, and how its next call will run.
 
-    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, ``PEFT's forward``,
-    ``not fast`` for a layer of fastlora's own, or ``sharded`` where FSDP has a part of each tensor:
-    the call, which finds them whole, decides.  ``reason`` says why the layer isn't fast, or why it
-    isn't on the backend that was asked for.
-    ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
-    ``parameters`` is how many of the base's are adapted: out · in, for each expert.
-    ``packed`` names the format of a quantized base that is read, as "NF4".
+    * ``plan``: the name of a backend; ``merged`` or ``disabled`` if only the base layer runs;
+      ``PEFT's forward``; ``not fast`` for a layer of fastlora's own; or ``sharded`` if FSDP holds a
+      shard of each tensor, so that only the call can decide;
+    * ``reason``: why the layer isn't fast, or isn't on the backend that was asked for;
+    * ``adapter``: the names of a PEFT layer's active adapters;
+    * ``r``: the sum of their ranks;
+    * ``parameters``: the number of adapted parameters of the base, out · in for each expert;
+    * ``packed``: the format of a quantized base, such as "NF4".
     """
 
     name: str
@@ -66,13 +45,13 @@ class LayerCoverage:
 
     @property
     def runs_adapter(self) -> bool:
-        """Whether the call runs an adapter fast, or may, and not the base layer alone."""
+        """Whether the call runs an adapter fast, or may do so if it is sharded."""
         return self.plan == SHARDED or (self.fast and self.plan not in _BASE_ALONE)
 
 
 @dataclass(frozen=True)
 class GatedMLPCoverage:
-    """One gated MLP: ``fast`` if a call in training is one block, ``reason`` why it isn't."""
+    """One gated MLP.  ``fast``: a training step runs it as one block; ``reason``: why not."""
 
     name: str
     fast: bool
@@ -81,10 +60,10 @@ class GatedMLPCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them.
+    """A record for each adapted layer and each gated MLP.  Prints as a short report.
 
     ``frozen_linears`` names the fast layers without an adapter, on a CPU that multiplies their
-    16-bit weights slowly.  ``gated_mlps`` has a record for each gated MLP.
+    16-bit weights slowly.  ``notes`` are about the whole model.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -102,13 +81,13 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Which part of the adapted parameters runs fast, from 0 to 1."""
+        """The share of the adapted parameters that runs fast, from 0 to 1."""
         total = sum(layer.parameters for layer in self.layers)
         return sum(layer.parameters for layer in self.fast) / total if total else 0.0
 
     @property
     def counts(self) -> str:
-        """How many layers are fast; where only some are, their share of the parameters too."""
+        """The number of fast layers, and their share of the parameters if not all are fast."""
         text = f"{len(self.fast)} of {len(self.layers)} layers fast"
         sharded = len(self.layers) - len(self.fast) - len(self.not_fast)
         if sharded:
@@ -161,41 +140,41 @@ class Coverage:
 
 
 def is_fast(plan: str) -> bool:
-    """Whether a layer of this plan is."""
+    """Whether a layer with this plan is fast."""
     return plan not in (PEFT_FORWARD, NOT_FAST, SHARDED)
 
 
 def format_of(output: Output) -> str:
-    """What the format of its packed weight is called; "" for a plain weight."""
+    """The name of a packed weight's format; "" for a plain weight."""
     weight = output.base.weight
     return weight.format.label if isinstance(weight, Quantized) else ""
 
 
 def _percent(share: float) -> str:
-    """A whole number; what isn't all doesn't read as all, and what isn't nothing as nothing."""
+    """A whole number of percent; 0 % only for nothing, and 100 % only for all."""
     if 0.0 < share < 0.01:
         return "under 1 %"
     return "over 99 %" if 0.99 < share < 1.0 else f"{share:.0%}".replace("%", " %")
 
 
 def left_out_notes(model: nn.Module) -> tuple[str, ...]:
-    """On parameters that train apart on each rank.  The model is given in all its wrappers."""
+    """A note on parameters that each rank trains separately.  Pass the model in its wrappers."""
     names = left_out(model)
     note = (
         f"{some(names)}: plain parameters that FSDP, DDP or ZeRO leaves out: each rank trains its "
-        "own, and one rank's are saved.  Attach adapters before fully_shard, FSDP or DDP takes the "
-        "model, and let it take all of them; or average these gradients yourself"
+        "own copy, and only one rank's copy is saved.  Attach adapters before fully_shard, FSDP or "
+        "DDP wraps the model, and let it wrap all of them; or average these gradients yourself"
     )
     return (note,) if names else ()
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
-    """How every LoRA layer of the model would run if it were called now."""
+    """A record of every LoRA layer of the model, as a call would run it now."""
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
 def cover_frozen(model: nn.Module) -> tuple[str, ...]:
-    """The names of the layers without an adapter whose calls are fast now; bases are PEFT's."""
+    """The names of the layers without an adapter that are fast now, without PEFT's base layers."""
     linear = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
     names = [plain_name(name) for name, layer in linear if slow_weight(layer) is not None]
     return tuple(name for name in names if not name.endswith(".base_layer"))
@@ -204,7 +183,7 @@ def cover_frozen(model: nn.Module) -> tuple[str, ...]:
 def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
     plan, reason, packed, module = NOT_FAST, "", "", layer.adapted_module
     if "forward" in module.__dict__:
-        reason = "its forward was replaced on the instance, so fastlora's isn't called"
+        reason = "its forward was replaced on the instance, so fastlora's forward isn't called"
     elif layer.merged:
         plan = "merged"
     elif has_sharded(module):
@@ -215,7 +194,7 @@ def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
                 raise ValueError(layer.why_not_fast)
             output = layer.adapted_output()
             (plan, reason), packed = planned_backend([output]), format_of(output)
-        except ValueError as error:  # of a quantized layer that can't be read, and whose call fails
+        except ValueError as error:  # a quantized layer that can't be read: its call also fails
             reason = str(error)
     size = layer.adapted_parameters
     return LayerCoverage(

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .formats.format import Quantized
-from .projection import Adapter, Base, Output, check_scale, is_plain, shown
+from .projection import Adapter, Base, Output, is_plain
+from .settings import check_scale
+from .text import shown
 
 # The base of an output whose base product is already computed; adapters are added to that product.
 NO_BASE: Base = Base(None)

@@ -1,7 +1,7 @@
-"""``with fastlora.merged(model):`` samples at the base model's speed, and leaves no trace.
+"""``with fastlora.merged(model):`` samples at the base model's speed, and then restores every bit.
 
-A merge and its reverse, computed, leave a 16-bit weight a little off, and a loop of reinforcement
-learning does that thousands of times.  Here the originals are kept, and come back as they were.
+Computing a merge and its reverse changes a 16-bit weight slightly, and a loop of reinforcement
+learning does so thousands of times.  This context manager keeps the originals and puts them back.
 """
 
 from contextlib import ExitStack
@@ -23,30 +23,32 @@ from .peft.merged import (
     why_not_merged,
 )
 from .peft.optimize import peft_layers
-from .projection import shown
 from .report import NO_LAYERS
+from .text import shown
 
 _PLACES = ("device", "cpu")
 
 
-class merged:  # noqa: N801  # it reads as what a model is inside of it
-    """A context manager, inside of which the model's active adapters are in its weights.
+class merged:  # noqa: N801  # lower case, because it is used like a function
+    """A context manager that merges the model's active adapters into its weights.
 
-    ``model`` is a PeftModel, optimized or not, or one of your own (:func:`fastlora.apply_lora`).
-    Behind the block, and behind an exception, every weight has the bits that it had: the original
-    parameters are put back.  Meanwhile adapters get no gradient.
+    ``model`` is a PeftModel, optimized or not, or your own model (:func:`fastlora.apply_lora`).
+    After the block, also after an exception, the original parameters are back, so every weight has
+    its former bits.  Inside of the block adapters get no gradient.
 
-    ``keep``: where the originals are meanwhile.  "device": where they lie, beside the merged
-    weights, which take ``bytes`` more.  "cpu": in the host's memory, a layer after the other; those
-    that are tied to another module's stay.
+    ``keep`` says where the originals stay inside of the block:
 
-    PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
-    bitsandbytes' layers too, which quantize what is merged again, and so sample a little off.
-    Layers whose adapters are disabled stay as they are.
+    * "device": on their device, beside the merged weights, which take ``bytes`` more there;
+    * "cpu": in the host's memory, moved layer by layer.  Weights that are tied to another module's
+      stay on their device.
 
-    ``print(fastlora.merged(model))`` says what it takes.  Entering raises ValueError, and changes
-    nothing, for a model without LoRA layers, one that is merged already, sharded or on the meta
-    device, for layers that can't be merged, and for merged weights with NaN or infinity.
+    PEFT's layers are merged by PEFT, in a copy.  This covers DoRA, several active adapters, experts
+    and bitsandbytes' layers.  bitsandbytes quantizes the merged weights again, so their samples
+    differ slightly.  Layers whose adapters are disabled don't change.
+
+    ``print(fastlora.merged(model))`` shows the memory that it takes.  Entering raises ValueError
+    and changes nothing if the model has no LoRA layers, is merged already, is sharded or on the
+    meta device, if a layer can't be merged, or if merged weights have NaN or infinity.
     """
 
     def __init__(self, model: nn.Module, *, keep: str = "device") -> None:
@@ -63,7 +65,7 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
         self._inside = ExitStack()
 
     def __str__(self) -> str:
-        count, where = len(self._own) + len(self._peft), "where they lie"
+        count, where = len(self._own) + len(self._peft), "on their device"
         if self.keep == "cpu":
             where = "on the CPU"
         size = self.bytes / 2**20
@@ -99,6 +101,6 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
 
 
 def _bytes(weight: Any) -> int:
-    """Of a plain weight, or of a packed one, which is packed again."""
+    """The bytes of a merged copy: of a plain weight, or of a packed one, which is packed again."""
     tensors = (weight,) if isinstance(weight, Tensor) else weight.tensors
     return sum(tensor.nbytes for tensor in tensors)

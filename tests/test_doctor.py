@@ -115,7 +115,9 @@ def test_backends_as_the_settings_choose_them(interpret):
         assert any(each.startswith(text) for each in found["broken"]), found["broken"]
 
 
-@pytest.mark.parametrize(("wide", "word"), [(False, "fast"), (True, "slow, so in float32")])
+@pytest.mark.parametrize(
+    ("wide", "word"), [(False, "fast"), (True, "slow, so products run in float32")]
+)
 def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
     monkeypatch.setattr(products, "FORCED", wide)
     found = examined(capsys, "--shape", "8,8,8")
@@ -163,7 +165,7 @@ def test_a_gpu_s_name_is_a_target(capsys):
     assert [call.rpartition(" ")[2] for call in calls] == ["sm_90"] * 3 + ["sm_86"]
     with pytest.raises(SystemExit):
         main(["doctor", *shape, "h800"])
-    assert "'h800' is none of sm_80 (A100, A30), sm_86 (A10, " in capsys.readouterr().err
+    assert "'h800' isn't one of sm_80 (A100, A30), sm_86 (A10, " in capsys.readouterr().err
 
 
 def test_a_call_that_the_kernels_do_not_cover(capsys):
@@ -189,11 +191,11 @@ PEFT_FORWARD, OPTIMIZED = PeftLinear.forward, "self-test of fastlora.optimize, L
 FAULTS = {  # Values: the object to replace, its replacement, and the expected message
     "wrong-op": (
         reference, "lora_linear", lambda *args, **more: 1.05 * ORACLE(*args, **more),
-        "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is",
+        "self-test of torch on cpu in bfloat16: the output is wrong: its relative error is",
     ),
     "nan": (
         doctor, "relative_errors", lambda *_: {"dx": float("nan")},
-        "self-test of torch on cpu in float32: dx is wrong, its relative error is nan",
+        "self-test of torch on cpu in float32: dx is wrong: its relative error is nan",
     ),
     "raising": (
         doctor, "relative_errors", raising(RuntimeError("no\nmemory")),
@@ -298,15 +300,18 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
     ("arguments", "error"),
     [
         (["nurse"], "invalid choice: 'nurse'"),
-        (["doctor", "--shape", "4,5"], "'4,5' is no M,K,N"),
-        (["doctor", "--shape", "4,0,5"], "'4,0,5' is no M,K,N"),
-        (["doctor", "--shape", "4,²,5"], "'4,²,5' is no M,K,N"),
-        (["doctor", "--shape", "4,4,99999999999"], "is no M,K,N"),
-        (["doctor", "--shape", "8,8,8", "--r", "0"], "'0' is no rank"),
-        (["doctor", "--shape", "8,8,8", "--dtype", "int8"], "'int8' is none of float16, bfloat16"),
-        (["doctor", "--shape", "8,8,8", "--dropout", "nan"], "'nan' is no probability"),
-        (["doctor", "--r", "8"], "--r is of a call: give its --shape too"),
-        (["doctor", "--dropout", "0"], "--dropout is of a call: give its --shape too"),
+        (["doctor", "--shape", "4,5"], "'4,5' isn't M,K,N"),
+        (["doctor", "--shape", "4,0,5"], "'4,0,5' isn't M,K,N"),
+        (["doctor", "--shape", "4,²,5"], "'4,²,5' isn't M,K,N"),
+        (["doctor", "--shape", "4,4,99999999999"], "isn't M,K,N"),
+        (["doctor", "--shape", "8,8,8", "--r", "0"], "'0' isn't a rank"),
+        (
+            ["doctor", "--shape", "8,8,8", "--dtype", "int8"],
+            "'int8' isn't one of float16, bfloat16",
+        ),
+        (["doctor", "--shape", "8,8,8", "--dropout", "nan"], "'nan' isn't a probability"),
+        (["doctor", "--r", "8"], "--r describes a call: give its --shape also"),
+        (["doctor", "--dropout", "0"], "--dropout describes a call: give its --shape also"),
     ],
 )
 def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):

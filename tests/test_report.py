@@ -37,7 +37,8 @@ def test_a_replaced_forward_is_eager_with_its_reason():
     assert [layer.name for layer in report.not_fast] == ["up"]
     assert str(report) == (
         "1 of 2 layers fast, 50 % of the adapted parameters (backend torch)\n"
-        "1 not fast: up: its forward was replaced on the instance, so fastlora's isn't called"
+        "1 not fast: up: its forward was replaced on the instance, so fastlora's forward isn't "
+        "called"
     )
 
 

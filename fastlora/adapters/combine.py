@@ -15,7 +15,9 @@ from ..model.adapter_config import from_peft
 from ..model.config import weight_of
 from ..model.files import CONFIG, write_adapter
 from ..model.tensors import pairs_of
-from ..projection import Adapter, check_settings, is_number, shown
+from ..projection import Adapter
+from ..settings import check_settings, is_number
+from ..text import shown
 from .spectrum import LayerSpectrum, Spectra, cut
 from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layers.modules import some
 from ..model.files import check_folder, read_json, write_whole
-from ..projection import shown
+from ..text import shown
 from .stored import Stored, is_copy, open_adapter
 
 # transformers' model types, and gguf's names for them.  For these models llama.cpp's converter only

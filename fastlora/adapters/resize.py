@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..model.checkpoint import save_adapter
 from ..model.files import write_adapter
-from ..projection import check_settings, is_number, shown
+from ..settings import check_settings, is_number
+from ..text import shown
 from .spectrum import Spectra, cut
 from .stored import check_output, flat, open_adapter, patterns
 

@@ -12,7 +12,7 @@ from ..layers.adapted import scaling_of
 from ..layers.modules import called
 from ..model.files import check_folder, write_whole
 from ..projection import Adapter
-from ..report import columns
+from ..text import columns
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The choice of backend: argument, context manager, ``FASTLORA_BACKEND``, the device's default.
 
-A backend is a module that keeps the contract of :mod:`.protocol`.  Naming one here is all that the
-layers above need.  The default is ``triton`` on the GPUs that its kernels run on, ``torch``
-elsewhere.
+The first of these four that names a backend decides.  The default is ``triton`` on the GPUs that
+its kernels support, and ``torch`` elsewhere.  A backend is a module with the interface of
+:mod:`.protocol`; its name in ``BACKENDS`` is all that the layers above need.
 """
 
 import os
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch as pytorch  # here `torch` is the backend
 
-from ..projection import Output, shown
+from ..projection import Output
+from ..text import shown
 from .protocol import Backend, Call
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
     "use_backend",
 ]
 
-if TYPE_CHECKING:  # the type checker holds every backend to the contract
+if TYPE_CHECKING:  # the type checker compares every backend with the interface
     from . import torch as _torch
     from . import triton as _triton
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # the type checker holds every backend to the contract
 
 BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
-# Read once: a look-up costs as much as a small op.
+# Read once, because reading the environment takes as long as a small op.
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
 _CPU = pytorch.device("cpu")
 
@@ -46,9 +47,10 @@ _CPU = pytorch.device("cpu")
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Run the LoRA ops inside the block on this backend: ``with fastlora.use_backend("torch"): …``.
 
-    ``FASTLORA_BACKEND`` does the same for a process.  A backward runs on its forward's backend, but
-    under ``torch.compile`` on what the thread that runs it would choose; the numbers are the same.
-    Raises ValueError for an unknown name, and for one whose package isn't installed.
+    ``FASTLORA_BACKEND`` does the same for a process.  A backward runs on the backend of its
+    forward.  Under ``torch.compile`` it runs on the backend that is chosen in the thread of the
+    backward, with the same numbers.  Raises ValueError for an unknown name, and for a backend whose
+    package isn't installed.
     """
     return _chosen(_check_name(name, "use_backend"))
 
@@ -63,7 +65,7 @@ def _chosen(name: str) -> Iterator[None]:
 
 
 def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> str:
-    """The name of the backend that a call made now, for tensors on this device, would run on."""
+    """The name of the backend for a call with tensors on this device, if it were made now."""
     if argument is not None:
         return _check_name(argument, "backend")
     chosen = _CHOSEN.get()
@@ -75,21 +77,21 @@ def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> 
 
 
 def asked_backend(argument: str | None = None) -> str | None:
-    """Which backend is asked for now, by whatever name; None: the device's default."""
+    """The backend that an argument, a context manager or the environment asks for, or None."""
     return argument if argument is not None else _CHOSEN.get() or _ENVIRONMENT
 
 
 def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> Backend:
-    """The module behind :func:`backend_name`, imported when it is first asked for."""
+    """The module that :func:`backend_name` names.  The first call imports it."""
     return _module(backend_name(name, device))
 
 
 def planned_backend(
     outputs: Sequence[Output], device: pytorch.device | None = None
 ) -> tuple[str, str]:
-    """What a call of these, with x like their weights, runs on; and why not on another.
+    """The backend that runs a call with these outputs, and the reason if another one was chosen.
 
-    ``device``: as if they were there.
+    x has the dtype of the first weight.  ``device``: pretend that the tensors are on this device.
     """
     weight = outputs[0].base.weight
     device = device or weight.device
@@ -116,7 +118,7 @@ def _gpu_default(device: pytorch.device) -> str:
 def _has_triton() -> bool:
     try:
         return find_spec("triton") is not None
-    except ValueError:  # somebody has set sys.modules["triton"] to None
+    except ValueError:  # sys.modules["triton"] is None, which hides the package
         return False
 
 

@@ -2,18 +2,19 @@
 
 Every row and every column has an odd key of 32 bits, 2 · (hash of its number ^ half the seed) + 1:
 rows with the lower half, columns with the upper one.  An element's word is the product of its two
-keys, modulo 2³².  It is kept where the word's upper half, read as an int16, is at least
-round(p · 2¹⁶) - 2¹⁵: so the probability is right to 2⁻¹⁶ (a p beyond 0.999 is coarse).  An element
-costs one multiplication; the hashes are those of a row and of a pair of columns.
+keys, modulo 2³².  An element is kept if the word's upper half, read as an int16, is at least
+round(p · 2¹⁶) - 2¹⁵.  So the probability is exact to 2⁻¹⁶, which is coarse for a p beyond 0.999.
+An element costs one multiplication, because hashes are computed only per row and per pair of
+columns.
 
-Two rows are correlated if the ratio of their keys, modulo 2³², is one of small numbers, and so are
-two columns: with about n² of 2³⁰ pairs it is one of numbers up to n, and some of 2³¹ have one key.
-This makes masks, from seeds whose 64 bits are all drawn; it is not a source of random numbers for
-anything else.
+Two rows are correlated if the ratio of their keys, modulo 2³², is a ratio of two small numbers; the
+same holds for two columns.  About n² of 2³⁰ pairs have a ratio of numbers up to n, and a few pairs
+of 2³¹ have equal keys.  Masks need seeds whose 64 bits are all random.  Don't use this as a source
+of random numbers for anything else.
 
-All of it is integer arithmetic that wraps, on whole tensors: it runs on any device and never reads
-the seed back to the host.  On a CPU elements are cleared by ``threshold_backward``, in one pass
-over integers of their size: several times faster than by a bool mask.
+The mask takes only integer arithmetic that wraps, on whole tensors: it runs on any device and never
+reads the seed back to the host.  On a CPU ``threshold_backward`` clears elements in one pass over
+integers of the elements' size, several times faster than a bool mask.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from .products import matrix_like
 
 # Multipliers and shifts, from Wellons' hash lowbias32; as an int32 the second one is negative.
 _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
-# Two columns beside each other share a hash; the second one's is multiplied by this, from PCG.
+# Two columns beside each other share a hash, multiplied by this number (from PCG) for the second.
 _OF_THE_SECOND = 0x2C9277B5
 _HALVES = Struct("<ii")
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,7 +47,7 @@ class DropoutMask:
         self.row_keys, self.column_keys = _keys(seed, shape)
 
     def from_row(self, start: int) -> "DropoutMask":
-        """The same mask without the rows before this one."""
+        """The same mask without the rows before ``start``."""
         rest = copy(self)
         rest.row_keys = self.row_keys[start:]
         return rest
@@ -62,20 +63,20 @@ class DropoutMask:
         return self.row_keys[first : first + count] * self.column_keys >= self.least << 16
 
     def drop(self, first: int, *tensors: tuple[Tensor, Tensor]) -> None:
-        """For each (x, out): write mask ∘ x [count, columns] to ``out``, which x itself may be.
+        """For each (x, out): write mask ∘ x [count, columns] to ``out``, which may be x itself.
 
-        Their rows are those of the mask from ``first`` on; all have the same dtype.  What is
-        dropped is gone, NaN and infinity too.
+        Row 0 of each x is row ``first`` of the mask.  All tensors have one dtype.  A dropped
+        element becomes +0, also if it was NaN or infinity.
         """
         x, _ = tensors[0]
         if not x.is_cpu:
             keep = self.rows(first, len(x))
             for x, out in tensors:
-                # By integer arithmetic on the bits of x: what is dropped becomes +0.
+                # Integer arithmetic on the bits of x, because 0 · NaN is NaN in floats.
                 integer = _INTEGER_OF_SIZE[x.element_size()]
                 torch.mul(x.view(integer), keep, out=out.view(integer))
             return
-        if self.least == -(2**15):  # nothing is dropped, for no word is below that
+        if self.least == -(2**15):  # the least int16, so every element is kept
             for x, out in tensors:
                 out.copy_(x)
             return
@@ -90,17 +91,18 @@ class DropoutMask:
 
 
 def _least(p: float) -> int:
-    """The least upper half of a word that is kept, as the int16 that it is."""
+    """The least upper half of a kept element's word, as an int16."""
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
 def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """int32, of every row [rows, 1] and of every column [columns]."""
+    """The int32 keys of every row [rows, 1] and of every column [columns]."""
     rows, columns = shape
     low: Any
     high: Any
     if _is_here(seed):
-        # Of each half, 2 · half + 1: what the lower one carries over becomes that 1.
+        # 2 · half + 1 for both halves at once: the "or" puts each half's 1 in, also where the
+        # shift carries the top bit of the lower half over into the upper one.
         doubled = (int(seed.item()) << 1 | 0x1_0000_0001) & (2**64 - 1)
         low, high = _HALVES.unpack(doubled.to_bytes(8, "little"))
         return _kept_hashes("rows", rows) ^ low, _kept_hashes("columns", columns) ^ high
@@ -109,25 +111,26 @@ def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _is_here(seed: Tensor) -> bool:
-    """Whether its number can be read: on a CPU, where nothing follows operations."""
+    """Whether the seed's number can be read: on a CPU, outside of tracing and transforms."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active()
 
 
-@lru_cache(maxsize=1024)  # views, which a few rows have no time to make
+@lru_cache(maxsize=1024)  # views: with few rows, making one takes longer than the product
 def _kept_hashes(of: str, count: int) -> Tensor:
     return _first_hashes(of, count.bit_length())[:count]
 
 
 @lru_cache(maxsize=64)
 def _first_hashes(of: str, bits: int) -> Tensor:
-    """Of all numbers with so many bits, of which any count takes the first."""
-    with torch.inference_mode(False):  # what is made inside could not be used outside
+    """The hashes of all numbers with so many bits.  Each count takes the first of them."""
+    # A tensor made in inference mode could not be used by later calls outside of it.
+    with torch.inference_mode(False):
         return _hashes(of, 2**bits, torch.device("cpu"))
 
 
 def _hashes(of: str, count: int, device: torch.device) -> Tensor:
-    """int32, even: [count, 1] of so many "rows", [count] of "columns"."""
+    """Even int32 hashes: [count, 1] for "rows", [count] for "columns"."""
     if of == "rows":
         return _hash(torch.arange(count, dtype=torch.int32, device=device)).unsqueeze(1)
     pairs = _hash(~torch.arange((count + 1) // 2, dtype=torch.int32, device=device))
@@ -135,14 +138,14 @@ def _hashes(of: str, count: int, device: torch.device) -> Tensor:
 
 
 def _hash(numbers: Tensor) -> Tensor:
-    """In the place of each int32, twice a hash of it."""
+    """Replace each int32 by twice its hash, in place."""
     for multiplier, shift in _ROUNDS:
         numbers *= multiplier
-        numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # without copies of the sign
+        numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # a logical shift
     return numbers.mul_(2)
 
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
-    """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
+    """The whole keep mask, bool [rows, columns], that a seed (int64, one element) makes."""
     row_keys, column_keys = _keys(seed, shape)
     return row_keys * column_keys >= _least(p) << 16

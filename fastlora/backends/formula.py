@@ -1,7 +1,19 @@
-"""The formulas of :mod:`.torch` over some rows: those of a whole call, or of one segment.
+"""The formulas of :mod:`.torch` over some rows: the rows of a whole call, or of one segment.
 
-Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32: an outer loop
-widens a block of rows, and what comes out is rounded once.
+A call *runs wide* where this CPU multiplies its 16-bit dtype slowly (:mod:`.products`): an outer
+loop copies a block of rows to float32, runs the same formulas on the copy, and rounds each result
+once.  With D for the dtype of x:
+
+    tensor                   in other calls                     in a wide call (D has 16 bits)
+    x, y, dy, dx             D                                  D; the copy of a block is float32
+    weight                   D; a packed weight is unpacked     widened a block at a time
+    lora_a, lora_b, bias     cast to D                          cast to float32
+    h                        D, or float32 (``h_dtype``)        float32
+    dh                       D                                  float32
+    gradients of parameters  each in its parameter's own dtype  summed in float32, then the same
+
+If x has no more rows than a wider lora_a, the adapter's products run in the adapter's dtype instead
+of D (``_thin``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +39,7 @@ from .products import (
     wide_rows,
 )
 
-# For each output, what each of its adapters has.
+# For each output, the mask of each of its adapters; None: no dropout.
 Masks = Sequence[Sequence[DropoutMask | None]]
 
 
@@ -37,26 +49,28 @@ def forward_rows(
     masks: Masks,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter.
+    """y [M, N] of every output, and h [M, r] of every adapter.
 
-    An output without a base is added to what it is written into.
+    y is a new tensor, or is written ``into`` one of these.  An output without a base is added to
+    the numbers that its tensor holds already.
     """
-    # torch's product of one row is fast everywhere.
+    # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
     if x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
     if x.shape[0] == 1:
-        x = x.contiguous()  # torch 2.10 multiplies bfloat16 that lies apart wrongly, on a CPU
+        # On a CPU torch 2.10 gives wrong products of a bfloat16 row whose elements lie apart.
+        x = x.contiguous()
     ys, hs, dtype = [], [], h_dtype(x.dtype, x.device)
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
         if base.weight is not None:
-            y = base_linear(x, base, y)
+            y = base_linear(x, base, y)  # D: [M, K] @ [K, N] + bias
         assert y is not None
         for adapter, mask in zip(adapters, some, strict=True):
-            thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)
-            h = _project(thin_x, lora_a, factor, mask)
-            add_product(y, h, lora_b.T)
-            hs.append(h.to(dtype))
+            thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # all three in one dtype
+            h = _project(thin_x, lora_a, factor, mask)  # [M, r], in that dtype
+            add_product(y, h, lora_b.T)  # [M, r] @ [r, N], added in y's accumulator if that is D
+            hs.append(h.to(dtype))  # saved for backward
         ys.append(y)
     return ys, hs
 
@@ -64,18 +78,18 @@ def forward_rows(
 def _wide_forward(
     x: Tensor, outputs: Sequence[Output[Tensor]], masks: Masks, into: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same in float32, a block of rows after the other."""
+    """:func:`forward_rows` in float32, one block of rows after another."""
     outputs, parts = [_in_float32(output) for output in outputs], []
     ys = list(into or [x.new_empty(len(x), base.weight.shape[0]) for base, _ in outputs])
     for rows in wide_rows(x, outputs):
-        x_rows = SCRATCH.widen("x", rows_of(x, rows))
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))  # float32, so the call below isn't wide
         for y, output, some in zip(ys, outputs, from_row(masks, rows.start), strict=True):
             y_rows = rows_of(y, rows)
             wide = SCRATCH.take("y", *y_rows.shape)
-            if output.base.weight is None:
+            if output.base.weight is None:  # y holds an earlier part, and this one is added to it
                 wide.copy_(y_rows)
             parts += forward_rows(x_rows, [output], [some], [wide])[1]
-            y_rows.copy_(wide)
+            y_rows.copy_(wide)  # the only rounding to 16 bits
     count = sum(len(output.adapters) for output in outputs)
     return ys, [_joined(parts[i::count]) for i in range(count)]
 
@@ -89,10 +103,12 @@ def backward_rows(
     masks: Masks,
     dx: Tensor | None,
 ) -> list[Output[Tensor | None]]:
-    """The gradients of each output; dx is written, if it is there.
+    """The gradients of each output's tensors.  dx is written in place, unless it is None.
 
-    Outputs without a base are added to what dx has.  ``hs`` are lists of each output's.
+    If no output has a base, their parts are added to the numbers in dx.  ``hs`` has a list for each
+    output.
     """
+    # 1: dx holds an earlier part, which counts.  0: dx holds nothing, and isn't read.
     beta = float(all([output.base.weight is None for output in outputs]))
     if x.shape[0] == 1:  # as in the forward
         dys, x = [None if dy is None else dy.contiguous() for dy in dys], x.contiguous()
@@ -110,10 +126,11 @@ def _backward(
     dx: Tensor | None,
     beta: float,
 ) -> list[Output[Tensor | None]]:
-    """The same; dx = beta · dx + its parts."""
+    """:func:`backward_rows` in the dtype of x; dx = beta · dx + the part of each output."""
     gradients: list[Output[Tensor | None]] = []
-    # The first adapter's part is written into dx as it is, and the base's product added on top, in
-    # its accumulator: a pass less than the other way round.
+    # The adapters' part of dx comes before the base's.  The first adapter writes it into dx, where
+    # its dropout mask is applied in place, and the base's product is then added in its accumulator.
+    # In the other order that part would need a buffer for its mask, and one more pass to add it.
     for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
         if dy is None:
             gradients.append(no_gradients(output))
@@ -121,14 +138,14 @@ def _backward(
         adapters = []
         for one in zip(output.adapters, need.adapters, thin, some, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
-            beta = 1.0
+            beta = 1.0  # from here on dx holds a part
         gradients.append(Output(base_gradients(dy, x, output.base, need.base), tuple(adapters)))
     if dx is not None:
         for dy, output in zip(dys, outputs, strict=True):
             if dy is not None and output.base.weight is not None:
-                add_dy_weight(dx, dy, output.base.weight, beta)
+                add_dy_weight(dx, dy, output.base.weight, beta)  # [M, N] @ [N, K]
                 beta = 1.0
-        if not beta:
+        if not beta:  # the loss uses no output
             dx.zero_()
     return gradients
 
@@ -143,15 +160,16 @@ def _wide_backward(
     dx: Tensor | None,
     beta: float,
 ) -> list[Output[Tensor | None]]:
-    """The same in float32, summed over blocks of rows."""
+    """:func:`backward_rows` in float32; gradients of parameters are summed over blocks of rows."""
     wide, total = [_in_float32(output) for output in outputs], [no_gradients(o) for o in outputs]
     reads_x = any(base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted)
     for rows in wide_rows(x, outputs):
         some = rows_of(x, rows)
+        # If only dx and d lora_b are needed, only the shape of x is read, so x isn't copied.
         x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
         dx_rows, of_block = None, beta
         if dx is not None:
-            dx_rows = SCRATCH.take("dx", *some.shape)
+            dx_rows = SCRATCH.take("dx", *some.shape)  # float32, over all outputs
             if beta:
                 dx_rows.copy_(rows_of(dx, rows))
         thin = [[rows_of(h, rows) for h in each] for each in hs]
@@ -165,17 +183,17 @@ def _wide_backward(
             total[i] = _sum(total[i], of_rows)
             of_block = 1.0
         if dx is not None and dx_rows is not None:
-            rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())
+            rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())  # rounded once
     return [_in_dtypes_of(output, sums) for output, sums in zip(outputs, total, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """All rows, one part after the other."""
+    """The rows of all parts, in order."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum(total: Output[Tensor | None], part: Output[Tensor | None]) -> Output[Tensor | None]:
-    """total + part, in place of the former."""
+    """total + part, in the memory of ``total`` where it has a tensor."""
 
     def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
         return right if left is None or right is None else left.add_(right)
@@ -207,14 +225,17 @@ def _pair(lora_a: Tensor | None, lora_b: Tensor | None) -> Adapter[Tensor | None
 
 
 def no_gradients(output: Output) -> Output[Tensor | None]:
-    """Those of an output that the loss doesn't use."""
+    """The gradients of an output that the loss doesn't use: all None."""
     return Output(Base(None), tuple([Adapter(None, None)] * len(output.adapters)))
 
 
 def base_gradients(
     dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
 ) -> Base[Tensor | None]:
-    """dyᵀ x, and Σ dy over the rows in float32 or wider: of a weight and a bias that train."""
+    """d weight = dyᵀ x and d bias = Σ dy over the rows, if the weight or the bias trains.
+
+    The sum of the bias is made in float32, or in float64 for float64.
+    """
     d_weight = torch.mm(dy.T, x) if need.weight else None
     d_bias = None
     if need.bias and base.bias is not None:
@@ -233,25 +254,27 @@ def _adapter_gradients(
     dx: Tensor | None,
     beta: float,
 ) -> Adapter[Tensor | None]:
-    """d lora_a and d lora_b, as needed; and dx = beta · dx + the adapter's part of it."""
+    """d lora_a and d lora_b, each if needed; and dx = beta · dx + mask ∘ (dh lora_a)."""
     d_lora_a = d_lora_b = None
-    x, lora_a, lora_b, factor = _thin(x, adapter, mask)
+    x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # x may be wider than D from here on
     dy = cast(dy, x.dtype)
     if need.lora_b:
         assert h is not None
-        d_lora_b = thin_gradient(dy, cast(h, x.dtype))
+        d_lora_b = thin_gradient(dy, cast(h, x.dtype))  # [N, M] @ [M, r]; h carries the factor
     if need.lora_a or dx is not None:
-        dh = product(dy, lora_b, factor)
+        dh = product(dy, lora_b, factor)  # [M, N] @ [N, r]
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
+    # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
     return Adapter(cast(d_lora_a, adapter.lora_a.dtype), cast(d_lora_b, adapter.lora_b.dtype))
 
 
 def _thin(
     x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """x, lora_a and lora_b in the dtype of the adapter's products, x's, and the whole factor.
+    """x, lora_a and lora_b in the one dtype of the adapter's products; and scale / (1 - p).
 
-    But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert.
+    The adapter is cast to the dtype of x.  If x has no more rows than lora_a (decoding),
+    x is smaller, so x is cast to the adapter's dtype where that is wider.
     """
     lora_a, lora_b, scale = adapter
     factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)
@@ -268,7 +291,7 @@ def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None)
         return product(x, lora_a.T, factor)
     h = x.new_empty(x.shape[0], lora_a.shape[0])
     for first, x_rows, h_rows in _blocks(x, h):
-        dropped = matrix_like("dropped", x_rows)
+        dropped = matrix_like("dropped", x_rows)  # one block of mask ∘ x, never the whole
         mask.drop(first, (x_rows, dropped))
         product(dropped, lora_a.T, factor, out=h_rows)
     return h
@@ -283,38 +306,41 @@ def _through_lora_a(
     need_a: bool,
     beta: float,
 ) -> Tensor | None:
-    """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
-    if dx is not None and not beta and dx.dtype != x.dtype:  # a product can't be written into it
-        dx.zero_()
+    """dx = beta · dx + mask ∘ (dh lora_a), unless dx is None; and d lora_a = dhᵀ (mask ∘ x)."""
+    if dx is not None and not beta and dx.dtype != x.dtype:
+        dx.zero_()  # the product has another dtype, so it can only be added
         beta = 1.0
     if mask is None:
         if dx is not None and beta:
-            add_product(dx, dh, lora_a)
+            add_product(dx, dh, lora_a)  # [M, r] @ [r, K]
         elif dx is not None:
             torch.mm(dh, lora_a, out=dx)
         return torch.mm(dh.T, x) if need_a else None
     d_lora_a = None
-    wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
+    wide = torch.promote_types(x.dtype, torch.float32)  # for the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         pairs, change, dropped = [], dx_rows, None
         if dx is not None:
+            # With beta 0 the product and its mask go into dx itself; else into a buffer, to be
+            # added below.
             change = matrix_like("change", x_rows) if beta else dx_rows
             pairs.append((torch.mm(dh_rows, lora_a, out=change), change))
         if need_a:
             dropped = matrix_like("dropped", x_rows)
             pairs.append((x_rows, dropped))
-        mask.drop(first, *pairs)
+        mask.drop(first, *pairs)  # both in one call, because the mask is made only once
         if change is not dx_rows:
             dx_rows.add_(change)
         if dropped is not None:
             part = torch.mm(dh_rows.T, dropped)
+            # One block stays in the products' dtype; several are summed in float32 or float64.
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return d_lora_a
 
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
-    """The first row of each block of dropout, and that block's rows of every tensor."""
-    if x.numel() <= blocks.SMALLEST_BLOCK:  # to ask how many rows is dear for a small call
+    """Yield the first row of each block, and the block's rows of every tensor."""
+    if x.numel() <= blocks.SMALLEST_BLOCK:  # skips the computation of a block's size
         yield 0, x, *others
         return
     step = blocks.rows_at_a_time(x)
@@ -324,13 +350,14 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
 
 
 def from_row(masks: Masks, first: int) -> Masks:
+    """All masks without the rows before ``first``."""
     if first == 0:
         return masks
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
-    """With bias and adapters in float32; the weight is widened as it is read."""
+    """The output with bias and adapters in float32.  The weight is widened when it is read."""
     (weight, bias), adapters = output
     return Output(
         Base(weight, None if bias is None else bias.float()),

@@ -1,13 +1,15 @@
-"""The middle of a gated MLP by torch's own operations: an activation times another matrix.
+"""The middle of a gated MLP with torch's own operations: an activation times another matrix.
 
 With gate, up and dy [M, N]:
 
     y      = act(gate) ∘ up
     d_gate = act'(gate) ∘ (dy ∘ up)         d_up = dy ∘ act(gate)
 
-Each step is rounded to the matrices' dtype, as torch's own module rounds it; or, of layers that
-compute in 16 bits and give float32, none but the last.  It goes over blocks of rows that stay in
-cache, so that no act(gate) of the whole size exists.
+Each step is rounded to the matrices' dtype, as torch's own module does.  With ``wide``, for layers
+that run in float32 on 16-bit tensors, only the last step is rounded.  The functions go over blocks
+of rows that stay in the cache, so act(gate) is never allocated as a whole.
+
+To add an activation, add an entry to ``ACTIVATIONS``.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +26,10 @@ _ATEN = torch.ops.aten
 
 
 class _Activation(NamedTuple):
-    function: Callable[[Tensor], Tensor]  # torch's own, which autograd follows
-    apply: Callable[[Tensor, Tensor], object]  # of a gate, into the second tensor
-    differentiate: Callable[[Tensor, Tensor], object]  # times the gradient, in its place, of a gate
+    function: Callable[[Tensor], Tensor]  # torch's own function, which autograd can follow
+    apply: Callable[[Tensor, Tensor], object]  # (gate, out): writes act(gate) to out
+    # (d_act, gate): multiplies d_act by act'(gate), in place
+    differentiate: Callable[[Tensor, Tensor], object]
 
 
 def _gelu(approximate: str) -> _Activation:
@@ -63,7 +66,7 @@ ACTIVATIONS = {
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-    """act(gate) ∘ up, [M, N], contiguous.  ``wide``: in float32, and rounded once."""
+    """act(gate) ∘ up, [M, N], contiguous.  ``wide``: computed in float32, and rounded once."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     apply, act = ACTIVATIONS[activation].apply, _scratch(gate, wide) if wide else None
     for rows in _blocks(gate):
@@ -84,7 +87,7 @@ def gated_backward(
     d_up: Tensor,
     wide: bool = False,
 ) -> None:
-    """Fill d_gate and d_up; d_gate may be dy itself."""
+    """Fill d_gate and d_up.  d_gate may be dy itself."""
     _, apply, differentiate = ACTIVATIONS[activation]
     act = _scratch(gate, wide)
     for rows in _blocks(gate):
@@ -100,14 +103,14 @@ def gated_backward(
 
 
 def _scratch(gate: Tensor, wide: bool) -> Tensor:
-    """For an act(gate) of a block of rows."""
+    """An uninitialized buffer for act(gate) over one block of rows."""
     rows = gate[: rows_at_a_time(gate)]
     dtype = torch.float32 if wide else gate.dtype
     return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _in(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """The rows themselves; or a copy, if they have another dtype."""
+    """The rows in this dtype: a copy only if they have another one."""
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 

@@ -1,14 +1,16 @@
 """The matrix products of the torch backend; in float32 where this CPU multiplies 16 bits slowly.
 
 Most CPUs have no 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch multiplies bfloat16
-and float16 number by number, dy weight worst of all.  A call of these dtypes *runs wide* on such a
-CPU (:mod:`.formula`): rows of x, y and dy are float32, and so are adapters, h and sums.  The weight
-is widened a block of rows at a time, here, as a packed one is made.  What comes out is rounded
-once, so it is closer to the truth than torch's own product.
+and float16 number by number, and dy weight is its slowest product.  On such a CPU a call of these
+dtypes *runs wide* (:mod:`.formula`): rows of x, y and dy are copied to float32, and so are adapters
+and h; sums are float32.  This module widens the weight a block of rows at a time, with the code
+that unpacks a packed weight.  Each result is rounded once, so it has a smaller error than torch's
+own 16-bit product.  A bfloat16 step of Gemma 3 270M takes 1.14 × the time of its float32 step;
+with PEFT's own layers, 64 × (docs/cpu.md).
 
-Who runs wide is the same in every process on a machine: whoever torch doesn't say of that oneDNN
-multiplies his dtype.  (No measurement decides: on a busy machine float32 is as slow, since one
-thread waits for another.)
+A CPU runs wide in a dtype unless torch reports that oneDNN multiplies this dtype on it
+(:func:`is_slow`), so every process on a machine decides the same.  The decision isn't measured,
+because on a busy machine threads wait for each other, and float32 looks as slow as 16 bits.
 """
 
 import os
@@ -24,29 +26,33 @@ from ..blocks import Dense, Source, source_of, widened
 from ..formats.format import Quantized
 from ..projection import HALF_DTYPES, Base, Output
 
-# For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
+# For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
 
-_FLAGS = {  # torch's, of 16-bit dtypes
+_FLAGS = {  # names of torch's functions that report oneDNN's 16-bit products
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
-# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x anew for each block:
-# with 512 rows a product took up to 1.08 of the time with 1024 on a Xeon; 2048 save little more.
+# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x again for each block:
+# on a Xeon, a product with 512 rows took up to 8 % more time than with 1024, and 2048 save little
+# more.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
 _ROWS = 2**20  # elements of a block of x, y or dy, widened (4 MiB)
-_KEPT = 2 * _BLOCK  # bytes of the largest buffer that stays
+_KEPT = 2 * _BLOCK  # bytes of the largest buffer that a thread keeps after a call
 # Rows of x in a block: enough to pay for widening the weight.
 _FEWEST_ROWS, _MOST_ROWS = 256, 512
-# Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
-# dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
+# Unused elements between rows of the widened weight.  Rows that lie a power of 2 apart compete for
+# a few sets of the cache.  With the gap, dy weight took 14 % less time at 16 rows, 3 to 5 % at 64.
 _GAP = 16
-# Elements of dx that are summed in float32 at once, where dy and a packed weight have 16 bits.
+# Elements of dx in one float32 sum, where dy and the unpacked weight have 16 bits.
 _SUMMED = 2**21
 
 
 def are_wide(x: Tensor) -> bool:
-    """Whether products with x run in float32 in the place of its own dtype: not of a stand-in."""
+    """Whether products with x run in float32 instead of its own 16-bit dtype.
+
+    Never for a meta or empty tensor, or on a GPU.
+    """
     if x.dtype not in _FLAGS or not x.is_cpu or not x.shape[0]:
         return False
     return is_slow(x.dtype)
@@ -72,7 +78,8 @@ def _torch_has(dtype: torch.dtype) -> bool:
 class _Scratch(threading.local):
     """Buffers that a thread keeps between calls, one for each use and dtype.
 
-    Fresh pages would take longer than what is done in them.
+    Without them each call would get fresh pages from the system, which takes longer than the work
+    in them.
     """
 
     def __init__(self) -> None:
@@ -87,16 +94,18 @@ class _Scratch(threading.local):
         by_columns: bool = False,
         gap: int = 0,
     ) -> Tensor:
-        """A matrix with anything in it, its own until the next one for this use is taken.
+        """An uninitialized matrix, valid until the next one for this use is taken.
 
-        ``gap``: elements between its rows, or between its columns if they are dense.
+        ``by_columns``: columns are contiguous instead of rows.  ``gap``: unused elements after each
+        row, or after each column with ``by_columns``.
         """
         buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
         lines, step = (columns, rows + gap) if by_columns else (rows, columns + gap)
         size = lines * step
-        with torch.inference_mode(False):  # what is made inside could not be used outside
+        # A buffer made in inference mode could not be used by later calls outside of it.
+        with torch.inference_mode(False):
             if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
             strides = (1, step) if by_columns else (step, 1)
@@ -106,12 +115,15 @@ class _Scratch(threading.local):
         return matrix
 
     def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
-        """The same for so many rows of this matrix: another order would be 70 times as slow."""
+        """An uninitialized float32 matrix of ``rows`` rows, in the memory order of this one.
+
+        A copy from one order to the other would take 70 times as long.
+        """
         first, second = matrix.stride()
         return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
 
     def widen(self, use: str, matrix: Tensor) -> Tensor:
-        """The matrix in float32, until the next one for this use is taken."""
+        """A float32 copy of the matrix, valid until the next one for this use is taken."""
         return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
 
 
@@ -119,9 +131,10 @@ SCRATCH = _Scratch()
 
 
 def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A matrix of x's shape, with anything in it, until the next one for this use is taken.
+    """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
 
-    On a CPU it is the thread's own, but under a dispatch mode: there tensors may be fake.
+    On a CPU it is a buffer of the thread.  Under a dispatch mode it is a new tensor, because
+    tensors may be fake there.
     """
     dtype = x.dtype if dtype is None else dtype
     if x.is_cpu and not torch._C._len_torch_dispatch_stack():
@@ -130,14 +143,14 @@ def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
-    """The blocks of x's rows in which a wide call of these outputs goes."""
+    """The slices of x's rows that a wide call of these outputs computes one after another."""
     widths = [base.weight.shape[0] for base, _ in outputs if base.weight is not None]
     step = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS // max(x.shape[1], *widths, 1)))
     return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
 def rows_of(tensor, rows: slice):
-    """These rows; None stays None."""
+    """These rows of a tensor; None for None."""
     if tensor is None or (rows.start == 0 and tensor.shape[0] <= rows.stop):
         return tensor
     return tensor[rows]
@@ -150,31 +163,32 @@ def columns_of(matrix: Tensor, columns: slice) -> Tensor:
 
 
 def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
-    """In a block."""
+    """The number of rows of the weight in one block."""
     rows = _BLOCK // dtype.itemsize // max(1, columns)
     return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
 
 
 def weight_rows(weight: Tensor | Source, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows of the weight, and they in ``dtype``, as :func:`widened` has them."""
+    """Yield blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
     (total, columns), source = weight.shape, source_of(weight)
     rows = min(total, _rows_of_weight(columns, dtype))
     if isinstance(source, Dense):
         buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
-    else:  # it is made faster where nothing lies between the rows
+    else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
     return widened(source, buffer)
 
 
 def _comes_in_blocks(weight: Tensor | Quantized, x: Tensor) -> bool:
-    """Whether it is made for a product with x on a CPU: unpacked, or widened for a wide x."""
+    """Whether a product with x goes block by block: on a CPU, to unpack or widen the weight."""
     return x.is_cpu and (isinstance(weight, Quantized) or weight.dtype != x.dtype)
 
 
 def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias [M, N], new or written ``into`` this; of a plain weight or a packed one.
+    """x weightᵀ + bias [M, N], a new tensor or written ``into`` this one.
 
-    On a GPU a packed weight is made as a whole, for this one product.
+    The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by
+    block.
     """
     weight, bias = base
     if bias is not None and bias.dtype != x.dtype:
@@ -183,7 +197,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
         for rows, some in weight_rows(weight, x.dtype):
             _write_linear(columns_of(y, rows), x, some, None if bias is None else bias[rows])
-            del some  # before the next block is made
+            del some  # a packed weight's block is freed before the next one is made
         return y
     if isinstance(weight, Quantized):
         weight = weight.dense(x.dtype)
@@ -197,7 +211,7 @@ def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
-    """dx = beta · dx + dy weight, in dx's dtype."""
+    """dx = beta · dx + dy weight, in the dtype of dx, in place."""
     if not _comes_in_blocks(weight, dx):
         dense = weight.dense(dx.dtype) if isinstance(weight, Quantized) else weight
         torch.addmm(dx, dy, dense, beta=beta, out=dx)
@@ -207,11 +221,11 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: floa
         for rows, some in weight_rows(weight, dx.dtype):
             torch.addmm(dx, columns_of(dy, rows), some, beta=beta, out=dx)
             del some
-            beta = 1.0
+            beta = 1.0  # further blocks of the weight add to dx
 
 
 def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
-    """The same in 16 bits: the products of blocks are summed in float32."""
+    """:func:`add_dy_weight` for a 16-bit dx: a float32 sum of the blocks' products."""
     columns = dx.shape[1]
     step = max(1, _SUMMED // columns)
     for first in range(0, dx.shape[0], step):
@@ -226,7 +240,7 @@ def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta:
 
 
 def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
-    """factor · left right, scaled in the accumulator, before the product is rounded."""
+    """factor · left right.  The factor is applied in the accumulator, before rounding."""
     if out is None:
         out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
@@ -242,11 +256,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
     if h.shape[0] >= 256 and h.dtype == torch.float32:
-        # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
+        # For many rows (hᵀ dy)ᵀ takes down to half the time on some CPUs, and pays for the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)
 
 
 def cast(tensor, dtype):
-    """The tensor in this dtype; None stays None."""
+    """The tensor in this dtype; None for None."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

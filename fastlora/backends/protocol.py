@@ -1,7 +1,7 @@
-"""What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
+"""The interface of a backend, which ``torch`` and ``triton`` implement; and the record of a call.
 
-A backend is a module with these functions.  They mean the same on every backend; the formulas
-are told in :mod:`.torch` and written in :mod:`.formula`.
+A backend is a module with these functions.  They mean the same on every backend.  :mod:`.torch`
+states the formulas, and :mod:`.formula` computes them.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from ..rows import Rows
 
 
 class Call(NamedTuple):
-    """What a call is besides its tensors."""
+    """Everything about a call except its tensors."""
 
-    layouts: tuple[Layout, ...]  # of its outputs
-    dropout: float  # the probability of dropping an input, in [0, 1); 0 while not training
+    layouts: tuple[Layout, ...]  # one for each output
+    dropout: float  # the probability of dropping an input, in [0, 1); 0 in evaluation
     backend: "Backend"
     rows: Rows | None = None  # how x's rows are cut into segments; None: they aren't
     # Launches that the backend captured for a forward with inputs of these shapes, strides, dtypes,
     # devices and addresses modulo 16; None where they may differ from call to call.
     captured: dict | None = None
-    is_few: bool = False  # so few rows that torch's autograd is to follow the composite path
+    is_few: bool = False  # so few rows that torch's autograd follows the composite path
 
 
 class LossSettings(NamedTuple):
@@ -37,20 +37,22 @@ class LossSettings(NamedTuple):
 
 
 class Backend(Protocol):
-    """``inputs`` are x [M, K] and the tensors of the outputs, laid flat as the layouts say.
+    """``inputs`` are x [M, K] and the tensors of the outputs, flat, in the order of the layouts.
 
-    ``seeds`` are int64 [number of adapters], on x's device; None without dropout.  Experts have
-    one of all rows, many adapters each one of its own rows, in their order.
+    ``seeds`` are int64 [number of adapters], on the device of x; None without dropout.  With
+    experts, one seed makes the mask of all rows.  With many adapters, each has a seed for its own
+    rows, in their order.
     """
 
     def forward(
         self, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """y [M, N] of every output, and h [M, r] of every adapter, laid end to end.
+        """y [M, N] of every output; and a flat list with the h [M, r] of every adapter.
 
-        Many adapters have one h, [M, the largest r], in the sorted order.  Nobody's rows of experts
-        are zero, and nothing depends on those of x.  Neither this nor the backward waits for a GPU
-        where the kernels cover it, and no expert's weight or bias trains.
+        Many adapters share one h, [M, the largest r], with its rows in sorted order.  Rows of y
+        that belong to no expert are zero, and those rows of x change no result.  If the kernels
+        cover a call, neither forward nor backward makes the host wait for the GPU.  The weights and
+        biases of experts don't train.
         """
 
     def backward(
@@ -62,24 +64,24 @@ class Backend(Protocol):
         seeds: Tensor | None,
         call: Call,
     ) -> list[Tensor | None]:
-        """The gradient of each input that needs one, else None.
+        """The gradient of each input, or None if ``needs`` has False for it.
 
-        ``dys``: for each output [M, N], or None if the loss doesn't use it.  ``hs`` are the
-        forward's.  Among many adapters, one without rows may get None.
+        ``dys`` has [M, N] for each output, or None if the loss doesn't use it.  ``hs`` come from
+        the forward.  With many adapters, an adapter without rows may get None.
         """
 
     def takes_experts_in_turn(self, device: torch.device) -> bool:
-        """Whether there is nothing to win with rows of many experts at once.
+        """Whether a call with the rows of many experts isn't faster than a call for each.
 
-        Then it may be given those of some experts, and of the next ones in another call.
+        If so, a caller may split the experts over several calls.
         """
 
     def gated(self, gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
         """act(gate) ∘ up, [M, N], contiguous.
 
-        gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
-        ``gated.ACTIVATIONS``.  ``wide``: matrices of 16 bits are to be computed with in float32,
-        and what comes out is rounded once; else a backend may round each step.
+        Each row of gate and up [M, N] is contiguous.  ``activation`` is a key of
+        ``gated.ACTIVATIONS``.  ``wide``: compute 16-bit matrices in float32 and round the result
+        once; otherwise a backend may round each step.
         """
 
     def gated_backward(
@@ -92,7 +94,7 @@ class Backend(Protocol):
         d_up: Tensor,
         wide: bool = False,
     ) -> None:
-        """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
+        """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate).  d_gate may be dy."""
 
     def row_loss(
         self,
@@ -110,18 +112,18 @@ class Backend(Protocol):
         """
 
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
-        """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
+        """The keep mask for a seed (int64, one element): bool [rows, columns]."""
 
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """That of every h, for x of this dtype on this device.  It runs nothing."""
+        """The dtype of every h, for x of this dtype on this device.  It launches nothing."""
 
-    # The backend that takes what this one doesn't cover.
+    # The name of the backend that runs calls which this one doesn't cover.
     HANDS_TO: str
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]
     ) -> str:
-        """For the report: why a call with x of this dtype and device isn't covered; "" if it is.
+        """The reason, for reports, why a call with such an x isn't covered; "" if it is covered.
 
-        forward and backward take such a call all the same, by way of another backend.
+        forward and backward also take calls that aren't covered: they run on ``HANDS_TO``.
         """

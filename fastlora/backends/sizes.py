@@ -1,4 +1,4 @@
-"""The sizes of a base product, of which a plan is chosen: what tuning goes by."""
+"""The sizes of a base product.  Tuning measures them, and a plan is chosen by them."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from ..formats.format import name_of
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of y of one output, or with ``backward`` of dx, which is of all outputs of a call.
+    """The sizes of one output y; or, with ``backward``, of dx summed over all outputs of a call.
 
-    x is [``rows``, ``features``], each output [``rows``, one of ``outs``], with an adapter for each
-    of its ``ranks``.  Of ``experts`` each has as many rows.
+    x is [``rows``, ``features``].  ``outs`` has the columns of each output, and ``ranks`` the ranks
+    of its adapters.  With ``experts``, each expert has an equal number of rows.
     """
 
     rows: int

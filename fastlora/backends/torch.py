@@ -1,4 +1,4 @@
-"""The torch backend: any device and floating dtype, by torch's own products and in-place adds.
+"""The torch backend: torch's own products and in-place additions, on any device, in any dtype.
 
 With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of dropout p:
 
@@ -7,13 +7,14 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
     dh = factor · dy lora_b                     dx = dy weight + mask ∘ (dh lora_a)
     d lora_a = dhᵀ (mask ∘ x)                   d lora_b = dyᵀ h
 
-h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
-so that nothing of size M·K or M·N is ever scaled.  The formulas over some rows are in
-:mod:`.formula`.
+h and dh [M, r] carry the whole factor, which is applied while the product is still in the
+accumulator.  So no matrix of size M·K or M·N is ever scaled.  :mod:`.formula` has the formulas over
+some rows.
 
-A call whose rows are cut into segments is a loop over the parts that have rows.  Where segments
-share a base, that is the first part, of all rows as they lie; the others add to what it made.  A
-part's rows are a view where they lie together, else copies that live until the next part.
+A call whose rows are cut into segments is a loop over *parts*: the segments that have rows.  If the
+segments share a base, a part with the base and all rows of x comes first, and the parts with one
+adapter each add to its results.  A part's rows are a view of x if they are contiguous; else they
+are copies that live until the next part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from .products import h_dtype
 from .protocol import Call
 from .row_loss import row_loss
 
-HANDS_TO = ""  # nobody: it covers all
+HANDS_TO = ""  # no other backend, because this one covers every call
 
 __all__ = [
     "HANDS_TO",
@@ -51,19 +52,19 @@ __all__ = [
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
-    """Why a call with x of this dtype and device isn't covered; it always is."""
+    """Always "", because this backend covers every dtype and device."""
     return ""
 
 
 def takes_experts_in_turn(device: torch.device) -> bool:
-    """On a CPU, where nothing is won by more rows than those of an expert."""
+    """True on a CPU, which isn't faster with the rows of several experts at once."""
     return device.type == "cpu"
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y [M, N] of every output, and every h [M, r], laid end to end."""
+    """y [M, N] of every output; and a flat list of all h [M, r]."""
     x, *tensors = inputs
     outputs, rows = unflatten(tensors, call.layouts), call.rows
     if rows is None:
@@ -81,7 +82,7 @@ def forward(
             for y, y_rows in zip(ys, into, strict=True):
                 part.put(y, y_rows)
         last = max(last, part.place.stop)
-    for y in ys:
+    for y in ys:  # rows behind the last expert belong to none
         y[last:].zero_()
     return ys, hs
 
@@ -104,7 +105,7 @@ def backward(
         return [dx, *flatten(of_all, call.layouts)]
     gradients: list[Tensor | None] = [None] * len(tensors)
     are_many, last = rows.shares_base, 0
-    if not are_many:  # zeros, for experts without rows
+    if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
     stacks = [() if gradient is None else gradient.unbind() for gradient in gradients]
@@ -120,7 +121,7 @@ def backward(
         if dx is None and not any(flatten(wants, call.layouts)):
             continue
         x_rows, dx_rows, *dy_rows = part.take(x if reads_x else None, dx, *dys)
-        if x_rows is None:  # nothing reads it: it is looked at for its shape and dtype alone
+        if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
         thin = part.thin(hs)
         of_part = backward_rows(dy_rows, x_rows, part.outputs, thin, wants, part.masks, dx_rows)
@@ -137,42 +138,45 @@ def backward(
 
 
 def _reads_x(wanted: Sequence[Output[bool]]) -> bool:
-    """The gradients of weight and lora_a are products with x."""
+    """Whether a gradient of a weight or lora_a is wanted: both are products with x."""
     return any([base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted])
 
 
 class _Part(NamedTuple):
-    """Some rows, and what they go through; a base of None adds to what is there already."""
+    """Some rows, with the bases and adapters that they pass.
+
+    An output without a base adds its product to y, which holds the result of an earlier part.
+    """
 
     outputs: Sequence[Output[Tensor]]
     masks: Masks
-    place: slice  # of the rows of h
-    rows: slice | None  # of x, y …, if they lie together there
-    share: Any  # a Share; None: all rows as they lie, through the base that all segments share
-    items: int = 0  # of x
+    place: slice  # the part's rows of h
+    rows: slice | None  # the part's rows of x, y and dy; None: they aren't contiguous
+    share: Any  # a Share; None: all rows in their own order, in the part of the shared base
+    items: int = 0  # the number of items in x
 
     def take(self, *matrices: Tensor | None) -> list[Any]:
-        """The part's rows of each: a view where they lie together, else a copy."""
+        """The part's rows of each matrix: a view if they are contiguous, else a copy."""
         if self.rows is not None:
             return [None if matrix is None else matrix[self.rows] for matrix in matrices]
         share, items = self.share, self.items
         return [None if matrix is None else take(matrix, share, items) for matrix in matrices]
 
     def put(self, matrix: Tensor, rows: Tensor) -> None:
-        """Rows that lie apart, changed since they were taken, back where they lay."""
+        """Write rows that :meth:`take` copied, and that have changed, back to the matrix."""
         numbers: Any = self.share.items
         changed = rows.unflatten(0, (len(numbers), -1))
         matrix.unflatten(0, (self.items, -1)).index_copy_(0, numbers, changed)
 
     def of(self, outputs: Sequence[Output]) -> list[Output]:
-        """Of many adapters the base that they share, or this one: of what is wanted, say."""
+        """The shared base of these outputs, or only this part's adapter of each."""
         if self.share is None:
             return [Output(output.base) for output in outputs]
         at = self.share.segment
         return [Output(NO_BASE, output.adapters[at : at + 1]) for output in outputs]
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
-        """The part's rows of every h, for each output."""
+        """For each output, the part's rows of the h of each adapter."""
         left = iter(hs)
         return [
             [
@@ -186,7 +190,7 @@ class _Part(NamedTuple):
 def _parts(
     x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
 ) -> Iterator[_Part]:
-    """Those that have rows; the shared base first."""
+    """Yield the parts that have rows, and before them the part of a shared base."""
     rows = call.rows
     assert rows is not None
     if rows.shares_base:
@@ -197,7 +201,7 @@ def _parts(
 def _experts(
     x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows, p: float
 ) -> Iterator[_Part]:
-    """What is stacked is taken apart at once, and all rows have one mask."""
+    """A part for each expert.  All rows share one dropout mask."""
     of_each = list(zip(*map(_apart, outputs), strict=True))
     masks = whole = _masks((rows.first + len(x), x.shape[1]), outputs, seeds, p)
     for share in rows.shares_of(len(x)) if len(x) else ():
@@ -207,7 +211,7 @@ def _experts(
 
 
 def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
-    """What the rows of each expert go through: views."""
+    """Yield the output of each expert: views of the stacked tensors."""
     (weight, bias), adapters = output
     bases = map(Base, weight.unbind(), repeat(None) if bias is None else bias.unbind())
     pairs = [map(Adapter, a.unbind(), b.unbind(), repeat(scale)) for a, b, scale in adapters]
@@ -217,7 +221,10 @@ def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
 def _many_adapters(
     x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows
 ) -> Iterator[_Part]:
-    """The probability of dropout is each one's own, and so is the mask of its rows."""
+    """The part of the shared base, and a part for each adapter.
+
+    Each adapter has its own dropout probability, and a mask of its own rows.
+    """
     alone, everything = [Output(output.base) for output in outputs], slice(0, len(x))
     yield _Part(alone, [[]] * len(alone), everything, everything, None)
     items = rows.items(len(x))
@@ -237,13 +244,16 @@ def _many_adapters(
 
 
 def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
-    """The columns of every h: many adapters of an output share one, as wide as the widest."""
+    """The number of columns of every h.
+
+    ``one_each``: the adapters of an output share one h, as wide as the largest rank.
+    """
     ranks = [[a.lora_a.shape[-2] for a in output.adapters] for output in outputs]
     return [max(of_one) for of_one in ranks] if one_each else [r for some in ranks for r in some]
 
 
 def _widened(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """In the shape of the adapter's tensor: zeros behind its rank."""
+    """The gradient in the shape of the adapter's tensor, with zeros behind the adapter's rank."""
     if gradient.shape == tensor.shape:
         return gradient
     rows, columns = gradient.shape
@@ -255,7 +265,7 @@ def _widened(gradient: Tensor, tensor: Tensor) -> Tensor:
 def _masks(
     shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
 ) -> Masks:
-    """For each output its adapters' masks, or None for each without dropout."""
+    """For each output, a mask for each adapter; without dropout, None for each."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
     left = iter(seeds.unbind())

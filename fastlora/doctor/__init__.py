@@ -1,4 +1,4 @@
-"""``python -m fastlora doctor``: what is here, what would run, and whether it works."""
+"""``python -m fastlora doctor``: a report on this machine, on what runs here, and a self-test."""
 
 import sys
 from collections.abc import Callable
@@ -16,16 +16,19 @@ from ..layers.linear import LoRALinear
 from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
-from ..report import columns
+from ..text import columns
 from .launches import Asked, would_run
 from .machine import devices_here, hardware, installation, one_line, settings, versions
 
-# The relative error that is taken for rounding: four times the dtype's epsilon, and for float32
-# that of TF32, in which a GPU may multiply it.
+# The largest relative error that counts as rounding: four times the dtype's epsilon.  Float32 has
+# the epsilon of TF32, because a GPU may multiply float32 in TF32.
 TOLERANCES = {torch.float32: 2**-8, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 _M, _K, _N, _R = 33, 40, 24, 4
-_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-_SMALL: dict[str, dict[str, Any]] = {  # what PEFT may come to mean otherwise, by its settings
+_PLAIN: dict[str, Any] = {
+    "dtype": torch.float32,
+    "device": "cpu",
+}  # so that torch's defaults don't matter
+_SMALL: dict[str, dict[str, Any]] = {  # settings that another version of PEFT may read differently
     "LoRA": {},
     "with dropout and rsLoRA": {"lora_dropout": 0.5, "use_rslora": True},
     "with biases": {"bias": "all", "lora_bias": True},
@@ -35,7 +38,7 @@ _SMALL: dict[str, dict[str, Any]] = {  # what PEFT may come to mean otherwise, b
 
 @dataclass
 class Report:
-    """Sections of names and texts, and what is broken.  Prints as about a screen of text."""
+    """Sections of names and texts, and a list of faults.  Prints about a screen of text."""
 
     sections: dict[str, dict[str, str]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
@@ -52,7 +55,7 @@ class Report:
 
 
 def examine(asked: Asked | None = None) -> Report:
-    """Look at everything; what fails on the way is in ``broken``, and the rest goes on."""
+    """Fill all sections.  A section that fails adds to ``broken``, and the others go on."""
     report, devices = Report(), devices_here()
     broken = report.broken
     sections: dict[str, Callable[[], dict[str, str]]] = {
@@ -78,7 +81,7 @@ def examine(asked: Asked | None = None) -> Report:
 
 
 def _optimize() -> dict[str, str]:
-    """Whether it takes the PEFT that is imported."""
+    """Whether :func:`fastlora.optimize` supports the imported PEFT."""
     if not sys.modules.get("peft"):
         return {}
     reason = why_nothing_changes()
@@ -86,7 +89,7 @@ def _optimize() -> dict[str, str]:
 
 
 def _backends(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
-    """What each device runs by default, and why not on the others."""
+    """For each device and backend: whether it runs by default, or why it can't."""
     entries = {}
     for device in devices:
         default = ""
@@ -115,9 +118,9 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 
 def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """The environments that kernels are verified for, the tuned plans, and wrong kernels."""
-    try:
-        from ..backends.triton import environment, measured, read_records  # import the kernels
-    except ImportError:  # the section on backends says why
+    try:  # late, because it imports the kernels
+        from ..backends.triton import environment, measured, read_records
+    except ImportError:  # the section "backends" has the reason
         return {}
     entries = {}
     for device in devices:
@@ -127,14 +130,16 @@ def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     faults = [(*key, fault) for key, fault in read_records().items() if fault]
     wrong = {kernel[:40]: f"wrong on {where}: {fault}" for kernel, where, fault in faults}
     if wrong:
-        broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
+        broken.append(
+            f"{len(wrong)} compiled kernels gave wrong results: PyTorch's operations run instead"
+        )
     return entries | wrong
 
 
 def _products(devices: list[torch.device]) -> dict[str, str]:
-    """Which 16-bit products a device has."""
+    """Whether each device multiplies 16-bit dtypes fast."""
     words = [
-        f"{name_of(dtype)} {'slow, so in float32' if is_slow(dtype) else 'fast'}"
+        f"{name_of(dtype)} {'slow, so products run in float32' if is_slow(dtype) else 'fast'}"
         for dtype in HALF_DTYPES
     ]
     entries = {"cpu": ", ".join(words)}
@@ -145,12 +150,12 @@ def _products(devices: list[torch.device]) -> dict[str, str]:
 
 
 def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
-    """On every backend and device that covers it."""
+    """The largest relative error of each backend, device and dtype that it covers."""
     entries: dict[str, str] = {}
     for device in devices:
         for name in BACKENDS:
             dtypes: list[torch.dtype] = []
-            with suppress(Exception):  # the section on backends tells of it
+            with suppress(Exception):  # the section "backends" reports it
                 why_not = find_backend(name).why_not
                 dtypes = [dtype for dtype in TOLERANCES if not why_not(dtype, device, ())]
             words = [f"{name_of(d)} {_self_test(name, device, d, broken)}" for d in dtypes]
@@ -166,7 +171,7 @@ def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str
 
 
 def _self_test(name: str, device: torch.device, dtype: torch.dtype, broken: list[str]) -> str:
-    """The largest relative error."""
+    """The largest relative error of a small layer, as text."""
     where = f"self-test of {name} on {device.type} in {name_of(dtype)}"
     try:
         errors = relative_errors(name, device, dtype)
@@ -175,12 +180,12 @@ def _self_test(name: str, device: torch.device, dtype: torch.dtype, broken: list
         return "failed"
     for what, size in errors.items():
         if not size <= TOLERANCES[dtype]:  # true for NaN
-            broken.append(f"{where}: {what} is wrong, its relative error is {size:.2g}")
+            broken.append(f"{where}: {what} is wrong: its relative error is {size:.2g}")
     return f"{max(errors.values()):.1g}"
 
 
 def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """‖ours - oracle's‖ / ‖oracle's‖ of the output and of every gradient, by name."""
+    """‖ours - oracle‖ / ‖oracle‖ for the output and every gradient, by name."""
     draw: Any = {"generator": torch.Generator().manual_seed(0), **_PLAIN}
     layer = LoRALinear(_K, _N, r=_R, device=device, dtype=dtype)
     with torch.no_grad():
@@ -202,7 +207,7 @@ def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> d
 
 
 def peft_checks() -> dict[str, Check]:
-    """What :func:`fastlora.check` says of small layers of the PEFT that is imported."""
+    """The results of :func:`fastlora.check` on small layers of the imported PEFT."""
     peft, checks = sys.modules["peft"], {}
     for what, fields in _SMALL.items():
         with torch.random.fork_rng([]), torch.device("cpu"):
@@ -217,5 +222,5 @@ def peft_checks() -> dict[str, Check]:
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """A leaf with the same numbers, in float64 on the CPU, where all have it."""
+    """A leaf with the same numbers, in float64 on the CPU, because some GPUs have no float64."""
     return tensor.detach().cpu().double().requires_grad_()

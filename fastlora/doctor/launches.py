@@ -1,4 +1,4 @@
-"""What a call of a given shape would run, and why: on meta tensors, so that nothing runs."""
+"""The launches of a call with a given shape.  They are recorded on meta tensors; nothing runs."""
 
 import os
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ NAMES = {name_of(dtype): dtype for dtype in DTYPES}
 
 
 class Asked(NamedTuple):
-    """x [m, k] of a dtype, weight [n, k] and an adapter of rank r; on a target, else here."""
+    """A call: x [m, k], weight [n, k] and an adapter of rank r; on a target, or on this machine."""
 
     m: int
     k: int
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
-    """The backend and why; and on Triton's every launch, and torch's products, in order."""
+    """The backend and the reason for it.  On Triton also each launch and product, in order."""
     m, k, n, r = asked[:4]
     seeds = torch.empty(1, dtype=torch.int64, device="meta") if asked.dropout else None
     shapes = (m, k), (n, k), (r, k), (n, r)  # x, weight, lora_a, lora_b
@@ -45,14 +45,14 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
             stack.enter_context(use_backend("triton"))
         default = backend_name(device=device)
         if default == "triton":
-            from ..backends.triton import without_launching  # here, since it imports the kernels
+            from ..backends.triton import without_launching  # late: it imports the kernels
 
             stack.enter_context(without_launching(noted.add_launch, asked.target or device))
         name, reason = planned_backend(unflatten(inputs[1:], layouts), device)
         why = f"not {default}: {reason}" if reason else _why(asked, device)
         where = f"{asked}, on {asked.target or device.type}"
         entries = {"call": where, "backend": f"{name}, {why}"}
-        if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
+        if name != "triton":  # on meta tensors the torch backend cuts other blocks than here
             return entries
         backend = find_backend(name)
         call = Call(layouts, asked.dropout, backend)
@@ -61,7 +61,7 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
         forward, noted.steps = noted.steps, []
         backend.backward(ys, inputs, hs, (True, False, True, True), seeds, call)
     ways = {"forward": forward, "backward": noted.steps}
-    # The weight is frozen: a product of torch's is with it.
+    # The weight is frozen, so a product by torch can only be the base's.
     words = ["in place" if "torch." in "".join(steps) else "fused" for steps in ways.values()]
     entries["plan"] = "{} forward, {} dx (docs/gpu.md)".format(*words)
     for title, steps in ways.items():
@@ -70,18 +70,18 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
 
 
 def _why(asked: Asked, device: torch.device) -> str:
-    """Why the backend that was asked for was."""
+    """Why this backend was chosen."""
     if asked.target:
         return "the default there"
     if os.environ.get("FASTLORA_BACKEND"):
         return "by FASTLORA_BACKEND"
     if device.type == "cpu" and asked.dtype in HALF_DTYPES and is_slow(asked.dtype):
-        return f"the default here; {name_of(asked.dtype)} is slow here: products run in float32"
+        return f"the default here; {name_of(asked.dtype)} is slow here, so products run in float32"
     return "the default here"
 
 
 class _Noted(TorchDispatchMode):
-    """Notes launches, and torch's products."""
+    """Records launches of kernels and products by torch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What is here: the machine, the versions of packages, where fastlora is, and its settings.
+"""The machine, the versions of packages, the folder of fastlora, and settings by environment.
 
-Packages are imported to see whether they can be, by their names; nothing of theirs is used here.
+Packages are imported by name, only to see whether the import works.
 """
 
 import os
@@ -38,7 +38,7 @@ def hardware(devices: list[torch.device]) -> dict[str, str]:
     gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
     accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
     if gpus and not torch.version.hip:
-        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # of nvidia-smi
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # by nvidia-smi
         accelerators.append(f"driver {driver or 'unknown'}")
     capability = torch.backends.cpu.get_cpu_capability()
     return {
@@ -57,18 +57,18 @@ def _gpu(index: int) -> str:
 
 
 def processor_name() -> str:
-    """Its model on Linux; elsewhere what Python knows."""
+    """The processor's model on Linux; elsewhere the name that Python reports."""
     return _first("model name") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> list[str]:
-    """Names of its instructions (avx512_bf16, amx_bf16 …), on Linux; elsewhere none."""
+    """The names of the processor's instructions (avx512_bf16 …) on Linux; elsewhere none."""
     return (_first("flags") or _first("Features")).split()
 
 
 @cache
 def _first(entry: str) -> str:
-    """What the first core has under this name, or ""."""
+    """The first core's entry of this name in /proc/cpuinfo, or ""."""
     cpuinfo = Path("/proc/cpuinfo")  # only Linux has it
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     match = re.search(rf"^{entry}\s*: (.+)", text, re.M)
@@ -96,7 +96,7 @@ def versions(broken: list[str]) -> dict[str, str]:
 
 
 def version_of(distribution: str) -> str:
-    """As pip has it, without an import; "" if it isn't installed."""
+    """The version that pip lists, found without an import; "" if it isn't installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -104,15 +104,15 @@ def version_of(distribution: str) -> str:
 
 
 def note_of_triton(version: str, has_hopper: bool) -> str:
-    """What is known of a version's code, whatever kernel it is of."""
+    """Known faults in the code that this version of Triton compiles, for any kernel."""
     if not version.startswith("3.6."):
         return ""
     if not has_hopper:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return ": before 3.7 its interpreter needs numpy before 2.4" if interpreted else ""
     return (
-        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
-        "has seen a wrong number of it; torch 2.13 comes with 3.7.1"
+        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. No wrong "
+        "result of it is known; torch 2.13 comes with 3.7.1"
     )
 
 
@@ -123,7 +123,7 @@ def installation() -> dict[str, str]:
         name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
         for name, spec in specs.items()
     }
-    # In a clone, "kernels" is this package's folder, where others look for Hugging Face's.
+    # In a clone, "kernels" is this repository's folder, but others expect Hugging Face's package.
     top, ours = find_spec("kernels"), specs[f"{package}.kernels"]
     if top and ours and top.origin == ours.origin:
         places["in a clone"] = (
@@ -136,7 +136,7 @@ def installation() -> dict[str, str]:
 
 def settings() -> dict[str, str]:
     set_here = {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
-    return set_here or {"environment": "nothing is set that changes what runs"}
+    return set_here or {"environment": "no variable is set that changes what runs"}
 
 
 def one_line(error: Exception) -> str:

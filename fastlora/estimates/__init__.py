@@ -21,7 +21,7 @@ from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
-from ..projection import shown
+from ..text import shown
 from .count import Estimate, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)

@@ -22,7 +22,7 @@ from ..model.tensors import (
     planned_adapters,
 )
 from ..projection import is_plain
-from ..report import columns
+from ..text import columns
 
 _MIB, _GIB = 2**20, 2**30
 # Training keeps each parameter, its gradient and AdamW's two moments.

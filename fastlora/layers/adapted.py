@@ -15,7 +15,8 @@ from ..blocks import buffer_for, source_of, widened
 from ..ops.dispatch import autocast_off
 from ..ops.functional import linears
 from ..ops.run import run_one
-from ..projection import Adapter, Base, Output, shown
+from ..projection import Adapter, Base, Output
+from ..text import shown
 from .guards import Record, Recorder, call_recorded, forget
 from .members import tensor_of
 

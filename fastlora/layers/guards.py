@@ -25,15 +25,7 @@ from torch.nn.modules import module as nn_module
 from ..formats import PackedLayer, vendor_of
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
-from ..projection import (
-    AUTOCAST_DTYPES,
-    DTYPES,
-    Output,
-    flatten,
-    is_plain,
-    layouts_of,
-    unflatten,
-)
+from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
 # In a module's __dict__: a record without gradients and one with, because checkpointing alternates.

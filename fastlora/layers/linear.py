@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import vendor_of
-from ..projection import Output, check_settings
+from ..projection import Output
+from ..settings import check_settings
 from . import frozen
 from .adapted import LoRALayer, new_adapter, refuse_training, run_with
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class

@@ -7,7 +7,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from ..projection import shown
+from ..text import shown
 from .config import LoRAConfig, kind_of
 
 _OURS = {field.name for field in fields(LoRAConfig)}

@@ -8,7 +8,8 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 from ..layers.modules import full_name
-from ..projection import check_settings, shown
+from ..settings import check_settings
+from ..text import shown
 
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")

@@ -23,7 +23,7 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
 from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
-from ..projection import check_switch
+from ..settings import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .loading import watch_loading

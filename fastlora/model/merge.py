@@ -14,8 +14,9 @@ from ..layers.adapted import AdaptedWeight
 from ..layers.guards import forget
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized
-from ..projection import DTYPES, check_switch
-from ..report import bar
+from ..projection import DTYPES
+from ..settings import check_switch
+from ..text import bar
 from .declare import declared
 from .inject import check_model
 

@@ -16,8 +16,7 @@ from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.modules import called, full_name, ids_outside, inside_of, plain_name, some, unwrap
-from ..projection import shown
-from ..report import columns
+from ..text import columns, shown
 from .declare import declared
 from .inject import check_model, check_plain
 from .packed_linears import pack_linear

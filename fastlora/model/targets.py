@@ -17,7 +17,7 @@ from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.modules import called, full_name, plain_name, some
-from ..projection import shown
+from ..text import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.adapted import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
 from ..layers.modules import called, full_name, lora_layers, plain_name, some
-from ..projection import shown
+from ..text import shown
 from .config import LoRAConfig, is_inside
 from .files import Planned, read_tensors
 from .targets import Targets, embeddings_of, find_targets, modules_to_save, trained_biases

@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.modules import is_sharded, lora_layers, some, unwrap
-from ..projection import HALF_DTYPES, is_number, shown
+from ..projection import HALF_DTYPES
 from ..report import Coverage
+from ..settings import is_number
+from ..text import shown
 from .optimize import peft_layers, while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT

@@ -16,7 +16,6 @@ from ..layers import mlp
 from ..layers.experts import PackedWeight
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
-from ..projection import check_switch
 from ..report import (
     IN_THE_CALL,
     PEFT_FORWARD,
@@ -27,6 +26,7 @@ from ..report import (
     cover_lora_linears,
     left_out_notes,
 )
+from ..settings import check_switch
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 
 _PASSED_OVER = (

@@ -23,7 +23,8 @@ from ..layers.frozen import read_base
 from ..layers.guards import Record
 from ..layers.members import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
 from ..ops.dispatch import why_not_here
-from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
+from ..projection import Adapter, Base, Output, is_plain
+from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
 

@@ -24,7 +24,8 @@ from ..layers.modules import called, some, unwrap
 from ..model.checkpoint import save_adapter
 from ..model.files import check_folder, write_whole
 from ..model.inject import apply_lora, check_model, check_plain, remove_lora
-from ..projection import check_switch, shown
+from ..settings import check_switch
+from ..text import shown
 from .fingerprint import check_same, of_base, of_batches
 from .layer import attached
 from .record import (

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..layers.modules import some
 from ..model.files import CONFIG, WEIGHTS, read_json, write_whole
-from ..projection import shown
-from ..report import columns
+from ..text import columns, shown
 from .fingerprint import Fingerprint
 from .trial import Trial, is_folder_s
 

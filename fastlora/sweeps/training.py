@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from ..layers.batch import in_mode
-from ..projection import shown
+from ..text import shown
 from .fingerprint import FIRST, Fingerprint, of_batch
 from .layer import Attached
 from .record import Outcome, State, delete, nan_last, random_state, save

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ..model.config import LoRAConfig
-from ..projection import is_number, shown
+from ..settings import is_number
+from ..text import shown
 
 _SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"

@@ -15,8 +15,9 @@ from ..backends.sizes import Sizes
 from ..clock import clock_for, medians
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora
-from ..projection import DTYPES, check_switch, is_number, shown
-from ..report import bar
+from ..projection import DTYPES
+from ..settings import check_switch, is_number
+from ..text import bar, shown
 from .calls import distinct, products_of
 from .table import Tuned, Tuning
 

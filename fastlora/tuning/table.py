@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..report import columns
+from ..text import columns
 
 _TITLES = ("rows x in x out", "default", "best", "ms", "/ default", "/ frozen", "/ PEFT")
 

@@ -407,7 +407,7 @@ def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
     assert _compiled([torch.device("cpu")], broken := []) == {}
     (folder / "odd.json").write_text(json.dumps(RECORD))
     assert _compiled([torch.device("cpu")], broken).keys() == {"a 1"}
-    assert "1 compiled kernels were wrong" in broken[0]
+    assert "1 compiled kernels gave wrong results" in broken[0]
 
 
 def test_a_home_that_cannot_be_written_changes_nothing(monkeypatch, tmp_path, recwarn):

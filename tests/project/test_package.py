@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"kernels"},
     {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
-    | {"reference", "cache", "clock"},
+    | {"reference", "cache", "clock", "settings", "text"},
     {"backends"},
     {"ops"},
     {"layers", "report"},

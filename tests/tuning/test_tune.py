@@ -494,7 +494,7 @@ def test_invalid_arguments_are_refused(call, message):
         ("", "give either a model or --shape"),
         ("x --shape 1,2,3", "give either a model or --shape"),
         ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
-        ("x --tokens 0", "'0' is no number of tokens"),
+        ("x --tokens 0", "'0' isn't a number of tokens"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
 )

@@ -1,7 +1,7 @@
 """The Triton backend: the kernels of ``fastlora.kernels``, on a GPU, or interpreted on a CPU.
 
-The formulas are those of the torch backend, and so is the dropout mask, bit for bit.  A call that
-the kernels don't cover runs on the torch backend, and the reason is said once.
+It computes the formulas of the torch backend, with bit for bit the same dropout mask.  A call that
+the kernels don't cover runs on the torch backend, and a warning says the reason once.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ __all__ = [
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the torch backend's."""
+    """See :meth:`fastlora.backends.protocol.Backend.forward`."""
     run = _module_of(call).forward
     made = run(inputs, seeds, call)
     return verification.forward(made, run, inputs, seeds, call) if isinstance(made, State) else made
@@ -56,7 +56,7 @@ def backward(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None]:
-    """As the torch backend's."""
+    """See :meth:`fastlora.backends.protocol.Backend.backward`."""
     run = _module_of(call).backward
     made = run(dys, inputs, hs, needs, seeds, call)
     if isinstance(made, State):
@@ -71,10 +71,10 @@ def _module_of(call: Call) -> Any:
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """x's."""
+    """The dtype of x."""
     return dtype
 
 
 def takes_experts_in_turn(device: torch.device) -> bool:
-    """No: a part would be more launches, and its rows would be counted on the host."""
+    """False, because each call adds launches and needs its number of rows on the host."""
     return False

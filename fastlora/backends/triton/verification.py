@@ -2,14 +2,14 @@
 
 :func:`run_kernels` looks a call up.  Either it is captured, and replays; or its kernels are
 *refused*, and the call runs on PyTorch; or they are *unverified*, because this device has not
-compared them yet.  Then the call runs twice by both, once with random numbers in the place of all
-operands but a packed weight, and once as it came.  If all results agree, the kernels run from then
-on.  If not, or if a kernel doesn't compile, the caller gets PyTorch's result and a warning, and the
-kernels are refused.
+compared them yet.  An unverified call runs with the kernels and with PyTorch, on two sets of
+tensors: first random numbers in place of all operands except packed weights, then the caller's own.
+If all results agree, the kernels run from then on.  If not, or if a kernel doesn't compile, the
+caller gets PyTorch's result and a warning, and the kernels are refused.
 
-Results hold for one kernel's code on one kind of device with one driver, Triton and ptxas.  Each
-has a file of its own in the user's cache, so that processes that verify at the same time lose
-nothing.  If no file can be written, each process verifies for itself.
+A result holds for one kernel's code on one kind of device with one driver, Triton and ptxas.  Each
+result has its own file in the user's cache, so processes that verify at the same time lose nothing.
+If no file can be written, each process verifies for itself.
 
 ``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
 """
@@ -51,12 +51,13 @@ FIRST, ALWAYS, OFF = "first", "always", "off"
 _CHOSEN = os.environ.get(VARIABLE) or None
 _FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the files
 
-# All have to make the same bits.  A fault that shows in one call of three passes once in 1,000.
+# Runs with equal tensors, which must make equal bits.  A fault that shows in a third of all runs
+# passes 16 of them about once in 1,000 times.
 REPEATS = 16
-# An error may be this many times PyTorch's own, because sums have another order.
+# The allowed error, in multiples of PyTorch's own, because the kernels add in another order.
 _SLACK = 8.0
-_FEW = 32  # rows or columns
-_BLOCK = 2**21  # elements that are compared at once
+_FEW = 32  # rows or columns: fewer are too few to estimate an error
+_BLOCK = 2**21  # elements in one comparison
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
@@ -67,7 +68,7 @@ _ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
 
 
 class State(str):
-    """Why the kernels of a call don't run.  No Enum: every call asks for it by isinstance."""
+    """Why the kernels of a call don't run.  Every call checks for it with isinstance."""
 
 
 UNVERIFIED = State("a kernel has not been compared with PyTorch on this device")
@@ -99,9 +100,10 @@ def run_kernels(
 
     The function may use torch's operations and the kernels' launchers.  It may depend on the
     settings and on all facts of the tensors, but not on their elements.  All tensors are on one
-    device, which is the current one meanwhile.  ``covers`` is asked for a new kind of call.
-    ``calls``: the cache of a caller whose tensors agree in these facts from call to call, so that
-    the key leaves them out.  Raises RuntimeError for a new kind inside of a CUDA graph's capture.
+    device, which is the current one while it runs.  ``covers`` is called for a new kind of call,
+    and says whether the kernels cover it.  ``calls`` is the cache of a caller whose tensors have
+    equal facts in every call, so that the key leaves the facts out.  Raises RuntimeError for a new
+    kind of call inside a CUDA graph's capture.
     """
     key: Hashable = (function, settings, plan.forced, plan.edition, target.forced)
     if calls is None:
@@ -163,7 +165,7 @@ def _lookup(
 
 
 def mode(device: torch.device) -> str:
-    """FIRST, ALWAYS or OFF.  Raises ValueError for another word in the variable."""
+    """FIRST, ALWAYS or OFF.  Raises ValueError for any other text in the variable."""
     if _CHOSEN not in (None, FIRST, ALWAYS, OFF):
         raise ValueError(f"{VARIABLE} is {_CHOSEN!r}, but must be {FIRST!r}, {ALWAYS!r} or {OFF!r}")
     # The interpreter, and a stand-in for a GPU, are for tests, which compare results themselves.
@@ -192,10 +194,10 @@ def _driver() -> str:
 
 
 def read_records() -> Records:
-    """The results of all processes of this user.  A file that isn't a whole record is skipped."""
+    """The results of all of this user's processes.  A file that isn't a full record is skipped."""
     records: Records = {}
     for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
-        # RecursionError: of a file with too many nested brackets.
+        # RecursionError: a file with too many nested brackets.
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(text)
             kernel, where, fault = [record[name] for name in _FIELDS]
@@ -229,7 +231,7 @@ def _settle(trial: Trial, device: torch.device, fault: str) -> str:
 
 
 def _refuse(trial: Trial) -> None:
-    """Run calls of these kinds on PyTorch in this process."""
+    """Make calls of these kinds run on PyTorch for the rest of this process."""
     for calls, key, _ in trial.values():
         replay.remember(calls, key, REFUSED)
 
@@ -292,7 +294,7 @@ def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None,
 
 
 def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int = 0) -> list:
-    """The results of ``run``, a function of matrices; or it fills the last ``fills`` of them."""
+    """The results of ``run(matrices)``.  With ``fills``, it fills the last matrices instead."""
     made = run(matrices)
     if not isinstance(made, State):
         return made
@@ -388,7 +390,7 @@ def _verified(
                 "PyTorch's operations in this process"
             )
             return right
-        except Exception as error:  # a driver's, for instance
+        except Exception as error:  # such as an error of the driver
             fault = f"{type(error).__name__}: {error}"
         finally:
             _here.trial = None
@@ -439,7 +441,10 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The part of its storage to copy, first element and count: all unless that is far more."""
+    """The first element and the number of elements of the storage's part to copy.
+
+    It is the whole storage, unless that is more than 4 times as large as the tensor.
+    """
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     if count <= 4 * tensor.numel():
         return 0, count
@@ -448,18 +453,18 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _shift(tensor: Tensor) -> int:
-    """Elements before the first one: kernels are compiled for an address modulo 16."""
+    """Elements to skip, so that a copy has the address modulo 16 that kernels are compiled for."""
     size = tensor.element_size()
     return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """New memory for :func:`_alike`."""
+    """Uninitialized memory that :func:`_alike` can make a tensor of."""
     return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
 
 
 def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
-    """A tensor in this memory with the shape, strides, and address modulo 16 of the first."""
+    """A tensor in ``memory`` with the shape, strides, and address modulo 16 of ``tensor``."""
     offset = int(tensor.storage_offset()) - _extent(tensor)[0] + _shift(tensor)
     return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
@@ -471,10 +476,10 @@ def compared(
     results: Sequence,
     right: Sequence,
 ) -> str:
-    """The fault of the kernels' results, measured by the errors of PyTorch's; "" for none."""
+    """The fault of the kernels' results, or "".  PyTorch's own errors set the allowed error."""
     x = tensors[0]
     assert x is not None
-    try:  # the same in a wider dtype
+    try:  # PyTorch's results in a wider dtype stand for the exact ones
         truth = by_torch(
             [
                 tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
@@ -499,12 +504,12 @@ def compared(
 
 
 def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
-    """The largest error over the allowed error.
+    """The largest ratio of an element's error to the error that is allowed for it.
 
-    Allowed are _SLACK times PyTorch's largest error in the same row or in the same column, the
-    smaller of the two, and a rounding.  So large numbers in one row or column hide no error in
-    another one.  Without a truth, PyTorch's result replaces it, with errors of a rounding.  Where
-    PyTorch's result isn't finite, elements are skipped.
+    Take PyTorch's largest error in the element's row, and in its column.  Allowed are _SLACK times
+    the smaller of the two, plus one rounding.  So large numbers in one row or column can't hide an
+    error in another one.  Without ``truth``, PyTorch's results replace it, with an assumed error of
+    one rounding.  Elements where PyTorch's result isn't finite are skipped.
     """
     matrices = ours, its, its if truth is None else truth
     of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
@@ -531,7 +536,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 
 def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
-    """Some rows of each matrix at a time in float64, to save memory."""
+    """Yield blocks of rows of all matrices in float64.  Blocks save memory."""
     step = max(1, _BLOCK // matrices[0].shape[1])
     for first in range(0, len(matrices[0]), step):
         yield [matrix[first : first + step].double() for matrix in matrices]
