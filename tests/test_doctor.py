@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 import triton
-from peft.tuners.lora.layer import Linear as PeftLinear
 from process import run_forked, run_python
 
 import fastlora.doctor as doctor
@@ -21,6 +20,7 @@ from fastlora.backends.triton import TARGETS
 from fastlora.doctor import machine
 from fastlora.kernels import target
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
 
 CPU, ORACLE = torch.device("cpu"), reference.lora_linear
@@ -183,11 +183,11 @@ def raising(error: Exception):
 
 def with_another_gradient(self, x, *more):
     """The right output, with a gradient that lacks the adapter's part."""
-    y, base = PEFT_FORWARD(self, x, *more), self.base_layer(x)
+    y, base = FAST_FORWARD(self, x, *more), self.base_layer(x)
     return base + (y - base).detach()
 
 
-PEFT_FORWARD, OPTIMIZED = PeftLinear.forward, "self-test of fastlora.optimize, LoRA: fastlora (1 of"
+FAST_FORWARD, OPTIMIZED = FastLinear.forward, "self-test of fastlora.optimize, LoRA: fastlora (1 of"
 FAULTS = {  # Values: the object to replace, its replacement, and the expected message
     "wrong-op": (
         reference, "lora_linear", lambda *args, **more: 1.05 * ORACLE(*args, **more),
@@ -202,10 +202,10 @@ FAULTS = {  # Values: the object to replace, its replacement, and the expected m
         "self-test of torch on cpu in float32: RuntimeError: no memory",
     ),
     "doubled": (
-        PeftLinear, "forward",
-        lambda self, x, *more: 2 * PEFT_FORWARD(self, x, *more) - self.base_layer(x), OPTIMIZED,
+        FastLinear, "forward",
+        lambda self, x, *more: 2 * FAST_FORWARD(self, x, *more) - self.base_layer(x), OPTIMIZED,
     ),
-    "another-gradient": (PeftLinear, "forward", with_another_gradient, OPTIMIZED),
+    "another-gradient": (FastLinear, "forward", with_another_gradient, OPTIMIZED),
     "package": (
         machine, "import_module", raising(ImportError("undefined symbol")),
         "transformers is installed, but can't be imported: ImportError: undefined symbol",

@@ -24,12 +24,12 @@ from ..projection import (
     Layout,
     Output,
     flatten,
-    is_number,
     is_plain,
     layouts_of,
-    shown,
     unflatten,
 )
+from ..settings import is_number
+from ..text import shown
 from .composite import run_composite, torch_s_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import Function, as_matrix
