@@ -12,7 +12,7 @@ A line of the data has one of three forms:
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,7 +70,11 @@ def main() -> None:
     tokenizer.chat_template = template  # the rows are tokens now; this one is saved
     fastlora.optimize(trainer.model)  # TRL has made the PEFT model: now, not before
     print(fastlora.coverage(trainer.model))
-    trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
+    checkpoint = last_checkpoint(options.out)
+    if checkpoint:
+        refuse_other_run(checkpoint, options)
+        print(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(options.out)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if losses:
@@ -118,6 +122,16 @@ def last_checkpoint(folder: str) -> str | None:
     return last and f"{folder}/checkpoint-{last}"
 
 
+def refuse_other_run(checkpoint: str, options: Namespace) -> None:
+    """Stop if the checkpoint belongs to a run that is over, or that had another rank."""
+    steps = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+    if options.steps and steps >= options.steps:
+        sys.exit(f"{options.out} holds a run of {steps} steps: give more --steps, or another --out")
+    rank = json.loads(Path(checkpoint, "adapter_config.json").read_text())["r"]
+    if rank != options.rank:
+        sys.exit(f"{options.out} holds a run of rank {rank}: give --rank {rank}, or another --out")
+
+
 def arguments(options: Namespace, assistant_only: bool, packing: str) -> SFTConfig:
     gpu = torch.cuda.is_available()
     return SFTConfig(
@@ -147,7 +161,9 @@ def arguments(options: Namespace, assistant_only: bool, packing: str) -> SFTConf
 
 
 def parse_options() -> Namespace:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a Hub id or a folder")
     parser.add_argument("--data", required=True, help="a file of JSON lines")
     parser.add_argument("--out", required=True, help="a folder of this model's own")

@@ -213,7 +213,7 @@ def _unswap(layers: list[nn.Module]) -> None:
 def _why_nothing(model: nn.Module) -> str:
     """Why a model without PEFT LoRA layers can't be optimized, and what to do."""
     if any(True for _ in lora_layers(model)):
-        return f"this {type(model).__name__} needs none: its LoRA layers are fastlora's own"
+        return f"this {type(model).__name__} needs no optimize: its LoRA layers are fastlora's own"
     config = getattr(model, "peft_config", None)
     if isinstance(config, dict):
         kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
