@@ -32,7 +32,7 @@ from .members import (
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
-_UNKNOWN = "its forward is none that fastlora knows"
+_UNKNOWN = "its forward is unknown to fastlora"
 
 
 # What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
@@ -108,7 +108,7 @@ class GatedMLP(nn.Module):
             return Record(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Record("its activation is none that fastlora knows, or is hooked or patched")
+            return Record("its activation is unknown to fastlora, or is hooked or patched")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)

@@ -118,7 +118,7 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
     if layer.lora_variant:
         return "its adapter is no plain LoRA"
     if layer.num_experts < 2 or not hasattr(layer, "_did_swap_in_out_features"):
-        return "it has one expert alone, or is of an older PEFT"
+        return "it has only one expert, or is of an older PEFT"
     return ""
 
 
