@@ -1,6 +1,10 @@
-"""LoRALayer: what a linear layer of any class does with an adapter beside its frozen weight.
+"""LoRALayer: a linear layer of any class with an adapter beside its frozen weight.
 
-And what other modules with adapters do as well (:class:`Adapted`).
+Three classes, from general to special:
+
+* :class:`Adapted`: a module with adapters (state dict, merged weights, removal of the adapters).
+* :class:`AdaptedWeight`: one frozen weight of such a module, with its adapter.
+* :class:`LoRALayer`: a linear layer, which is both.
 """
 
 import math
@@ -19,7 +23,7 @@ from ..projection import Adapter, Base, Output, shown
 from .guards import Record, Recorder, call_recorded, forget
 from .members import tensor_of
 
-# Of a tensor on meta.
+# The end of errors about a tensor on the meta device.
 UNLOADED = (
     "without numbers: load it, or take accelerate's offload away first "
     "(accelerate.hooks.remove_hook_from_submodules(model))"
@@ -27,24 +31,24 @@ UNLOADED = (
 
 
 class Adapted(nn.Module):
-    """A module with adapters, whose state dict has what its base's has, and the adapters."""
+    """A module with adapters.  Its state dict is the base module's, with the adapters added."""
 
-    plain_class: type[nn.Module]  # what it is without its adapters
-    lora_settings: tuple[str, ...]  # what it has while it has adapters, beside these
-    # Of merged weights, by name, what was there before: a parameter, or a layer of the base's class
-    # that holds a packed weight; None if it wasn't kept.  It is in no state dict.
+    plain_class: type[nn.Module]  # the module's class without adapters
+    lora_settings: tuple[str, ...]  # names of attributes that the module has only with adapters
+    # The original weights of merged ones, by name: a parameter, or for a packed weight a layer of
+    # the base's class that holds it.  None if the original wasn't kept.  Not in the state dict.
     _bases: dict[str, Any]
 
     def put_back(self, name: str) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
         base = self._bases.pop(name)
-        if isinstance(base, nn.Module):  # a packed weight, which torch puts in no parameter's place
+        if isinstance(base, nn.Module):  # a packed weight: a module can't replace a parameter
             delattr(self, name)
         setattr(self, name, base)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        for base in self._bases.values():  # .to(), .cuda() and .half() reach what is kept aside
+        for base in self._bases.values():  # .to(), .cuda() and .half() also change the originals
             if isinstance(base, nn.Module):
                 base._apply(fn)
             elif base is not None:
@@ -52,15 +56,15 @@ class Adapted(nn.Module):
         return self
 
     def adapted_weights(self) -> Iterable[tuple[str, "AdaptedWeight"]]:
-        """Each adapted weight as a layer, by its name in this module; a layer's own is ""."""
+        """Each adapted weight with its name in this module; the name is "" in a linear layer."""
         raise NotImplementedError
 
     def adapter_names(self) -> list[str]:
-        """What it calls each lora_A and lora_B."""
+        """The names of every lora_A and lora_B."""
         return [name for _, weight in self.adapted_weights() for name in weight.pair_names()]
 
     def detach_adapter(self) -> None:
-        """Become the plain module again, in place, with merged weights where they are merged."""
+        """Become the plain module again, in place.  Merged weights stay merged."""
         forget(self)
         for name in (*self.adapter_names(), *self.lora_settings, "_bases"):
             delattr(self, name)
@@ -70,7 +74,7 @@ class Adapted(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
         merged = [f"{prefix}{name}" for name in self._bases]
-        # Of a packed one there are its tensors.
+        # A packed weight appears in the state dict as several tensors, under its name.
         merged = [n for n in merged if any(f"{key}.".startswith(f"{n}.") for key in state_dict)]
         if merged:
             errors.append(
@@ -83,14 +87,14 @@ class Adapted(nn.Module):
         )
         adapters = {f"{prefix}{name}" for name in self.adapter_names()}
         if adapters <= set(missing):
-            # A checkpoint of the base, which knows no adapter.
+            # No adapter is in the state dict: it is a checkpoint of the base model.
             missing[:] = [key for key in missing if key not in adapters]
 
 
 class Features(NamedTuple):
-    """A weight as PEFT sees it: it has lora_A [experts · r, p] and lora_B [q, r · experts].
+    """A weight's sizes in PEFT's terms: lora_A is [experts · r, p], lora_B [q, r · experts].
 
-    A linear layer is one expert, with p = in_features and q = out_features.
+    A linear layer has one expert, with p = in_features and q = out_features.
     """
 
     experts: int
@@ -98,24 +102,27 @@ class Features(NamedTuple):
     q: int
 
     def shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of lora_A and lora_B; the expert is the slowest index of one, the fastest of the other"""
+        """The shapes of lora_A, where the expert is the slowest index, and lora_B (the fastest)."""
         return (self.experts * r, self.p), (self.q, r * self.experts)
 
 
 class AdaptedWeight:
-    """A frozen weight and its adapter, as those see them that walk a model's layers."""
+    """A frozen weight and its adapter: the interface for merging, saving and reports.
+
+    Subclasses are a linear layer itself, and one weight of an experts module.
+    """
 
     r: int
     lora_alpha: float
     use_rslora: bool
     scaling: float
     weight: Any
-    plain_class: type[nn.Module]  # what its module is without adapters
-    why_not_fast: Any = ""  # why its calls are no node
-    adapted_module: Any  # that it is a weight of; a layer is itself
-    adapted_name = "weight"  # of the parameter in that
+    plain_class: type[nn.Module]  # its module's class without adapters
+    why_not_fast: Any = ""  # the reason if no node runs its calls
+    adapted_module: Any  # the module that owns the weight; a linear layer is its own
+    adapted_name = "weight"  # the weight's name in that module
     adapted_features: Any  # Features
-    weight_name: Any = "weight"  # what it calls the tensor that is its weight, packed or not
+    weight_name: Any = "weight"  # the name of the tensor that stores it, packed or not
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,7 +130,10 @@ class AdaptedWeight:
         return self.adapted_features.q, self.adapted_features.p
 
     def adapted_output(self) -> Output:
-        """What a call computes with, for a report.  Raises ValueError if it can't be read."""
+        """The weight, bias and adapter of a call, for reports.
+
+        Raises ValueError if the weight can't be read.
+        """
         raise NotImplementedError
 
     def check_weight(self, name: str) -> None:
@@ -131,9 +141,9 @@ class AdaptedWeight:
         raise NotImplementedError
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """weight + scaling · lora_B lora_A, rounded once, an expert at a time.
+        """weight + scaling · lora_B lora_A, rounded once, one expert at a time.
 
-        ``around``: the dtype for a weight that is packed, where the model has one.
+        ``around``: the model's dtype, if it has one; the result for a packed weight gets it.
         """
         return add_product(self.weight, *self._factors(), self.scaling)
 
@@ -149,17 +159,20 @@ class AdaptedWeight:
         return tensor_of(self.adapted_module, lora_a), tensor_of(self.adapted_module, lora_b)
 
     def pair_names(self) -> tuple[str, str]:
-        """What the module calls lora_A and lora_B."""
+        """The names of lora_A and lora_B in the module."""
         return "lora_A", "lora_B"
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """The two whose product is the adapter's part of the weight, as the module stores that."""
+        """Two matrices whose product has the layout of the stored weight: lora_B and lora_A here.
+
+        They change places where the weight is stored transposed.
+        """
         return self.adapter_pair[1], self.adapter_pair[0]
 
     def adapted_sum(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight + scaling · lora_B lora_A, of every expert, which autograd follows.
+        """weight + scaling · lora_B lora_A of all experts, computed under autograd.
 
-        In the weight's dtype, or in this one if that is packed.
+        It has the weight's dtype, or ``dtype`` if the weight is packed.
         """
         weight = self._dense(dtype)
         left, right = (factor.to(weight.dtype) for factor in self._factors())
@@ -174,9 +187,9 @@ class AdaptedWeight:
         return self.weight.device
 
     def check_adapter(self, name: str) -> None:
-        """Raise ValueError unless lora_A and lora_B fit the weight, and are where its numbers are.
+        """Raise ValueError unless lora_A and lora_B have the weight's shape, and its device.
 
-        torch adds a tensor without numbers (on meta) to any other, and says nothing.
+        torch adds a meta tensor, which has no numbers, to any other without an error.
         """
         device = self._device()
         if device.type == "meta":
@@ -195,10 +208,10 @@ class AdaptedWeight:
             raise ValueError(f"{name} can't be merged: its {label} {reason}")
 
     def use_merged(self, weight: Tensor, keep_base: bool = True, requantize: bool = True) -> float:
-        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
+        """Replace the weight by ``weight``; with ``keep_base``, :meth:`unmerge` can undo it.
 
-        Returns how far a weight that is packed again is from it, in parts of its size.
-        ``requantize``: a packed one is packed again.
+        ``requantize``: if the weight was packed, pack the merged one also.  Returns the relative
+        error of that packing, 0 for a dense weight.
         """
         module, name = self.adapted_module, self.adapted_name
         module._bases[name] = getattr(module, name) if keep_base else None
@@ -222,7 +235,10 @@ class AdaptedWeight:
 
 
 class LoRALayer(AdaptedWeight, Adapted):
-    """A base's class, which comes after this one, with an adapter: it has methods alone."""
+    """A mixin for the class of a linear layer: a subclass derives from this, then from that class.
+
+    It has methods only, no constructor.  :meth:`attach_adapter` sets the attributes.
+    """
 
     weight: Tensor
     bias: Any  # a tensor or None
@@ -244,7 +260,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         lora_dropout: float,
         use_rslora: bool,
     ) -> None:
-        """Take lora_A and lora_B, freeze weight and bias, and start unmerged.  Checks nothing."""
+        """Add lora_A and lora_B, and freeze weight and bias.  Checks nothing."""
         self.requires_grad_(False)
         self.lora_A, self.lora_B = adapter
         self.r, self.lora_alpha, self.use_rslora = len(self.lora_A), lora_alpha, use_rslora
@@ -261,15 +277,15 @@ class LoRALayer(AdaptedWeight, Adapted):
         return y
 
     def run_merged(self, x: Tensor) -> Tensor:
-        """The output for x of a layer that is merged."""
+        """The output of a merged layer for x."""
         return super().forward(x)
 
     def read(self) -> Record:
-        """What a call that isn't merged computes with."""
+        """The record of a layer that isn't merged."""
         return Record("", (self.adapted_output(),), (self.lora_dropout,))
 
     def run(self, x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
-        """The output for x of a layer that was read so; and its record."""
+        """The output for x, and the call's kind if later calls may reuse it."""
         (dropout,) = record.dropouts
         (y,), call = linears(x, record.outputs, dropout, self.training)
         return y, call
@@ -278,7 +294,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         return self.output_over(tensor_of(self, "weight"))
 
     def output_over(self, weight: Any) -> Output:
-        """What a call computes with, of this weight [out, in], which may be packed."""
+        """The inputs of a call whose weight is this one, [out, in], which may be packed."""
         lora_a, lora_b, bias = [tensor_of(self, name) for name in ("lora_A", "lora_B", "bias")]
         return Output(Base(weight, bias), (Adapter(lora_a, lora_b, self.scaling),))
 
@@ -289,8 +305,8 @@ class LoRALayer(AdaptedWeight, Adapted):
 
     @property
     def merged(self) -> bool:
-        # Sooner than by name, which each call would ask for.  Dynamo guards the length, and not the
-        # truth of an empty dict.
+        # A look-up by name would take longer in each call.  ``len``, because torch.compile guards a
+        # dict's length, but not whether it is empty.
         return len(self._bases) > 0
 
     def adapted_weights(self) -> Iterable[tuple[str, AdaptedWeight]]:
@@ -303,9 +319,10 @@ class LoRALayer(AdaptedWeight, Adapted):
         has_bias = self.bias is not None
         return f"{shape}, bias={has_bias}, {settings}" + (", merged" if self.merged else "")
 
-    __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+    __repr__ = nn.Module.__repr__  # replaces Conv1D's
 
 
+# In the order of Recorder's fields: why_not, read, parts, run_record, run.
 _RECORDER = Recorder(
     lambda layer, x: False,
     lambda layer: layer.read(),
@@ -316,7 +333,7 @@ _RECORDER = Recorder(
 
 
 def refuse_training(merged: nn.Module) -> None:
-    """Raise RuntimeError in a call of a merged layer that trains."""
+    """Raise RuntimeError if a merged layer is called in training."""
     if merged.training and torch.is_grad_enabled():
         raise RuntimeError(
             "this LoRA layer is merged, so its adapter would get no gradient: call "
@@ -329,7 +346,7 @@ def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
 
 
 def wide_dtype(weight: Tensor) -> torch.dtype:
-    """Of an adapter that is not to be 16-bit beside this weight, which may be packed."""
+    """The dtype of an adapter of at least 32 bits for this weight, which may be packed."""
     if not isinstance(weight, Tensor) or weight.element_size() < 4:
         return torch.float32
     return weight.dtype
@@ -342,10 +359,11 @@ def new_adapter(
     dtype: torch.dtype | None = None,
     features: Features | None = None,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh lora_A and lora_B for weight [out, in], or of other ``features``.
+    """New lora_A and lora_B for a weight [out, in], or for a weight of these ``features``.
 
-    They have its dtype or ``dtype``.  ``init_lora_weights`` True: the identity change.  "gaussian":
-    lora_A from N(0, 1/r²).  False: lora_B random too.
+    They have the weight's dtype, or ``dtype``.  ``init_lora_weights``: True (lora_A
+    kaiming-uniform, lora_B zero, so that outputs don't change), "gaussian" (lora_A from N(0, 1/r²),
+    lora_B zero), or False (lora_B also random).
     """
     shapes = (features or Features(1, *weight.shape[::-1])).shapes(r)
     how: Any = {"device": weight.device, "dtype": dtype or weight.dtype}
@@ -364,9 +382,9 @@ def new_adapter(
 def run_with(
     module: nn.Module, weights: Mapping[str, Tensor], run: Callable, args: tuple, named: dict
 ) -> Any:
-    """What ``run`` returns with these tensors in the place of the module's parameters.
+    """The result of ``run`` while the module has these tensors as parameters.
 
-    Or, while it runs, of what hasn't one: of a packed weight.
+    They replace parameters of the same names, or stand where a packed weight has no parameter.
     """
     parameters: Any = module._parameters
     before = {name: parameters[name] for name in weights if name in parameters}
@@ -384,8 +402,8 @@ def add_product(
 ) -> Tensor:
     """base + scale · left right, computed in float32 or wider, and rounded once.
 
-    To ``merged``, or a new tensor like the base.  Block by block of rows, so that no wide copy of
-    the whole base is made, which may be packed.
+    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed.
+    It is processed in blocks of rows, so that there is never a wide copy of all of it.
     """
     merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
     wide = torch.promote_types(base.dtype, torch.float32)
@@ -397,14 +415,14 @@ def add_product(
 
 
 def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
-    """Why the weight can't be replaced by another Parameter; "" if it can.  ``name``: its own."""
+    """Why the tensor ``name`` can't be replaced by another Parameter; "" if it can."""
     if name in layer._parameters or (name != "weight" and name in layer._buffers):
         return ""
     return "its weight is computed (weight_norm, pruning, a parametrization): make that permanent"
 
 
 def own_name(layer: nn.Module) -> str:
-    """A name that this layer has for itself, and a LoRA layer for something else; "" if none."""
+    """The first attribute of this layer whose name a LoRA layer needs itself; "" if none."""
     added = ("lora_A", "lora_B", *LoRALayer.lora_settings, "_bases")
     names = (*added, *vars(LoRALayer), *vars(AdaptedWeight), *vars(Adapted))
     return next((n for n in names if hasattr(layer, n) and not hasattr(nn.Linear, n)), "")

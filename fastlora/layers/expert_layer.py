@@ -297,7 +297,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     known = LoRAExperts if isinstance(module, LoRAExperts) else nn.Module
     taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:
-        return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"
+        return f"it has a {taken!r} of its own, a name that LoRA experts need: rename that"
     ends = ("", "_bias") if experts.has_bias else ("",)
     packed = packed_names(module)
     for name in [name + end for name in experts.names for end in ends]:

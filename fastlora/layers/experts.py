@@ -278,7 +278,7 @@ def stacked(
 
 
 def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether a call with these arguments can be the node ``lora_experts``.
+    """Whether ``lora_experts`` can run a call with these arguments.
 
     They must be x [tokens, in], index and weights [tokens, k], on one device with the experts'
     weights and in one dtype with the dense ones.

@@ -68,9 +68,8 @@ class Record(NamedTuple):
 
     reason: str  # "" if a node can run the calls
     outputs: tuple[Output[Tensor], ...] = ()  # a layer: 1; a gated MLP: gate, up, down; experts: 2
-    dropouts: tuple[float, ...] = (
-        0.0,
-    )  # a layer: its adapters'; a gated MLP: gate and up's, down's
+    # A layer: one for all adapters, or one each.  A gated MLP: gate and up's, then down's.
+    dropouts: tuple[float, ...] = (0.0,)
     packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if quantized
     how: Any = None  # a gated MLP's activation, an ``Experts``, or a DoRA adapter's magnitude
     drop: nn.Module | None = None  # the dropout module of a PEFT layer's last adapter
