@@ -1,7 +1,7 @@
-"""``with fastlora.merged(model):`` samples at the base model's speed, and leaves no trace.
+"""``with fastlora.merged(model):`` samples at the base model's speed.
 
-A merge and its reverse, computed, leave a 16-bit weight a little off, and a loop of reinforcement
-learning does that thousands of times.  Here the originals are kept, and come back as they were.
+Subtracting an adapter from a merged 16-bit weight doesn't restore it exactly, and a loop of
+reinforcement learning merges thousands of times.  So the original weights are kept and put back.
 """
 
 from contextlib import ExitStack
@@ -29,24 +29,24 @@ from .report import NO_LAYERS
 _PLACES = ("device", "cpu")
 
 
-class merged:  # noqa: N801  # it reads as what a model is inside of it
-    """A context manager, inside of which the model's active adapters are in its weights.
+class merged:  # noqa: N801  # a context manager, named like a function
+    """A context manager that merges the model's active adapters into its weights.
 
-    ``model`` is a PeftModel, optimized or not, or one of your own (:func:`fastlora.apply_lora`).
-    Behind the block, and behind an exception, every weight has the bits that it had: the original
-    parameters are put back.  Meanwhile adapters get no gradient.
+    ``model`` is a PeftModel, optimized or not, or a model with adapters of
+    :func:`fastlora.apply_lora`.  At the end, also after an exception, the original parameters are
+    put back, so every weight has its old bits.  Inside, adapters get no gradient.
 
-    ``keep``: where the originals are meanwhile.  "device": where they lie, beside the merged
-    weights, which take ``bytes`` more.  "cpu": in the host's memory, a layer after the other; those
-    that are tied to another module's stay.
+    ``keep``: where the original weights are meanwhile.  With "device" they stay on their device,
+    and the merged weights take ``bytes`` more memory.  With "cpu" they move to CPU memory layer by
+    layer, except weights that are tied to another module's.
 
-    PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
-    bitsandbytes' layers too, which quantize what is merged again, and so sample a little off.
-    Layers whose adapters are disabled stay as they are.
+    PEFT merges its own layers, in a copy.  This includes DoRA, several active adapters, experts and
+    bitsandbytes' layers.  bitsandbytes quantizes the merged weight again, so samples differ
+    slightly.  Layers whose adapters are disabled don't change.
 
-    ``print(fastlora.merged(model))`` says what it takes.  Entering raises ValueError, and changes
-    nothing, for a model without LoRA layers, one that is merged already, sharded or on the meta
-    device, for layers that can't be merged, and for merged weights with NaN or infinity.
+    ``print(fastlora.merged(model))`` shows the memory that this needs.  Entering raises ValueError,
+    and changes nothing, if the model has no LoRA layers, is merged already, is sharded or is on the
+    meta device, if a layer can't be merged, or if merged weights have NaN or infinity.
     """
 
     def __init__(self, model: nn.Module, *, keep: str = "device") -> None:
@@ -63,7 +63,7 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
         self._inside = ExitStack()
 
     def __str__(self) -> str:
-        count, where = len(self._own) + len(self._peft), "where they lie"
+        count, where = len(self._own) + len(self._peft), "where they are"
         if self.keep == "cpu":
             where = "on the CPU"
         size = self.bytes / 2**20
@@ -99,6 +99,6 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
 
 
 def _bytes(weight: Any) -> int:
-    """Of a plain weight, or of a packed one, which is packed again."""
+    """The size of a merged weight: a plain weight's, or a packed one's, which is packed again."""
     tensors = (weight,) if isinstance(weight, Tensor) else weight.tensors
     return sum(tensor.nbytes for tensor in tensors)

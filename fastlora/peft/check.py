@@ -159,9 +159,9 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     The default is 1e-3 for a float32 model, 0.02 with float16 parameters or autocast, and 0.1 with
     bfloat16.  For more than two blocks, the latter two are multiplied by √(blocks - 1).
 
-    Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError for a
-    model with fastlora's own layers, if no layer would run fast, for a negative tolerance, or if an
-    optimizer steps inside of backward.
+    Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
+    model has fastlora's own layers, if no layer would run fast, if the tolerance is negative, or if
+    an optimizer steps inside of backward.
     """
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")

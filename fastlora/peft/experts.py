@@ -21,7 +21,8 @@ from . import newer
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
 
 _UNTESTED = bool(newer())  # computed once, because it takes as long as a small op
-# The parametrization by which PEFT adds an adapter to a weight; its name depends on the version.
+
+# PEFT's class that adds an adapter to a weight.  Its name depends on PEFT's version.
 _PROXIES = [
     getattr(peft_layer, name)
     for name in ("_LoraFactorsProxy", "_LoraParameterProxy")
@@ -56,7 +57,7 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
 
 
 def read_experts(outermost: PeftParamWrapper) -> Record:
-    """The record of an experts module with these wrappers, of which the outermost is given."""
+    """The record of an experts module inside of PEFT's wrappers."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
@@ -153,8 +154,9 @@ def _read_adapter(
     reason = why_not_pair(lora_a, lora_b, weight, (rows, columns)) or why_not_scale(scale)
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
-    # Some versions of PEFT take any weight for [E, out, in], others ask the module's is_transposed.
-    # If PEFT takes a weight [E, in, out] for [E, out, in], its lora_A is on the side of the outputs.
+    # PEFT takes the weight for [E, out, in] if _did_swap_in_out_features, else for [E, in, out].
+    # Its rule depends on its version.  If the module's layout is the other one, PEFT's lora_A is on
+    # the side of the outputs.
     reverse = experts.transposed == layer._did_swap_in_out_features
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
