@@ -18,15 +18,8 @@ from ..formats.float8 import SCALE
 from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
-from .adapted import (
-    Adapted,
-    AdaptedWeight,
-    Features,
-    add_product,
-    refuse_training,
-    run_with,
-    scaling_of,
-)
+from .adapted import Adapted, refuse_training, run_with
+from .adapted_weight import AdaptedWeight, Features, add_product, scaling_of
 from .experts import (
     ADDED,
     Experts,

@@ -20,7 +20,7 @@ from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
-from .adapted import Features
+from .adapted_weight import Features
 from .members import (
     activation_of,
     defined_in,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..formats import vendor_of
 from ..projection import Output, check_settings
 from . import frozen
-from .adapted import LoRALayer, new_adapter, refuse_training, run_with
+from .adapted import LoRALayer, refuse_training, run_with
+from .adapted_weight import new_adapter
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
 from .members import class_over, twin
 from .quantized import LoRAQuantized

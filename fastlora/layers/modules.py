@@ -7,7 +7,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import UNLOADED, Adapted, AdaptedWeight
+from .adapted import Adapted
+from .adapted_weight import UNLOADED, AdaptedWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # Parts of names that wrappers inside of a model add: torch.compile, checkpointing, FSDP1.

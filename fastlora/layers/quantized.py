@@ -11,7 +11,8 @@ from ..backends import Call
 from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
-from .adapted import LoRALayer, add_product
+from .adapted import LoRALayer
+from .adapted_weight import add_product
 from .guards import Record
 
 

@@ -37,27 +37,24 @@ from .mixed import LoraModel, mixed_forward
 from .read import parts_of, read_active, why_not_now
 
 
-class Linear(PeftLinear):
-    """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
+class FastLinear(nn.Module):
+    """A mixin for PEFT's LoRA layers of linear layers, whose ordinary call is one fused node.
 
-    It has the name of PEFT's class.  Its only state of its own is the cached record.  So assigning
-    ``__class__`` turns PEFT's layer into this one and back.  PEFT's forward runs where
-    :mod:`.read` gives a reason.
+    For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
+    name of PEFT's class.  Its only state of its own is the cached record.  So assigning
+    ``__class__`` turns PEFT's layer into this one and back.  :func:`packed_classes` makes the
+    subclasses for quantized bases.
     """
 
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = _fast_call(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+class Linear(FastLinear, PeftLinear):
+    """PEFT's LoRA layer of a dense linear layer, with a fast forward."""
+
     plain_class = PeftLinear
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = _fast_call(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
-
-
-class PackedLinear(nn.Module):
-    """:class:`Linear` as a mixin: :func:`packed_classes` derives from it and a class of PEFT."""
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = _fast_call(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 # Where PEFT defines its layers with quantized bases.  Some exist only with the vendor's package.
@@ -73,7 +70,7 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """The fast class for each imported class of PEFT's layers with quantized bases."""
     places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
     classes = [getattr(module, name, None) for module, names in places for name in names]
-    return {kind: class_over(PackedLinear, kind, "") for kind in classes if kind is not None}
+    return {kind: class_over(FastLinear, kind, "") for kind in classes if kind is not None}
 
 
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
@@ -144,7 +141,7 @@ def _fast() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear | PackedLinear | ParamWrapper | LoraModel)
+    return isinstance(layer, FastLinear | ParamWrapper | LoraModel)
 
 
 def why_not_swapped(layer: nn.Module) -> str:
