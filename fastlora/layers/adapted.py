@@ -82,7 +82,7 @@ class Adapted(nn.Module):
 
 
 class LoRALayer(AdaptedWeight, Adapted):
-    """A mixin for the class of a linear layer: a subclass derives from this, then from that class.
+    """A mixin for linear layers: :func:`class_over` derives from this class and the layer's.
 
     It has methods only, no constructor.  :meth:`attach_adapter` sets the attributes.
     """

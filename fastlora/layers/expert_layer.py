@@ -121,7 +121,7 @@ def names_of_pair(name: str) -> tuple[str, str]:
 
 
 class LoRAExperts(Adapted):
-    """A mixin for an experts module's class: a subclass derives from this class, then from that.
+    """A mixin for classes of experts: :func:`class_over` derives from this class and the module's.
 
     A packed weight NAME is a :class:`PackedWeight` of that name.  In transformers' ``FP8Experts``
     it is two parameters, in ``GgufExperts`` one.  An adapted weight has ``NAME_lora_A`` [E · r, p]

@@ -58,7 +58,7 @@ _KINDS = ("DTensor", "FakeTensor")
 
 
 def why_not_class(kind: type[nn.Module]) -> str:
-    """Why layers of this class may not compute x weightᵀ + bias, as "a Conv2d, …"; or ""."""
+    """A phrase for a class that may not compute x weightᵀ + bias ("a Conv2d, …"); "" for others."""
     is_linear = kind.forward in (nn.Linear.forward, Linear.forward)
     patched = why_patched(kind)
     if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):

@@ -57,7 +57,7 @@ def _is_known(forward: Any) -> bool:
 
 
 class GatedMLP(nn.Module):
-    """A mixin for a gated MLP's class: a subclass derives from this class, then from that.
+    """A mixin for gated MLPs: :func:`class_over` derives from this class and the module's.
 
     An ordinary call in training is two nodes.  They save neither act(gate) nor its product with up
     for the backward.  The class's own forward takes the other calls.
@@ -175,7 +175,7 @@ def _dtypes_of_all(x: Tensor, record: Record) -> _Dtypes | None:
         dtype = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
         inside = cast if cast is not None and dtype in AUTOCAST_DTYPES else dtype
         if packed is not None and dtype not in (inside, x.dtype):
-            return None  # it rounds twice
+            return None  # the layer rounds twice: to its own dtype, then to another one
         restores = packed is not None and packed.restores
         of_layers.add(_Dtypes(inside, x.dtype if restores else inside))
     if len(of_layers) > 1:
@@ -231,5 +231,5 @@ def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def looks_gated(module: nn.Module) -> bool:
-    """Whether the module has parts of the names of a gated MLP's.  Its forward isn't checked."""
+    """Whether the module has children gate_proj, up_proj, down_proj.  Doesn't check its forward."""
     return all(name in module._modules for name in PARTS)

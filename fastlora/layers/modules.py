@@ -197,5 +197,5 @@ def has_sharded(module: nn.Module) -> bool:
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether it is a part of a flat parameter of FSDP1.  Its shape between calls may be any."""
+    """Whether it is a part of a flat parameter of FSDP1; such a part has no fixed shape."""
     return getattr(tensor, "_fsdp_flattened", False)

@@ -17,7 +17,7 @@ from .guards import Record
 
 
 class LoRAQuantized(LoRALayer):
-    """A mixin for a vendor's class: a subclass derives from this class, then from the vendor's.
+    """A mixin for quantized layers: :func:`class_over` derives from this class and the vendor's.
 
     The vendor's tensors and state dict don't change.  A call reads the layer's current tensors, and
     raises ValueError with the reason if fastlora can't read them.
