@@ -147,7 +147,7 @@ def test_an_unknown_forward_stays_its_own(kind):
     (block,) = fastlora.coverage(model).gated_mlps
     assert (block.name, block.fast) == ("0", False)
     assert block.reason == "its forward is unknown to fastlora"
-    assert "1 layer by layer: 0: its forward is none that" in str(fastlora.coverage(model))
+    assert "1 layer by layer: 0: its forward is unknown" in str(fastlora.coverage(model))
 
 
 class Named(Gated):

@@ -180,7 +180,7 @@ def test_a_forward_that_is_replaced_on_the_class_runs(name, when, monkeypatch):
     for _ in range(2):
         assert_close(call(ours, **named), expected)
     report = fastlora.coverage(ours)
-    reasons = [each.reason for each in (*report.layers, *report.blocks)]
+    reasons = [each.reason for each in (*report.layers, *report.gated_mlps)]
     assert any(reasons)
     monkeypatch.undo()
     if when == "before":
