@@ -31,8 +31,8 @@ bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
 	.venv/bin/python -m tools.compile_report $(ARGS)
 
-matrix: .venv/$(if $(filter --triton%,$(ARGS)),test,matrix) ## Try the wheel under the versions that people have (ARGS="--quick …"), or the kernels under a Triton (ARGS="--triton 3.7.1 …")
-	.venv/bin/python -m tools.matrix $(ARGS)
+matrix: .venv/matrix $(if $(findstring triton,$(ARGS)),.venv/test) ## Try the wheel under the versions that people have, with nox (ARGS="-s oldest-torch", "-t quick", --list), or the kernels under a Triton (ARGS="-s triton-3.7.1")
+	.venv/bin/nox -f tools/matrix/noxfile.py $(ARGS)
 
 machine: .venv/test ## Run the kernels as compiled for every NVIDIA card on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)

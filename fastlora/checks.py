@@ -1,7 +1,7 @@
-"""The checks of a call: one set for layers, experts and many adapters.
+"""The checks of a call, for layers, experts and many adapters.
 
-A call with a cached key isn't checked again.  So everything that a check looks at belongs in the
-key: in ``facts_of`` a tensor, or in ``key_of`` a call (:mod:`fastlora.ops.kinds`).
+A call with a cached key skips them (:mod:`fastlora.ops.kinds`).  Therefore everything that a check
+reads must be part of the key: a property of a tensor in ``facts_of``, anything else in ``key_of``.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,11 @@ def check_call(
     autocast: bool,
     offsets: Tensor | None = None,
 ) -> None:
-    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor.
+    """Raise ValueError or TypeError unless the tensors of every output fit x.
 
-    ``autocast``: x and the weights will be cast, and needn't agree.  x may be nested.  With
-    ``offsets`` it is the rows of experts, whose tensors are stacked.
+    x must be a tensor; it may be nested.  ``autocast``: whether x and the weights will be cast, so
+    that their dtypes may differ.  With ``offsets``, x holds the sorted rows of experts, and the
+    tensors of an output are stacked, with experts as their first dimension.
     """
     check_x(x)
     if offsets is not None and x.is_nested:
@@ -74,7 +75,7 @@ def check_call(
 
 
 def check_x(x: Tensor) -> None:
-    """Raise TypeError for a dtype or a layout that x can't have; it may be nested."""
+    """Raise TypeError if x has an unsupported dtype or layout; x may be nested."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
     if x.layout is not torch.strided and not x.is_nested:
@@ -82,16 +83,16 @@ def check_x(x: Tensor) -> None:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raise TypeError for what is no tensor, ValueError for one without values as yet."""
+    """Raise TypeError if ``tensor`` is no tensor, and ValueError if it is uninitialized (lazy)."""
     if not isinstance(tensor, Tensor):
         expected = "a tensor or None" if name == "bias" else "a tensor"
         raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
     if is_lazy(tensor):
-        raise ValueError(f"{name} has no shape as yet: call the lazy module that it is of once")
+        raise ValueError(f"{name} has no shape yet: call its lazy module once to initialize it")
 
 
 def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
-    """Why torch can't work with this tensor and x at once; "" if it isn't for their classes."""
+    """Why torch can't combine x with a tensor of this class; "" if it can."""
     if _dispatches(tensor) == _dispatches(x):
         return ""
     return (
@@ -101,12 +102,15 @@ def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
 
 
 def _dispatches(tensor: Tensor) -> bool:
-    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
+    """Whether its class implements torch's operations itself, e.g. FakeTensor or DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
-    """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
+    """Raise unless an output's tensors are dense, of a supported dtype, and on x's device.
+
+    The errors are ValueError and TypeError.
+    """
     if isinstance(output.base.weight, Quantized):
         _check_packed(x, device, output.base.weight)
     for name, tensor in named_tensors(output):
@@ -116,7 +120,7 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
             continue
         if not is_plain(tensor):
             check_tensor(name, tensor)
-            # Other classes torch may take, but the memory of this one is a null pointer to kernels.
+            # torch may accept other classes.  But a FakeTensor is a null pointer for kernels.
             if type(tensor).__name__ == "FakeTensor" and is_plain(x):
                 raise TypeError(why_not_mixed(name, tensor, x))
         if tensor.device != device:
@@ -125,7 +129,7 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
             )
         if tensor.layout is not torch.strided or tensor.is_nested:
             if tensor.is_nested:
-                raise TypeError(f"{name} is nested, which x alone may be: call this for each part")
+                raise TypeError(f"{name} is nested, but only x may be: call this for each part")
             raise TypeError(
                 f"{name} has layout {tensor.layout}, but must be dense: call {name}.to_dense()"
             )
@@ -136,9 +140,9 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
 
 
 def _check_packed(x: Tensor, device: torch.device, weight: Quantized) -> None:
-    """Raise ValueError or TypeError unless a packed weight's tensors are its format's, with x."""
+    """Raise unless a packed weight's tensors fit its format, and are on x's device and frozen."""
     if x.is_nested:
-        raise TypeError("x is nested, and a packed weight is not: call this for each part")
+        raise TypeError("x is nested, but a packed weight needs a dense x: call this for each part")
     for tensor in weight.tensors:
         if not is_plain(tensor):
             check_tensor("a packed weight", tensor)
@@ -148,11 +152,11 @@ def _check_packed(x: Tensor, device: torch.device, weight: Quantized) -> None:
                 "device"
             )
         if tensor.requires_grad:
-            raise ValueError("a packed weight requires a gradient, but gets none: freeze it")
+            raise ValueError("a packed weight requires a gradient, but can't be trained: freeze it")
     try:
         weight.check()
     except ValueError as error:
-        raise ValueError(f"weight is no {weight.format.label}: {error}") from error
+        raise ValueError(f"weight is not valid {weight.format.label}: {error}") from error
 
 
 def _features_of_nested(x: Tensor) -> int:
@@ -160,7 +164,7 @@ def _features_of_nested(x: Tensor) -> int:
         return x.size(-1)
     except RuntimeError:
         raise ValueError(
-            "x is nested, and its parts differ in in_features, their last size"
+            "x is nested, but its parts differ in their last size: all must have in_features"
         ) from None
 
 
@@ -168,7 +172,8 @@ def _check_base(
     features: int, dtype: torch.dtype, autocast: bool, output: Output, stacked: bool
 ) -> None:
     (weight, bias), adapters = output
-    fits = isinstance(weight, Quantized) or weight.dtype == dtype  # packed: made in any dtype
+    # A packed weight is unpacked in the dtype of x.
+    fits = isinstance(weight, Quantized) or weight.dtype == dtype
     if not fits and not (autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES):
         raise TypeError(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
@@ -182,7 +187,7 @@ def _check_base(
             f"weight must be [{lead}out_features, {features}]{rest}"
         )
     if not adapters and 0 in shape:
-        raise ValueError(f"weight has shape {tuple(shape)}, but each must be at least 1")
+        raise ValueError(f"weight has shape {tuple(shape)}, but each size must be at least 1")
     if bias is not None and bias.shape != shape[:-1]:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, but weight has shape {tuple(shape)}: "
@@ -191,7 +196,7 @@ def _check_base(
 
 
 def _check_adapter(features: int, weight: Sequence[int], adapter: Adapter, name: str = "") -> None:
-    """``weight``: its shape.  ``name``: of the adapter among many, with a blank behind it."""
+    """``weight``: its shape.  ``name``: a prefix for errors, such as "adapter 2: "."""
     lora_a, lora_b, _ = adapter
     *lead, out_features, _ = weight
     shape = tuple(lora_a.shape)
@@ -243,13 +248,13 @@ def check_many(
     training: bool,
     autocast: bool,
 ) -> None:
-    """Raise ValueError or TypeError unless the tensors of all adapters, and the indices, fit x."""
+    """Raise ValueError or TypeError unless all adapters' tensors and the indices fit x."""
     if x.is_nested:
-        raise TypeError("x is nested, but must be one tensor: give each part by itself")
+        raise TypeError("x is nested, but must be one dense tensor: call this for each part")
     base, adapters = output
     check_call(x, [Output(base, adapters[:1])], 0.0, training, autocast)
     for i, adapter in enumerate(adapters[1:], 1):
-        # The base was looked at: lora_a has its place.
+        # check_call checked the base.  lora_a takes its place here, because an Output needs one.
         check_tensors(x, x.device, Output(Base(adapters[0].lora_a), (adapter,)))
         _check_adapter(x.shape[-1], base.weight.size(), adapter, f"adapter {i}: ")
     _check_indices(x, len(adapters), indices)
@@ -282,9 +287,10 @@ def _check_indices(
 
 
 def adapters_of(lora_a: Any, lora_b: Any) -> tuple[Adapter[Tensor], ...]:
-    """Every adapter's tensors; banks are cut into views.
+    """The tensors of each adapter; banks are split into views.
 
-    Raises TypeError for what is neither banks nor lists, and ValueError for unlike numbers.
+    Raises TypeError unless both arguments are banks or both are lists, and ValueError if their
+    numbers of adapters differ.
     """
     if isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
         for name, bank, dims in (("lora_a", lora_a, "r, K"), ("lora_b", lora_b, "N, r")):
@@ -311,19 +317,23 @@ def adapters_of(lora_a: Any, lora_b: Any) -> tuple[Adapter[Tensor], ...]:
 def numbers_of(
     scales: Any, ranks: Any, dropout: Any, adapters: Sequence[Adapter[Tensor]]
 ) -> Numbers:
-    """Raises TypeError and ValueError unless there is one of each for each adapter."""
+    """One scale, rank and dropout for each adapter, checked.
+
+    ``ranks`` None means the ranks of the tensors.  One ``dropout`` serves all adapters.  Raises
+    TypeError or ValueError for values of other classes, numbers or sizes.
+    """
     count = len(adapters)
     scales = _numbers("scales", scales, count, "alpha / r of each adapter")
     if isinstance(scales, Tensor) and scales.requires_grad:
         raise ValueError(
-            "scales require a gradient, but are data: multiply lora_b by what you train"
+            "scales require a gradient, but can't be trained: multiply lora_b by your parameter"
         )
     if ranks is None:
         ranks = [adapter.lora_a.shape[0] for adapter in adapters]
     ranks = _numbers("ranks", ranks, count, "the rank of each adapter")
     if is_number(dropout):
         dropout = [dropout] * count
-    dropouts = as_list(_numbers("dropout", dropout, count, "a probability, or one each"))
+    dropouts = as_list(_numbers("dropout", dropout, count, "a probability for each adapter"))
     for p in dropouts:
         check_dropout(p)
     return Numbers(scales, ranks, dropouts)

@@ -1,8 +1,9 @@
-"""Packed weights: what a format's tensors mean, what kernels read of them, and vendors' layers.
+"""Packed weights: formats, the tensors that kernels read, and vendors' layers.
 
-A file has a format, as :mod:`.format` asks for it, and below it the layers of its vendor, as
-:mod:`.vendor` does; naming it in ``VENDORS`` is all that your own models need, and PEFT's, but for
-its classes of such layers (peft/layer.py).  A vendor's package is looked at, never imported.
+Each vendor's file defines a format (a subclass of :class:`.format.Format`) and below it the
+functions of :class:`.vendor.Vendor`, which read the vendor's layers.  To add a vendor, name its
+file in ``VENDORS``; peft/layer.py lists PEFT's classes for such layers.  A vendor's file never
+imports the vendor's package: a model with such a layer has imported it.
 """
 
 from torch import nn
@@ -12,12 +13,12 @@ from .vendor import SHARDED, PackedLayer, Vendor
 
 __all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
 
-# The type checker holds every vendor to the contract.
+# mypy checks every vendor against the protocol.
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 
 
 def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:
-    """Whose quantized linear layer this is; None: nobody's.  ``kind``: in its class's place."""
+    """The vendor of this quantized linear layer, or None.  ``kind`` replaces the layer's class."""
     kind = type(layer) if kind is None else kind
     return next((vendor for vendor in VENDORS if vendor.owns(layer, kind)), None)
 
@@ -25,9 +26,9 @@ def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor |
 def quantized_weight(
     layer: nn.Module, kind: type[nn.Module] | None = None
 ) -> PackedLayer | str | None:
-    """A vendor's layer as a packed weight, or why it can't be read; None: it is no vendor's.
+    """A vendor's layer as a packed weight, or why it can't be read; None: it has no vendor.
 
-    ``kind``: in its class's place.
+    ``kind`` replaces the layer's class.
     """
     vendor = vendor_of(layer, kind)
     return None if vendor is None else vendor.read(layer)

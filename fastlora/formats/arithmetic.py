@@ -1,27 +1,27 @@
-"""What formats compute with: codes as numbers, and their scales, in pieces that a cache holds."""
+"""Arithmetic of formats: conversion of codes and products with scales, in cache-sized pieces."""
 
 import torch
 from torch import Tensor
 
-# Elements of 16 bits that are made at once.
+# Elements per piece of a 16-bit output: the float32 copy of a piece is 1 MiB and stays in cache.
 _AT_ONCE = 2**18
 
 
 def place_for(out: Tensor, dtype: torch.dtype, dense: bool = False) -> Tensor:
-    """``out``, if it has this dtype, and if asked lies ``dense``; else a new tensor like it."""
+    """``out`` if it has this dtype (and is contiguous, with ``dense``); otherwise a new tensor."""
     fits = out.dtype == dtype and (out.is_contiguous() or not dense)
     return out if fits else torch.empty(out.shape, dtype=dtype, device=out.device)
 
 
 def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """out = codes · scale, rounded once, and it.  All have as many dimensions; scale's may be 1.
+    """out = codes · scale, rounded once; returns out.  scale broadcasts, with as many dimensions.
 
-    The codes are whole numbers that out's dtype holds.
+    The codes are whole numbers that out's dtype represents exactly.
     """
     as_it_is = out.dtype == scale.dtype == torch.bfloat16 or out.element_size() != 2
     if as_it_is or out.device.type != "cpu" or not out.numel():
         return out.copy_(codes).mul_(scale)
-    # By way of float32: torch's product takes 2 times as long in float16, 4 to 8 between dtypes.
+    # Through float32: torch's product takes 2 × the time in float16, 4 to 8 × with mixed dtypes.
     step = max(1, _AT_ONCE // out[0].numel())
     wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
     for first in range(0, len(out), step):
@@ -32,25 +32,26 @@ def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def widen(codes: Tensor, out: Tensor) -> float:
-    """The codes, over the number that comes back, as float32 to ``out``: which holds them exactly.
+    """Write float8 codes to ``out`` (float32), divided by the factor that is returned; exact.
 
-    On a CPU torch converts e4m3 one by one, which takes eight times as long as by way of float16.
+    On a CPU torch converts e4m3 one by one, which takes 8 × as long as this through float16.
     """
     kind = codes.dtype if codes.device.type == "cpu" else None
-    if kind == torch.float8_e5m2:  # the upper half of a float16
+    if kind == torch.float8_e5m2:  # e5m2's bits are the upper byte of a float16
         out.copy_(codes.view(torch.int8).short().mul_(2**8).view(torch.float16))
     elif kind == torch.float8_e4m3fn and not _has_nan(codes):
-        # The sign, then all else where float16's mantissa has its highest bits.
-        halves = codes.view(torch.int8).short().mul_(2**7)  # torch shifts more slowly
+        # e4m3 is s eeee mmm, float16 s eeeee mmmmmmmmmm.  The product moves eeee and mmm to the low
+        # exponent bits and the high mantissa bits; the mask clears the sign's copy above them.
+        halves = codes.view(torch.int8).short().mul_(2**7)  # faster than torch's shift
         out.copy_(halves.bitwise_and_(0xBF80 - 2**16).view(torch.float16))
-        return 2.0**8  # by which float16's exponent has a greater bias
+        return 2.0**8  # the exponent biases are 15 and 7
     else:
         out.copy_(codes)
     return 1.0
 
 
 def _has_nan(codes: Tensor) -> bool:
-    """Whether one of e4m3fn's is: 127 or 255."""
+    """Whether a code of e4m3fn is NaN: 127 or 255."""
     if not codes.numel():
         return False
     signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
@@ -58,8 +59,11 @@ def _has_nan(codes: Tensor) -> bool:
 
 
 def scales_of(values: Tensor, scale: Tensor, factor: float) -> Tensor:
-    """scale · factor, a power of 2, for these values; or scale, and they are multiplied by it."""
+    """scale · factor, where factor is a power of 2; or scale, after multiplying values by factor.
+
+    The second happens only where scale · factor could become infinite.
+    """
     if factor == 1.0 or not scale.numel() or scale.abs().amax().item() < 2.0**100:
         return scale * factor
-    values.mul_(factor)  # where the scales could become infinite
+    values.mul_(factor)
     return scale

@@ -1,6 +1,6 @@
-"""Numbers of 4 bits that name entries of a table of 16, with a scale for each block: NF4 and FP4.
+"""NF4 and FP4: codes of 4 bits index a table of 16 values, and each block has a scale.
 
-Dettmers et al., "QLoRA" (arXiv 2305.14314), as bitsandbytes stores them; and its layers
+Dettmers et al., "QLoRA" (arXiv 2305.14314), as bitsandbytes stores them.  Also its layers
 ``Linear4bit`` and ``Linear8bitLt`` (LLM.int8).
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from, is_dtensor
-from .format import Coding, Expected, Format, Quantized, of_rows
+from .format import FLOATS, Coding, Expected, Format, Quantized, of_rows
 from .torchao import Affine
 from .vendor import PackedLayer, checked
 
@@ -25,29 +25,31 @@ _NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-# A magnitude of 3 bits; the fourth is the sign.
+# The low 3 bits of a code are the magnitude, the fourth is the sign.
 _FP4 = (
     0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5,
     0.1666666716337204, 0.25,
 )  # fmt: skip
 CODES = {"nf4": _NF4, "fp4": (*_FP4, *[-value for value in _FP4])}
 
-# What bitsandbytes' kernel makes, and from which size of block on it has another, slow one.
-_THEIRS, _TOO_LARGE = (torch.float32, torch.bfloat16, torch.float16), 2048
+# bitsandbytes' CPU kernel writes the dtypes FLOATS, and is slow for blocks of this size and above.
+_TOO_LARGE = 2048
 
-# Elements that are made at once: what that needs stays in a core's cache.
+# Elements that are dequantized at once, so that temporaries stay in a core's cache.
 _AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
 class FourBit(Format):
-    """weight = table[code] · absmax of its block, over the weight's elements in a row.
+    """weight = table[code] · absmax of its block, over the flattened weight [N · K].
 
-    Packed uint8 [⌈NK / 2⌉], the first of two elements in the high bits.  ``block`` elements share
-    an absmax, which need not end with a row.  It is float32 [⌈NK / block⌉]; or, with ``nested``
-    (how many share a scale of their own; 0: none), uint8 codes:
+    packed uint8 [⌈NK / 2⌉] holds the first of two codes in the high bits.  ``block`` elements share
+    an absmax, and a block may end inside a row.  absmax is float32 [⌈NK / block⌉].
 
-    absmax = code2[absmax codes] · absmax2 + offset
+    With ``nested`` > 0 the scales are quantized themselves, and ``nested`` of them share a scale:
+    absmax is uint8 codes of
+
+    code2[absmax] · absmax2 + offset
 
     with absmax2 float32 [⌈number of blocks / nested⌉], code2 float32 [256] and offset float32 [].
     """
@@ -60,10 +62,6 @@ class FourBit(Format):
     @property
     def label(self) -> str:
         return self.kind.upper()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("packed", "absmax", *(("absmax2", "code2", "offset") if self.nested else ()))
 
     @property
     def coding(self) -> Coding | None:
@@ -80,20 +78,25 @@ class FourBit(Format):
         wide, narrow = (torch.float32,), (torch.uint8,)
         packed = ((count + 1) // 2,), narrow
         if not self.nested:
-            return [packed, ((blocks,), wide)]
-        outer = [((-(-blocks // self.nested),), wide), ((256,), wide), ((), wide)]
-        return [packed, ((blocks,), narrow), *outer]
+            return {"packed": packed, "absmax": ((blocks,), wide)}
+        return {
+            "packed": packed,
+            "absmax": ((blocks,), narrow),
+            "absmax2": ((-(-blocks // self.nested),), wide),
+            "code2": ((256,), wide),
+            "offset": ((), wide),
+        }
 
     def make(
         self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """By bitsandbytes' own kernel, where somebody has imported it and has its op on a CPU.
+        """Dequantize by bitsandbytes' own CPU kernel, where its package is imported and has the op.
 
-        Not where a block ends inside a row: version 0.50 then takes another block's absmax, on CPUs
-        with AVX-512.
+        Blocks that end inside a row are left to :meth:`read`: on CPUs with AVX-512, version 0.50
+        uses the absmax of another block for them.
         """
         packed, block, columns = tensors[0], self.block, self.columns
-        if packed.device.type != "cpu" or columns % block or dtype not in _THEIRS:
+        if packed.device.type != "cpu" or columns % block or dtype not in FLOATS:
             return None
         op = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
         if op is None or block >= _TOO_LARGE:
@@ -112,8 +115,10 @@ class FourBit(Format):
         return out
 
     def _make(self, tensors: Sequence[Tensor], begin: int, end: int, out: Tensor) -> None:
-        """The elements from ``begin`` to ``end`` of the weight, in a row."""
-        block, head, tail = self.block, begin % 2, end % 2  # of a byte, that others have
+        """Write the elements from ``begin`` to ``end`` of the flattened weight."""
+        # The first and the last byte may hold an element of other rows.
+        block, head, tail = self.block, begin % 2, end % 2
+        # float32 pairs are written as float64: into a temporary if out can't be viewed so.
         odd = head or tail or out.storage_offset() % 2
         apart = odd or out.dtype != torch.float32 or not out.is_contiguous()
         count = end - begin + head + tail
@@ -132,7 +137,7 @@ class FourBit(Format):
             out.copy_(made.view(out.shape))
 
     def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
-        """Of the blocks from ``first`` to ``last``."""
+        """The float32 absmax of the blocks from ``first`` to ``last``."""
         some = tensors[1][first:last]
         if not self.nested:
             return some
@@ -143,8 +148,8 @@ class FourBit(Format):
 
 @cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
-    """For each byte the two float32 that it names, as one float64 [256]."""
-    with torch.inference_mode(False):  # what is made inside could not be used outside
+    """For each byte the two float32 values that it encodes, viewed as one float64 [256]."""
+    with torch.inference_mode(False):  # an inference tensor couldn't be used outside that mode
         code = torch.tensor(CODES[kind], dtype=torch.float32, device=device)
         byte = torch.arange(256, dtype=torch.int64, device=device)
         pairs = torch.stack([code[byte >> 4], code[byte & 15]], 1)
@@ -155,14 +160,14 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 
 _MODULES = "bitsandbytes.nn.modules"
 _REPACKS = "support_avx512bf16_for_cpu"
-# 1 / 127 is what the library multiplies SCB by, in float32.
+# The library multiplies SCB by 1 / 127 in float32.
 _FACTOR = 1.0 / 127.0
 
-PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # the one or the other
+PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # a layer has one of the states
 
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
-    """Theirs, or one of the same forward: LinearNF4, LinearFP4."""
+    """Also subclasses that keep the forward: LinearNF4, LinearFP4."""
     four_bit, int8 = (derived_from(kind, _MODULES, n) for n in ("Linear4bit", "Linear8bitLt"))
     theirs: Any = four_bit or int8
     if theirs is None or kind.forward is not theirs.forward:
@@ -180,7 +185,7 @@ def pack(layer: Any, weight: Tensor) -> None:
     if hasattr(layer, "state"):
         layer.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
         layer.state = copy(layer.state)
-        layer.state.CB = layer.state.SCB = None  # the layer takes them from its weight, again
+        layer.state.CB = layer.state.SCB = None  # the next call takes them from the weight
         return
     state = _state_of(layer)
     made = kind(
@@ -196,10 +201,10 @@ def pack(layer: Any, weight: Tensor) -> None:
 
 
 def keep_gradients(layer: Any) -> None:
-    """Let a frozen Linear4bit give x its gradient after a call in evaluation, too.
+    """Keep x's gradient available after a call of a frozen Linear4bit in evaluation mode.
 
-    On a CPU with AVX512-BF16 such a call lays the weight anew, for a kernel without gradients, and
-    rounds its absmax to bfloat16.
+    On a CPU with AVX512-BF16 such a call repacks the weight for a kernel without gradients, and
+    rounds its absmax to bfloat16.  This turns repacking off, and undoes an earlier one.
     """
     if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
         setattr(layer, _REPACKS, False)
@@ -211,19 +216,19 @@ def keep_gradients(layer: Any) -> None:
 
 
 def repack_again(layer: Any) -> None:
-    """What it was before :func:`keep_gradients`."""
+    """Undo :func:`keep_gradients`: the next call in evaluation mode may repack the weight."""
     if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
         setattr(layer, _REPACKS, sys.modules[_MODULES].has_avx512bf16())
 
 
 def before_loading(layer: Any) -> None:
-    """Let a Linear8bitLt that has been called take the SCB of a state dict: its weight has it."""
+    """Let a Linear8bitLt load SCB from a state dict after a call, which moved SCB to its state."""
     if derived_from(type(layer), _MODULES, "Linear8bitLt") and layer.state.SCB is not None:
         layer.weight.SCB = layer.state.SCB
 
 
 def _state_of(layer: Any) -> Any:
-    """The weight's state; FSDP may have made the weight anew, and then the layer still has it."""
+    """The quantization state; where FSDP has replaced the weight, only the layer still has it."""
     state = getattr(layer.weight, "quant_state", None)
     return state if state is not None else layer.quant_state
 
@@ -233,11 +238,11 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if state is None:
         return "its weight isn't quantized as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
-        # Its kernel knows no gradient.  A layer with an adapter of its weight has no other call.
+        # bitsandbytes' kernel for it has no gradient, and a call with an adapter can't use it.
         if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
-    # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
+    # A weight that FSDP has replaced lacks quant_storage, and FSDP doesn't cast bytes.
     storage = getattr(weight, "quant_storage", None) or getattr(
         layer, "quant_storage", weight.dtype
     )
@@ -250,7 +255,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if (rows, columns) != (layer.out_features, layer.in_features):
         return f"its quantization state is of a weight of shape {tuple(state.shape)}"
     packed = weight.detach()
-    if not is_dtensor(weight):  # FSDP's between calls, which nothing reads
+    if not is_dtensor(weight):  # nothing reads the shards that FSDP keeps between calls
         packed = packed.view(torch.uint8).view(-1)
     outer = state.state2 if state.nested else None
     nested = () if outer is None else (outer.absmax, outer.code, state.offset)
@@ -261,12 +266,13 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
 
 
 def _read_repacked(layer: Any, state: Any) -> PackedLayer:
-    """The weight that a call in evaluation has laid as bitsandbytes' CPU kernel reads it.
+    """A weight that a call in evaluation mode repacked for bitsandbytes' CPU kernel; copied.
 
-    A byte has, for 32 rows and two columns, the numbers of row b and row b + 16 in one column;
-    absmax is bfloat16 [blocks of a row, rows].  Copies of both are made.
+    Bytes [rows / 32, columns / 2, 16, 2]: byte (…, b, c) holds the codes of rows b and b + 16 of
+    32, in column c of two.  absmax is bfloat16 [blocks of a row, rows].
     """
     rows, columns = state.shape
+    # [rows / 32, columns / 2, half, 16, 2]; the half is the low or the high 4 bits
     laid = layer.weight.detach().view(rows // 32, columns // 2, 1, 16, 2)
     numbers = torch.cat([laid & 15, laid >> 4], 2)
     pairs = numbers[..., 0] << 4 | numbers[..., 1]
@@ -287,7 +293,7 @@ def _read_int8(layer: Any) -> PackedLayer | str:
         )
     if state.SCB is None and not hasattr(weight, "SCB"):
         return "its weight was made anew without its scales (FSDP2 does that)"
-    # The first call moves both to the state, which a move of the model to a device leaves behind.
+    # The first call moves both to the state, and moving the model to a device skips the state.
     codes = weight.CB if weight.CB is not None else state.CB
     scale = weight.SCB if weight.SCB is not None else state.SCB
     codes = (weight if codes is None else codes).detach().to(weight.device)

@@ -1,7 +1,7 @@
-"""Numbers of 8 bits with a floating point, and a scale for each block of them.
+"""float8: codes are floating-point numbers of 8 bits, and each block has a scale.
 
-And transformers' ``FP8Linear`` and ``FP8Experts``, with a scale for a block, a row or all
-(DeepSeek's, …).
+Also transformers' ``FP8Linear`` and ``FP8Experts`` (DeepSeek's checkpoints, for example), with a
+scale for each block, each row or the whole weight.
 """
 
 import sys
@@ -25,10 +25,11 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True)
 class Float8(Format):
-    """weight = code · scale of its block, the product float32's, rounded once to another dtype.
+    """weight = code · scale of its block, computed in float32 and rounded once to out's dtype.
 
-    Codes [rows, columns] of the dtype ``code``, scale [⌈rows / block_rows⌉, ⌈columns /
-    block_columns⌉].  So torchao dequantizes a Float8Tensor, and transformers a checkpoint.
+    weight [rows, columns] of the dtype ``code``, scale [⌈rows / block_rows⌉, ⌈columns /
+    block_columns⌉].  torchao dequantizes a Float8Tensor in the same way, and transformers a
+    checkpoint.
     """
 
     code: str
@@ -36,7 +37,6 @@ class Float8(Format):
     block_columns: int
 
     label: ClassVar[str] = "float8"
-    names: ClassVar[tuple[str, ...]] = ("weight", "scale")
 
     def expected(self) -> Expected:
         if self.code not in CODES:
@@ -45,7 +45,7 @@ class Float8(Format):
             raise ValueError(f"blocks of {self.block_rows} × {self.block_columns} came: too small")
         blocks = -(-self.rows // self.block_rows), -(-self.columns // self.block_columns)
         code: torch.dtype = getattr(torch, self.code)
-        return [((self.rows, self.columns), (code,)), (blocks, _SCALES)]
+        return {"weight": ((self.rows, self.columns), (code,)), "scale": (blocks, _SCALES)}
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = tensors
@@ -64,13 +64,13 @@ class Float8(Format):
 
     def coded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         codes, scale = tensors
-        # Kernels read no float8_e8m0fnu; there are few.
+        # Kernels can't read float8_e8m0fnu; converting the few scales costs little.
         wide = scale.float() if scale.dtype == torch.float8_e8m0fnu else scale
         return codes.view(torch.uint8), wide
 
 
 def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
-    """Each ``width`` columns by their scale; the last ones may be fewer."""
+    """Multiply each ``width`` columns by their scale; the last block may be narrower."""
     whole = values.shape[1] // width
     if whole:
         values[:, : whole * width].unflatten(1, (whole, width)).mul_(scale[:, :whole, None])
@@ -78,12 +78,12 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
         values[:, whole * width :].mul_(scale[:, whole:])
 
 
-# transformers' layers of it.
+# transformers' float8 layers.
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 
 PARTS: tuple[str, ...] = ("weight", "weight_scale_inv")
-SCALE = "_scale_inv"  # behind a weight's name
+SCALE = "_scale_inv"  # the suffix of a scale's name after the weight's
 
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
@@ -107,10 +107,10 @@ def read(layer: Any) -> PackedLayer | str:
 
 @checked("its {1} is")
 def experts_weight(experts: Any, name: str) -> Quantized:
-    """A weight of ``FP8Experts`` as a stack [E, N, K], of its own memory; or why it can't be read.
+    """A weight of ``FP8Experts`` as a stack [E, N, K] without a copy, or why it can't be read.
 
-    With blocks each scale is that of one, as their own dequantization has it.  Without, there is a
-    scale for all of an expert, for each half of its rows (gate and up), or for each row.
+    With ``block_size`` each block has a scale.  Without it an expert has one scale, one for each
+    half of its rows (gate and up), or one for each row.
     """
     codes, scale = getattr(experts, name).detach(), getattr(experts, f"{name}{SCALE}").detach()
     _, n, k = codes.shape
@@ -122,7 +122,7 @@ def experts_weight(experts: Any, name: str) -> Quantized:
 
 
 def _block(layer: Any) -> tuple[int, int]:
-    """How many rows and columns share a scale."""
+    """The rows and columns that share a scale."""
     rows, columns = layer.weight.shape
     scale = layer.weight_scale_inv
     if scale.numel() == 1:

@@ -1,7 +1,7 @@
-"""A weight that is packed: its format, and its tensors.
+"""A packed weight: its format and its tensors.
 
-A format is a frozen record of numbers, a subclass each.  It says which tensors it needs, checks
-them, makes rows of the weight from them, and states what kernels read of them.
+Each format is a frozen dataclass of numbers.  It lists the tensors that it needs, checks them,
+dequantizes rows of the weight, and describes the tensors to the kernels that read them.
 """
 
 from ast import literal_eval
@@ -15,16 +15,15 @@ from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 from ..blocks import rows_at_a_time
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what scales may be
-Expected = Sequence[tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
+Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name: shape and dtypes
 _KNOWN: dict[str, type["Format"]] = {}
 
 
 class Coding(NamedTuple):
-    """How kernels read a weight that they make themselves: the fields of ``kernels.Packed`` that
-    are numbers and words (kernels/packed.py says what they mean).
+    """How kernels dequantize a weight: the fields of ``kernels.Packed`` that aren't tensors.
 
-    ``outer_block`` 0: if there are outer scales, a weight has one.
+    kernels/packed.py explains each field.  ``outer_block`` 0: a weight has one outer scale, if any.
     """
 
     kind: str  # "four-bit", "int8" or "float8"
@@ -38,50 +37,52 @@ class Coding(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """What packed tensors stand for: a weight [``rows``, ``columns``].
+    """How packed tensors represent a weight [``rows``, ``columns``].
 
-    Fields of a subclass are whole numbers, numbers, words and switches, so that a text can carry
-    them; one called ``compute`` names the dtype in which the vendor dequantizes.
+    A subclass has only fields of type int, float, str and bool, so that :attr:`text` can hold them.
+    A field ``compute`` names the dtype of the vendor's own dequantization.
     """
 
     rows: int
     columns: int
-    # Dimensions of the first tensor; a stack's has more.
+    # Dimensions of the first tensor of one weight; a stack adds one.
     dims: ClassVar[int] = 2
 
     def __init_subclass__(cls) -> None:
-        if not cls.__name__.startswith("_"):  # what formats have in common
+        if not cls.__name__.startswith("_"):  # a base class has one
             _KNOWN[cls.__name__] = cls
-        cls.__hash__ = Format.__hash__  # type: ignore[method-assign]  # and no dataclass's
+        # A dataclass would generate its own, without source lines.
+        cls.__hash__ = Format.__hash__  # type: ignore[method-assign]
 
     def __hash__(self) -> int:
         return hash((self.rows, self.columns))
 
     @property
     def label(self) -> str:
-        """What people call it, for a report: "NF4"."""
+        """The format's usual name, for reports: "NF4"."""
         raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the tensors are called, in their order."""
-        raise NotImplementedError
+        """The names of the tensors, in order."""
+        return tuple(self.expected())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight that was packed, as far as the format knows it."""
+        """The dtype of the original weight, where the format records it; float32 otherwise."""
         return getattr(torch, getattr(self, "compute", "float32"))
 
     def expected(self) -> Expected:
-        """Shape and possible dtypes of each tensor.  Raises ValueError for wrong numbers."""
+        """Name, shape and allowed dtypes of each tensor.  Raises ValueError for invalid fields."""
         raise NotImplementedError
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise ValueError unless the tensors are this format's: what came, and what fits."""
-        expected, names = self.expected(), self.names
-        if len(tensors) != len(names):
-            raise ValueError(f"{len(tensors)} tensors came, but there must be {', '.join(names)}")
-        for name, tensor, (shape, dtypes) in zip(names, tensors, expected, strict=True):
+        """Raise ValueError unless the tensors fit the format: it says what came, and what fits."""
+        expected = self.expected()
+        if len(tensors) != len(expected):
+            names = ", ".join(expected)
+            raise ValueError(f"{len(tensors)} tensors came, but there must be {names}")
+        for tensor, (name, (shape, dtypes)) in zip(tensors, expected.items(), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"its {name} has shape {tuple(tensor.shape)}, but must be {shape}")
             if tensor.dtype not in dtypes:
@@ -91,40 +92,41 @@ class Format:
                 raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        """``len(out)`` rows from ``first`` on, written to ``out`` [rows, columns], and it.
+        """Write ``len(out)`` rows from ``first`` on to ``out`` [rows, columns]; return ``out``.
 
-        Bit for bit what the vendor's own dequantization gives in out's dtype, which is floating;
-        out's rows may lie apart, their elements don't.
+        The bits equal the vendor's own dequantization in out's dtype, which is floating.  The last
+        stride of out is 1; its rows may have gaps between them.
         """
         raise NotImplementedError
 
     def make(
         self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """The same rows as a new tensor, where that is faster than to fill one; else None."""
+        """The same rows as a new tensor of any strides, where this is faster; otherwise None."""
         return None
 
     @property
     def coding(self) -> Coding | None:
-        """What :meth:`coded` gives; None: no kernel reads it, and torch's operations make it dense.
+        """How kernels read the tensors of :meth:`coded`; None: no kernel reads the format.
 
-        The backend knows what its kernels can't do: blocks that are no power of two, for one.
+        The Triton backend rejects codings that its kernels can't handle, for example blocks whose
+        size is no power of two.
         """
         return None
 
     def coded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Of a weight or a stack what kernels read: codes, scales, and if they are codes, outer."""
+        """The tensors that kernels read, of a weight or a stack: codes, scales, outer scales."""
         return tensors
 
     @property
     def text(self) -> str:
-        """The record as words, for :func:`from_text`."""
-        values = [str(getattr(self, name)) for name in self.__match_args__]  # of the dataclass
+        """The record as words, for :func:`from_text`: "Affine 8 16 8 1 16 False 1.0"."""
+        values = [str(getattr(self, name)) for name in self.__match_args__]  # the fields, in order
         return " ".join([type(self).__name__, *values])
 
 
 def from_text(text: str) -> Format:
-    """The format that :attr:`Format.text` tells of.  Raises ValueError for any other text."""
+    """The format that :attr:`Format.text` describes.  Raises ValueError for any other text."""
     name, *words = text.split(" ")
     kind = _KNOWN.get(name)
     if kind is None or len(words) != len(kind.__match_args__):
@@ -133,7 +135,7 @@ def from_text(text: str) -> Format:
 
 
 def _value_of(word: str) -> Any:
-    """A number or a switch, as Python writes it; any other word is itself."""
+    """The value of a Python literal (number or bool); any other word unchanged."""
     try:
         return literal_eval(word)
     except (ValueError, SyntaxError):
@@ -141,17 +143,17 @@ def _value_of(word: str) -> Any:
 
 
 class Quantized(NamedTuple):
-    """A weight [N, K] that is packed, a :class:`fastlora.blocks.Source`: none of it ever trains.
+    """A packed weight [N, K]; it implements :class:`fastlora.blocks.Source` and never trains.
 
-    It stands where a :class:`fastlora.projection.Base` has a plain weight.  A stack [E, N, K], of
-    experts, has the format of one of them, and each tensor E of them.
+    It replaces the plain weight of a :class:`fastlora.projection.Base`.  For a stack [E, N, K] of
+    experts ``format`` describes one expert, and each tensor has a leading dimension E.
     """
 
     format: Format
     tensors: tuple[Tensor, ...]
 
     def size(self) -> torch.Size:
-        """Its shape, for what torch.compile traces: before 2.13 it reads no property of a tuple."""
+        """The shape, as a method: torch.compile before 2.13 can't read a property of a tuple."""
         codes = self.tensors[0].shape
         lead = codes[: len(codes) - self.format.dims]
         return torch.Size((*lead, self.format.rows, self.format.columns))
@@ -162,7 +164,7 @@ class Quantized(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The format's, not that of a call."""
+        """The dtype of the format; a call may use another one."""
         return self.format.dtype
 
     @property
@@ -177,7 +179,7 @@ class Quantized(NamedTuple):
         return len(self.size())
 
     def check(self) -> None:
-        """Raise ValueError unless the tensors are the format's: what came, and what fits."""
+        """Raise ValueError unless the tensors fit the format: it says what came, and what fits."""
         if self.dim() != 3:
             self.format.check(self.tensors)
             return
@@ -190,16 +192,16 @@ class Quantized(NamedTuple):
         self.format.check(self.one(0).tensors)
 
     def one(self, expert: int) -> "Quantized":
-        """The weight of one of a stack, as views."""
+        """The weight of one expert of a stack, as views."""
         return Quantized(self.format, tuple([tensor[expert] for tensor in self.tensors]))
 
     def unbind(self) -> list["Quantized"]:
-        """The weight of each of a stack, as views."""
+        """The weights of all experts of a stack, as views."""
         tensors = zip(*[tensor.unbind() for tensor in self.tensors], strict=True)
         return [Quantized(self.format, of_one) for of_one in tensors]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in this dtype, new."""
+        """The whole weight in this dtype, as a new tensor."""
         with torch.no_grad():
             if self.dim() == 3:
                 out = torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -208,7 +210,7 @@ class Quantized(NamedTuple):
                 return out
             made = self.format.make(self.tensors, 0, self.format.rows, dtype)
             if made is not None:
-                return made
+                return made.contiguous()
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
             step = rows_at_a_time(out)
             for first in range(0, len(out), step):
@@ -217,14 +219,15 @@ class Quantized(NamedTuple):
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As a text and a record hold it: float16."""
+    """The dtype's name as records hold it: "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def of_rows(values: Tensor, first: int, count: int, block_rows: int) -> Tensor:
-    """Those of ``count`` rows from ``first`` on: [count, n], or [1, n] if they are in one block.
+    """Expand a value per block of rows to a value per row, for ``count`` rows from ``first`` on.
 
-    ``values``: [blocks of rows, n], or without columns.
+    values [blocks, n] -> [count, n], or [1, n] where one block contains all these rows.  ``values``
+    may also be [blocks].
     """
     some = values[first // block_rows : (first + count - 1) // block_rows + 1]
     if block_rows == 1 or len(some) == 1:

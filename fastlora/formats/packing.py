@@ -1,4 +1,4 @@
-"""Dense weights packed: NF4, MXFP4, NVFP4 and float8, a matrix or a stack of experts' matrices."""
+"""Packing of dense weights as NF4, MXFP4, NVFP4 or float8: a matrix, or a stack of experts."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -13,13 +13,13 @@ from .float8 import Float8
 from .format import Quantized
 from .microscaled import MXFP4, NVFP4, powers_of
 
-# Of e4m3 its largest number and its smallest normal one, and the largest of e2m1.
+# e4m3's largest number and its smallest normal number, and e2m1's largest number.
 _LARGEST, _SMALLEST, _LARGEST_E2M1 = 448.0, 2.0**-6, 6.0
 _NF4_BLOCK, _FLOAT8_BLOCK = 64, 128
-# What is smaller counts as nothing in a scale whose reciprocal would be infinite.
+# Smaller magnitudes count as 0, because the reciprocal of such a scale would be infinite.
 _NOTHING = 2.0**-100
-# Where each of e2m1's magnitudes ends.  What is halfway goes to the even code: where that is the
-# next one, the bound is the number before.
+# The upper bound of each e2m1 magnitude (0, 0.5, 1, 1.5, 2, 3, 4).  A value halfway between two
+# codes goes to the even code: where the upper one is even, the bound is the float32 number below.
 _BOUNDS = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
 
 
@@ -27,15 +27,16 @@ def pack_weight(weight: Tensor, kind: str) -> Quantized:
     """weight [N, K] or [E, N, K], of any floating dtype, packed as one of :data:`KINDS`.
 
     * "nf4": bitsandbytes' quantizer, blocks of 64 with float32 scales;
-    * "mxfp4": as torchao's ``to_mx`` in ``ScaleCalculationMode.EVEN``, which errs least: 4 times a
-      block's scale is its largest magnitude, rounded to e2m1's two digits, without its mantissa;
+    * "mxfp4": as torchao's ``to_mx`` with ``ScaleCalculationMode.EVEN``, which has the least error:
+      a block's largest magnitude is rounded to e2m1's two significant bits, and the scale is the
+      power of two in that number, divided by 4;
     * "nvfp4": as torchao's ``to_nvfp4`` with ``per_tensor_amax_to_scale``;
     * "fp8": e4m3fn with a float32 scale for each 128 × 128, as transformers' ``Fp8Quantize``; the
       last blocks may have fewer rows and columns.
 
-    A number goes to the nearest code, of two to the even one.  One matrix is packed at a time.
+    Each number is rounded to the nearest code, ties to even.  One matrix is packed at a time.
     Raises ValueError for another kind or shape, for infinities and NaN, and where blocks don't fill
-    a row; ImportError where bitsandbytes is needed and not there.
+    a row.  Raises ImportError where bitsandbytes is needed but not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
@@ -78,7 +79,7 @@ def _matrices(weight: Tensor) -> Tensor:
 
 
 def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What ``pack`` makes of the weight in float32, a block of rows at a time."""
+    """The tensors that ``pack`` returns for the weight in float32, a block of rows at a time."""
     step = max(1, rows_at_a_time(weight) // _FLOAT8_BLOCK) * _FLOAT8_BLOCK
     some = [weight[first : first + step] for first in range(0, len(weight), step)]
     parts = [pack(rows.float().contiguous()) for rows in some]
@@ -86,7 +87,7 @@ def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tu
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """Codes of values [n, blocks, block], two in a byte: [n, columns / 2]."""
+    """Codes of values [n, blocks, block], two in a byte -> uint8 [n, columns / 2]."""
     bounds = torch.tensor(_BOUNDS, dtype=torch.float32, device=values.device)
     codes = torch.bucketize(values.abs(), bounds, out_int32=True).byte()
     codes = codes.bitwise_or_(values.signbit().byte() << 3).flatten(1)
@@ -100,8 +101,8 @@ def _mxfp4(weight: Tensor) -> Quantized:
     def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
         blocks = rows.unflatten(1, shape)
         largest = blocks.abs().amax(-1)
-        # Half of e2m1's last digit is added to float32's bits, and may carry into the exponent.
-        # With a scale above 2¹²⁵ the largest codes would be infinite.
+        # Adding 2²¹ (half of the mantissa bit that e2m1 keeps) to float32's bits rounds, and may
+        # carry into the exponent.  A scale above 2¹²⁵ would make the largest codes infinite.
         scale = ((largest.view(torch.int32) + 2**21) >> 23).sub_(2).clamp_(0, 252).byte()
         return _e2m1(blocks * powers_of(254 - scale)[..., None]), scale
 

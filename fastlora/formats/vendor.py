@@ -1,4 +1,4 @@
-"""What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
+"""The protocol of a vendor's file, and the record that it reads from a layer."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,19 +11,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..foreign import is_dtensor
 from .format import Quantized
 
-SHARDED = "its weight is sharded (DTensor)"  # why a PackedLayer that isn't whole isn't called
-# What reading a broken layer raises.
+SHARDED = "its weight is sharded (DTensor)"  # the reason where PackedLayer.is_whole is False
+# Errors from reading a broken layer.
 _BROKEN = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class PackedLayer(NamedTuple):
-    """A vendor's linear layer: its weight, and which dtypes its calls go through.
+    """A vendor's linear layer: its weight, and the dtypes of its calls.
 
-    ``compute_dtype``: that in which it computes; None: in x's.  ``restores``: whether y has x's
-    dtype nevertheless, and under autocast too.  ``rounds_input``: whether its own forward, without
-    an adapter, rounds x to fewer bits, which no call here does.
+    compute_dtype: the dtype of the layer's products; None: x's dtype.
+    restores: y has x's dtype whatever ``compute_dtype`` is, also under autocast.
+    rounds_input: the layer's own forward rounds x to fewer bits.  fastlora's calls never do.
     """
 
     weight: Quantized
@@ -33,15 +33,15 @@ class PackedLayer(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether a call can read it: FSDP has a part of a tensor between calls (a DTensor)."""
+        """Whether calls can read the weight: between calls FSDP keeps only a shard (a DTensor)."""
         return not any(map(is_dtensor, self.weight.tensors))
 
     def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``run`` makes of x in the layer's dtypes."""
+        """``run(x)`` in the layer's dtypes."""
         return self.run(x, lambda x: (run(x), None))[0]
 
     def run(self, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-        """The same, and what ``run`` says beside; None if x or what comes out had to be cast."""
+        """The same for a ``run`` that returns a pair; the second is None if x or y was cast."""
         inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
         y, call = run(inside)
         outside = y.to(x.dtype) if self.restores else y
@@ -49,9 +49,10 @@ class PackedLayer(NamedTuple):
 
 
 def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
-    """What reads a layer, or a weight of experts, with a check of the tensors that it reads.
+    """Decorate a function that reads a layer or a weight of experts: check the tensors it returns.
 
-    Where either fails it says that ``what`` is broken, "its blocks are"; {0} is its argument.
+    If reading or checking fails, the function returns "``what`` broken: …" instead.  ``what`` is a
+    phrase such as "its blocks are"; {0} in it is the function's first argument.
     """
 
     def with_check(read: Callable[P, T]) -> Callable[P, T | str]:
@@ -73,40 +74,41 @@ def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
 
 
 class Vendor(Protocol):
-    """A module with these.  It never imports its vendor: who has such a layer did.
+    """A module with these names.  It never imports its vendor; the layer's module already has.
 
-    ``PARTS`` names the attributes of a layer that are its weight: the packed tensor, then others.
+    ``PARTS`` names the attributes of a layer that form its weight, the packed tensor first.
     """
 
     PARTS: tuple[str, ...]
 
     def owns(self, layer: Any, kind: type[nn.Module]) -> bool:
-        """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
+        """Whether this layer is a linear layer of the vendor's: x weightᵀ + bias, by its class.
 
-        It computes x weightᵀ + bias, as far as its class can tell.
+        ``kind`` is the layer's original class, which fastlora may have replaced.
         """
 
     def read(self, layer: Any) -> PackedLayer | str:
-        """The layer's weight as it is now, or why it can't be read."""
+        """The layer's current weight, or the reason why it can't be read."""
 
     def pack(self, layer: Any, weight: Tensor) -> None:
-        """Make weight [N, K] the layer's own, packed as the layer's is by the vendor's quantizer.
+        """Replace the layer's weight by ``weight`` [N, K], packed by the vendor's quantizer.
 
-        What was there stays as it is, in no place.  Raises ValueError where there is no such.
+        The settings stay the same, and the old tensors aren't written to.  Raises ValueError if the
+        vendor has no quantizer for the format.
         """
 
 
 class Once:
-    """A question about a tensor's values, asked once: on a GPU the answer waits for it.
+    """A cached predicate on a tensor's values: on a GPU each evaluation would synchronize.
 
-    A tensor that changed is looked at again.
+    A new tensor, or a new version of a tensor, is evaluated again.
     """
 
     def __init__(self) -> None:
-        self._seen = WeakTensorKeyDictionary()  # of each tensor: its version, and the answer
+        self._seen = WeakTensorKeyDictionary()  # tensor -> (version, answer)
 
     def ask(self, tensor: Tensor, question: Callable[[Tensor], bool]) -> bool:
-        """False in a graph of torch.compile's, which holds no value of a tensor."""
+        """The answer for this tensor; False while torch.compile traces, without any values."""
         if torch.compiler.is_compiling():
             return False
         version = None if tensor.is_inference() else tensor._version

@@ -1,4 +1,8 @@
-"""The formula by torch's own operations, which everything of torch's can follow."""
+"""The composite path: the formula by torch's own operations.
+
+It supports all modes and transforms of torch, and is the reference for second-order gradients.  It
+also serves calls of few rows on a CPU (:func:`of_few_rows`), where a node costs more than it saves.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,14 +15,17 @@ from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
 
-# Makes drop(x) of what number of adapter, x's rows, and whose they are.
+# drop(number of the adapter, its rows of x, their segment or None) -> the rows after dropout.
 Drop = Callable[[int, Tensor, Share | None], Tensor]
 
 
 def run_composite(
     x: Tensor, outputs: Sequence[Output[Tensor]], drop: Drop | None, rows: Rows | None = None
 ) -> tuple[Tensor, ...]:
-    """Every output of x, which may be nested where its rows aren't cut."""
+    """Every output of x.  x may be nested if ``rows`` is None.
+
+    Each segment is computed separately, and its result is added to the rows of the segment.
+    """
     if rows is None:
         return _of_rows(x, outputs, drop, None)
     matrix = x.reshape(-1, x.shape[-1])
@@ -30,7 +37,7 @@ def run_composite(
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
     numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.shares_of(len(matrix)) if len(matrix) else ():
-        at = take(numbers.unsqueeze(1), share, items).flatten()
+        at = take(numbers.unsqueeze(1), share, items).flatten()  # the segment's row numbers
         parts = [rows.part(output, share.segment) for output in outputs]
         added = _of_rows(matrix[at], parts, drop, share)
         ys = [y.index_add(0, at, more) for y, more in zip(ys, added, strict=True)]
@@ -40,6 +47,7 @@ def run_composite(
 def _of_rows(
     x: Tensor, outputs: Sequence[Output[Tensor]], drop: Drop | None, share: Share | None
 ) -> tuple[Tensor, ...]:
+    """Every output of rows that all use the same weights: all rows of a call, or one segment."""
     ys, number = [], 0
     for (weight, bias), adapters in outputs:
         if isinstance(weight, Quantized):
@@ -58,10 +66,14 @@ def _of_rows(
 
 
 def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tensor:
-    """y + scale · x lora_aᵀ lora_bᵀ, in the wider of their dtypes, and rounded to x's."""
+    """y + scale · x lora_aᵀ lora_bᵀ, computed in the widest dtype of x and the adapter.
+
+    The sum is rounded to x's dtype.  ``y`` None counts as zero.
+    """
     lora_a, lora_b, scale = adapter
     scale, dtype = float(scale), x.dtype
-    if x.is_nested and y is not None:  # which lora_a never is
+    # A nested x isn't widened, but the dense lora_a is cast to its dtype.
+    if x.is_nested and y is not None:
         thin = linear(x, scale * lora_a.to(dtype))
         return y + linear(thin, lora_b.to(dtype))
     wide = torch.promote_types(dtype, torch.promote_types(lora_a.dtype, lora_b.dtype))
@@ -72,10 +84,10 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
 
 
 def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
-    """The only output of a few rows of x, flat, with as little around the products as can be.
+    """The only output of a call with few rows; ``inputs`` are x and the flat tensors.
 
-    A call with torch's own operations alone is all overhead: 24 µs at one row of 256, of which
-    these lines, in the place of the general ones, save 9.
+    This function saves 9 of the 24 µs that :func:`run_composite` takes for one row with 256
+    features.  Such calls are almost only overhead (docs/performance.md, "Few rows").
     """
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -92,21 +104,22 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
             dropped, factor = torch.where(keep, rows, 0.0), factor / (1.0 - call.dropout)
         if lora_a.dtype == y.dtype:
             y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
-        else:  # float32 beside 16 bits: in float32
+        else:  # a float32 adapter and a 16-bit x: multiply in float32
             y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]
-    # No view: hooks on one are lost when it is changed in place, and one made in no_grad can't be.
+    # Not a view, because an in-place change of a view drops its hooks, and is an error if no_grad
+    # made the view.
     return torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.resize_(shape)
 
 
 def torch_s_dropout(p: float, rows: Rows | None = None) -> Drop:
-    """torch's own, with this probability, or each adapter's."""
-    of_each = None if rows is None or rows.numbers is None else rows.numbers.dropouts
+    """torch's dropout with probability p; with many adapters, with each adapter's probability."""
+    probabilities = None if rows is None or rows.numbers is None else rows.numbers.dropouts
 
     def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
-        its_p = p if of_each is None or share is None else of_each[share.segment]
-        return dropout(x, its_p) if its_p else x
+        own_p = p if probabilities is None or share is None else probabilities[share.segment]
+        return dropout(x, own_p) if own_p else x
 
     return drop

@@ -1,7 +1,14 @@
-"""Dispatch: which path a call takes under torch's modes at this moment, and autocast.
+"""Dispatch: the path of a call under torch's present modes, and autocast.
 
-The paths are the autograd node, the registered op, and the composite one, by torch's own
-operations.  The op handles autocast: x and the weight are cast as ``nn.Linear`` casts them.
+A call takes one of three paths.  They compute the same formula:
+
+* The autograd node (:mod:`.node`) runs a backend directly.  Plain eager calls take it.
+* The registered op (:mod:`.library`) runs the same code through torch's dispatcher, for
+  ``torch.compile``, export, tensor subclasses and dispatch modes.
+* The composite path (:mod:`.composite`) consists of torch's own operations, for nested tensors,
+  ``torch.func``, forward-mode differentiation and tracing.
+
+Autocast casts x and the weight as in ``nn.Linear``, on all paths.
 """
 
 from collections.abc import Sequence
@@ -16,15 +23,15 @@ from ..formats.format import Quantized
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
 
 NODE, OP, COMPOSITE = "node", "op", "composite"
-# Up to so many rows a node costs more than it saves (docs/performance.md).
+# Up to this many rows a node takes more time than it saves (docs/performance.md, "Few rows").
 MOST_ROWS = 32
 _OFF = nullcontext()
 
 
 def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
-    """The path of a call with this x at this moment, and why it isn't the node; "" if it is.
+    """The path of a call with this x now, and the reason; the reason is "" for the node.
 
-    ``is_cut``: its rows are cut by numbers in a tensor, which only a real one has.
+    ``is_cut``: whether a tensor holds the ends of segments, as with experts and many adapters.
     """
     reason = why_composite(x)
     if reason:
@@ -33,15 +40,15 @@ def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
         return OP, "it is compiled"
     if not is_plain(x):
         return OP, f"x is a {type(x).__name__}"
-    if torch._C._len_torch_dispatch_stack():  # selective checkpointing, a FLOP counter …
-        return OP, "a dispatch mode follows torch's operations"
+    if torch._C._len_torch_dispatch_stack():  # e.g. selective checkpointing, a FLOP counter
+        return OP, "a dispatch mode is active"
     if is_cut and x.is_meta:
-        return OP, "on meta the ends of segments hold nothing"
+        return OP, "on meta the ends of segments have no values"
     return NODE, ""
 
 
 def why_composite(x: Tensor) -> str:
-    """Why a node can't follow x, or what is done with the call; "" if it can."""
+    """Why the call must take the composite path; "" if it needn't."""
     if x.is_nested:
         return "x is nested"
     if torch._C._are_functorch_transforms_active():
@@ -52,9 +59,9 @@ def why_composite(x: Tensor) -> str:
 
 
 def why_not_here() -> str:
-    """Why a call that was torch's or PEFT's stays theirs at this moment; "" if it needn't."""
+    """Why an optimized module runs its original forward now; "" if it needn't."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # the program should need PyTorch alone
+        if torch.compiler.is_exporting():  # an exported program should need only PyTorch
             return "the model is being exported"
     elif torch.jit.is_tracing():
         return "the model is being traced"
@@ -66,28 +73,32 @@ def why_not_here() -> str:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a node of several calls can follow x; it may run under a dispatch mode."""
+    """Whether a node of several calls can take x; unlike NODE, dispatch modes are allowed."""
     return not (why_composite(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
 def is_ordinary(x: object) -> bool:
-    """Whether nothing but autograd follows a call made at this moment with this x."""
+    """Whether a call with this x takes the node now."""
     return isinstance(x, Tensor) and path_of(x)[0] == NODE
 
 
 def follows(x: object) -> bool:
-    """Whether a composition of calls with this x now can be nodes that keep less than its steps."""
+    """Whether autograd records calls with x now, and x takes the node.
+
+    Then a gated MLP, for example, can run as nodes that save less than its layers.
+    """
     return torch.is_grad_enabled() and is_ordinary(x)
 
 
 def has_few_rows(x: Tensor) -> bool:
+    """Whether x is on a CPU and has 1 to ``MOST_ROWS`` rows."""
     return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
 def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
-    """Whether x has few rows on a CPU, and one output, so that a node would be the slower way.
+    """Whether x has few rows on a CPU, and one output, so that a node would be slower.
 
-    There a call is all overhead, and a node of Python costs more than all of its products.
+    Such a call is almost only overhead, and a node in Python takes longer than its products.
     """
     if backend != "torch" or len(outputs) > 1 or not has_few_rows(x):
         return False
@@ -96,17 +107,18 @@ def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
         return False
     if dtype in HALF_DTYPES and is_slow(dtype):
         return False
-    # 16-bit adapters aren't: torch would round h before it is scaled.
+    # 16-bit adapters need the node, because torch would round h to 16 bits before scaling it.
     wide = torch.promote_types(dtype, torch.float32)
     return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
 
 
 def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a device type; torch refuses the question for meta."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """In which dtype autocast now runs calls with this x; None where it is off."""
+    """The dtype to which autocast casts calls with this x now; None if it is off."""
     if not torch._C._is_any_autocast_enabled() or not autocast_is_on(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
@@ -117,8 +129,8 @@ def autocast_inputs(
 ) -> tuple[Tensor, Sequence[Output[Tensor]]]:
     """x and the weights in autocast's dtype.
 
-    float64 stays as it is, and so does a packed weight; adapters and biases are cast later, as they
-    are read.
+    float64 tensors and packed weights aren't cast.  Backends cast adapters and biases when they
+    read them.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in AUTOCAST_DTYPES:
@@ -132,5 +144,5 @@ def autocast_inputs(
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:
-    """Inside, torch's own products run in the dtypes that they are given."""
+    """A context without autocast, so that torch's products keep the dtypes of their inputs."""
     return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else _OFF

@@ -1,14 +1,16 @@
-"""DoRA: a LoRA layer whose merged weight has rows of a trained length (docs/maths.md).
+"""DoRA: a LoRA layer that also trains the length of each row of its merged weight.
 
-The formulas are those of Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv
-2402.09353), with dropout as PEFT has it: on all that the magnitude changes.
+Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353).  Dropout acts
+as in PEFT, on every term that the magnitude scales.  docs/maths.md has the gradients.  A layer with
+1024 rows and features takes 38 % less time than PEFT's layer, and saves 6.0 MiB for the backward in
+place of 24 MiB (``make bench``, docs/results.md).
 
-    n    = ‖weight + scale · lora_b lora_a‖, a number for each row; no gradient flows through it
+    n    = ‖weight + scale · lora_b lora_a‖                     [N], a norm for each row, detached
     gain = magnitude / n
     z    = xd weightᵀ + scale · xd lora_aᵀ lora_bᵀ              xd = drop(x)
     y    = gain ∘ z + (x - xd) weightᵀ + bias
 
-Without dropout, xd is x and the product of the difference falls away.
+Without dropout, xd is x, so the product with x - xd is omitted.
 """
 
 from collections.abc import Callable
@@ -36,12 +38,17 @@ def dora_linear(
     drop: Callable[[Tensor], Tensor] | None = None,
     norm: Tensor | None = None,
 ) -> Tensor:
-    """y of the module's formulas, [..., N].
+    """y of a DoRA layer, [..., N], by the formulas at the top of this file.
 
-    Shapes, dtypes and errors are those of :func:`lora_linear`; magnitude and ``norm`` are [N] of
-    any floating dtype.  ``drop`` makes xd of x; None is no dropout.  ``norm`` is n, where it is
-    known (:func:`dora_norm`).  For the backward x is kept, or xd and what ``drop`` keeps, and z,
-    and the h of a LoRA layer.  Raises ValueError for a magnitude or norm of another shape too.
+    x, weight, lora_a, lora_b, bias and ``scale`` have the shapes and dtypes of
+    :func:`fastlora.lora_linear`.  magnitude is [N], of any floating dtype.  ``drop`` maps x to xd;
+    None means no dropout.  ``norm`` [N] is n, if the caller knows it; otherwise :func:`dora_norm`
+    computes it.
+
+    Saved for backward: x or xd, the tensors that ``drop`` saves, z [..., N], and h [M, r].
+
+    Raises the errors of :func:`fastlora.lora_linear`, and ValueError if magnitude or ``norm`` isn't
+    [N].
     """
     for name, vector in (("magnitude", magnitude), ("norm", norm)):
         if vector is not None and vector.shape != weight.shape[:1]:
@@ -59,7 +66,7 @@ def dora_linear(
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """n of the module's formulas, [N], in float32 or wider, without a gradient."""
+    """n, the norm of each row of the merged weight: [N], in float32 or float64, detached."""
     if torch.compiler.is_compiling():
         if isinstance(weight, Quantized):
             tensors, text = list(weight.tensors), weight.format.text
@@ -73,7 +80,8 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
 class GainFunction(torch.autograd.Function):
     """gain ∘ (z - bias) + bias for z [..., N] and gain and bias [N], in z's dtype.
 
-    Where the gain is 1, it is z to the last bit.  It keeps z, if the gain trains.
+    If the gain is 1, the result equals z bit by bit.  z is saved for backward if the gain needs a
+    gradient.  Rows are processed in blocks that stay in cache.
     """
 
     @staticmethod
@@ -98,9 +106,9 @@ class GainFunction(torch.autograd.Function):
 
 
 def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gain ∘ (z - bias) + bias, rounded to z's dtype once."""
+    """gain ∘ (z - bias) + bias, computed as gain ∘ z + (1 - gain) ∘ bias, rounded once."""
     shift = None if bias is None else (1.0 - gain) * bias
-    if _is_followed(z):
+    if _is_recorded(z):
         return (z * gain if shift is None else torch.addcmul(shift, z, gain)).to(z.dtype)
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     step, rows = rows_at_a_time(z), (-1, z.shape[-1])
@@ -113,9 +121,9 @@ def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
-    """Σ dy ∘ z over all rows: [N], in float32 or wider."""
+    """Σ dy ∘ z over all rows: [N], in float32 or float64."""
     dy, z, wide = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), wide_dtype(z)
-    if _is_followed(dy):
+    if _is_recorded(dy):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
     step = rows_at_a_time(z)
@@ -124,6 +132,6 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     return total
 
 
-def _is_followed(tensor: Tensor) -> bool:
-    """Whether something follows what is done with it: nothing may be written into a buffer."""
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether autograd, torch.compile or vmap records operations, so ``out=`` isn't allowed."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])

@@ -1,6 +1,7 @@
-"""The functional API: public functions that check a call, in the caller's words, and run it.
+"""The functional API: public functions that check a call and run it.
 
-A call whose key is cached (:mod:`.kinds`) passed the checks before, and skips them.
+Errors use the argument names of the called function.  A call with a cached key (:mod:`.kinds`)
+skips the checks, because an equal call passed them.
 """
 
 from collections.abc import Sequence
@@ -30,35 +31,39 @@ def lora_linear(
 ) -> Tensor:
     """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, as one autograd node.
 
-    The formula is that of Hu et al., arXiv 2106.09685.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
 
-    ``weight`` may be packed (docs/quantized.md): then it has no dtype to agree with x's, gets no
-    gradient, and no dense copy of it outlives the call.
+    Shapes: x [..., K]; weight [N, K]; lora_a [r, K]; lora_b [N, r]; bias [N]; the result is
+    [..., N].  x may have any leading dimensions, also none or empty ones, and any strides.
 
-    Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
-    [N, K]; lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
+    Dtypes: x and weight have one dtype: float16, bfloat16, float32 or float64.  Each of lora_a,
+    lora_b and bias may have any of these dtypes; float32 beside a 16-bit x is usual.  They are cast
+    when they are read, and their gradients have their own dtypes.  Under ``torch.autocast``, x and
+    weight are cast as in ``nn.Linear``.
 
-    Dtypes: float16, bfloat16, float32 or float64 for x and weight, which agree; the adapter and the
-    bias may have any floating dtype (float32 beside a 16-bit x is usual): they are cast as they are
-    read, and their gradients come back in their own dtype.  Under ``torch.autocast`` x and weight
-    are cast as ``nn.Linear`` casts them.
+    ``weight`` may be packed (docs/quantized.md).  Then it needs no particular dtype and gets no
+    gradient.  Its dense copy lives only during the call.
 
-    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA.  ``dropout`` in [0, 1) acts on the
-    adapter's input alone, and only while ``training``; its mask is drawn from torch's generator of
-    x's device, and made again in the backward.
+    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA.  ``dropout``, a probability in [0, 1),
+    acts only on the adapter's input, and only if ``training`` is true.  Its seed comes from the
+    torch generator of x's device.  The backward recomputes the mask from the seed.
 
-    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them.  Gradients
-    of gradients (``create_graph=True``) are right, but not fast: they take the composite
-    path.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
-    (Up to 32 rows on a CPU, time is all that counts: with dropout such a call keeps the mask and
-    the dropped x.)
+    Gradients flow to x, lora_a, lora_b, weight and bias, if they require them.  Gradients of
+    gradients (``create_graph=True``) are correct, but not fast, because they take the composite
+    path.
 
-    Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
-    ``torch.nn.functional.linear``: these calls take the composite path, with torch's own dropout.
+    Saved for backward besides the arguments: h [M, r], where M is the number of rows, and with
+    dropout a seed of 8 bytes.  On a CPU, a call of up to 32 rows with dropout saves the mask and
+    the dropped x instead, because this is faster.
 
-    ``backend`` overrides :func:`fastlora.use_backend`.  Numbers are Python's: an int or a float, of
-    which numpy.float64 is one, and no bool.  Raises ValueError for shapes, devices or numbers that
-    don't fit, and TypeError for dtypes, layouts and classes.
+    Nested tensors, transforms of ``torch.func`` and forward-mode differentiation work as with
+    ``torch.nn.functional.linear``.  Such calls take the composite path, with torch's own dropout.
+
+    ``backend`` overrides :func:`fastlora.use_backend`.  Numbers must be an int or a float, not a
+    bool; a numpy.float64 is a float.
+
+    Raises ValueError for wrong shapes, devices or numbers, and TypeError for wrong dtypes, layouts
+    or classes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
     return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
@@ -72,11 +77,14 @@ def lora_linears(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several projections of one x (q, k, v; gate, up): one node, x saved once, a mask each.
+    """Several projections of one x, such as q, k, v or gate, up, as one autograd node.
 
-    Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r
-    may differ between the projections.  dx is summed in the order given.  A projection whose weight
-    is None is one more adapter of the layer before it, and has no output of its own.
+    x is saved once.  Each projection has its own dropout mask.  The result is a tuple with y
+    [..., N] for each projection.  N and r may differ between them.
+
+    Every y equals the result of :func:`lora_linear`, which also describes shapes, dtypes, gradients
+    and errors.  dx is summed in the order of ``projections``.  A projection with weight None is a
+    further adapter of the preceding projection, and adds to its y.
     """
     return linears(x, projections, dropout, training, backend)[0]
 
@@ -88,7 +96,7 @@ def linears(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
-    """As :func:`lora_linears`; and the call to reuse for eager calls of the same kind, or None."""
+    """The result of :func:`lora_linears`, and a Call to reuse for equal eager calls, or None."""
     key, inputs = key_of_outputs(x, projections, dropout, training, backend)
     call = call_of(key)
     if call is not None:
@@ -117,26 +125,27 @@ def grouped_lora_linear(
     training: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Rows sorted by expert, each through its expert's LoRA layer, as one autograd node.
+    """A LoRA layer for each expert, on rows sorted by expert, as one autograd node.
 
     y = x weight[e]ᵀ + scale · drop(x) lora_a[e]ᵀ lora_b[e]ᵀ + bias[e], in the rows of expert e
 
-    Shapes: x [S, K], any strides; weight [E, N, K], any strides, the transpose of a contiguous
-    [E, K, N] too; lora_a [E, r, K]; lora_b [E, N, r]; bias [E, N]; the result is [S, N].
+    Shapes: x [S, K]; weight [E, N, K]; lora_a [E, r, K]; lora_b [E, N, r]; bias [E, N]; the result
+    is [S, N].  x and weight may have any strides; weight may be a transposed [E, K, N].
 
-    ``offsets``, int32 [E], has the end of each expert's rows, as in
-    ``torch.nn.functional.grouped_mm``: expert e has rows offsets[e - 1] to offsets[e], the first
-    one from row 0 on.  An expert may have no rows.  Rows behind the last end are nobody's: y is
-    zero there, and so is dx, whatever x holds.  Offsets that decrease or lie beyond S are a
-    ValueError on a CPU.  On a GPU the kernels don't look, and give anything.
+    ``offsets``, int32 [E], holds the end of each expert's rows, as in
+    ``torch.nn.functional.grouped_mm``.  Expert e has the rows from offsets[e - 1], or from 0 for
+    expert 0, up to but not including offsets[e].  An expert may have no rows.  Rows after the last
+    end belong to no expert: their y and dx are zero, whatever x holds.
 
-    Dtypes, ``scale``, ``dropout`` (one mask [S, K]), ``training``, ``backend``, autocast, gradients
-    of gradients and the errors are those of :func:`fastlora.lora_linear`.
+    :func:`fastlora.lora_linear` describes dtypes, ``scale``, ``dropout``, ``training``,
+    ``backend``, autocast, gradients of gradients, and the errors.  Dropout has one mask [S, K].
+    Offsets that decrease or exceed S raise ValueError on a CPU.  On a GPU the kernels don't check
+    them, and the result is undefined.
 
-    Beside its arguments the call keeps only h [S, r], and 8 bytes of seed with dropout.  Neither
-    lora_b lora_a nor a gradient of a frozen weight is ever formed.  On a GPU nothing is read
-    on the host; but where the weight or the bias trains, or the backend is ``torch``, the offsets
-    are, once in a forward and once in a backward.
+    Saved for backward besides the arguments: h [S, r], and with dropout a seed of 8 bytes.  Neither
+    lora_b lora_a nor a gradient of a frozen weight is ever formed.  On a GPU, the host reads the
+    offsets only if the weight or the bias trains, or if the backend is ``torch``: once in a forward
+    and once in a backward.
 
     Transforms of ``torch.func`` and forward-mode differentiation take the composite path, which
     reads the offsets on the host.  x can't be nested.
@@ -162,31 +171,33 @@ def multi_lora_linear(
     dropout: float | Sequence[float] = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """Rows of one x, each through the LoRA layer of its own adapter, as one autograd node.
+    """A LoRA layer with a different adapter for each row of x, as one autograd node.
 
     y = x weightᵀ + scales[i] · drop_i(x) lora_a[i]ᵀ lora_b[i]ᵀ + bias, in the rows of adapter i
 
-    Shapes: x [..., K] with any leading dimensions and strides; weight [N, K]; bias [N]; the result
-    is [..., N].  The n adapters are banks, lora_a [n, r, K] and lora_b [n, N, r], or lists of n
-    tensors, [r_i, K] and [N, r_i], whose ranks may differ.
+    Shapes: x [..., K]; weight [N, K]; bias [N]; the result is [..., N].  x may have any leading
+    dimensions and strides.  The n adapters are either two banks, lora_a [n, r, K] and lora_b
+    [n, N, r], or two lists of n tensors, [r_i, K] and [N, r_i].  In lists the ranks may differ.
 
-    ``adapter_indices``, int32, has the shape of x's first dimensions: an index a row, or one a
-    sequence.  -1 is for no adapter: the base layer alone.  Layers that share a batch should share
-    one :class:`fastlora.AdapterMapping`, which sorts the rows once.
+    ``adapter_indices``, int32, has the shape of x's first dimensions: one index for each row, or
+    one for each sequence.  -1 means no adapter, so that only the base layer acts.  Layers that
+    share a batch should share one :class:`fastlora.AdapterMapping`, which sorts the rows once.
 
-    ``scales`` [n] are alpha / r, or alpha / sqrt(r) for rsLoRA.  ``ranks`` [n]: of adapter i only
-    the first ranks[i] rows of lora_a and columns of lora_b are read; the gradients behind are zero.
-    Both are tensors or lists.  As tensors they recompile nothing when their numbers change; they
-    are read on the host, so keep them on the CPU.
+    ``scales`` [n] are alpha / r, or alpha / sqrt(r) for rsLoRA.  ``ranks`` [n] limit the adapters:
+    only the first ranks[i] rows of lora_a[i] and columns of lora_b[i] are read, and the gradients
+    of all others are zero.  Both are tensors or lists.  New values in tensors don't recompile a
+    compiled call.  The host reads these tensors, so keep them on the CPU.
 
-    ``dropout``: a probability for all adapters, or one for each.  An adapter's mask is one of its
-    own rows, in their order: [rows, K].  Dtypes, ``training``, autocast, gradients of gradients and
-    the errors are those of :func:`fastlora.lora_linear`; the weight may be packed, as there.
+    ``dropout`` is one probability for all adapters, or a list with one for each.  The mask of an
+    adapter is [its rows, K].  :func:`fastlora.lora_linear` describes dtypes, ``training``,
+    autocast, packed weights, gradients of gradients, and the errors.
 
-    Gradients reach the adapters that have rows.  One of a list without rows gets none; a bank's are
-    zero there.  Besides its arguments the call keeps h [M, the largest r], and 8 bytes of seed an
-    adapter with dropout.  The base product is one, of x as it lies.  An adapter whose rows lie
-    together reads a view of x; else its rows are copied while it runs, or on a GPU looked up.
+    An adapter without rows gets no gradient (None) in a list, and a zero gradient in a bank.
+
+    Saved for backward besides the arguments: h [M, largest r], where M is the number of rows, and
+    with dropout a seed of 8 bytes for each adapter.  All rows share one base product, and x is not
+    sorted for it.  An adapter with contiguous rows reads a view of x.  Other rows are copied during
+    the product, or on a GPU read by index.
 
     Transforms of ``torch.func`` and forward-mode differentiation take the composite path.  x can't
     be nested.

@@ -1,13 +1,13 @@
-"""The ops as ``torch.library`` has them: ``torch.compile`` and export see these.
+"""The registered ops (``torch.library``), which ``torch.compile`` and export record in a graph.
 
-A plain eager call runs the same implementations directly (:mod:`fastlora.ops.node`): a call
-through torch's dispatcher takes longer than a small layer.  The schema carries the outputs flat,
-with their layouts: for each output, whether it has a bias and how many adapters, and for each
-adapter its scale; ``formats`` has a line for each output, empty where its weight is plain, and none
-at all if all are.  An empty ``backend`` leaves the choice to the moment at which the op runs.
+A plain eager call runs the same implementations directly (:mod:`fastlora.ops.node`), because a call
+through torch's dispatcher takes longer than a small layer.
 
-Rows that are cut have ``ends``; those of many adapters ``order`` too, and numbers of each one's
-own, of which scales and ranks are tensors on the CPU: others in them recompile nothing.
+A schema can hold only tensors, numbers, strings and lists of them, no records.  So an op takes x,
+the flat tensors of all outputs, and the fields of :class:`_Settings`, which describe the layout of
+these tensors.  Calls with segments also pass ``ends``.  Calls with many adapters also pass
+``order`` and one scale, rank and dropout for each adapter.  These scales and ranks are tensors on
+the CPU, so that new values don't recompile anything.
 """
 
 import math
@@ -26,7 +26,7 @@ from .dispatch import autocast_off
 from .node import run_backward, run_forward, stand_in, to_save
 from .norm import norm_of_rows, wide_dtype
 
-find_backend("torch")  # not first while compiling, when the constants that it makes would be fake
+find_backend("torch")  # imports it now: during compilation its constants would be fake tensors
 
 LIBRARY = torch.library.Library("fastlora", "DEF")
 _SETTINGS = (
@@ -47,18 +47,18 @@ LIBRARY.define(
 
 
 class _Settings(NamedTuple):
-    """What the schema has behind the tensors."""
+    """The arguments of both ops after the tensors, in the order of the schema."""
 
-    biases: Sequence[bool]
-    adapters: Sequence[int]
-    scales: Sequence[float]
-    formats: str
+    biases: Sequence[bool]  # for each output: whether it has a bias
+    adapters: Sequence[int]  # for each output: the number of its adapters
+    scales: Sequence[float]  # for each adapter, output after output
+    formats: str  # a line for each output, empty if its weight is dense; "" if all are dense
     dropout: float
     seeds: Tensor | None
-    backend: str
-    ends: Tensor | None = None
+    backend: str  # "": choose a backend when the op runs
+    ends: Tensor | None = None  # ends and order as in Rows
     order: Tensor | None = None
-    own_scales: Tensor | None = None
+    own_scales: Tensor | None = None  # for many adapters, as in Numbers
     own_ranks: Tensor | None = None
     own_dropouts: Sequence[float] | None = None
 
@@ -74,6 +74,7 @@ class _Settings(NamedTuple):
         )
 
     def call(self, x: Tensor, tensors: Sequence[Tensor]) -> Call:
+        """The record for a backend, made anew whenever an op runs."""
         layouts, rows = self.layouts, None
         if self.order is not None and self.ends is not None:
             (output,) = unflatten(tensors, layouts)
@@ -94,7 +95,7 @@ def call_registered(
     backend: str,
     rows: Rows | Many | None,
 ) -> tuple[Tensor, ...]:
-    """Every output's y, by way of the dispatcher."""
+    """Every output's y, computed by the registered op through torch's dispatcher."""
     layouts = layouts_of(outputs)
     formats = ""
     if any([layout.format is not None for layout in layouts]):
@@ -110,12 +111,12 @@ def call_registered(
     )
     if isinstance(rows, Many):
         order, ends = rows.sorted(len(outputs[0].adapters))
-        numbers = *rows.numbers.as_tensors(), list(map(float, rows.numbers.dropouts))
-        settings = _Settings(*settings[:7], ends, order, *numbers)
+        scales, ranks = rows.numbers.as_tensors()
+        settings = settings._replace(ends=ends, order=order, own_scales=scales, own_ranks=ranks)
+        settings = settings._replace(own_dropouts=list(map(float, rows.numbers.dropouts)))
     elif rows is not None:
         settings = settings._replace(ends=rows.ends)
-    op = torch.ops.fastlora.lora_linears
-    return tuple(op(x, flatten(outputs, layouts), *settings)[0])
+    return tuple(torch.ops.fastlora.lora_linears(x, flatten(outputs, layouts), *settings)[0])
 
 
 @torch.library.impl(LIBRARY, "lora_linears", "CompositeExplicitAutograd")
@@ -128,22 +129,22 @@ def _lora_linears(x, tensors, *settings):
 @torch.library.impl(LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     settings, inputs = _Settings(*settings), [x, *tensors]
-    hs = [h if h.dim() == 2 else None for h in hs]
+    hs = [h if h.dim() == 2 else None for h in hs]  # 1-dimensional: not saved, see _backward
     with torch.no_grad():
         call = settings.call(x, tensors)
         gradients = run_backward(dys, inputs, hs, needs, settings.seeds, call)
         return [
-            # An adapter without rows has none.
+            # An adapter without rows has no gradient, but the op must return a tensor.
             torch.zeros_like(tensor, memory_format=torch.contiguous_format)
             if gradient is None
-            else _alone(gradient)
+            else _in_own_memory(gradient)
             for gradient, tensor, need in zip(gradients, inputs, needs, strict=True)
             if need
         ]
 
 
-def _alone(gradient: Tensor) -> Tensor:
-    """In memory of its own: what an op returns may not lie in another's."""
+def _in_own_memory(gradient: Tensor) -> Tensor:
+    """A copy if it shares memory, because outputs of an op must not overlap."""
     shares = gradient.untyped_storage().nbytes() > gradient.nbytes
     return gradient.clone() if shares else gradient
 
@@ -167,7 +168,8 @@ def _fake_lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     ]
 
 
-_OF_TENSORS = ("seeds", "ends", "order", "own_scales", "own_ranks")
+# The settings that are tensors, which a context must save with save_for_backward.
+_TENSOR_SETTINGS = ("seeds", "ends", "order", "own_scales", "own_ranks")
 
 
 def _setup_context(ctx, inputs, output):
@@ -176,26 +178,27 @@ def _setup_context(ctx, inputs, output):
     needs = [tensor.requires_grad for tensor in (x, *tensors)]
     one_h = settings.order is not None
     saved_x, saved_hs = to_save(x, output[1], needs, settings.layouts, one_h)
-    of_settings = [getattr(settings, name) for name in _OF_TENSORS]
-    ctx.save_for_backward(saved_x, *of_settings, *tensors, *saved_hs)
-    ctx.settings = settings._replace(**dict.fromkeys(_OF_TENSORS))
+    setting_tensors = [getattr(settings, name) for name in _TENSOR_SETTINGS]
+    ctx.save_for_backward(saved_x, *setting_tensors, *tensors, *saved_hs)
+    ctx.settings = settings._replace(**dict.fromkeys(_TENSOR_SETTINGS))
     ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(tensors)
 
 
 def _backward(ctx, dys, _):
     x, *rest = ctx.saved_tensors
-    of_settings, rest = rest[: len(_OF_TENSORS)], rest[len(_OF_TENSORS) :]
+    setting_tensors, rest = rest[: len(_TENSOR_SETTINGS)], rest[len(_TENSOR_SETTINGS) :]
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
-    settings = ctx.settings._replace(**dict(zip(_OF_TENSORS, of_settings, strict=True)))
+    settings = ctx.settings._replace(**dict(zip(_TENSOR_SETTINGS, setting_tensors, strict=True)))
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
-    hs = [x.new_empty(0) if h is None else h for h in hs]
+    hs = [x.new_empty(0) if h is None else h for h in hs]  # the schema has no optional list items
     op = torch.ops.fastlora.lora_linears_backward
     asked = iter(op(dys, x, tensors, hs, needs, *settings))
     dx, *gradients = [next(asked) if need else None for need in needs]
-    # Without an adapter ``scales`` is empty, which torch takes for a list of tensors.
-    # And torch leaves the last ones out, where they are as the schema has them.
-    given = 7 + max([i for i, each in enumerate(settings[6:]) if each is not None])
+    # The returned gradients are for x, tensors, and each setting: None.  There are two exceptions.
+    # torch takes an empty ``scales`` for a list of tensors, whose gradient is an empty list.  And
+    # torch omits trailing settings with their default, so their gradients must be omitted also.
+    given = 1 + max([i for i, setting in enumerate(settings) if setting is not None])
     return dx, gradients, None, None, None if settings.scales else [], *[None] * (given - 3)
 
 
@@ -206,7 +209,7 @@ torch.library.register_autograd(
 
 def _no_second_backward(ctx, *_):
     raise NotImplementedError(
-        "gradients of gradients need an eager call of a LoRA layer: here it was compiled or traced"
+        "gradients of gradients need an eager call: call the layer outside of torch.compile"
     )
 
 

@@ -1,4 +1,8 @@
-"""One call on a backend: its autograd node, and what the registered op shares with that."""
+"""The autograd node of a call on a backend, and the functions it shares with the registered op.
+
+One node replaces the operations of all outputs of one x, so x is saved once.  The group of q, k, v
+takes 0.44 × PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels.md).
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..backends import Call
-from ..projection import Layout, unflatten
+from ..projection import HALF_DTYPES, Layout, unflatten
 from ..rows import Share
 from .composite import Drop, run_composite
 from .dispatch import autocast_dtype, autocast_off
 
-_ARGUMENTS = 3  # of the node: seeds, ends and call, before the inputs
+_ARGUMENTS = 3  # of the node before ``inputs``: seeds, ends, call
 
 
 def run_forward(
@@ -23,7 +27,7 @@ def run_forward(
     x, *tensors = inputs
     ys, hs = call.backend.forward([as_matrix(x), *tensors], seeds, call)
     if x.dim() != 2:
-        # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
+        # resize_, not view: autograd forbids in-place changes of a view that a Function returns.
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
     return ys, hs
 
@@ -36,7 +40,7 @@ def run_backward(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None]:
-    """The gradient of each input that needs one, else None; and of an adapter without rows."""
+    """The gradient of each input; None if it needs none, or its adapter has no rows."""
     x, *tensors = inputs
     if autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
@@ -56,9 +60,10 @@ def to_save(
     layouts: tuple[Layout, ...],
     one_h: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """x and every h, if the backward will read them, given which inputs need gradients; else None.
+    """The tensors to save for backward: x and every h; None in place of an unread one.
 
-    ``one_h``: all adapters of an output share one.
+    ``needs``: whether x and each of its tensors need a gradient.  ``one_h``: whether all adapters
+    of an output share one h, as in calls with many adapters.
     """
     reads_x, reads_h = _is_read(tuple(needs), layouts, one_h)
     read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
@@ -69,7 +74,11 @@ def to_save(
 def _is_read(
     needs: tuple[bool, ...], layouts: tuple[Layout, ...], one_h: bool
 ) -> tuple[bool, list[bool]]:
-    """The gradients of weight and lora_a are products with x, that of lora_b is one with h."""
+    """Whether a backward reads x, and whether it reads each h.
+
+    The gradients of weight and lora_a are products with x.  The gradient of lora_b is a product
+    with h.
+    """
     reads_x, reads_h = False, []
     for base, adapters in unflatten(needs[1:], layouts):
         reads_x = reads_x or base.weight or any([adapter.lora_a for adapter in adapters])
@@ -79,21 +88,39 @@ def _is_read(
 
 
 def stand_in(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of x's shape, dtype and device, for a backward that reads no element of x."""
+    """An empty tensor with x's shape, dtype and device, if a backward never reads x."""
     return weight.new_empty(shape, dtype=dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], rows or columns dense: copied only if its strides or sign need it."""
+    """x [..., K] as [M, K], with dense rows or dense columns.
+
+    It is a copy only if the strides, or a negative bit, require one.
+    """
     matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
     strides = matrix.stride()
-    return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
+    if 1 not in strides or 0 in strides or _is_read_beside(matrix):
+        return matrix.contiguous()
+    return matrix
+
+
+def _is_read_beside(matrix: Tensor) -> bool:
+    """Whether a product would read memory beside this matrix, where a NaN would spoil the result.
+
+    oneDNN's 16-bit products on a CPU with AMX read on behind the rows of a window if 8 doesn't
+    divide their length (torch 2.13).
+    """
+    rows, columns = matrix.stride()
+    K = matrix.shape[1]
+    return (
+        bool(K % 8) and columns == 1 and rows > K and matrix.is_cpu and matrix.dtype in HALF_DTYPES
+    )
 
 
 def are_batched(dys: Sequence[Tensor | None]) -> bool:
-    """Whether these stand for many gradients each: ``is_grads_batched``, or vmap of a backward.
+    """Whether each of these is a batch of gradients: from ``is_grads_batched``, or a vmap.
 
-    torch's own operations take them; kernels, and what writes into a buffer, don't.
+    torch's own operations support them.  Kernels, and code that writes into a buffer, don't.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -102,17 +129,19 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
 
 
 def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-    """Every output by the composite path, with the masks that the seeds make."""
+    """Every output by the composite path, with the same dropout masks as the node."""
     x, *tensors = inputs
     return run_composite(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
 
 
 def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
-    """What drops as the backend does, by torch's own operations; None without dropout."""
+    """A dropout by torch's own operations, with the backend's masks; None without dropout."""
     if seeds is None:
         return None
     rows = call.rows
 
+    # Many adapters have a seed and a mask for each segment.  Experts have one mask of all rows, so
+    # a segment skips the ``before`` rows of the mask that lie before its own.
     def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
         p, before, at = call.dropout, 0, number
         if share is not None and rows is not None and rows.numbers is not None:
@@ -135,10 +164,10 @@ def differentiable(
     seeds: Tensor | None,
     call: Call,
 ) -> list[Tensor | None]:
-    """run_backward's gradients by torch's own operations: autograd's, of the composite path."""
+    """The gradients of :func:`run_backward`, by autograd through the composite path."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_off(inputs[0].device.type):
-        # Views, since one tensor may be there twice, and each time has a gradient of its own.
+        # As views, because one tensor may be two inputs, and each input has its own gradient.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
         ys = followed(inputs, seeds, call)
     used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
@@ -155,7 +184,7 @@ def gradients_of(
     dys: Sequence[Tensor | None],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Autograd's gradient of each input that needs one, else None."""
+    """Autograd's gradient of each input; None if it needs none, or no y depends on it."""
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     options = {"create_graph": create_graph, "allow_unused": True}
     with autocast_off(ys[0].device.type):
@@ -164,27 +193,33 @@ def gradients_of(
 
 
 class Function(torch.autograd.Function):
-    """torch's, for arguments of which none has outlived a transform of ``torch.func``."""
+    """``autograd.Function`` without the host time of its search for dead ``torch.func`` wrappers.
+
+    A dead wrapper is a tensor of a ``torch.func`` transform that has ended.  The caller must unwrap
+    all arguments first (``unwrap_dead_wrappers``).
+    """
 
     @classmethod
     def apply(cls, *arguments):
-        """As torch's, but without that look."""
+        """Run the node; the arguments must not be dead wrappers."""
         return super(torch.autograd.Function, cls).apply(*arguments)
 
 
 class LoRALinearFunction(Function):
-    """One node for all outputs of one x.  It saves the inputs, the seeds and every h.
+    """One node for all outputs of one x.
 
-    x is left out if neither a lora_a nor a weight needs a gradient, an h if its lora_b needs none.
+    Saved for backward: the inputs, the seeds, and every h.  x is omitted if no lora_a and no weight
+    needs a gradient.  An h is omitted if its lora_b needs none.
     """
 
     @staticmethod
     def forward(
         ctx, seeds: Tensor | None, ends: Tensor | None, call: Call, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """``inputs``: x, and the outputs' tensors, laid flat: what autograd follows.
+        """``inputs``: x and the flat tensors of the outputs; each may require a gradient.
 
-        ``ends``: of experts, so that a later change of them is an error.
+        ``ends``: of experts.  The backward reads it from ``call``.  It is saved only so that
+        autograd reports an in-place change of it.
         """
         ys, hs = run_forward(inputs, seeds, call)
         x, *tensors = inputs
@@ -206,7 +241,7 @@ class LoRALinearFunction(Function):
         if all([dy is None for dy in dys]):
             return (*nothing, *[None] * len(needs))
         has_x = inputs[0] is not None
-        if not has_x:
+        if not has_x:  # no needed gradient reads x, but backends take a tensor of its shape
             inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
@@ -222,7 +257,10 @@ class LoRALinearFunction(Function):
 def _with_zeros(
     gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Zeros for the last adapter if it has none: without any, unbind gives its bank no gradient."""
+    """The gradients of two banks' views, with zeros for the last adapter if it has none.
+
+    Without any gradient, unbind's backward would give the banks None in place of zeros.
+    """
     last = zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
     filled = [
         tensor.new_zeros(()).expand_as(tensor) if need and gradient is None else gradient
@@ -232,10 +270,13 @@ def _with_zeros(
 
 
 def unread(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
-    """Zeros of x's shape, for a composite backward without the gradients that read x."""
+    """Zeros in place of x, if no needed gradient of a composite backward reads x.
+
+    Raises NotImplementedError if an h was saved, because the composite path computes h from x.
+    """
     if any(h is not None for h in hs):
         raise NotImplementedError(
-            "gradients of gradients, and for many dys at once, need x, which isn't kept where "
-            "lora_a and weight are frozen: let lora_a require gradients"
+            "gradients of gradients, and batched gradients, need x, but x isn't saved for backward "
+            "because lora_a and weight are frozen: let lora_a require gradients"
         )
     return torch.zeros_like(x, requires_grad=needs_x)

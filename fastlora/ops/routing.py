@@ -1,4 +1,14 @@
-"""Which rows of experts are whose, and which of them are worked on at a time."""
+"""The order of experts' rows: sorting by expert, parts of a few experts, and the sums of tokens.
+
+Rows are sorted by expert because the kernels, and the products on a CPU, need each expert's rows
+next to each other.  With 3 experts and 2 tokens, k = 2:
+
+    index   [[2, 0], [0, 1]]    the experts of each token, [T, k]
+    order   [1, 2, 3, 0]        positions in index, read as one vector, in the order of experts
+    ends    [2, 3, 4]           expert 0 has rows 0 and 1, expert 1 row 2, expert 2 row 3
+    tokens  [0, 1, 1, 0]        order // k: row i is a copy of x[tokens[i]]
+    places  [[3, 0], [1, 2]]    the rows of each token: the inverse of order
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,19 +21,22 @@ from ..rows import Rows
 
 
 class Part(NamedTuple):
-    """Some experts, one behind the other, and their rows."""
+    """Consecutive experts, and their rows."""
 
-    experts: slice
-    rows: slice
-    segments: Rows
+    experts: slice  # of the stacked tensors
+    rows: slice  # of the S sorted rows
+    segments: Rows  # the same rows, cut by expert; ends count from the part's first row
 
 
 class Routing(NamedTuple):
-    """Which rows are whose.  ``order`` int64 [S]: row i is of token order[i] // k."""
+    """The sorted rows of a mixture; the module's docstring has an example.
 
-    order: Tensor
-    ends: Tensor  # of Rows
-    k: int
+    Entries of index that name no expert are sorted to the end, after the last of ``ends``.
+    """
+
+    order: Tensor  # int64 [S], a permutation
+    ends: Tensor  # int32 [E], as in Rows
+    k: int  # experts for each token
 
     @property
     def rows(self) -> Rows:
@@ -31,6 +44,7 @@ class Routing(NamedTuple):
 
     @property
     def tokens(self) -> Tensor:
+        """The token of each row, [S]."""
         return self.order.div(self.k, rounding_mode="floor")
 
     @property
@@ -40,8 +54,8 @@ class Routing(NamedTuple):
         places[self.order] = torch.arange(len(places), dtype=places.dtype, device=places.device)
         return places.view(-1, self.k)
 
-    def shares(self, weights: Tensor, part: Part) -> Tensor:
-        """The weight of each of a part's rows, [rows, 1], of those of the tokens [T, k]."""
+    def row_weights(self, weights: Tensor, part: Part) -> Tensor:
+        """The routing weights of a part's rows, [rows, 1], from the tokens' ``weights`` [T, k]."""
         return weights.reshape(-1)[self.order[part.rows]].unsqueeze(1)
 
     def whole(self) -> list[Part]:
@@ -50,9 +64,10 @@ class Routing(NamedTuple):
         return [Part(slice(0, experts), slice(0, rows), Rows(self.ends))]
 
     def parts(self, most: int) -> list[Part]:
-        """All experts, some at a time, of at most so many rows or one alone.
+        """All experts, in parts of at most ``most`` rows; an expert with more rows is one part.
 
-        It reads the ends on the host.  Nobody's rows are in a part only if that is the whole.
+        The ends are read on the host.  Rows of no expert are in a part only if there is one part
+        with all S rows.
         """
         if len(self.order) <= most or len(self.ends) == 1:
             return self.whole()
@@ -65,16 +80,19 @@ class Routing(NamedTuple):
         return parts
 
     def sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The sum of each token's rows, times its weights [T, k] if any: [S, N] -> [T, N].
+        """The sum of each token's rows, times ``weights`` [T, k] if given: [S, N] -> [T, N].
 
-        Where all have one dtype, torch's bag of embeddings is this, without a copy of the rows.
+        If the dtypes agree, ``embedding_bag`` computes it without a sorted copy of the rows.
         """
         if rows.dtype == dtype and (weights is None or weights.dtype == dtype):
             return embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
         return self.plain_sums(rows, weights, dtype)
 
     def plain_sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The same by operations that everything of torch's can follow; rounded once, to dtype."""
+        """As :meth:`sums`, by operations that autograd and all modes of torch support.
+
+        The sum is rounded to ``dtype`` once.
+        """
         chosen = rows[self.places]
         if weights is not None:
             chosen = chosen * weights.unsqueeze(-1)
@@ -82,40 +100,44 @@ class Routing(NamedTuple):
 
 
 class Sums:
-    """The sum of each token's rows as in :meth:`Routing.sums`, of rows that come part by part."""
+    """As :meth:`Routing.sums`, for rows that arrive part by part."""
 
     def __init__(self, routing: Routing, parts: Sequence[Part], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        # One expert alone may have every row beside others that have none.
+        # The number of parts matters also: one part may have all rows, and the others none.
         self.is_whole = len(parts) == 1 and parts[0].rows == slice(0, len(routing.order))
         self.routing = routing
         self.total: Tensor | None = None
 
     def add(self, rows: Tensor, part: Part, weights: Tensor | None = None) -> None:
-        """It may write over the rows.  Those of several parts are added in float32 at least."""
+        """Add a part's rows.  ``rows`` may be overwritten.
+
+        Several parts are added in at least float32.
+        """
         routing = self.routing
         if self.is_whole:
             self.total = routing.sums(rows, weights, self.dtype)
             return
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
-            rows.mul_(routing.shares(weights, part))
+            rows.mul_(routing.row_weights(weights, part))
         if self.total is None:
             self.total = rows.new_zeros(len(routing.order) // routing.k, rows.shape[1])
-        # On a CPU it adds row by row, in this order.
+        # Deterministic: parts come only on a CPU, where index_add_ adds row by row, in order.
         self.total.index_add_(0, routing.tokens[part.rows], rows)
 
     @property
     def sums(self) -> Tensor:
-        """What was added."""
+        """The result, [T, N]."""
         assert self.total is not None
         return self.total.to(self.dtype)
 
 
 def routing_of(index: Tensor, experts: int) -> Routing:
-    """Of the experts [T, k] of every token; a number from ``experts`` on is nobody's.
+    """The routing for ``index`` [T, k], the experts of each token.
 
-    Nothing is read on the host.
+    A number of ``experts`` or more means no expert.  Nothing is read on the host, so it
+    never waits for a GPU.
     """
     sorted_index, order = index.reshape(-1).sort(stable=True)
     numbers = torch.arange(experts, device=index.device, dtype=sorted_index.dtype)

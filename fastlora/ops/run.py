@@ -1,4 +1,8 @@
-"""How a checked call runs: autocast, dispatch, the choice of backend, and the seeds of dropout."""
+"""Running a checked call: autocast, dispatch, the choice of a backend, and the seeds of dropout.
+
+:func:`run_checked` runs the first call of a kind.  :func:`run` runs later calls, whose Call is
+cached (:mod:`.kinds`).
+"""
 
 from collections.abc import Sequence
 
@@ -24,7 +28,7 @@ from .dispatch import (
 from .library import call_registered
 from .node import LoRALinearFunction, run_forward
 
-_SEEDS = -(2**63), 2**63 - 1  # from, to
+_SEEDS = -(2**63), 2**63 - 1  # the range of a seed: lowest, and highest + 1
 
 
 def run_checked(
@@ -35,13 +39,15 @@ def run_checked(
     rows: Rows | Many | None = None,
     captures: bool = False,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
-    """The outputs of a call that passed the checks; and the Call to reuse for equal eager calls.
+    """The outputs of a call that passed the checks, and a Call to reuse for calls of equal kind.
 
-    ``captures``: that is for calls of one kind only, so it may hold captured launches.
+    The Call is None on the composite path and for a registered op.  ``captures``: whether the
+    caller reuses it for one kind only.  Then the Call may hold captured launches.
+    Raises TypeError, with the reason, for tensors that torch refuses to combine.
     """
     try:
         path, _ = path_of(x, rows is not None)
-        if path == COMPOSITE and rows is None:  # which autocast's own operations follow
+        if path == COMPOSITE and rows is None:  # autocast acts on its operations itself
             return run_composite(x, outputs, torch_s_dropout(dropout)), None
         device = x.device.type
         if not autocast_is_on(device):
@@ -78,17 +84,19 @@ def _run_on(
     if isinstance(rows, Many):
         rows = rows.on(x.device, outputs[0].adapters)
     elif rows is not None and x.device.type == "cpu":
-        rows = rows._replace(shares=rows.shares_of(len(x)))  # it raises before anything is drawn
+        # Here, because wrong ends must raise before seeds are drawn.
+        rows = rows._replace(shares=rows.shares_of(len(x)))
     name = backend_name(backend, x.device)
     few = rows is None and is_few(x, outputs, name)
     captured: dict | None = {} if captures and not few else None
     call = Call(layouts, dropout, find_backend(name), rows, captured, few)
-    # Some may have outlived a transform of torch.func, which no cached call has.
+    # A tensor may come from a transform of torch.func that has ended.  Such a tensor has no key, so
+    # a cached call has none.
     return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
 
 
 def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
-    """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
+    """The outputs of an eager call of a known kind; ``inputs`` are x and the flat tensors."""
     x = inputs[0]
     if autocast_dtype(x) is not None:
         x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
@@ -106,14 +114,14 @@ def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
 
 
 def run_one(inputs: Sequence[Tensor], call: Call) -> Tensor:
-    """As :func:`run`, of a call with one output."""
+    """The only output of :func:`run`."""
     return run(inputs, call)[0]
 
 
 def _seeds(
     layouts: Sequence[Layout], dropout: float, rows: Rows | Many | None, device: torch.device
 ) -> Tensor | None:
-    """One for each adapter of a call with dropout."""
+    """One seed for each adapter, int64; None without dropout or adapters."""
     numbers = None if rows is None else rows.numbers
     count = sum([len(layout.scales) for layout in layouts])
     drops = bool(dropout) if numbers is None else any(numbers.dropouts)
@@ -121,18 +129,22 @@ def _seeds(
 
 
 def draw_seed(count: int, device: torch.device) -> Tensor:
-    """One seed an adapter, from torch's generator, which checkpointing and users replay."""
-    if torch.compiler.is_compiling():  # inductor has numbers of its own for a randint that it knows
+    """``count`` seeds, int64, from torch's generator.
+
+    Checkpointing restores this generator's state, so a repeated forward gets equal masks.
+    """
+    # Inductor replaces torch.randint by its own generator, so a compiled call uses this overload.
+    if torch.compiler.is_compiling():
         randint = torch.ops.aten.randint.low_generator
         return randint(*_SEEDS, (count,), generator=None, dtype=torch.int64, device=device)
     return torch.randint(*_SEEDS, (count,), dtype=torch.int64, device=device)
 
 
 def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
-    """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
+    """Why torch can't combine these tensors, each valid by itself; "" if no reason is known."""
     if x.is_nested:
         return (
-            f"x is nested and has {x.dim()} dimensions, and torch.nn.functional.linear takes 3, "
+            f"x is nested and has {x.dim()} dimensions, but torch.nn.functional.linear takes 3, "
             "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
         )
     named = [pair for output in outputs for pair in named_tensors(output)]
@@ -145,7 +157,7 @@ def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
             return reason
         if tensor.is_inference() and torch.is_grad_enabled():
             return (
-                f"{name} was made in inference mode, and no backward can keep it: clone it, or "
+                f"{name} was made in inference mode and can't be saved for backward: clone it, or "
                 "call this in torch.no_grad()"
             )
     return ""

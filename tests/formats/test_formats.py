@@ -22,7 +22,9 @@ def weight(request) -> Quantized:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_dense_weight_rounds_each_element_once(weight, dtype):
-    assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
+    made = weight.dense(dtype)
+    assert torch.equal(made, by_elements(weight, dtype).to(dtype))
+    assert made.is_contiguous()
 
 
 @pytest.mark.parametrize("code", float8.CODES)

@@ -119,7 +119,7 @@ def wider_up() -> list[Output]:
 ERRORS = {
     "activation": (lambda: (make_mlp(), "tanh"), ValueError, "activation is 'tanh', but must be"),
     "sizes": (lambda: (other_size(), "silu"), ValueError, "weight has shape"),
-    "gate-and-up": (lambda: (wider_up(), "silu"), ValueError, "gate and up have weights of shapes"),
+    "gate-and-up": (lambda: (wider_up(), "silu"), ValueError, "gate and up have weights"),
     "x": (lambda: (make_mlp(torch.float64), "silu"), TypeError, "weight has dtype torch.float64"),
     "down": (lambda: (make_mlp()[:2] + make_mlp()[:1], "silu"), ValueError, f"x has {HIDDEN} feat"),
 }

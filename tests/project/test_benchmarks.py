@@ -5,47 +5,30 @@ passes.
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from process import run_python, run_without_interpreter
+from process import run_without_interpreter
 from torch import nn
 
 import fastlora
 from benchmarks import compare, measure, report
-from benchmarks.cases import cpu_cases, gpu_cases
+from benchmarks.cases import cpu_cases
 from benchmarks.contestants import frozen
 from benchmarks.counted_bytes import (
-    EXPERT_ROWS,
-    EXPERTS,
     FUSED,
     Shape,
     bytes_of_fastlora,
-    counted,
 )
 from benchmarks.lineup import makers_for
 from benchmarks.results import describe_machine, results_path, write_results
-from fastlora.formats.bitsandbytes import FourBit
-from fastlora.formats.format import Quantized
-from fastlora.kernels.plan import UNPACKING
 
 ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
 IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git repository")
-
-
-def test_a_clone_s_kernels_do_not_hide_hugging_face_s(tmp_path):
-    theirs = tmp_path / "kernels" / "__init__.py"
-    theirs.parent.mkdir()
-    theirs.write_text("")
-    find = "import benchmarks, importlib.util as util; print(util.find_spec('kernels').origin)"
-    assert run_python("-c", find, cwd=ROOT, PYTHONPATH=str(tmp_path)) == str(theirs)
 
 
 def row_of(case=CASE, **makers) -> dict:
@@ -104,15 +87,6 @@ def test_without_fastlora_nothing_is_timed():
     assert (row["rounds"], row["seconds"], row["targets"]) == (0, {}, [])
 
 
-def test_fastlora_may_keep_x_h_and_seeds_only():
-    def keeps_more(layer: nn.Module) -> None:
-        layer.register_forward_hook(lambda layer, inputs, y: y.exp().log())
-
-    row = row_of(fastlora=changed(keeps_more))
-    allowed = CASE.M * CASE.r * CASE.dtype.itemsize + 8
-    assert f"but {allowed} are allowed" in row["failures"]["fastlora"]
-
-
 def test_a_quantized_layer_may_keep_no_dense_weight():
     case = next(case for case in cpu_cases() if case.id.startswith("quick-quantized-torchao"))
     row = row_of(case, fastlora=makers_for(case)["peft"])
@@ -149,32 +123,16 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
         "import sys, json; sys.path += ['tests/support']; import cuda_standin\n"
         "cuda_standin.install()\n"
         "from benchmarks import cases, host\n"
-        "wanted = ('layer-16', 'mlp-96x5')\n"
-        "cases = [c for c in cases.host_cases() if c.dropout and c.id[:8] in wanted]\n"
-        "print(json.dumps([host.measure(case, 0.0) for case in cases]))"
+        "case = next(c for c in cases.host_cases() if c.dropout and c.id[:8] == 'layer-16')\n"
+        "print(json.dumps(host.measure(case, 0.0)))"
     )
-    row, of_mlp = json.loads(run_without_interpreter("-c", code).splitlines()[-1])
-    tiny, real = {"peft", "frozen", "torch backend"}, {"peft, optimized", "fused", "in place"}
-    assert set(row["seconds"]["both"]) == row["kernels"].keys() == tiny | real | {"fastlora"}
+    row = json.loads(run_without_interpreter("-c", code).splitlines()[-1])
     assert row["kernels"]["frozen"] == [2, 0]  # torch's kernels for y and dx; none of Triton's
-    for quantity, medians in row["seconds"].items():
-        for name, median in medians.items():
-            assert 0 < row["tenths"][quantity][name] <= median
     for name, launches in row["kernels"].items():  # torch's and Triton's cost the same
         driver = row["seconds"]["modeled"][name] - row["seconds"]["both"][name]
         assert driver == pytest.approx(3e-6 * sum(launches), abs=1e-7)
     targets = [(target["quantity"], target["ratio"]) for target in row["targets"]]
     assert targets == [("modeled", "fastlora/peft"), ("modeled", "peft, optimized/peft")]
-    assert [target["ratio"] for target in of_mlp["targets"]] == ["fastlora/peft"]
-    assert of_mlp["kernels"].keys() == {"peft", "frozen", "fastlora"}
-    # as one fused block; layer by layer, torch would launch 14
-    assert of_mlp["kernels"]["fastlora"] == [11, 18]
-
-
-def test_every_case_has_an_id_of_its_own():
-    for cases in (cpu_cases(), gpu_cases()):
-        ids = [case.id for case in cases]
-        assert len(ids) == len(set(ids))
 
 
 @IN_GIT
@@ -192,48 +150,6 @@ def test_base_imports_the_other_commit():
     assert "fastlora" in report.text([row])
 
 
-@IN_GIT
-def test_an_unknown_base_is_an_error():
-    with pytest.raises(compare.UnknownRefError, match="'no-such-ref' is no commit of"):
-        compare.check_ref("no-such-ref")
-
-
-@IN_GIT
-def test_an_interrupted_comparison_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "quick", "--base", "HEAD"]
-    process = subprocess.Popen(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT, start_new_session=True,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not base_in(tmp_path) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert base_in(tmp_path)
-    os.kill(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert not base_in(tmp_path), printed
-
-
-def base_in(folder: Path) -> list[Path]:
-    return list(folder.glob("fastlora-base-*"))
-
-
-def test_releases_are_in_order_and_the_last_file_of_a_version_counts():
-    from benchmarks.releases import _order
-
-    names = "0.9.0-2026-12-01", "0.9.0-2026-12-02", "0.10.0-2026-11-01"
-    paths = [Path(f"cpu/release-{name}.json") for name in names]
-    assert sorted(reversed(paths), key=_order) == paths
-
-
-def test_a_release_s_rows_are_rows_of_the_benchmarks():
-    from benchmarks import releases
-    from benchmarks.cases import cpu_cases
-
-    assert {*releases.ROWS} <= {case.id for case in cpu_cases()}
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
 def test_two_launches_forward_three_backward(dropout):
     """Forward: x, W, y and x again.  Backward: dy, dy, W, dx and x.  Other tensors are small."""
@@ -247,33 +163,3 @@ def test_two_launches_forward_three_backward(dropout):
     backward = 4 * whole + weight + 4 * small + 4 * h + 2 * seeds
     assert found.backward - found.partial == backward
     assert 0 < found.partial <= 0.04 * (found.both - found.partial)
-
-
-@pytest.mark.parametrize("name", [name for name in EXPERT_ROWS if "fastlora" in name])
-def test_experts_move_at_most_a_quarter_more_than_frozen_ones(name):
-    frozen, ours = (
-        counted(EXPERT_ROWS["frozen experts"], EXPERTS),
-        counted(EXPERT_ROWS[name], EXPERTS),
-    )
-    assert ours.both <= 1.25 * frozen.both
-
-
-@pytest.mark.parametrize(("M", "plan"), [(16, UNPACKING), (64, UNPACKING), (8192, FUSED)])
-def test_a_packed_weight_is_read_once_and_made_dense_only_for_many_rows(M, plan):
-    """In each direction; a weight that was made dense is then read once more."""
-    shape = Shape(M=M)
-    count = shape.N * shape.K
-    tensors = (
-        torch.empty(count // 2, dtype=torch.uint8, device="meta"),
-        torch.empty(count // 64, dtype=torch.uint8, device="meta"),
-        *(torch.empty(size, device="meta") for size in ((count // 2**14,), (256,), ())),
-    )
-    packed = Quantized(FourBit(shape.N, shape.K, "nf4", 64, 256), tensors)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    found, dense = (
-        bytes_of_fastlora(shape, p, packed=w) for p, w in ((plan, packed), (FUSED, None))
-    )
-    weight = 2 * count
-    more = size - weight if plan is UNPACKING else size + weight
-    assert found.forward - dense.forward == more
-    assert found.backward - dense.backward == more

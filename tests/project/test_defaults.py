@@ -6,26 +6,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import peft
-import pytest
 import torch
 from call_kinds import KINDS, made
 from marks import pairwise
-from models import Mlp, adapt, tiny_llama
-from packed import MAKERS
+from models import Mlp
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten
 
 import fastlora
-from fastlora.backends import BACKENDS
-from fastlora.doctor import peft_checks, relative_errors
-from fastlora.doctor.launches import Asked, would_run
-from fastlora.estimates import kept_bytes
-from fastlora.formats.packing import KINDS as PACKED_KINDS
-from fastlora.formats.packing import pack_weight, packing_error
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
@@ -86,7 +76,6 @@ def default(value: torch.dtype | str) -> Iterator[None]:
 
 
 VALUES = {"bf16": torch.bfloat16, "f64": torch.float64, "meta": "meta"}
-defaults = pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 
 
 def assert_same(value: torch.dtype | str, work: Callable[[], object]) -> None:
@@ -105,35 +94,6 @@ def assert_same(value: torch.dtype | str, work: Callable[[], object]) -> None:
             assert one == other
 
 
-@defaults
-@pytest.mark.parametrize("name", MAKERS)
-def test_reading(name, value):
-    weight = MAKERS[name]()
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    assert_same(value, lambda: [weight.dense(dtype) for dtype in floats])
-
-
-@defaults
-@pytest.mark.parametrize("kind", PACKED_KINDS)
-def test_packing(kind, value):
-    """Also halfway values, which round to the even code."""
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
-    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(8)
-    weights = torch.randn(3, 64, 64), torch.stack([halves, -halves, halves * 448 / 6])
-
-    def work():
-        packed = [pack_weight(weight, kind) for weight in weights]
-        errors = [packing_error(*both) for both in zip(weights, packed, strict=True)]
-        return [[*map(bytes_of, one.tensors)] for one in packed], errors
-
-    assert_same(value, work)
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 @pairwise({"name": {name: name for name in KINDS}, "value": VALUES, "backend": ["torch", "triton"]})
 def test_calls(name, value, backend):
     kind = made(name)
@@ -148,93 +108,31 @@ def test_calls(name, value, backend):
     assert_same(value, work)
 
 
-X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-
-
-class Models(NamedTuple):
-    plain: nn.Module
-    adapted: nn.Module
-    theirs: nn.Module  # PEFT's model
-
-
-def apply(models: Models, folder: Path) -> object:
-    made = [
-        fastlora.apply_lora(
-            copy.deepcopy(models.plain),
-            fastlora.LoRAConfig(r=3, target_modules="all-linear", **more),
-        )
-        for more in ({}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": False})
-    ]
-    return [one.state_dict() for one in made]
-
-
-def train(models: Models, folder: Path) -> object:
-    models.adapted(X).square().sum().backward()
-    return {name: parameter.grad for name, parameter in models.adapted.named_parameters()}
-
-
-def merge(models: Models, folder: Path) -> object:
-    states = []
-    for change in (fastlora.merge_lora, fastlora.unmerge_lora, fastlora.remove_lora):
-        states.append(copy.deepcopy(change(models.adapted).state_dict()))
-    return states
-
-
-def files(models: Models, folder: Path) -> object:
-    """Files are written, resized, combined, and read."""
-    fastlora.save_adapter(models.adapted, folder / "whole")
-    spectra = fastlora.resize_adapter(folder / "whole", rank=2, output=folder / "cut")
-    folders = [folder / "whole", folder / "cut"]
-    fastlora.combine_adapters(folders, [0.5, -1.0], folder / "both", rank=4)
-    read = [
-        fastlora.load_adapter(copy.deepcopy(models.plain), folder / name).state_dict()
-        for name in ("whole", "cut", "both")
-    ]
-    return read, str(spectra)
-
-
-def plan(models: Models, folder: Path) -> object:
-    config = fastlora.LoRAConfig(target_modules="all-linear")
-    rank_costs = fastlora.estimate(
-        models.plain, [2, 4], config=config, batch=[X], rounds=0
-    ).rank_costs
-    return [str(cost) for cost in rank_costs], kept_bytes(models.adapted, [X])
-
-
-def check(models: Models, folder: Path) -> object:
-    """Also the random combination of outputs that check draws."""
-    found = fastlora.check(models.theirs, [X])
-    return repr((found.loss, found.outputs, found.gradients))
-
-
-def doctor(models: Models, folder: Path) -> object:
-    cpu, asked = torch.device("cpu"), Asked(64, 64, 64, 4, target="sm_90", dropout=0.1)
-    errors = [relative_errors(name, cpu, torch.float32) for name in BACKENDS]
-    return errors, would_run(asked, cpu), [bool(check) for check in peft_checks().values()]
-
-
-@defaults
-@pytest.mark.parametrize("work", [apply, train, merge, files, plan, check, doctor])
-def test_models(work, value, tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
-    models = (
-        Mlp(), adapt(Mlp(), r=3, target_modules="all-linear"), peft.get_peft_model(Mlp(), config),
-    )  # fmt: skip
-    folders = iter([tmp_path / "before", tmp_path / "under"])
-    assert_same(value, lambda: work(Models(*map(copy.deepcopy, models)), next(folders)))
-
-
-def test_a_sweep(tmp_path):
-    model, folders = tiny_llama(), iter([tmp_path / "before", tmp_path / "under"])
-    rows = torch.randint(0, 100, (4, 2, 7))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    trials = [{"r": 2, "learning_rate": 1e-2}, {"r": 3, "learning_rate": 1e-3}]
+def test_models(tmp_path):
+    """A model is adapted, trained and merged; its files are written, resized, combined and read."""
+    plain, folders = Mlp(), iter([tmp_path / "before", tmp_path / "under"])
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    more = ({}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": False})
 
     def work():
-        found = fastlora.sweep(
-            copy.deepcopy(model), trials, data[:3], eval_data=data[3:], steps=2, seed=0,
-            output_dir=next(folders), progress=False,
-        )  # fmt: skip
-        return [outcome.loss for outcome in found.outcomes]
+        folder = next(folders)
+        config = {"r": 3, "target_modules": "all-linear"}
+        made = [
+            fastlora.apply_lora(copy.deepcopy(plain), fastlora.LoRAConfig(**config, **each))
+            for each in more
+        ]
+        states, model = [one.state_dict() for one in made], made[-1]
+        model(x).square().sum().backward()
+        states.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        fastlora.save_adapter(model, folder / "whole")
+        spectra = fastlora.resize_adapter(folder / "whole", rank=2, output=folder / "cut")
+        pair = [folder / "whole", folder / "cut"]
+        fastlora.combine_adapters(pair, [0.5, -1.0], folder / "both", rank=4)
+        for name in ("whole", "cut", "both"):
+            read = fastlora.load_adapter(copy.deepcopy(plain), folder / name)
+            states.append(read.state_dict())
+        for change in (fastlora.merge_lora, fastlora.unmerge_lora, fastlora.remove_lora):
+            states.append(copy.deepcopy(change(model).state_dict()))
+        return states, str(spectra)
 
     assert_same(torch.bfloat16, work)

@@ -33,14 +33,6 @@ def test_commands_and_names_in_the_forms_exist(capsys):
         assert f'"{variable}"' in sources
 
 
-def test_the_pull_request_s_targets_exist():
-    text = (GITHUB / "PULL_REQUEST_TEMPLATE.md").read_text()
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    named = set(re.findall(r"`make ([a-z-]+)`", text))
-    assert named <= set(targets)
-    assert named
-
-
 def test_the_citation_is_of_this_version():
     """Its date equals the date in CHANGELOG.md's heading, if the heading has one."""
     citation = read(ROOT / "CITATION.cff")

@@ -5,9 +5,6 @@ import hashlib
 import json
 import os
 import re
-import runpy
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -46,26 +43,6 @@ def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
         hub_kernel.write(folder)
 
 
-def test_its_parts_are_where_the_builder_looks(folder, tmp_path, monkeypatch):
-    assert {path.name for path in folder.iterdir()} == {
-        "CARD.md", "benchmarks", "build", "build.toml", "flake.nix", "tests", "torch-ext",
-    }  # fmt: skip
-    text = (folder / "build.toml").read_text()
-    assert "upstream" not in text
-    assert 'cuda_capabilities = ["8.0"' in text
-    monkeypatch.setenv("FASTLORA_REPOSITORY", "https://git.example/owner/name/")
-    hub_kernel.write(tmp_path / "named")
-    address = "https://git.example/owner/name"
-    assert f'upstream = "{address}"\n' in (tmp_path / "named/build.toml").read_text()
-    metadata = json.loads((tmp_path / "named/build/torch-cuda/metadata.json").read_text())
-    assert metadata["upstream"] == address
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        for place in (folder, tmp_path / "named"):
-            tomllib.loads((place / "build.toml").read_text())
-
-
 def test_the_package_s_own_tests_pass(folder, monkeypatch):
     """Run them as a user who has only the package: its layer, forward and backward."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -73,27 +50,6 @@ def test_the_package_s_own_tests_pass(folder, monkeypatch):
     alone = ("-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider")
     printed = run_python("-m", "pytest", "-q", *alone, "tests", cwd=folder)
     assert "9 passed" in printed
-
-
-def test_the_benchmark_computes_what_it_verifies(folder, monkeypatch):
-    """With a stand-in for the base class from ``kernels``, and small shapes."""
-    import fastlora.kernels
-
-    stand_in = types.ModuleType("kernels.benchmark")
-    stand_in.Benchmark = object
-    monkeypatch.setitem(sys.modules, "kernels.benchmark", stand_in)
-    scope = runpy.run_path(str(folder / "benchmarks/benchmark.py"))
-    run = scope["LoRALinearBenchmark"]()
-    run.setup.__globals__.update(ROWS=34, WIDTH=48, RANK=8)
-    source = (hub_kernel.PACKAGE / "layers.py").read_text()
-    layers = types.ModuleType("fastlora.kernels.layers")
-    layers.__package__ = "fastlora.kernels"
-    exec(source, vars(layers))
-    run.device, run.kernel = DEVICE, types.SimpleNamespace(layers=layers)
-    run.setup()
-    run.benchmark_forward()
-    torch.testing.assert_close(run.out, run.verify_forward(), rtol=0.02, atol=0.02)
-    assert fastlora.kernels.project is layers.project
 
 
 def test_the_card_s_example_is_the_formula():

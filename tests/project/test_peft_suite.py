@@ -2,49 +2,26 @@
 
 import json
 
-import pytest
 from peft_suite import compare
 from peft_suite.selection import is_about_lora, is_chosen
 
-FAST = {"fast": 3, "Linear: merged": 1}
+PASSED = {"outcome": "passed", "seconds": 0.1}
+FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
 
 
-@pytest.fixture
-def outcomes(tmp_path):
-    """Write outcomes, given by test as keyword arguments, in the plugin's format, and read them."""
-
-    def written(**records):
+def test_another_outcome_or_a_test_of_one_run_differs(tmp_path):
+    def outcomes(**records):
         path = tmp_path / "outcomes.jsonl"
         lines = [json.dumps({"test": f"tests/f.py::{k}"} | v) for k, v in records.items()]
         path.write_text("\n".join(lines))
         return compare.read(path)
 
-    return written
-
-
-PASSED = {"outcome": "passed", "seconds": 0.1}
-SKIPPED = {"outcome": "skipped", "reason": "needs a GPU"}
-FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
-
-
-def test_equal_outcomes_do_not_differ(outcomes):
-    before = outcomes(a=PASSED, b=SKIPPED, c=FAILED)
-    after = outcomes(a=PASSED | {"calls": FAST}, b=SKIPPED, c=FAILED | {"reason": "another"})
-    assert compare.differences(before, after) == []
-
-
-CHANGED = [(PASSED, FAILED), (FAILED, PASSED), (PASSED, SKIPPED), (SKIPPED, {"outcome": "xfailed"})]
-
-
-@pytest.mark.parametrize(("before", "after"), CHANGED, ids=lambda value: value["outcome"])
-def test_another_outcome_or_a_test_of_one_run_alone_differs(outcomes, before, after):
-    (found,) = compare.differences(outcomes(a=before, b=PASSED), outcomes(a=after, b=PASSED))
-    reason = after.get("reason") or before.get("reason")
-    assert found == compare.Difference("tests/f.py::a", before["outcome"], after["outcome"], reason)
-    (lost,) = compare.differences(outcomes(a=before, b=PASSED), outcomes(b=PASSED))
-    (new,) = compare.differences(outcomes(b=PASSED), outcomes(a=after, b=PASSED))
-    assert (lost.unpatched, lost.optimized) == (before["outcome"], compare.NOT_RUN)
-    assert (new.unpatched, new.optimized) == (compare.NOT_RUN, after["outcome"])
+    before, after = outcomes(a=PASSED, b=PASSED), outcomes(a=FAILED, b=PASSED | {"calls": {}})
+    assert compare.differences(before, before) == []
+    (found,) = compare.differences(before, after)
+    assert found == compare.Difference("tests/f.py::a", "passed", "failed", FAILED["reason"])
+    (lost,) = compare.differences(before, outcomes(b=PASSED))
+    assert (lost.unpatched, lost.optimized) == ("passed", compare.NOT_RUN)
 
 
 OF_LORA = [

@@ -3,7 +3,6 @@
 They need the extra ``recipes``: ``make recipes`` runs them.
 """
 
-import ast
 import json
 import math
 import pydoc_data.topics
@@ -30,10 +29,6 @@ diffusers = pytest.importorskip("diffusers", reason="a recipe uses diffusers")
 datasets = pytest.importorskip("datasets", reason="the recipes use datasets")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = {
-    "sft": "--model", "sample": "--adapter", "grpo": "--model", "several": "--model",
-    "diffusion": "--model",
-}  # fmt: skip
 TEXT = "\n".join([*pydoc_data.topics.topics.values()][:20])[:30_000]
 CHATML = """
 {%- for message in messages %}<|im_start|>{{ message.role }}
@@ -93,68 +88,8 @@ def recipe(monkeypatch, tmp_path, capsys) -> Callable:
     return run
 
 
-@pytest.fixture
-def chats(tmp_path) -> Path:
-    file = tmp_path / "chats.jsonl"
-    said = [("user", "What is {}?"), ("assistant", "It is {}, as it was.")]
-    for number in range(48):
-        turns = [{"role": role, "content": text.format(number)} for role, text in said]
-        with file.open("a") as lines:
-            lines.write(json.dumps({"messages": turns}) + "\n")
-    return file
-
-
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
-
-
-def test_they_are_short_and_say_how_they_run():
-    for name, option in RECIPES.items():
-        text = (EXAMPLES / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= (180 if name == "sft" else 80), name
-        assert f"{name}.py {option}" in ast.get_docstring(ast.parse(text)), name
-
-
-def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
-    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
-    printed, trainer = recipe("sft", *start, "--steps=4", "--out", tmp_path / "whole")
-    assert "14 of 14 layers fast" in printed
-    row = next(iter(trainer.get_train_dataloader()))
-    learned = trainer.processing_class.decode(row["labels"][row["labels"] != -100])
-    assert re.fullmatch(r"(It is \d+, as it was\.<\|im_end\|>){3,}", learned)
-    assert (row["position_ids"] == 0).sum() >= 3  # packed, each chat with its own positions
-    recipe("sft", *start, "--steps=2", "--out", tmp_path / "parts")
-    printed, trainer = recipe("sft", *start, "--steps=4", "--out", tmp_path / "parts")
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
-    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-7)
-    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
-
-
-def test_sft_goes_on_from_a_checkpoint_that_is_whole(recipe, tiny, chats, tmp_path):
-    """A stop during a save leaves a folder without trainer_state.json."""
-    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=1"]
-    recipe("sft", *start, "--steps=2", "--out", tmp_path)
-    (tmp_path / "checkpoint-10").mkdir()
-    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-best")
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    _, trainer = recipe("sft", *start, "--steps=3", "--out", tmp_path)
-    assert trainer.state.global_step == 3
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
-
-
-def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats, tmp_path):
-    pytest.importorskip("gguf", reason="needs gguf")
-    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160"]
-    recipe("sft", *start, "--steps=1", "--out", tmp_path / "adapter")
-    ask = ["--adapter", tmp_path / "adapter", "--prompt", "What is 3?", "--tokens=5"]
-    printed, _ = recipe("sample", *ask, "--gguf", tmp_path / "lora.gguf")
-    said, last = printed.strip("\n").rsplit("\n", 1)
-    assert said
-    assert last.startswith(f"{tmp_path / 'lora.gguf'}: ")
-    assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
 
 
 # As in the tokenizer of HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -166,37 +101,10 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 ' + message['content'] + '<|im_end|>' + '
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
-LIKE_LLAMA_2 = """\
-{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
-{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"""
-SMALL = ("--batch=1", "--max-length=160")
 
 
-@pytest.fixture
-def with_template(tiny, tmp_path) -> Callable:
-    """The tiny model with another chat template."""
-
-    def make(template: str) -> Path:
-        folder = tmp_path / "model"
-        shutil.copytree(tiny, folder)
-        (folder / "chat_template.jinja").write_text(template)
-        return folder
-
-    return make
-
-
-def rows_of(trainer: transformers.Trainer) -> list[tuple[str, str]]:
-    """The text of each packed row, and the words of it that the loss is on."""
-    decode, rows = trainer.processing_class.decode, []
-    for batch in trainer.get_train_dataloader():
-        learned = batch["labels"] != -100
-        rows.append((decode(batch["input_ids"][0]), decode(batch["labels"][learned])))
-    return rows
-
-
-def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, with_template, tmp_path):
-    """Its template has no marks and TRL knows no version with marks; a chat may have a system
-    message, and several turns."""
+def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, tiny, tmp_path):
+    """The loss is on the assistant's words only, although the template has no marks for them."""
     system = {"role": "system", "content": "Be brief."}
     turns = [
         {"role": role, "content": f"{text} {number}"}
@@ -206,130 +114,29 @@ def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, with_template, t
     chats = [turns, [system, *turns], turns[:2]]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    model, out = with_template(SMOLLM2), tmp_path / "adapter"
+    model, out = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(tiny, model)
+    (model / "chat_template.jinja").write_text(SMOLLM2)
     start = ["--model", model, "--data", data, "--out", out, "--batch=1"]
     printed, trainer = recipe("sft", *start, "--epochs=1")
     assert "all chats have the same text as before" in printed
+    assert "14 of 14 layers fast" in printed
+    [batch] = trainer.get_train_dataloader()
+    decode = trainer.processing_class.decode
+    packed, learned = map(decode, (batch["input_ids"][0], batch["labels"][batch["labels"] != -100]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    ((packed, learned),) = rows_of(trainer)
     assert sorted(packed.partition(text)[1] for text in texts) == sorted(texts)
     assert len(packed) == sum(map(len, texts))
     both = "It is 0<|im_end|>It is 1<|im_end|>"
     assert learned.count("It is") == 5
     assert learned.replace(both, "") == "It is 0<|im_end|>"
-    saved = transformers.AutoTokenizer.from_pretrained(out)
-    assert saved.chat_template == tokenizer.chat_template == SMOLLM2
     _, trainer = recipe("sft", *start, "--epochs=2")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
-    said, _ = recipe("sample", "--adapter", out, "--prompt", "What is 3?", "--tokens=5")
-    assert said.strip()
-
-
-def test_sft_says_what_to_do_with_a_template_that_it_cannot_mark(
-    recipe, with_template, chats, tmp_path
-):
-    start = ["--model", with_template(LIKE_LLAMA_2), "--data", chats, "--out", tmp_path / "out"]
-    start += [*SMALL, "--steps=1"]
-    with pytest.raises(SystemExit, match=r"put {% generation %}.*--template.*--whole-chat"):
-        recipe("sft", *start)
-    _, trainer = recipe("sft", *start, "--whole-chat")
-    for text, learned in rows_of(trainer):  # a sequence's first token has no prediction
-        assert learned.count("INST] What is") == text.count("[INST] What is") >= 3
-    words = "{{ message.content + eos_token }}"
-    marks = "{% generation %}" + words + "{% endgeneration %}"
-    (tmp_path / "marked.jinja").write_text(LIKE_LLAMA_2.replace(words, marks))
-    _, trainer = recipe("sft", *start, "--template", tmp_path / "marked.jinja", "--steps=2")
-    text, learned = rows_of(trainer)[0]
-    assert text.startswith("[INST] What is")
-    assert re.fullmatch(r"(It is \d+, as it was\.<\|im_end\|>){3,}", learned)
-
-
-def test_sft_without_a_chat_template_says_so(recipe, with_template, chats, tmp_path):
-    model = with_template("")
-    (model / "chat_template.jinja").unlink()
-    start = ["--model", model, "--data", chats, "--out", tmp_path / "out"]
-    with pytest.raises(SystemExit, match="has no chat template: give a file with one"):
-        recipe("sft", *start)
-
-
-def said_by(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
-
-
-LONG = "It is 3, as it was. " * 20
-FORMS = {
-    "strings": ({"prompt": "What is 3?", "completion": " It is 3."}, " It is 3.<|im_end|>"),
-    "messages": (
-        {"prompt": said_by("user", "What?"), "completion": said_by("assistant", "It is 3.")},
-        "It is 3.<|im_end|>\n",
-    ),
-    "text": ({"text": LONG}, LONG + "<|im_end|>"),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_sft_of_other_forms_of_data(recipe, with_template, form, tmp_path):
-    row, expected = FORMS[form]
-    data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps(row) + "\n")
-    start = ["--model", with_template(SMOLLM2), "--data", data, "--out", tmp_path / "out"]
-    _, trainer = recipe("sft", *start, *SMALL, "--epochs=1")
-    rows = rows_of(trainer)
-    if form == "text":  # longer than a sequence, whose first token has no prediction
-        (first, learned), (last, ending) = sorted(rows, key=lambda row: row[0].endswith("end|>"))
-        assert first + last == expected
-        assert first[-len(learned) :] + last[-len(ending) :] == learned + ending
-        assert len(learned + ending) > 0.98 * len(expected)
-    else:
-        assert [learned for _, learned in rows] == [expected]
-
-
-def test_sft_of_data_without_a_known_form_says_what_fits(recipe, tiny, tmp_path):
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"question": "What?", "answer": "That."}\n')
-    said = "a line has question, answer; it must have messages, or prompt and completion, or text"
-    with pytest.raises(SystemExit, match=said):
-        recipe("sft", "--model", tiny, "--data", data, "--out", tmp_path / "out")
-
-
-def test_sft_s_options_are_the_run_s(recipe, tiny, chats, tmp_path):
-    lora = ["--rank=4", "--alpha=6", "--dropout=0.1", "--targets=q_proj,v_proj", "--lr=0.01"]
-    start = ["--model", tiny, "--data", chats, "--out", tmp_path, *SMALL]
-    printed, trainer = recipe("sft", *start, *lora, "--eval=0.25", "--save-steps=1", "--epochs=2")
-    config = peft.PeftConfig.from_pretrained(tmp_path)
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.1)
-    assert config.target_modules == {"q_proj", "v_proj"}
-    assert "4 of 4 layers fast" in printed
-    history = trainer.state.log_history
-    assert {entry["learning_rate"] for entry in history if "learning_rate" in entry} == {0.01}
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    steps = trainer.state.global_step
-    assert steps == 2 * len(trainer.train_dataset)
-    losses = f"held-out loss: {evaluations[0]:.3f} before, {evaluations[-1]:.3f} after"
-    assert losses in printed
-    assert evaluations[-1] < evaluations[0]
-    assert printed.endswith(f"{steps} steps; the adapter is in {tmp_path}\n")
-
-
-def test_sample_with_nothing_to_do_or_without_gguf_says_so(recipe, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as stopped:
-        recipe("sample", "--adapter", "somewhere")
-    assert stopped.value.code == 2
-    assert "nothing to do: give --prompt TEXT, --gguf FILE, or both" in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", {}.get)
-    with pytest.raises(SystemExit) as stopped:
-        recipe("sample", "--adapter", "somewhere", "--gguf", "some.gguf")
-    assert stopped.value.code == 2
-    assert "--gguf needs the package gguf: pip install gguf" in capsys.readouterr().err
-
-
-def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
-    printed, _ = recipe("sft", *start, "--nf4", "--steps=2", "--out", tmp_path)
-    assert "14 quantized: NF4" in printed
-    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
+    ask = ["--adapter", out, "--prompt", "What is 3?", "--tokens=5"]
+    said, _ = recipe("sample", *ask, "--gguf", tmp_path / "lora.gguf")
+    assert said.strip("\n").count("\n")  # a reply, and a line about the file
+    assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_grpo(recipe, tiny, tmp_path, monkeypatch):
@@ -349,7 +156,6 @@ def test_grpo(recipe, tiny, tmp_path, monkeypatch):
     steps = json.loads((tmp_path / "rewards.json").read_text())
     assert [steps[0].keys(), len(steps)] == [{"loss", "reward", "step_time"}, 2]
     assert all(math.isfinite(step["loss"]) and 0 < step["reward"] < 2 for step in steps)
-    assert "generate" not in vars(trainer.model)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     for name, weight in base.state_dict().items():
         now = trainer.model.get_base_model().state_dict()
@@ -469,8 +275,6 @@ def test_the_notebook_runs(tiny, tmp_path):
     cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     lines = [line for cell in cells for line in [*cell, "\n"]]
-    install = [line.strip() for line in lines if line.startswith("%")]
-    assert install == ["%pip install --quiet -e '..[demo]'"]
     code = "".join(line for line in lines if not line.startswith("%"))
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copytree(EXAMPLES.parent / "kernels", tmp_path / "kernels")
@@ -483,8 +287,6 @@ def test_the_notebook_runs(tiny, tmp_path):
     assert len(steps) == 8
     for theirs, ours in steps:
         assert float(ours) == pytest.approx(float(theirs), rel=0.05)
-    assert re.search(r"a step of PEFT takes \d+\.\d\d × the time of fastlora's", printed)
     assert "the same within rounding" in printed
-    assert "nothing is broken" in printed
     assert f"kernels: {tmp_path}" not in printed  # Hugging Face's, or none
     assert (tmp_path / "out" / "start" / "adapter_model.safetensors").exists()

@@ -114,7 +114,7 @@ def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ord
         g_idx if ordered else g_idx[torch.randperm(k)],
     )
     compute = str(dtype).removeprefix("torch.")
-    return Quantized(Gptq(n, k, bits, groups, compute, ordered), tensors)
+    return Quantized(Gptq(n, k, bits, groups, compute), tensors)
 
 
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):

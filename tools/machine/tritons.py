@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from tools.matrix.cells import TORCH
-from tools.matrix.tritons import VERSIONS, installed
+from tools.matrix.tritons import TORCH, VERSIONS, installed
 
 # Faults of a version that also affect its plain products, so no kernel here can avoid them.
 KNOWN = {"3.6.0": "no proxy fence"}

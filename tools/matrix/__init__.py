@@ -1,1 +1,1 @@
-"""fastlora's wheel with many versions of its dependencies: see __main__.py."""
+"""fastlora's wheel with many versions of its dependencies: see noxfile.py."""

@@ -1,38 +1,25 @@
-"""The kernels under one Triton: their compiled code, and their launches.
+"""The Triton that each torch pins; and each Triton in a folder, beside this environment's torch."""
 
-Each version is installed into a folder of ``.cache/``, and used with this environment's torch.
-"""
-
-import re
+import subprocess
 import sys
 from pathlib import Path
 
-from .cells import TORCH
-from .environment import ROOT, run
-
+# Oldest first.
+TORCH = {
+    "2.10.0": "3.6.0",
+    "2.11.0": "3.6.0",
+    "2.12.1": "3.7.1",
+    "2.13.0": "3.7.1",
+    "2.14.1": "3.8.0",
+    "2.15.0": "3.9.0",
+}
 VERSIONS = [*dict.fromkeys(TORCH.values())]
-TESTS = ("tests/kernels/test_compile.py", "tests/kernels/test_host.py")
 
 
 def installed(version: str) -> Path:
-    """The folder with this Triton."""
-    folder = ROOT / ".cache" / f"triton-{version}"
+    """The folder with this Triton, which pip installs at the first call."""
+    folder = Path(__file__).resolve().parents[2] / ".cache" / f"triton-{version}"
     if not folder.joinpath("triton").exists():
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
-        passed, lines = run(*pip, "--target", folder, f"triton=={version}")
-        if not passed:
-            raise SystemExit(lines[-1])
+        subprocess.run([*pip, "--target", folder, f"triton=={version}"], check=True)
     return folder
-
-
-def row(version: str) -> tuple[bool, list[str]]:
-    """Whether everything passed with this version, and its columns of the table."""
-    folder, good = str(installed(version)), True
-    by = [torch.rpartition(".")[0] for torch, pinned in TORCH.items() if pinned == version]
-    columns = [", ".join(by)]
-    for file in TESTS:
-        command = (sys.executable, "-m", "pytest", "-q", "-n", "0", file)
-        passed, lines = run(*command, FASTLORA_COMPILE_TRITON=folder)
-        good &= passed
-        columns.append(re.sub(r" in .*", "", lines[-1].strip("= ")))
-    return good, columns
