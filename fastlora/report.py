@@ -7,7 +7,7 @@ from torch import nn
 
 from .backends import planned_backend
 from .formats.format import Quantized
-from .layers.adapted import AdaptedWeight
+from .layers.adapted_weight import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
 from .projection import Output

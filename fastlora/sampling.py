@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers.adapted import AdaptedWeight
+from .layers.adapted_weight import AdaptedWeight
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
 from .model.merge import merge_in_turn, unmerge_lora

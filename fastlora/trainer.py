@@ -106,13 +106,13 @@ _sampling: WeakSet[nn.Module] = WeakSet()  # models inside of a merged ``generat
 
 
 class _Sample:
-    """A model's ``generate`` that samples merged: it stands in the model's ``__dict__``."""
+    """A ``generate`` that samples merged, stored in one model's ``__dict__``."""
 
     def __init__(self, model: Any, keep: str) -> None:
         generate = model.generate
-        functools.update_wrapper(self, generate)  # with its attributes, before this one's own
+        functools.update_wrapper(self, generate)  # first, because it sets attributes
         self.keep, self.is_on = keep, True
-        self.before = vars(model).get("generate")  # another one, on this model only; or None
+        self.before = vars(model).get("generate")  # an earlier one in this model's __dict__
         if getattr(generate, "__self__", None) is model:
             self.theirs = generate.__func__
         else:
@@ -130,7 +130,7 @@ class _Sample:
             _sampling.discard(model)
 
     def leave(self, model: Any) -> None:
-        """Put back what this model had before, if it has this one still."""
+        """Restore the model's earlier ``generate``, unless another one has replaced this one."""
         if getattr(vars(model).get("generate"), "__func__", None) is not self:
             return
         del vars(model)["generate"]

@@ -146,8 +146,8 @@ def test_an_unknown_forward_stays_its_own(kind):
     assert not blocks(model)
     (block,) = fastlora.coverage(model).gated_mlps
     assert (block.name, block.fast) == ("0", False)
-    assert block.reason == "its forward is none that fastlora knows"
-    assert "1 layer by layer: 0: its forward is none that" in str(fastlora.coverage(model))
+    assert block.reason == "its forward is unknown to fastlora"
+    assert "1 layer by layer: 0: its forward is unknown" in str(fastlora.coverage(model))
 
 
 class Named(Gated):
@@ -351,7 +351,7 @@ def test_a_forward_that_is_replaced_on_the_class_later(monkeypatch):
         found = results(model)
     assert not calls
     assert_same(found, results(plain))
-    assert "none that fastlora knows" in fastlora.coverage(model).gated_mlps[0].reason
+    assert "unknown to fastlora" in fastlora.coverage(model).gated_mlps[0].reason
 
 
 def test_a_forward_that_is_replaced_on_the_instance():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers.adapted import scaling_of
+from ..layers.adapted_weight import scaling_of
 from ..layers.modules import called
 from ..model.files import check_folder, write_whole
 from ..projection import Adapter

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.adapted import scaling_of
+from ..layers.adapted_weight import scaling_of
 from ..layers.experts import stacked
 from ..layers.modules import called, some
 from ..model import files

@@ -1,1 +1,1 @@
-"""What a module becomes: a linear layer with an adapter, experts, a gated MLP; and which may."""
+"""Module classes with fast calls: adapted linear layers, experts, gated MLPs; and their checks."""

@@ -1,4 +1,4 @@
-"""A model's run on one batch: the call, its loss, and leaving no trace of it."""
+"""Runs a model on one batch: the call, its loss, and restoring the model's state afterwards."""
 
 import random
 import sys
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..formats import PackedLayer, quantized_weight
 
-_SEED = 20240229  # of every run, any number
+_SEED = 20240229  # arbitrary, the same for every run
 
 
 def seed_all() -> None:
-    """Set torch's, Python's and numpy's random states, the same each time."""
+    """Set the random states of torch, Python and numpy (if imported) to fixed values."""
     torch.manual_seed(_SEED)
     random.seed(_SEED)
     if "numpy" in sys.modules:
@@ -33,8 +33,9 @@ def call(model: nn.Module, batch: Any) -> Any:
 def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """A model's loss, and its other floating tensors by key or by number.
 
-    The loss is the output's ``loss``, summed, or else a fixed random combination of all outputs.
-    Raises ValueError for an output without a float tensor.
+    The loss is the sum of the output's ``loss``.  Without one it is a random linear combination of
+    all outputs, with the same coefficients each time.  Raises ValueError for an output without a
+    floating tensor.
     """
     items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
     outputs: dict[str, Tensor] = {}
@@ -61,17 +62,21 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter has a gradient; afterwards all but the weights is as it was."""
+    """Inside, no parameter has a gradient.  At the end everything except weights is restored.
+
+    That is gradients, buffers and random states.  The runs inside must not change weights.
+    """
     parameters = list(model.parameters())
     if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
         raise ValueError(
             "a hook runs when a gradient is ready (an optimizer inside of backward?), and would "
-            "change the model: do this before that is set up"
+            "change the model: do this before you register the hook"
         )
-    # With their values, since those may be views of DDP's buckets, which the runs write to.
+    # Gradients with copies of their values: under DDP they are views of its buckets, which the runs
+    # overwrite.
     gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    numpy, state = sys.modules.get("numpy"), random.getstate()  # some models draw from them too
+    numpy, state = sys.modules.get("numpy"), random.getstate()  # some models draw numbers from both
     numpy_state = None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices), kept_buffers(model):
         for parameter in parameters:
@@ -91,8 +96,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Afterwards each is as it was, as an object and by value: a forward may write to one, or put
-    another there.  Those of quantized layers, which hold the weight, no call changes.
+    """At the end, every buffer is the same object with the same values as at the start.
+
+    A forward may write to a buffer or replace it.  Buffers of quantized layers are skipped, because
+    they hold the weight, which no call changes.
     """
     buffers = [
         (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
@@ -111,7 +118,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Inside the model is in training mode, or not; afterwards each module is as it was."""
+    """Inside, the model is in training or evaluation mode; at the end each mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

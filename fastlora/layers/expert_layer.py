@@ -1,6 +1,6 @@
-"""LoRAExperts: an experts module of a transformers model, with packed weights, adapters, or both.
+"""LoRAExperts: an experts module of a transformers model with packed weights, adapters, or both.
 
-PEFT's files hold the adapter of a weight in two matrices, and so do these modules.
+A weight's adapter is two matrices for all experts together, as in PEFT's files.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,15 +18,8 @@ from ..formats.float8 import SCALE
 from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
-from .adapted import (
-    Adapted,
-    AdaptedWeight,
-    Features,
-    add_product,
-    refuse_training,
-    run_with,
-    scaling_of,
-)
+from .adapted import Adapted, refuse_training, run_with
+from .adapted_weight import AdaptedWeight, Features, add_product, scaling_of
 from .experts import (
     ADDED,
     Experts,
@@ -50,16 +43,19 @@ _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The numbers of one weight's adapter; r is that of each expert."""
+    """The settings of one weight's adapter."""
 
     features: Features
-    r: int
+    r: int  # of each expert
     lora_alpha: float
     use_rslora: bool
 
 
 class ExpertsWeight(AdaptedWeight):
-    """One adapted weight of an experts module."""
+    """One adapted weight of an experts module.
+
+    The module holds all tensors.  This object is made whenever it is needed.
+    """
 
     def __init__(self, experts: "LoRAExperts", name: str) -> None:
         how = experts.adaptations[name]
@@ -68,7 +64,7 @@ class ExpertsWeight(AdaptedWeight):
         self.scaling = scaling_of(how.lora_alpha, how.r, how.use_rslora)
         self.plain_class = experts.plain_class
 
-    # A tensor, or packed.
+    # A tensor, or a packed stack.
     weight = property(lambda self: weight_in(self.adapted_module, self.adapted_name))
     why_not_fast = property(lambda self: self.adapted_module.read().reason)
 
@@ -76,11 +72,11 @@ class ExpertsWeight(AdaptedWeight):
         return names_of_pair(self.adapted_name)
 
     def adapter(self) -> Adapter[Tensor]:
-        """The two for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
+        """The adapter for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
         return stacked(*self.adapter_pair, self.adapted_features.experts, self.scaling)
 
     def adapted_output(self) -> Output[Tensor]:
-        """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
+        """The weight and its adapter as stored: not stacked by expert, and sharded under FSDP."""
         return Output(Base(self.weight, None), (Adapter(*self.adapter_pair, self.scaling),))
 
     def check_weight(self, name: str) -> None:
@@ -103,7 +99,8 @@ class ExpertsWeight(AdaptedWeight):
         return dense_weight(self.adapted_module, self.adapted_name, dtype)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        # A packed weight's is dense, of the dtype around, and lies as the module's class has it.
+        # The result for a packed weight is dense, has the dtype ``around``, and has the layout of
+        # the module's class.
         weight, (left, right) = self.weight, self._factors()
         if isinstance(weight, Tensor):
             merged = torch.empty_like(weight, requires_grad=False)
@@ -119,24 +116,26 @@ class ExpertsWeight(AdaptedWeight):
 
 
 def names_of_pair(name: str) -> tuple[str, str]:
-    """What a module calls lora_A and lora_B of its weight of this name."""
+    """The names of lora_A and lora_B for the weight of this name."""
     return f"{name}{ADDED}A", f"{name}{ADDED}B"
 
 
 class LoRAExperts(Adapted):
-    """An experts module's class, which comes after this one: methods and no constructor.
+    """A mixin for classes of experts: :func:`class_over` derives from this class and the module's.
 
-    A weight NAME that is packed is a :class:`PackedWeight` of that name, or in transformers'
-    ``FP8Experts`` two parameters, in ``GgufExperts`` one.  One that is adapted has ``NAME_lora_A``
-    [E · r, p] and ``NAME_lora_B`` [q, r · E] beside it, as PEFT has them.
+    A packed weight NAME is a :class:`PackedWeight` of that name.  In transformers' ``FP8Experts``
+    it is two parameters, in ``GgufExperts`` one.  An adapted weight has ``NAME_lora_A`` [E · r, p]
+    and ``NAME_lora_B`` [q, r · E] beside it, with PEFT's shapes.
 
-    A call is one node (``ops.experts``).  What that can't be is the module's own forward, with
-    weights made for that call: weight + scaling · lora_B lora_A, or dense packed ones.  It is slow,
-    and has no dropout: where dropout would act, it is a RuntimeError.
+    A call is one node (``ops.experts``).  Where the node can't run, the module's own forward runs
+    with weights that are made for this call: weight + scaling · lora_B lora_A, or a packed weight
+    as a dense tensor.  This fallback is slow and has no dropout, so it raises RuntimeError if
+    dropout would act.
     """
 
     lora_settings = ("adaptations", "lora_dropout")
-    # By weight, in the order of the module's parameters; none where weights are packed alone.
+    # By name of the weight, in the order of the module's parameters.  Empty if weights are only
+    # packed.
     adaptations: Mapping[str, Adaptation] = MappingProxyType({})
     _bases: Any = MappingProxyType({})
     lora_dropout = 0.0
@@ -149,7 +148,10 @@ class LoRAExperts(Adapted):
         use_rslora: bool,
         name: str,
     ) -> None:
-        """Take lora_A and lora_B of this weight; the first freezes all else.  Checks nothing."""
+        """Add lora_A and lora_B for this weight.  Checks nothing.
+
+        The module's first adapter freezes all other parameters.
+        """
         if not self.adaptations:
             self.requires_grad_(False)
             self._bases, self.lora_dropout = {}, float(lora_dropout)
@@ -167,7 +169,7 @@ class LoRAExperts(Adapted):
         return [(name, ExpertsWeight(self, name)) for name in self.adaptations]
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
-        if self.adaptations and len(self._bases) == len(self.adaptations):
+        if self.adaptations and len(self._bases) == len(self.adaptations):  # all are merged
             refuse_training(self)
             if not needs_class(self):
                 forward: Any = self.plain_class.forward
@@ -184,21 +186,22 @@ class LoRAExperts(Adapted):
         return self._by_its_own_forward(reason or "its arguments are others", args, named)
 
     def read(self) -> Experts:
-        """How a call computes, or why it is the module's own forward's."""
+        """How a call computes, or the reason why the module's own forward must run."""
         experts = read_module(self)
         if "parametrizations" in self._modules:
             return Experts("its weights are parametrized")
         return experts
 
     def _output(self, name: str, experts: Experts) -> Output[Any]:
+        """The weight as [E, out, in], its bias, and its adapter unless that is merged."""
         bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
         added = name in self.adaptations and name not in self._bases
         adapters = (ExpertsWeight(self, name).adapter(),) if added else ()
         return Output(Base(stack_in(self, name), bias), adapters)
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
-        """The class's forward with the sums in place of the weights, and dense packed ones."""
-        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
+        """The class's forward with dense weights: adapted ones with their adapter added."""
+        if gguf.is_experts(self.plain_class):  # its own forward is a GPU kernel for GGUF's blocks
             raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
         adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
         if self.lora_dropout and self.training and adapted:
@@ -207,18 +210,18 @@ class LoRAExperts(Adapted):
             raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
         given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
         lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
-        if lost and not all(x.is_meta for x in given):  # torch would go on without numbers
+        if lost and not all(x.is_meta for x in given):  # torch would compute without numbers
             raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
         dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
         weights = {name: ExpertsWeight(self, name).adapted_sum(dtype) for name in adapted}
         weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
         forward: Any = self.plain_class.forward
         while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
-            forward = forward.__wrapped__  # FP8Experts', where weights may be dense
+            forward = forward.__wrapped__  # FP8Experts' undecorated forward takes dense weights
         return run_with(self, weights, partial(forward, self), args, named)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(_sparing(self, fn), recurse)  # codes that are kept aside, too
+        return super()._apply(_sparing(self, fn), recurse)  # also spares codes in self._bases
 
     def extra_repr(self) -> str:
         if not self.adaptations:
@@ -232,7 +235,10 @@ class LoRAExperts(Adapted):
 
 
 def _sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What an experts module's ``_apply`` does to its tensors, but no cast of codes and scales."""
+    """``fn`` for an experts module's ``_apply``, without casts of codes and scales.
+
+    Codes (1-byte elements) and their scales move to another device, but keep their dtype.
+    """
     scales = {id(p) for name, p in module._parameters.items() if name.endswith(SCALE)}
 
     def apply(tensor: Tensor) -> Tensor:
@@ -245,7 +251,7 @@ def _sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Ten
 
 
 def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
-    """Let an experts module have these packed weights in the place of its parameters."""
+    """Replace parameters of an experts module by these packed weights."""
     for name, weight in weights.items():
         delattr(module, name)
         setattr(module, name, PackedWeight(weight))
@@ -253,7 +259,7 @@ def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
 
 
 def settle(module: Any) -> None:
-    """Give a module without adapters the class that runs the weights that it has now."""
+    """Set the class of a module without adapters, so that it runs its current weights."""
     kind = plain_class_of(module)
     its_class = class_over(LoRAExperts, kind, "Packed") if needs_class(module) else kind
     object.__setattr__(module, "__class__", its_class)
@@ -265,8 +271,8 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "it already has adapters (fastlora.remove_lora takes them away)"
     if is_class(type(module), *_SWIZZLED):
         return (
-            "its MXFP4 numbers lie as a GPU kernel reads them: fastlora.load_packed(model, folder) "
-            "reads the checkpoint into a model that isn't quantized"
+            "its MXFP4 weights have the layout of a GPU kernel: load the checkpoint with "
+            "fastlora.load_packed(model, folder) into a model that isn't quantized"
         )
     experts = read_module(module)
     if experts.reason:
@@ -284,7 +290,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     known = LoRAExperts if isinstance(module, LoRAExperts) else nn.Module
     taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:
-        return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"
+        return f"it has a {taken!r} of its own, a name that LoRA experts need: rename that"
     ends = ("", "_bias") if experts.has_bias else ("",)
     packed = packed_names(module)
     for name in [name + end for name in experts.names for end in ends]:
@@ -300,5 +306,5 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
     if weight_in(module, experts.names[0]).shape[0] < 2:
-        return "it has one expert alone"
+        return "it has only one expert"
     return ""

@@ -1,7 +1,9 @@
-"""An experts module of transformers': its weights, dense or packed, stored how; what it computes.
+"""Reads an experts module of transformers: its weights (dense or packed), layout and activation.
 
-A module is known by its class's forward: that of ``use_experts_implementation``, which runs one of
-transformers' own functions.  All else about it is read once for every call, since it may change.
+fastlora recognizes a module by its class's forward.  It must be the forward that transformers'
+``use_experts_implementation`` makes, and run one of transformers' own functions.  Everything else
+is read in every call, because it may change between calls.  PEFT's wrappers of experts also use
+this file.
 """
 
 import re
@@ -18,7 +20,7 @@ from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
-from .adapted import Features
+from .adapted_weight import Features
 from .members import (
     activation_of,
     defined_in,
@@ -33,22 +35,23 @@ _SETTINGS = {
     "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
     "_is_expert_parallel",
 }  # fmt: skip
-OTHER = "its gate or activation is none that fastlora knows, or is hooked or patched"
-ADDED = "_lora_"  # in the names of parameters that aren't the module's own
+OTHER = "its gate or activation is unknown to fastlora, or is hooked or patched"
+ADDED = "_lora_"  # part of the name of each parameter that an adapter adds
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
-_DOWN = "down_proj"  # the last of the weights in every class of experts
-_OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # what its gate depends on
-# What configs of transformers' call the number of experts that a token goes to.
+_DOWN = "down_proj"  # the last weight in every class of experts
+_OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # if one is set, FP8Experts' gate differs
+# Names for the number of experts of each token in configs of transformers.
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+# Implementations (a config's _experts_implementation) that follow autocast.
 _CAST_BY_AUTOCAST = (None, "eager", "batched_mm")
 
 
 class PackedWeight(nn.Module):
-    """A stack [E, N, K] in the place of an experts module's parameter: packed, and never trained.
+    """A packed, frozen stack of weights [E, N, K] that replaces an experts module's parameter.
 
-    Its buffers are named as the format's tensors are, and hold their bits as uint8: casts of the
-    model leave them alone.
+    Each tensor of the format is a buffer under the format's name for it.  The buffer holds its bits
+    as uint8, so that casts of the model don't change them.
     """
 
     def __init__(self, weight: Quantized) -> None:
@@ -60,12 +63,12 @@ class PackedWeight(nn.Module):
 
     @property
     def quantized(self) -> Quantized:
-        """The stack, of the same memory."""
+        """The stack as a tensor of its format; it shares the buffers' memory."""
         bits = [self._buffers[name] for name in self.format.names]
         tensors = [b.view(d) for b, d in zip(bits, self._dtypes, strict=True) if b is not None]
         return Quantized(self.format, tuple(tensors))
 
-    # [E, N, K], whichever way a dense weight would lie in this module; the format's dtype.
+    # Always [E, N, K], also where the module stores dense weights transposed; the format's dtype.
     shape = property(lambda self: self.quantized.shape)
     dtype = property(lambda self: self.quantized.dtype)
     device = property(lambda self: self.quantized.device)
@@ -75,10 +78,10 @@ class PackedWeight(nn.Module):
 
 
 class Experts(NamedTuple):
-    """How a call of an experts module computes; or ``reason``, why that isn't known."""
+    """How a call of an experts module computes; or ``reason``, why fastlora can't run it."""
 
     reason: str
-    names: tuple[str, str] = ("", "")  # of the first product's weight and of the second's
+    names: tuple[str, str] = ("", "")  # the parameters that the first and second product multiply
     transposed: bool = False  # weights are [E, in, out]
     has_bias: bool = False
     activate: Activate = ""
@@ -87,9 +90,10 @@ class Experts(NamedTuple):
 
 
 def read_module(base: Any, kind: Any = None) -> Experts:
-    """How a module's experts compute; or why that isn't known.  Hooks on it are its own.
+    """How a module's experts compute, or why fastlora can't run them.
 
-    ``kind``: the class whose forward it is; else that without adapters, and with dense weights.
+    ``kind``: the class whose forward counts; by default the module's class without adapters and
+    packed weights.  Hooks on the module don't matter here, because they run around the forward.
     """
     kind = kind or plain_class_of(base)
     forward = kind.forward
@@ -106,7 +110,9 @@ def read_module(base: Any, kind: Any = None) -> Experts:
     run = forward
     while eager and hasattr(run, "__wrapped__"):  # FP8Experts' is decorated anew for every layer
         run = run.__wrapped__
-    if not eager:  # what is registered for an implementation of this name
+    if not eager:
+        # The decorator's forward finds its implementation in a table of functions, by the name in
+        # the module's config.  The table is a variable of the decorator, so it is a closure cell.
         inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
         cell = inside.get("experts_interface")
         run = None if cell is None else cell.cell_contents.get(name)
@@ -131,11 +137,12 @@ def _is_transformers(thing: Any) -> bool:
 
 
 def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
-    """How these experts make the second product's input of the first's, and whether it repeats.
+    """The function between the experts' two products, and whether the backward may repeat it.
 
-    ``eager``: the class's own forward, if that runs; None if it has a gate that isn't known.  What
-    isn't known by name may run again, followed by autograd from the first product's result on, if
-    it draws no numbers, doesn't write into its input, and has no parameters.
+    Returns None if the gate is unknown.  ``eager``: the class's own forward if that runs, else
+    None.  The function is a name (``silu`` …) or a callable.  The backward runs a callable again
+    under autograd.  That is correct if it draws no random numbers, doesn't write to its input, and
+    has no parameters.
     """
     act: Any = getattr(base, "act_fn", None)
     if not base.has_gate:
@@ -151,7 +158,7 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     )
     names = getattr(getattr(eager, "__code__", None), "co_names", ())
     if eager and not is_default and "_apply_gate" not in names:
-        return None  # its class's forward has another one
+        return None  # the class's forward computes its gate inline, without _apply_gate
     known = activation_of(act) if is_default else ""
     if known:
         return known, True
@@ -161,7 +168,7 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
 
 
 def _is_plain_function(act: Any) -> bool:
-    """Whether an activation is a function of its input alone, and leaves that as it is."""
+    """Whether an activation depends only on its input, and doesn't write to it."""
     if not isinstance(act, nn.Module):
         return _is_transformers(act) or bool(activation_of(act))
     known = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
@@ -175,23 +182,26 @@ def _is_plain_function(act: Any) -> bool:
 
 
 def needs_class(module: nn.Module) -> bool:
-    """Whether the plain class couldn't run it: a weight is a :class:`PackedWeight`, or a dense one
-    in a class for float8."""
+    """Whether the module's plain class can't run its weights.
+
+    This is so if a weight is a :class:`PackedWeight`, or if it is dense in a class for float8.
+    """
     return bool(_held(module) or {*_scaled(module)} - {*packed_names(module)})
 
 
 def packed_names(module: nn.Module) -> list[str]:
-    """Of the module's weights that are packed."""
+    """The names of the module's packed weights."""
     codes = [name for name in _scaled(module) if tensor_of(module, name).element_size() == 1]
     return _held(module) + codes
 
 
 def _held(module: nn.Module) -> list[str]:
+    """The names of weights that fastlora packed."""
     return [name for name, each in module._modules.items() if isinstance(each, PackedWeight)]
 
 
 def _scaled(module: nn.Module) -> list[str]:
-    """Of the weights that came packed: FP8Experts', with scales beside, and GgufExperts'."""
+    """The names of weights in classes for packed ones: FP8Experts (with scales), GgufExperts."""
     ends = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
     if gguf.is_experts(plain_class_of(module)):
         ends = [*read_module(module).names]
@@ -199,15 +209,17 @@ def _scaled(module: nn.Module) -> list[str]:
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """What a module has for parameters, packed ones among them; weights of experts in the order of
-    their class."""
-    return sorted([*_held(module), *module._parameters], key=_DOWN.__eq__)
+    """The names of a module's parameters and packed weights.
+
+    Experts' weights come in the order of their class, where down_proj is last.
+    """
+    return sorted([*_held(module), *module._parameters], key=lambda name: name == _DOWN)
 
 
 def weight_in(module: nn.Module, name: str) -> Any:
-    """A weight as it lies: a tensor, or packed [E, N, K].
+    """A weight as the module stores it: a tensor, or a packed stack [E, N, K].
 
-    Raises ValueError for a packed one that can't be read.
+    Raises ValueError if a packed weight can't be read.
     """
     held = module._modules.get(name)
     if isinstance(held, PackedWeight):
@@ -223,30 +235,30 @@ def weight_in(module: nn.Module, name: str) -> Any:
 
 
 def lies_transposed(module: nn.Module) -> bool:
-    """Whether a dense weight is [E, in, out] to this module."""
+    """Whether this module stores dense weights as [E, in, out]."""
     return bool(getattr(module, "is_transposed", False))
 
 
 def stack_in(module: nn.Module, name: str) -> Any:
-    """:func:`weight_in` as [E, out, in], whichever way a dense one lies in this module."""
+    """The weight as [E, out, in], also where the module stores dense weights as [E, in, out]."""
     weight = weight_in(module, name)
     return weight.mT if isinstance(weight, Tensor) and lies_transposed(module) else weight
 
 
 def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A packed weight in this dtype, new, as it would lie in this module."""
+    """A packed weight as a new dense tensor of this dtype, in the module's layout."""
     made = weight_in(module, name).dense(dtype)
     return made.mT if lies_transposed(module) else made
 
 
 def features_of(module: nn.Module, name: str) -> Features:
-    """Of the weight of this name."""
+    """The sizes of the weight of this name."""
     experts, q, p = stack_in(module, name).shape
     return Features(experts, p, q)
 
 
 def experts_of_a_token(module: Any) -> int:
-    """How many run for each token; 0 where nothing says so."""
+    """How many experts run for each token; 0 if the config doesn't say."""
     config = getattr(module, "config", None)
     numbers = [getattr(config, name, None) for name in PER_TOKEN]
     return next((number for number in numbers if type(number) is int), 0)
@@ -255,10 +267,10 @@ def experts_of_a_token(module: Any) -> int:
 def stacked(
     lora_A: Tensor, lora_B: Tensor, experts: int, scale: float, reverse: bool = False
 ) -> Adapter[Tensor]:
-    """PEFT's lora_A [E · r, p] and lora_B [q, r · E], the expert its fastest index, as views.
+    """The adapter of all experts, lora_a [E, r, in] and lora_b [E, out, r], as views of PEFT's.
 
-    lora_a [E, r, in] and lora_b [E, out, r]: in is p, and out is q, or with ``reverse`` the other
-    way round.
+    PEFT stores lora_A [E · r, p], with the expert as its slowest index, and lora_B [q, r · E], with
+    the expert as its fastest.  Here in = p and out = q, or with ``reverse`` in = q and out = p.
     """
     thin = lora_A.view(experts, -1, lora_A.shape[1])  # [E, r, p]
     wide = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1)  # [E, q, r]
@@ -266,7 +278,11 @@ def stacked(
 
 
 def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether these are x, index and weights that fit the two outputs, all in one dtype."""
+    """Whether ``lora_experts`` can run a call with these arguments.
+
+    They must be x [tokens, in], index and weights [tokens, k], on one device with the experts'
+    weights and in one dtype with the dense ones.
+    """
     weight, other = (output.base.weight for output in outputs)
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
@@ -296,7 +312,7 @@ def run_experts(
     down: Output[Tensor],
     dropout: float = 0.0,
 ) -> Tensor:
-    """The call with these arguments, which :func:`takes` them."""
+    """Run the call as one node, or with autograd's operations.  :func:`takes` must allow it."""
     x, index, weights = args
     return lora_experts(
         x,
@@ -312,12 +328,15 @@ def run_experts(
 
 
 def _is_watched() -> bool:
-    """Whether something is to see the operations: a compiler, selective checkpointing …"""
+    """Whether a mode must see the single operations: a compiler, selective checkpointing …"""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _are_in(index: Tensor, experts: int) -> bool:
-    """Whether all are numbers of experts; on a GPU, or watched or compiled, nobody looks."""
+    """Whether every entry is the number of an expert.
+
+    Skipped (true) on a GPU, where it would wait for the device, and inside of a compiler or a mode.
+    """
     if index.device.type != "cpu" or _is_watched():
         return True
     least, most = index.aminmax()

@@ -1,10 +1,10 @@
-"""Frozen linear layers: which can be a base, and torch's own made fast without an adapter.
+"""Frozen linear layers: which of them can have an adapter, and a fast forward for plain ones.
 
-Your own models and PEFT's are asked the same.  What is another matter, or changes from call to
-call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
+The checks are the same for plain models and PEFT models.  Conditions that change from call to call
+(hooks, devices, tensors that FSDP gathers) are checked at the call.
 
-Where a CPU multiplies 16 bits slowly, layers that nobody adapts (the head …) cost as much as the
-adapted ones do: there they become :class:`Linear`.  Elsewhere nothing changes.
+Some CPUs multiply 16-bit numbers slowly.  There, frozen layers without an adapter (the head …) take
+as long as the adapted ones, so they become :class:`Linear`.  On other devices nothing changes.
 """
 
 from collections.abc import Iterable
@@ -31,16 +31,16 @@ from .members import (
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear, whose ordinary call is an output without adapters.
+    """torch.nn.Linear with fastlora's product for slow CPUs.
 
-    It has the name of torch's and no state of its own: a layer becomes one, and ceases to be one,
-    by its ``__class__``.  A weight that trains, has left the CPU or has no 16 bits is torch's, and
-    so are exports, traces and transforms.
+    It has the name of torch's class and no state of its own, so assigning ``__class__`` turns one
+    into the other.  torch's forward runs if the weight trains, isn't on the CPU or hasn't 16 bits,
+    and in exports, traces and transforms.
     """
 
     plain_class = nn.Linear
 
-    def forward(self, input: Tensor) -> Tensor:  # as torch names it
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
         weight = slow_weight(self)
         is_own = not (why_not_here() or why_patched(nn.Linear))
         if weight is not None and is_own and fits(input, weight):
@@ -49,16 +49,16 @@ class Linear(nn.Linear):
         return super().forward(input)
 
 
-# Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
-# Falcon adds the bias last.
+# Classes whose own forward also computes x weightᵀ + bias.  Conv1D stores the weight as [in, out];
+# Falcon adds the bias in a step of its own.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
-# Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
+# Tensor classes that turn into plain tensors before a call: FSDP2's shards, and fake tensors.
 _KINDS = ("DTensor", "FakeTensor")
 
 
 def why_not_class(kind: type[nn.Module]) -> str:
-    """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
+    """A phrase for a class that may not compute x weightᵀ + bias ("a Conv2d, …"); "" for others."""
     is_linear = kind.forward in (nn.Linear.forward, Linear.forward)
     patched = why_patched(kind)
     if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):
@@ -68,12 +68,12 @@ def why_not_class(kind: type[nn.Module]) -> str:
 
 
 def is_conv1d(kind: type[nn.Module]) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    """Whether the class is transformers' Conv1D, a linear layer with weight [in, out]."""
     return is_class(kind, *_CONV1D)
 
 
 def is_router(layer: nn.Module) -> bool:
-    """Whether it is a router of a transformers mixture: a class of its own, with weight [E, in]."""
+    """Whether this is the router of a mixture in transformers: its own class, weight [E, in]."""
     if not isinstance(layer, nn.Module):
         return False
     kind = plain_class_of(layer)
@@ -101,7 +101,7 @@ def why_not_base(layer: nn.Module) -> str:
         return reason
     name = own_name(layer)
     if name:
-        return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
+        return f"it has a {name!r} of its own, a name that a LoRA layer needs: rename that"
     for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name, None)
         is_part = type(tensor).__name__ in _KINDS
@@ -116,7 +116,10 @@ def why_not_base(layer: nn.Module) -> str:
 
 
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
-    """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
+    """A linear layer's weight as [out, in]; a vendor's quantized layer gives its packed weight.
+
+    ``kind``: the layer's class without an adapter, if it has one.
+    """
     kind = type(linear) if kind is None else kind
     quantized: Any = quantized_weight(linear, kind)
     if isinstance(quantized, PackedLayer):
@@ -128,10 +131,11 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
 
 
 def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:
-    """Why a linear layer isn't covered, "" if it is; its weight as [out, in], and its bias.
+    """Read a linear layer: (reason, weight [out, in], bias, packed layer or None).
 
-    Last, what else there is to know of a quantized one.  ``adapted``: it is the base of an adapter,
-    and called so.  What watches its calls is another matter.
+    The reason says why the fast path can't take the layer; it is "" if it can.  The packed layer
+    describes a quantized one.  ``adapted``: the layer is an adapter's base, so the reason says "its
+    base".  Hooks aren't checked here.
     """
     it, name, of = "it", "its weight", ""
     if adapted:
@@ -141,7 +145,7 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     reason = why_not_class(kind) if quantized is None else ""
     if isinstance(quantized, str):
         reason = f"a {kind.__name__}: {quantized}"
-    elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
+    elif not reason and "parametrizations" in base._modules:  # reading the weight would compute it
         reason = "parametrized"
     elif not (adapted or reason or packed is not None or "weight" in base._parameters):
         reason = "without a weight, or that is computed"
@@ -165,15 +169,15 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
 
 
 def slow_weight(layer: nn.Linear) -> Tensor | None:
-    """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
-    weight = layer._parameters.get("weight")  # where a parametrized one isn't
+    """The layer's weight if it is frozen, has 16 bits and is on the CPU; else None."""
+    weight = layer._parameters.get("weight")  # a parametrized weight isn't there
     if weight is None or weight.dtype not in HALF_DTYPES or weight.device.type != "cpu":
         return None
     return None if weight.requires_grad else weight
 
 
 def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every layer fast that gains by it, and return those that weren't before."""
+    """Make every layer a :class:`Linear` if that is faster here; return the changed layers."""
     layers = [layer for layer in layers if _gains(layer)]
     for layer in layers:
         change_class(layer, nn.Linear, Linear)
@@ -181,7 +185,7 @@ def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def give_back_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every layer torch's again, and return those that were fast."""
+    """Make every :class:`Linear` a torch.nn.Linear again; return the changed layers."""
     layers = [layer for layer in layers if isinstance(layer, Linear)]
     for layer in layers:
         change_class(layer, Linear, nn.Linear)
@@ -189,7 +193,7 @@ def give_back_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _gains(layer: nn.Module) -> bool:
-    """Whether it is a plain frozen layer, and this device multiplies its weight slowly."""
+    """Whether this is a plain frozen layer whose weight the device multiplies slowly."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__ or why_patched(nn.Linear):
         return False
     weight, bias = slow_weight(layer), layer.bias

@@ -1,17 +1,25 @@
 """A module's record, cached on the module and protected by a guard.
 
-A :class:`Record` is what calls of a module compute with: outputs, dropouts, and what else a call
-needs; or the reason why no node runs the call.  To read it takes longer than many a call.  So the
-module keeps it, with a :class:`Guard`: the state of everything that it was read from, which is the
-classes, attributes, submodules and hooks of the module and its parts, and the facts of their
-tensors.  Each call compares the guard, in C as far as possible, and reads anew after any change.
+A :class:`Record` holds the inputs of a module's calls (outputs, dropouts …), or the reason why no
+node runs them.  Reading a module takes longer than many calls.  So the module caches its record
+with a :class:`Guard`: a snapshot of the classes, attributes, submodules and hooks of the module and
+its parts, and of the facts (dtype, shape, strides …) of their tensors.  Each call compares the
+snapshot with the current state, in C as far as possible, and reads the module again after a change.
 
-A record is valid while its guard holds.  A reader may therefore ask a guarded module anything,
-without a change here.  A condition outside of modules (a global hook, a transform) belongs in
-``why_not`` or :func:`.dispatch.why_not_here`, which run before a module is read, and also in
-:func:`fastlora.ops.kinds.key_of`, because a call that finds its key in ``calls`` skips them.
+Three structures, from the outside in:
 
-A guard keeps no parameter alive: it remembers the place of each one, and looks there in each call.
+* :class:`GuardedRecord` lies in the module's ``__dict__``, one for calls with gradients and one for
+  calls without.  It holds the record, the guard, and a dict from cache keys to kinds of call.
+* :class:`Guard` decides whether the record is valid.
+* :class:`Table` is a part of the guard: many comparisons of one kind.
+
+A record is valid while its guard holds.  A reader may therefore use any state of the guarded
+modules without a change here.  A condition outside of modules (a global hook, a transform) belongs
+in ``why_not`` or :func:`.dispatch.why_not_here`, which run before a module is read.  It also
+belongs in :func:`fastlora.ops.kinds.key_of`, because a call whose key is cached skips both.
+
+A guard keeps no parameter alive.  It stores where each one is found (a dict and a name) and looks
+there in each call.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -28,89 +36,109 @@ from ..ops.kinds import key_of_x, remember
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
-# In a module's __dict__: a record without gradients and one with, because checkpointing alternates.
+# Names in a module's __dict__: the record of calls without gradients, and with.  Two, because
+# activation checkpointing alternates between both.
 _PLACES = ("_fastlora_record", "_fastlora_record_followed")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes of every module that don't change its calls: hooks on state dicts …
+# Attributes of every module that don't change its calls, such as hooks on state dicts.
 _SILENT = {*vars(nn.Module()), *_PLACES}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
-_DEPTH = 3  # of vendors' objects: a weight's state, and the state of its scales in that
-_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # keys of one module; doublings of a wait
-# Methods that a patch may replace on a class, and PEFT's properties that a reader asks.
+_DEPTH = 3  # nesting of a vendor's objects: a weight's state contains the state of its scales
+_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # cached keys of one module; doublings of ``wait``
 _get: Callable = dict.get
-# All that a call asks of a tensor, except its address and its numbers.
+# The properties of a tensor that a call depends on, except its address and its numbers.
 _GET = attrgetter("dtype", "shape", "requires_grad", "device")
 _FACTS = (type, _GET, Tensor.stride)
+# Methods that a patch may replace on a class, and PEFT's properties that readers use.
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
 class Record(NamedTuple):
-    """The tensors and numbers that a module's calls use; or ``reason``, why no node runs them."""
+    """The tensors and numbers that a module's calls use, or the reason why no node runs them."""
 
-    reason: str
-    outputs: tuple[Output[Tensor], ...] = ()  # a layer's; gate, up, down; experts' up and down
-    dropouts: tuple[float, ...] = (0.0,)  # of a layer's adapters; of each output of a block
-    packed: tuple[PackedLayer | None, ...] = (None,)  # of quantized bases, for each output
-    how: Any = None  # a gated MLP's activation; Experts; a DoRA adapter's magnitude
-    drop: nn.Module | None = None  # the dropout of a PEFT layer's last adapter
-    adapter: str = ""  # the name of its first one
+    reason: str  # "" if a node can run the calls
+    outputs: tuple[Output[Tensor], ...] = ()  # a layer: 1; a gated MLP: gate, up, down; experts: 2
+    # A layer: one for all adapters, or one each.  A gated MLP: gate and up's, then down's.
+    dropouts: tuple[float, ...] = (0.0,)
+    packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if quantized
+    how: Any = None  # a gated MLP's activation, an ``Experts``, or a DoRA adapter's magnitude
+    drop: nn.Module | None = None  # the dropout module of a PEFT layer's last adapter
+    adapter: str = ""  # the name of a PEFT layer's first adapter
 
     @property
     def output(self) -> Output[Tensor] | None:
-        """A layer's."""
+        """The output of a layer, which has one; None if no node runs its calls."""
         return self.outputs[0] if self.outputs else None
 
 
 class Recorder(NamedTuple):
-    """How modules of a class are read and called; the functions' first argument is the module."""
+    """How modules of a class are read and called.
 
-    why_not: Callable[[Any, Any], object]  # true if no node runs calls with this x at this moment
+    The first argument of every function except ``run`` is the module.
+    """
+
+    why_not: Callable[[Any, Any], object]  # (module, x): true if no node can run this call now
     read: Callable[[Any], Record]
     parts: Callable[[Any], Iterable[nn.Module]]  # the other modules that ``read`` looks at
-    # The output for x, None where the module's own forward takes the call; and the call's kind, for
-    # ``run``, if the call uses the record's tensors as they are.
+    # (module, x, record): returns the output, or None if the module's own forward must run; and the
+    # call's kind for ``run``, or None if the call doesn't use the record's tensors unchanged.
     run_record: Callable[[Any, Tensor, Record], tuple[Tensor | None, Any]]
-    # The output of a call of a cached kind: x and the record's tensors laid flat, and the kind.
+    # (x and the record's flattened tensors, kind): returns the output of a call of a cached kind.
     run: Callable[[Sequence[Tensor], Any], Tensor]
 
 
 class Table(NamedTuple):
-    """A row for each guarded object of one kind: the result of a function of that object.
+    """Calls of one function, and the results that they must still give.
 
-    It is stored by columns, so that all rows are compared in C.
+    Example: ``len`` of each guarded dict.  Row i calls ``function`` with the i-th entry of every
+    column.  Storing columns lets ``map`` run all calls in C.
     """
 
     function: Callable
-    columns: tuple[tuple, ...]  # the function's arguments
-    expected: tuple
+    columns: tuple[tuple, ...]  # one for each argument of the function
+    expected: tuple  # one result for each row
 
 
 def _table(function: Callable, rows: Iterable[tuple]) -> list[Table]:
-    """The table of these rows, which end with the function's result; none without rows."""
+    """The table of these rows (arguments, then the result) as a list; empty if there are none."""
     columns = [*zip(*rows, strict=True)]
     return [Table(function, tuple(columns[:-1]), columns[-1])] if columns else []
 
 
 class Guard:
-    """The state of a module and its parts, to be compared with their state in a later call.
+    """A snapshot of a module and its parts, which later calls compare with the current state.
 
-    It lies in the module's ``__dict__`` and refers neither to that nor to the module: a cycle would
-    keep the weights of a model that is no longer in use.
+    Each structure covers one kind of state:
+
+    =============  ===================================================================
+    _home          the module's own ``__dict__``: its names, values and length
+    _containers    dicts and lists without tensors, with equal contents in _copies
+    _empty         dicts of hooks, and other dicts, that must stay empty
+    _tables        values and lengths of dicts with tensors; attributes of classes
+    _places        where each tensor is found: a dict and a name in it
+    _facts         dtype, shape … of these tensors, in the order of _places
+    _addresses     where their data lies
+    _tied          pairs of places that must hold the same tensor
+    =============  ===================================================================
+
+    The guard is stored in the module's ``__dict__``.  It refers neither to that dict nor to the
+    module, because a cycle would keep the weights of an unused model alive.
     """
 
     def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
-        self._containers: list[Any] = []  # dicts and lists without tensors, compared with copies
+        self._containers: list[Any] = []
         self._empty: list[Any] = []
-        # Of dicts with tensors, which a copy would keep alive: (dict, name) of each tensor, (dict,
-        # name, value) of everything else, and (dict, length).
+        # Dicts with tensors aren't copied, because a copy would keep the tensors alive.  They are
+        # split into (dict, name) for each tensor, (dict, name, value) for each other entry, and
+        # (dict, length) for the dict.
         places: list[tuple[dict, Hashable]] = []
         values: list[tuple[dict, Hashable, Any]] = []
         sizes: list[tuple[dict, int]] = []
 
         def look_at(entries: dict, depth: int = 0) -> None:
-            """``depth``: how far to look into objects."""
+            """Guard a dict.  ``depth``: how many levels of objects in it are guarded also."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
             by_name = has_tensors or any(place in entries for place in _PLACES)
             if by_name:
@@ -126,6 +154,7 @@ class Guard:
                     look_into(name, value, depth)
 
         def look_into(name: Hashable, value: Any, depth: int) -> None:
+            """Guard the contents of a value that can change while it stays the same object."""
             if name in _HOOKS and value:
                 sizes.append((value, len(value)))
             elif name in _HOOKS:
@@ -134,7 +163,7 @@ class Guard:
                 look_at(value)
             elif isinstance(value, list):
                 self._containers.append(value)
-            elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters, which is never called
+            elif isinstance(value, nn.ModuleDict):  # PEFT's dict of adapters, which is never called
                 look_at(value._modules)
             elif name == _HOOK_OF_ACCELERATE:
                 look_at(vars(value))
@@ -149,7 +178,7 @@ class Guard:
             look_at(vars(part))
         whole = [module, *parts]
         packed = [each for each in whole if vendor_of(each, plain_class_of(each)) is not None]
-        for layer in packed:  # whose weights have attributes, such as bitsandbytes' state
+        for layer in packed:  # a packed weight has attributes, such as bitsandbytes' quant_state
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     look_at(vars(value), _DEPTH)
@@ -163,27 +192,28 @@ class Guard:
             *_table(len, sizes),
             *_table(getattr, [(*each, getattr(*each)) for each in attributes]),
         ]
-        # A reader of a packed layer may depend on the numbers of frozen tensors also.
+        # Reading a packed layer may depend on numbers in frozen tensors, so their versions count.
         self._facts_of = (*_FACTS, _version_of) if packed else _FACTS
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
         if self.is_whole:
             self._facts = [[*map(fact, tensors)] for fact in self._facts_of]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
-            # A tied tensor is at several places, and the record may have used any of them.
+            # A tied tensor has several places, and the record may have used any of them.
             first: dict[int, int] = {}
             firsts = [first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
             self._tied = [(i, j) for i, j in enumerate(firsts) if i != j]
 
     def tensors(self) -> list[Any]:
-        """Those of now; None for one that is gone."""
+        """The tensors at the guarded places now; None in place of a tensor that is gone."""
         return [*map(_get, *self._places)]
 
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
-        """The tensors, if nothing changed except the numbers of those that train; else None.
+        """The guarded tensors if the guard holds, else None.
 
-        ``at_their_places``: in memory also; else they may have moved, as FSDP's do, but must be
-        aligned as they were, because kernels depend on that.
+        The numbers of tensors that train may change.  ``at_their_places``: the tensors must also
+        have their old addresses.  Otherwise they may have moved, as under FSDP, but must have the
+        same alignment to 16 bytes, because kernels depend on it.
         """
         home, (names, values, length) = vars(module), self._home
         try:
@@ -202,7 +232,7 @@ class Guard:
                 and (not self._tied or all([tensors[i] is tensors[j] for i, j in self._tied]))
             )
             addresses = [*map(Tensor.data_ptr, tensors)] if holds else []
-        except Exception:  # a tensor is gone, or of another kind; values that can't be compared
+        except Exception:  # a tensor is gone or isn't a plain one, or values can't be compared
             return None
         if holds and addresses != self._addresses:
             moves = [now ^ then for now, then in zip(addresses, self._addresses, strict=True)]
@@ -211,15 +241,15 @@ class Guard:
 
 
 def _version_of(tensor: Tensor) -> int | None:
-    """How often the numbers of a frozen tensor changed."""
+    """How often a frozen tensor was written to; None for a tensor that trains."""
     return None if tensor.requires_grad else tensor._version
 
 
 def _is_strange(tensor: Tensor) -> bool:
-    """Whether a tensor is more than memory with strides.
+    """Whether a tensor is more than memory with strides, so that a guard can't judge it.
 
-    Its class may run torch's operations itself (a DTensor …), it may be a transform's (vmap, grad
-    …), or it was made in inference mode, where numbers change without a trace.
+    Examples: a class that runs torch's operations itself (DTensor), a tensor inside of a transform
+    (vmap, grad), or one made in inference mode, which has no version counter.
     """
     dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if dispatches or tensor.layout is not torch.strided or tensor.is_nested:
@@ -228,38 +258,46 @@ def _is_strange(tensor: Tensor) -> bool:
         return True
     try:
         tensor.data_ptr()
-    except RuntimeError:  # a transform's has none
+    except RuntimeError:  # a tensor inside of a transform has no address
         return True
     return False
 
 
 class View(NamedTuple):
-    """How an input lies in the memory of a guarded tensor, so that the record holds no tensor."""
+    """An input that is a view of a guarded tensor, stored without a reference to the tensor."""
 
-    number: int  # of the guarded tensor
+    number: int  # index of the guarded tensor
     dtype: torch.dtype
     place: Any  # offset, size, strides
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The view, made again from the current guarded tensors."""
         tensor = tensors[self.number]
         blank = torch.empty(0, dtype=self.dtype, device=tensor.device)
         return blank.set_(tensor.untyped_storage(), *self.place)
 
 
 class GuardedRecord:
-    """A module's record, its guard, and the kinds of the calls that were made with it."""
+    """A module's record, its guard, and the kinds of calls that were made with it.
+
+    A kept record holds no tensor.  Each call takes them from the guarded places.
+    """
 
     def __init__(self, record: Record) -> None:
-        self.record = record  # without outputs, if it is kept
-        self.calls: dict[Hashable, Any] = {}  # kinds, by :func:`fastlora.ops.kinds.key_of_x`
-        self.guard: Guard | None = None  # None: it isn't kept
-        self.attempts, self.wait = 0, 0  # failures to keep one; how many calls until the next try
+        self.record = record  # once it is kept, without outputs: they hold tensors
+        self.calls: dict[Hashable, Any] = {}  # cache key (``ops.kinds.key_of_x``) -> kind of call
+        self.guard: Guard | None = None  # None if the record isn't kept
+        # If a module changes before every call, keeping its record only costs time.  ``attempts``
+        # counts records in a row that were invalid at the next call.  After each, 2**attempts - 1
+        # calls read the module without a guard; ``wait`` is how many of these are left.
+        self.attempts, self.wait = 0, 0
         self._layouts = layouts_of(record.outputs)
-        self._sources: list[int | View] = []  # of each input: a guarded tensor's number, or a view
+        # Where each input comes from: the index of a guarded tensor, or a view of one.
+        self._sources: list[int | View] = []
         self._has_views = False
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles of a module are read anew."""
+        """Copies and pickles hold no record, so a copied module is read again."""
         return GuardedRecord, (Record("it wasn't read"),)
 
     def keep(self, guard: Guard) -> None:
@@ -295,18 +333,22 @@ class GuardedRecord:
         return None if guard is None else guard.tensors_now(module, self._has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs' tensors laid flat, from the guarded ones of now."""
+        """The flattened tensors of the record's outputs, made from the current guarded tensors."""
         return [
             tensors[each] if isinstance(each, int) else each.of(tensors) for each in self._sources
         ]
 
     def now(self, inputs: Sequence[Tensor]) -> Record:
-        """The record with these tensors of its outputs, laid flat."""
+        """The record with its outputs rebuilt from these flattened tensors."""
         return self.record._replace(outputs=tuple(unflatten(inputs, self._layouts)))
 
 
 def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, list[Tensor] | Record]:
-    """A module's guarded record, and its outputs' inputs of now; or a record that is read anew."""
+    """A module's guarded record, and the second of two things.
+
+    If the cached record is valid, these are its current inputs, flattened.  Otherwise it is the
+    :class:`Record` that was read again.
+    """
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
     before: GuardedRecord | None = home.get(place)
@@ -315,13 +357,14 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
         if tensors is not None:
             before.attempts = before.wait = 0
             return before, before.inputs(tensors)
-    if before is not None and before.wait:  # the module changes in each call: a guard costs as much
+    if before is not None and before.wait:  # records were invalid lately: don't build a guard yet
         before.wait, before.guard = before.wait - 1, None
         record = recorder.read(module)
         return GuardedRecord(record), record
     for each in _PLACES:
         home.setdefault(each, None)
-    # The guard first: a change by another thread while the module is read fails the next compare.
+    # The guard is built before the module is read.  If another thread changes the module in
+    # between, the next comparison fails.
     guard = Guard(module, [*recorder.parts(module)])
     record = recorder.read(module)
     made = GuardedRecord(record)
@@ -329,15 +372,15 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
     made.wait = 2**made.attempts - 1
     other: GuardedRecord | None = home.get(other_place)
     if other is not None and other.tensors_now(module) is None:
-        other = None  # it may hold what was replaced
+        other = None  # the other record may keep replaced objects alive
     home.update({place: made, other_place: other})
     made.keep(guard)
     return made, record
 
 
 def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | None:
-    """The module's output for x; None where the module's own forward takes the call."""
-    if torch.compiler.is_compiling():
+    """The module's output for x; None if the module's own forward must run."""
+    if torch.compiler.is_compiling():  # torch.compile has guards of its own
         if recorder.why_not(module, x):
             return None
         return recorder.run_record(module, x, recorder.read(module))[0]
@@ -345,7 +388,7 @@ def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | 
     made: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
     if key is not None and made is not None:
         call = made.calls.get(key)
-        # The key covers everything else that ``why_not`` asks.
+        # The key covers all other conditions of ``why_not``.
         if call is not None and not nn_module._has_any_global_hook():
             tensors = made.tensors_now(module)
             if tensors is not None:
@@ -364,14 +407,16 @@ def _call_anew(module: nn.Module, x: Tensor, key: Hashable, recorder: Recorder) 
 
 
 def forget(module: nn.Module) -> None:
-    """Leave nothing on the module."""
+    """Remove the module's cached records."""
     for place in _PLACES:
         vars(module).pop(place, None)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fast path takes this x beside this base weight [out, in]; else PEFT's or torch's
-    forward does."""
+    """Whether the fast path can multiply this x by this base weight [out, in].
+
+    If it can't, PEFT's or torch's forward runs.
+    """
     if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
         return False
     if x.device != weight.device:

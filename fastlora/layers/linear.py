@@ -1,4 +1,4 @@
-"""LoRALinear, and its like for other classes of linear layer."""
+"""LoRALinear, and the classes of adapted layers for other kinds of linear layer."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from ..formats import vendor_of
 from ..projection import Output
 from ..settings import check_settings
 from . import frozen
-from .adapted import LoRALayer, new_adapter, refuse_training, run_with
+from .adapted import LoRALayer, refuse_training, run_with
+from .adapted_weight import new_adapter
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
 from .members import class_over, twin
 from .quantized import LoRAQuantized
@@ -25,14 +26,14 @@ class LoRALinear(LoRALayer, nn.Linear):
     two parameters under loralib's names, ``lora_A`` [r, in_features] and ``lora_B`` [out_features,
     r].  A fresh layer is the identity change: lora_A is kaiming-uniform(a=√5) and lora_B zero,
     PEFT's default.  ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv
-    2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
+    2312.03732).  ``lora_dropout`` in [0, 1) acts only on the adapter's input, in training.
 
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
     ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
 
-    One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1
-    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.  The
-    arguments that ``nn.Linear`` has too are its own, and so are their errors.
+    A layer has one adapter; use PEFT for several.  Raises ValueError for a rank below 1 or a
+    dropout outside [0, 1).  A call raises the errors of :func:`fastlora.lora_linear`.  Arguments
+    that ``nn.Linear`` also has are passed on to it unchecked.
     """
 
     plain_class = nn.Linear
@@ -66,9 +67,9 @@ class LoRALinear(LoRALayer, nn.Linear):
     ) -> Any:
         """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
 
-        The adapter has the weight's dtype.  Of a vendor's quantized layer (docs/quantized.md) it is
-        a layer of the vendor's class, with an adapter of float32.  Raises ValueError for what is
-        neither.
+        The adapter has the weight's dtype.  For a vendor's quantized layer (docs/quantized.md) the
+        result is a layer of the vendor's class, with a float32 adapter.  Raises ValueError for any
+        other layer.
         """
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
         reason = why_not_base(linear)
@@ -87,7 +88,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
 
 class _LoRATransposed(LoRALayer):
-    """Of Conv1D, whose weight is [in, out]."""
+    """An adapted Conv1D of transformers, whose weight is [in, out]."""
 
     nf: int
     nx: int
@@ -104,7 +105,10 @@ class _LoRATransposed(LoRALayer):
 
 
 class _LoRARouter(LoRALayer):
-    """Of a mixture's router, whose own forward runs with the sum; without dropout, as in PEFT."""
+    """An adapted router of a mixture.
+
+    Its own forward runs with weight + scaling · lora_B lora_A.  There is no dropout, as in PEFT.
+    """
 
     why_not_fast = "a router's own forward runs, with weight + scaling · lora_B lora_A"
 
@@ -122,7 +126,10 @@ class _LoRARouter(LoRALayer):
 
 
 def adapted_class(kind: type[nn.Module], quantized: bool = False) -> type[LoRALayer]:
-    """What a base's class becomes; ``quantized``: a vendor's layer, which may be of torch's."""
+    """The class of an adapted layer for a base of class ``kind``.
+
+    ``quantized``: the base is a vendor's layer, whose class may be torch's nn.Linear.
+    """
     if quantized:
         return class_over(LoRAQuantized, kind)
     if kind in (nn.Linear, frozen.Linear):

@@ -1,6 +1,7 @@
-"""A module of another library: its tensors, its activation, hooks on its calls; and its class.
+"""Inspects a module of another library (tensors, activation, hooks), and changes its class.
 
-It becomes another kind of module, and what it was again, by its class.
+fastlora speeds a module up by assigning its ``__class__``, and restores it the same way.  This
+keeps the module's identity, parameters, names and hooks.
 """
 
 from collections.abc import Iterable
@@ -26,16 +27,19 @@ _OF_TRANSFORMERS = {
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, sooner; a parametrized weight or FSDP's is no parameter there."""
+    """``getattr(module, name)``, faster for parameters.
+
+    A parametrized weight, or FSDP's while it is gathered, is an attribute but no parameter.
+    """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> str:
-    """What is wrong with a weight (2 dimensions) or a bias (1), as "has dtype torch.int8"; or "".
+    """Why a weight (``ndim`` 2) or a bias (1) isn't supported: "has dtype torch.int8" …; or "".
 
-    ``is_part``: it is FSDP's part between calls, which find it whole, and of torch's own class.
-    None is as good as any.
+    ``is_part``: it is FSDP's shard between calls, so its class and shape don't count.  A call sees
+    the whole tensor.  None (no bias) is supported.
     """
     if tensor is None:
         return ""
@@ -52,7 +56,7 @@ def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> s
 def why_not_part(
     name: str, tensor: Tensor, shape: tuple[int, ...], of: str = "the weight of "
 ) -> str:
-    """Why this weight (of two dimensions) or bias (of one) isn't covered, if it is not; or ""."""
+    """Why a weight or bias with this expected shape isn't supported; "" if it is."""
     reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
     if reason:
         return f"{of}{name} {reason}" if is_weight else f"{name} {reason}"
@@ -60,26 +64,27 @@ def why_not_part(
         return f"{name} is on the meta device, without data"
     records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if is_weight and records and tensor.is_inference():
-        return f"{name} was made in inference mode"  # no backward can keep it
+        return f"{name} was made in inference mode"  # it can't be saved for backward
     if tensor.shape == shape:
         return ""
     return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
 
 
-# Packages of decorators whose functions compute the same as the function that they wrap: that of
-# experts' implementations, torch.compile.
+# Decorators in these packages wrap a forward without changing its results: transformers' decorator
+# of experts, torch.compile.
 _SAME = ("transformers.integrations.moe", "torch._dynamo.")
 
 
 def why_patched(kind: Any) -> str:
-    """Why a class doesn't run the forward that its library defined, as text; "" if it does.
+    """Why a class doesn't run the forward that its library defined; "" if it does.
 
-    Every class is asked whose forward the fast path doesn't call.  The function must come from the
-    body of a class in ``__mro__``, so that a patch before ``import fastlora`` counts also.  A call
-    that uses a cached record skips this, because it compares the functions themselves.
+    The fast path replaces forwards, so it must not skip a patched one.  The check applies to each
+    class whose forward it doesn't call.  The function must come from the body of a class in
+    ``__mro__``, so that a patch made before ``import fastlora`` is found also.  Calls with a cached
+    record skip this check, because their guard compares the functions themselves.
     """
     kind = getattr(kind, "plain_class", kind)
-    # torch.compile guards a function that is compared, and compiles again when it is replaced.
+    # torch.compile guards a function that is compared, and recompiles when it is replaced.
     return "" if kind.forward is None else _why_patched(kind)
 
 
@@ -91,13 +96,16 @@ def _why_patched(kind: Any) -> str:
     return ""
 
 
-# As torch.compiler.assume_constant_result does, which imports all of torch's compiler.
+# The effect of torch.compiler.assume_constant_result, without importing torch's compiler.
 _why_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
 def _is_own(kind: type, function: Any) -> bool:
-    """functools.wraps copies names, but neither globals nor code."""
+    """Whether the function comes from the body of the class or of a base class.
+
+    Compares the module of the function's globals, because functools.wraps copies ``__module__``.
+    """
     home = defined_in(function)
     if home.startswith(_SAME):
         return _is_own(kind, getattr(function, "__wrapped__", None))
@@ -106,13 +114,13 @@ def _is_own(kind: type, function: Any) -> bool:
 
 
 def defined_in(function: Any) -> str:
-    """The name of the module whose code a function is; "" for other callables."""
+    """The name of the module that defines a function; "" for other callables."""
     return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of this module does something besides its library's forward."""
-    attributes = module.__dict__  # a look-up here takes half the time of an attribute
+    attributes = module.__dict__  # a look-up here takes half the time of getattr
     if torch.compiler.is_compiling():
         _guard(module)
     return bool(
@@ -126,10 +134,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _guard(module: nn.Module) -> None:
-    """Compile a call again when what :func:`is_hooked` sees of this module changes.
+    """Make torch.compile recompile when the result of :func:`is_hooked` may change.
 
-    Dynamo guards lengths and attributes, and neither the truth of a dict of hooks nor what a
-    ``__dict__`` lacks.
+    Dynamo guards lengths and attributes.  It doesn't guard whether a dict of hooks is empty, or
+    whether a name is missing in a ``__dict__``.
     """
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         len(module.__dict__[hooks])
@@ -137,10 +145,10 @@ def _guard(module: nn.Module) -> None:
 
 
 def _acts_as_its_class(module: nn.Module) -> bool:
-    """Whether the forward on this instance does what its class's does.
+    """Whether the forward in this module's ``__dict__`` computes the same as its class's.
 
-    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
-    to be; or the class's own, which accelerate leaves there when its hook is removed.
+    Two do.  accelerate's moves inputs to the weight's device, which the fast path requires anyway.
+    And when accelerate removes its hook, it leaves the class's own forward on the instance.
     """
     forward = module.__dict__["forward"]
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
@@ -154,7 +162,7 @@ def _acts_as_its_class(module: nn.Module) -> bool:
 
 
 def activation_of(act: Any) -> str:
-    """silu, gelu, gelu_tanh, relu or relu2; "" for any other, or if something acts on its calls."""
+    """silu, gelu, gelu_tanh, relu or relu2; "" for any other activation, or a hooked one."""
     if not isinstance(act, nn.Module):
         return _name_of_function(act)
     if is_hooked(act):
@@ -166,7 +174,7 @@ def activation_of(act: Any) -> str:
     if kind is nn.GELU:
         return _gelu(str(act.approximate))
     name = _OF_TRANSFORMERS.get(kind.__name__, "") if kind.__module__ == _TRANSFORMERS else ""
-    # Their other forms are Python's.
+    # With other settings, transformers' GELU modules hold a Python method instead of torch's gelu.
     return _name_of_function(act.__dict__.get("act")) if name == "gelu" else name
 
 
@@ -187,17 +195,18 @@ def _gelu(approximate: str) -> str:
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, "")
 
 
-_FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
+# A forward in a module's __dict__; accelerate stores the original one under the second name.
+_FORWARDS = ("forward", "_old_forward")
 
-
-_made: dict[Any, Any] = {}  # by what they were made of
+_made: dict[Any, Any] = {}  # (mixin, kind, prefix) -> class
 
 
 def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
-    """The class of modules that are ``mixin`` first, and else what ``plain_class``, ``kind``, is.
+    """A subclass of ``mixin`` and ``kind``, in that order, whose ``plain_class`` is ``kind``.
 
-    It has the name of ``kind`` behind the prefix; without one it looks the same.  Copies and
-    pickles of its modules name the two classes, since nobody can import this one.
+    Its name is the prefix and the name of ``kind``.  Without a prefix it also has the module and
+    docstring of ``kind``.  Copies and pickles of its modules store ``mixin`` and ``kind``, because
+    a class that is made at run time can't be imported.
     """
     key = mixin, kind, prefix
     if key not in _made:
@@ -209,7 +218,7 @@ def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
 
 
 def _reduce_ex(module: Any, protocol: Any) -> tuple:
-    """As for any object, but that it is made anew by :func:`class_over`."""
+    """The object's usual state, with :func:`class_over` as its constructor."""
     made: Any = module.plain_class.__reduce_ex__(module, protocol)
     return _blank, module._made_of, *made[2:]
 
@@ -219,7 +228,7 @@ def _blank(mixin: Any, kind: Any, prefix: str) -> Any:
 
 
 def twin(module: nn.Module, kind: Any) -> Any:
-    """A module of class ``kind`` with all that this one has, in dictionaries of its own."""
+    """A module of class ``kind`` with copies of this module's dicts; all values are shared."""
     other = object.__new__(kind)
     for name, value in vars(module).items():
         other.__dict__[name] = value.copy() if isinstance(value, dict) else value
@@ -227,22 +236,25 @@ def twin(module: nn.Module, kind: Any) -> Any:
 
 
 def plain_class_of(module: nn.Module) -> Any:
-    """What a module of ours is without what fastlora makes of it; the class of any other.
-
-    FSDP2's class around it is left out.
-    """
+    """The module's class without the one that fastlora gave it, and without FSDP2's."""
     kind = type(module)
     return getattr(kind, "plain_class", None) or under(kind)
 
 
 def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
-    """Whether a forward on the instance, maybe inside of accelerate's, is none of these."""
+    """Whether the instance has a forward of its own that is none of these.
+
+    If accelerate wrapped the forward, the wrapped one counts.
+    """
     forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return forward is not None and getattr(forward, "__func__", None) not in forwards
 
 
 def change_class(layer: nn.Module, old: Any, new: Any) -> None:
-    """Give a layer of class ``old``, or of one derived from it, ``new`` in its place."""
+    """Replace ``old`` by ``new`` in a layer of class ``old``, or of FSDP2's class over it.
+
+    Bound forwards of the old class in the layer's ``__dict__`` are replaced also.
+    """
     cls: Any = type(layer)
     layer.__class__ = new if cls is old else _over(cls, old, new)
     for name in _FORWARDS:
@@ -251,7 +263,7 @@ def change_class(layer: nn.Module, old: Any, new: Any) -> None:
 
 
 def is_over(cls: type, base: type) -> bool:
-    """Whether ``cls`` is ``base``, or what FSDP2 makes of that."""
+    """Whether ``cls`` is ``base``, or the class that FSDP2 derives from it."""
     if cls is base:
         return True
     *kinds, last = cls.__bases__
@@ -259,13 +271,13 @@ def is_over(cls: type, base: type) -> bool:
 
 
 def under(cls: type) -> type:
-    """The class that FSDP2 made this one of, or itself."""
+    """The class from which FSDP2 derived this one, or itself."""
     *_, last = cls.__bases__
     return last if last is not object and is_over(cls, last) else cls
 
 
 @cache
 def _over(cls: type, old: type, new: type) -> type:
-    """``cls``, which FSDP2 or a parametrization derived from ``old``, over ``new``."""
+    """A copy of ``cls``, which FSDP2 or a parametrization derived from ``old``, over ``new``."""
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, tuple(new if b is old else b for b in cls.__bases__), members)

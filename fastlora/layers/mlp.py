@@ -1,8 +1,8 @@
-"""A gated MLP, down(act(gate(x)) ∘ up(x)), whose call keeps less: a block's class, and its record.
+"""A gated MLP, down(act(gate(x)) ∘ up(x)), as two nodes that save less for the backward.
 
-A module becomes one, and ceases to be one, by its class, where its forward is one that is known:
-by what it does, compared instruction by instruction, and not by its class's name.  Its own forward
-takes the calls that the nodes don't.
+:func:`take` changes the class of each module whose forward is known, :func:`give_back` undoes it.
+A forward is known if it has the same byte code as a function in this file, so the name of its class
+doesn't matter.  The module's own forward runs where the nodes can't.
 """
 
 from collections.abc import Iterable
@@ -32,11 +32,11 @@ from .members import (
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
-_UNKNOWN = "its forward is none that fastlora knows"
+_UNKNOWN = "its forward is unknown to fastlora"
 
 
-# What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
-# and of RecurrentGemma.
+# The known forwards, as transformers writes them: Llama's (also Mistral's, Gemma's and most
+# others'), Qwen's and RecurrentGemma's.  Their byte code is compared, so don't simplify them.
 def _of_llama(self, x):
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return down_proj
@@ -57,24 +57,28 @@ def _is_known(forward: Any) -> bool:
 
 
 class GatedMLP(nn.Module):
-    """A gated MLP's class, which comes after this one: methods and no constructor.
+    """A mixin for gated MLPs: :func:`class_over` derives from this class and the module's.
 
-    Its ordinary call in training is two nodes, which keep neither act(gate) nor its product with
-    up.  It is known by its class's forward, and what it doesn't take is that forward's.
+    An ordinary call in training is two nodes.  They save neither act(gate) nor its product with up
+    for the backward.  The class's own forward takes the other calls.
     """
 
-    plain_class: type[nn.Module]  # what it is elsewhere
+    plain_class: type[nn.Module]  # the module's own class
 
     def forward(self, *args, **named):
         y = None if len(args) != 1 or named else call_recorded(self, args[0], _RECORDER)
         return super().forward(*args, **named) if y is None else y
 
     def why_not(self, x: object) -> bool | str:
-        """Few rows keep next to nothing, and to read the block costs more than its products."""
+        """Why the module's own forward runs with this x; false if the nodes may run.
+
+        Calls without gradients save nothing anyway.  With few rows, reading the module costs more
+        than its products.
+        """
         return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
 
     def run(self, x: Tensor, record: Record) -> tuple[Tensor | None, GatedCall | None]:
-        """The nodes' output for x, and their record; None where the call is the module's own."""
+        """The nodes' output for x (None if the module's own forward must run), and their call."""
         dtypes = _dtypes_of_all(x, record) if record.outputs else None
         if dtypes is None or not fits(x, record.outputs[0].base.weight):
             return None, None
@@ -84,7 +88,7 @@ class GatedMLP(nn.Module):
         return y.to(dtypes.outside), call if inside is x and not is_wide else None
 
     def why_not_now(self) -> str:
-        """Why no block's call is the nodes' at this moment; "" if it can be."""
+        """Why the nodes can't run any call at this moment; "" if they can."""
         if nn_module._has_any_global_hook():
             return "a hook on all modules is registered"
         return why_not_here()
@@ -96,19 +100,19 @@ class GatedMLP(nn.Module):
         return [each for module in parts for each in (module, *self.parts_of(module))]
 
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
-        """The modules inside of gate, up or down that are read, too."""
+        """The modules inside of gate, up or down that :meth:`read` also looks at."""
         return []
 
     def read(self) -> Record:
-        """Look at everything that a call would compute with.
+        """Read gate, up, down and the activation.
 
-        The dropouts are that of gate's and up's adapters, and that of down's.
+        The record has two dropouts: one for the adapters of gate and up, one for down's.
         """
         if not _is_known(self.plain_class.forward):
             return Record(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Record("its activation is none that fastlora knows, or is hooked or patched")
+            return Record("its activation is unknown to fastlora, or is hooked or patched")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)
@@ -128,7 +132,7 @@ class GatedMLP(nn.Module):
         return Record("", outputs, (max(p[:2]), p[2]), packed, activation)
 
     def read_part(self, linear: nn.Module) -> Record:
-        """gate, up or down; the model is one of your own."""
+        """Read gate, up or down, which is fastlora's own layer or has no adapter."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear)
         if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
@@ -143,7 +147,7 @@ _RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.r
 
 
 def read_frozen(linear: nn.Module) -> Record:
-    """A part that has no adapter."""
+    """Read gate, up or down if it has no adapter."""
     if is_hooked(linear):
         return Record(WATCHED)
     if "parametrizations" in linear._modules:
@@ -156,19 +160,22 @@ def read_frozen(linear: nn.Module) -> Record:
 
 
 class _Dtypes(NamedTuple):
-    inside: torch.dtype  # in which a layer computes
-    outside: torch.dtype  # in which it gives what it has computed
+    inside: torch.dtype  # a layer computes in this dtype
+    outside: torch.dtype  # and its output has this one
 
 
 def _dtypes_of_all(x: Tensor, record: Record) -> _Dtypes | None:
-    """Those of every layer of a block that is called with x; None where the nodes have others."""
+    """The dtypes of gate, up and down in a call with x; None if they differ.
+
+    The nodes compute in one dtype.  None also if a layer rounds in a way that the nodes don't.
+    """
     cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
     of_layers = set()
     for output, packed in zip(record.outputs, record.packed, strict=True):
         dtype = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
         inside = cast if cast is not None and dtype in AUTOCAST_DTYPES else dtype
         if packed is not None and dtype not in (inside, x.dtype):
-            return None  # it rounds twice
+            return None  # the layer rounds twice: to its own dtype, then to another one
         restores = packed is not None and packed.restores
         of_layers.add(_Dtypes(inside, x.dtype if restores else inside))
     if len(of_layers) > 1:
@@ -186,7 +193,7 @@ def _why_not_fitting(
         weight.dtype if layer is None else layer.compute_dtype
         for weight, layer in zip(weights, packed, strict=True)
     }
-    # One without a dtype of its own computes in x's.
+    # A packed layer without a dtype of its own (None) computes in x's.
     if len(dtypes - {None}) > 1 or any(w.device != weights[0].device for w in weights):
         return "its layers have different dtypes, or are on different devices"
     gate, up, down = (weight.shape for weight in weights)
@@ -196,7 +203,7 @@ def _why_not_fitting(
 
 
 def why_not_block(module: nn.Module) -> str:
-    """Why a module that has the parts of a gated MLP can't become a block; "" if it can."""
+    """Why a module with gate, up and down can't become a :class:`GatedMLP`; "" if it can."""
     kind = plain_class_of(module)
     if not _is_known(kind.forward) or kind.__call__ is not nn.Module.__call__:
         return _UNKNOWN
@@ -205,7 +212,7 @@ def why_not_block(module: nn.Module) -> str:
 
 
 def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
-    """Make every gated MLP a block, and return those that weren't before."""
+    """Change the class of every known gated MLP to one over ``mixin``; return the changed ones."""
     gated = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
     blocks = [module for module in gated if not why_not_block(module)]
     for module in blocks:
@@ -215,7 +222,7 @@ def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]
 
 
 def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give every block its own class again, and return those that were blocks."""
+    """Give every :class:`GatedMLP` its own class again, and return the changed ones."""
     blocks = [module for module in modules if isinstance(module, GatedMLP)]
     for block in blocks:
         forget(block)
@@ -224,5 +231,5 @@ def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def looks_gated(module: nn.Module) -> bool:
-    """Whether it has the parts of a gated MLP, whatever its forward does."""
+    """Whether the module has children gate_proj, up_proj, down_proj.  Doesn't check its forward."""
     return all(name in module._modules for name in PARTS)

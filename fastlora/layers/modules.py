@@ -1,4 +1,4 @@
-"""Walking a model: its LoRA layers, what is around and inside of it, and its tensors, whole."""
+"""Walks a model: its LoRA layers, the wrappers around and inside of it, and sharded tensors."""
 
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, cast
@@ -7,27 +7,31 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import UNLOADED, Adapted, AdaptedWeight
+from .adapted import Adapted
+from .adapted_weight import UNLOADED, AdaptedWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
-# What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
+# Parts of names that wrappers inside of a model add: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
-    """Everything of the model that has an adapter, with its name: layers, and experts' weights."""
+    """Every weight of the model that has an adapter, with its name: layers and experts' weights."""
     for name, module in model.named_modules():
         for weight_name, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
             yield plain_name(".".join(filter(None, (name, weight_name)))), layer
 
 
 def plain_name(name: str) -> str:
-    """The name without those of wrappers, as in a state dict; ``get_submodule`` knows it too."""
+    """The name without the parts that wrappers add, as in a state dict.
+
+    ``get_submodule`` accepts this name also.
+    """
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def full_name(outer: str, last: str) -> str:
-    """Of what the module of this name has under another; the model itself has no name."""
+    """Join a module's name and a child's; the model itself has an empty name."""
     return f"{outer}.{last}" if outer else last
 
 
@@ -43,24 +47,31 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
-    """The modules inside of FSDP's and the like, which leave out parameters that come later."""
+    """The modules inside of wrappers of these kinds, such as FSDP's.
+
+    These wrappers ignore parameters that are added after wrapping.
+    """
     outer = (m for m in model.modules() if any(derived_from(type(m), *kind) for kind in kinds))
     return {inner for module in outer for inner in module.modules()}
 
 
 def ids_outside(model: nn.Module, inside: Set[nn.Module]) -> set[int]:
-    """Of the parameters that modules have which aren't among these; a tied one may be in both."""
+    """The ids of all parameters that modules outside of ``inside`` own.
+
+    A tied parameter may have another owner inside.
+    """
     others = [module for module in model.modules() if module not in inside]
     return {id(each) for module in others for each in module.parameters(recurse=False)}
 
 
 def left_out(model: nn.Module) -> list[str]:
-    """Of the parameters that train, the names of those whose gradients no wrapper averages.
+    """The names of training parameters whose gradients aren't averaged over ranks.
 
-    FSDP, DDP and ZeRO-3 average those of the parameters that they found.  What they were told to
-    ignore, and what has a hook on its gradient, is in somebody's care, and not listed.
+    FSDP, DDP and ZeRO-3 average only the gradients of parameters that they found when they wrapped
+    the model.  Parameters that a wrapper was told to ignore aren't listed, nor are parameters with
+    a hook on their gradient, because their owner handles both on purpose.
     """
-    cared: set[int] = set()  # ids
+    cared: set[int] = set()  # ids of parameters that a wrapper averages or was told to ignore
     over_ranks = False
     for module in cast(Iterator[Any], model.modules()):
         if isinstance(module, DistributedDataParallel):
@@ -74,7 +85,7 @@ def left_out(model: nn.Module) -> list[str]:
         elif derived_from(type(module), *FULLY_SHARDED):
             for part in _parts_of(module):
                 over_ranks |= part.sharded_param.device_mesh.size() > 1
-                cared.add(id(getattr(part, "_unsharded_param", None)))  # which a call may leave
+                cared.add(id(getattr(part, "_unsharded_param", None)))  # may remain after a call
     named = list(unwrap(model).named_parameters())
     if any(hasattr(p, "ds_id") for _, p in named):
         over_ranks |= distributed.is_initialized() and distributed.get_world_size() > 1
@@ -87,10 +98,10 @@ def left_out(model: nn.Module) -> list[str]:
 
 
 def _parts_of(module: Any) -> list[Any]:
-    """What FSDP2 knows of each parameter that it took with this module."""
+    """FSDP2's record of each parameter that it shards with this module."""
     try:
         state = module._get_fsdp_state()
-    except AssertionError:  # it has the class alone: a copy, or one that nothing was sharded for
+    except AssertionError:  # only the class is FSDP2's: a copy, or a module without parameters
         return []
     if hasattr(state, "_fsdp_param_groups"):
         groups = state._fsdp_param_groups
@@ -100,25 +111,25 @@ def _parts_of(module: Any) -> list[Any]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are, for a message."""
+    """The first three names and the number of others, as text of a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     few = (name if len(name) < 200 else f"{name[:200]}…" for name in names[:3])
     return ", ".join(few) + more if names else "none"
 
 
 def called(name: str) -> str:
-    """A module's name for a message; the model itself has none."""
+    """A module's name for a message: "the model" if it is empty."""
     return name or "the model"
 
 
 def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the same keys; those that are sharded are gathered.
+    """The same tensors under the same keys, with sharded ones gathered.
 
-    The model is given in all its wrappers, and every rank must call it.  Raises ValueError for
-    tensors of DeepSpeed's ZeRO-3, and for those without numbers.
+    ``model`` must be the outermost wrapper, and every rank must make this call.  Raises ValueError
+    for tensors of DeepSpeed's ZeRO-3, and for tensors on the meta device.
     """
     for key, tensor in tensors.items():
-        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:  # empty between calls
+        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:  # ZeRO-3's are empty here
             raise ValueError(
                 f"DeepSpeed ZeRO-3 has parts of {key} on all ranks: call this inside of "
                 "deepspeed.zero.GatheredParameters(list(model.parameters()))"
@@ -127,7 +138,7 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     if flat:  # FSDP1's
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        # Without cpu_offload: on a CPU torch 2.13 ends the process in it, under FSDP1.
+        # Without cpu_offload: under FSDP1 on a CPU, it ends the process in torch 2.13.
         options = StateDictOptions(
             full_state_dict=True, ignore_frozen_params=all(t.requires_grad for t in flat)
         )
@@ -146,9 +157,9 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _offloaded(model: nn.Module, name: str, key: str) -> Tensor:
-    """The numbers of a tensor that accelerate's hooks keep elsewhere between calls."""
+    """The values of a tensor that accelerate offloads between calls, from its hooks."""
     parts = name.split(".")
-    for end in range(len(parts)):  # of the module or of one around it
+    for end in range(len(parts)):  # the hook may be on the tensor's module or on one around it
         hook: Any = model.get_submodule(".".join(parts[:end])).__dict__.get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):
             value = (getattr(one, "weights_map", None) or {}).get(".".join(parts[end:]))
@@ -158,32 +169,33 @@ def _offloaded(model: nn.Module, name: str, key: str) -> Tensor:
 
 
 def copy_whole(value: Tensor, parameter: Tensor) -> None:
-    """Copy a tensor into a parameter, of which FSDP2 may have this rank's part."""
+    """Copy a whole tensor into a parameter, which may be this rank's shard of it (FSDP2)."""
     if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         part: Any = parameter
-        # Every rank has the whole: none sends it to the others.
+        # src_data_rank=None: every rank has the whole tensor, so no rank broadcasts it.
         value = distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
     parameter.copy_(value)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give up the whole parameters that a call has left, which it would not keep."""
+    """Make FSDP2 shard all parameters again: a call may have left some whole."""
     for module in model.modules():
         if derived_from(type(module), *FULLY_SHARDED):
             cast(Any, module).reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is FSDP's, which has a part of it between calls."""
+    """Whether FSDP shards this tensor, so that each rank has a part of it between calls."""
     return is_flattened(tensor) or is_dtensor(tensor)
 
 
 def has_sharded(module: nn.Module) -> bool:
+    """Whether FSDP shards any parameter of the module."""
     return any(map(is_sharded, module.parameters()))
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether it is a part of one of FSDP1's flat parameters, of whatever shape between calls."""
+    """Whether it is a part of a flat parameter of FSDP1; such a part has no fixed shape."""
     return getattr(tensor, "_fsdp_flattened", False)

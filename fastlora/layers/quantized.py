@@ -1,4 +1,4 @@
-"""LoRAQuantized: what a vendor's quantized linear layer does with an adapter beside its weight."""
+"""LoRAQuantized: a vendor's quantized linear layer with an adapter beside its weight."""
 
 import math
 from typing import Any
@@ -11,18 +11,19 @@ from ..backends import Call
 from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
-from .adapted import LoRALayer, add_product
+from .adapted import LoRALayer
+from .adapted_weight import add_product
 from .guards import Record
 
 
 class LoRAQuantized(LoRALayer):
-    """A vendor's class, which comes after this one, with an adapter.
+    """A mixin for quantized layers: :func:`class_over` derives from this class and the vendor's.
 
-    Class, tensors and state dict stay the vendor's.  A call reads the layer as it is, and raises
-    ValueError with the reason if it can't be read.
+    The vendor's tensors and state dict don't change.  A call reads the layer's current tensors, and
+    raises ValueError with the reason if fastlora can't read them.
     """
 
-    is_dense = False  # whether it is merged into a plain weight, which its class can't call
+    is_dense = False  # whether it is merged into a plain weight, which the vendor can't use
 
     @property
     def vendor(self) -> Vendor:
@@ -41,7 +42,10 @@ class LoRAQuantized(LoRALayer):
         return Record("", (self.output_over(packed.weight),), (self.lora_dropout,), (packed,))
 
     def packed(self, record: Record | None = None) -> PackedLayer:
-        """The weight as it is now, or was read.  Raises ValueError if it can't be read."""
+        """The weight of this record, by default the current one.
+
+        Raises ValueError if it can't be read.
+        """
         record = record or self.read()
         (packed,) = record.packed
         if packed is None:
@@ -54,7 +58,7 @@ class LoRAQuantized(LoRALayer):
     def run_merged(self, x: Tensor) -> Tensor:
         if not self.is_dense:
             return super().run_merged(x)
-        # bitsandbytes' own call in evaluation casts the bias, in place.
+        # The bias may not have x's dtype: bitsandbytes' forward in evaluation casts it in place.
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
@@ -66,7 +70,10 @@ class LoRAQuantized(LoRALayer):
         return self.packed().weight.device
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """Without a dtype around it, in that in which the layer computes, as far as it tells."""
+        """As in the base class.
+
+        Without ``around``, the result has the layer's compute dtype, or the dtype of its tensors.
+        """
         packed = self.packed()
         weight: Any = packed.weight
         beside = [t.dtype for t in (getattr(self, self.weight_name), self.bias) if t is not None]
@@ -76,9 +83,12 @@ class LoRAQuantized(LoRALayer):
         return add_product(weight, *self._factors(), self.scaling, merged)
 
     def use_merged(self, weight: Tensor, keep_base: bool = True, requantize: bool = True) -> float:
-        """Raises ValueError, and leaves the layer as it was, where it can't be packed."""
+        """As in the base class.
+
+        Raises ValueError if the merged weight can't be packed; the layer doesn't change then.
+        """
         vendor, distance = self.vendor, 0.0
-        if not requantize and hasattr(self.plain_class, "weight"):  # a property
+        if not requantize and hasattr(self.plain_class, "weight"):  # a read-only property
             raise ValueError("GPTQ-Model's layer has no place for a merged weight")
         original = self._kept()
         try:
@@ -88,7 +98,7 @@ class LoRAQuantized(LoRALayer):
             else:
                 setattr(self, vendor.PARTS[0], None)
                 self.weight = nn.Parameter(weight, requires_grad=False)
-            if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
+            if not math.isfinite(distance):  # vendors pack via 16 bits, which may overflow
                 raise ValueError(
                     f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed "
                     "again it holds NaN or infinity; requantize=False leaves it plain"
@@ -100,7 +110,7 @@ class LoRAQuantized(LoRALayer):
         return distance
 
     def _kept(self) -> Any:
-        """The layer's weight, and no more, in a layer of its class."""
+        """A layer of the vendor's class that holds this layer's packed weight and nothing else."""
         original: Any = object.__new__(self.plain_class)
         nn.Module.__init__(original)
         for name in self.vendor.PARTS:
@@ -113,6 +123,7 @@ class LoRAQuantized(LoRALayer):
         self._restore(self._bases.pop(name))
 
     def _restore(self, original: nn.Module) -> None:
+        """Take the packed weight from a layer that :meth:`_kept` made."""
         if "weight" not in original._parameters:
             self._parameters.pop("weight", None)
         vendor = vendor_of(original, self.plain_class)
@@ -131,14 +142,15 @@ class LoRAQuantized(LoRALayer):
                     delattr(self, name)
             object.__setattr__(self, "__class__", nn.Linear)
             dtype = self.weight.dtype
-            bias = self.__dict__.pop("bias", self._parameters.get("bias"))  # HQQ's is no parameter
+            # HQQ's bias is an attribute, no parameter.
+            bias = self.__dict__.pop("bias", self._parameters.get("bias"))
             if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == dtype):
                 bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
             self.register_parameter("bias", bias)
 
     @property
     def is_left_out(self) -> bool:
-        """Whether the vendor's class (HQQ's) saves and loads what it knows alone: no adapter."""
+        """Whether the vendor's class (HQQ's) saves and loads only its own tensors, no adapter."""
         return self.plain_class.state_dict is not nn.Module.state_dict
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import vendor_of
-from ..layers.adapted import AdaptedWeight
+from ..layers.adapted_weight import AdaptedWeight
 from ..layers.guards import forget
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
+from ..layers.adapted import LoRALayer
+from ..layers.adapted_weight import Features, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class

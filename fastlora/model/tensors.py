@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import UNLOADED
+from ..layers.adapted_weight import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
 from ..layers.modules import called, full_name, lora_layers, plain_name, some
 from ..text import shown

@@ -1,11 +1,11 @@
 """PEFT's models, sped up in place.
 
-:mod:`.layer` is what a layer becomes, and does and undoes it; :mod:`.read` says which calls it
-takes.  This folder alone imports PEFT, and only where a model with PEFT's layers is met:
-:mod:`.optimize` and :mod:`.check` do without.
+:mod:`.layer` defines the classes of fast layers, and changes layers to them and back.
+:mod:`.read` decides which calls run fast.  No other package imports PEFT, and this one imports it
+only for a model with PEFT's layers: :mod:`.optimize` and :mod:`.check` import nothing of PEFT.
 
-A PEFT that is older than those the tests were run with is left as it is; a newer one is sped up,
-and named.
+Layers of a PEFT older than the tested versions don't change.  A newer PEFT is sped up, with a
+warning.
 """
 
 import os
@@ -13,22 +13,22 @@ import re
 import sys
 from importlib import import_module
 
-_OLDEST, _NEWEST = (0, 19), (0, 21)  # of PEFT: those that the tests were run with
+_OLDEST, _NEWEST = (0, 19), (0, 21)  # the versions of PEFT that the tests run with
 _TESTED = "the tested versions, 0.19 to 0.21"
 
 
 def is_disabled() -> bool:
-    """Whether ``FASTLORA_DISABLE`` asks that PEFT's layers be left alone."""
+    """Whether ``FASTLORA_DISABLE`` is set, so that PEFT's layers don't change."""
     return os.environ.get("FASTLORA_DISABLE", "") not in ("", "0")
 
 
 def why_never() -> str:
-    """Why no layer of PEFT's runs fast in this process; "" if layers can."""
+    """Why no PEFT layer can run fast in this process; "" if layers can."""
     return "FASTLORA_DISABLE is set" if is_disabled() else _why_not_version()
 
 
 def why_not_peft() -> str:
-    """Why no layer of the PEFT that is imported can be looked at; "" if they can."""
+    """Why fastlora can't read layers of the imported PEFT; "" if it can."""
     if newer():
         try:
             for name in ("records", "layer"):
@@ -39,12 +39,12 @@ def why_not_peft() -> str:
 
 
 def why_nothing_changes() -> str:
-    """Why optimize leaves every layer as it is; or ""."""
+    """Why optimize changes no layer; "" if it does."""
     return why_never() or why_not_peft()
 
 
 def untested() -> str:
-    """What to do about a PEFT that is newer than the tested versions; "" if it isn't."""
+    """Advice for a PEFT that is newer than the tested versions; "" for any other."""
     return newer() and (
         f"{newer()}: fastlora.check(model, batch) compares your model's numbers with PEFT's own, "
         "and python -m fastlora doctor those of small layers"
@@ -52,19 +52,19 @@ def untested() -> str:
 
 
 def newer() -> str:
-    """What to say of a PEFT that is newer than those that were tested; "" of any other."""
+    """A statement that PEFT is newer than the tested versions; "" if it isn't."""
     version, numbers = _version()
     return f"PEFT {version} is newer than {_TESTED}" if numbers > _NEWEST else ""
 
 
 def _why_not_version() -> str:
-    """Why the PEFT that is imported isn't sped up; "" if it is, or if none is."""
+    """Why the imported PEFT isn't sped up; "" if it is, or if PEFT isn't imported."""
     version, numbers = _version()
     return f"PEFT {version} is not among {_TESTED}" if numbers < _OLDEST else ""
 
 
 def _version() -> tuple[str, tuple[int, ...]]:
-    """Of the PEFT that is imported: as it says it, and major and minor, 0 if they can't be read."""
+    """The imported PEFT's version as text, and (major, minor): (0, 0) if that can't be read."""
     if "peft" not in sys.modules:
         return "", _NEWEST
     version = str(getattr(sys.modules["peft"], "__version__", ""))

@@ -1,5 +1,4 @@
-"""PEFT's own path, beside which the fast one is judged: with the same dropout masks, for numbers;
-and layers of its own, for the time that they take."""
+"""PEFT's own forward as the baseline, with fastlora's dropout masks; and new layers to time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +14,16 @@ from ..ops.run import draw_seed
 
 
 class SeededDropout(nn.Dropout):
-    """``nn.Dropout`` with the mask that fastlora's ops would make of the same random state.
+    """``nn.Dropout`` with the mask that fastlora's ops would draw from the same random state.
 
-    A layer's seeds are drawn at once for all its active adapters, as ``lora_linears`` does: on a
-    GPU one draw of two numbers isn't two draws of one.
+    A layer draws the seeds of all its active adapters at once, like ``lora_linears``, because on a
+    GPU one draw of two numbers gives other numbers than two draws.
     """
 
     layer: LoraLayer
-    seeds: list[Tensor]  # the layer's, drawn and not taken as yet
-    rows: tuple[int, Tensor] | None = None  # x has only these, of a call with so many
+    seeds: list[Tensor]  # drawn for the layer and not used yet; shared by its dropouts
+    # (count, indices): x holds only the rows with these indices, of a call with ``count`` rows.
+    rows: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.drops():
@@ -41,13 +41,13 @@ class SeededDropout(nn.Dropout):
         return self.training and self.p > 0.0
 
 
-# Those that the fast path knows.
+# The classes of dropout that the fast path supports.
 DROPOUTS = (nn.Dropout, nn.Identity, SeededDropout)
 
 
 @contextmanager
 def shared_masks(model: nn.Module) -> Iterator[None]:
-    """Inside, PEFT's own forward drops what the fast path would drop after the same manual_seed."""
+    """Inside, PEFT's forward draws the dropout masks that fastlora draws after the same seed."""
     swapped = []
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         seeds: list[Tensor] = []
@@ -71,7 +71,10 @@ def step_of(
     dropout: float,
     dys: Sequence[Tensor],
 ) -> Callable[[], Any]:
-    """The forward of training layers of one x; with ``dys`` their backward, again and again."""
+    """A function for timing: the forward of PEFT's training layers with the same input x.
+
+    With ``dys``, the gradients of the outputs, it runs their backward instead.
+    """
     layers, x = [], x.detach().requires_grad_()
     for weight, r in zip(weights, ranks, strict=True):
         how: Any = {"bias": False, "dtype": weight.dtype, "device": "meta"}

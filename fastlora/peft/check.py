@@ -1,4 +1,4 @@
-"""The user's own batch as the judge: PEFT's forward and the fast one, side by side."""
+"""Compares PEFT's forward with the fast one on a batch of the user's."""
 
 import copy
 import math
@@ -25,17 +25,21 @@ from .optimize import peft_layers, while_optimized
 if TYPE_CHECKING:  # it imports PEFT
     from .layer_check import LayerCheck
 
-# The relative difference between two runs of a model that is put down to rounding, by the coarsest
-# dtype of the run.  In 16 bits it is that of two blocks, and grows as √(blocks - 1): over 40 random
-# qwen3 models in bfloat16 the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with
-# 32.  A fault in one layer hides below that: see layer_check.py.
+# The largest relative difference between two runs of a model that counts as rounding, by the
+# coarsest dtype of the run.  The tolerances of 16 bits are for two blocks and grow as
+# √(blocks - 1): over 40 random qwen3 models in bfloat16, the largest differences were 0.05 with 2
+# blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.  A fault in one layer can be smaller than that;
+# layer_check.py finds it.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_STD = 0.02  # standard deviation of a filled lora_B: about that of a trained one
+_STD = 0.02  # standard deviation of a filled lora_B, similar to a trained one's
 
 
 @dataclass(frozen=True)
 class Difference:
-    """‖fast - PEFT‖ / ‖PEFT‖ of one tensor; infinite where one is missing or PEFT's alone is 0."""
+    """‖fast - PEFT‖ / ‖PEFT‖ of one tensor.
+
+    It is infinite if one of them is missing, or if only PEFT's is zero.
+    """
 
     name: str
     relative: float
@@ -43,30 +47,29 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """How far the fast path was from PEFT's on one batch.  True if that can be rounding.
+    """The differences between fastlora and PEFT on one batch.  True if they can be rounding.
 
-    ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers`` judges
-    each layer on the same inputs, which finds much smaller faults.
+    ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers``
+    compares each layer on the same inputs, which finds much smaller faults.
     """
 
     loss: Difference
     outputs: tuple[Difference, ...]
-    gradients: tuple[Difference, ...]  # of every parameter that trains, and of inputs
-    layers: tuple["LayerCheck", ...]  # of every fast LoRA layer, or gated MLP, that was called
-    tolerance: float  # of the two runs' differences
+    gradients: tuple[Difference, ...]  # for every parameter that trains, and for inputs
+    layers: tuple["LayerCheck", ...]  # one for each fast LoRA layer or gated MLP that was called
+    tolerance: float  # for loss, outputs and gradients
     coverage: Coverage  # of the fast run
-    dtype: torch.dtype = (
-        torch.float32
-    )  # the coarsest of the parameters, of autocast, of quantized layers
+    # The coarsest dtype among parameters, autocast and quantized layers.
+    dtype: torch.dtype = torch.float32
     filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
-    zeros: tuple[str, ...] = ()  # results of layers that were zero, and so not tested
+    zeros: tuple[str, ...] = ()  # layers' results that were zero, and so tested nothing
 
     @property
     def largest(self) -> Difference:
         return max((self.loss, *self.outputs, *self.gradients), key=_size)
 
     def __bool__(self) -> bool:
-        # false for NaN
+        # A NaN compares false.
         return self.largest.relative <= self.tolerance and all(self.layers)
 
     def __str__(self) -> str:
@@ -85,7 +88,7 @@ class Check:
         if self.dtype in HALF_DTYPES and not self and all(self.layers):
             lines.append(
                 "    every judged layer is right, and 16 bits round much in a deep model: compare "
-                "in float32 before you take it for a defect (model.float(), without autocast)"
+                "in float32 before you report a defect (model.float(), without autocast)"
             )
         lines += [f"  note: {note}" for note in self.coverage.notes]
         return "\n".join(lines)
@@ -128,23 +131,23 @@ class Check:
 def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Check:
     """Run ``batch`` through PEFT's forward and through the fast one, and compare all numbers.
 
-    ``model`` holds PEFT LoRA layers, optimized or not; ``batch`` is what it is called with: a
-    mapping (keyword arguments), a tuple or list (arguments) or one tensor.  Both runs have the same
-    dropout masks and, for the rest, the same random state.  The loss is the output's ``loss``, or
-    else a fixed random combination of all outputs.
+    ``model`` holds PEFT LoRA layers, optimized or not.  ``batch`` holds the model's inputs: a
+    mapping (keyword arguments), a tuple or list (arguments), or one tensor.  Both runs start with
+    the same random state and use the same dropout masks.  The loss is the output's ``loss``, or a
+    fixed random combination of all outputs if there is none.
 
     Each fast LoRA layer, and each gated MLP, runs three times on the inputs and the output's
     gradient of the model's own run: by fastlora, by PEFT, and by PEFT in float32 (float64 for a
-    layer in float32) with wide weights, which is taken as exact.  Its output and its gradients are
-    right if fastlora's error is at most 2 × PEFT's own error + 2 units in the last place, and if
-    neither the result nor the adapters' part of it is systematically too large or too small by
-    1 %, or by six standard deviations of rounding, if that is more.  Beyond 1024 rows, 1024 rows
-    are compared, and the output's gradient is zero in the others.  Layers that run PEFT's forward
-    are not judged.
+    layer in float32) with wide weights.  The third run counts as exact.  An output or gradient is
+    right under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in
+    the last place.  And neither the result nor the adapters' part of it may be systematically too
+    large or too small by 1 %, or by six standard deviations of rounding if they are more.  If a
+    call has more than 1024 rows, 1024 rows are compared, and the output's gradient is zero in the
+    others.  Layers that run PEFT's forward are not judged.
 
-    Compared between the two runs are the loss, every floating tensor of the output, and the
-    gradient of every parameter that trains and of every input that requires it.  In 16 bits
-    this finds only large faults.
+    The two runs of the whole model compare the loss, every floating tensor of the output, and the
+    gradient of every parameter that trains and of every input that requires it.  In 16 bits this
+    finds only large faults.
 
     The model runs in the mode it is in: ``model.train()`` includes dropout.  Where lora_B is zero,
     as in a new adapter, the check gives it small random numbers, because lora_A's gradient is
@@ -154,13 +157,13 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     and numpy's), lora_B and the layers' classes are put back.  It needs memory for two sets of
     gradients and outputs, a copy of the batch, and one layer in the exact dtype, beside the model.
 
-    ``tolerance``: the largest relative difference between the two runs that is taken for rounding;
-    by default 1e-3 for a float32 model, 0.02 with float16 parameters or autocast, 0.1 with
-    bfloat16, and for more than two blocks these two times √(blocks - 1).
+    ``tolerance``: the largest relative difference between the two runs that counts as rounding.
+    The default is 1e-3 for a float32 model, 0.02 with float16 parameters or autocast, and 0.1 with
+    bfloat16.  For more than two blocks, the latter two are multiplied by √(blocks - 1).
 
-    Raises what :func:`fastlora.optimize` raises, and ValueError for a model with fastlora's own
-    layers, if no layer would run fast, for a negative tolerance, or if an optimizer steps inside of
-    backward; and what the model raises.
+    Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
+    model has fastlora's own layers, if no layer would run fast, if the tolerance is negative, or if
+    an optimizer steps inside of backward.
     """
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
@@ -176,7 +179,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
             report = stack.enter_context(while_optimized(model))
-        from .baseline import shared_masks  # here, since they import PEFT
+        from .baseline import shared_masks  # here, because both files import PEFT
         from .layer import swapped_back
         from .layer_check import Judge
 
@@ -237,7 +240,7 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     }
     draw = torch.Generator("cpu").manual_seed(0)
     try:
-        # By .data: a graph of the user's that holds lora_B stays valid.
+        # Through .data, so that a user's graph that saved lora_B stays valid.
         for up, _ in zero.values():
             how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
             up.data.copy_(_STD * torch.randn(up.shape, **how))
@@ -270,7 +273,7 @@ def _run(model: nn.Module, batch: Any) -> _Run:
 
 
 def _fresh(value: Any) -> Any:
-    """A copy of a part of the batch: a model may write to it, or fill its gradient."""
+    """A copy of a part of the batch, because a model may write to it or fill its gradient."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     try:
@@ -291,5 +294,5 @@ def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Diff
 
 
 def _size(difference: Difference) -> float:
-    """Its place in an order in which NaN is largest."""
+    """The relative difference as a key for max; NaN counts as infinite."""
     return float("inf") if math.isnan(difference.relative) else difference.relative

@@ -1,8 +1,8 @@
-"""What PEFT's LoRA on the experts of a mixture becomes: the same layers with another forward.
+"""A fast forward for PEFT's LoRA on the experts of a mixture.
 
-PEFT has a ParamWrapper for each adapted parameter of an experts module, one around the other.  It
-adds scale · lora_B lora_A of every expert to the weights in every call.  Here the outermost one's
-ordinary call is one node (``ops.experts``) that never makes that product.
+PEFT has a ParamWrapper for each adapted parameter of an experts module.  These wrappers are nested.
+In every call, each one adds scale · lora_B lora_A of every expert to its weight.  Here the ordinary
+call of the outermost wrapper is one node (``ops.experts``) that never computes this product.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,9 @@ from ..projection import Adapter, Base, Output
 from . import newer
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
 
-_UNTESTED = bool(newer())  # asked once: it takes as long as a small op
-# What PEFT adds an adapter to a weight by, in its versions.
+_UNTESTED = bool(newer())  # computed once, because it takes as long as a small op
+
+# PEFT's class that adds an adapter to a weight.  Its name depends on PEFT's version.
 _PROXIES = [
     getattr(peft_layer, name)
     for name in ("_LoraFactorsProxy", "_LoraParameterProxy")
@@ -32,8 +33,8 @@ _PROXIES = [
 class ParamWrapper(PeftParamWrapper):
     """PEFT's wrapper of an experts module's parameter; the outermost one's call is one node.
 
-    It has PEFT's name, which PEFT asks for, and no state of its own.  Calls that
-    :func:`read_experts` doesn't allow, and those of an inner one, are PEFT's.
+    It has the name of PEFT's class, because PEFT compares names, and no state of its own.  PEFT's
+    forward runs if :func:`read_experts` gives a reason, and in calls of an inner wrapper.
     """
 
     plain_class = PeftParamWrapper
@@ -49,14 +50,14 @@ class ParamWrapper(PeftParamWrapper):
 
 
 def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
-    """This one and those inside of it."""
+    """This wrapper and all wrappers inside of it, from the outermost one on."""
     while isinstance(layer, PeftParamWrapper):
         yield layer
         layer = layer._modules["base_layer"]
 
 
 def read_experts(outermost: PeftParamWrapper) -> Record:
-    """Read the layers around an experts module, from the outermost one on."""
+    """The record of an experts module inside of PEFT's wrappers."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
@@ -76,7 +77,7 @@ def _read_experts(
     wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
 ) -> Record:
     experts = read_module(base, type(base))
-    # A node runs the activation twice.
+    # A node runs the activation again in the backward.
     reason = experts.reason or ("" if experts.repeats else OTHER)
     reason = reason or why_patched(PeftParamWrapper) or _why_not_base(base)
     if reason:
@@ -96,7 +97,7 @@ def _read_experts(
 
 
 def _why_not_base(base: Any) -> str:
-    """Why the module inside of the layers can't be left uncalled; "" if it can."""
+    """Why the call of the experts module itself can't be skipped; "" if it can."""
     if is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
@@ -118,14 +119,14 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
     if layer.lora_variant:
         return "its adapter is no plain LoRA"
     if layer.num_experts < 2 or not hasattr(layer, "_did_swap_in_out_features"):
-        return "it has one expert alone, or is of an older PEFT"
+        return "it has only one expert, or is of an older PEFT"
     return ""
 
 
 def _read_output(
     name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts
 ) -> Output[Tensor] | str:
-    """A weight with its adapter, if it has one, stacked; or why they aren't covered."""
+    """A weight with its bias and adapter, if any, stacked by expert; or a reason against them."""
     weight = base._parameters.get(name)
     bias = base._parameters.get(f"{name}_bias") if experts.has_bias else None
     if weight is None or (experts.has_bias and bias is None):
@@ -146,18 +147,19 @@ def _read_output(
 def _read_adapter(
     layer: PeftParamWrapper, weight: Tensor, experts: Experts
 ) -> Adapter[Tensor] | str:
-    """The layer's adapter for weight [E, out, in], stacked; or why it isn't covered."""
+    """The wrapper's adapter for weight [E, out, in], stacked by expert; or a reason against it."""
     (name,) = adapters_now(layer)
     lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     count, columns, rows = layer.num_experts, layer.in_features, layer.out_features
     reason = why_not_pair(lora_a, lora_b, weight, (rows, columns)) or why_not_scale(scale)
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
-    # PEFT's lora_A is on the side of the results where the weight is [E, in, out] to the module and
-    # [E, out, in] to PEFT, which goes by the module's is_transposed and its own version.
+    # PEFT takes the weight for [E, out, in] if _did_swap_in_out_features, else for [E, in, out].
+    # Its rule depends on its version.  If the module's layout is the other one, PEFT's lora_A is on
+    # the side of the outputs.
     reverse = experts.transposed == layer._did_swap_in_out_features
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
-    if len(lora_a.weight) % count:  # the ranks of all experts together
+    if len(lora_a.weight) % count:  # lora_A holds r rows for each expert
         return f"its adapter has rank {len(lora_a.weight)}, for {count} experts"
     return stacked(lora_a.weight, lora_b.weight, count, scale, reverse)

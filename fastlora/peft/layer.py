@@ -1,6 +1,6 @@
-"""What an optimized PEFT layer becomes: the same layer with another forward, by its class.
+"""The classes of optimized PEFT layers and gated MLPs, and changing a model to them and back.
 
-So do gated MLPs, whose layers those are.
+An optimized layer is the same object with another class, whose forward is fastlora's.
 """
 
 import sys
@@ -37,29 +37,27 @@ from .mixed import LoraModel, mixed_forward
 from .read import parts_of, read_active, why_not_now
 
 
-class Linear(PeftLinear):
-    """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
+class FastLinear(nn.Module):
+    """A mixin for PEFT's LoRA layers of linear layers, whose ordinary call is one fused node.
 
-    It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
-    and ceases to be one, by its ``__class__``.  What :mod:`.read` refuses is PEFT's.
+    For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
+    name of PEFT's class.  Its only state of its own is the cached record.  So assigning
+    ``__class__`` turns PEFT's layer into this one and back.  :func:`packed_classes` makes the
+    subclasses for quantized bases.
     """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        y = _fast_call(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+class Linear(FastLinear, PeftLinear):
+    """PEFT's LoRA layer of a dense linear layer, with a fast forward."""
 
     plain_class = PeftLinear
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = _fast_call(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
 
-
-class PackedLinear(nn.Module):
-    """As :class:`Linear`, of PEFT's layers of quantized bases: their class comes after this one."""
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        y = _fast_call(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
-
-
-# PEFT's layers of quantized bases, where PEFT has them: some only where the vendor's package is.
+# Where PEFT defines its layers with quantized bases.  Some exist only with the vendor's package.
 _PACKED = {
     "peft.tuners.lora.bnb": ("Linear4bit", "Linear8bitLt"),
     "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
@@ -69,14 +67,14 @@ _PACKED = {
 
 
 def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """What layers of quantized bases become, by PEFT's classes of them that are imported."""
+    """The fast class for each imported class of PEFT's layers with quantized bases."""
     places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
     classes = [getattr(module, name, None) for module, names in places for name in names]
-    return {kind: class_over(PackedLinear, kind, "") for kind in classes if kind is not None}
+    return {kind: class_over(FastLinear, kind, "") for kind in classes if kind is not None}
 
 
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
-    """The output of a layer's forward; None where the call is PEFT's."""
+    """The output of a layer's forward; None if PEFT's forward must run."""
     if not args and not kwargs:
         return call_recorded(layer, x, _RECORDER)
     if not args and kwargs.keys() == {"adapter_names"} and not why_not_now():
@@ -88,16 +86,16 @@ def _run_record(layer: LoraLayer, x: Tensor, record: Record) -> tuple[Tensor | N
     if record.output is None or not fits(x, record.output.base.weight):
         return None, None
     if record.how is not None and why_patched(DoraLinearVariant):
-        return None, None  # a variant is no module, so no guard has its class
+        return None, None  # checked in each call: a variant is no module, so no guard covers it
     return fast_forward(x, record)
 
 
-# The call's adapters are the active ones.
+# For calls with the active adapters.  A mixed batch names its adapters and reads them itself.
 _RECORDER = Recorder(lambda *_: why_not_now(), read_active, parts_of, _run_record, run_one)
 
 
 def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
-    """The output for x by fastlora's ops; and what it is, if it is one node of the record's."""
+    """fastlora's output for x, and the call's kind if it is one node with the record's tensors."""
     (output,), (packed,), p = record.outputs, record.packed, max(record.dropouts)
     if packed is not None:
         return packed.run(x, lambda x: fast_forward(x, record._replace(packed=(None,))))
@@ -118,11 +116,11 @@ def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         drop=record.drop if p > 0.0 else None,
         norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
     )
-    # PEFT's gain is [1, N], and so is this output.
+    # PEFT multiplies by a gain [1, N], so its output for a single row x [K] is [1, N] also.
     return y if x.dim() > 1 else y.unsqueeze(0), None
 
 
-@dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation
+@dora.cache_decorator("weight-norm")  # PEFT's cache, active inside of DoraCaching in evaluation
 def _norm(
     magnitude: dora.DoraLinearLayer, weight: Tensor, adapter: Adapter[Tensor], *, adapter_name: str
 ) -> Tensor:
@@ -133,21 +131,21 @@ def _norm(
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     PeftLinear: Linear,
     PeftParamWrapper: ParamWrapper,
-    PeftModel: LoraModel,  # around the layers
+    PeftModel: LoraModel,  # the module around all layers
 }
 
 
 def _fast() -> dict[type[nn.Module], type[nn.Module]]:
-    """The fast class for each of PEFT's that is here."""
+    """The fast class for each of PEFT's classes that is imported."""
     return _FAST | packed_classes()
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear | PackedLinear | ParamWrapper | LoraModel)
+    return isinstance(layer, FastLinear | ParamWrapper | LoraModel)
 
 
 def why_not_swapped(layer: nn.Module) -> str:
-    """Why this layer can't become fast, or isn't called when it has; "" if it can."""
+    """Why this layer can't become fast, or why nothing would call its fast forward; or ""."""
     pairs = list(_fast().items())
     if not any(is_over(type(layer), kind) for pair in pairs for kind in pair):
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
@@ -156,7 +154,7 @@ def why_not_swapped(layer: nn.Module) -> str:
 
 
 def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every layer fast that can be, and return those that weren't before."""
+    """Change the class of every supported layer to a fast one, and return the changed layers."""
     layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
     for layer in layers:
         kind = next(kind for kind in _fast() if is_over(type(layer), kind))
@@ -165,7 +163,7 @@ def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every layer PEFT's again, and return those that were fast."""
+    """Give every fast layer PEFT's class again, and return the changed layers."""
     layers = [layer for layer in layers if is_swapped(layer)]
     for layer in layers:
         forget(layer)
@@ -177,7 +175,7 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def swapped_back(model: nn.Module) -> Iterator[None]:
-    """Inside, all of an optimized model runs PEFT's and torch's own forwards."""
+    """Inside, all modules of an optimized model run PEFT's and torch's own forwards."""
     modules = list(model.modules())
     blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
     try:
@@ -190,7 +188,7 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def swapped_in(unit: nn.Module) -> Iterator[None]:
-    """Inside, a layer or a gated MLP of a model that runs PEFT's own forwards is fast."""
+    """Inside, one layer or gated MLP runs fast, in a model that runs PEFT's own forwards."""
     modules = list(unit.modules())
     layers, blocks = swap_all(modules), mlp.take([unit], PeftGatedMLP)
     try:
@@ -201,7 +199,7 @@ def swapped_in(unit: nn.Module) -> Iterator[None]:
 
 
 class PeftGatedMLP(mlp.GatedMLP):
-    """What an optimized gated MLP becomes, whose layers are PEFT's, or have no adapter."""
+    """A gated MLP of an optimized model.  Its layers are PEFT's, or have no adapter."""
 
     def why_not_now(self) -> str:
         return why_not_now()
@@ -210,7 +208,7 @@ class PeftGatedMLP(mlp.GatedMLP):
         return parts_of(module) if isinstance(module, LoraLayer) else []
 
     def read_part(self, linear: nn.Module) -> Record:
-        """gate, up or down, where the layer's own call would be fast."""
+        """Read gate, up or down; a reason if the layer's own call wouldn't be fast."""
         if not isinstance(linear, LoraLayer):
             return mlp.read_frozen(linear)
         reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimized")

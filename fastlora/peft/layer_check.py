@@ -1,8 +1,13 @@
-"""Each LoRA layer on the inputs that the model gives it: fastlora and PEFT, beside exact results.
+"""Compares each LoRA layer with PEFT and with exact results, on the model's own inputs.
 
-The rounding of many 16-bit layers hides a wrong one in the model's outputs.  It hides less in one
-layer, and little along the adapter's own part of a result: there rounding errors cancel, and a
-systematic error adds up.
+In the outputs of a 16-bit model, the rounding of many layers hides a fault in one of them.  In the
+results of a single layer, the fault is easier to see.  It is easiest to see in the projection of
+the error onto the adapter's part of the result, where rounding errors cancel and a systematic error
+adds up.
+
+:class:`Judge` puts a hook on each fast layer.  In the layer's backward (or in its forward, without
+gradients) it runs the layer by PEFT, by fastlora and exactly, and adds the :class:`Measure` of each
+result to the layer's :class:`LayerCheck`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,25 +31,27 @@ from .baseline import SeededDropout
 from .check import TOLERANCES
 from .layer import swapped_in
 
-_SHARE = 0.01  # of a result: a systematic error below it may be rounding
-_SIGMAS = 6.0  # of rounding: a large model has 10,000 measures, and a right one passes always
-_ROWS = 1024  # of x have an exact result: a GPU multiplies float32 up to 16 times slower
-_SEED = 20240301
-_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # on an instance
+_SHARE = 0.01  # a systematic error below this share of a result may be rounding
+# Standard deviations of rounding that are allowed.  A large model has 10,000 measures, so a smaller
+# number would report faults in a correct one.
+_SIGMAS = 6.0
+_ROWS = 1024  # at most as many rows get an exact result: a GPU's float32 is up to 16 × slower
+_SEED = 20240301  # arbitrary
+_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # accelerate's entries in a __dict__
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a layer's call: fastlora's, PEFT's, and which of fastlora's are right.
+    """One number of a layer's call: fastlora's value, PEFT's value, and the range of right ones.
 
-    An error is ‖result - exact‖ / ‖exact‖.  A size is <result, D> / <exact, D>, where D is the
-    exact result, or the adapters' part of it.  A right value is ``middle`` ± ``allowed``.
+    There are two kinds.  An error is ‖result - exact‖ / ‖exact‖.  A size is
+    <result, D> / <exact, D>, where D is the exact result, or the adapters' part of it.
     """
 
     name: str
-    value: float
+    value: float  # fastlora's; right if it is in middle ± allowed
     peft: float
-    middle: float
+    middle: float  # 0 for an error, near 1 for a size
     allowed: float
 
     @property
@@ -75,7 +82,7 @@ class LayerCheck:
 
     @property
     def relative(self) -> float:
-        """The largest of fastlora's errors."""
+        """fastlora's largest error in this layer."""
         return max(measure.value for measure in self.measures if measure.middle == 0.0)
 
     def __bool__(self) -> bool:
@@ -83,12 +90,13 @@ class LayerCheck:
 
 
 class Judge:
-    """The layers' measures, which fill while the model runs inside of :meth:`watching`."""
+    """Collects the layers' measures while the model runs inside of :meth:`watching`."""
 
     def __init__(self) -> None:
         self.dtypes: set[torch.dtype | None] = set()  # of calls, and of autocast around them
-        self.zeros: set[str] = set()  # exact results that are zero, and say nothing
-        self._measures: dict[str, dict[str, Measure]] = {}  # the worst of all calls
+        self.zeros: set[str] = set()  # names of exact results that are zero, so they test nothing
+        # Layer -> name of a measure -> the worst one of all calls.
+        self._measures: dict[str, dict[str, Measure]] = {}
 
     @property
     def layers(self) -> tuple[LayerCheck, ...]:
@@ -97,9 +105,10 @@ class Judge:
 
     @contextmanager
     def watching(self, model: nn.Module, report: Coverage, mixed: bool) -> Iterator[None]:
-        """Judge every call of a layer that is fast in ``report``; the model runs PEFT's forward.
+        """Inside, measure every call of a layer that is fast in ``report``.
 
-        A gated MLP is judged as one, but in a ``mixed`` batch, whose layers get names.
+        The model itself runs PEFT's forward.  A gated MLP is measured as one unit.  In a ``mixed``
+        batch its layers are measured instead, because the names of adapters go to them.
         """
         names = {layer.name for layer in report.layers if layer.runs_adapter}
         names |= {block.name for block in report.gated_mlps if block.fast and not mixed}
@@ -114,14 +123,15 @@ class Judge:
             yield
 
     def _called(self, name: str, unit: nn.Module, module: nn.Module, *call: Any) -> Tensor | None:
-        """A forward hook.  The layer is judged when the backward gives the gradient of ``y``.
+        """A forward hook that measures the call once the gradient of ``y`` is known.
 
-        Without a gradient it is judged at once.
+        That is in the backward.  If ``y`` requires no gradient, the hook measures at once.
         """
         *tree, y = call
         leaves, form = tree_flatten(tree)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if module is not unit or not (tensors and isinstance(y, Tensor)):  # DataParallel's copy
+        # ``module`` is another one in a copy of the model that DataParallel made.
+        if module is not unit or not (tensors and isinstance(y, Tensor)):
             return None
         device = tensors[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -135,6 +145,7 @@ class Judge:
         return None
 
     def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
+        """Run the call by PEFT, by fastlora, exactly, and exactly without adapters; measure."""
         unit, x = call.unit, tensors[0]
         if not _is_whole(unit):
             return
@@ -147,7 +158,9 @@ class Judge:
             kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
             kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
             dy = kept
-        if dy is not None and dy.any():  # gradients are linear in it, and float16's may underflow
+        # Gradients are linear in dy, so it may be scaled.  Its largest element becomes 1/32 to
+        # 1/16, because smaller ones might underflow in float16.
+        if dy is not None and dy.any():
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         with call.surroundings(x):
             peft = call.run(unit, tensors, dy)
@@ -180,7 +193,7 @@ class Judge:
 
 
 class _Probe(torch.autograd.Function):
-    """y, whose gradient is shown to ``judge``, with the inputs as autograd keeps them."""
+    """A copy of y, whose backward calls ``judge`` with the layer's inputs and y's gradient."""
 
     @staticmethod
     def forward(ctx, judge: Callable, y: Tensor, *tensors: Tensor) -> Tensor:
@@ -190,17 +203,17 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # once: checkpointing recomputes them for one reading
+        tensors = ctx.saved_tensors  # read only once: checkpointing recomputes them for each read
         ctx.judge(tensors, dy.detach())
         return None, dy, *[None for _ in tensors]
 
 
 class _Call(NamedTuple):
-    """A layer's call, whose tensors are kept apart."""
+    """A call of a layer, without its tensors, which autograd saves."""
 
     name: str
     unit: nn.Module
-    others: list[Any]  # the leaves of its arguments, None in the places of tensors
+    others: list[Any]  # the leaves of its arguments, with None in place of each tensor
     needs: list[bool]  # which tensors require a gradient
     form: TreeSpec
     dtype: torch.dtype  # of its output
@@ -208,7 +221,7 @@ class _Call(NamedTuple):
     backend: str | None
 
     def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
-        """The dtypes in which the call may compute."""
+        """The dtypes that the call may compute with."""
         packed = [quantized_weight(module) for module in self.unit.modules()]
         used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
         used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
@@ -217,7 +230,7 @@ class _Call(NamedTuple):
 
     @contextmanager
     def surroundings(self, x: Tensor) -> Iterator[None]:
-        """The model's autocast and backend, which another thread runs the backward without."""
+        """Inside, the call's autocast and backend are set; a backward's thread has neither."""
         settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
         with ExitStack() as stack:
             if self.backend is not None:
@@ -232,7 +245,10 @@ class _Call(NamedTuple):
         dy: Tensor | None,
         of_parameters: bool = True,
     ) -> dict[str, Tensor]:
-        """The output for these tensors, and the gradients for dy; the same masks each time."""
+        """The output for these tensors, and the gradients for dy, by name.
+
+        The dropout masks are the same in every run.
+        """
         inputs = [
             tensor.detach().requires_grad_(needs and dy is not None)
             for tensor, needs in zip(tensors, self.needs, strict=True)
@@ -248,7 +264,7 @@ class _Call(NamedTuple):
                 wanted |= {
                     f"gradient of {name}": p
                     for name, p in unit.named_parameters()
-                    if p.requires_grad and not p._backward_hooks  # which change its gradient
+                    if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
                 }
             if wanted and y.requires_grad:
                 gradients = torch.autograd.grad(y, [*wanted.values()], dy, allow_unused=True)
@@ -274,7 +290,10 @@ def _same_masks(device: torch.device) -> Iterator[None]:
 
 
 def _is_whole(unit: nn.Module) -> bool:
-    """Whether its parameters are all there: FSDP may have parts of them, or views in places."""
+    """Whether the unit's parameters are whole and real.
+
+    FSDP shards them, or replaces them by views in the modules' ``__dict__``.
+    """
     plain = [module for module in unit.modules() if quantized_weight(module) is None]
     views = (value for module in plain for value in vars(module).values())
     return not has_sharded(unit) and not any(isinstance(view, Tensor) for view in views)
@@ -283,9 +302,10 @@ def _is_whole(unit: nn.Module) -> bool:
 def _wide_twin(
     module: nn.Module, dtype: torch.dtype, inside: torch.dtype, made: dict[nn.Module, nn.Module]
 ) -> nn.Module:
-    """A module that computes the same in this dtype, with weights and gradients of its own.
+    """A copy of a module that computes in this dtype, with its own weights and gradients.
 
-    ``inside``: the dtype for unpacking a weight that names none.  ``made``: twins of modules.
+    ``inside``: the dtype to unpack a weight without a compute dtype.  ``made``: the copies so far,
+    by module, so that a shared module has one copy.
     """
     if module in made:
         return made[module]
@@ -310,7 +330,7 @@ def _wide_twin(
 
 
 def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The rows with these numbers (None: all rows) in this dtype; integers keep theirs."""
+    """The rows with these indices (None: all rows) in this dtype; integers keep their dtype."""
     tensor = tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -322,13 +342,14 @@ def _measures(
     base: Tensor | None,
     eps: float,
 ) -> Iterator[Measure]:
-    """One result's error, and its sizes.
+    """The measures of one result: its error, its size, and its size along the adapters' part.
 
-    ``found``: fastlora's and PEFT's.  ``base``: the exact one without the adapters.
+    ``found``: fastlora's result and PEFT's.  ``truth``: the exact result.  ``base``: the exact
+    result without adapters, or None.  ``eps``: of the call's dtype.
     """
     fast, peft = found
     if peft is None or not peft.isfinite().all():
-        return  # there is nothing to be as good as
+        return  # PEFT's result is no standard
     inf = float("inf")
     if fast is None or fast.shape != peft.shape:
         yield Measure(f"{name}, error", inf, 0.0, 0.0, eps)
@@ -353,16 +374,18 @@ def _measures(
             share, sigma = _share_of(error, part)
             of_peft, sigma_of_peft = _share_of(peft_error, part)
             allowed = max(_SHARE, _SIGMAS * sigma, _SIGMAS * sigma_of_peft)
-            # Where PEFT loses a part of it to rounding, fastlora may lose less.
+            # If PEFT loses a part of the size to rounding, fastlora may lose as much, or less: the
+            # range goes from PEFT's size to 1.
             middle, reach = 1.0 + of_peft / 2, abs(of_peft) / 2
             yield Measure(f"{name}, {what}", 1.0 + share, 1.0 + of_peft, middle, allowed + reach)
 
 
 def _share_of(error: Tensor, part: Tensor) -> tuple[float, float]:
-    """<error, part> / <part, part>, and its standard deviation if rounding is all of the error.
+    """<error, part> / <part, part>, and its standard deviation if the error is only rounding.
 
-    Rounding errors of one row, or of one column, may come from one number before, as h's do: so
-    the deviation is estimated by elements, by rows and by columns, without the share itself.
+    Rounding errors of one row or column may be correlated, because all its elements depend on one
+    rounded number, such as an element of h.  So the deviation is estimated from elements, from sums
+    of rows and from sums of columns, and the largest counts.  The share is subtracted first.
     """
     columns = part.shape[-1] if part.dim() else 1
     error, part = error.reshape(-1, columns), part.reshape(-1, columns)

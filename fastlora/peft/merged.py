@@ -1,8 +1,9 @@
-"""PEFT's layers with their adapters in the weights for a while, and their very weights again.
+"""Merges PEFT's layers for the time of a context, and restores their weights bit for bit.
 
-PEFT's own merge makes a copy of a dense weight and puts that into the parameter; of a vendor's
-layer it makes a new parameter, and writes to attributes of the old one.  So a base gets parameters
-that can be thrown away, of the same memory, and what PEFT writes to beside is noted before.
+PEFT's own merge does the merging.  For a dense weight it assigns a merged copy to the parameter.
+For a vendor's layer it makes a new parameter and also writes to attributes of the old one.  So each
+base first gets new Parameters over the same memory, and the merge changes these instead of the
+originals.  Everything else that PEFT writes to is saved before and restored at the end.
 
 This file imports nothing of PEFT.
 """
@@ -19,7 +20,7 @@ from ..foreign import derived_from
 from ..layers.modules import called, is_sharded
 from ..projection import is_plain
 
-# Of PEFT, whose merge leaves the old parameter's memory alone.
+# Classes of PEFT whose merge doesn't write to the memory of the old parameter.
 _KINDS = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper", "Linear4bit",
     "Linear8bitLt",
@@ -28,7 +29,7 @@ Layers = list[tuple[str, Any]]
 
 
 def active(layers: Layers) -> Layers:
-    """Those whose calls compute with adapters."""
+    """The layers whose calls compute with an adapter."""
     return [
         (name, layer)
         for name, layer in layers
@@ -51,8 +52,9 @@ def why_not_merged(layers: Layers) -> str:
             reason = "is on the meta device (accelerate's offload?), without numbers"
         elif getattr(_state_of(base), "packing_format_for_cpu", False):
             reason = (
-                "is over a weight that a call in evaluation has laid for bitsandbytes' CPU kernel, "
-                "and PEFT's merge misreads that: load the model again, and optimize it before"
+                "has a weight that a call in evaluation has repacked for bitsandbytes' CPU kernel, "
+                "and PEFT's merge misreads that: load the model again, and optimize it before "
+                "the first call"
             )
         elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
             reason = (
@@ -66,12 +68,12 @@ def why_not_merged(layers: Layers) -> str:
 
 
 def _state_of(base: nn.Module) -> Any:
-    """bitsandbytes', of a 4-bit weight."""
+    """bitsandbytes' quant_state of a 4-bit weight; None for any other."""
     return getattr(base._parameters.get("weight"), "quant_state", None)
 
 
 def adapted_weights(layers: Layers) -> list[Tensor]:
-    """What a merge makes new, each once."""
+    """The weights that a merge replaces, without duplicates."""
     weights: dict[tuple[int, str], Tensor] = {}
     for _, layer in active(layers):
         base, name = layer.get_base_layer(), _weight_name(layer)
@@ -82,15 +84,15 @@ def adapted_weights(layers: Layers) -> list[Tensor]:
 
 
 def _weight_name(layer: Any) -> str:
-    """Of the parameter of its base that a merge changes."""
+    """The name of the base's parameter that a merge changes."""
     return getattr(layer, "parameter_name", None) or "weight"
 
 
 @contextmanager
 def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[None]:
-    """Inside, the active adapters are in the weights.  ``on_cpu``: the originals are there then.
+    """Inside, the active adapters are merged into the weights.
 
-    Those of several names, tied, stay where they are.
+    ``on_cpu``: the original weights are in CPU memory meanwhile, except tied ones.
     """
     names = names_of_memory(model)
     originals: dict[tuple[int, str], Any] = {}
@@ -111,21 +113,22 @@ def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[No
 
 
 def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
-    """Put back what PEFT's merge of a layer changes: a function for that."""
+    """Save everything that PEFT's merge of a layer changes; returns a function that restores it."""
     objects = [vars(base), *[vars(p) for p in base._parameters.values() if p is not None]]
     objects += [base._parameters, base._buffers, layer._caches]
-    if hasattr(base, "state"):  # bitsandbytes' of int8
+    if hasattr(base, "state"):  # bitsandbytes' state of an int8 layer
         objects.append(vars(base.state))
     before = [entries.copy() for entries in objects]
     merged = [*layer.merged_adapters]
 
     def put_back() -> None:
-        training, parameters = base.training, base._parameters.copy()  # as they are now
+        # Changes that the user made inside are kept: the mode, and a move by .to().
+        training, parameters = base.training, base._parameters.copy()
         for entries, content in zip(objects, before, strict=True):
             entries.clear()
             entries.update(content)
         base.training = training
-        for name, parameter in base._parameters.items():  # .to() inside is meant for it, too
+        for name, parameter in base._parameters.items():
             other = parameters.get(name)
             if parameter is not None and other is not None and is_plain(parameter):
                 _move(parameter, other.device, other.dtype)
@@ -135,7 +138,10 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
 
 
 def _use_other_parameters(base: nn.Module) -> None:
-    """Of the same memory; a vendor's is replaced by PEFT."""
+    """Replace the plain parameters of a base by new ones over the same memory.
+
+    A vendor's parameter stays, because PEFT's merge replaces it anyway.
+    """
     for name, parameter in base._parameters.items():
         if parameter is not None and is_plain(parameter):
             base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -146,12 +152,12 @@ def memory_of(parameter: Tensor) -> int:
 
 
 def names_of_memory(model: nn.Module) -> Counter[int]:
-    """How many names each memory has: more than one if it is tied, by a parameter or a view."""
+    """How many parameters use each memory; more than one if a weight is tied or viewed."""
     return Counter(memory_of(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
 def send_to_cpu(parameter: nn.Parameter, stack: ExitStack) -> None:
-    """Until the stack ends."""
+    """Move a parameter to the CPU until the stack closes."""
     stack.callback(_move, parameter, parameter.device)
     _move(parameter, torch.device("cpu"))
 
@@ -159,6 +165,6 @@ def send_to_cpu(parameter: nn.Parameter, stack: ExitStack) -> None:
 def _move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or parameter.dtype
     if (parameter.device, parameter.dtype) != (device, dtype):
-        # One samples in inference mode, and what is made in that never trains again.
+        # Callers may be in inference mode, and a tensor that is made there can't train.
         with torch.inference_mode(False):
             parameter.data = parameter.data.to(device, dtype)

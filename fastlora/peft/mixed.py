@@ -1,11 +1,13 @@
-"""A mixed batch: ``model(…, adapter_names=[…])``, a name a sample, in training too.
+"""Mixed batches: ``model(…, adapter_names=[…])`` with one name for each sample.
 
-PEFT hands the names to every LoRA layer by hooks, which it removes when the call ends.  A layer
-reads its adapters by name (:mod:`.read`), and runs them all as one node.
+PEFT passes the names to every LoRA layer by hooks, which it removes at the end of the call.  A
+fast layer reads the named adapters (:mod:`.read`) and runs all of them as one node
+(:func:`mixed_forward`).
 
-PEFT refuses names in training, where its own code would be right, with two exceptions: activation
-checkpointing runs layers again in the backward, when PEFT's hooks are gone and with them the names;
-and the hooks stay for ever where a call fails.  :class:`LoraModel` sees to both.
+PEFT refuses names in training, although its code would be right except for two faults.  First,
+activation checkpointing runs layers again in the backward, after PEFT has removed the hooks, so
+these runs don't get the names.  Second, the hooks are never removed if a call fails.
+:class:`LoraModel` allows training with names and corrects both faults.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,22 +33,25 @@ from ..rows import AdapterMapping, Share
 from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
-_FEW = 64  # rows in all
-_CHECKPOINT = "_gradient_checkpointing_func"  # transformers': how a module calls its blocks
+_FEW = 64  # the largest number of rows that counts as few
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute with checkpoint()
 
 
 def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor | None:
-    """The output for x, whose samples have these adapters, or none; None: the call is PEFT's."""
+    """The output for x, where sample i has the adapter names[i]; None if PEFT's forward must run.
+
+    A name may also stand for no adapter.
+    """
     if layer.disable_adapters or layer.merged or not isinstance(names, list | tuple):
         return None
     if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):
         return None
-    # What a mode of torch's makes, such as fake tensors, isn't kept for calls without it.
+    # Don't cache a mapping inside of a mode of torch: its tensors may be fake.
     in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(layer._modules["lora_A"]._modules))
     if not used or why_patched(type(layer)):
-        return None  # without names it is the base layer's call
+        return None  # no sample has an adapter of this layer
     if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
     record = read(layer, used, mixed=True)
@@ -65,7 +70,7 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
 
 
 def _is_few(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether x has few rows, on a CPU and beside a plain weight that it multiplies fast."""
+    """Whether x has few rows, on a CPU that multiplies its dtype fast, and the weight is plain."""
     weight = layer._modules["base_layer"]._parameters.get("weight")
     if not x.is_cpu or x.numel() > _FEW * x.shape[-1] or not (is_plain(x) and is_plain(weight)):
         return False
@@ -76,9 +81,10 @@ def _is_few(layer: LoraLayer, x: Tensor) -> bool:
 def _few_rows(
     layer: LoraLayer, x: Tensor, names: Sequence[str], shares: Sequence[Share]
 ) -> Tensor | None:
-    """PEFT's loop, which calls all modules, with rows that were sorted once a batch.
+    """The output by PEFT's loop over adapters, where ``shares`` holds the rows of each.
 
-    To read n adapters costs more there than their products.
+    It calls the modules and reads no record.  With few rows, reading n adapters takes longer than
+    their products.  All layers use the same shares, so rows are sorted only once for each batch.
     """
     if any([name in layer.lora_variant for name in names]):
         return None
@@ -88,15 +94,16 @@ def _few_rows(
         lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         rows = x[items].to(lora_a.weight.dtype)
         change = lora_b(lora_a(layer.lora_dropout[name](rows))) * scale
-        # Not +=: torch refuses that for a slice of all of a view, as linear's y [B, T, N] is.
+        # Not +=, which torch refuses for a slice of a whole view, and a linear layer's y is a view.
         y[items] = y[items] + change.to(y.dtype)
     return y
 
 
 def _mapping(names: tuple[str, ...], adapters: tuple[str, ...]) -> tuple[list[str], AdapterMapping]:
-    """Which of a layer's adapters are named, and which sample is whose: the same for all layers.
+    """The named adapters that a layer has, and the mapping from samples to these.
 
-    It depends on names alone, so that adapters may come and go.
+    It depends only on names, so layers with the same adapters share it, and it stays correct when
+    adapters are replaced.
     """
     known = set(adapters)
     used = list(dict.fromkeys(n for n in names if n != _NONE and n in known))
@@ -108,7 +115,7 @@ _kept_mapping = lru_cache(maxsize=64)(_mapping)
 
 
 def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
-    """On layers whose mixed batches stay PEFT's, where a model has several adapters."""
+    """Notes on layers with several adapters whose mixed batches run PEFT's forward."""
     reasons: dict[str, list[str]] = {}
     for name, layer in layers:
         if isinstance(layer, LoraLayer) and not has_sharded(layer):
@@ -123,7 +130,10 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
 
 
 class LoraModel(PeftModel):
-    """PEFT's model around the layers.  It has PEFT's name, and no state of its own."""
+    """PEFT's model around the layers, with mixed batches in training.
+
+    It has the name of PEFT's class, and no state of its own.
+    """
 
     training: bool  # nn.Module's
 
@@ -133,21 +143,27 @@ class LoraModel(PeftModel):
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         with ExitStack() as stack:
             training: bool = self.training
-            # All that PEFT asks it for; its layers and dropouts are asked themselves.
+            # PEFT refuses names if this attribute is true, and uses it for nothing else here.
+            # Layers and dropouts have their own.
             self.training = training and names is None
             try:
                 hooks.__enter__()
             finally:
                 self.training = training
-            stack.callback(hooks.__exit__, None, None, None)  # an error or not
-            if names is not None and torch.is_grad_enabled():  # else there is no backward
+            # PEFT's context removes its hooks only if it isn't told of an error.
+            stack.callback(hooks.__exit__, None, None, None)
+            if names is not None and torch.is_grad_enabled():  # a backward may follow
                 stack.enter_context(_carried(self, list(names)))
             yield
 
 
 @contextmanager
 def _carried(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, what checkpointing runs again in the backward has these names again."""
+    """Inside, checkpointed functions get the names also when they run again in the backward.
+
+    Each module's checkpointing function is replaced by one that wraps its argument in
+    :func:`_named`.
+    """
     before = {m: m.__dict__[_CHECKPOINT] for m in model.modules() if _CHECKPOINT in m.__dict__}
     for module, checkpoint in before.items():
         module.__dict__[_CHECKPOINT] = partial(
@@ -167,7 +183,7 @@ def _checkpointed(checkpoint: Callable, run: Callable, function: Callable, *rest
 def _named(
     module: nn.Module, names: Sequence[str], function: Callable, *args: Any, **kwargs: Any
 ) -> Any:
-    """function(…), in which the layers of the module have these names."""
+    """function(…) with hooks that pass these names to every layer of the module."""
 
     def give(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"adapter_names": names}

@@ -1,4 +1,4 @@
-"""PEFT models sped up in place, and back; the report on any model.
+"""Speeds PEFT models up in place, restores them, and reports on any model.
 
 This file imports nothing of PEFT.
 """
@@ -36,9 +36,10 @@ _PASSED_OVER = (
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; nothing is called.
+    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; calls nothing.
 
-    Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
+    Raises TypeError if ``model`` isn't a module, and ValueError if ``FASTLORA_BACKEND`` isn't the
+    name of a backend.
     """
     inner = checked(model)
     unreached = why_nothing_changes() or "not optimized yet: fastlora.optimize(model) does it"
@@ -49,7 +50,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
-    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimized, if any."""
+    """The report on PEFT layers.  ``unreached``: the reason for layers that aren't optimized."""
     notes = left_out_notes(model)
     if not layers:
         return Coverage((), notes)
@@ -72,14 +73,14 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
+    """Every LoRA layer of PEFT in the model, with its name; none if PEFT isn't imported."""
     lora = sys.modules.get("peft.tuners.lora")
     kind = getattr(lora, "LoraLayer", ())
     return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers; a TypeError for an object that is no module."""
+    """The model inside its wrappers.  Raises TypeError for an object that isn't a module."""
     if not isinstance(model, nn.Module):
         name = type(model).__name__
         has_one = isinstance(getattr(model, "model", None), nn.Module)
@@ -89,9 +90,9 @@ def checked(model: nn.Module) -> nn.Module:
 
 
 def cover_gated_mlps(model: nn.Module, unreached: str) -> tuple[GatedMLPCoverage, ...]:
-    """How every gated MLP would run that is a block, or has adapters, if it were called now.
+    """How every gated MLP that is a ``GatedMLP`` or has adapters would run now.
 
-    ``unreached`` is what is said of one that could be a block and isn't.
+    ``unreached``: the reason for one that could be a ``GatedMLP`` and isn't.
     """
     blocks_found = []
     for name, module in model.named_modules():
@@ -117,10 +118,10 @@ def optimize(
     """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and return the model.
 
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
-    ``torch.compile``) or not.  Parameters, names, files and PEFT's functions stay as they are.
-    Each call decides whether it runs fast; PEFT's forward takes the other calls.
-    :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
-    ``optimize``.  :func:`restore` undoes it.
+    ``torch.compile``) or not.  Parameters, names, files and PEFT's functions don't change.  Each
+    call decides whether it runs fast; PEFT's forward takes the other calls.  :func:`coverage`
+    reports on each layer.  Layers that PEFT adds later need another call of ``optimize``.
+    :func:`restore` undoes it.
 
     ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
     ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and a base in calls
@@ -137,10 +138,10 @@ def optimize(
     :func:`fastlora.check` compares the numbers.  A model without any fast layer gets a warning that
     gives the reasons.
 
-    Raises TypeError if ``model`` is no module, and ValueError for a model without PEFT LoRA layers,
-    for a switch that is no bool, or if ``FASTLORA_BACKEND`` names no backend.  With ``strict``, a
-    layer that would not run fast is a ValueError whose text is the report.  After an error the
-    model is as it was.
+    Raises TypeError if ``model`` isn't a module.  Raises ValueError if the model has no PEFT LoRA
+    layers, if a switch isn't a bool, or if ``FASTLORA_BACKEND`` isn't the name of a backend.  With
+    ``strict``, also raises ValueError, whose text is the report, if a layer would not run fast.  An
+    error leaves the model unchanged.
     """
     report = _change(model, strict, frozen_linears, gated_mlps)[0]
     nothing_is_fast = len(report.not_fast) == len(report.layers)
@@ -151,7 +152,7 @@ def optimize(
 
 @contextmanager
 def while_optimized(model: nn.Module) -> Iterator[Coverage]:
-    """Inside, the model is optimized; yields the report.  Layers that were optimized stay so."""
+    """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     report, changed = _change(model, strict=False, frozen_linears=True, gated_mlps=True)
     try:
         yield report
@@ -162,7 +163,7 @@ def while_optimized(model: nn.Module) -> Iterator[Coverage]:
 def _change(
     model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool
 ) -> tuple[Coverage, list[nn.Module]]:
-    """Optimize the model; returns the report, and the modules that weren't fast before."""
+    """Optimize the model; returns the report, and the modules whose class changed."""
     inner = checked(model)
     check_switch("strict", strict)
     check_switch("frozen_linears", frozen_linears)
@@ -183,7 +184,8 @@ def _change(
         from .layer import PeftGatedMLP, swap_all  # here, because it imports PEFT
 
         changed += swap_all(inner.modules())
-        # An inactive adapter is frozen also, and its layer reads it: leave lora_A and lora_B alone.
+        # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
+        # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if frozen_linears else ()
         changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
         changed += mlp.take(inner.modules(), PeftGatedMLP) if gated_mlps else []
@@ -195,7 +197,7 @@ def _change(
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
-    A model that wasn't optimized stays as it is.  Raises TypeError for what is no module.
+    Changes nothing in a model that isn't optimized.  Raises TypeError if ``model`` isn't a module.
     """
     _unswap(list(checked(model).modules()))
     return model
@@ -204,14 +206,14 @@ def restore(model: nn.Module) -> nn.Module:
 def _unswap(layers: list[nn.Module]) -> None:
     give_back_frozen(layers)
     mlp.give_back(layers)
-    if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
+    if "fastlora.peft.layer" in sys.modules:  # otherwise no layer is fast
         from .layer import unswap_all
 
         unswap_all(layers)
 
 
 def _why_nothing(model: nn.Module) -> str:
-    """Why a model without PEFT LoRA layers can't be optimized, and what to do."""
+    """The error for a model without PEFT LoRA layers, with the next step."""
     if any(True for _ in lora_layers(model)):
         return f"this {type(model).__name__} needs no optimize: its LoRA layers are fastlora's own"
     config = getattr(model, "peft_config", None)

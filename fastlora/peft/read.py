@@ -1,12 +1,12 @@
-"""A PEFT LoRA layer as its next call finds it: what the fast path computes with, or why it can't.
+"""Reads a PEFT LoRA layer: the tensors for the fast path, or the reason why it can't be used.
 
 The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and doesn't call these
-modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
-layer to PEFT's forward, which does call them.
+modules.  So anything that acts on their calls (a hook, another class, a replaced forward) is a
+reason to run PEFT's forward, which does call them.
 
-Adapters come and go, and so do hooks.  :func:`why_not_now` asks what isn't the layer's own, in
-every call; :func:`read` judges the layer, and its answer stands while the layer and its
-:func:`parts_of` hold what they held (:mod:`fastlora.layers.guards`).
+There are two kinds of conditions.  :func:`why_not_now` checks conditions outside of the layer in
+every call.  :func:`read` checks the layer itself.  Its result is cached, and valid until the layer
+or one of its :func:`parts_of` changes (:mod:`fastlora.layers.guards`).
 """
 
 from typing import Any
@@ -28,18 +28,18 @@ from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
 
-_never = why_never()  # kept: a look-up in every call costs as much as a small op
+_never = why_never()  # computed once, because it takes as long as a small op
 
 
 def why_not_now() -> str:
-    """Why no call is fast now, whatever the layer; "" if calls can be."""
+    """Why no layer's call can be fast at this moment; "" if calls can be."""
     if _never or nn_module._has_any_global_hook():
         return _never or "a hook on all modules is registered"
     return why_not_here()
 
 
 def adapters_now(layer: Any) -> list[str]:
-    """The adapters that a call of this layer computes with; none where it is the base's call."""
+    """The names of the adapters that a call of this layer uses; none if only the base runs."""
     if layer.disable_adapters or layer.merged:
         return []
     adapters = layer._modules["lora_A"]._modules
@@ -47,7 +47,7 @@ def adapters_now(layer: Any) -> list[str]:
 
 
 def parts_of(layer: LoraLayer) -> list[nn.Module]:
-    """What :func:`read` reads beside the layer: its base, and all that its adapters are made of."""
+    """The other modules that :func:`read` reads: the base layer, and every adapter's modules."""
     modules = layer._modules
     modules_read = [modules["base_layer"]]
     for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
@@ -62,9 +62,9 @@ def read_active(layer: LoraLayer) -> Record:
 
 
 def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
-    """Read the layer for a call with these adapters, of which there is one at least.
+    """Read the layer for a call with these adapters, at least one.
 
-    ``mixed``: each sample of the call has one of them, or none; else every row has all.
+    ``mixed``: each sample uses one of the adapters, or none.  Otherwise every row uses all of them.
     """
     if not layer.cast_input_dtype_enabled:
         return Record("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
@@ -72,7 +72,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
     if patched:
         return Record(patched)
     base = layer._modules["base_layer"]
-    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+    if is_hooked(base):  # check before reading a weight, because ZeRO-3 gathers it when it is read
         return Record(_why_hooked(base, "its base layer"))
     reason, weight, bias, packed = read_base(base, adapted=True)
     if reason:
@@ -96,7 +96,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
         if reason:
             return Record(reason)
         if magnitude is not None and not layer.training:
-            dropouts = [0.0]  # PEFT's DoRA asks the layer, not its dropout, whether it trains
+            dropouts = [0.0]  # in PEFT's DoRA the layer's mode counts, not its dropout's
     output = Output(Base(weight, bias), tuple(adapters))
     return Record("", (output,), tuple(dropouts), (packed,), magnitude, drop, names[0])
 
@@ -104,7 +104,10 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
 def _read_adapter(
     layer: LoraLayer, name: str, weight: Tensor
 ) -> tuple[str, Adapter[Tensor] | None, Tensor | None, Any]:
-    """An adapter, its lora_B's bias, scaled, and its dropout, for a base's weight; or a reason."""
+    """Read one adapter: (reason, adapter, lora_B's bias times the scale, dropout module).
+
+    With a reason, the others are None.  ``weight``: the base's.
+    """
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     drop, scale = modules["lora_dropout"]._modules[name], layer.scaling[name]
@@ -118,7 +121,8 @@ def _read_adapter(
     if reason:
         return reason, None, None, None
     shift = None if shift is None else shift * scale
-    if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
+    # PEFT's hotswapping makes the scale a tensor.  It stays on its device, in the factor lora_B.
+    if isinstance(scale, Tensor):
         up, scale = up * scale, 1.0
     return "", Adapter(down, up, scale), shift, drop
 
@@ -126,7 +130,7 @@ def _read_adapter(
 def _read_variant(
     layer: LoraLayer, names: list[str], weight: Tensor
 ) -> tuple[str, DoraLinearLayer | None]:
-    """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
+    """Read the adapters' variant of LoRA: (reason against it, DoRA's magnitude or None)."""
     name = next((name for name in names if name in layer.lora_variant), None)
     if name is None:
         return "", None
@@ -155,9 +159,9 @@ def _rate(dropout: nn.Module) -> float:
 
 
 def why_not_pair(lora_a: nn.Module, lora_b: nn.Module, base: Tensor, shape: tuple[int, ...]) -> str:
-    """Why the weights of these can't be read in the place of calling them.
+    """Why the fast path can't read the weights of lora_A and lora_B; "" if it can.
 
-    ``base`` is the weight that they belong to, ``shape`` [out, in] that of their product.
+    ``base``: the weight that they adapt.  ``shape``: their product's shape, [out, in].
     """
     r = -1
     for name, linear in (("its lora_A", lora_a), ("its lora_B", lora_b)):
@@ -206,6 +210,7 @@ def _why_not_dropout(dropout: nn.Module) -> str:
 
 
 def why_not_scale(scale: Any) -> str:
+    """Why the fast path doesn't support an adapter's scaling; "" if it does."""
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
     finite = is_number(scale) and abs(scale) <= LARGEST_SCALE

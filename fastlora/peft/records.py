@@ -1,4 +1,4 @@
-"""The report on PEFT's LoRA layers."""
+"""The report on PEFT's LoRA layers: a ``LayerCoverage`` for each."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,10 @@ _UNCALLED = (
 def records(
     model: nn.Module, layers: list[tuple[str, LoraLayer]], unreached: str
 ) -> tuple[LayerCoverage, ...]:
-    """How a call of each layer would run now, with an input like its weight.
+    """How a call of each layer would run now, with an input of its weight's dtype and device.
 
-    ``unreached`` is what is said of a layer that isn't optimized; if it is empty, the answer is how
-    the layer would run if it were.
+    ``unreached``: the reason for layers that aren't optimized.  If it is empty, they are reported
+    as if they were.
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     uncalled = {attention.out_proj for attention in attentions}
@@ -37,10 +37,13 @@ def records(
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
         plan, reason, output = _plan(layer, calls[layer], reason)
-        # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
+        # ``r`` has an entry for each adapter in every kind of LoRA layer; lora_A is empty in an
+        # embedding's.
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
-        # Of the base, sharded and quantized ones too; a custom layer may have None for both sizes.
-        kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
+        # The number of the base's elements, computed from sizes, because a sharded or quantized
+        # weight has another one.  A convolution also has a kernel; a custom layer may have None as
+        # its sizes.
+        kernel = getattr(layer.get_base_layer(), "kernel_size", ())
         size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
         size *= (layer.out_features or 0) * (layer.in_features or 0)
         records.append(
@@ -62,7 +65,10 @@ def records(
 def outputs_of(
     layers: list[tuple[str, LoraLayer]],
 ) -> Iterator[tuple[nn.Module, Output | str, float]]:
-    """Each layer's module, what it computes with, or why it can't be fast; and its dropout."""
+    """For each layer: its module, its output or the reason why it can't be fast, and its dropout.
+
+    The dropout is the largest probability among its adapters in training.
+    """
     calls = _called(layers)
     for _, layer in layers:
         plan, reason, output = _plan(layer, calls[layer], why_not_swapped(layer))
@@ -73,16 +79,20 @@ def outputs_of(
 
 
 def _called(layers: list[tuple[str, LoraLayer]]) -> dict[LoraLayer, LoraLayer]:
-    """The layer whose call is its own, too: of experts the outermost, else itself."""
+    """For each layer, the layer whose call runs it: experts' outermost wrapper, or itself."""
     calls = {layer: layer for _, layer in layers}
-    for _, layer in layers:  # an inner one comes behind its outer one
+    for _, layer in layers:  # outer wrappers come before inner ones
         if isinstance(layer, ParamWrapper) and calls[layer] is layer:
             calls |= dict.fromkeys(wrappers_in(layer), layer)
     return calls
 
 
 def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, Output | None]:
-    """Its plan, a reason, and what it computes with; ``reason``: why it isn't called."""
+    """A layer's plan, the reason for it, and its output if it would run fast.
+
+    ``called``: the layer whose call runs it.  ``reason``: why its forward would be PEFT's, if that
+    is already known.
+    """
     if reason:
         return PEFT_FORWARD, reason, None
     names = adapters_now(layer)
@@ -104,12 +114,12 @@ def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, O
 
 
 def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:
-    """On layers whose adapters FSDP1 wraps one by one, as PEFT's policy for it does."""
+    """A note on layers whose lora_A and lora_B are wrapped by FSDP1 separately."""
     kind = FullyShardedDataParallel
     names = [n for n, layer in layers if any(isinstance(a, kind) for a in layer.lora_A.values())]
     note = (
         f"{some(names)}: FSDP wraps lora_A and lora_B by themselves: PEFT's fsdp_auto_wrap_policy "
-        "does, and transformers' Trainer takes it for every PEFT model.  FSDP2 (in fsdp_config "
+        "does, and transformers' Trainer uses it for every PEFT model.  FSDP2 (in fsdp_config "
         '"version": 2) doesn\'t, nor does a policy of whole blocks with use_orig_params=True'
     )
     return (note,) if names else ()

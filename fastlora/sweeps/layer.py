@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import quantized_weight
-from ..layers.adapted import scaling_of
+from ..layers.adapted_weight import scaling_of
 from ..layers.frozen import is_router, matrix_of
 from ..layers.members import class_over
 from ..layers.modules import called

@@ -216,7 +216,7 @@ CHANGES = {
     replace_the_forward: "its forward was replaced on the instance",
     parametrize: "its weights are parametrized",
     take_a_name: "it has a 'lora_dropout' of its own",
-    leave_one: "it has one expert alone",
+    leave_one: "it has only one expert",
 }
 
 

@@ -397,5 +397,5 @@ def test_what_is_taken_for_rounding_grows_with_depth_in_16_bits(dtype, blocks, t
     wrong = replace(found, loss=Difference("loss", 2.0))
     assert not wrong
     assert "NOT the same" in str(wrong)
-    hint = "compare in float32 before you take it for a defect"
+    hint = "compare in float32 before you report a defect"
     assert (hint in str(wrong)) == (dtype != torch.float32)

@@ -105,7 +105,7 @@ def assert_peft_s(model: nn.Module, reason: str) -> None:
         assert torch.equal(found, expected)
 
 
-UNKNOWN = "its gate or activation is none that fastlora knows, or is hooked"
+UNKNOWN = "its gate or activation is unknown to fastlora, or is hooked or patched"
 FOREIGN = "its forward, or its experts implementation, isn't one of transformers' own"
 
 
