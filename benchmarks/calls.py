@@ -1,4 +1,4 @@
-"""One call of a launcher, with several tiles and by torch: verified, then timed in turn."""
+"""Times a launcher's call with several configs, and torch's operations; verifies each first."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ from .measure import digits
 from .tree import last_error
 
 _SECONDS, _ROUNDS = 15.0, 9  # seconds for compiling; rounds of timing
-_KEPT = 5  # configs with times, and failures, in a row
+_KEPT = 5  # the most configs, and the most failures, that a result's row has
 
 
 def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | None = None) -> dict:
@@ -75,7 +75,7 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
 
 
 def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Callable]) -> tuple:
-    """Medians of rounds, and reasons of calls without one, which were wrong or raised an error."""
+    """The median time of each correct call, and the reason against each other one."""
     form, device, truth = operands.form, operands.device, operands.truth()
     clock, calls, failures = clock_for(device), dict(theirs), {}
     for name, call in ours.items():

@@ -5,8 +5,8 @@ decide launches, and each launch runs down to the driver, which launches nothing
 the base products and all other contestants are tiny and run on one thread, so that only calls
 take time.
 
-``both`` is measured: CPU time of the process.  It has no driver's part of a launch.  ``modeled``
-adds ``LAUNCH`` for each launch, torch's and Triton's alike.
+``both`` is the measured CPU time of forward and backward, without the driver's time for launches.
+``modeled`` is ``both`` plus ``LAUNCH`` for each launch of torch or Triton.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Training steps of layers, groups and PEFT's layers; calls of few rows; a GPU's rows."""
+"""Measures each row of the tables: a training step, a call with few rows, or a GPU's call."""
 
 import pytest
 import torch

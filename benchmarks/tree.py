@@ -1,4 +1,4 @@
-"""Import fastlora from a plain folder, or from another commit's, and processes that do so."""
+"""Imports fastlora from a folder, such as another commit's, and starts processes that do so."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def import_from(root: Path = ROOT) -> None:
 
 
 class Worker:
-    """A process with the fastlora of a folder, which answers requests to a module's ``Served``.
+    """A process that imports a folder's fastlora and calls the methods of a module's ``Served``.
 
     A request is a line of JSON with the name of a method and its arguments; the answer is also a
     line.  After a failed request, the next one gets a new process.

@@ -119,7 +119,7 @@ def stored_tile(
     else:
         i_bank = None
         if bank is not None:
-            i_bank = i_segment  # an index for a descriptor, an offset for a pointer
+            i_bank = i_segment  # load_tile needs it only for a descriptor; a pointer is moved here
             if not DESCRIPTOR:
                 q += i_segment.to(tl.int64) * bank
         return load_tile(
@@ -217,8 +217,8 @@ def gemm_lowrank_kernel(
                 )
                 # [BM, BN]
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
-                # b_out is zero for the first term, but the addition stays.  From compilation for
-                # sm_90: without it there are a fifth more instructions.
+                # b_out is zero for the first term, but the addition stays.  Compiled for sm_90
+                # without it, the kernel has a fifth more instructions.
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 b_u, b_v = u_v_tiles(

@@ -273,8 +273,8 @@ def _thin(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """x, lora_a and lora_b in the one dtype of the adapter's products; and scale / (1 - p).
 
-    The adapter is cast to the dtype of x.  If x has no more rows than lora_a (decoding),
-    x is smaller, so x is cast to the adapter's dtype where that is wider.
+    Usually the adapter is cast to the dtype of x.  If x has at most r rows, as in decoding, casting
+    x is cheaper.  Then x is cast to the adapter's dtype if that is wider.
     """
     lora_a, lora_b, scale = adapter
     factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)

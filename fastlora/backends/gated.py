@@ -9,7 +9,7 @@ Each step is rounded to the matrices' dtype, as torch's own module does.  With `
 that run in float32 on 16-bit tensors, only the last step is rounded.  The functions go over blocks
 of rows that stay in the cache, so act(gate) is never allocated as a whole.
 
-To add an activation, add an entry to ``ACTIVATIONS``.
+CONTRIBUTING.md lists the places that another activation needs.
 """
 
 from collections.abc import Callable, Iterator

@@ -15,8 +15,9 @@ Three structures, from the outside in:
 
 A record is valid while its guard holds.  A reader may therefore use any state of the guarded
 modules without a change here.  A condition outside of modules (a global hook, a transform) belongs
-in ``why_not`` or :func:`.dispatch.why_not_here`, which run before a module is read.  It also
-belongs in :func:`fastlora.ops.kinds.key_of`, because a call whose key is cached skips both.
+in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`, which run before a module is read.  A
+call with a cached key skips both, so :func:`fastlora.ops.kinds.key_of_x` or :func:`call_recorded`
+must check the condition also.
 
 A guard keeps no parameter alive.  It stores where each one is found (a dict and a name) and looks
 there in each call.
@@ -211,7 +212,7 @@ class Guard:
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
         """The guarded tensors if the guard holds, else None.
 
-        The numbers of tensors that train may change.  ``at_their_places``: the tensors must also
+        The values of tensors that train may change.  ``at_their_places``: the tensors must also
         have their old addresses.  Otherwise they may have moved, as under FSDP, but must have the
         same alignment to 16 bytes, because kernels depend on it.
         """
@@ -344,10 +345,8 @@ class GuardedRecord:
 
 
 def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, list[Tensor] | Record]:
-    """A module's guarded record, and the second of two things.
-
-    If the cached record is valid, these are its current inputs, flattened.  Otherwise it is the
-    :class:`Record` that was read again.
+    """Returns a module's guarded record and its contents: the flattened current inputs if the
+    cached record is valid, else the :class:`Record` that was just read.
     """
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]

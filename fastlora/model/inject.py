@@ -76,13 +76,13 @@ def apply_lora(
 
     ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`.  Subclasses with the same forward,
     transformers' ``FalconLinear`` and ``Conv1D``, and vendors' quantized layers (docs/quantized.md)
-    become subclasses of a LoRA layer and of their own class.
-    The layers change class in place: their identity, hooks, names and state-dict keys stay, and
-    each gets two new keys, ``lora_A`` and ``lora_B``.  Afterwards only adapters require gradients,
-    and the parameters that ``config.bias`` and ``config.modules_to_save`` name.  Adapters of a
-    float16 or bfloat16 layer are float32, as in PEFT; ``autocast_adapter_dtype=False`` keeps the
-    layer's dtype.  An experts module whose weights are in ``config.target_parameters`` becomes a
-    :class:`LoRAExperts` in the same way (docs/experts.md).
+    become subclasses of a LoRA layer and of their own class.  The layers change class in place:
+    their identity, hooks, names and state-dict keys stay, and each gets two new keys, ``lora_A``
+    and ``lora_B``.  Afterwards only the adapters, and the parameters that ``config.bias`` and
+    ``config.modules_to_save`` name, require gradients.  Adapters of a float16 or bfloat16 layer are
+    float32, as in PEFT;  ``autocast_adapter_dtype=False`` keeps the layer's dtype.  An experts
+    module whose weights are in ``config.target_parameters`` becomes a :class:`LoRAExperts` in the
+    same way (docs/experts.md).
 
     On a CPU without fast 16-bit products, every other frozen 16-bit ``torch.nn.Linear``, such as
     the head, also becomes fast; nothing else changes.  ``frozen_linears=False`` switches that off.

@@ -14,15 +14,16 @@ expert.  With e the expert of a row, and token its token:
 Order of the rows: row i is entry order[i] of index [T, k] read as one vector of S entries, so its
 token is order[i] // k (:mod:`.routing`).  A routing weight has the place of its entry in [T, k].
 
-Saved for backward: the inputs, order, ends, pre, and h of both products.  The backward recomputes
-the gathered x and the product, and never needs y.  It passes dy = d out[token], without the routing
-weights, through the second product.  The result dp is the gradient of the product as if every
-weight were 1, and gives the gradient of a routing weight also:
+Saved for backward: the inputs, the dropout seeds, order, ends, pre, and h of both products.  The
+backward recomputes the gathered x and the product, and never needs y.  It passes dy = d out[token],
+without the routing weights, through the second product.  The result dp is the gradient of the
+product as if every weight were 1, and gives the gradient of a routing weight also:
 
     d weight = dy · y = dp · product + dy · bias
 
-A CPU gains nothing from a product of all experts, so the node works on a few experts at a time, one
-:class:`Part` after the other.  Then pre and h are the only tensors of S rows.
+On a CPU, one product of all experts is no faster, so the node runs one :class:`Part` of a few
+experts after the other.  Then only pre and h have all S rows.  On other devices, all experts run at
+once.
 
 Compiled calls, and calls whose activation must not run twice, compute the formula step by step
 instead, with a grouped LoRA call for each product.

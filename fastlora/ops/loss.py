@@ -1,8 +1,10 @@
 """Cross-entropy of a head, with an adapter or without, that never forms the logits [M, V].
 
 One autograd node computes the loss and all gradients in its forward, chunk by chunk
-(:mod:`fastlora.backends.loss`).  It saves the gradients: dx [M, K] and those of the tensors that
-train.  The backward multiplies them by the gradient of the loss.
+(:mod:`fastlora.backends.loss`).  It saves the gradients: dx [M, K] and the gradients of the tensors
+that train.  The backward multiplies them by the gradient of the loss.  With reduction "none" and a
+weight, bias or adapter that trains, it saves its inputs instead, and the backward computes the
+gradients.
 """
 
 from collections.abc import Sequence
@@ -41,8 +43,9 @@ REDUCTIONS = ("mean", "sum", "none")
 class Head(NamedTuple):
     """A linear layer that a loss follows, and the hidden states x [..., K] that it is called with.
 
-    With dropout, ``seeds`` is int64 [1], and ``numbers`` has the row of the mask for each row of x;
-    None: x has all rows of the mask, in their order.  ``rows``: how many rows the mask has.
+    With dropout, ``seeds`` is int64 [1], and ``rows`` is the number of rows of the mask.
+    ``numbers`` holds the mask's row index for each row of x; None means that x has all rows of the
+    mask, in order.
     """
 
     x: Tensor
@@ -103,7 +106,7 @@ def linear_cross_entropy(
     dimensions, or with ``reduction`` "none" target's shape, where ignored rows are 0.
 
     Dtypes: those of :func:`fastlora.lora_linear`.  The softmax runs in float32 (float64 for
-    float64), and so does the result.  ``weight`` may be packed.
+    float64), and the result has this dtype.  ``weight`` may be packed.
 
     ``reduction`` "mean" divides by the number of rows that count; without any, the mean is NaN.
 
@@ -114,8 +117,10 @@ def linear_cross_entropy(
 
     Calls that torch traces, compiles or transforms form the logits by torch's operations.
 
-    Raises ValueError for shapes, devices, classes or numbers that don't fit, and TypeError for
-    dtypes.  The name and the arguments follow ``torch.nn.functional.linear_cross_entropy``.
+    Raises ValueError for shapes, devices or numbers that don't fit, on a CPU also for a class
+    outside of 0 to V - 1, and TypeError for dtypes.  The name follows
+    ``torch.nn.functional.linear_cross_entropy``.  Its ``linear_weight`` and ``linear_bias`` are
+    ``weight`` and ``bias`` here, and there are no class weights.
     """
     output = _output(weight, bias, lora_a, lora_b, scale)
     settings = LossSettings(label_smoothing, softcap, logit_scale, z_loss)
@@ -152,9 +157,10 @@ def token_logprobs(
 ) -> Tensor:
     """log p(target) of each row, target's shape: for GRPO, DPO and distillation.
 
-    p is the softmax of :func:`linear_cross_entropy`'s logits; its arguments, dtypes, memory and
-    errors hold.  Ignored rows are 0.  Each row's gradient is its own.  With a frozen head without
-    an adapter, the backward computes no product: it multiplies the saved dx.
+    p is the softmax of :func:`linear_cross_entropy`'s logits.  The arguments mean the same as
+    there, and dtypes, memory and errors are the same.  Ignored rows are 0.  Each row's gradient is
+    its own.  With a frozen head without an adapter, the backward computes no product: it multiplies
+    the saved dx.
     """
     return -linear_cross_entropy(
         x, weight, target, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout=dropout,
@@ -233,7 +239,7 @@ def _composite(
 
 
 class _LossCall(NamedTuple):
-    """A call of the node besides the tensors that autograd follows."""
+    """The node's arguments that autograd doesn't track."""
 
     head: Head  # whose x is a matrix
     layout: Layout
@@ -246,7 +252,7 @@ class _LossCall(NamedTuple):
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Each row's loss, 0 for a row that doesn't count, and the gradients of their sum."""
+        """Each row's loss, 0 for an ignored row, and the gradients of the (weighted) sum."""
         x, *tensors = inputs
         layouts = (self.layout,)
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)

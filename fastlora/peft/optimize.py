@@ -1,6 +1,6 @@
 """Speeds PEFT models up in place, restores them, and reports on any model.
 
-This file imports nothing of PEFT.
+Importing this file doesn't import PEFT; functions import the modules that need it.
 """
 
 import sys
@@ -206,7 +206,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _unswap(layers: list[nn.Module]) -> None:
     give_back_frozen(layers)
     mlp.give_back(layers)
-    if "fastlora.peft.layer" in sys.modules:  # otherwise no layer is fast
+    if "fastlora.peft.layer" in sys.modules:  # otherwise no PEFT layer was changed
         from .layer import unswap_all
 
         unswap_all(layers)

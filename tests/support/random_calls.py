@@ -82,7 +82,7 @@ class Made(NamedTuple):
     textbook: Callable[..., Tensor | Sequence[Tensor]]
     masks: list[tuple[tuple[int, int], float]]  # rows and columns for each seed, and p
     widths: list[int]  # of the outputs
-    last: int | None = None  # rows after this one belong to no expert
+    last: int | None = None  # rows from this index on belong to no expert
 
 
 class Case:
@@ -120,8 +120,8 @@ class Case:
         self.K = of("K", self.K)
         self.M = of("M", pick((0, 1, 1, *[self.size() for _ in range(8)])))
         self.lead = self._lead()
-        # wide: 16-bit products are slow on this CPU.  small: small blocks of rows.  node: no
-        # shortcut for few rows.
+        # wide: run as on a CPU with slow 16-bit products.  small: small blocks of rows.  node: use
+        # the node also for few rows.
         self.wide, self.small = of("wide", pick((True, False))), of("small", self.random() < 0.3)
         self.node = of("node", self.random() < 0.3)
         plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
@@ -419,7 +419,7 @@ KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
 
 
 def check(case: Case) -> None:
-    """Raise AssertionError if the call computes wrong numbers or changes its inputs."""
+    """Raise AssertionError if results are wrong, not repeatable, or an input changes."""
     with nullcontext() if DEVICE == "cpu" else torch.device(DEVICE):
         _check(case)
 
@@ -462,7 +462,7 @@ def _check(case: Case) -> None:
         if value is None:
             assert not truth[name].count_nonzero(), f"{name} is None"
         elif eager[name].isfinite().all() and (is_whole or name.startswith("y")):
-            # Absolute values through three layers overestimate; random signs grow as a square root.
+            # Absolute values overestimate sizes after three layers; random signs partly cancel.
             its_size = 8 * size[name].sqrt() if gated else size[name]
             if case.compute in (F32, F64):  # each of so many additions may round
                 its_size = max(4.0, sqrt(longest)) * its_size

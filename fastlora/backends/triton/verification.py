@@ -7,9 +7,9 @@ tensors: first random numbers in place of all operands except packed weights, th
 If all results agree, the kernels run from then on.  If not, or if a kernel doesn't compile, the
 caller gets PyTorch's result and a warning, and the kernels are refused.
 
-A result holds for one kernel's code on one kind of device with one driver, Triton and ptxas.  Each
-result has its own file in the user's cache, so processes that verify at the same time lose nothing.
-If no file can be written, each process verifies for itself.
+A result holds for one kernel's code on one kind of device, with one version of the driver, Triton,
+ptxas and torch.  Each result has its own file in the user's cache, so processes that verify at the
+same time lose nothing.  If no file can be written, each process verifies for itself.
 
 ``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
 """
@@ -51,8 +51,8 @@ FIRST, ALWAYS, OFF = "first", "always", "off"
 _CHOSEN = os.environ.get(VARIABLE) or None
 _FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the files
 
-# Runs with equal tensors, which must make equal bits.  A fault that shows in a third of all runs
-# passes 16 of them about once in 1,000 times.
+# The number of runs on equal tensors, whose results must be bit-identical.  A fault that occurs in
+# a third of all runs passes 16 runs with probability 0.0015.
 REPEATS = 16
 # The allowed error, in multiples of PyTorch's own, because the kernels add in another order.
 _SLACK = 8.0
@@ -213,10 +213,7 @@ def _known() -> Records:
 
 
 def _settle(trial: Trial, device: torch.device, fault: str) -> str:
-    """Record the result of a trial.  Returns the names of the kernels that it is about.
-
-    A fault is about the kernels of the call that no other call has verified.
-    """
+    """Record a trial's result for its kernels without an earlier result, and return their names."""
     here, known, always = environment(device), _known(), mode(device) == ALWAYS
     identities = sorted({each for _, _, call in trial.values() for each in call.identities})
     new = [each for each in identities if always or (each, here) not in known]
