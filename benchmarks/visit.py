@@ -147,7 +147,7 @@ class Served:
         found |= {("compile", "layers"): cases} | {("layers", case.id): case for case in cases}
         found |= {("calls", form.id): form for form in masked}
         found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
-        names = "script" if self.dry else "gpu, kernel_mask"
+        names = "capture" if self.dry else "gpu, kernel_mask"
         tools = () if self.dry else ("memcheck", "racecheck")
         found |= {("sanitizer", tool): tool for tool in tools}
         return found | {("tests", names): names}

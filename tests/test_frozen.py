@@ -233,7 +233,7 @@ def test_the_head_is_fast_tied_and_listed_apart():
     assert report.frozen_linears == ("head",)
     assert str(report) == (
         "1 of 1 layers fast (backend torch)\n"
-        "1 without an adapter: head: in float32, a block of the weight at a time, since this CPU "
+        "1 without an adapter: head: in float32, a block of the weight at a time, because this CPU "
         "multiplies 16 bits slowly; attention in 16 bits stays slow, which a float32 model avoids"
     )
 

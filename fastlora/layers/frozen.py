@@ -59,7 +59,7 @@ _KINDS = ("DTensor", "FakeTensor")
 
 def why_not_class(kind: type[nn.Module]) -> str:
     """A phrase for a class that may not compute x weightᵀ + bias ("a Conv2d, …"); "" for others."""
-    is_linear = kind.forward in (nn.Linear.forward, Linear.forward)
+    is_linear = getattr(kind, "forward", None) in (nn.Linear.forward, Linear.forward)
     patched = why_patched(kind)
     if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):
         return patched and f"a {kind.__name__} ({patched})"

@@ -85,7 +85,7 @@ def why_patched(kind: Any) -> str:
     """
     kind = getattr(kind, "plain_class", kind)
     # torch.compile guards a function that is compared, and recompiles when it is replaced.
-    return "" if kind.forward is None else _why_patched(kind)
+    return "" if getattr(kind, "forward", None) is None else _why_patched(kind)
 
 
 def _why_patched(kind: Any) -> str:

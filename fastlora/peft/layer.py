@@ -50,6 +50,8 @@ class FastLinear(nn.Module):
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
+    forward.__qualname__ = "Linear.forward"  # Python's errors of wrong arguments read as PEFT's
+
 
 class Linear(FastLinear, PeftLinear):
     """PEFT's LoRA layer of a dense linear layer, with a fast forward."""

@@ -153,7 +153,11 @@ class Judge:
         wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
         rows, count = None, x.numel() // max(1, x.shape[-1])
         if count > _ROWS and len(call.others) == 1:
-            rows = torch.linspace(0, count - 1, _ROWS, device=x.device).round().long()
+            rows = (
+                torch.linspace(0, count - 1, _ROWS, dtype=torch.float64, device=x.device)
+                .round()
+                .long()
+            )
         if rows is not None and dy is not None:
             kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
             kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
@@ -312,7 +316,7 @@ def _wide_twin(
     packed = quantized_weight(module)
     if isinstance(packed, PackedLayer):
         weight = packed.weight.dense(packed.compute_dtype or inside)
-        other = made[module] = nn.Linear(1, 1, bias=False, device="meta")
+        other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
         other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         parameters = {"bias": getattr(module, "bias", None)}
     else:

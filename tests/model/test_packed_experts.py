@@ -334,7 +334,10 @@ def test_broken_or_foreign_packed_experts_are_refused():
     swizzled = base_model("gpt-oss", **SIZES)
     swizzled.model.layers[1].mlp.experts = Mxfp4GptOssExperts(swizzled.config)
     before = snapshot(swizzled)
-    with pytest.raises(ValueError, match=r"as a GPU kernel reads them: fastlora\.load_packed"):
+    with pytest.raises(
+        ValueError,
+        match=r"the layout of a GPU kernel: load the checkpoint with fastlora\.load_packed",
+    ):
         fastlora.apply_lora(swizzled, config)
     assert_untouched(swizzled, before)
     twice = adapted(packed_model("qwen3", "mxfp4"))

@@ -357,9 +357,15 @@ TORN = {
     "outside": (_index(lambda index: index["weight_map"].update(a="../a")), "has no weight_map"),
     "not there": (_index(lambda index: index["weight_map"].update(
         quux=next(iter(index["weight_map"].values())))), "names quux, but its file lacks it"),
-    "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"missing {UP}_scales; not"),
-    "no norm": (_edit(lambda state: state.pop("model.norm.weight")), "missing model.norm.weight;"),
-    "more": (_edit(lambda state: state.update(quux=torch.ones(1))), "missing none; not known quux"),
+    "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"it lacks {UP}_scales, which"),
+    "no norm": (
+        _edit(lambda state: state.pop("model.norm.weight")),
+        "it lacks model.norm.weight, which the model has",
+    ),
+    "more": (
+        _edit(lambda state: state.update(quux=torch.ones(1))),
+        "it has quux, which the model lacks",
+    ),
     "shape": (_put("model.norm.weight", lambda old: old[1:]),
               r"norm.weight of shape \(31,\), but the model's is \(32,\)"),
     "blocks": (_put("gate_up_proj_blocks", lambda old: old[:, :2]),

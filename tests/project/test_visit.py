@@ -36,7 +36,7 @@ def test_every_part_gives_a_row_and_no_failure(dry):
     assert {row["table"] for row in rows} == {"calls", "compile", "gpu", "tune", "tests"}
     assert [row for row in rows if row.get("failures") or row.get("skipped")] == []
     outcomes = {row["id"]: row["outcome"] for row in rows if row["table"] == "tests"}
-    assert " passed" in outcomes["script"]
+    assert " passed" in outcomes["capture"]
 
 
 def test_a_gpu_s_own_parts_raise_nothing_on_the_standin(tmp_path, monkeypatch):

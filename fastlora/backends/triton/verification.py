@@ -337,7 +337,7 @@ def _probe_of_call(call: Call, count: int) -> Call:
         rows = rows._replace(numbers=rows.numbers._replace(scales=_not_zero(rows.numbers.scales)))
     elif rows is not None:
         ends = _alike(rows.ends, _memory(rows.ends))
-        experts = torch.arange(1, len(ends) + 1, device=ends.device)
+        experts = torch.arange(1, len(ends) + 1, dtype=torch.int64, device=ends.device)
         rows = rows._replace(ends=ends.copy_(experts * count // len(ends)), shares=None)
     return call._replace(layouts=layouts, rows=rows)
 
