@@ -21,22 +21,21 @@ def optimize_and_count() -> Counter:
     """
     from peft.tuners import lora
 
+    from fastlora.layers import members
     from fastlora.ops import dispatch
-    from fastlora.peft.layer import PackedLinear
+    from fastlora.peft.layer import FastLinear
 
+    members._SAME = *members._SAME, __name__  # the counters below are no patches of a forward
     dispatch.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
     counter: Counter = Counter()
-    fast_class = type(optimized_layer())
-    if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:
+    if not isinstance(optimized_layer(), FastLinear):
         raise RuntimeError(
             "fastlora.optimize didn't change a plain lora.Linear: install a PEFT that it supports "
             "(make peft-suite runs with the packages of .venv)"
         )
-    fast = fast_class, PackedLinear
     for layer_class in classes_with_forward(lora.LoraLayer):
-        count(layer_class, lambda layer, arguments: own_call(counter, fast, layer, arguments))
-    for fast_class in fast:
-        count(fast_class, lambda layer, arguments: counter.update([FAST]))
+        count(layer_class, lambda layer, arguments: own_call(counter, layer, arguments))
+    count(FastLinear, lambda layer, arguments: counter.update([FAST]))
     count_blocks(counter)
     optimized_layer()(torch.ones(1, 4))
     if counter != {FAST: 1}:
@@ -117,9 +116,11 @@ def count_blocks(counter: Counter) -> None:
     mlp.call_recorded = call_recorded
 
 
-def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:
+def own_call(counter: Counter, layer: nn.Module, arguments: dict) -> None:
     """Count a call of PEFT's forward, also if a fast layer passed the call to it."""
-    if isinstance(layer, fast):
+    from fastlora.peft.layer import FastLinear
+
+    if isinstance(layer, FastLinear):
         counter[FAST] -= 1
     counter[description(layer, arguments)] += 1
 
