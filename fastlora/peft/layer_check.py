@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..backends import asked_backend, use_backend
+from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..layers.members import plain_class_of, twin
-from ..layers.modules import has_sharded, plain_name
+from ..layers.modules import has_sharded, inside_of, plain_name
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
@@ -112,7 +113,9 @@ class Judge:
         """
         names = {layer.name for layer in report.layers if layer.runs_adapter}
         names |= {block.name for block in report.gated_mlps if block.fast and not mixed}
-        inside: set[nn.Module] = set()
+        # FSDP gathers parameters in hooks.  An extra run of a layer could gather on one rank only,
+        # and the ranks would wait for each other forever.
+        inside = inside_of(model, FULLY_SHARDED, FSDP)
         with ExitStack() as handles:
             for name, unit in [(plain_name(name), unit) for name, unit in model.named_modules()]:
                 if name in names and unit not in inside:
