@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
-from ..layers.modules import is_sharded, lora_layers, some, unwrap
+from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from ..settings import is_number
@@ -188,7 +189,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
         judge, mixed = Judge(), isinstance(batch, Mapping) and "adapter_names" in batch
-        with shared_masks(inner), _filled(inner) as filled:
+        with shared_masks(inner), _filled(model) as filled:
             with undisturbed(inner):
                 fast = _run(model, batch)
             with (
@@ -225,13 +226,15 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
 def _filled(model: nn.Module) -> Iterator[list[str]]:
     """Inside, no active lora_B is zero; at the end each one is restored bit for bit.
 
-    Yields the layers' names.  A lora_B that is sharded, or has no data, stays zero.
+    Yields the layers' names.  A lora_B that is under FSDP, or has no data, stays zero: FSDP could
+    free the tensor in between.
     """
+    held = inside_of(model, FULLY_SHARDED, FSDP)
     found = {
         name: layer.lora_B[adapter].weight
-        for name, layer in peft_layers(model)
+        for name, layer in peft_layers(unwrap(model))
         for adapter in layer.active_adapters
-        if adapter in layer.lora_B
+        if adapter in layer.lora_B and layer.lora_B[adapter] not in held
     }
     zero = {
         name: (up, up.detach().clone())

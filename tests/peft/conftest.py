@@ -1,7 +1,5 @@
 """Resets process-wide state of accelerate and torch.compile after each test; calls are nodes."""
 
-from itertools import count
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -33,12 +31,9 @@ def fresh_compiler():
 def ranks(tmp_path_factory):
     """A function that returns a group of two processes, and starts a new one if necessary."""
     started: list[Ranks] = []
-    uses = count()
 
     def get() -> Ranks:
-        # A group that has served many tests may fail to connect another process group of gloo.
-        is_old = next(uses) % 25 == 0
-        if is_old or not started[-1].usable:
+        if not started or not started[-1].usable:
             started.append(Ranks(2, tmp_path_factory.mktemp("ranks")))
         return started[-1]
 

@@ -6,11 +6,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from io import StringIO
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 from unittest import mock
 
@@ -89,13 +89,14 @@ class Ranks:
     """``size`` processes of one gloo group.  Starting them takes seconds, so tests share them."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = forkserver()
         # Some engines would use a visible GPU.  The forkserver keeps this environment.
         with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
             self._pools = [
-                context.Pool(1, _join, (f"file://{folder}/store", rank, size))
+                ProcessPoolExecutor(1, forkserver(), _join, (f"file://{folder}/store", rank, size))
                 for rank in range(size)
             ]
+            # The first task starts a pool's process.
+            self.run(os.getpid)
 
     @property
     def usable(self) -> bool:
@@ -108,22 +109,15 @@ class Ranks:
         processes are then ended, because the other ranks may be waiting for it.  ``function`` must
         be importable.
         """
-        task, done = pickle.dumps((function, arguments, settings)), SimpleQueue()
-        for rank, pool in enumerate(self._pools):
-            put = lambda answer, rank=rank: done.put((rank, answer))  # noqa: E731
-            pool.apply_async(_call, (task,), callback=put, error_callback=put)
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self._pools):
-            try:
-                rank, answer = done.get(timeout=_TIMEOUT)
-            except Empty:
-                self.end()
-                raise RuntimeError(f"no answer within {_TIMEOUT} s") from None
-            if isinstance(answer, Exception):
-                self.end()
-                raise RuntimeError(f"rank {rank}") from answer
-            answers[rank] = pickle.loads(answer)
-        return [answers[rank] for rank in sorted(answers)]
+        task = pickle.dumps((function, arguments, settings))
+        answers = [pool.submit(_call, task) for pool in self._pools]
+        try:
+            for answer in as_completed(answers, timeout=_TIMEOUT):
+                answer.result()
+        except Exception as error:
+            self.end()
+            raise RuntimeError(f"a rank failed or took {_TIMEOUT} s") from error
+        return [pickle.loads(answer.result()) for answer in answers]
 
     def close(self) -> None:
         """Let the processes leave the group and end."""
@@ -133,7 +127,9 @@ class Ranks:
 
     def end(self) -> None:
         for pool in self._pools:
-            pool.terminate()
+            for process in [*(pool._processes or {}).values()]:
+                process.kill()
+            pool.shutdown()
         self._pools = []
 
 
