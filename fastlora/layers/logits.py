@@ -1,0 +1,325 @@
+"""Lazy logits: the output of a head, computed only if a function needs its elements.
+
+:class:`LazyLogits` has the shape, dtype and device of the output.  It holds a :class:`Recipe`: the
+hidden states, the head's tensors, and the steps that were applied since (casts, factors, a softcap,
+selected rows, the first columns).  A loss reads the recipe and runs
+:func:`fastlora.ops.loss.head_loss`, without logits (:mod:`.logits_functions`).  Any other function
+gets real logits.  They are computed once for each call of the head.  From then on, every lazy
+tensor of this call acts as an ordinary one.
+
+A lazy tensor reads the hidden states and the head's tensors when it is used.  If one of them has
+been changed in place since the head's call, the use raises RuntimeError.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import Call, backend_name, find_backend
+from ..backends.protocol import LossSettings
+from ..ops.composite import run_composite
+from ..ops.dispatch import autocast_off
+from ..ops.loss import Head
+from ..ops.node import Function, LoRALinearFunction, run_forward
+from ..projection import flatten, layouts_of, unflatten
+from ..rows import Share
+
+Change = Callable[[Tensor], Tensor]
+# Each handler gets a lazy tensor and the function's other arguments.  It returns the result, or
+# NotImplemented if the function needs elements.
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+_aten = torch.ops.aten
+
+
+class Recipe(NamedTuple):
+    """How to compute a lazy tensor: a call of a head, and the steps after it."""
+
+    head: Head
+    dtype: torch.dtype
+    # ("mul", factor), ("tanh",), ("log_softmax",); ("neg",) only after log_softmax
+    steps: tuple[tuple, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.head.x.shape[:-1], self.head.output.base.weight.shape[0]
+
+    @property
+    def is_logprob(self) -> bool:
+        return any(name == "log_softmax" for name, *_ in self.steps)
+
+    @property
+    def sign(self) -> float:
+        """The sign of log-probabilities."""
+        return -1.0 if self.steps[-1][0] == "neg" else 1.0
+
+    def of_rows(self, change: Change) -> "Recipe":
+        """The same for other rows.  ``change`` selects or reshapes rows of a tensor [..., any]."""
+        head, numbers = self.head, self.head.numbers
+        if head.seeds is not None:
+            if numbers is None:
+                numbers = torch.arange(head.rows, device=head.x.device).view(head.x.shape[:-1])
+            numbers = change(numbers.unsqueeze(-1)).squeeze(-1)
+        return self._replace(head=head._replace(x=change(head.x), numbers=numbers))
+
+    def settings(self) -> LossSettings | None:
+        """The scale and the softcap that the steps amount to; None for other steps.
+
+        after · tanh(before · z) is a softcap of ``after`` on logits times before · after.
+        """
+        before, after, is_capped = 1.0, 1.0, False
+        for name, *number in self.steps:
+            if name == "mul" and is_capped:
+                after *= number[0]
+            elif name == "mul":
+                before *= number[0]
+            elif name == "tanh" and is_capped:
+                return None
+            elif name == "tanh":
+                is_capped = True
+        if not is_capped:
+            return LossSettings(logit_scale=before)
+        return LossSettings(softcap=after, logit_scale=before * after) if after > 0.0 else None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that autograd follows: x, and the head's."""
+        output = self.head.output
+        return [self.head.x, *flatten([output], layouts_of([output]))]
+
+    def compute(self, tensors: list[Tensor]) -> Tensor:
+        """The elements, by torch's operations, from these in the place of :meth:`tensors`."""
+        (output,) = unflatten(tensors[1:], layouts_of([self.head.output]))
+        (mask,), p = self.head.masks() or [None], self.head.dropout
+
+        def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
+            assert mask is not None
+            keep = mask.rows(0, x.shape[:-1].numel()).view(x.shape)
+            return torch.where(keep, x / (1.0 - p), 0.0)
+
+        (z,) = run_composite(tensors[0], [output], None if mask is None else drop)
+        z = z.to(self.dtype)
+        for name, *number in self.steps:
+            z = STEPS[name](z, *number)
+        return z
+
+
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "mul": lambda z, factor: z * factor,
+    "tanh": torch.tanh,
+    "log_softmax": lambda z: torch.log_softmax(z, -1),
+    "neg": torch.neg,
+}
+
+
+class HeadCall:
+    """One call of a head, shared by all lazy tensors that come from it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.states = [_state_of(tensor) for tensor in recipe.tensors()]
+        self.has_grad, self.is_inference = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+        self.lock = threading.RLock()
+        self.logits: Tensor | None = None  # once a function needed elements
+        self.lazy: WeakSet[LazyLogits] = WeakSet()
+
+    def check(self) -> None:
+        """Raise RuntimeError if the hidden states or the head's tensors have changed."""
+        if [_state_of(tensor) for tensor in self.recipe.tensors()] != self.states:
+            raise RuntimeError(
+                "these logits weren't computed yet, and the hidden states or the weights of the "
+                "head have changed since its call (an optimizer step?): read outputs.logits before "
+                "the change, or call fastlora.optimize without loss=True"
+            )
+
+    def compute(self) -> Tensor:
+        """The logits, in the grad mode of the head's call.  Computed once."""
+        with self.lock:
+            if self.logits is None:
+                self.check()
+                modes = (
+                    torch.inference_mode(self.is_inference),
+                    torch.set_grad_enabled(self.has_grad),
+                    autocast_off(self.recipe.head.x.device.type),
+                )
+                with modes[0], modes[1], modes[2]:
+                    self.logits = self._compute()
+            return self.logits
+
+    def _compute(self) -> Tensor:
+        head, inputs = self.recipe.head, self.recipe.tensors()
+        backend = find_backend(backend_name(head.backend, head.x.device))
+        call = Call(layouts_of([head.output]), head.dropout, backend)
+        if torch.is_grad_enabled():
+            return LoRALinearFunction.apply(head.seeds, None, call, *inputs)[0]
+        return run_forward(inputs, head.seeds, call)[0][0]
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int | None]:
+    """A value that changes if the tensor is written to, or if its ``data`` is replaced."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+class LazyLogits(Tensor):
+    """Logits [..., V] that don't exist yet (see the module)."""
+
+    call: HeadCall
+    recipe: Recipe
+    _replay: Callable[[], Tensor]  # computes its elements from those of the tensor it was made of
+    _elements: Tensor | None
+
+    @staticmethod
+    def make(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> "LazyLogits":
+        device = recipe.head.x.device
+        made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyLogits, recipe.shape, dtype=recipe.dtype, device=device
+        )
+        made.call, made.recipe, made._replay, made._elements = call, recipe, replay, None
+        call.lazy.add(made)
+        return made
+
+    def elements(self) -> Tensor:
+        """The ordinary tensor with these logits, and with its place in autograd's graph."""
+        with self.call.lock:
+            if self._elements is None:
+                has_grad = torch.is_grad_enabled() or self.call.has_grad
+                is_inference = self.call.is_inference
+                with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
+                    self._elements = self._replay()
+            return self._elements
+
+    def then(self, recipe: Recipe, step: Change) -> Tensor:
+        """The lazy tensor with this recipe, which ``step`` makes of this one."""
+        return _with_node(self.call, recipe, lambda: step(self.elements()))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        first = args[0] if args else kwargs.get("input")
+        handler = HANDLERS.get(func)
+        if handler is not None and isinstance(first, LazyLogits) and first.call.logits is None:
+            rest = {name: value for name, value in kwargs.items() if name != "input"}
+            made = handler(first, *args[1:], **rest)
+            if made is not NotImplemented:
+                return made
+        if isinstance(first, LazyLogits) and _is_in_place(getattr(func, "__name__", "")):
+            # Views share the memory of the logits, and copies don't.  All must exist before the
+            # write, as if none were lazy.
+            for lazy in [*first.call.lazy]:
+                lazy.elements()
+            made = func(*_real(args), **_real(kwargs))
+            return first if made is first._elements else made
+        return func(*_real(args), **_real(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operations that bypass ``__torch_function__``: autograd's own."""
+        if func in (_aten.detach.default, _aten.alias.default):
+            lazy = args[0]
+            return LazyLogits.make(lazy.call, lazy.recipe, lazy.elements)
+        with torch.no_grad():
+            return func(*_real(args), **_real(kwargs or {}))
+
+
+def lazy_logits(head: Head) -> Tensor:
+    """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
+    recipe = Recipe(head, head.x.dtype)
+    call = HeadCall(recipe)
+    return _with_node(call, recipe, call.compute)
+
+
+def _with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> Tensor:
+    make = lambda: LazyLogits.make(call, recipe, replay)  # noqa: E731
+    return LazyLogitsFunction.apply(make, recipe, *recipe.tensors())
+
+
+class LazyLogitsFunction(Function):
+    """The node of a lazy tensor, for functions that bypass ``__torch_function__``.
+
+    Autograd Functions do, for example the one that DistributedDataParallel puts behind a model.  A
+    fused loss computes the gradients of the head's tensors itself.  Its backward reaches this node
+    also, without a gradient (:class:`LinkFunction`).
+    """
+
+    @staticmethod
+    def forward(ctx, make: Callable[[], LazyLogits], recipe: Recipe, *tensors: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        nothing = tensors[0].new_empty(0, tensors[0].shape[-1])
+        ctx.recipe = recipe._replace(head=recipe.head._replace(x=nothing))
+        return make()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        if gradient is None:
+            return (None,) * (2 + len(needs))
+        pairs = zip(ctx.saved_tensors, needs, strict=True)
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in pairs]
+        with torch.enable_grad():
+            recipe = ctx.recipe._replace(head=ctx.recipe.head._replace(x=leaves[0]))
+            y = recipe.compute(leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
+        return None, None, *[next(found) if need else None for need in needs]
+
+
+class LinkFunction(Function):
+    """The loss itself.  Its backward also runs the lazy tensor's node, with no gradient.
+
+    DistributedDataParallel waits for the node that it put behind the model.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, lazy: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _real(tree: Any) -> Any:
+    """The same arguments with an ordinary tensor in the place of each lazy one."""
+    if isinstance(tree, LazyLogits):
+        return tree.elements()
+    if type(tree) in (list, tuple):
+        return type(tree)(_real(each) for each in tree)
+    if type(tree) is dict:
+        return {name: _real(each) for name, each in tree.items()}
+    return tree
+
+
+_IN_PLACE = ("__setitem__", "__set__", "__imul__", "__itruediv__", "__iadd__", "__isub__")
+
+
+def _is_in_place(name: str) -> bool:
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+# Properties and methods that need no elements, so the tensor itself answers.
+_PROPERTIES = (
+    "shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "requires_grad", "grad_fn",
+    "is_leaf", "is_meta", "is_nested", "is_sparse", "is_quantized", "output_nr",
+    "itemsize", "nbytes", "is_mps", "is_xpu", "_version",
+)  # fmt: skip
+_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.stride,
+    Tensor.__len__, Tensor.__hash__, Tensor.element_size, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.is_signed, Tensor.is_contiguous, Tensor.get_device,
+    torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor,
+}  # fmt: skip

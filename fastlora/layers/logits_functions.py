@@ -1,0 +1,348 @@
+"""The functions of torch that take lazy logits without computing their elements.
+
+A handler gets a lazy tensor and the other arguments of the function.  It returns a lazy tensor with
+another recipe or, for a loss, the result; NotImplemented means that the function needs elements.
+
+``cross_entropy``, ``nll_loss``, and ``log_softmax`` followed by ``gather`` or ``sum``, run
+:func:`fastlora.ops.loss.head_loss`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..formats.format import Quantized
+from ..ops.dispatch import autocast_is_on, autocast_off
+from ..ops.loss import head_loss
+from ..projection import Base, Output, layouts_of, unflatten
+from .logits import HANDLERS, STEPS, Change, LazyLogits, LinkFunction
+
+_NO_INDEX = -(1 << 40)  # an ignore_index that no class has
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _handles(*functions: Any) -> Callable[[F], F]:
+    """Decorate the handler of these functions of torch."""
+
+    def register(handler: F) -> F:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+# Steps on the elements.
+
+
+def _step(lazy: LazyLogits, name: str, *number: float) -> Any:
+    recipe = lazy.recipe
+    if recipe.is_logprob:
+        return NotImplemented
+    made = recipe._replace(steps=(*recipe.steps, (name, *number)))
+    return lazy.then(made, lambda z: STEPS[name](z, *number))
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a tensor with one number that is on the CPU; None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_cpu and not value.requires_grad:
+        return float(value)
+    return None
+
+
+@_handles(Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply)
+def _mul(lazy: LazyLogits, other: Any, **options: Any) -> Any:
+    factor = _number(other)
+    return NotImplemented if factor is None or options else _step(lazy, "mul", factor)
+
+
+@_handles(Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide)
+def _div(lazy: LazyLogits, other: Any, **options: Any) -> Any:
+    divisor = _number(other)
+    return NotImplemented if not divisor or options else _step(lazy, "mul", 1.0 / divisor)
+
+
+@_handles(Tensor.neg, Tensor.__neg__, torch.neg)
+def _neg(lazy: LazyLogits) -> Any:
+    recipe = lazy.recipe
+    if not recipe.is_logprob:
+        return _step(lazy, "mul", -1.0)
+    steps = recipe.steps[:-1] if recipe.sign < 0.0 else (*recipe.steps, ("neg",))
+    return lazy.then(recipe._replace(steps=steps), torch.neg)
+
+
+@_handles(Tensor.tanh, torch.tanh, functional.tanh)
+def _tanh(lazy: LazyLogits) -> Any:
+    return _step(lazy, "tanh")
+
+
+@_handles(Tensor.add, Tensor.__add__, torch.add)
+def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
+    """Add a row [V] that doesn't train to the head's bias: BART's final_logits_bias."""
+    recipe, V = lazy.recipe, lazy.shape[-1]
+    if options or not isinstance(row, Tensor) or isinstance(row, LazyLogits) or recipe.steps:
+        return NotImplemented
+    if row.requires_grad or row.numel() != V or row.shape[-1:] != (V,) or row.dim() > lazy.dim():
+        return NotImplemented
+    if row.device != lazy.device or row.dtype != recipe.dtype:
+        return NotImplemented
+    (weight, bias), adapters = recipe.head.output
+    shift = row.reshape(-1)
+    output = Output(Base(weight, shift if bias is None else bias + shift), adapters)
+    return lazy.then(_with_output(lazy, output), lambda z: z + row)
+
+
+def _with_output(lazy: LazyLogits, output: Output[Tensor]) -> Any:
+    return lazy.recipe._replace(head=lazy.recipe.head._replace(output=output))
+
+
+def _cast(lazy: LazyLogits, dtype: torch.dtype) -> Any:
+    recipe = lazy.recipe
+    if dtype == recipe.dtype:
+        return lazy
+    if torch.promote_types(dtype, recipe.dtype) != dtype or recipe.is_logprob:  # it would round
+        return NotImplemented
+    return lazy.then(recipe._replace(dtype=dtype), lambda z: z.to(dtype))
+
+
+@_handles(Tensor.float)
+def _float(lazy: LazyLogits, **_: Any) -> Any:
+    return _cast(lazy, torch.float32)
+
+
+@_handles(Tensor.double)
+def _double(lazy: LazyLogits, **_: Any) -> Any:
+    return _cast(lazy, torch.float64)
+
+
+@_handles(Tensor.to)
+def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("non_blocking", None)
+    if kwargs.keys() - {"dtype", "device"}:
+        return NotImplemented
+    dtype = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, Tensor):
+            if value.device != lazy.device:
+                return NotImplemented
+            dtype = value.dtype
+        elif isinstance(value, str | torch.device):
+            if torch.device(value) != lazy.device:
+                return NotImplemented
+        elif value is not None and value is not False:
+            return NotImplemented
+    return lazy if dtype is None else _cast(lazy, dtype)
+
+
+@_handles(Tensor.contiguous)
+def _contiguous(lazy: LazyLogits, **_: Any) -> Any:
+    return lazy
+
+
+@_handles(Tensor.clone, torch.clone)
+def _clone(lazy: LazyLogits, **options: Any) -> Tensor:
+    return lazy.then(lazy.recipe, lambda z: z.clone(**options))
+
+
+@_handles(Tensor.detach, torch.detach)
+def _detach(lazy: LazyLogits) -> Tensor:
+    recipe = lazy.recipe
+    x, *tensors = [tensor.detach() for tensor in recipe.tensors()]
+    (output,) = unflatten(tensors, layouts_of([recipe.head.output]))
+    made = recipe._replace(head=recipe.head._replace(x=x, output=output))
+    return LazyLogits.make(lazy.call, made, lambda: lazy.elements().detach())
+
+
+# Rows.
+
+
+def _rows(lazy: LazyLogits, change: Change, step: Change | None = None) -> Any:
+    return lazy.then(lazy.recipe.of_rows(change), step or change)
+
+
+@_handles(Tensor.view, Tensor.reshape, torch.reshape)
+def _view(lazy: LazyLogits, *shape: Any) -> Any:
+    if len(shape) == 1 and isinstance(shape[0], tuple | list):
+        shape = tuple(shape[0])
+    if not shape or not all(type(size) is int for size in shape) or 0 in lazy.shape:
+        return NotImplemented
+    *lead, last = shape
+    if last == -1 and -1 not in lead and torch.Size(lead).numel() == lazy.shape[:-1].numel():
+        last = lazy.shape[-1]
+    if last != lazy.shape[-1]:
+        return NotImplemented
+    return _rows(lazy, lambda x: x.reshape(*lead, x.shape[-1]))
+
+
+@_handles(Tensor.flatten, torch.flatten)
+def _flatten(lazy: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if end_dim % lazy.dim() == lazy.dim() - 1:
+        return NotImplemented
+    return _rows(lazy, lambda x: x.flatten(start_dim, end_dim))
+
+
+@_handles(Tensor.unsqueeze, torch.unsqueeze)
+def _unsqueeze(lazy: LazyLogits, dim: int) -> Any:
+    place = dim if dim >= 0 else dim + lazy.dim() + 1
+    if not 0 <= place < lazy.dim():
+        return NotImplemented
+    return _rows(lazy, lambda x: x.unsqueeze(place))
+
+
+@_handles(Tensor.squeeze, torch.squeeze)
+def _squeeze(lazy: LazyLogits, *dim: Any) -> Any:
+    if len(dim) != 1 or type(dim[0]) is not int or dim[0] % lazy.dim() == lazy.dim() - 1:
+        return NotImplemented
+    place = dim[0] % lazy.dim()
+    return _rows(lazy, lambda x: x.squeeze(place))
+
+
+@_handles(Tensor.__getitem__)
+def _getitem(lazy: LazyLogits, index: Any) -> Any:
+    """Rows, and the first columns: logits[..., :-1, :], logits[mask], logits[..., :V]."""
+    index = index if isinstance(index, tuple) else (index,)
+    used = 0  # dimensions that the index takes
+    for each in index:
+        if isinstance(each, LazyLogits):
+            return NotImplemented
+        if isinstance(each, Tensor) and each.dtype is torch.bool:
+            used += each.dim()
+        elif isinstance(each, int | slice | Tensor):
+            used += 1
+        elif each is not None and each is not Ellipsis:
+            return NotImplemented
+    dots = [each is Ellipsis for each in index]
+    if used < lazy.dim() and not (any(dots) and not dots[-1] and index[-1] is not None):
+        return _rows(lazy, lambda x: x[index])
+    # The last entry selects columns.
+    *rows, last = index
+    if not isinstance(last, slice) or last.step not in (None, 1) or last.start not in (None, 0):
+        return NotImplemented
+    recipe = lazy.recipe
+    if last.stop is not None and last.stop != lazy.shape[-1]:
+        (weight, bias), adapters = recipe.head.output
+        cut = slice(last.stop)
+        if isinstance(weight, Quantized) or recipe.is_logprob or not len(weight[cut]):
+            return NotImplemented
+        base = Base(weight[cut], None if bias is None else bias[cut])
+        adapters = tuple([each._replace(lora_b=each.lora_b[cut]) for each in adapters])
+        recipe = _with_output(lazy, Output(base, adapters))
+    made = recipe.of_rows(lambda x: x[(*rows, slice(None))])
+    return lazy.then(made, lambda z: z[index])
+
+
+@_handles(Tensor.unbind, torch.unbind)
+def _unbind(lazy: LazyLogits, dim: int = 0) -> Any:
+    place = dim % lazy.dim()
+    if place == lazy.dim() - 1:
+        return NotImplemented
+    before = (slice(None),) * place
+    return tuple(_getitem(lazy, (*before, i)) for i in range(lazy.shape[place]))
+
+
+@_handles(Tensor.__iter__)
+def _iter(lazy: LazyLogits) -> Iterator[Any]:
+    parts = _unbind(lazy)
+    return iter(lazy.elements() if parts is NotImplemented else parts)
+
+
+# Losses.
+
+
+@_handles(functional.log_softmax, Tensor.log_softmax, torch.log_softmax)
+def _log_softmax(
+    lazy: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Any:
+    recipe = lazy.recipe
+    if recipe.is_logprob or dim is None or dim % lazy.dim() != lazy.dim() - 1:
+        return NotImplemented
+    if dtype is None and autocast_is_on(lazy.device.type):
+        dtype = torch.float32
+    wide = lazy if dtype is None else _cast(lazy, dtype)
+    return wide if wide is NotImplemented else _step(wide, "log_softmax")
+
+
+def _loss(lazy: LazyLogits, target: Tensor, reduction: str, ignore_index: int, **more: Any) -> Any:
+    """The cross-entropy of these logits, without logits, if a fused loss can compute it."""
+    recipe = lazy.recipe
+    settings = recipe.settings()
+    if settings is None or isinstance(target, LazyLogits) or not isinstance(target, Tensor):
+        return NotImplemented
+    if target.dtype != torch.int64 or target.device != lazy.device:
+        return NotImplemented
+    if target.shape != lazy.shape[:-1]:
+        return NotImplemented
+    lazy.call.check()
+    dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
+    with autocast_off(lazy.device.type):
+        loss = head_loss(recipe.head, target, settings._replace(**more), reduction, ignore_index)
+    loss = loss.to(torch.promote_types(dtype, recipe.dtype))
+    return LinkFunction.apply(loss, lazy) if loss.requires_grad and lazy.requires_grad else loss
+
+
+@_handles(functional.cross_entropy)
+def _cross_entropy(
+    lazy: LazyLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    is_old = size_average is not None or reduce is not None
+    if weight is not None or is_old or lazy.recipe.is_logprob or lazy.dim() > 2:
+        return NotImplemented
+    return _loss(lazy, target, reduction, ignore_index, label_smoothing=float(label_smoothing))
+
+
+@_handles(functional.nll_loss)
+def _nll_loss(
+    lazy: LazyLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    recipe, is_old = lazy.recipe, size_average is not None or reduce is not None
+    if weight is not None or is_old or lazy.dim() > 2:
+        return NotImplemented
+    if not recipe.is_logprob or recipe.sign < 0.0:
+        return NotImplemented
+    return _loss(lazy, target, reduction, ignore_index)
+
+
+@_handles(Tensor.gather, torch.gather)
+def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
+    """log_softmax(…).gather(-1, index): the logarithm of each target's probability."""
+    recipe, shape = lazy.recipe, (*lazy.shape[:-1], 1)
+    if options or not recipe.is_logprob or dim % lazy.dim() != lazy.dim() - 1:
+        return NotImplemented
+    if not isinstance(index, Tensor) or index.shape != shape:
+        return NotImplemented
+    loss = _loss(lazy, index.squeeze(-1), "none", _NO_INDEX)
+    return loss if loss is NotImplemented else -recipe.sign * loss.unsqueeze(-1)
+
+
+@_handles(Tensor.sum, torch.sum)
+def _sum(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Σ log_softmax over the vocabulary, as transformers' LabelSmoother takes it."""
+    recipe = lazy.recipe
+    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    if not recipe.is_logprob or len(dims) != 1 or dims[0] % lazy.dim() != lazy.dim() - 1:
+        return NotImplemented
+    zeros = torch.zeros(lazy.shape[:-1], dtype=torch.int64, device=lazy.device)
+    mean = _loss(lazy, zeros, "none", _NO_INDEX, label_smoothing=1.0)  # -Σ log p / V
+    if mean is NotImplemented:
+        return mean
+    total = -recipe.sign * lazy.shape[-1] * (mean if dtype is None else mean.to(dtype))
+    return total.unsqueeze(-1) if keepdim else total
