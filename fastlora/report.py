@@ -70,6 +70,7 @@ class Coverage:
     notes: tuple[str, ...] = ()
     frozen_linears: tuple[str, ...] = ()
     gated_mlps: tuple[GatedMLPCoverage, ...] = ()
+    loss: str = ""  # of optimize(loss=True): "loss without logits: lm_head", or the reason why not
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
@@ -115,6 +116,7 @@ class Coverage:
         formats = Counter(layer.packed for layer in self.layers if layer.packed)
         lines += [f"{count} quantized: {name}" for name, count in formats.items()]
         lines += self._gated_mlp_lines()
+        lines += filter(None, [self.loss])
         if self.frozen_linears:
             linears = self.frozen_linears
             lines.append(

@@ -196,7 +196,7 @@ class LazyLogits(Tensor):
 
     def then(self, recipe: Recipe, step: Change) -> Tensor:
         """The lazy tensor with this recipe, which ``step`` makes of this one."""
-        return _with_node(self.call, recipe, lambda: step(self.elements()))
+        return with_node(self.call, recipe, lambda: step(self.elements()))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
@@ -234,14 +234,7 @@ class LazyLogits(Tensor):
             return func(*_real(args), **_real(kwargs or {}))
 
 
-def lazy_logits(head: Head) -> Tensor:
-    """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
-    recipe = Recipe(head, head.x.dtype)
-    call = HeadCall(recipe)
-    return _with_node(call, recipe, call.compute)
-
-
-def _with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> Tensor:
+def with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> Tensor:
     make = lambda: LazyLogits.make(call, recipe, replay)  # noqa: E731
     return LazyLogitsFunction.apply(make, recipe, *recipe.tensors())
 

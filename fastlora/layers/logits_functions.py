@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
-from ..ops.loss import head_loss
+from ..ops.loss import Head, head_loss
 from ..projection import Base, Output, layouts_of, unflatten
-from .logits import HANDLERS, STEPS, Change, LazyLogits, LinkFunction
+from .logits import HANDLERS, STEPS, Change, HeadCall, LazyLogits, LinkFunction, Recipe, with_node
 
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,6 +32,13 @@ def _handles(*functions: Any) -> Callable[[F], F]:
         return handler
 
     return register
+
+
+def lazy_logits(head: Head) -> Tensor:
+    """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
+    recipe = Recipe(head, head.x.dtype)
+    call = HeadCall(recipe)
+    return with_node(call, recipe, call.compute)
 
 
 # Steps on the elements.

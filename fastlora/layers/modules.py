@@ -83,7 +83,7 @@ def left_out(model: nn.Module) -> list[str]:
             over_ranks |= module.process_group.size() > 1
             cared |= set(map(id, module._ignored_params))
         elif derived_from(type(module), *FULLY_SHARDED):
-            for part in _parts_of(module):
+            for part in parts_of_fsdp(module):
                 over_ranks |= part.sharded_param.device_mesh.size() > 1
                 cared.add(id(getattr(part, "_unsharded_param", None)))  # may remain after a call
     named = list(unwrap(model).named_parameters())
@@ -97,7 +97,7 @@ def left_out(model: nn.Module) -> list[str]:
     ]
 
 
-def _parts_of(module: Any) -> list[Any]:
+def parts_of_fsdp(module: Any) -> list[Any]:
     """FSDP2's record of each parameter that it shards with this module."""
     try:
         state = module._get_fsdp_state()

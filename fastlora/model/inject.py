@@ -20,6 +20,7 @@ from ..layers.adapted import Adapted
 from ..layers.expert_layer import LoRAExperts
 from ..layers.experts import packed_names
 from ..layers.frozen import give_back_frozen, take_frozen
+from ..layers.head import give_back_heads, take_head
 from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
 from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
@@ -69,6 +70,7 @@ def apply_lora(
     autocast_adapter_dtype: bool = True,
     frozen_linears: bool = True,
     gated_mlps: bool = True,
+    loss: bool = False,
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
@@ -88,7 +90,10 @@ def apply_lora(
     the head, also becomes fast; nothing else changes.  ``frozen_linears=False`` switches that off.
 
     Gated MLPs of transformers' models become blocks, which save less for the backward
-    (docs/blocks.md).  ``gated_mlps=False`` switches that off.  :func:`remove_lora` undoes both.
+    (docs/blocks.md).  ``gated_mlps=False`` switches that off.
+
+    ``loss=True`` computes the loss without logits (docs/loss.md), as in :func:`fastlora.optimize`.
+    :func:`remove_lora` undoes all of this.
 
     Raises ValueError if the model already has adapters, a target matches nothing (the message lists
     candidates), a target can't be a base (docs/model.md), or PEFT's config has an unsupported
@@ -100,10 +105,13 @@ def apply_lora(
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     check_switch("frozen_linears", frozen_linears)
     check_switch("gated_mlps", gated_mlps)
+    check_switch("loss", loss)
     config = as_config(config)
     check_plain(unwrap(model))
     fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
     inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
+    if loss:
+        take_head(unwrap(model))
     return model
 
 
@@ -214,6 +222,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
+    give_back_heads(inner.modules())
     # An experts module appears once for each adapted weight; detach it once.
     for module in {layer.adapted_module: None for _, layer in layers}:
         module.detach_adapter()

@@ -20,6 +20,7 @@ from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.guards import Record, Recorder, call_recorded, fits, forget
+from ..layers.head import give_back_heads, take_heads
 from ..layers.members import (
     change_class,
     class_over,
@@ -179,6 +180,7 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def swapped_back(model: nn.Module) -> Iterator[None]:
     """Inside, all modules of an optimized model run PEFT's and torch's own forwards."""
     modules = list(model.modules())
+    heads = give_back_heads(modules)
     blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
     try:
         yield
@@ -186,6 +188,7 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
         swap_all(layers)
         take_frozen(frozen)
         mlp.take(blocks, PeftGatedMLP)
+        take_heads(heads)
 
 
 @contextmanager

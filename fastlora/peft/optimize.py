@@ -15,6 +15,7 @@ from torch import nn
 from ..layers import mlp
 from ..layers.experts import PackedWeight
 from ..layers.frozen import give_back_frozen, take_frozen
+from ..layers.head import cover_head, give_back_heads, take_head
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..report import (
     IN_THE_CALL,
@@ -46,7 +47,7 @@ def coverage(model: nn.Module) -> Coverage:
     theirs = cover(model, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
     blocks = cover_gated_mlps(inner, unreached)
-    return Coverage(layers, theirs.notes, cover_frozen(inner), blocks)
+    return Coverage(layers, theirs.notes, cover_frozen(inner), blocks, cover_head(inner))
 
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
@@ -114,6 +115,7 @@ def optimize(
     strict: bool = False,
     frozen_linears: bool = True,
     gated_mlps: bool = True,
+    loss: bool = False,
 ) -> nn.Module:
     """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and return the model.
 
@@ -131,6 +133,10 @@ def optimize(
     one call.  In training it saves neither act(gate) nor the product for the backward
     (docs/blocks.md).
 
+    ``loss``: compute the loss, and its gradients, without logits (docs/loss.md).  The head's calls
+    return lazy logits.  ``cross_entropy`` on them needs no memory of their size, and any other
+    function gets real logits.  If the head can't do this, a warning gives the reason.
+
     The results equal PEFT's within rounding.  Dropout draws other masks of the same distribution.
 
     ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  A PEFT older than the
@@ -143,7 +149,7 @@ def optimize(
     ``strict``, also raises ValueError, whose text is the report, if a layer would not run fast.  An
     error leaves the model unchanged.
     """
-    report = _change(model, strict, frozen_linears, gated_mlps)[0]
+    report = _change(model, strict, frozen_linears, gated_mlps, loss)[0]
     nothing_is_fast = len(report.not_fast) == len(report.layers)
     if nothing_is_fast and not why_nothing_changes():
         warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
@@ -153,7 +159,7 @@ def optimize(
 @contextmanager
 def while_optimized(model: nn.Module) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
-    report, changed = _change(model, strict=False, frozen_linears=True, gated_mlps=True)
+    report, changed = _change(model, False, frozen_linears=True, gated_mlps=True, loss=False)
     try:
         yield report
     finally:
@@ -161,13 +167,14 @@ def while_optimized(model: nn.Module) -> Iterator[Coverage]:
 
 
 def _change(
-    model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool
+    model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool, loss: bool
 ) -> tuple[Coverage, list[nn.Module]]:
     """Optimize the model; returns the report, and the modules whose class changed."""
     inner = checked(model)
     check_switch("strict", strict)
     check_switch("frozen_linears", frozen_linears)
     check_switch("gated_mlps", gated_mlps)
+    check_switch("loss", loss)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -189,8 +196,11 @@ def _change(
         named = inner.named_modules() if frozen_linears else ()
         changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
         changed += mlp.take(inner.modules(), PeftGatedMLP) if gated_mlps else []
+        if loss:
+            changed += take_head(inner)
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
-    whole = replace(report, frozen_linears=cover_frozen(inner), gated_mlps=covered)
+    fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
+    whole = replace(report, **fast, loss=cover_head(inner))
     return whole, changed
 
 
@@ -204,6 +214,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _unswap(layers: list[nn.Module]) -> None:
+    give_back_heads(layers)  # first, because a lazy head is derived from the other classes
     give_back_frozen(layers)
     mlp.give_back(layers)
     if "fastlora.peft.layer" in sys.modules:  # otherwise no PEFT layer was changed

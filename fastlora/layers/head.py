@@ -1,0 +1,182 @@
+"""Output heads whose calls return lazy logits, so that the loss runs without logits.
+
+:func:`take_head` changes the class of the module that a model's ``get_output_embeddings()`` returns
+to a subclass of :class:`LazyHead`, in place; :func:`give_back_heads` undoes it.  Each call decides.
+The head's own forward runs in a compiled or traced call, if a hook watches the head, for a single
+row without gradients (generation), and where :func:`why_not_lazy` gives a reason.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..backends import asked_backend
+from ..foreign import FULLY_SHARDED, derived_from
+from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager, why_not_here
+from ..ops.loss import Head, head_of
+from ..projection import Base, Output
+from .adapted import LoRALayer
+from .frozen import read_base
+from .guards import Record, fits, forget
+from .logits_functions import lazy_logits
+from .members import class_over, is_hooked, why_patched
+from .modules import has_sharded, parts_of_fsdp, plain_name
+
+_SAVED = ("peft.utils.other", "ModulesToSaveWrapper")
+_WITHOUT = "loss without logits: "
+_LAYER = ("peft.tuners.lora.layer", "LoraLayer")
+
+
+class LazyHead(nn.Module):
+    """A mixin for linear layers and LoRA layers that are a model's head.
+
+    It replaces ``__call__`` and not ``forward``, so code that inspects the class or calls the
+    forward meets the layer's own.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
+        return super().__call__(*args, **kwargs) if head is None else lazy_logits(head)
+
+
+def take_head(model: nn.Module) -> list[nn.Module]:
+    """Make the model's head lazy, or warn why it can't be.  Returns the changed modules."""
+    found = heads_of(model)
+    reason = "" if found else "get_output_embeddings() of the model returns no module"
+    reason = next(filter(None, map(_why_not_head, found)), reason)
+    if reason:
+        warnings.warn(f"loss=True changes nothing, the loss takes logits: {reason}", stacklevel=4)
+        return []
+    return take_heads(found)
+
+
+def take_heads(heads: Iterable[nn.Module]) -> list[nn.Module]:
+    """Change the class of these modules, and return the changed ones."""
+    changed = [head for head in heads if not isinstance(head, LazyHead)]
+    for head in changed:
+        forget(head)
+        kind: Any = type(head)
+        lazy = class_over(LazyHead, kind, "")
+        lazy.plain_class = getattr(kind, "plain_class", kind)
+        head.__class__ = lazy
+    return changed
+
+
+def give_back_heads(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Give every lazy head its own class again, and return the changed modules."""
+    heads = [module for module in modules if isinstance(module, LazyHead)]
+    for head in heads:
+        forget(head)
+        _, kind, _ = type(head)._made_of  # type: ignore[attr-defined]
+        head.__class__ = kind
+    return list[nn.Module](heads)
+
+
+def cover_head(model: nn.Module) -> str:
+    """A line of the report on a lazy head; "" if the model has none."""
+    named = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LazyHead)]
+    lines = []
+    for name, head in named:
+        if not name.endswith(".original_module"):  # PEFT calls it only without adapters
+            reason = why_not_lazy(head, read_head(head))
+            lines.append(f"loss with logits: {name}: {reason}" if reason else _WITHOUT + name)
+    return "\n".join(lines)
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """The module that computes the model's logits; its copies that PEFT trains in full also."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return []
+    if not isinstance(head, nn.Module):
+        return []
+    if derived_from(type(head), *_SAVED):
+        saved: Any = head
+        return [saved.original_module, *saved.modules_to_save.values()]
+    return [head]
+
+
+def _why_not_head(head: nn.Module) -> str:
+    """Why this module can never be a lazy head; "" if its calls may be lazy."""
+    if type(head).__call__ not in (nn.Module.__call__, LazyHead.__call__):
+        return f"the head is a {type(head).__name__}, which has a __call__ of its own"
+    record = read_head(head)
+    return "" if not record.reason else f"the head: {record.reason}"
+
+
+def read_head(head: Any) -> Record:
+    """The output and the dropout of a head's calls now, or the reason why no call is lazy."""
+    if isinstance(head, LoRALayer):
+        if head.merged:
+            return Record("its adapter is merged")
+        record = head.read()
+        return record if head.training else record._replace(dropouts=(0.0,))
+    base = head
+    if derived_from(type(head), *_LAYER):
+        from ..peft.layer import FastLinear
+        from ..peft.read import adapters_now, read_active
+
+        if not isinstance(head, FastLinear):
+            return Record(f"a {type(head).__name__} of PEFT, which isn't optimized")
+        if head.merged and head.disable_adapters:
+            return Record("its adapter is merged and disabled")
+        if adapters_now(head):
+            return read_active(head)
+        base = head.base_layer
+        if is_hooked(cast(nn.Module, base)):
+            return Record("a hook watches, or something replaces, its base layer")
+    reason, weight, bias, packed = read_base(base, adapted=False)
+    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
+
+
+def why_not_lazy(head: nn.Module, record: Record) -> str:
+    """Why a call of this head now computes logits; "" if it can be lazy."""
+    if record.reason:
+        return record.reason
+    if record.how is not None:
+        return "it is DoRA"
+    if len(record.outputs[0].adapters) > 1:
+        return "it has several active adapters"
+    if any(packed is not None and packed.compute_dtype for packed in record.packed):
+        return "its packed weight computes in a dtype of its own"
+    if is_hooked(head) or why_patched(nn.Linear):
+        return "a hook watches, or something replaces, its calls"
+    return "it is sharded: its weight is gone when the loss runs" if _is_held(head) else ""
+
+
+def _is_held(head: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 has the head's parameters, now or between calls."""
+    if has_sharded(head) or any(hasattr(p, "ds_id") for p in head.parameters()):
+        return True
+    # FSDP1 replaces parameters by views in the modules' __dict__.
+    inside = set(head.modules())
+    if any(isinstance(value, Tensor) for each in inside for value in vars(each).values()):
+        return True
+    states = sys.modules.get("torch.distributed._composable_state")
+    mapping = getattr(states, "_module_state_mapping", {})
+    sharding = [module for module in mapping if derived_from(type(module), *FULLY_SHARDED)]
+    infos = [part._module_info for module in sharding for part in parts_of_fsdp(module)]
+    return any(not inside.isdisjoint((info.module, *info.shared_modules)) for info in infos)
+
+
+def _lazy_call(module: nn.Module, x: Any) -> Head | None:
+    """The call with x if its logits can be lazy; None if the head's own forward must run."""
+    if torch.compiler.is_compiling() or why_not_here() or nn_module._has_any_global_hook():
+        return None
+    if not isinstance(x, Tensor) or not is_eager(x) or x.dim() < 2 or not x.numel() or x.is_meta:
+        return None
+    if not torch.is_grad_enabled() and x.shape[-2] == 1:
+        return None
+    record = read_head(module)
+    if why_not_lazy(module, record) or not fits(x, record.outputs[0].base.weight):
+        return None
+    (output,), (p,) = record.outputs, record.dropouts
+    if autocast_is_on(x.device.type):
+        x, (output,) = autocast_inputs(x, [output])
+    return head_of(x, output, p, asked_backend())
