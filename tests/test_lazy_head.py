@@ -1,0 +1,367 @@
+"""optimize(loss=True): the head's switch, its refusals, and training with lazy logits."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import head_worker
+import peft
+import pytest
+import torch
+from models import randomize, tiny_llama
+from process import Ranks
+from torch import nn
+from torch.nn import functional
+from trainer_runs import trainer_for, weights
+from transformers import Trainer
+
+import fastlora
+from fastlora.layers.head import LazyHead
+from fastlora.layers.logits import LazyLogits
+from fastlora.layers.modules import plain_name
+
+IDS = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+DATA = {"input_ids": IDS, "labels": IDS}
+HEADS = {
+    "frozen": {"target_modules": ["q_proj"]},
+    "adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "trained": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def peft_model(kind: str = "frozen", words: int = 100, **settings) -> nn.Module:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, **HEADS[kind] | settings)
+    return randomize(peft.get_peft_model(tiny_llama(vocab_size=words), config)).train()
+
+
+def own_model(kind: str, loss: bool) -> nn.Module:
+    torch.manual_seed(1)
+    config = fastlora.LoRAConfig(r=4, **HEADS[kind])
+    return randomize(fastlora.apply_lora(tiny_llama(), config, loss=loss)).train()
+
+
+def is_fused(logits: torch.Tensor) -> bool:
+    """Whether these logits are lazy, and nothing has computed them."""
+    return isinstance(logits, LazyLogits) and logits.call.logits is None
+
+
+def step(model: nn.Module, **data) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """The loss, the gradients and the logits of a step."""
+    torch.manual_seed(5)
+    out = model(**DATA | data)
+    out.loss.backward()
+    named = [(plain_name(n), p) for n, p in model.named_parameters() if p.grad is not None]
+    gradients = {name: p.grad.clone() for name, p in named}
+    model.zero_grad()
+    return out.loss.detach(), gradients, out.logits
+
+
+def assert_same_step(model: nn.Module, expected: nn.Module, **data) -> None:
+    (loss, gradients, logits), (loss_, gradients_, logits_) = (
+        step(model, **data),
+        step(expected, **data),
+    )
+    torch.testing.assert_close(loss, loss_)
+    torch.testing.assert_close(gradients, gradients_, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.detach() + 0.0, logits_.detach())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_peft_model_s_loss_needs_no_logits(kind):
+    model, expected = peft_model(kind), peft_model(kind)
+    classes = [type(module) for module in model.modules()]
+    assert fastlora.optimize(model, loss=True) is model
+    assert "\nloss without logits: base_model.model.lm_head" in str(fastlora.coverage(model))
+    assert is_fused(step(model)[2])
+    assert_same_step(model, fastlora.optimize(expected))
+    assert [type(module) for module in fastlora.restore(model).modules()] == classes
+    assert type(model(**DATA).logits) is torch.Tensor
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_own_model_s_loss_needs_no_logits(kind):
+    model, expected = own_model(kind, loss=True), own_model(kind, loss=False)
+    assert "\nloss without logits: lm_head" in str(fastlora.coverage(model))
+    assert is_fused(step(model)[2])
+    assert_same_step(model, expected)
+    fastlora.remove_lora(model)
+    assert type(model.lm_head) is nn.Linear
+    assert not any(isinstance(module, LazyHead) for module in model.modules())
+
+
+def test_dropout_of_the_head_s_adapter_is_that_of_the_logits():
+    """Dense logits and the loss of one call share the mask."""
+    model = fastlora.optimize(peft_model("adapted", lora_dropout=0.5), loss=True)
+    out = model(**DATA)
+    assert is_fused(out.logits)
+    rows = out.logits[:, :-1].flatten(0, 1)
+    expected = functional.cross_entropy(rows.detach() + 0.0, IDS[:, 1:].flatten())
+    torch.testing.assert_close(out.loss.detach(), expected)
+
+
+@pytest.mark.parametrize("batch", [{}, {"num_items_in_batch": torch.tensor(40)}])
+def test_labels_with_ignored_rows_and_a_divisor(batch):
+    labels = IDS.clone()
+    labels[0, :5] = -100
+    model = fastlora.optimize(peft_model(), loss=True)
+    assert_same_step(model, peft_model(), labels=labels, **batch)
+
+
+# A switched-off adapter leaves the base, which is the reference model of DPO.
+def test_without_its_adapter_the_head_is_its_base():
+    model, expected = fastlora.optimize(peft_model("adapted"), loss=True), peft_model("adapted")
+    with model.disable_adapter(), expected.disable_adapter(), torch.no_grad():
+        out = model(**DATA)
+        assert is_fused(out.logits)
+        torch.testing.assert_close(out.loss, expected(**DATA).loss)
+    model.merge_adapter()
+    with torch.no_grad():
+        out = model(**DATA)
+        assert is_fused(out.logits)
+        torch.testing.assert_close(out.loss, expected(**DATA).loss)
+
+
+def two_adapters(model: nn.Module) -> None:
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def hooked(model: nn.Module) -> None:
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+
+
+def patched(model: nn.Module) -> None:
+    head = model.get_output_embeddings()
+    head.forward = lambda x: type(head).forward(head, x)
+
+
+CHANGES = {
+    "it has several active adapters": two_adapters,
+    "a hook watches, or something replaces, its calls": hooked,
+    "something replaces": patched,
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_a_head_that_can_t_be_lazy_says_why_and_runs_as_before(reason):
+    model, expected = fastlora.optimize(peft_model("adapted"), loss=True), peft_model("adapted")
+    for each in (model, expected):
+        CHANGES[reason](each)
+    line = str(fastlora.coverage(model)).splitlines()[-1]
+    assert line.startswith("loss with logits: base_model.model.lm_head: ")
+    assert reason in line
+    with torch.no_grad():
+        out = model(**DATA)
+        assert not isinstance(out.logits, LazyLogits)
+        torch.testing.assert_close(out.loss, expected(**DATA).loss)
+
+
+def test_a_dora_head_keeps_its_logits():
+    model = fastlora.optimize(peft_model("adapted", use_dora=True), loss=True)
+    assert str(fastlora.coverage(model)).endswith("lm_head: it is DoRA")
+    assert type(step(model)[2]) is torch.Tensor
+
+
+class OwnHead(nn.Module):
+    """A head that is no linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return 2.0 * functional.linear(x, self.weight)
+
+
+def test_a_head_of_another_class_is_left_alone_with_a_warning():
+    model = peft_model()
+    model.base_model.model.lm_head = OwnHead(model.get_output_embeddings())
+    with pytest.warns(UserWarning, match=r"loss=True changes nothing.*it is a OwnHead, no torch"):
+        fastlora.optimize(model, loss=True)
+    assert type(model.get_output_embeddings()) is OwnHead
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="returns no module"):
+        fastlora.apply_lora(
+            nn.Sequential(nn.Linear(4, 4)), fastlora.LoRAConfig(target_modules=["0"]), loss=True
+        )
+
+
+def test_loss_must_be_a_bool():
+    with pytest.raises(ValueError, match="loss"):
+        fastlora.optimize(peft_model(), loss="yes")
+    with pytest.raises(ValueError, match="loss"):
+        fastlora.apply_lora(tiny_llama(), fastlora.LoRAConfig(target_modules=["q_proj"]), loss=1)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_check_compares_the_lazy_loss_with_peft_s(kind):
+    model = fastlora.optimize(peft_model(kind, lora_dropout=0.1), loss=True)
+    result = fastlora.check(model, DATA)
+    assert result, str(result)
+    assert is_fused(step(model)[2])
+
+
+def test_logits_can_be_read_after_backward_but_not_after_a_step():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    expected = peft_model("adapted")(**DATA).logits
+    first, second = model(**DATA), model(**DATA)
+    first.loss.backward()
+    torch.testing.assert_close(first.logits.detach() + 0.0, expected.detach())
+    optimizer.step()
+    assert first.logits.sum() == first.logits.sum()  # computed before the step
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        second.logits.sum()
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        functional.cross_entropy(second.logits.flatten(0, 1), IDS.flatten())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_generation_gives_the_same_tokens(autocast):
+    model, expected = fastlora.optimize(peft_model("adapted"), loss=True), peft_model("adapted")
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        tokens = [each.eval().generate(input_ids=IDS, **settings) for each in (model, expected)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    models = [
+        fastlora.optimize(peft_model("adapted", lora_dropout=0.1), loss=loss)
+        for loss in (0 > 1, True)
+    ]
+    for model in models:
+        settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(**settings)
+    losses = [step(model)[0] for model in models]
+    assert all(torch.isfinite(loss) for loss in losses)
+    without = peft_model("adapted")
+    fastlora.optimize(without, loss=True).gradient_checkpointing_enable(**settings)
+    without.enable_input_require_grads()
+    assert_same_step(without, peft_model("adapted"))
+
+
+def test_a_copy_and_a_pickle_stay_lazy():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert is_fused(step(other)[2])
+        assert_same_step(other, peft_model("adapted"))
+        assert type(fastlora.restore(other).get_output_embeddings()) is peft.tuners.lora.Linear
+
+
+def test_threads_share_one_computation_of_the_logits():
+    logits = fastlora.optimize(peft_model(), loss=True)(**DATA).logits
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(logits.elements())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(each is found[0] for each in found)
+
+
+def test_nothing_keeps_the_hidden_states_after_a_step():
+    """No cycle: reference counts free everything, without the garbage collector."""
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    gc.collect()
+    gc.disable()
+    try:
+        out = model(**DATA)
+        call = weakref.ref(out.logits.call)
+        hidden = weakref.ref(out.logits.call.recipe.head.x)
+        out.loss.backward()
+        del out
+        assert call() is None
+        assert hidden() is None
+        out = model(**DATA)
+        call = weakref.ref(out.logits.call)
+        out.logits.sum().backward()
+        del out
+        assert call() is None
+    finally:
+        gc.enable()
+
+
+def test_a_compiled_model_computes_the_head_s_logits(fresh_compiler):
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    compiled = torch.compile(model, backend="eager")
+    assert_same_step(compiled, peft_model("adapted"))
+    assert not isinstance(compiled(**DATA).logits, LazyLogits)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+TRAININGS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "autocast": {"bf16": True},
+    "label-smoothing": {"label_smoothing_factor": 0.1},
+    "checkpointing": {"gradient_checkpointing": True},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 3},
+    "loss-only": {"eval_strategy": "steps", "eval_steps": 3, "prediction_loss_only": True},
+}
+
+
+@pytest.mark.parametrize("how", TRAININGS)
+def test_trainer_trains_alike_and_computes_no_logits(how, tmp_path, monkeypatch):
+    dense = []
+    compute = LazyLogits.elements
+    monkeypatch.setattr(LazyLogits, "elements", lambda lazy: dense.append(1) or compute(lazy))
+    runs = []
+    for loss in (False, True):
+        model = fastlora.optimize(peft_model("adapted", words=20), loss=loss)
+        trainer = trainer_for(model, tmp_path / str(loss), Trainer, **TRAININGS[how])
+        trainer.train()
+        runs.append([weights(model), [e.get("eval_loss") for e in trainer.state.log_history]])
+    tolerance = 2e-2 if how == "autocast" else 1e-4
+    torch.testing.assert_close(*[run[0] for run in runs], rtol=tolerance, atol=tolerance)
+    assert [e and round(e, 2) for e in runs[0][1]] == [e and round(e, 2) for e in runs[1][1]]
+    assert not dense
+
+
+def test_trainer_s_metrics_get_the_predictions(tmp_path):
+    found = []
+    for loss in (False, True):
+        model = fastlora.optimize(peft_model(words=20), loss=loss)
+        trainer = trainer_for(model, tmp_path / str(loss), Trainer)
+        trainer.compute_metrics = lambda given: {"sum": float(abs(given.predictions).sum())}
+        found.append(trainer.evaluate())
+    assert found[0]["eval_sum"] == pytest.approx(found[1]["eval_sum"], rel=1e-6)
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
+def test_ddp_synchronizes_the_gradients_of_a_lazy_head(two, settings):
+    ours, theirs = (two.run(head_worker.steps, "ddp", loss, **settings) for loss in (True, False))
+    for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
+        assert fused
+        assert losses == pytest.approx(losses_, rel=1e-5)
+        torch.testing.assert_close(gradients, gradients_, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[0][1], ours[1][1])  # the same on both ranks
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_sharded_head_computes_its_logits(two, kind):
+    ours, theirs = (two.run(head_worker.steps, kind, loss) for loss in (True, False))
+    for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
+        assert not fused
+        assert losses == pytest.approx(losses_, rel=1e-5)
+        torch.testing.assert_close(gradients, gradients_, rtol=1e-4, atol=1e-6)
