@@ -49,6 +49,8 @@ def parse_options(description: str) -> Namespace:
     add("--seed", type=number(int, 0), default=0, help="for adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
     helped = "add a side: PEFT after fastlora.optimize(model) (default: over a dense model)"
+    without = "compute the loss without logits, except on PEFT's and the frozen side (%(default)s)"
+    add("--loss", action=BooleanOptionalAction, default=True, help=without)
     add("--optimize", action=BooleanOptionalAction, help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:

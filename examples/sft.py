@@ -68,7 +68,7 @@ def main() -> None:
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4) if options.nf4 else None,
     )
     tokenizer.chat_template = template  # the rows are tokens now; this one is saved
-    fastlora.optimize(trainer.model)  # TRL has made the PEFT model: now, not before
+    fastlora.optimize(trainer.model, loss=True)  # TRL has made the PEFT model: now, not before
     print(fastlora.coverage(trainer.model))
     checkpoint = last_checkpoint(options.out)
     if checkpoint:

@@ -57,7 +57,7 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
 
         model = PeftModel.from_pretrained(model, initial, is_trainable=True)
         if run.side == "optimized":
-            fastlora.optimize(model)
+            fastlora.optimize(model, loss=run.loss)
             print(fastlora.coverage(model))
         return model
     set_seed(run.seed)
@@ -66,7 +66,7 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
         target_parameters=run.parameters,
     )  # fmt: skip
     try:
-        fastlora.apply_lora(model, config)
+        fastlora.apply_lora(model, config, loss=run.loss)
     except ValueError as error:
         stop(f"--target: {error}")
     print(fastlora.coverage(model))
@@ -124,7 +124,9 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
     if run.side == "frozen":  # Trainer needs a parameter to optimize
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         kind, settings = Trainer, {"optimizers": (nothing, None)}
-    return kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
+    trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
+    trainer.loss = run.loss  # AdapterTrainer's switch
+    return trainer
 
 
 def resized(trainer: Trainer, run: SimpleNamespace) -> dict:

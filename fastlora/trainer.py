@@ -7,6 +7,7 @@ Only this file imports transformers; ``import fastlora`` doesn't import it.
 
 import functools
 import os
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -14,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from .layers.head import lazy_head
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
@@ -39,10 +41,15 @@ class AdapterTrainer(Trainer):
     with another trainer, derive from both:
     ``class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer)``.
 
+    Training computes the loss without logits where the head allows it (docs/loss.md).  Set the
+    attribute ``loss`` to False to compute logits.
+
     Raises TypeError if ``model`` is not a module.  Raises ValueError for a PEFT model and a model
     without adapters (use transformers.Trainer for both), and under FSDP and DeepSpeed, whose
     checkpoints hold the whole model.
     """
+
+    loss = True
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         if model is not None:  # check before Trainer changes the model
@@ -51,6 +58,11 @@ class AdapterTrainer(Trainer):
             super().__init__(model, *args, **kwargs)
         _check_model(self.model)  # again, because ``model_init`` may have made another model
         _check_engine(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a lazy head meanwhile."""
+        with lazy_head(unwrap(self.model)) if self.loss else nullcontext():
+            return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the files of Trainer's ``_save``, with the adapter in place of the model."""

@@ -21,6 +21,7 @@ from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
+from ..settings import check_switch
 from ..text import shown
 from .count import Estimate, count_adapter, count_frozen
 
@@ -35,6 +36,7 @@ def estimate(
     config: LoRAConfig | None = None,
     batch: Any = None,
     rounds: int = 5,
+    loss: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Estimate:
     """The cost of LoRA at each rank for this model.
@@ -50,8 +52,9 @@ def estimate(
 
     Each of ``rounds`` runs forward and backward of the frozen model, down to its embeddings, and of
     the model with each rank, in training mode; 0 measures nothing.  Afterwards parameters,
-    gradients, buffers, modes and random states are unchanged.  ``progress`` is called with a line
-    of text for each round.
+    gradients, buffers, modes and random states are unchanged.  ``loss``: the model with a rank
+    computes the loss without logits (docs/loss.md), and the frozen model with them.  ``progress``
+    is called with a line of text for each round.
 
     Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises
     ValueError for an empty ``ranks`` or a rank below 1, a model with adapters, a missing batch, and
@@ -64,6 +67,7 @@ def estimate(
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    check_switch("loss", loss)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
@@ -85,7 +89,7 @@ def estimate(
             "are the same for both",
         )
     estimate = Estimate(name, layers, count_frozen(inner), rank_costs, notes=notes)
-    return _measured(estimate, inner, config, batch, rounds, progress) if rounds else estimate
+    return _measured(estimate, inner, config, batch, rounds, loss, progress) if rounds else estimate
 
 
 def _measured(
@@ -94,6 +98,7 @@ def _measured(
     config: LoRAConfig,
     batch: Any,
     rounds: int,
+    loss: bool,
     progress: Callable[[str], None] | None,
 ) -> Estimate:
     """The estimate, with measured times and kept bytes."""
@@ -107,7 +112,8 @@ def _measured(
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
     # The frozen model and every rank take turns in each round, so that drift affects all alike.
     sides = [partial(frozen, model, batch)]
-    sides += [partial(_adapted, model, replace(config, r=cost.r)) for cost in estimate.rank_costs]
+    configs = [replace(config, r=cost.r) for cost in estimate.rank_costs]
+    sides += [partial(_adapted, model, each, loss) for each in configs]
     waiting, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
         for i in range(rounds + 1):  # round 0 warms up, and measures the kept bytes
@@ -133,8 +139,8 @@ def _measured(
 
 
 @contextmanager
-def _adapted(model: nn.Module, config: LoRAConfig) -> Iterator[None]:
-    apply_lora(model, config)
+def _adapted(model: nn.Module, config: LoRAConfig, loss: bool) -> Iterator[None]:
+    apply_lora(model, config, loss=loss)
     try:
         yield
     finally:

@@ -8,7 +8,8 @@ row without gradients (generation), and where :func:`why_not_lazy` gives a reaso
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -75,6 +76,17 @@ def give_back_heads(modules: Iterable[nn.Module]) -> list[nn.Module]:
         _, kind, _ = type(head)._made_of  # type: ignore[attr-defined]
         head.__class__ = kind
     return list[nn.Module](heads)
+
+
+@contextmanager
+def lazy_head(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's head is lazy, if it can be."""
+    found = heads_of(model)
+    changed = [] if any(map(_why_not_head, found)) else take_heads(found)
+    try:
+        yield
+    finally:
+        give_back_heads(changed)
 
 
 def cover_head(model: nn.Module) -> str:

@@ -244,6 +244,16 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
     return lazy.then(made, lambda z: z[index])
 
 
+@_handles(Tensor.split, torch.split)
+def _split(lazy: LazyLogits, split_size: Any, dim: int = 0) -> Any:
+    place = dim % lazy.dim()
+    if place == lazy.dim() - 1 or type(split_size) is not int or split_size < 1:
+        return NotImplemented
+    before, count = (slice(None),) * place, lazy.shape[place]
+    starts = range(0, count, split_size)
+    return tuple(_getitem(lazy, (*before, slice(at, at + split_size))) for at in starts)
+
+
 @_handles(Tensor.unbind, torch.unbind)
 def _unbind(lazy: LazyLogits, dim: int = 0) -> Any:
     place = dim % lazy.dim()

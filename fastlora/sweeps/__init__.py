@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.batch import in_mode, kept_buffers
+from ..layers.head import lazy_head
 from ..layers.modules import called, some, unwrap
 from ..model.checkpoint import save_adapter
 from ..model.files import check_folder, write_whole
@@ -127,7 +128,7 @@ def sweep(
     before = state.fingerprints if state else {}
     check_same(before, fingerprints, folder / FILE)
     norms = _batch_norms(inner)
-    with kept_buffers(inner), attached(inner, trials, seed) as parts:
+    with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
         run = Training(inner, trials, parts, options, loss, held_out, replace)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
