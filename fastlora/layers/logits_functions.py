@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
-from ..ops.loss import Head, head_loss
+from ..ops.loss import REDUCTIONS, Head, head_loss
 from ..projection import Base, Output, layouts_of, unflatten
 from .logits import HANDLERS, STEPS, Change, HeadCall, LazyLogits, LinkFunction, Recipe, with_node
 
@@ -225,7 +225,9 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
         elif each is not None and each is not Ellipsis:
             return NotImplemented
     dots = [each is Ellipsis for each in index]
-    if used < lazy.dim() and not (any(dots) and not dots[-1] and index[-1] is not None):
+    if any(dots) and index[-1] is None:
+        return NotImplemented
+    if used < lazy.dim() and not (any(dots) and not dots[-1]):
         return _rows(lazy, lambda x: x[index])
     # The last entry selects columns.
     *rows, last = index
@@ -293,6 +295,8 @@ def _loss(lazy: LazyLogits, target: Tensor, reduction: str, ignore_index: int, *
         return NotImplemented
     if target.dtype != torch.int64 or target.device != lazy.device:
         return NotImplemented
+    if reduction not in REDUCTIONS or not 0.0 <= more.get("label_smoothing", 0.0) <= 1.0:
+        return NotImplemented  # torch raises its error
     if target.shape != lazy.shape[:-1]:
         return NotImplemented
     lazy.call.check()
