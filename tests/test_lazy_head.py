@@ -295,6 +295,16 @@ def test_a_compiled_model_computes_the_head_s_logits(fresh_compiler):
     assert not isinstance(compiled(**DATA).logits, LazyLogits)
 
 
+def test_a_compiled_loss_takes_lazy_logits(fresh_compiler):
+    def of(logits: torch.Tensor) -> torch.Tensor:
+        rows = logits.flatten(0, 1)
+        return functional.cross_entropy(rows, IDS.flatten()) + rows.logsumexp(-1).mean()
+
+    logits = fastlora.optimize(peft_model(), loss=True)(**DATA).logits
+    expected = of(peft_model()(**DATA).logits)
+    torch.testing.assert_close(torch.compile(of, backend="eager")(logits), expected)
+
+
 @pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()

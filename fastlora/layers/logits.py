@@ -11,6 +11,7 @@ A lazy tensor reads the hidden states and the head's tensors when it is used.  I
 been changed in place since the head's call, the use raises RuntimeError.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -203,9 +204,14 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs or {})
+        # A compiled function that gets lazy logits breaks its graph here.
+        run = _outside_of_graphs() if "torch._dynamo" in sys.modules else LazyLogits._run
+        return run(func, args, kwargs or {})
+
+    @staticmethod
+    def _run(func: Any, args: Any, kwargs: Any) -> Any:
         first = args[0] if args else kwargs.get("input")
         handler = HANDLERS.get(func)
         if handler is not None and isinstance(first, LazyLogits) and first.call.logits is None:
@@ -232,6 +238,16 @@ class LazyLogits(Tensor):
             return LazyLogits.make(lazy.call, lazy.recipe, lazy.elements)
         with torch.no_grad():
             return func(*_real(args), **_real(kwargs or {}))
+
+
+_disabled: list[Callable[..., Any]] = []
+
+
+def _outside_of_graphs() -> Callable[..., Any]:
+    """``LazyLogits._run``, which torch.compile must not trace.  Importing the compiler is slow."""
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(LazyLogits._run))
+    return _disabled[0]
 
 
 def with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> Tensor:
