@@ -228,7 +228,7 @@ def float8_of(b_bits):
 
 
 @triton.jit
-def packed_tile(
+def unpack_tile(
     codes, operands, tables, i_row, i_column, rows, columns, width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
