@@ -15,7 +15,7 @@ from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
 
-# drop(number of the adapter, its rows of x, their segment or None) -> the rows after dropout.
+# drop(the adapter's number in the call, its rows of x, their segment or None) -> dropped rows.
 Drop = Callable[[int, Tensor, Share | None], Tensor]
 
 
@@ -24,7 +24,7 @@ def run_composite(
 ) -> tuple[Tensor, ...]:
     """Every output of x.  x may be nested if ``rows`` is None.
 
-    Each segment is computed separately, and its result is added to the rows of the segment.
+    Each segment is computed separately, and its result is part_ys to the rows of the segment.
     """
     if rows is None:
         return _of_rows(x, outputs, drop, None)
@@ -37,10 +37,10 @@ def run_composite(
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
     numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.shares_of(len(matrix)) if len(matrix) else ():
-        at = take(numbers.unsqueeze(1), share, items).flatten()  # the segment's row numbers
+        row_numbers = take(numbers.unsqueeze(1), share, items).flatten()  # of the segment
         parts = [rows.part(output, share.segment) for output in outputs]
-        added = _of_rows(matrix[at], parts, drop, share)
-        ys = [y.index_add(0, at, more) for y, more in zip(ys, added, strict=True)]
+        part_ys = _of_rows(matrix[row_numbers], parts, drop, share)
+        ys = [y.index_add(0, row_numbers, part_y) for y, part_y in zip(ys, part_ys, strict=True)]
     return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, shapes, strict=True)])
 
 
@@ -72,7 +72,7 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
     """
     lora_a, lora_b, scale = adapter
     scale, dtype = float(scale), x.dtype
-    # A nested x isn't widened, but the dense lora_a is cast to its dtype.
+    # A nested x isn't widened: the adapter's dense tensors are cast to x's dtype.
     if x.is_nested and y is not None:
         thin = linear(x, scale * lora_a.to(dtype))
         return y + linear(thin, lora_b.to(dtype))
@@ -91,13 +91,13 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
     """
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    take = iter(rest).__next__
-    bias = take() if layout.has_bias else None
+    next_tensor = iter(rest).__next__
+    bias = next_tensor() if layout.has_bias else None
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     y = linear(rows, weight, bias)
     for i, scale in enumerate(layout.scales):
-        lora_a, lora_b = take(), take()
+        lora_a, lora_b = next_tensor(), next_tensor()
         dropped, factor = rows, float(scale)
         if seeds is not None:
             keep = call.backend.dropout_mask(seeds[i], rows.shape, call.dropout)
