@@ -72,18 +72,18 @@ def forward(
     ys = [x.new_empty(len(x), output.base.weight.shape[-2]) for output in outputs]
     widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
-    end = 0
+    last = 0
     for part in _parts(x, outputs, seeds, call):
-        x_rows, *part_ys = part.take(x, *ys)
-        _, part_hs = forward_rows(x_rows, part.outputs, part.masks, part_ys)
-        for h, part_h in zip(hs, part_hs, strict=False):  # the part of a shared base has no h
-            h[part.place, : part_h.shape[1]] = part_h
+        x_rows, *into = part.take(x, *ys)
+        _, thin = forward_rows(x_rows, part.outputs, part.masks, into)
+        for h, of_part in zip(hs, thin, strict=False):
+            h[part.place, : of_part.shape[1]] = of_part
         if part.rows is None:
-            for y, y_rows in zip(ys, part_ys, strict=True):
+            for y, y_rows in zip(ys, into, strict=True):
                 part.put(y, y_rows)
-        end = max(end, part.place.stop)
-    for y in ys:  # rows after the last expert's belong to none
-        y[end:].zero_()
+        last = max(last, part.place.stop)
+    for y in ys:  # rows after the last expert's belong to no expert
+        y[last:].zero_()
     return ys, hs
 
 
@@ -101,10 +101,10 @@ def backward(
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
         thin, masks = per_adapter(hs, outputs), _masks(x.shape, outputs, seeds, call.dropout)
-        all_gradients = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
-        return [dx, *flatten(all_gradients, call.layouts)]
+        of_all = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
+        return [dx, *flatten(of_all, call.layouts)]
     gradients: list[Tensor | None] = [None] * len(tensors)
-    are_many, end = rows.shares_base, 0
+    are_many, last = rows.shares_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
@@ -118,23 +118,23 @@ def backward(
         if are_many:
             wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
             reads_x = _reads_x(wants)
-        end = max(end, part.place.stop)
+        last = max(last, part.place.stop)
         if dx is None and not any(flatten(wants, call.layouts)):
             continue
         x_rows, dx_rows, *dy_rows = part.take(x if reads_x else None, dx, *dys)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
         thin = part.thin(hs)
-        grads = backward_rows(dy_rows, x_rows, part.outputs, thin, wants, part.masks, dx_rows)
+        of_part = backward_rows(dy_rows, x_rows, part.outputs, thin, wants, part.masks, dx_rows)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
-        for place, gradient in zip(places, flatten(grads, call.layouts), strict=True):
+        for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
             if gradient is not None and are_many:
                 gradients[place] = _widened(gradient, tensors[place])
             elif gradient is not None:
                 stacks[place][part.share.segment].copy_(gradient)
     if dx is not None:
-        dx[end:].zero_()
+        dx[last:].zero_()
     return [dx, *gradients]
 
 
@@ -226,8 +226,8 @@ def _many_adapters(
 
     Each adapter has its own dropout probability, and a mask of its own rows.
     """
-    bases, everything = [Output(output.base) for output in outputs], slice(0, len(x))
-    yield _Part(bases, [[]] * len(bases), everything, everything, None)
+    alone, everything = [Output(output.base) for output in outputs], slice(0, len(x))
+    yield _Part(alone, [[]] * len(alone), everything, everything, None)
     items = rows.items(len(x))
     each = len(x) // max(1, items)  # rows of an item
     assert rows.numbers is not None
@@ -266,7 +266,7 @@ def _widened(gradient: Tensor, tensor: Tensor) -> Tensor:
 def _masks(
     shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
 ) -> Masks:
-    """For each output, a list with a mask for each adapter; without dropout, with None for each."""
+    """For each output, a mask for each adapter; without dropout, None for each."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
     left = iter(seeds.unbind())

@@ -24,7 +24,7 @@ def run_composite(
 ) -> tuple[Tensor, ...]:
     """Every output of x.  x may be nested if ``rows`` is None.
 
-    Each segment is computed separately, and its result is part_ys to the rows of the segment.
+    Each segment is computed separately, and its result is added to the rows of the segment.
     """
     if rows is None:
         return _of_rows(x, outputs, drop, None)
@@ -37,10 +37,10 @@ def run_composite(
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
     numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.shares_of(len(matrix)) if len(matrix) else ():
-        row_numbers = take(numbers.unsqueeze(1), share, items).flatten()  # of the segment
+        at = take(numbers.unsqueeze(1), share, items).flatten()  # the segment's row numbers
         parts = [rows.part(output, share.segment) for output in outputs]
-        part_ys = _of_rows(matrix[row_numbers], parts, drop, share)
-        ys = [y.index_add(0, row_numbers, part_y) for y, part_y in zip(ys, part_ys, strict=True)]
+        added = _of_rows(matrix[at], parts, drop, share)
+        ys = [y.index_add(0, at, more) for y, more in zip(ys, added, strict=True)]
     return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, shapes, strict=True)])
 
 
@@ -91,13 +91,13 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
     """
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    next_tensor = iter(rest).__next__
-    bias = next_tensor() if layout.has_bias else None
+    take = iter(rest).__next__
+    bias = take() if layout.has_bias else None
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     y = linear(rows, weight, bias)
     for i, scale in enumerate(layout.scales):
-        lora_a, lora_b = next_tensor(), next_tensor()
+        lora_a, lora_b = take(), take()
         dropped, factor = rows, float(scale)
         if seeds is not None:
             keep = call.backend.dropout_mask(seeds[i], rows.shape, call.dropout)
