@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.products import is_slow
-from ..formats.format import Quantized
-from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
+from ..projection import AUTOCAST_DTYPES, Output, is_plain
 
 NODE, OP, COMPOSITE = "node", "op", "composite"
-# Up to this many rows a node takes more time than it saves (docs/performance.md, "Few rows").
-MOST_ROWS = 32
 _OFF = nullcontext()
 
 
@@ -88,28 +84,6 @@ def follows(x: object) -> bool:
     Then a gated MLP, for example, can run as nodes that save less than its layers.
     """
     return torch.is_grad_enabled() and is_ordinary(x)
-
-
-def has_few_rows(x: Tensor) -> bool:
-    """Whether x is on a CPU and has 1 to ``MOST_ROWS`` rows."""
-    return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-
-
-def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
-    """Whether x has few rows on a CPU, and one output, so that a node would be slower.
-
-    Such a call is almost only overhead, and a node in Python takes longer than its products.
-    """
-    if backend != "torch" or len(outputs) > 1 or not has_few_rows(x):
-        return False
-    ((weight, _), adapters), dtype = outputs[0], x.dtype
-    if isinstance(weight, Quantized):
-        return False
-    if dtype in HALF_DTYPES and is_slow(dtype):
-        return False
-    # 16-bit adapters need the node, because torch would round h to 16 bits before scaling it.
-    wide = torch.promote_types(dtype, torch.float32)
-    return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
 
 
 def autocast_is_on(device_type: str) -> bool:

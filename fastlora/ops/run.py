@@ -14,7 +14,7 @@ from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
-from .composite import of_few_rows, run_composite, torch_s_dropout
+from .composite import run_composite, torch_s_dropout
 from .dispatch import (
     COMPOSITE,
     OP,
@@ -22,9 +22,9 @@ from .dispatch import (
     autocast_inputs,
     autocast_is_on,
     autocast_off,
-    is_few,
     path_of,
 )
+from .few_rows import is_few, of_few_rows
 from .library import call_registered
 from .node import LoRALinearFunction, run_forward
 
