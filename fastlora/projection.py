@@ -78,6 +78,12 @@ class Layout(NamedTuple):
     scales: tuple[float, ...]  # one for each adapter
     format: Format | None = None  # of a packed weight; None: the weight is dense
 
+    @property
+    def bias_at(self) -> int | None:
+        """The place of the bias in the flat list: after the weight's tensors."""
+        weights = 1 if self.format is None else len(self.format.names)
+        return weights if self.has_bias else None
+
 
 def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
     return tuple(
