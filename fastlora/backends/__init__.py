@@ -18,11 +18,12 @@ import torch as pytorch  # here `torch` is the backend
 
 from ..projection import Output
 from ..text import shown
-from .protocol import Backend, Call
+from .protocol import Backend, BackwardCall, Call
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackwardCall",
     "Call",
     "asked_backend",
     "backend_name",

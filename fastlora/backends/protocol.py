@@ -27,6 +27,17 @@ class Call(NamedTuple):
     is_few: bool = False  # so few rows that torch's autograd follows the composite path
 
 
+class BackwardCall(NamedTuple):
+    """A call in the backward, with its tensors."""
+
+    dys: Sequence[Tensor | None]  # [M, N] for each output; None if the loss doesn't use it
+    inputs: Sequence[Tensor]
+    hs: Sequence[Tensor | None]  # from the forward; None if no gradient reads it
+    needs: Sequence[bool]  # for each input: whether its gradient is needed
+    seeds: Tensor | None
+    call: Call
+
+
 class LossSettings(NamedTuple):
     """The numbers of a loss's formulas (:mod:`.loss`)."""
 
@@ -55,19 +66,10 @@ class Backend(Protocol):
         biases of experts don't train.
         """
 
-    def backward(
-        self,
-        dys: Sequence[Tensor | None],
-        inputs: Sequence[Tensor],
-        hs: Sequence[Tensor | None],
-        needs: Sequence[bool],
-        seeds: Tensor | None,
-        call: Call,
-    ) -> list[Tensor | None]:
+    def backward(self, given: BackwardCall) -> list[Tensor | None]:
         """The gradient of each input, or None if ``needs`` has False for it.
 
-        ``dys`` has [M, N] for each output, or None if the loss doesn't use it.  ``hs`` come from
-        the forward.  With many adapters, an adapter without rows may get None.
+        With many adapters, an adapter without rows may get None.
         """
 
     def takes_experts_in_turn(self, device: torch.device) -> bool:

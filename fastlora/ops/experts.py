@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Call, find_backend
+from ..backends import BackwardCall, Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Output, flatten, layouts_of
@@ -203,7 +203,8 @@ class _Product(NamedTuple):
         self, dy: Tensor, x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of x and of the tensors."""
-        return run_backward([dy], [x, *self.tensors], hs, needs, self.seed, self.call)
+        inputs = [x, *self.tensors]
+        return run_backward(BackwardCall([dy], inputs, hs, needs, self.seed, self.call))
 
 
 class _Pass(NamedTuple):

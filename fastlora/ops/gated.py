@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ..backends import Call, find_backend
+from ..backends import BackwardCall, Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
@@ -195,7 +195,9 @@ class GatedLinearFunction(Function):
             product = last.backend.gated(gate, up, activation, wide)
         else:
             product = stand_in(gate, gate.shape, gate.dtype)
-        d_gate, *rest = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
+        d_gate, *rest = run_backward(
+            BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
+        )
         if d_gate is None:
             return (*nothing, None, None, *rest)
         # d_gate overwrites the gradient of the product, and d_up the recomputed product.

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .at_once import aligned, runs_at_once
 from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
@@ -42,17 +42,11 @@ def forward(
     return made[:1], made[1:]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
+    dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts, of_experts=True):
-        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
+        return of_dense(backward, given)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
     if ends is None or dys[0] is None:
         return REFUSED
@@ -63,7 +57,7 @@ def backward(
     if isinstance(made, State):
         return made
     if any(by_torch):
-        others = torch_backend.backward(dys, inputs, hs, by_torch, seeds, call)
+        others = torch_backend.backward(given._replace(needs=by_torch))
         made = [b if a is None else a for a, b in zip(made, others, strict=True)]
     return made
 

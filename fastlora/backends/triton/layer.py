@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .cover import covers, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .verification import State, run_kernels
@@ -42,22 +42,15 @@ def forward(
     return made[:count], made[count:]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
-    x = inputs[0]
+    dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts):
-        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
+        return of_dense(backward, given)
     return run_kernels(
         _backward,
         [seeds, *inputs, *hs, *dys],
-        (call.layouts, call.dropout, precision_of(x), tuple(needs)),
+        (call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)),
         lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
     )
 

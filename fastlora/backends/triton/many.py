@@ -20,7 +20,7 @@ from torch import Tensor
 from ...projection import Adapter, Output, flatten, layouts_of, unflatten
 from ...rows import Rows
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from . import layer
 from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
@@ -55,24 +55,18 @@ def forward(
     return [y], [h]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
-    (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
+    (dy, *_), inputs, (h, *_), needs, seeds, call = given
+    (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if dy is None or not _is_covered(inputs, call, dys):
+    if dy is None or not _is_covered(inputs, call, [dy]):
         return REFUSED
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
     base_inputs, _, base_call = _base_call(x, output)
     # First the layer without adapters, then the adapters' part of dx is added to it.
     base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
-    base = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+    base = layer.backward(BackwardCall([dy], base_inputs, [], base_needs, None, base_call))
     if isinstance(base, State):
         return base
     dx, *of_tensors = base
