@@ -38,6 +38,17 @@ class BackwardCall(NamedTuple):
     call: Call
 
 
+class GatedProduct(NamedTuple):
+    """The middle of a gated MLP: act(gate) ∘ up."""
+
+    gate: Tensor  # [M, N], as is up; the rows of both are contiguous
+    up: Tensor
+    activation: str  # a key of ``gated.ACTIVATIONS``
+    # Compute 16-bit matrices in float32 and round the result once.  Otherwise a backend may round
+    # each step.
+    wide: bool = False
+
+
 class LossSettings(NamedTuple):
     """The numbers of a loss's formulas (:mod:`.loss`)."""
 
@@ -78,23 +89,11 @@ class Backend(Protocol):
         If so, a caller may split the experts over several calls.
         """
 
-    def gated(self, gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-        """act(gate) ∘ up, [M, N], contiguous.
-
-        Each row of gate and up [M, N] is contiguous.  ``activation`` is a key of
-        ``gated.ACTIVATIONS``.  ``wide``: compute 16-bit matrices in float32 and round the result
-        once; otherwise a backend may round each step.
-        """
+    def gated(self, product: GatedProduct) -> Tensor:
+        """act(gate) ∘ up, [M, N], contiguous."""
 
     def gated_backward(
-        self,
-        dy: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        activation: str,
-        d_gate: Tensor,
-        d_up: Tensor,
-        wide: bool = False,
+        self, dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tensor
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate).  d_gate may be dy."""
 

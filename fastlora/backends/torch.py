@@ -31,10 +31,8 @@ from .formula import (
     Masks,
     OutputBackward,
     backward_rows,
-    base_gradients,
     forward_rows,
     from_row,
-    no_gradients,
 )
 from .gated import gated, gated_backward
 from .products import h_dtype
@@ -46,13 +44,11 @@ HANDS_TO = ""  # no other backend, because this one covers every call
 __all__ = [
     "HANDS_TO",
     "backward",
-    "base_gradients",
     "dropout_mask",
     "forward",
     "gated",
     "gated_backward",
     "h_dtype",
-    "no_gradients",
     "row_loss",
     "takes_experts_in_turn",
     "why_not",

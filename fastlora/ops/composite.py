@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from ..backends.products import cast
 from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
@@ -52,9 +53,7 @@ def _of_rows(
             weight = weight.dense(x.dtype)
         y = None
         if weight is not None:
-            if bias is not None and bias.dtype != weight.dtype:
-                bias = bias.to(weight.dtype)
-            y = linear(x, weight, bias)
+            y = linear(x, weight, cast(bias, weight.dtype))
         for adapter in adapters:
             y = _with_adapter(y, x if drop is None else drop(number, x, share), adapter)
             number += 1

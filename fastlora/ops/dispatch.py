@@ -45,8 +45,11 @@ def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
 
 def why_composite(x: Tensor) -> str:
     """Why the call must take the composite path; "" if it needn't."""
-    if x.is_nested:
-        return "x is nested"
+    return "x is nested" if x.is_nested else why_only_torch()
+
+
+def why_only_torch() -> str:
+    """The reason if a mode of torch is active that supports only torch's own operations; or ""."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
@@ -56,16 +59,9 @@ def why_composite(x: Tensor) -> str:
 
 def why_not_here() -> str:
     """Why an optimized module runs its original forward now; "" if it needn't."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # an exported program should need only PyTorch
-            return "the model is being exported"
-    elif torch.jit.is_tracing():
-        return "the model is being traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return ""
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return "the model is being exported"  # an exported program should need only PyTorch
+    return why_only_torch()
 
 
 def is_eager(x: Tensor) -> bool:

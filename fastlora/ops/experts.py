@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import BackwardCall, Call, find_backend
+from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Output, flatten, layouts_of
@@ -136,7 +136,7 @@ class _Node(NamedTuple):
         """The input of the second product, [rows, I], without a graph for autograd."""
         if isinstance(self.activate, str):
             gate, up = pre.chunk(2, dim=1)
-            return self.call.backend.gated(gate, up, self.activate)
+            return self.call.backend.gated(GatedProduct(gate, up, self.activate))
         with torch.no_grad():
             return self.activate(pre)
 
@@ -148,7 +148,8 @@ class _Node(NamedTuple):
         if isinstance(self.activate, str):
             d_pre = torch.empty_like(pre)
             (gate, up), (d_gate, d_up) = pre.chunk(2, dim=1), d_pre.chunk(2, dim=1)
-            self.call.backend.gated_backward(d_product, gate, up, self.activate, d_gate, d_up)
+            gated = GatedProduct(gate, up, self.activate)
+            self.call.backend.gated_backward(d_product, gated, d_gate, d_up)
             return d_pre
         with torch.enable_grad():
             pre = pre.detach().requires_grad_()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..backends.products import are_wide
+from ..backends.products import are_wide, cast
 from ..backends.protocol import Call
 from ..formats.format import Quantized
 from ..projection import Output
@@ -70,10 +70,7 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     take = iter(rest).__next__
-    bias = take() if layout.has_bias else None
-    if bias is not None and bias.dtype != weight.dtype:
-        bias = bias.to(weight.dtype)
-    y = linear(rows, weight, bias)
+    y = linear(rows, weight, cast(take(), weight.dtype) if layout.has_bias else None)
     for i, scale in enumerate(layout.scales):
         lora_a, lora_b = take(), take()
         dropped, factor = rows, float(scale)

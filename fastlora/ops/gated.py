@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ..backends import BackwardCall, Call, find_backend
+from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
@@ -170,7 +170,8 @@ class GatedLinearFunction(Function):
         ctx, seeds: Tensor | None, call: GatedCall, gate: Tensor, up: Tensor, *tensors: Tensor
     ) -> Tensor:
         last = call.last
-        product = last.backend.gated(as_matrix(gate), as_matrix(up), call.activation, call.wide)
+        middle = GatedProduct(as_matrix(gate), as_matrix(up), call.activation, call.wide)
+        product = last.backend.gated(middle)
         (y,), hs = run_forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
             y.resize_(*gate.shape[:-1], y.shape[-1])
@@ -190,18 +191,18 @@ class GatedLinearFunction(Function):
         if torch.is_grad_enabled() or are_batched([dy]):
             return (*nothing, *_differentiable(dy, inputs, seeds, ctx))
         (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
-        shape, gate, up = gate.shape, as_matrix(gate), as_matrix(up)
+        shape, middle = gate.shape, GatedProduct(as_matrix(gate), as_matrix(up), activation, wide)
         if ctx.reads_product:  # for the gradient of a lora_a or of the weight
-            product = last.backend.gated(gate, up, activation, wide)
+            product = last.backend.gated(middle)
         else:
-            product = stand_in(gate, gate.shape, gate.dtype)
+            product = stand_in(gate, middle.gate.shape, gate.dtype)
         d_gate, *rest = run_backward(
             BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
         )
         if d_gate is None:
             return (*nothing, None, None, *rest)
         # d_gate overwrites the gradient of the product, and d_up the recomputed product.
-        last.backend.gated_backward(d_gate, gate, up, activation, d_gate, product, wide)
+        last.backend.gated_backward(d_gate, middle, d_gate, product)
         if len(shape) != 2:
             d_gate, product = d_gate.view(shape), product.view(shape)
         return (*nothing, d_gate, product, *rest)
