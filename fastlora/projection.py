@@ -150,7 +150,7 @@ def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]
 def map_outputs(function: Callable[..., Any], first: Output, *others: Output) -> Output[Any]:
     """The output of what ``function`` gives for each place of these outputs: weight, bias, lora_a …
 
-    The scales are those of the first output.
+    It has the scales of the first one.
     """
     base = Base(*map(function, first.base, *[output.base for output in others]))
     pairs = zip(first.adapters, *[output.adapters for output in others], strict=True)

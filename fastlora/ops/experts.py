@@ -40,7 +40,7 @@ from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import are_batched, followed, gradients_of, run_backward, run_forward
+from .node import are_batched, by_autograd, followed, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of
 from .run import draw_seed, run_checked
 
@@ -181,7 +181,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         inputs, results = saved[: len(needs)], saved[len(needs) :]
         this = _Pass(node, Routing(order, ends, node.k), seeds, inputs)
         if torch.is_grad_enabled() or are_batched([d_out]):
-            gradients = this.differentiable(d_out, needs)
+            gradients = by_autograd(this.followed, inputs, needs, [d_out])
         else:
             with autocast_off(d_out.device.type):
                 gradients = this.gradients(d_out, needs, results)
@@ -328,23 +328,15 @@ class _Pass(NamedTuple):
         d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])
         return [d_rows, d_row_weights, *of_up, *of_down]
 
-    def differentiable(self, d_out: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-        """The gradients of ``inputs`` by autograd through the composite path, all experts at once.
-
-        It serves gradients of gradients and batched gradients.
-        """
-        create_graph, routing = torch.is_grad_enabled(), self.routing
-        with torch.enable_grad(), autocast_off(d_out.device.type):
-            # As views, because one tensor may be two inputs, and each input has its own gradient.
-            inputs = [tensor.view_as(tensor) for tensor in self.inputs]
-            x, weights, *_ = inputs
-            (part,) = routing.whole()
-            up, down = self._replace(inputs=inputs).products(part)
-            (pre,) = followed([x[routing.tokens], *up.tensors], up.seed, up.call)
-            product = _followed_activation(pre, self.node.activate)
-            (y,) = followed([product, *down.tensors], down.seed, down.call)
-            out = routing.plain_sums(y, weights, d_out.dtype)
-        return gradients_of([out], inputs, needs, [d_out], create_graph)
+    def followed(self, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+        """out for these inputs, by operations that autograd records, all experts at once."""
+        (x, weights, *_), routing = inputs, self.routing
+        (part,) = routing.whole()
+        up, down = self._replace(inputs=inputs).products(part)
+        (pre,) = followed([x[routing.tokens], *up.tensors], up.seed, up.call)
+        product = _followed_activation(pre, self.node.activate)
+        (y,) = followed([product, *down.tensors], down.seed, down.call)
+        return (routing.plain_sums(y, weights, self.node.dtype),)
 
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:

@@ -14,6 +14,7 @@ Saved for backward: x, gate, up, every h, and the seeds.  act(gate) and the prod
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,8 @@ from .node import (
     LoRALinearFunction,
     are_batched,
     as_matrix,
+    by_autograd,
     followed,
-    gradients_of,
     run_backward,
     run_forward,
     stand_in,
@@ -189,7 +190,9 @@ class GatedLinearFunction(Function):
         if dy is None:
             return (*nothing, *[None] * len(inputs))
         if torch.is_grad_enabled() or are_batched([dy]):
-            return (*nothing, *_differentiable(dy, inputs, seeds, ctx))
+            function = partial(_followed, seeds=seeds, call=ctx.call)
+            needs = ctx.needs_input_grad[_ARGUMENTS:]
+            return (*nothing, *by_autograd(function, inputs, needs, [dy]))
         (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
         shape, middle = gate.shape, GatedProduct(as_matrix(gate), as_matrix(up), activation, wide)
         if ctx.reads_product:  # for the gradient of a lora_a or of the weight
@@ -214,19 +217,10 @@ def _needs(ctx) -> list[bool]:
     return [gate or up, *tensors]
 
 
-def _differentiable(
-    dy: Tensor, inputs: Sequence[Tensor], seeds: Tensor | None, ctx
-) -> list[Tensor | None]:
-    """The gradients of gate, up and down's tensors, by autograd through torch's own operations.
-
-    It serves gradients of gradients and batched gradients.
-    """
-    create_graph, (_, last, _, activation, wide) = torch.is_grad_enabled(), ctx.call
-    with torch.enable_grad(), autocast_off(dy.device.type):
-        # As views, because one tensor may be two inputs, and each input has its own gradient.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        gate, up = [matrix.float() if wide else matrix for matrix in inputs[:2]]
-        product = (ACTIVATIONS[activation].function(gate) * up).to(inputs[0].dtype)
-        ys = followed([product, *inputs[2:]], seeds, last)
-    needs = ctx.needs_input_grad[_ARGUMENTS:]
-    return gradients_of(ys, inputs, needs, [dy], create_graph)
+def _followed(
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: GatedCall
+) -> tuple[Tensor, ...]:
+    """The node's y for gate, up and down's tensors, by operations that autograd records."""
+    gate, up = [matrix.float() if call.wide else matrix for matrix in inputs[:2]]
+    product = (ACTIVATIONS[call.activation].function(gate) * up).to(inputs[0].dtype)
+    return followed([product, *inputs[2:]], seeds, call.last)

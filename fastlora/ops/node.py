@@ -5,8 +5,8 @@ takes 0.44 × PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -145,32 +145,30 @@ def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
     return drop
 
 
-def differentiable(given: BackwardCall) -> list[Tensor | None]:
-    """The gradients of :func:`run_backward`, by autograd through the composite path."""
-    create_graph, inputs = torch.is_grad_enabled(), given.inputs
-    with torch.enable_grad(), autocast_off(inputs[0].device.type):
-        # As views, because one tensor may be two inputs, and each input has its own gradient.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        ys = followed(inputs, given.seeds, given.call)
-    used = [i for i, dy in enumerate(given.dys) if dy is not None and ys[i].requires_grad]
-    if not used:
-        return [None] * len(inputs)
-    used_ys, used_dys = [ys[i] for i in used], [given.dys[i] for i in used]
-    return gradients_of(used_ys, inputs, given.needs, used_dys, create_graph)
-
-
-def gradients_of(
-    ys: Sequence[Tensor],
+def by_autograd(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
     dys: Sequence[Tensor | None],
-    create_graph: bool,
 ) -> list[Tensor | None]:
-    """Autograd's gradient of each input; None if it needs none, or no y depends on it."""
+    """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
+
+    None if the input needs no gradient, or no output depends on it.  It serves gradients of
+    gradients and batched gradients.
+    """
+    create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
+    with torch.enable_grad(), autocast_off(device):
+        # As views, because one tensor may be two inputs, and each input has its own gradient.
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        ys = function(inputs)
+    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
+    if not used:
+        return [None] * len(inputs)
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     options = {"create_graph": create_graph, "allow_unused": True}
-    with autocast_off(ys[0].device.type):
-        gradients = iter(torch.autograd.grad(ys, wanted, dys, **options))
+    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
+    with autocast_off(device):
+        gradients = iter(torch.autograd.grad(used_ys, wanted, used_dys, **options))
     return [next(gradients) if need else None for need in needs]
 
 
@@ -228,7 +226,8 @@ class LoRALinearFunction(Function):
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = unread(inputs[0], needs[0], hs)
-            gradients = differentiable(BackwardCall(dys, inputs, hs, needs, seeds, call))
+            function = partial(followed, seeds=seeds, call=call)
+            gradients = by_autograd(function, inputs, needs, dys)
         else:
             gradients = run_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
         if call.rows is not None and call.rows.of_banks:
