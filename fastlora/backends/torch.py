@@ -27,13 +27,7 @@ from torch import Tensor
 from ..projection import Adapter, Base, Output, flatten, per_adapter, reads_x, unflatten
 from ..rows import NO_BASE, Rows, take
 from .dropout import DropoutMask, dropout_mask
-from .formula import (
-    Masks,
-    OutputBackward,
-    backward_rows,
-    forward_rows,
-    from_row,
-)
+from .formula import Masks, OutputBackward, backward_rows, forward_rows, from_row
 from .gated import gated, gated_backward
 from .products import h_dtype
 from .protocol import BackwardCall, Call
