@@ -14,7 +14,8 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
 from ..formats import PackedLayer
-from ..ops.dispatch import autocast_dtype, follows, has_few_rows, why_not_here
+from ..ops.dispatch import autocast_dtype, follows, why_not_here
+from ..ops.few_rows import has_few_rows
 from ..ops.gated import GatedCall, gated_call, run_gated
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from .adapted import LoRALayer

@@ -22,18 +22,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..backends.products import are_wide
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
+from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
-_FEW = 64  # the largest number of rows that counts as few
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute with checkpoint()
 
 
@@ -70,12 +69,15 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
 
 
 def _is_few(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether x has few rows, on a CPU that multiplies its dtype fast, and the weight is plain."""
+    """Whether x has few rows that PEFT's loop multiplies fast: dense, and in one dtype."""
     weight = layer._modules["base_layer"]._parameters.get("weight")
-    if not x.is_cpu or x.numel() > _FEW * x.shape[-1] or not (is_plain(x) and is_plain(weight)):
-        return False
-    slow = are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton"
-    return weight.dtype == x.dtype and not slow
+    return (
+        is_plain(x)
+        and is_plain(weight)
+        and weight.dtype == x.dtype
+        and not autocast_is_on("cpu")
+        and skips_node(x, weight, asked_backend(), mixed=True)
+    )
 
 
 def _few_rows(

@@ -11,7 +11,7 @@ from packed import random_int8
 
 import fastlora
 from fastlora import kernels
-from fastlora.backends import triton
+from fastlora.backends import GatedProduct, triton
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
 from fastlora.kernels import replay
@@ -313,6 +313,7 @@ def swapped_codes(weight):
 
 def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
     gate, up, dy = (torch.randn(50, 64) for _ in range(3))
+    product = GatedProduct(gate, up, "silu")
     from fastlora.backends import torch as by_torch
     from fastlora.backends import triton
 
@@ -320,17 +321,17 @@ def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeyp
     for d_gate, d_up in ((dy.clone(), torch.empty(50, 64)), (wide[:, :64], wide[:, 64:])):
         given = d_gate if d_gate.is_contiguous() else dy
         expected = [torch.empty(50, 64), torch.empty(50, 64)]
-        by_torch.gated_backward(dy, gate, up, "silu", *expected)
+        by_torch.gated_backward(dy, product, *expected)
         for _ in range(2):
             given.copy_(dy)
-            triton.gated_backward(given, gate, up, "silu", d_gate, d_up)
+            triton.gated_backward(given, product, d_gate, d_up)
             agree([d_gate, d_up], expected)
-    agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+    agree([triton.gated(product)], [by_torch.gated(product)])
     assert not faults()
     forget(monkeypatch, tmp_path / "another")
     faulty(monkeypatch, one_row_is_nan, ["gated"])
     with pytest.warns(RuntimeWarning, match="gated no longer run"):
-        agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+        agree([triton.gated(product)], [by_torch.gated(product)])
 
 
 def test_a_kernel_that_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
@@ -401,8 +402,7 @@ def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
     (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text))
     assert verification.read_records() == {}
     monkeypatch.setattr(verification, "compared", lambda *_: "")
-    gate, up = torch.randn(2, 8, 16)
-    triton.gated(gate, up, "silu")
+    triton.gated(GatedProduct(*torch.randn(2, 8, 16), "silu"))
     assert [kernel.split()[0] for kernel, _ in verification._records] == ["gated"]
     assert _compiled([torch.device("cpu")], broken := []) == {}
     (folder / "odd.json").write_text(json.dumps(RECORD))

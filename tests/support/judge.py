@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastlora
 from fastlora import Projection
-from fastlora.backends import Call
+from fastlora.backends import BackwardCall, Call
 from fastlora.backends import torch as torch_backend
 from fastlora.formats.format import Quantized
 from fastlora.ops.run import draw_seed
@@ -278,4 +278,4 @@ def run_torch_backend(
     needs = [tensor.requires_grad or not frozen for tensor in given]
     seeds = draw_seed(sum(len(output.adapters) for output in outputs), x.device) if p else None
     ys, hs = torch_backend.forward(inputs, seeds, settings)
-    return torch_backend.backward(ys, inputs, hs, needs, seeds, settings)
+    return torch_backend.backward(BackwardCall(ys, inputs, hs, needs, seeds, settings))

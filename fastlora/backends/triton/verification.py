@@ -34,7 +34,7 @@ from ... import cache as files
 from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .cover import kernels, user_level
 
 # Bound once, because every call needs them.
@@ -264,28 +264,21 @@ def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
     return run
 
 
-def backward(
-    state: State,
-    run: Callable,
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
+def backward(state: State, run: Callable, given: BackwardCall) -> list[Tensor | None]:
     """A backward whose kernels are unverified or refused; ``run`` is the kernels' backward."""
-    of = partial(of_backward, needs=needs, seeds=seeds)
-    return _verified(state, of, run, torch_backend.backward, [*inputs, *hs, *dys], call)
+    tensors = [*given.inputs, *given.hs, *given.dys]
+    of = partial(of_backward, given=given)
+    return _verified(state, of, run, torch_backend.backward, tensors, given.call)
 
 
-def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
+def of_backward(backward: Callable, given: BackwardCall, call: Call) -> Run:
     """A backend's backward as a function of inputs, hs and dys, which gives every gradient."""
-    first_h, first_dy = len(needs), -len(call.layouts)
+    first_h, first_dy = len(given.needs), -len(call.layouts)
 
     def run(tensors: Sequence) -> list | State:
         hs = tensors[first_h:first_dy]
-        return backward(tensors[first_dy:], tensors[:first_h], hs, needs, seeds, call)
+        inputs, dys = tensors[:first_h], tensors[first_dy:]
+        return backward(given._replace(dys=dys, inputs=inputs, hs=hs, call=call))
 
     return run
 
