@@ -20,6 +20,7 @@ from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import Adapted, refuse_training, run_with
 from .adapted_weight import AdaptedWeight, Features, add_product, scaling_of
+from .classes import change_class, class_over
 from .experts import (
     ADDED,
     Experts,
@@ -36,7 +37,7 @@ from .experts import (
     takes,
     weight_in,
 )
-from .members import class_over, plain_class_of, tensor_of, why_not_tensor
+from .members import plain_class_of, tensor_of, why_not_tensor
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 
@@ -261,8 +262,8 @@ def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
 def settle(module: Any) -> None:
     """Set the class of a module without adapters, so that it runs its current weights."""
     kind = plain_class_of(module)
-    its_class = class_over(LoRAExperts, kind, "Packed") if needs_class(module) else kind
-    object.__setattr__(module, "__class__", its_class)
+    packed = needs_class(module)
+    change_class(module, class_over(LoRAExperts, kind, "Packed") if packed else kind)
 
 
 def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:

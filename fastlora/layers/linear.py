@@ -11,8 +11,8 @@ from ..settings import check_settings
 from . import frozen
 from .adapted import LoRALayer, refuse_training, run_with
 from .adapted_weight import new_adapter
+from .classes import class_over, twin
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
-from .members import class_over, twin
 from .quantized import LoRAQuantized
 
 

@@ -17,11 +17,12 @@ from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats import bitsandbytes, vendor_of
 from ..layers import mlp
 from ..layers.adapted import Adapted
+from ..layers.classes import change_class, change_classes, class_over, own_classes
 from ..layers.expert_layer import LoRAExperts
 from ..layers.experts import packed_names
-from ..layers.frozen import give_back_frozen, take_frozen
+from ..layers.frozen import Linear, frozen_classes
 from ..layers.linear import adapted_class
-from ..layers.members import class_over, plain_class_of
+from ..layers.members import plain_class_of
 from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
 from ..settings import check_switch
 from .adapter_config import as_config
@@ -177,7 +178,8 @@ def inject(
         setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
     for name, target in targets.items():
-        target.module.__class__, adapter, alpha = made[name]
+        over, adapter, alpha = made[name]
+        change_class(target.module, over)
         settings = alpha, config.lora_dropout, config.use_rslora
         stacked = [target.parameter] if target.parameter else []
         cast(Any, target.module).attach_adapter(adapter, *settings, *stacked)
@@ -193,9 +195,9 @@ def inject(
     injection = Injection(config, *names, trained_before, untied, watch_loading(model))
     model.__dict__[RECORD] = injection
     if frozen_linears:
-        take_frozen(model.modules())
-    if gated_mlps:  # after the layers: a gated MLP becomes a block if its three layers allow it
-        mlp.take(model.modules(), mlp.GatedMLP)
+        change_classes(frozen_classes(model.modules()))
+    if gated_mlps:
+        change_classes(mlp.gated_classes(model.modules()))
     return injection
 
 
@@ -217,8 +219,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     # An experts module appears once for each adapted weight; detach it once.
     for module in {layer.adapted_module: None for _, layer in layers}:
         module.detach_adapter()
-    give_back_frozen(inner.modules())
-    mlp.give_back(inner.modules())
+    change_classes(own_classes(inner.modules(), Linear, mlp.GatedMLP))
     for module in inner.modules():  # apply_lora may have been called on parts of the model
         injection = module.__dict__.pop(RECORD, None)
         if injection is not None:

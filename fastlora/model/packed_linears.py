@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import quantized_weight, vendor_of
-from ..layers.members import is_hooked, twin
+from ..layers.classes import twin
+from ..layers.members import is_hooked
 from ..layers.modules import called, some
 from .declare import other_vendor
 

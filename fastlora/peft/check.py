@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
+from ..layers.classes import changed_classes, own_classes
 from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
@@ -181,7 +182,6 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
             report = stack.enter_context(while_optimized(model))
         from .baseline import shared_masks  # here, because both files import PEFT
-        from .layer import swapped_back
         from .layer_check import Judge
 
         if not any(layer.runs_adapter for layer in report.layers):
@@ -193,7 +193,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             with undisturbed(inner):
                 fast = _run(model, batch)
             with (
-                swapped_back(inner),
+                changed_classes(own_classes(inner.modules())),
                 undisturbed(inner),
                 judge.watching(inner, report, mixed),
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook

@@ -24,13 +24,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..backends import asked_backend, use_backend
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
-from ..layers.members import plain_class_of, twin
+from ..layers.classes import changed_classes, twin
+from ..layers.members import plain_class_of
+from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
 from .check import TOLERANCES
-from .layer import swapped_in
+from .layer import PeftGatedMLP, fast_classes
 
 _SHARE = 0.01  # a systematic error below this share of a result may be rounding
 # Standard deviations of rounding that are allowed.  A large model has 10,000 measures, so a smaller
@@ -169,9 +171,10 @@ class Judge:
         # 1/16, because smaller ones might underflow in float16.
         if dy is not None and dy.any():
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
+        classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
         with call.surroundings(x):
             peft = call.run(unit, tensors, dy)
-            with swapped_in(unit):
+            with changed_classes(classes):
                 fast = call.run(unit, tensors, dy)
         exact_unit = _wide_twin(unit, wide, x.dtype, {})
         for module in exact_unit.modules():

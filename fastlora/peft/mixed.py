@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..backends.products import are_wide
+from ..layers.classes import Fast
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -129,12 +130,13 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
     )
 
 
-class LoraModel(PeftModel):
+class LoraModel(Fast, PeftModel):
     """PEFT's model around the layers, with mixed batches in training.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
+    plain_class = PeftModel
     training: bool  # nn.Module's
 
     @contextmanager
