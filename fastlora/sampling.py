@@ -10,18 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers.adapted_weight import AdaptedWeight
+from .layers.merging import merge_each
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
 from .model.merge import merge_in_turn, unmerge_lora
-from .peft.merged import (
-    adapted_weights,
-    memory_of,
-    merged_layers,
-    names_of_memory,
-    send_to_cpu,
-    why_not_merged,
-)
+from .peft.merged import active, adapted_weights, merge_layer, why_not_merged
 from .peft.optimize import peft_layers
 from .report import NO_LAYERS
 from .text import shown
@@ -75,19 +68,12 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         reason = why_not_merged(self._peft)
         if reason:
             raise ValueError(reason)
+        model, to_cpu = self.model, self.keep == "cpu"
         with ExitStack() as stack:
             if self._own:
-                names = names_of_memory(self.model)
-
-                def move(layer: AdaptedWeight) -> None:
-                    original = layer.adapted_module._bases[layer.adapted_name]
-                    if isinstance(original, nn.Parameter) and names[memory_of(original)] == 1:
-                        send_to_cpu(original, stack)
-
-                merge_in_turn(self.model, True, True, move if self.keep == "cpu" else None)
-                stack.callback(unmerge_lora, self.model)
-            inner = unwrap(self.model)
-            stack.enter_context(merged_layers(inner, self._peft, self.keep == "cpu"))
+                stack.enter_context(merge_in_turn(model, True, True, to_cpu))
+                stack.callback(unmerge_lora, model)
+            stack.enter_context(merge_each(model, active(self._peft), merge_layer, to_cpu))
             self._inside = stack.pop_all()
         return self.model
 

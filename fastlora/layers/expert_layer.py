@@ -19,7 +19,7 @@ from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import Adapted, refuse_training, run_with
-from .adapted_weight import AdaptedWeight, Features, add_product, scaling_of
+from .adapted_weight import AdaptedWeight, Features, scaling_of
 from .classes import change_class, class_over
 from .experts import (
     ADDED,
@@ -38,6 +38,7 @@ from .experts import (
     weight_in,
 )
 from .members import plain_class_of, tensor_of, why_not_tensor
+from .merging import add_product
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 

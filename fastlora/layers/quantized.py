@@ -12,9 +12,9 @@ from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
 from .adapted import LoRALayer
-from .adapted_weight import add_product
 from .classes import change_class
 from .guards import Record
+from .merging import add_product
 
 
 class LoRAQuantized(LoRALayer):

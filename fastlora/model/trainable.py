@@ -1,5 +1,6 @@
 """Lets a Trainer accept a quantized model with adapters, and refuse checkpoints it can't write."""
 
+from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from .declare import QUANTIZER
 _adapters_only = ContextVar("_adapters_only", default=False)
 
 
-class _Trainable:
+class _Trainable(ABC):  # noqa: B024 (HfQuantizer's base: __class__ takes only a class of like layout)
     """A mixin for classes of quantizers that says the model can be trained.
 
     ``transformers.Trainer`` accepts a quantized model if it has PEFT's adapters, or if both

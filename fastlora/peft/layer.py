@@ -34,7 +34,7 @@ class FastLinear(Fast, nn.Module):
 
     For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
     name of PEFT's class.  Its only state of its own is the cached record.  So assigning
-    ``__class__`` turns PEFT's layer into this one and back.  :func:`fast_kinds` makes the subclasses
+    ``__class__`` turns PEFT's layer into this one and back.  :func:`fast_kinds` makes subclasses
     for quantized bases.
     """
 
