@@ -199,10 +199,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-    packed = [quantized_weight(module) for module in inner.modules()]
-    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
-    used |= {p.dtype for p in inner.parameters()} | judge.dtypes
-    dtype = max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
+    dtype = coarsest_dtype(inner, judge.dtypes)
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
@@ -251,6 +248,14 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for up, before in zero.values():
             up.data.copy_(before)
+
+
+def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.dtype:
+    """The dtype with the largest tolerance among ``others`` and the dtypes of the model's layers."""
+    packed = [quantized_weight(module) for module in model.modules()]
+    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
+    used |= {parameter.dtype for parameter in model.parameters()} | others
+    return max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
 
 
 class _Run(NamedTuple):
