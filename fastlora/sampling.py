@@ -5,7 +5,6 @@ learning does so thousands of times.  This context manager keeps the originals a
 """
 
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,12 +76,7 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
             self._inside = stack.pop_all()
         return self.model
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._inside.close()
 
 

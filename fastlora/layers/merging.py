@@ -21,10 +21,15 @@ def add_product(
 ) -> Tensor:
     """base + scale · left right, computed in float32 or wider, and rounded once.
 
-    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed.
-    It is processed in blocks of rows, so that there is never a wide copy of all of it.
+    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed,
+    and may be a stack of experts' weights.  It is processed in blocks of rows of one expert, so
+    that there is never a wide copy of all of it.
     """
     merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
+    if base.dim() == 3:
+        for one, one_left, one_right, into in zip(base.unbind(), left, right, merged, strict=True):
+            add_product(one, one_left, one_right, scale, into)
+        return merged
     wide = torch.promote_types(base.dtype, torch.float32)
     with torch.no_grad(), autocast_off(merged.device.type):
         left, right = left.to(wide), right.to(wide)

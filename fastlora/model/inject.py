@@ -24,7 +24,7 @@ from ..layers.frozen import Linear, frozen_classes
 from ..layers.linear import adapted_class
 from ..layers.members import plain_class_of
 from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
-from ..settings import check_switch
+from ..settings import check_switches
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .loading import watch_loading
@@ -99,12 +99,10 @@ def apply_lora(
     parameters, and linear layers of other classes.
     """
     check_model(model)
-    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
-    check_switch("frozen_linears", frozen_linears)
-    check_switch("gated_mlps", gated_mlps)
+    fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
+    check_switches(autocast_adapter_dtype=autocast_adapter_dtype, **fast)
     config = as_config(config)
     check_plain(unwrap(model))
-    fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
     inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
     return model
 

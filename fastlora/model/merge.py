@@ -17,7 +17,7 @@ from ..layers.merging import merge_each
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized
 from ..projection import DTYPES
-from ..settings import check_switch
+from ..settings import check_switches
 from ..text import bar
 from .declare import declared
 from .inject import check_model
@@ -46,8 +46,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantize: bool = T
     device, or a merged weight would hold NaN or infinity.  Warns if a merged weight was tied to
     another module's weight; they are separate afterwards.
     """
-    check_switch("keep_base", keep_base)
-    check_switch("requantize", requantize)
+    check_switches(keep_base=keep_base, requantize=requantize)
     merge_in_turn(model, keep_base, requantize)
     return model
 

@@ -212,7 +212,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         _differences(fast.gradients, peft.gradients),
         judge.layers,
         tolerance,
-        Coverage(report.layers, report.notes, report.frozen_linears, report.gated_mlps),
+        report,
         dtype,
         tuple(filled),
         tuple(sorted(judge.zeros)),
@@ -251,7 +251,7 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
 
 
 def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.dtype:
-    """The dtype with the largest tolerance among ``others`` and the dtypes of the model's layers."""
+    """The dtype with the largest tolerance among ``others`` and the model's dtypes."""
     packed = [quantized_weight(module) for module in model.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
     used |= {parameter.dtype for parameter in model.parameters()} | others

@@ -27,7 +27,7 @@ from ..report import (
     cover_lora_linears,
     left_out_notes,
 )
-from ..settings import check_switch
+from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 
 _PASSED_OVER = (
@@ -166,9 +166,7 @@ def _change(
 ) -> tuple[Coverage, dict[nn.Module, Any]]:
     """Optimize the model; returns the report, and the classes that were replaced."""
     inner = checked(model)
-    check_switch("strict", strict)
-    check_switch("frozen_linears", frozen_linears)
-    check_switch("gated_mlps", gated_mlps)
+    check_switches(strict=strict, frozen_linears=frozen_linears, gated_mlps=gated_mlps)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
