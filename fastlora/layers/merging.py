@@ -1,4 +1,4 @@
-"""Merging adapters into weights: the arithmetic, and the order in which layers are merged.
+"""Merges adapters into weights: the sum of one weight, and one layer after another.
 
 fastlora's layers and PEFT's are merged by :func:`merge_each`.  Each kind of layer has a function
 that merges one of them.
@@ -46,11 +46,11 @@ def merge_each(
 ) -> ExitStack:
     """Merge one layer after another.  Closing the returned stack restores every weight.
 
-    ``merge(name, layer, undo)`` merges a layer and returns its original weight.  First it registers
-    in ``undo`` how to restore the layer.  An error restores all layers.
+    ``merge(name, layer, undo)`` merges a layer and returns its original weight.  Before it changes
+    the layer, it registers in ``undo`` a function that restores it.  An error restores all layers.
 
-    ``to_cpu``: the originals are in CPU memory until the stack is closed, except tied ones and
-    packed ones.
+    ``to_cpu``: the originals are in CPU memory until the stack is closed, except tied and packed
+    weights.
     """
     parameters = model.named_parameters(remove_duplicate=False) if to_cpu else ()
     names = Counter(_memory_of(parameter) for _, parameter in parameters)
