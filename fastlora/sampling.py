@@ -57,10 +57,8 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         self._inside = ExitStack()
 
     def __str__(self) -> str:
-        count, where = len(self._own) + len(self._peft), "on their device"
-        if self.keep == "cpu":
-            where = "on the CPU"
-        size = self.bytes / 2**20
+        count, size = len(self._own) + len(self._peft), self.bytes / 2**20
+        where = "on the CPU" if self.keep == "cpu" else "on their device"
         return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
 
     def __enter__(self) -> nn.Module:
