@@ -23,7 +23,7 @@ def row_loss(
     gradient: bool,
 ) -> None:
     """Fill the row losses by torch's operations, in blocks of rows that stay in the L2 cache."""
-    step = len(z) if not z.is_cpu else max(1, _BLOCK // (z.shape[1] * losses.element_size()))
+    step = max(1, _BLOCK // (z.shape[1] * losses.element_size()) if z.is_cpu else len(z))
     for first in range(0, len(z), step):
         rows = slice(first, first + step)
         row_upstream = None if upstream is None else upstream[rows, None]

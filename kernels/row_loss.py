@@ -1,0 +1,112 @@
+"""The softmax of a loss: each row's cross-entropy, and its gradient written over the logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cast
+from .launch import Launch, Work, launch, size_of, stated
+
+# A program takes a row: 512 threads with 8 columns, one load of 16 bytes of 16 bits each.  Many
+# threads for a row mean few rows at a time, so that L2 may still hold a row at its second pass.
+_BLOCK, _WARPS = 4096, 16
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    z, gradient = arguments["z"], arguments["GRADIENT"]
+    loaded = size_of(z, arguments["target"], arguments["upstream"] if gradient else None)
+    stored = size_of(arguments["losses"], z if gradient else None)
+    # A program loads its row twice, and the target's logit.
+    by_tiles = loaded + len(z) * z.element_size() + (size_of(z) if gradient else 0)
+    return Work(15 * z.numel(), loaded, stored, loaded_by_tiles=by_tiles)  # FLOPs: an estimate
+
+
+@triton.jit(launch_metadata=stated(_work))
+def row_loss_kernel(
+    z, target, upstream, losses,
+    V, row_stride,
+    logit_scale, softcap, smoothing, z_loss,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """LOSS = (1 - smoothing) (lse - s_t) + smoothing (lse - mean s) + z_loss lse²; Z = dLOSS / dZ.
+
+    s are the logits by :func:`_logits`, lse = log Σ exp s, and t is a row's TARGET.  Z [M, V] is
+    written if GRADIENT; TARGET, UPSTREAM (or None: 1) and LOSSES [M].  If t isn't a column, the
+    row becomes NaN.
+    """
+    i_row = tl.program_id(0).to(tl.int64)  # a matrix may have over 2³¹ elements
+    z += i_row * row_stride
+    i_target = tl.load(target + i_row)
+    is_column = (i_target >= 0) & (i_target < V)
+    # Loaded before pass 2, in which another warp writes over it.
+    of_target, _ = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)
+    # Pass 1: each lane's largest s so far, Σ exp(s - largest) and Σ s, in float32.
+    b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    b_total = tl.zeros((BLOCK,), tl.float32)
+    for i_column in range(0, V, BLOCK):
+        o_column = i_column + tl.arange(0, BLOCK)
+        b_z = tl.load(z + o_column, mask=o_column < V, other=0.0)  # [BLOCK]
+        b_s, _ = _logits(b_z, logit_scale, softcap)
+        b_total += tl.where(o_column < V, b_s, 0.0)
+        b_s = tl.where(o_column < V, b_s, float("-inf"))
+        b_new = tl.maximum(b_largest, b_s)
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf would be NaN
+        b_sum = b_sum * tl.exp(b_largest - b_shift) + tl.exp(b_s - b_shift)  # NaN stays NaN
+        b_largest = b_new
+    largest = tl.where(is_column, tl.max(b_largest, 0), float("nan"))
+    lse = largest + tl.log(tl.sum(b_sum * tl.exp(b_largest - largest), 0))
+    mean = tl.where(smoothing == 0.0, 0.0, tl.sum(b_total, 0) / V)  # it may be infinite
+    loss = lse - (1.0 - smoothing) * of_target - smoothing * mean + z_loss * lse * lse
+    tl.store(losses + i_row, loss)
+    if GRADIENT:  # pass 2.  The reductions are barriers: no warp is still in pass 1.
+        factor = logit_scale
+        if upstream is not None:
+            factor *= tl.load(upstream + i_row)
+        for i_column in range(0, V, BLOCK):
+            o_column = i_column + tl.arange(0, BLOCK)
+            b_z = tl.load(z + o_column, mask=o_column < V, other=0.0)  # [BLOCK]
+            b_s, b_slope = _logits(b_z, logit_scale, softcap)
+            b_g = tl.exp(b_s - lse) * (1.0 + 2.0 * z_loss * lse) - smoothing / V
+            b_g -= tl.where(o_column == i_target.to(tl.int32), 1.0 - smoothing, 0.0)
+            b_g = cast(b_g * b_slope * factor, z.dtype.element_ty)
+            tl.store(z + o_column, b_g, mask=o_column < V)
+
+
+@triton.jit
+def _logits(b_z, logit_scale, softcap):
+    """s = logit_scale · z, capped to softcap · tanh(s / softcap), and its slope by logit_scale · z."""
+    b_s, b_slope = b_z.to(tl.float32) * logit_scale, 1.0
+    if softcap is not None:
+        b_u = b_s / softcap
+        b_square = b_u * b_u
+        # tanh u = 2 sigmoid(2 u) - 1 loses the digits of a small u, whose series converges.
+        b_series = 0.13333333 + b_square * (-0.053968254 + b_square * 0.021869488)
+        b_series = b_u + b_u * b_square * (-0.33333333 + b_square * b_series)
+        b_tanh = tl.where(b_square < 0.09, b_series, 2.0 * tl.sigmoid(2.0 * b_u) - 1.0)
+        b_s, b_slope = softcap * b_tanh, 1.0 - b_tanh * b_tanh
+    return b_s, b_slope
+
+
+def row_loss(
+    z: Tensor, target: Tensor, losses: Tensor, upstream: Tensor | None,
+    settings: tuple[float, float | None, float, float], gradient: bool,
+) -> None:  # fmt: skip
+    """Fill ``losses`` float32 [M] for logits z [M, V] and classes ``target`` int64 [M].
+
+    With ``gradient``, z becomes the gradient of each row's loss, times ``upstream`` [M], if given;
+    computed in float32 and rounded once.  z has 16 or 32 bits; its columns have stride 1, its rows
+    any stride.  ``settings``: label smoothing, softcap or None, logit scale, z_loss.
+    """
+    smoothing, softcap, logit_scale, z_loss = settings
+    arguments: dict[str, Any] = {
+        "z": z, "target": target, "upstream": upstream, "losses": losses,
+        "V": z.shape[1], "row_stride": z.stride(0), "logit_scale": float(logit_scale),
+        "softcap": None if softcap is None else float(softcap), "smoothing": float(smoothing),
+        "z_loss": float(z_loss), "GRADIENT": gradient, "BLOCK": _BLOCK,
+    }  # fmt: skip
+    launch(Launch(row_loss_kernel, (len(z),), arguments, warps=_WARPS, stages=1, work_of=_work))
