@@ -16,12 +16,11 @@ _BLOCK, _WARPS = 4096, 16
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
-    z, gradient = arguments["z"], arguments["GRADIENT"]
-    loaded = size_of(z, arguments["target"], arguments["upstream"] if gradient else None)
-    stored = size_of(arguments["losses"], z if gradient else None)
-    # A program loads its row twice, and the target's logit.
-    by_tiles = loaded + len(z) * z.element_size() + (size_of(z) if gradient else 0)
-    return Work(15 * z.numel(), loaded, stored, loaded_by_tiles=by_tiles)  # FLOPs: an estimate
+    z, written = arguments["z"], arguments["z"] if arguments["GRADIENT"] else None
+    loaded = size_of(z, arguments["target"], arguments["upstream"])
+    again = size_of(z[:, :1], written)  # the target's logit, and the second pass
+    # The FLOPs are an estimate.
+    return Work(15 * z.numel(), loaded, size_of(arguments["losses"], written), loaded + again)
 
 
 @triton.jit(launch_metadata=stated(_work))
@@ -43,7 +42,7 @@ def row_loss_kernel(
     i_target = tl.load(target + i_row)
     is_column = (i_target >= 0) & (i_target < V)
     # Loaded before pass 2, in which another warp writes over it.
-    of_target, _ = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)
+    of_target = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)[0]
     # Pass 1: each lane's largest s so far, Σ exp(s - largest) and Σ s, in float32.
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
@@ -51,7 +50,7 @@ def row_loss_kernel(
     for i_column in range(0, V, BLOCK):
         o_column = i_column + tl.arange(0, BLOCK)
         b_z = tl.load(z + o_column, mask=o_column < V, other=0.0)  # [BLOCK]
-        b_s, _ = _logits(b_z, logit_scale, softcap)
+        b_s = _logits(b_z, logit_scale, softcap)[0]
         b_total += tl.where(o_column < V, b_s, 0.0)
         b_s = tl.where(o_column < V, b_s, float("-inf"))
         b_new = tl.maximum(b_largest, b_s)
@@ -59,9 +58,12 @@ def row_loss_kernel(
         b_sum = b_sum * tl.exp(b_largest - b_shift) + tl.exp(b_s - b_shift)  # NaN stays NaN
         b_largest = b_new
     largest = tl.where(is_column, tl.max(b_largest, 0), float("nan"))
-    lse = largest + tl.log(tl.sum(b_sum * tl.exp(b_largest - largest), 0))
-    mean = tl.where(smoothing == 0.0, 0.0, tl.sum(b_total, 0) / V)  # it may be infinite
-    loss = lse - (1.0 - smoothing) * of_target - smoothing * mean + z_loss * lse * lse
+    # lse would round the logarithm to the digits of a large ``largest``.
+    log_sum = tl.log(tl.sum(b_sum * tl.exp(b_largest - largest), 0))
+    lse = largest + log_sum
+    loss = log_sum + (1.0 - smoothing) * (largest - of_target) + z_loss * lse * lse
+    # Without smoothing, the mean of s may be infinite, as in a masked vocabulary.
+    loss += tl.where(smoothing == 0.0, 0.0, smoothing * (largest - tl.sum(b_total, 0) / V))
     tl.store(losses + i_row, loss)
     if GRADIENT:  # pass 2.  The reductions are barriers: no warp is still in pass 1.
         factor = logit_scale
@@ -71,15 +73,15 @@ def row_loss_kernel(
             o_column = i_column + tl.arange(0, BLOCK)
             b_z = tl.load(z + o_column, mask=o_column < V, other=0.0)  # [BLOCK]
             b_s, b_slope = _logits(b_z, logit_scale, softcap)
-            b_g = tl.exp(b_s - lse) * (1.0 + 2.0 * z_loss * lse) - smoothing / V
+            b_g = tl.exp(b_s - largest - log_sum) * (1.0 + 2.0 * z_loss * lse) - smoothing / V
             b_g -= tl.where(o_column == i_target.to(tl.int32), 1.0 - smoothing, 0.0)
-            b_g = cast(b_g * b_slope * factor, z.dtype.element_ty)
-            tl.store(z + o_column, b_g, mask=o_column < V)
+            b_g *= b_slope * factor
+            tl.store(z + o_column, cast(b_g, z.dtype.element_ty), mask=o_column < V)
 
 
 @triton.jit
 def _logits(b_z, logit_scale, softcap):
-    """s = logit_scale · z, capped to softcap · tanh(s / softcap), and its slope by logit_scale · z."""
+    """s = u, or softcap · tanh(u / softcap), where u = logit_scale · z; and ds/du."""
     b_s, b_slope = b_z.to(tl.float32) * logit_scale, 1.0
     if softcap is not None:
         b_u = b_s / softcap
@@ -104,9 +106,9 @@ def row_loss(
     """
     smoothing, softcap, logit_scale, z_loss = settings
     arguments: dict[str, Any] = {
-        "z": z, "target": target, "upstream": upstream, "losses": losses,
-        "V": z.shape[1], "row_stride": z.stride(0), "logit_scale": float(logit_scale),
-        "softcap": None if softcap is None else float(softcap), "smoothing": float(smoothing),
-        "z_loss": float(z_loss), "GRADIENT": gradient, "BLOCK": _BLOCK,
+        "z": z, "target": target, "upstream": upstream if gradient else None, "losses": losses,
+        "V": z.shape[1], "row_stride": z.stride(0), "GRADIENT": gradient, "BLOCK": _BLOCK,
+        "logit_scale": float(logit_scale), "softcap": None if softcap is None else float(softcap),
+        "smoothing": float(smoothing), "z_loss": float(z_loss),
     }  # fmt: skip
     launch(Launch(row_loss_kernel, (len(z),), arguments, warps=_WARPS, stages=1, work_of=_work))

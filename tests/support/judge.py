@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import oracles
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,6 +207,34 @@ def check(
             its_size = 8 * truth[name].abs() if mixed else size[name]
             assert_close(name, value, truth[name], eager[name], its_size, rounded or dtype)
     return found
+
+
+def check_row_loss(
+    row_loss: Callable, z: Tensor, target: Tensor, settings: tuple, upstream: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Check losses and gradients, which must be computed in float32 and rounded once.
+
+    The gradients are written over z, and only if they are asked for.
+    """
+    leaf, before, info = z.double().requires_grad_(), z.clone(), torch.finfo(z.dtype)
+    truth, (smoothing, softcap, scale, _) = oracles.row_losses(leaf, target, *settings), settings
+    factor = torch.ones_like(truth) if upstream is None else upstream.double()
+    (gradient,) = torch.autograd.grad(truth, leaf, factor)
+    losses, again = truth.new_full((2, len(z)), torch.nan, dtype=torch.float32)
+    row_loss(z, target, losses, upstream, settings, False)
+    assert torch.equal(z, before)
+    row_loss(z, target, again, upstream, settings, True)
+    assert torch.equal(losses, again)
+    s = leaf.detach() * scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    limit = 16 * torch.finfo(torch.float32).eps * (1.0 + s.amax(1) - s.amin(1))
+    assert ((losses - truth).abs() <= limit * (1.0 + truth.abs())).all()
+    # The size of the terms of g; rounding adds half a unit in z's dtype.
+    size = s.softmax(1).scatter_add(1, target[:, None], torch.ones_like(s))
+    size = (size + smoothing / z.shape[1]) * (factor * scale).abs()[:, None]
+    limit = limit[:, None] * size + info.eps * (gradient.abs() + info.tiny) + 1e-37
+    assert ((z - gradient).abs() <= limit).all()
+    return {"losses": losses, "gradient": z}
 
 
 def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
