@@ -95,8 +95,8 @@ def _logits(b_z, logit_scale, softcap):
 
 
 def row_loss(
-    z: Tensor, target: Tensor, losses: Tensor, upstream: Tensor | None,
-    settings: tuple[float, float | None, float, float], gradient: bool,
+    z: Tensor, target: Tensor, losses: Tensor, settings: tuple[float, float | None, float, float],
+    upstream: Tensor | None, gradient: bool,
 ) -> None:  # fmt: skip
     """Fill ``losses`` float32 [M] for logits z [M, V] and classes ``target`` int64 [M].
 

@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite_are_as_in_pytorch_s_operations(value, setti
     z[2, target[2]] = value
     z[3] = torch.where(torch.arange(4100, device=DEVICE) == target[3], z[3], value)
     found, expected, of_rows = z.clone(), z.clone(), poisoned(2, 5)
-    row_loss(found, target, of_rows[0], None, settings, True)
+    row_loss(found, target, of_rows[0], settings, None, True)
     find_backend("torch").row_loss(expected, target, of_rows[1], settings, None, True)
     torch.testing.assert_close(*of_rows, equal_nan=True)
     torch.testing.assert_close(found, expected, equal_nan=True)
@@ -99,9 +99,9 @@ def test_a_class_that_is_no_column_makes_its_row_nan(wrong):
     """It reads and writes no other memory.  On a GPU, reading the classes would make it wait."""
     z, target = operands(3, 45)
     expected, of_rows = z.clone(), poisoned(2, 3)
-    row_loss(expected, target, of_rows[0], None, PLAIN, True)
+    row_loss(expected, target, of_rows[0], PLAIN, None, True)
     target[1] = wrong
-    row_loss(z, target, of_rows[1], None, PLAIN, True)
+    row_loss(z, target, of_rows[1], PLAIN, None, True)
     expected[1] = of_rows[0, 1] = torch.nan
     torch.testing.assert_close(z, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(*of_rows, rtol=0, atol=0, equal_nan=True)
@@ -114,7 +114,7 @@ def test_bytes_are_as_stated(gradient, dtype):
     z, target = operands(3, 5000, dtype)
     upstream = random(1, 3)[0]
     with counted_launches() as launches:
-        row_loss(z, target, poisoned(3), upstream, SETTINGS["all"], gradient)
+        row_loss(z, target, poisoned(3), SETTINGS["all"], upstream, gradient)
     [counted] = launches
     assert counted.stated.loaded == len(counted.loads.addresses())
     assert counted.stated.loaded_by_tiles == counted.loads.total

@@ -221,9 +221,9 @@ def check_row_loss(
     factor = torch.ones_like(truth) if upstream is None else upstream.double()
     (gradient,) = torch.autograd.grad(truth, leaf, factor)
     losses, again = truth.new_full((2, len(z)), torch.nan, dtype=torch.float32)
-    row_loss(z, target, losses, upstream, settings, False)
+    row_loss(z, target, losses, settings, upstream, False)
     assert torch.equal(z, before)
-    row_loss(z, target, again, upstream, settings, True)
+    row_loss(z, target, again, settings, upstream, True)
     assert torch.equal(losses, again)
     s = leaf.detach() * scale
     s = s if softcap is None else softcap * torch.tanh(s / softcap)

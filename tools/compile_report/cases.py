@@ -52,7 +52,7 @@ def run_row_loss(settings: tuple, dtype: str, columns: int, gradient: bool) -> N
     z = torch.empty(2048, columns, dtype=_DTYPES[dtype], device="meta")
     losses = upstream = torch.empty(len(z), device="meta")
     target = torch.empty(len(z), dtype=torch.int64, device="meta")
-    row_loss(z, target, losses, upstream if settings[0] else None, settings, gradient)
+    row_loss(z, target, losses, settings, upstream if settings[0] else None, gradient)
 
 
 def launches(case: Case) -> list[Launch]:

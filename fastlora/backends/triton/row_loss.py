@@ -67,5 +67,5 @@ def _covers(z: Tensor) -> bool:
 
 def _row_loss(matrices: Sequence, settings: LossSettings, gradient: bool) -> list[Tensor]:
     z, target, upstream, losses = matrices
-    kernels.row_loss(z, target, losses, upstream, settings, gradient)
+    kernels.row_loss(z, target, losses, settings, upstream, gradient)
     return []
