@@ -58,10 +58,10 @@ def row_loss_kernel(
         b_sum = b_sum * tl.exp(b_largest - b_shift) + tl.exp(b_s - b_shift)  # NaN stays NaN
         b_largest = b_new
     largest = tl.where(is_column, tl.max(b_largest, 0), float("nan"))
-    # lse would round the logarithm to the digits of a large ``largest``.
-    log_sum = tl.log(tl.sum(b_sum * tl.exp(b_largest - largest), 0))
-    lse = largest + log_sum
-    loss = log_sum + (1.0 - smoothing) * (largest - of_target) + z_loss * lse * lse
+    total = tl.sum(b_sum * tl.exp(b_largest - largest), 0)  # Σ exp(s - largest)
+    lse = largest + tl.log(total)
+    # Not lse - s_t: that would round the logarithm to the digits of a large ``largest``.
+    loss = tl.log(total) + (1.0 - smoothing) * (largest - of_target) + z_loss * lse * lse
     # Without smoothing, the mean of s may be infinite, as in a masked vocabulary.
     loss += tl.where(smoothing == 0.0, 0.0, smoothing * (largest - tl.sum(b_total, 0) / V))
     tl.store(losses + i_row, loss)
@@ -73,9 +73,8 @@ def row_loss_kernel(
             o_column = i_column + tl.arange(0, BLOCK)
             b_z = tl.load(z + o_column, mask=o_column < V, other=0.0)  # [BLOCK]
             b_s, b_slope = _logits(b_z, logit_scale, softcap)
-            b_g = tl.exp(b_s - largest - log_sum) * (1.0 + 2.0 * z_loss * lse) - smoothing / V
-            b_g -= tl.where(o_column == i_target.to(tl.int32), 1.0 - smoothing, 0.0)
-            b_g *= b_slope * factor
+            b_g = tl.exp(b_s - largest) * ((1.0 + 2.0 * z_loss * lse) / total) - smoothing / V
+            b_g = (b_g - tl.where(o_column == i_target, 1.0 - smoothing, 0.0)) * b_slope * factor
             tl.store(z + o_column, cast(b_g, z.dtype.element_ty), mask=o_column < V)
 
 
@@ -85,12 +84,13 @@ def _logits(b_z, logit_scale, softcap):
     b_s, b_slope = b_z.to(tl.float32) * logit_scale, 1.0
     if softcap is not None:
         b_u = b_s / softcap
-        b_square = b_u * b_u
-        # tanh u = 2 sigmoid(2 u) - 1 loses the digits of a small u, whose series converges.
-        b_series = 0.13333333 + b_square * (-0.053968254 + b_square * 0.021869488)
-        b_series = b_u + b_u * b_square * (-0.33333333 + b_square * b_series)
-        b_tanh = tl.where(b_square < 0.09, b_series, 2.0 * tl.sigmoid(2.0 * b_u) - 1.0)
-        b_s, b_slope = softcap * b_tanh, 1.0 - b_tanh * b_tanh
+        b_uu = b_u * b_u
+        b_q = 2.0 / (1.0 + tl.exp(2.0 * tl.abs(b_u)))  # 1 - tanh |u|
+        # 1 - q loses the digits of a small u, for which tanh's series converges.
+        b_series = 0.13333333 + b_uu * (-0.053968254 + b_uu * 0.021869488)
+        b_series = b_u + b_u * b_uu * (-0.33333333 + b_uu * b_series)
+        b_s = softcap * tl.where(b_uu < 0.09, b_series, tl.where(b_u < 0.0, b_q - 1.0, 1.0 - b_q))
+        b_slope = b_q * (2.0 - b_q)  # 1 - tanh², with the digits of a large u
     return b_s, b_slope
 
 

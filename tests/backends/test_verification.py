@@ -11,7 +11,9 @@ from packed import random_int8
 
 import fastlora
 from fastlora import kernels
+from fastlora.backends import torch as torch_backend
 from fastlora.backends import triton
+from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
 from fastlora.kernels import replay
@@ -331,6 +333,45 @@ def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeyp
     faulty(monkeypatch, one_row_is_nan, ["gated"])
     with pytest.warns(RuntimeWarning, match="gated no longer run"):
         agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+
+
+def test_a_loss_is_verified_on_few_rows_with_its_own_classes(monkeypatch, tmp_path):
+    """It is written over its logits, which verification must not change before the end."""
+    settings, target = LossSettings(0.1, 3.0, 2.0, 0.01), torch.arange(150) % 45
+    real, compared, shapes = kernels.row_loss, verification.compared, []
+
+    def counted(by_torch, tensors, *rest):
+        shapes.append(tensors[0].shape)
+        assert torch.equal(tensors[1], target[: len(tensors[1])])
+        return compared(by_torch, tensors, *rest)
+
+    def check():
+        for gradient in (True, False, True):
+            z, upstream, losses = torch.randn(150, 45), torch.randn(150), torch.empty(2, 150)
+            found, expected = z.clone(), z.clone()
+            triton.row_loss(found, target, losses[0], settings, upstream, gradient)
+            torch_backend.row_loss(expected, target, losses[1], settings, upstream, gradient)
+            agree([found, losses[0]], [expected, losses[1]])
+
+    monkeypatch.setattr(verification, "compared", counted)
+    check()
+    assert shapes == [(64, 45)] * 4  # random logits and the caller's; with the gradient and without
+    monkeypatch.setattr(verification, "_CHOSEN", verification.ALWAYS)
+    monkeypatch.setattr(verification, "compared", compared)
+    check()
+    assert not faults()
+
+    def without_z_loss(z, target, losses, settings, *rest):
+        real(z, target, losses, settings._replace(z_loss=0.0), *rest)
+
+    monkeypatch.setattr(verification, "_CHOSEN", verification.FIRST)
+    forget(monkeypatch, tmp_path / "another")
+    monkeypatch.setattr(kernels, "row_loss", without_z_loss)
+    with pytest.warns(RuntimeWarning, match="row_loss no longer run"):
+        check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check()
 
 
 def test_a_kernel_that_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
