@@ -1,4 +1,7 @@
-"""Times a launcher's call with several configs, and torch's operations; verifies each first."""
+"""Times a launcher's call with several configs, beside torch's operations; verifies each first.
+
+A *form* (forms.py) is a launcher's call without tensors: sizes, dtypes, settings.
+"""
 
 import math
 import sys
@@ -22,67 +25,73 @@ from .measure import digits
 from .tree import last_error
 
 _SECONDS, _ROUNDS = 15.0, 9  # seconds for compiling; rounds of timing
-_KEPT = 5  # the most configs, and the most failures, that a result's row has
+_KEPT = 5  # the most configs, and the most failures, in a row of results
 
 
 def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | None = None) -> dict:
-    """A row: the default tiles, or the best of ``most``; for a base product, a row of plans.
+    """The speed that a form reaches with its best config, as a row of results.
 
-    A base product is compared with in place, in both orders, and with torch's product, which
-    writes (mm) or adds (addmm).  Other calls are compared with a copy.  ``rates`` are the FLOPs of
-    the base product, or else bytes, in 10¹² a second.  ``pool`` compiles in other processes, so
-    that a crash there doesn't end the timing.
+    ``most`` configs are tried, the default first.  A form with a base product is compared with the
+    plan in place, in both orders, and with torch's product, which writes (mm) or adds (addmm); the
+    row then also has the faster plan, as ``fastlora tune`` stores it.  Other forms are compared
+    with a copy of x.  ``rates`` are 10¹² a second: FLOPs of the base product, or bytes that other
+    forms move.  ``pool`` compiles in other processes, so that a crash there doesn't end the timing.
     """
-    target, operands, stated = target_of(device), Operands(form, device), []
+    target, operands, launch_works = target_of(device), Operands(form, device), []
     default = default_config(form.kernel, target, form.call)
-    listed = candidates(form.kernel, target, form.call)[:most]
-    found = {str(config): config for config in listed}
-    if pool:
-        ended = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in found.values()])
-        found = {str(config): config for (*_, config), why in ended.items() if not why}
-    ours = {name: partial(operands.run, config) for name, config in found.items()}
+    configs = candidates(form.kernel, target, form.call)[:most]
+    tried = {str(config): config for config in configs}
+    if pool:  # keep the configs that compile in time
+        errors = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in tried.values()])
+        tried = {str(config): config for (*_, config), error in errors.items() if not error}
+    our_calls = {name: partial(operands.run, config) for name, config in tried.items()}
     if form.depths:
         out, p, q = operands.out, operands.ps[0], operands.qs[0]
-        ours["in place"] = operands.run_in_place
-        ours["in place, adapter last"] = partial(operands.run_in_place, adapter_first=False)
-        theirs = {"mm": partial(torch.mm, p, q, out=out)}
-        theirs["addmm"] = partial(torch.addmm, out, p, q, out=out)
-        work = dict.fromkeys(ours | theirs, 2 * form.M * form.columns * sum(form.depths))
+        our_calls["in place"] = operands.run_in_place
+        our_calls["in place, adapter last"] = partial(operands.run_in_place, adapter_first=False)
+        torch_calls = {"mm": partial(torch.mm, p, q, out=out)}
+        torch_calls["addmm"] = partial(torch.addmm, out, p, q, out=out)
+        work = dict.fromkeys(our_calls | torch_calls, 2 * form.M * form.columns * sum(form.depths))
     else:
         source = torch.randn(form.M, form.columns, device=device).to(form.dtype)
-        theirs = {"copy": partial(torch.empty_like(source).copy_, source)}
-        with intercept(lambda launch: stated.append(launch.work())):
+        torch_calls = {"copy": partial(torch.empty_like(source).copy_, source)}
+        with intercept(lambda launch: launch_works.append(launch.work())):
             operands.run(default)
-        work = dict.fromkeys(ours, sum(each.loaded + each.stored for each in stated))
+        work = dict.fromkeys(our_calls, sum(each.loaded + each.stored for each in launch_works))
         work["copy"] = 2 * source.nbytes
-    seconds, failures = _timed(operands, ours, theirs)
-    best = min(found.keys() & seconds, key=seconds.__getitem__, default="none ran")
+    # Time all calls, and keep the fastest, the best of our configs, the default, and torch's.
+    seconds, failures = _timed(operands, our_calls, torch_calls)
+    best = min(tried.keys() & seconds, key=seconds.__getitem__, default="none ran")
     kept = {*sorted(seconds, key=seconds.__getitem__)[:_KEPT], best, str(default)}
-    kept = [name for name in seconds if name in kept or name not in found]
+    kept = [name for name in seconds if name in kept or name not in tried]
     row = {
         "table": "calls", "id": form.id, "seconds": {name: seconds[name] for name in kept},
         "rates": {name: digits(work[name] / seconds[name] / 1e12) for name in kept},
-        "tried": len(found), "failures": dict([*failures.items()][:_KEPT]),
+        "tried": len(tried), "failures": dict([*failures.items()][:_KEPT]),
         "default": str(default), "best": best,
     }  # fmt: skip
     if form.depths:
-        fused = seconds.get(best, math.inf) < seconds.get("in place", math.inf)
-        plan = Plan(True, found[best]) if fused else Plan(False)
+        is_fused = seconds.get(best, math.inf) < seconds.get("in place", math.inf)
+        plan = Plan(True, tried[best]) if is_fused else Plan(False)
         call, depth = form.call, sum(form.depths)
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
         row["plan"] = asdict(Row(target.device, *size, plan, form.name.startswith("dx")))
     return row
 
 
-def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Callable]) -> tuple:
-    """The median time of each correct call, and the reason against each other one."""
+def _timed(
+    operands: Operands, our_calls: dict[str, Callable], torch_calls: dict[str, Callable]
+) -> tuple:
+    """(the median seconds of each correct call, the error of each failed one of our calls)."""
     form, device, truth = operands.form, operands.device, operands.truth()
-    clock, calls, failures = clock_for(device), dict(theirs), {}
-    for name, call in ours.items():
-        print(f"{form.id}: {name}", file=sys.stderr)  # for the log, if the process dies
+    clock, calls, failures = clock_for(device), dict(torch_calls), {}
+    for name, call in our_calls.items():
+        print(
+            f"{form.id}: {name}", file=sys.stderr
+        )  # so the log names the call that kills a process
         try:
             for tensor in call():
-                tensor.fill_(float("nan"))  # shows elements that no kernel writes
+                tensor.fill_(float("nan"))  # so elements that no kernel writes fail the check
             checked(zip(call(), truth, strict=True), form.dtype)
             calls[name] = call
         except Exception:
@@ -93,14 +102,17 @@ def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Call
 
 
 def _compile(form: Form, target: Target, config: Config) -> None:
-    """Compile the launches of this call without running them: its tensors are meta tensors."""
+    """Compile the launches of a form without running them, on tensors of the device "meta"."""
     with use_target(target), intercept(Launch.compile):
         Operands(form, "meta").run(config)
 
 
-def ahead(pool: Executor | None, seconds: float, compiles: Callable, asked: Sequence) -> dict:
-    """The error of each argument, or "", if its ``compiles`` ended in time."""
-    futures = {pool.submit(compiles, *each): each for each in asked} if pool else {}
+def ahead(pool: Executor | None, seconds: float, compiles: Callable, arguments: Sequence) -> dict:
+    """Call ``compiles`` with each entry of ``arguments``, in the processes of ``pool``.
+
+    Returns the error, or "", of each entry whose call ended within ``seconds``.
+    """
+    futures = {pool.submit(compiles, *each): each for each in arguments} if pool else {}
     done, late = wait(futures, timeout=seconds)
     for future in late:
         future.cancel()

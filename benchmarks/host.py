@@ -22,18 +22,20 @@ from .cases import Case
 from .lineup import make_tensors, makers_for
 from .measure import Step, in_turn, row_of, step_of, threads_for
 
-LAUNCH = 3e-6  # seconds of the driver's part: assumed, not measured
-TINY = ("peft", "frozen", "torch backend")
-# "fastlora" runs the default plan; in the row of a block it is PEFT's, optimized.
+LAUNCH = 3e-6  # seconds of the driver's part of a launch: assumed, not measured
+TINY = ("peft", "frozen", "torch backend")  # contestants with tiny layers
+# Contestants with layers of real sizes.  "fastlora" runs the default plan; in the row of a block it
+# is PEFT's model after ``optimize``.
 REAL = ("peft, optimized", "fused", "in place", "fastlora")
 
 
 def measure(case: Case, seconds: float) -> dict:
-    """A row.  ``kernels`` counts the launches of a step: torch's, and Triton's."""
+    """A row of results.  ``kernels`` counts the launches of a step: torch's, and Triton's."""
     clock = HostClock(torch.device("cpu"), time.process_time)
     steps: dict[str, Step] = {}
     kernels: dict[str, list[int]] = {}
-    # A group's layers, optimized, would really sum their large dx.
+    # Without "peft, optimized" in a group: autograd would add up the layers' dx of real size on the
+    # CPU, and that time isn't the host's.
     real = REAL[1:] if len(case.outputs) > 1 and not case.is_block else REAL
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, inner=8)
     with fastlora.use_backend("triton"), threads_for(case):

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 Table = list[tuple[str, ...]]  # the head, and then the lines
+# A row of a results file has for each quantity (forward, both, …) the seconds of each contestant,
+# and under "ratios" for each pair "one/other" the (first quartile, median, third quartile).
 _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
     "layers": "Medians of pairs, as ratios to the first contestant's time in the same round; "
@@ -66,7 +68,10 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
 
 
 def _times(rows: list[dict]) -> Table:
-    """A line for each quantity of each row, a column for each contestant."""
+    """A line for each quantity of each row, a column for each contestant.
+
+    Times are ratios to the row's first contestant, whose microseconds are also shown.
+    """
     timed = [(row, quantity) for row in rows for quantity in row.get("ratios", ())]
     seconds = [row["seconds"][quantity] for row, quantity in timed]
     names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
@@ -80,16 +85,17 @@ def _times(rows: list[dict]) -> Table:
     head += [f"{_SHORT.get(name, name)} peak" for name in peaks]
     lines = [(*head, "target")]
     for row, quantity in timed:
-        first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
-        low, _, high = found[f"fastlora/{first}"]
+        first, ratios = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
+        low, _, high = ratios[f"fastlora/{first}"]
         line = [row["id"], quantity, f"{row['seconds'][quantity][first] * 1e6:.4g}"]
-        line += [*(_median(found, f"{name}/{first}") for name in names), f"{low:.2f}–{high:.2f}"]
-        line += [_median(found, "fastlora/peft")] * ("peft" in names)
+        line += [*(_median(ratios, f"{name}/{first}") for name in names), f"{low:.2f}–{high:.2f}"]
+        line += [_median(ratios, "fastlora/peft")] * ("peft" in names)
         for saved in (row["saved"].get(name) for name in kept):
             line.append(f"{_bytes(saved['x'])} + {_bytes(saved['added'])}" if saved else "–")
         line += [_bytes(row["peak"][name]) if name in row["peak"] else "–" for name in peaks]
-        its = (quantity, *("kept", "peak") * (quantity == "both"))
-        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] in its))
+        # Targets of memory stand in the line of "both".
+        shown = (quantity, *("kept", "peak") * (quantity == "both"))
+        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] in shown))
         lines.append(tuple(line))
     return lines
 
@@ -104,8 +110,8 @@ def _called(rows: list[dict]) -> Table:
     return lines
 
 
-def _median(found: dict, ratio: str) -> str:
-    return f"{found[ratio][1]:.3f}" if ratio in found else "–"
+def _median(ratios: dict, pair: str) -> str:
+    return f"{ratios[pair][1]:.3f}" if pair in ratios else "–"
 
 
 def _bytes(count: int) -> str:
@@ -184,7 +190,7 @@ def _brief_of_steps(rows: list[dict]) -> str:
 
 
 def _brief_of_hosts(rows: list[dict]) -> str:
-    """Each ratio to PEFT's time as it was measured and as it is modeled, beside the goal."""
+    """Each ratio to PEFT's time, measured and modeled, beside the goal."""
     lines = [("", "launches", "PEFT's", "measured", "modeled", "goal")]
     for row in rows:
         goals = {each["ratio"]: each["limit"] for each in row["targets"]}

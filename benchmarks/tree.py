@@ -1,4 +1,7 @@
-"""Imports fastlora from a folder, such as another commit's, and starts processes that do so."""
+"""Imports fastlora from a folder, such as another commit's, and starts processes that do so.
+
+A *tree* is such a folder: the repository's root, with fastlora/ and kernels/.
+"""
 
 import json
 import os
@@ -21,10 +24,10 @@ ROOT = BENCHMARKS.parent
 
 
 class _Tree(MetaPathFinder):
-    """Finds fastlora in a folder; the benchmarks are always this tree's.
+    """Finds fastlora in a tree.  The benchmarks are always this file's own.
 
-    ``sys.path`` can't do this, because kernels/ is installed as fastlora.kernels (setup.py).  Under
-    its own name it would hide Hugging Face's package ``kernels``.
+    ``sys.path`` can't do this, because it would find kernels/ under its own name and not as
+    fastlora.kernels (setup.py), and would hide Hugging Face's package ``kernels``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -36,17 +39,17 @@ class _Tree(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None
     ) -> ModuleSpec | None:
-        found = self.folders.get(name)
-        if found is not None and not found.suffix:
-            found /= "__init__.py"
-        return None if found is None else spec_from_file_location(name, found)
+        location = self.folders.get(name)
+        if location is not None and not location.suffix:
+            location /= "__init__.py"
+        return None if location is None else spec_from_file_location(name, location)
 
 
 def import_from(root: Path = ROOT) -> None:
-    """Make ``import fastlora`` and ``import benchmarks`` find this folder's packages.
+    """Make ``import fastlora`` and ``import benchmarks`` find the packages of the tree ``root``.
 
-    The script's folder is removed from the path, because its ``report`` or ``judge`` could hide
-    other modules.
+    benchmarks/, where Python puts a script's folder on the path, is removed from it, because
+    modules such as ``report`` or ``judge`` could hide others of the same name.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
     sys.path.append(str(ROOT / "tests" / "support"))  # as in pytest: oracles, vendors' layers
@@ -54,9 +57,10 @@ def import_from(root: Path = ROOT) -> None:
 
 
 class Worker:
-    """A process that imports a folder's fastlora and calls the methods of a module's ``Served``.
+    """A process that imports a tree's fastlora and runs the requests of :meth:`ask`.
 
-    A request is a line of JSON with the name of a method and its arguments; the answer is also a
+    ``module`` has a class ``Served``, which the process creates with ``device``.  A request is a
+    line of JSON with the name of a method of ``Served`` and its arguments.  The answer is also a
     line.  After a failed request, the next one gets a new process.
     """
 
@@ -68,12 +72,16 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, *request: str, seconds: float = 600.0) -> dict:
-        """The answer.  Without one in time, raises a RuntimeError with the process's output."""
+        """Send a request and return the answer.
+
+        After a failure, or ``seconds`` without an answer, raises RuntimeError with the end of the
+        process's output.
+        """
         process = self.process = self.process or self._start()
         timer = Timer(seconds, process.kill)
         timer.daemon = True
         timer.start()
-        with suppress(BrokenPipeError):  # the output has the reason
+        with suppress(BrokenPipeError):  # the process has ended; its output has the reason
             print(json.dumps(request), file=process.stdin, flush=True)
         line = process.stdout.readline()
         timer.cancel()
@@ -103,7 +111,8 @@ class Worker:
 
 
 def serve(served: object) -> None:
-    """The worker's loop.  Standard output is for answers; output of libraries goes to the log."""
+    """The worker's loop: run each request on ``served`` and print the answer."""
+    # Only answers go to standard output.  Whatever libraries print there goes to the log.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         for line in sys.stdin:
@@ -116,11 +125,12 @@ def serve(served: object) -> None:
 
 
 def last_error() -> str:
-    """The error of an except clause: kind, text and place, shortened if a compiler is verbose."""
+    """The error that an except clause handles: kind, text and place, at most 1500 characters."""
     return traceback.format_exc(limit=-1)[-1500:]
 
 
-if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes
+# "__main__": python tree.py ROOT MODULE DEVICE.  "__mp_main__": a process that it starts.
+if __name__ in ("__main__", "__mp_main__"):
     import_from(Path(sys.argv[1]))
 if __name__ == "__main__":
     serve(import_module(sys.argv[2]).Served(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""A Trainer callback that waits for finetune.py before each step."""
+"""A Trainer callback that waits for finetune.py before each step, so that two runs take turns."""
 
 import sys
 import time

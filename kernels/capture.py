@@ -17,16 +17,20 @@ the function of h = x lora_aᵀ is this, where the columns are summed in eight p
         _held = held(workspace);  workspace = _held = None
         return [h]
 
-The inputs are t0, t1 …  A buffer is made like a tensor of one element, expanded: that takes half
-the time of a shape and a dtype.  Buffers that only launches use lie in one allocation, the
-workspace, and share its bytes where they are needed at different times.  torch.fx lets go of a
-value after its last use, but an address holds no tensor.  So a call of ``_held`` is the last use of
-a launch's buffers.
+The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
-The capture runs the call on stand-ins, tensors of the device "meta".  Launchers ask for shapes of
-tensors that don't exist yet, Triton asks for alignments, and a failure leaves nothing half done.  A
-torch function mode records each operation, also views: without it, backends would have to name
-their operations a second time, and a forgotten one would give wrong results.
+* A buffer is allocated by ``torch.empty_like`` of an expanded tensor with one element: that takes
+  half the time of a call with shape and dtype.
+* Buffers that only launches use are parts of one allocation, the workspace.  They share its bytes
+  where they are needed at different times.
+* The generated function drops a value after its last use.  A launch gets only addresses, which keep
+  no tensor alive.  So a call of ``_held`` after the launch is the last use of its buffers.
+
+The capture runs the call on stand-ins, tensors of the device "meta": they have shapes, strides and
+dtypes, but no memory, so a failure leaves nothing half done.  The recorder answers for their
+device and the alignment of their addresses.  A torch function mode records each operation, also
+views.  Without it, backends would have to name their operations a second time, and a forgotten one
+would give wrong results.
 """
 
 from collections.abc import Callable, Hashable, Sequence, Set
@@ -48,7 +52,7 @@ from .common import INTERPRETED
 from .launch import Launch, recording
 
 _BUFFERS = (Tensor.new_empty, torch.empty_like)  # functions that make buffers
-_ALIGNED = 512  # bytes, like torch's allocations on a GPU
+_ALIGNED = 512  # bytes; torch also aligns its allocations on a GPU to this
 # torch.fx writes these values into the source.  Any other value is a constant of the replay.
 _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
@@ -70,8 +74,8 @@ def capture_call(
 
     The caller of a replay has to keep the tensors alive until it returns.
     """
-    # The caller's modes see replays, but no stand-ins.  A view made in inference mode doesn't know
-    # its base, and so has no address.
+    # The caller's torch modes must not see stand-ins; they see replays.  Inference mode is turned
+    # off, because views in it don't know their base, which their address is computed from.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         recorder = _Recorder(tensors)
         with recorder, recording(recorder.add_launch):
@@ -91,11 +95,11 @@ class _Recorder(TorchFunctionMode):
         self.alive: list[Any] = []  # values, so that no id is reused
         self.constants = SimpleNamespace()
         self.buffers: dict[Node, Tensor] = {}
-        self.acts: set[Node] = set()  # have effects: needed even if their results aren't used
+        self.effects: set[Node] = set()  # nodes that are needed even if their results aren't used
         self.addresses: dict[Node, Node] = {}
-        self.modulo_16: dict[Node, int] = {}  # addresses of the inputs
+        self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
         self.launches: list[Node] = []
-        self.uses: dict[Node, list[int]] = {}  # the numbers of launches that get its address
+        self.uses: dict[Node, list[int]] = {}  # a tensor: the numbers of launches with its address
         self.kernels: list[Any] = []
         self.identities: set[str] = set()
         self.stream = object()
@@ -114,23 +118,23 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
-            # Callers read only the address modulo 16, and that it isn't 0, which is no address.
+            # Callers read only the address modulo 16, and whether it is 0, so 2²⁰ will do.
             base = self.nodes[id(_base(arguments[0]))]
             return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
         if getattr(function, "__self__", None) is Tensor.device:
             return self.device
-        out = keywords.get("out")  # then it is the result, and nothing need be computed
-        with DisableTorchFunction():  # and with it the caller's modes
+        out = keywords.get("out")  # if given, it is the result, and a stand-in needs no values
+        with DisableTorchFunction():  # turns off this mode and the caller's modes
             result = function(*arguments, **keywords) if out is None else out
-            several = result if isinstance(result, tuple) else (result,)
-            made = {i: each for i, each in enumerate(several) if isinstance(each, Tensor)}
-            if made:
+            results = result if isinstance(result, tuple) else (result,)
+            tensors = {i: each for i, each in enumerate(results) if isinstance(each, Tensor)}
+            if tensors:
                 node = self._operation(function, arguments, keywords, result)
-                if any(id(each) in self.nodes for each in made.values()):  # in place, or ``out``
-                    self.acts.add(node)
+                if any(id(each) in self.nodes for each in tensors.values()):  # in place, or out=
+                    self.effects.add(node)
                     return result
-                for i, each in made.items():
-                    part = node if several is not result else self._call(getitem, [node, i])
+                for i, each in tensors.items():
+                    part = node if results is not result else self._call(getitem, [node, i])
                     self._stands_for(each, part)
         return result
 
@@ -145,18 +149,19 @@ class _Recorder(TorchFunctionMode):
         else:
             try:
                 kernel = launch.compile()
-                launcher = kernel.run  # which loads it
+                launcher = kernel.run  # reading this property also loads the code
             except Exception as error:
                 raise RuntimeError(f"{launch.name} doesn't compile: {error}") from error
             self.kernels.append(kernel)
             self.identities.add(f"{launch.name} {kernel.hash}")
-            first = [*(*launch.grid, 1, 1)[:3], self.stream]
-            first += [kernel.function, kernel.packed_metadata, None, None, None]
-            run, operands = _unwrapped(launcher, [*first, *operands])
+            # Triton's launcher takes these first: grid, stream, code, no profiler's hooks.
+            before = [*(*launch.grid, 1, 1)[:3], self.stream]
+            before += [kernel.function, kernel.packed_metadata, None, None, None]
+            run, operands = _unwrapped(launcher, [*before, *operands])
         with DisableTorchFunction():
             operands = [self._argument(each, address=True) for each in operands]
         self.launches.append(self._call(run, operands, options, launch.name))
-        self.acts.add(self.launches[-1])
+        self.effects.add(self.launches[-1])
 
     def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
         output = self.graph.output([self._argument(each) for each in results])
@@ -164,7 +169,7 @@ class _Recorder(TorchFunctionMode):
         self._share_workspace()
         self._hold(output.all_input_nodes)
         self._drop_unused()
-        # Not a GraphModule: it keeps the graph, and torch.fx its source for ever.
+        # Not a GraphModule: it would keep the graph, and torch.fx would keep its source forever.
         code = self.graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<a captured call>", "exec"), scope)
@@ -172,7 +177,8 @@ class _Recorder(TorchFunctionMode):
         return CapturedCall(replay, code.src, self.kernels, self.identities, self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
-        if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
+        # A contiguous buffer depends on no other tensor.
+        if function in _BUFFERS and result.is_contiguous():
             node = self._empty(result.shape, result.dtype)
             self.buffers[node] = result
             return node
@@ -183,11 +189,12 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, inputs, options)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> Node:
-        few = shape if torch.Size(shape).numel() < 2 else ()
-        like = torch.empty(few, dtype=dtype, device=self.device).expand(shape)
-        made: Any = partial(torch.empty_like, like)
-        made.__name__, made.__module__ = "buffer", __name__  # what torch.fx calls it by
-        return self._call(made, [], name=name)
+        """A node that allocates a contiguous tensor."""
+        at_most_one = shape if torch.Size(shape).numel() < 2 else ()
+        like = torch.empty(at_most_one, dtype=dtype, device=self.device).expand(shape)
+        allocate: Any = partial(torch.empty_like, like)
+        allocate.__name__, allocate.__module__ = "buffer", __name__  # its name in torch.fx's source
+        return self._call(allocate, [], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
@@ -219,9 +226,10 @@ class _Recorder(TorchFunctionMode):
         return self._stands_for(value, self.graph.get_attr(name))
 
     def _address(self, tensor: Tensor) -> Node:
-        """A view's address is its base's and an offset: views needn't be made for launches.
+        """A node for the tensor's address: its base's address plus an offset.
 
-        To Triton's interpreter, the address of a tensor is the tensor.
+        So a replay makes no views for launches.  Triton's interpreter takes the tensor itself in
+        place of an address.
         """
         base, offset = (tensor, 0) if INTERPRETED.value else (_base(tensor), _offset(tensor))
         node = self._argument(base)
@@ -236,7 +244,7 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, [node], name=f"at_{node.name}")
 
     def _share_workspace(self) -> None:
-        """Buffers that only launches use become parts of one allocation, the workspace."""
+        """Turn buffers that only launches use into parts of one allocation, the workspace."""
         lives = {
             node: (uses[0], uses[-1])
             for node, uses in self.uses.items()
@@ -256,53 +264,56 @@ class _Recorder(TorchFunctionMode):
             self.uses.setdefault(workspace, []).extend(self.uses.pop(node))
 
     def _part(self, start: Node, offset: int, buffer: Tensor) -> Node:
-        if not INTERPRETED.value:  # where the address of nothing is 0
+        if not INTERPRETED.value:  # an empty buffer has address 0
             return self._call(add, [start if buffer.numel() else 0, offset])
         part = self._call(getitem, [start, slice(offset, offset + buffer.nbytes)])
         typed = self._call(Tensor.view, [part, buffer.dtype])
         return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
     def _hold(self, returned: Sequence[Node]) -> None:
-        """Keep each new tensor alive until its last launch, because an address keeps none alive."""
+        """Keep each new tensor alive until its last launch; the launch has only its address."""
         for node, uses in self.uses.items():
             if node.op.startswith("call") and node not in returned:
                 with self.graph.inserting_after(self.launches[max(uses)]):
-                    self.acts.add(self._call(_held, [node]))
+                    self.effects.add(self._call(_held, [node]))
 
     def _drop_unused(self) -> None:
         for node in reversed(self.graph.nodes):
-            if not (node.users or node in self.acts or node.op in ("placeholder", "output")):
+            if not (node.users or node in self.effects or node.op in ("placeholder", "output")):
                 vars(self.constants).pop(node.target, None)
                 self.graph.erase_node(node)
 
 
 def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-    """The function in C that Triton's launcher calls for these arguments, and its arguments.
+    """The C function that Triton's launcher calls for these arguments, and its arguments.
 
-    The launcher itself if it does more: scratch memory, a sanitizer.
+    Calling it directly saves host time.  If the launcher does more than this call (scratch memory,
+    a sanitizer), the result is the launcher.
     """
     fields = vars(launcher)
     scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
     if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
         return launcher.__call__, arguments
-    handed: list[tuple] = []
-    watched = copy(launcher)
-    watched.launch = lambda *given: handed.append(given)
-    watched(*arguments)
-    return launcher.launch, handed[0]
+    # A copy of the launcher, whose C function only records its arguments.
+    recorded: list[tuple] = []
+    spy = copy(launcher)
+    spy.launch = lambda *c_arguments: recorded.append(c_arguments)
+    spy(*arguments)
+    return launcher.launch, recorded[0]
 
 
 def _placed(lives: dict, sizes: dict) -> tuple[dict, int]:
     """Offsets of buffers in the workspace, by first fit, and the size of the workspace, in bytes.
 
-    ``lives``: the first and the last launch with each buffer, in the order of the first.
+    ``lives``: the numbers of the first and the last launch with each buffer, sorted by the first.
+    Two buffers may share bytes if the last launch of one is before the first launch of the other.
     """
-    placed: list[tuple[int, int, int]] = []  # begin, end, last use
+    placed: list[tuple[int, int, int]] = []  # first byte, byte after the last, last launch
     offsets = {}
     for node, (first, last) in lives.items():
         offset = 0
-        for begin, end, needed in sorted(placed):
-            if needed >= first and offset < end and begin < offset + sizes[node]:
+        for begin, end, last_launch in sorted(placed):
+            if last_launch >= first and offset < end and begin < offset + sizes[node]:
                 offset = -(-end // _ALIGNED) * _ALIGNED
         offsets[node] = offset
         placed.append((offset, offset + sizes[node], last))
@@ -314,13 +325,13 @@ def _base(tensor: Tensor) -> Tensor:
 
 
 def _offset(tensor: Tensor) -> int:
-    """Bytes from its base's address to its own."""
-    start, its = (t.storage_offset() * t.element_size() for t in (_base(tensor), tensor))
-    return its - start
+    """The bytes from the address of the tensor's base to the tensor's own address."""
+    base, own = (t.storage_offset() * t.element_size() for t in (_base(tensor), tensor))
+    return own - base
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """The tensor itself, which lives until this is called with it."""
+    """Returns the tensor, which therefore lives until this call."""
     return tensor
 
 
@@ -331,9 +342,9 @@ class _Address(int):
 
 
 class _Described(TensorDescriptor):
-    """A tensor's descriptor, whose class has all fields but the base.
+    """A tensor descriptor for replays.  Its fields are class attributes, except the base.
 
-    They were checked when the call was resolved.
+    A replay creates it without the checks of the fields, which have passed in the capture.
     """
 
     def __init__(self, base: Any) -> None:
@@ -341,7 +352,8 @@ class _Described(TensorDescriptor):
 
 
 def _describing(like: TensorDescriptor) -> type[_Described]:
-    # A tensor map is encoded from plain tuples in half the time of a torch.Size.
+    """A class of descriptors that differ from ``like`` only in their base."""
+    # Triton encodes a descriptor from plain tuples in half the time that a torch.Size takes.
     fields = {
         name: tuple(value) if isinstance(value, (tuple, list)) else value
         for name, value in vars(like).items()

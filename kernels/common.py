@@ -1,15 +1,25 @@
 """Device functions that all kernels share: dot product, loads, tile order, dropout mask.
 
-Names inside a kernel: ``i_`` an index, ``o_`` offsets, ``b_`` a tile in registers (a block);
-``BLOCK_`` a tile's size.  BM, BN, BK and BR in the comments are BLOCK_M, BLOCK_N, BLOCK_K and
-BLOCK_R.  Operands that exist once per projection are tuples; ``tl.static_range`` unrolls over them.
+A launch handles a group of *projections*, the layers that read the same x (q, k and v).  Operands
+that exist once per projection are tuples; ``tl.static_range`` unrolls over them.
+
+Names inside a kernel:
+
+* M, N, K, R: the sizes of the axes.  M counts rows (tokens), N columns, K the axis that a product
+  sums over (its depth), R the rank.  Each kernel's docstring gives the shapes of its operands;
+* ``i``: a projection's number; ``i_m``, ``i_n``, ``i_k``, ``i_r``: a tile's first index on the axis
+  with that letter; ``i_tile``, ``i_segment``, ``i_split``: a tile's, segment's, split's number;
+* ``o_``: offsets, a vector of indices on one axis; ``b_``: a tile in registers (a block);
+* ``BLOCK_M``, ``BLOCK_N``, ``BLOCK_K``, ``BLOCK_R``: a tile's size on that axis.  Comments shorten
+  them to BM, BN, BK and BR.
 """
 
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit also reads it at import.  Kernels receive it
-# as a default argument, because Triton compares every global that a kernel uses at every launch.
+# Whether TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit also reads this at import.  Device
+# functions receive it as a default argument and not as a global, because at every launch Triton
+# checks that no global has changed.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -18,7 +28,8 @@ def dot(
     b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED
 ):  # fmt: skip
     """b_sum + b_left @ b_right, accumulated in float32."""
-    if INTERPRETED:  # the interpreter's tl.dot would multiply the bit patterns of bfloat16
+    # The interpreter stores bfloat16 as integers, and its tl.dot would multiply these integers.
+    if INTERPRETED:
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
@@ -48,13 +59,14 @@ def load_tile(
     BLOCK_COLUMNS: tl.constexpr,
     DESCRIPTOR: tl.constexpr = False,
     i_segment=None,
-    o_at=None,
+    o_mem=None,
 ):
     """The tile of a matrix [rows, columns] at (i_row, i_column), zero outside of the matrix.
 
     ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
     With ``i_segment``, the descriptor has one matrix for each segment: [segments, rows, columns].
-    ``o_at`` [BLOCK_ROWS]: the rows' numbers in memory, if they aren't consecutive.
+    ``o_mem`` [BLOCK_ROWS]: the rows' numbers in memory, where a launch visits rows in sorted order,
+    so that a tile's rows aren't consecutive in memory (segments.py).
     """
     if DESCRIPTOR and i_segment is not None:
         return source.load([i_segment, i_row, i_column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
@@ -64,8 +76,8 @@ def load_tile(
         o_row = i_row + tl.arange(0, BLOCK_ROWS)
         o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
         inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-        if o_at is not None:
-            o_row = o_at  # only the addresses change: ``inside`` still counts sorted rows
+        if o_mem is not None:
+            o_row = o_mem  # only for the addresses; ``inside`` is about the sorted rows
         pointers = tile_pointers(source, o_row, o_column, row_stride, column_stride)
         return tl.load(pointers, mask=inside, other=0.0)  # [BLOCK_ROWS, BLOCK_COLUMNS]
 
@@ -82,17 +94,17 @@ def known_multiple(number, OF_8: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride, o_at=None
+    target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride, o_mem=None
 ):  # fmt: skip
     """Store a tile at (i_row, i_column) of a matrix [rows, columns], cast to the matrix's dtype.
 
-    Elements outside of the matrix are not stored.  ``o_at`` as in :func:`load_tile`.
+    Elements outside of the matrix are not stored.  ``o_mem`` as in :func:`load_tile`.
     """
     o_row = i_row + tl.arange(0, b_tile.shape[0])
     o_column = i_column + tl.arange(0, b_tile.shape[1])
     inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    if o_at is not None:
-        o_row = o_at
+    if o_mem is not None:
+        o_row = o_mem
     pointers = tile_pointers(target, o_row, o_column, row_stride, column_stride)
     tl.store(pointers, cast(b_tile, target.dtype.element_ty), mask=inside)
 
@@ -108,10 +120,11 @@ def tile_pointers(base, o_row, o_column, row_stride, column_stride):
 def tile_of(i_tile, m_tiles, n_tiles, GROUP: tl.constexpr):
     """(row, column) of tile number i_tile, in tiles.
 
-    Tiles are numbered column by column inside a group of GROUP rows of tiles.  So programs that run
-    at the same time share rows of P and columns of Q, which L2 then serves.
+    Tiles are numbered column by column inside a group of GROUP rows of tiles.  Programs that run at
+    the same time have neighboring numbers.  So they share rows of the left operand and columns of
+    the right one, which the L2 cache then serves.
     """
-    group_size = GROUP * n_tiles
+    group_size = GROUP * n_tiles  # tiles in a group
     i_first = i_tile // group_size * GROUP  # the group's first row of tiles
     height = min(m_tiles - i_first, GROUP)  # the last group may be smaller
     return i_first + i_tile % group_size % height, i_tile % group_size // height
@@ -127,14 +140,14 @@ def keep_tile(
     element's random word is the product of a row key and a column key, and the element is kept if
     the word is at least the threshold.  fastlora/backends/dropout.py explains the keys.
     """
-    OF_THE_SECOND: tl.constexpr = 0x2C9277B5
+    OF_SECOND_COLUMN: tl.constexpr = 0x2C9277B5
     row_keys = _hash(i_row + tl.arange(0, BLOCK_ROWS)) ^ (seed.to(tl.int32) * 2 + 1)
     # Not tl.join: with a join before a product, Triton before 3.8 computes that product in TF32 on
     # sm_100 where exact float32 was requested.
     o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
     pairs = _hash(~(o_column // 2))
-    # One hash serves two columns; the second column multiplies it by a constant.
-    column_hashes = tl.where(o_column % 2 == 0, pairs, pairs * OF_THE_SECOND)
+    # Two columns share a hash, which saves instructions; the second multiplies it by a constant.
+    column_hashes = tl.where(o_column % 2 == 0, pairs, pairs * OF_SECOND_COLUMN)
     column_keys = column_hashes ^ ((seed >> 32).to(tl.int32) * 2 + 1)
     return row_keys[:, None] * column_keys[None, :] >= threshold  # [BLOCK_ROWS, BLOCK_COLUMNS]
 

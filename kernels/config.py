@@ -16,7 +16,8 @@ from .faults import miscompiles_pipelines
 from .target import Target
 
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
-FEW_ROWS = 64  # up to so many rows, loading the weight takes most of a base product's time
+# Up to so many rows, loading the weight takes most of a base product's time (an assumption).
+FEW_ROWS = 64
 MARGIN = 2048  # bytes of shared memory for barriers and alignment
 # The most float32 sums of products in a thread: half of its 255 registers.  Configs with more spill
 # when compiled (`make compile-report`).
@@ -27,7 +28,10 @@ _LETTERS = {"w": "warps", "s": "stages", "g": "group", "r": "width"}
 
 @dataclass(frozen=True)
 class Call:
-    """The properties of a launch that the choice of tiles depends on: the key of that choice."""
+    """The properties of a launch that the choice of tiles depends on: the key of that choice.
+
+    Sizes belong to the kernel's operands, not to the layer's: for dx, ``n`` is the layer's K.
+    """
 
     m: int  # rows
     n: int  # columns of the tiled matrix: OUT, or x in project and weight_grad
@@ -57,9 +61,10 @@ class Call:
 class Config:
     """Tiles, warps and pipeline stages of a launch.
 
-    Each kernel's file has a subclass with its tile sizes and its cost.  A config knows nothing of
-    the operands; the methods take a :class:`Call`.  It prints as a word, which :meth:`of` parses:
-    ``128x256x64-w8-s3-tma`` has tiles of that size, 8 warps, 3 stages, and loads by descriptor.
+    Each kernel has a subclass with its tile sizes and its cost in registers and memory.  The cost
+    also depends on the :class:`Call`, which the methods take.  A config prints as a word, which
+    :meth:`of` parses: ``128x256x64-w8-s3-tma`` has tiles of that size, 8 warps, 3 stages, and loads
+    by descriptor.
     """
 
     @classmethod
@@ -95,7 +100,8 @@ class Config:
     def through_l2(self, call: Call) -> float:
         """Ratio of L2 requests to DRAM traffic, both in bytes, of a thin product.
 
-        Small tiles load the adapter (or x) again and again: DRAM serves a byte once, L2 every time.
+        DRAM serves a byte once, L2 every time that a program loads it.  The smaller the tiles, the
+        more often programs load the adapter, or x.
         """
         return 0.0
 
@@ -128,7 +134,7 @@ class Config:
         return ""
 
     def neighbors(self) -> "Iterator[Config]":
-        """Configs that differ in one setting, which tuning may also try."""
+        """This config, and configs with other warps, stages, group or loads, for tuning to try."""
         stages = range(max(2, self.stages - 1), self.stages + 2) if self.stages > 1 else (1,)
         yield from (replace(self, warps=w, stages=s) for w in (self.warps, 4, 8) for s in stages)
         for name, values in {"group": (4, 16), "descriptors": (False,)}.items():
@@ -139,7 +145,7 @@ class Config:
 class ThinConfig(Config):
     """A config of a kernel whose programs hold all U_i of a group: ``project``, ``weight_grad``."""
 
-    width: int  # the most columns of all U_i together that a program holds
+    width: int  # the most columns that a program's tiles of all U_i have together
 
     def block_r(self, call: Call) -> int:
         n = power_of_two(call.projections)
@@ -148,19 +154,20 @@ class ThinConfig(Config):
     def capacity(self, target: Target, call: Call) -> int:
         """The number of programs of a thin product that should run at once.
 
-        One for each processor.  Where a group makes several masks, ``target.masking`` for each,
-        unless the rank is so high that a processor's registers hold only one program.
+        That is one program for each processor.  A group with several masks has ``target.masking``
+        programs, so that one loads while another computes masks; but not at high ranks, where a
+        processor's registers hold only one program.
         """
         is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
         return target.processors * (target.masking if is_many else 1)
 
 
-# (target, kernel) → product → configs in the order of preference.  defaults.py fills it.
+# DEFAULTS[target, kernel][product]: configs in the order of preference.  defaults.py fills it.
 DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
 
 def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
-    """The target's table of configs for this kind of call."""
+    """The rows of the target's table for this kind of call: configs in the order of preference."""
     if call.packed:
         kernel = "packed"
     elif call.project and kernel == "weight_grad":
@@ -177,32 +184,34 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
 
     Thin products (``project``, ``lowrank``, ``weight_grad``): the first that fits and whose L2
     requests stay below the target's limit.  Base products (``gemm_lowrank``): the first that fits
-    and has a tile for nearly every processor.  The number of rows hardly matters (thin products
-    have one config, base products one for few and one for many rows), because every further config
-    would compile in the middle of training.
+    and has a tile for nearly every processor.  A layer's thin products have the same config for all
+    numbers of rows, and its base products have one for few and one for many rows: each further
+    config would be compiled in the middle of training, when a batch has another length.
     """
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
     if kernel != "gemm_lowrank":
         # L2 has more time while the masks are computed, so the limit is higher.  If no config stays
         # below the limit, the one with the fewest requests is chosen.
-        enough = target.l2 + call.masked * (call.projections - 1) / 2
-        return min(fitting, key=lambda each: max(each.through_l2(call), enough), default=None)
+        # (All below the limit count as equal, and min() takes the first of equals.)
+        limit = target.l2 + call.masked * (call.projections - 1) / 2
+        return min(fitting, key=lambda each: max(each.through_l2(call), limit), default=None)
     few = call.m <= FEW_ROWS * max(1, call.segments)
-    # Count tiles at one size for all calls with few rows, and at one size for all others.  2048:
-    # the fused plan is meant for about as many rows and more (plan.py).
-    level = replace(call, m=FEW_ROWS if few else 2048)
+    # Tiles are counted for FEW_ROWS rows in all calls with few rows, and for 2048 rows in all
+    # others, because the fused plan is meant for about 2048 rows and more (plan.py).
+    counted_call = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
     if call.packed:
         # Every tile of rows unpacks the weight again.  So one tile should hold all rows (up to
-        # FEW_ROWS), and be the smallest that does.
+        # FEW_ROWS), in the smallest such size.  With one tile of rows, m no longer counts.
         m = cdiv(call.m, call.segments or 1)
-        held = [c.block_m for c in fitting if c.block_m >= min(m, FEW_ROWS)]
-        suited = [config for config in fitting if config.block_m == min(held, default=0)]
-        level = replace(call, m=1)
+        heights = [c.block_m for c in fitting if c.block_m >= min(m, FEW_ROWS)]
+        suited = [config for config in fitting if config.block_m == min(heights, default=0)]
+        counted_call = replace(call, m=1)
     for config in suited:
-        if config.tiles(level) >= 0.9 * target.processors:
+        if config.tiles(counted_call) >= 0.9 * target.processors:
             return config
-    return max(suited or fitting[-1:], key=lambda config: config.tiles(level), default=None)
+    # No config has enough tiles: take the one with the most.
+    return max(suited or fitting[-1:], key=lambda config: config.tiles(counted_call), default=None)
 
 
 @lru_cache(maxsize=4096)
@@ -215,11 +224,11 @@ def chosen_config(
     """
     if config is None and preferred is not None and not preferred.why_not(target, call):
         return preferred
-    given = config or default_config(kernel, target, call) or rows(kernel, target, call)[-1]
-    reason = given.why_not(target, call)
+    chosen = config or default_config(kernel, target, call) or rows(kernel, target, call)[-1]
+    reason = chosen.why_not(target, call)
     if reason:
-        raise ValueError(f"{given} can't run {kernel} on {target.name}: {reason}")
-    return given
+        raise ValueError(f"{chosen} can't run {kernel} on {target.name}: {reason}")
+    return chosen
 
 
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
@@ -243,10 +252,11 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
 
 
 def splits(at_once: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
-    """(number of splits of the summed axis, steps in each): enough for ``at_once`` programs.
+    """(number of splits of the summed axis, steps in each), so that ``at_once`` programs can run.
 
-    ``length``: of the axis.  ``step``: elements of it in a step of the loop.  A split costs a plane
-    of partial sums, so it has at least two steps and about ``least`` elements.
+    ``programs``: how many there are without splits.  ``length``: the elements of the summed axis.
+    ``step``: its elements in a step of the loop.  A split costs a plane of partial sums, so it has
+    at least two steps and about ``least`` elements.
     """
     shortest = max(2, cdiv(least, step)) * step
     wanted = max(1, min(at_once // programs, cdiv(length, shortest)))
@@ -255,7 +265,10 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
 
 
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
-    """Cut lists of projections into parts of at most MAX_PROJECTIONS; None stays None."""
+    """The operands of each launch: lists with one entry per projection, cut to MAX_PROJECTIONS.
+
+    A list that is None is None in every launch.
+    """
     if len(groups[0]) <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return

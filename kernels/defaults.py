@@ -5,6 +5,10 @@ instructions, no spill inside a loop, and, on paper, enough bytes in flight to k
 "From compilation" in a comment refers to that report.  ``config.default_config`` chooses a call's
 config from its table, by a cost model that no GPU has measured either; ``fastlora tune`` replaces
 the choice by a measured one.
+
+A config's word: ``128x64x32-w8-s4`` has tiles of 128 x 64 x 32, 8 warps and 4 stages.  ``-tma``:
+loads by descriptor.  ``-r256``: a program's tiles of all U_i have at most 256 columns together
+(``ThinConfig.width``).
 """
 
 from dataclasses import replace
@@ -20,15 +24,15 @@ Table = dict[str, tuple[Config, ...]]
 
 
 def _table(kind: type[Config], *words: str) -> Table:
-    """A table from words: one string for each product; the last string also serves the rest.
+    """A table from strings of words, one string for each of PRODUCTS.
 
-    A word is a config as it prints: ``128x64x32-w8-s4`` has tiles of that size, 8 warps, 4 stages.
+    With fewer strings, the last also serves the remaining products.
     """
     rows = [tuple(map(kind.of, each.split())) for each in words]
     return dict(zip(PRODUCTS, [*rows, rows[-1], rows[-1]], strict=False))
 
 
-# From large tiles to small.  Calls with few rows (FEW_ROWS) take one with at most as many rows.
+# From large tiles to small.  Calls with few rows take a config whose tiles have at most FEW_ROWS.
 _FLOAT32_GEMM = "64x64x16-w8-s3 32x32x32-w4-s3 16x32x32-w4-s2"
 _AMPERE_GEMM = (
     "128x128x32-w8-s4 128x64x32-w4-s4 64x64x64-w4-s3 64x32x128-w4-s3",
@@ -41,31 +45,33 @@ _HOPPER_GEMM = (
     "128x128x32-w8-s4-tma 64x64x32-w4-s4-tma 32x32x64-w4-s4-tma",
     _FLOAT32_GEMM,
 )
-# A tile has to hold all rows, up to FEW_ROWS; of such tiles, the first that fills the device is
-# chosen.  From compilation for sm_90: with eight warps instead of four, a warp converts half as
-# many codes, and each of the four schedulers has two warps to switch between.
+# One tile has to hold all rows, up to FEW_ROWS.  Among configs with such tiles, the first with a
+# tile for nearly every processor is chosen.  From compilation for sm_90: with eight warps instead
+# of four, a warp converts half as many codes, and each of the four schedulers has two warps to
+# switch between.
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
 # The low-rank term without a base product has no main loop and waits for memory, so several small
-# programs should share a processor.  From compilation, instructions for each KiB of the output: 80,
-# or 230 with a mask (120 and 288 with 8 warps).  With three masks 440, or 620 in tiles of 64x64.
+# programs should share a processor.  From compilation, each KiB of the output takes 80
+# instructions, or 230 with a mask (120 and 288 with 8 warps).  With three masks, it takes 440
+# instructions, or 620 in tiles of 64x64.
 _LOWRANK = "64x64-w4-s1 32x64-w4-s1 16x64-w4-s1 16x32-w4-s1"
 _WIDE_LOWRANK = f"64x128-w4-s1 128x128-w8-s1 {_LOWRANK}"
-# Eight warps, or two programs for each processor: from compilation, the barriers and casts of a
-# 64x64 step take four warps about as long as memory takes to deliver the step.
+# A processor should have eight warps, in one program or in two.  From compilation, the barriers and
+# casts of a 64x64 step take four warps about as long as memory takes to deliver the step's bytes.
 _LOW_PROJECT = "32x64-w4-s6 16x128-w4-s4 16x64-w4-s3 16x32-w4-s3"
 _PROJECT = f"64x64-w8-s4 {_LOW_PROJECT}"
 _WIDE_PROJECT = "128x32-w8-s4-r256 128x32-w8-s3-r256"
 _MASKED_PROJECT = f"64x64-w8-s4 {_WIDE_PROJECT} {_LOW_PROJECT}"
 # Narrow tiles make enough programs without splitting the rows; a split costs a plane of partial
-# sums.  From compilation for sm_90: all loads are asynchronous (cp.async), stages ahead.  With four
-# masks of rank 64, a step of 128 rows spills in the loop.
+# sums.  From compilation for sm_90: all loads are asynchronous (cp.async) and run stages ahead.
+# With four masks of rank 64, a step of 128 rows spills in the loop.
 _WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
 _WIDE_WEIGHT_GRAD = "32x128-w8-s4-r256"
 _WEIGHT_GRAD_32 = ("64x32-w8-s4 32x32-w4-s3", "32x32-w4-s3 16x32-w4-s3")
-# From compilation: three masks of one step fit into registers.  As narrow as weight_grad's own
-# tiles, so that the same number of columns needs no more planes.
-_LOW_RANK_TOO = "64x32-w8-s4 32x32-w8-s4-r256 32x32-w4-s3"
-# Wide tiles, because every tile of columns writes a plane of dh.
+# One pass over x.  From compilation, three masks of one step fit into registers.  The tiles are as
+# narrow as weight_grad's other tiles, so that the same number of columns needs no more planes.
+_WITH_LOW_RANK = "64x32-w8-s4 32x32-w8-s4-r256 32x32-w4-s3"
+# One pass over dy.  The tiles are wide, because every tile of columns writes a plane of dh.
 _ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"
 
 _AMPERE = {
@@ -98,7 +104,7 @@ _AMPERE = {
         "32x256-w8-s3 32x128-w8-s3 32x64-w4-s4 32x32-w4-s3",
         _ONE_PASS_FLOAT32,
     ),
-    "one pass over x": _table(WeightGradConfig, _LOW_RANK_TOO, "32x32-w4-s3", "16x32-w4-s3"),
+    "one pass over x": _table(WeightGradConfig, _WITH_LOW_RANK, "32x32-w4-s3", "16x32-w4-s3"),
 }
 # From compilation: two programs with these tiles fit a processor, and masks take fewer
 # instructions.
@@ -113,7 +119,7 @@ _A100 = _AMPERE | {
 }
 _HOPPER = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, *_HOPPER_GEMM),
-    # 16 rows in float32, because larger tiles fail: faults.unpacks_wrong.
+    # In float32 the tiles have 16 rows, because larger tiles fail: faults.unpacks_wrong.
     "packed": _table(GemmConfig, _PACKED, "16x32x32-w4-s3"),
     "project": _table(
         ProjectConfig,
@@ -144,7 +150,7 @@ _HOPPER = _AMPERE | {
         WeightGradConfig,
         # The last configs serve calls where the others race (faults.overwrites_tiles): ranks 33 to
         # 64 with 3 and 4 projections, and TF32.
-        f"{_LOW_RANK_TOO} 64x32-w8-s3-r256",
+        f"{_WITH_LOW_RANK} 64x32-w8-s3-r256",
         "32x32-w4-s3 64x32-w8-s3",
         "16x32-w4-s3",
     ),

@@ -1,4 +1,4 @@
-"""Unpack a whole packed weight to a dense matrix, in one launch: OUT = codes times scales."""
+"""OUT = number(CODES) · scales: unpack a whole packed weight to a dense matrix, in one launch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,16 @@ from torch import Tensor
 from .common import store_tile
 from .config import cdiv, power_of_two
 from .launch import Launch, Work, launch, size_of, stated
-from .packed import Packed, packed_tile, scale_bytes, tables_of
+from .packed import Packed, scale_bytes, tables_of, unpack_tile
 from .target import target_of
 
-# Elements in a tile, and the most columns of one.  With four warps, 4096 codes of four bits are 16
+# A tile's elements, its most columns, and warps.  With four warps, 4096 codes of four bits are 16
 # bytes for each thread: one load.
 _TILE, _WIDEST, _WARPS = 4096, 512, 4
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _work_of(arguments: Mapping[str, Any]) -> Work:
+    """The FLOPs and bytes of a launch."""
     codes, operands, out, rows, columns, block_rows, block_columns, packing = (
         arguments[name]
         for name in (
@@ -32,11 +33,11 @@ def _work(arguments: Mapping[str, Any]) -> Work:
         stored=size_of(out),
         loaded_by_tiles=size_of(codes)
         + scale_bytes(operands, packing, rows, columns, block_columns)
-        + size_of(operands[3]) * programs,
+        + size_of(operands[3]) * programs,  # the offset of nested scales
     )
 
 
-@triton.jit(launch_metadata=stated(_work))
+@triton.jit(launch_metadata=stated(_work_of))
 def dequant_kernel(
     codes, operands, out,
     rows, columns, width,
@@ -46,14 +47,16 @@ def dequant_kernel(
 ):  # fmt: skip
     """OUT = the unpacked weight.
 
-    CODES [rows, width] (bytes), OUT [rows, columns].  ``operands``: scales and tables (packed.py).
+    CODES [rows, width] (bytes), OUT [rows, columns].  ``operands``: scales and tables
+    (``Packed.operands``).  A program computes one tile, whose first row and column are i_row and
+    i_column.
     """
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     i_row = tl.program_id(0) // column_tiles * BLOCK_ROWS
     i_column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS
     tables = tables_of(operands, PACKING)
     # [BLOCK_ROWS, BLOCK_COLUMNS]
-    b_out = packed_tile(
+    b_out = unpack_tile(
         codes, operands, tables, i_row, i_column, rows, columns, width,
         BLOCK_ROWS, BLOCK_COLUMNS, PACKING, out.dtype.element_ty,
     )  # fmt: skip
@@ -80,5 +83,5 @@ def dequant(packed: Packed, out: Tensor) -> Tensor:
         "PACKING": packed.packing(target_of(out.device)),
     }  # fmt: skip
     grid = (cdiv(rows, block_rows) * cdiv(columns, block_columns),)
-    launch(Launch(dequant_kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work))
+    launch(Launch(dequant_kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work_of))
     return out

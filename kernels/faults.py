@@ -1,4 +1,4 @@
-"""Faults of compilers and drivers, by version; callers avoid what these predicates name.
+"""Faults of compilers and drivers, by version: callers avoid a case if its predicate is true.
 
 docs/kernels.md describes each fault and how it was found.  A fault in all versions, or one that
 costs nothing to avoid, has no predicate here: a comment names it where the code avoids it.
@@ -43,19 +43,19 @@ def overwrites_operands(target: Target) -> bool:
 def overwrites_tiles(target: Target, kept: int, used: int) -> bool:
     """Whether a loop overwrites a loaded tile while the first of its two products still reads it.
 
-    ``kept``: the rows of the product whose sums the loop keeps.  ``used``: the rows of the product
-    whose result the step uses.  A product of 64 rows or more is a ``wgmma``, which runs while the
-    loop goes on.  Triton (3.6 to 3.9) relies on the wait of the second product, but a product of
-    fewer rows has no wait.
+    ``kept``: the rows of the product that adds to sums which the loop keeps.  ``used``: the rows of
+    the product whose result the same step uses.  A product of 64 rows or more is a ``wgmma``, which
+    runs while the loop goes on.  Triton (3.6 to 3.9) relies on the second product to wait for both,
+    but a product of fewer rows isn't a ``wgmma`` and has no wait.
     """
     return target.kind == "cuda" and target.arch == 90 and used < 64 <= kept
 
 
 def races_when_turned(target: Target, precision: str, itemsize: int) -> bool:
-    """Whether loading a TF32 operand by descriptor races if its depth isn't its last axis.
+    """Whether loading a TF32 operand by descriptor races if the axis K isn't its last.
 
-    tcgen05 needs such tiles transposed.  Triton (3.6 to 3.9) transposes them in one buffer, and
-    writes the next tile to it while the previous product still reads it.
+    The tensor cores of sm_100 (tcgen05) need such tiles transposed.  Triton (3.6 to 3.9) transposes
+    them in one buffer, and writes the next tile to it while the previous product still reads it.
     """
     return target.tensor_memory > 0 and precision == "tf32" and itemsize == 4
 

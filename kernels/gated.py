@@ -16,7 +16,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _BLOCK, _WARPS = 1024, 4  # 128 threads with 8 elements of 16 bits: one load of 16 bytes each
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _work_of(arguments: Mapping[str, Any]) -> Work:
+    """The FLOPs and bytes of a launch."""
     loaded = size_of(*(arguments.get(name) for name in ("dy", "gate", "up")))
     stored = size_of(*(arguments.get(name) for name in ("out", "d_gate", "d_up")))
     flops = 10 * arguments["gate"].numel() * (2 if "dy" in arguments else 1)  # an estimate
@@ -25,7 +26,10 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 
 @triton.jit
 def activated(b_gate, ACTIVATION: tl.constexpr):
-    """act(gate) and act'(gate), in float32.  The compiler removes a result that isn't used."""
+    """act(gate) and act'(gate), in float32.  The compiler removes a result that isn't used.
+
+    ``b_share`` is act(gate) / gate, which the derivative also contains.
+    """
     if ACTIVATION == "silu":  # gate · sigmoid(gate)
         b_share = tl.sigmoid(b_gate)
         return b_gate * b_share, b_share * (1.0 + b_gate * (1.0 - b_share))
@@ -55,48 +59,48 @@ def row_and_columns(N, BLOCK: tl.constexpr):
     return i_row.to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit(launch_metadata=stated(_work))
+@triton.jit(launch_metadata=stated(_work_of))
 def gated_kernel(
     gate, up, out,
     N,
-    gate_rows, up_rows, out_rows,
+    gate_row_stride, up_row_stride, out_row_stride,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT = act(GATE) ∘ UP.  GATE, UP, OUT [M, N]; ``*_rows`` are their strides from row to row."""
+    """OUT = act(GATE) ∘ UP.  GATE, UP and OUT are [M, N] with contiguous columns."""
     i_row, o_column = row_and_columns(N, BLOCK)
     inside = o_column < N
-    b_gate = tl.load(gate + i_row * gate_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
-    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_gate = tl.load(gate + i_row * gate_row_stride + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_up = tl.load(up + i_row * up_row_stride + o_column, mask=inside, other=0.0)  # [BLOCK]
     b_act, _ = activated(b_gate.to(tl.float32), ACTIVATION)  # [BLOCK], float32
     b_out = cast(b_act * b_up.to(tl.float32), out.dtype.element_ty)
-    tl.store(out + i_row * out_rows + o_column, b_out, mask=inside)
+    tl.store(out + i_row * out_row_stride + o_column, b_out, mask=inside)
 
 
-@triton.jit(launch_metadata=stated(_work))
+@triton.jit(launch_metadata=stated(_work_of))
 def gated_backward_kernel(
     dy, gate, up, d_gate, d_up,
     N,
-    dy_rows, gate_rows, up_rows, d_gate_rows, d_up_rows,
+    dy_row_stride, gate_row_stride, up_row_stride, d_gate_row_stride, d_up_row_stride,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """D_GATE = act'(GATE) ∘ DY ∘ UP and D_UP = DY ∘ act(GATE).
 
-    All are [M, N]; ``*_rows`` are their strides from row to row.  A program reads its elements of
-    all operands before it writes, so D_GATE or D_UP may share DY's memory.
+    All are [M, N] with contiguous columns.  A program reads its elements of all operands before it
+    writes, so D_GATE or D_UP may share DY's memory.
     """
     i_row, o_column = row_and_columns(N, BLOCK)
     inside = o_column < N
-    b_dy = tl.load(dy + i_row * dy_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
-    b_gate = tl.load(gate + i_row * gate_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
-    b_up = tl.load(up + i_row * up_rows + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_dy = tl.load(dy + i_row * dy_row_stride + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_gate = tl.load(gate + i_row * gate_row_stride + o_column, mask=inside, other=0.0)  # [BLOCK]
+    b_up = tl.load(up + i_row * up_row_stride + o_column, mask=inside, other=0.0)  # [BLOCK]
     b_act, b_slope = activated(b_gate.to(tl.float32), ACTIVATION)  # [BLOCK] each, float32
     b_dy = b_dy.to(tl.float32)
     b_d_gate = cast(b_dy * b_up.to(tl.float32) * b_slope, d_gate.dtype.element_ty)
     b_d_up = cast(b_dy * b_act, d_up.dtype.element_ty)
-    tl.store(d_gate + i_row * d_gate_rows + o_column, b_d_gate, mask=inside)
-    tl.store(d_up + i_row * d_up_rows + o_column, b_d_up, mask=inside)
+    tl.store(d_gate + i_row * d_gate_row_stride + o_column, b_d_gate, mask=inside)
+    tl.store(d_up + i_row * d_up_row_stride + o_column, b_d_up, mask=inside)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
@@ -125,12 +129,12 @@ def _launch(kernel: Any, activation: str, **matrices: Tensor) -> None:
     arguments: dict[str, Any] = {
         **matrices,
         "N": N,
-        **{f"{name}_rows": matrix.stride(0) for name, matrix in matrices.items()},
+        **{f"{name}_row_stride": matrix.stride(0) for name, matrix in matrices.items()},
         "ACTIVATION": activation,
         "BLOCK": _BLOCK,
     }
     grid = (M * cdiv(N, _BLOCK),)
-    launch(Launch(kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work))
+    launch(Launch(kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work_of))
 
 
 def why_not_gated(matrix: Tensor) -> str:

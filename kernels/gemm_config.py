@@ -31,21 +31,23 @@ class GemmConfig(Config):
         return self.descriptors and not call.pointers
 
     def low_rank(self, target: Target, call: Call) -> str:
-        """The kernel's LOW_RANK: where it computes the low-rank term (see its docstring)."""
+        """The kernel's LOW_RANK: where it computes the low-rank term (gemm_lowrank_kernel)."""
         if call.project:
-            return "made"
+            return "projects"
         if call.masked:
-            return "first"
-        return "early" if loads_at_once(target, call) else "last"
+            return "before"
+        return "prefetched" if loads_at_once(target, call) else "after"
 
     def tiles(self, call: Call) -> int:
         return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group holds products beside its sum; from compilation, two for four projections.
+        # Besides the output's sum, a masked group holds products that wait for their masks.  From
+        # compilation: two for four projections.
         outs = 1 + call.masked * call.projections // 2
         if not self.uses_descriptors(call):
-            # Addresses also take registers.  Rows that 16 doesn't divide need one for each element.
+            # Addresses also take registers.  If 16 doesn't divide the columns, each element has an
+            # address of its own.
             ragged = call.pointers or call.n % 16 > 0
             is_least = call.projections == 1 and call.r <= self.block_r(call)
             outs = outs + 2 if ragged else max(outs, 2 - is_least)

@@ -15,7 +15,7 @@ from .common import INTERPRETED
 
 @dataclass(frozen=True)
 class Work:
-    """The FLOPs and bytes of one launch, as benchmarks and profilers report them.
+    """The FLOPs and bytes of one launch, computed from shapes, for benchmarks and profilers.
 
     With segments, the counts assume that every row has a segment and no segment is empty, and
     ``loaded_by_tiles`` is an upper bound.
@@ -35,9 +35,9 @@ def size_of(*operands: Tensor | TensorDescriptor | None) -> int:
 
 
 def stated(work: Callable[[Mapping[str, Any]], Work]) -> Callable:
-    """A kernel's ``launch_metadata``, which profilers such as Proton show for each launch.
+    """The ``launch_metadata`` for ``triton.jit``: profilers such as Proton show it for each launch.
 
-    ``work`` computes it from the kernel's arguments, by name.
+    ``work`` computes the FLOPs and bytes from a dict of the kernel's arguments.
     """
 
     def metadata(grid: tuple[int, ...], kernel: Any, arguments: Mapping[str, Any]) -> dict:
@@ -80,7 +80,11 @@ class Launch:
 
     @property
     def identity(self) -> str:
-        """Name and hash of all compile-time arguments: a kernel's identity in the interpreter."""
+        """The kernel's name, and a hash of all compile-time arguments and options.
+
+        It stands for the hash of compiled code, which the interpreter doesn't have.
+        """
+        # Compile-time arguments have names in capitals, of several letters; M and N are sizes.
         names = [name for name in self.arguments if len(name) > 1 and name.isupper()]
         settings = [self.options, *[(name, self.arguments[name]) for name in names]]
         return f"{self.name} {sha256(repr(settings).encode()).hexdigest()}"

@@ -1,7 +1,8 @@
 """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias): the low-rank term without a base product.
 
-Plans "in place" use it.  It writes the term to a new output, to which torch's product is then added
-(a layer), or it adds the term to a product that torch wrote (experts, many adapters).
+Plans "in place" (plan.py) use it, where torch computes the base product.  It writes the term to a
+new output, to which torch's product is then added (a layer), or it adds the term to a product that
+torch wrote (experts, many adapters).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,11 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, power_of_
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     SegmentNumbers,
-    bytes_beside,
     own_number,
     row_numbers,
     segment_arguments,
     segment_of_tile,
+    small_operand_bytes,
     sorted_rows,
     strides_of,
 )
@@ -54,7 +55,8 @@ class LowRankConfig(Config):
         return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group holds products beside its sum; from compilation, two for four projections.
+        # Besides the output's sum, a masked group holds products that wait for their masks.  From
+        # compilation: two for four projections.
         return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
 
     def through_l2(self, call: Call) -> float:
@@ -75,67 +77,70 @@ class LowRankConfig(Config):
 
 def rank_step(r: int) -> int:
     """BLOCK_R where a program also holds a tile of OUT: the whole rank up to 64, then 32 or 16."""
-    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own; 16
-    # columns limit the registers that those pointers take.
+    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own.  Steps
+    # of 16 columns limit the registers that these pointers take.
     return min(max(16, power_of_two(r)), 64 if r <= 64 else 32 if r % 16 == 0 else 16)
 
 
 def loads_at_once(target: Target, call: Call) -> bool:
     """Whether a program loads the tiles of all U and V before it multiplies the first pair.
 
-    Loaded tiles wait in shared memory on Hopper and newer, elsewhere in registers, where only small
-    ones fit.
+    Then the loads overlap.  Loaded tiles wait in shared memory on Hopper and newer.  On older
+    devices they wait in registers, where only small ones fit.
     """
     one_step = call.r <= rank_step(call.r) and not call.masked
     return one_step and (target.descriptors or call.r * call.projections <= 16)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _work_of(arguments: Mapping[str, Any]) -> Work:
+    """The FLOPs and bytes of a launch.  Names that end in ``bytes`` count each element once."""
     u, v, bias, out = (arguments[name] for name in ("u", "v", "bias", "out"))
     M, N, segments = (arguments[name] for name in ("M", "N", "segments"))
     m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
     n_tiles = cdiv(N, arguments["BLOCK_N"])
-    rows, columns, written = size_of(*u), size_of(*v, bias), M * N * out.element_size()
-    again = written if arguments["ADD"] else 0
-    beside, beside_by_tiles = bytes_beside(arguments, m_tiles * n_tiles, n_tiles)
+    # Every tile of columns loads the rows of U; every tile of rows loads V and the bias.
+    u_bytes, v_bytes, out_bytes = size_of(*u), size_of(*v, bias), M * N * out.element_size()
+    old_out_bytes = out_bytes if arguments["ADD"] else 0
+    small, small_by_tiles = small_operand_bytes(arguments, m_tiles * n_tiles, n_tiles)
     return Work(
         flops=2 * M * N * sum(arguments["R"]),
-        loaded=rows + columns + beside + again,
-        stored=written,
-        loaded_by_tiles=rows * n_tiles
-        + columns // (segments or 1) * m_tiles
-        + beside_by_tiles
-        + again,
+        loaded=u_bytes + v_bytes + small + old_out_bytes,
+        stored=out_bytes,
+        loaded_by_tiles=u_bytes * n_tiles
+        + v_bytes // (segments or 1) * m_tiles
+        + small_by_tiles
+        + old_out_bytes,
     )
 
 
 @triton.jit
-def v_operand(v, i_bank, R, strides, MULTIPLES_OF_8: tl.constexpr):
-    """(pointer to V [R, N], R, row stride, column stride), as the other functions take V.
+def v_operand(v, i_segment, R, strides, MULTIPLES_OF_8: tl.constexpr):
+    """One adapter's operand V [R, N] as a tuple: (pointer, R, row stride, column stride).
 
-    With segments (``strides[0]``), V is matrix number ``i_bank`` of a stack.  MULTIPLES_OF_8 tells
-    the compiler which of R and the column stride 8 divides.
+    ``strides``: from one segment's matrix to the next (None without segments), from row to row, and
+    from column to column.  With segments, the pointer is moved to the segment's matrix.
+    MULTIPLES_OF_8: whether 8 divides R, and whether it divides the column stride.
     """
     if strides[0] is not None:
-        v += i_bank.to(tl.int64) * strides[0]
+        v += i_segment.to(tl.int64) * strides[0]
     r = known_multiple(R, MULTIPLES_OF_8[0])
     return v, r, strides[1], known_multiple(strides[2], MULTIPLES_OF_8[1])
 
 
 @triton.jit
-def u_v_tiles(
+def load_u_v_tiles(
     u, v, i_m, i_r, i_n, M, N,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One step over the rank: U's tile at (i_m, i_r), and V's at (i_r, i_n) in U's dtype.
+    """Load one step over the rank: U's tile at (i_m, i_r), and V's at (i_r, i_n) in U's dtype.
 
-    ``v`` comes from :func:`v_operand`.
+    U [M, R] is contiguous.  ``v`` comes from :func:`v_operand`.
     """
-    v, r, row, column = v
+    v, r, stride_r, stride_n = v
     b_u = load_tile(u, i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)  # [BM, BR]
-    b_v = load_tile(v, i_r, i_n, r, N, row, column, BLOCK_R, BLOCK_N)  # [BR, BN]
+    b_v = load_tile(v, i_r, i_n, r, N, stride_r, stride_n, BLOCK_R, BLOCK_N)  # [BR, BN]
     return b_u, cast(b_v, b_u.dtype)
 
 
@@ -148,9 +153,10 @@ def low_rank_tile(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
-    # Not pipelined: there are few steps, and their buffers would add to the main loop's.
+    # Not pipelined: there are few steps, and their buffers would add to the main loop's.  v[1] is
+    # the rank (v_operand).
     for i_r in tl.range(0, v[1], BLOCK_R, num_stages=1):
-        b_u, b_v = u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
+        b_u, b_v = load_u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
     return b_sum
 
@@ -163,24 +169,25 @@ def add_kept(b_sum, b_term, keep, i: tl.constexpr):
 
 
 @triton.jit
-def bias_row(bias, i_n, i_bank, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+def load_bias_row(bias, i_n, i_segment, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
     """The bias [1, BN] of a tile's columns, in float32 after rounding to ``dtype``.
 
-    torch's linear also casts the bias to x's dtype.  With segments, the bias is a row of a stack.
+    torch's linear also casts the bias to x's dtype.  ``strides``: from one segment's bias to the
+    next (None without segments), and from element to element.
     """
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_bias = o_n.to(tl.int64) * strides[1]
     if strides[0] is not None:
-        o_bias += i_bank.to(tl.int64) * strides[0]
+        o_bias += i_segment.to(tl.int64) * strides[0]
     b_bias = tl.load(bias + o_bias, mask=o_n < N, other=0.0)  # [BN]
     return cast(b_bias, dtype).to(tl.float32)[None, :]
 
 
 # M changes with the batch; Triton would compile again for 1 and for multiples of 16.
-@triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
+@triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work_of))
 def lowrank_kernel(
     u, v, bias, out, seeds, ends, order, own_thresholds,
-    M, N, R, threshold, segments, v_strides, bias_strides, out_rows,
+    M, N, R, threshold, segments, v_strides, bias_strides, out_row_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -194,7 +201,8 @@ def lowrank_kernel(
     """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
     U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The index i runs over the projections of a
-    group: for y, one; for dx, all that read x.  A program computes one tile of OUT.
+    group: for y, one; for dx, all that read x.  A program computes one tile of OUT, whose first row
+    and column are i_m and i_n.
 
     With segments (``ends``): V_i [segments, R_i, N], bias [segments, N].  A row uses the matrices
     of its segment; rows without a segment get zero.  With ``order``, row s of U_i belongs to row
@@ -203,12 +211,14 @@ def lowrank_kernel(
     AT_ONCE: load all U_i and V_i first, then multiply, so that the loads overlap.
     """
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
-    first = tl.program_id(0)
+    i_program = tl.program_id(0)
     # A loop of one pass.  From compilation: without the loop, ptxas takes up to a tenth more
     # registers for a group's masks.
-    for i_tile in range(first, first + 1):
-        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-        i_n = i_n * BLOCK_N
+    for i_tile in range(i_program, i_program + 1):
+        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)  # in tiles
+        i_n = i_n * BLOCK_N  # in columns
+        # i_m becomes the tile's first row.  The tile loads rows below ``rows`` and columns below
+        # ``columns``, both 0 for rows without a segment, and stores rows below ``end``.
         i_segment, start, i_m, end, rows, columns = segment_of_tile(
             ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
         )
@@ -217,13 +227,13 @@ def lowrank_kernel(
         for i in tl.static_range(len(u)):
             v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if AT_ONCE:
-                b_u, b_v = u_v_tiles(
+                b_u, b_v = load_u_v_tiles(
                     u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
                 )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
             else:
-                # Without a mask, products go straight into the output's sum.  With one, a product
-                # needs a sum of its own, because the mask must not touch the other terms.
+                # Without a mask, U_i V_i goes straight into the output's sum.  A mask must not
+                # touch the other terms, so then U_i V_i has a sum of its own.
                 b_sum = b_out
                 if seeds is not None:
                     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -231,28 +241,32 @@ def lowrank_kernel(
                     u[i], v_i, i_m, i_n, rows, columns, b_sum, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
                 if seeds is not None:
-                    # One seed for each projection.  With per-segment numbers, one for each segment;
-                    # its mask begins at the segment's first row.
+                    # There is a seed for each projection.  With per-segment numbers, there is one
+                    # for each segment, and row 0 of a mask is the segment's first row.
                     i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
                     i_mask = i_m if own_thresholds is None else i_m - start
-                    least = own_number(own_thresholds, threshold, i_segment, segments)
-                    keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
+                    own_threshold = own_number(own_thresholds, threshold, i_segment, segments)
+                    keep = keep_tile(
+                        tl.load(seeds + i_seed), i_mask, i_n, own_threshold, BLOCK_M, BLOCK_N
+                    )
                     b_sum = add_kept(b_out, b_sum, keep, i)
                 b_out = b_sum  # [BM, BN]
-        # AT_ONCE: the tiles have arrived.
+        # AT_ONCE: all loads are under way, so now multiply.
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
         if bias is not None:
             dtype: tl.constexpr = out.dtype.element_ty
-            b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
-        # The tile's rows in memory, if OUT isn't sorted.
-        o_at = None
+            b_out += load_bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
+        # With ``order``, the rows of a tile aren't consecutive in OUT: load their numbers.
+        o_mem = None
         if order is not None:
-            o_at = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+            o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
         if ADD:
-            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
+            b_before = load_tile(
+                out, i_m, i_n, rows, N, out_row_stride, 1, BLOCK_M, BLOCK_N, o_mem=o_mem
+            )
             b_out += b_before.to(tl.float32)  # [BM, BN]
-        store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
+        store_tile(out, b_out, i_m, i_n, end, N, out_row_stride, 1, o_mem)
 
 
 def lowrank(
@@ -270,7 +284,7 @@ def lowrank(
     numbers: SegmentNumbers | None = None,
     config: LowRankConfig | None = None,
 ) -> None:
-    """Fill ``out`` with Σ_i keep_i ∘ (u_i v_i) (+ bias), or add that to it if ``add``.
+    """Fill ``out`` with Σ_i keep_i ∘ (u_i v_i) (+ bias), or add that if ``add``.
 
     out [M, N] and u_i [M, R_i] are contiguous and have one dtype; ``us`` may be empty.  v_i [R_i,
     N] has any strides.  v_i and bias [N] are cast to that dtype when they are loaded.
@@ -280,28 +294,29 @@ def lowrank(
     """
     M, N, target = sorted_rows(out, order), out.shape[1], target_of(out.device)
     segments = segment_arguments(ends)
-    for i, (u, v, keys) in enumerate(chunks(us, vs, seeds)):
+    for i, (u, v, launch_seeds) in enumerate(chunks(us, vs, seeds)):
         # Only the first launch adds the bias; later ones add to the first one's output.
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
         call = Call(
-            M, N, max(ranks, default=0), out.element_size(), precision, len(u), keys is not None,
-            segments=segments["segments"] or 0,
+            M, N, max(ranks, default=0), out.element_size(), precision, len(u),
+            launch_seeds is not None, segments=segments["segments"] or 0,
         )  # fmt: skip
         tiles = chosen_config("lowrank", target, call, config)
+        thresholds = None if numbers is None or launch_seeds is None else numbers.thresholds
         arguments = {
             "u": tuple(u), "v": tuple(v), "bias": bias, "out": out,
-            "seeds": keys, **segments, "order": order,
-            "own_thresholds": None if numbers is None or keys is None else numbers.thresholds,
+            "seeds": launch_seeds, **segments, "order": order,
+            "own_thresholds": thresholds,
             "M": M, "N": N, "R": tuple(ranks), "threshold": dropout_threshold(dropout),
             "v_strides": strides_of(v, ends), "bias_strides": bias_strides(bias, ends),
-            "out_rows": out.stride(0), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+            "out_row_stride": out.stride(0), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": tiles.block_r(call), "GROUP": tiles.group,
             "MULTIPLES_OF_8": multiples_of_8(u, v),
             "AT_ONCE": loads_at_once(target, call),
             "ADD": add or i > 0, "PRECISION": precision,
         }  # fmt: skip
         grid = (tiles.tiles(call),)
-        launch(Launch(lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
+        launch(Launch(lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, _work_of))
 
 
 def bias_strides(bias: Tensor | None, ends: Tensor | None) -> tuple | None:
@@ -309,5 +324,5 @@ def bias_strides(bias: Tensor | None, ends: Tensor | None) -> tuple | None:
 
 
 def multiples_of_8(us: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether 8 divides all ranks, and whether it divides the last stride of every v."""
+    """Whether 8 divides all ranks, and whether it divides the column stride of every v."""
     return all(u.shape[1] % 8 == 0 for u in us), all(v.stride(-1) % 8 == 0 for v in vs)

@@ -35,7 +35,7 @@ class Packed:
     or 0 for all rows or columns.  ``scales`` has one entry for each block, row by row, in one of
     two forms:
 
-    * numbers of a floating dtype of at most 32 bits, which are multiplied by ``factor`` and rounded
+    * numbers in a floating dtype of at most 32 bits, which are multiplied by ``factor`` and rounded
       to that dtype;
     * nested: uint8 codes.  ``outer`` then has three float32 tensors: a scale for every
       ``outer_block`` codes, a table [256], and an offset.  A block's scale is table[code] · outer
@@ -136,14 +136,17 @@ def lies_in_rows(kind: str, columns: int, block_columns: int) -> bool:
 
 
 def scale_bytes(operands: tuple, packing: Packing, rows: int, columns: int, width: int) -> int:
-    """Bytes of scales that tiles of ``width`` columns load in all."""
+    """Bytes of scales that are loaded if tiles of ``width`` columns cover the weight once."""
     count = rows * cdiv(columns, min(width, packing.block_columns or columns))
     # A nested scale also loads a float32 from the table and an outer scale.
     return count * (operands[0].element_size() + (8 if packing.outer_block else 0))
 
 
 def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """Bytes that packed weights load besides their codes: (once, as all tiles load them)."""
+    """Bytes of scales and tables of packed weights.
+
+    Returns (bytes with each element counted once, bytes as all tiles load them).
+    """
     packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
     if packing is None:
         return 0, 0
@@ -162,8 +165,11 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 @triton.jit
 def tables_of(operands, PACKING: tl.constexpr):
-    """(table of four-bit codes [16], offset of nested scales): loaded once, used by every tile."""
-    b_table, offset_of_scales = 0.0, 0.0  # Triton 3.6 can't return None
+    """(table of four-bit codes [16], offset of nested scales): loaded once, used by every tile.
+
+    An operand that the format doesn't have is 0.0, because Triton 3.6 can't return None.
+    """
+    b_table, offset_of_scales = 0.0, 0.0
     if PACKING.kind == "four-bit":
         # The table is known when compiling, so it is built from constants in registers.
         b_table = tl.zeros((16,), tl.float32)
@@ -181,16 +187,20 @@ def scale_tile(
     GROUPS: tl.constexpr,
     PACKING: tl.constexpr,
 ):  # fmt: skip
-    """The scales of a tile, float32 [ROWS, GROUPS]: GROUPS blocks of columns in each row."""
+    """The scales of the tile at (i_row, i_column), float32 [ROWS, GROUPS].
+
+    GROUPS is the number of blocks of columns in a row of the tile: each has one scale.
+    """
     scales, outer, outer_table, _ = operands
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
-    groups = 1  # scales in a row of blocks; one if a block has all columns
+    groups = 1  # blocks in a row of the whole weight; one if a block has all columns
     inside = (o_row < rows)[:, None] & (o_group < 1)[None, :]
     if PACKING.block_columns > 0:
         o_group += i_column // PACKING.block_columns
         groups = tl.cdiv(columns, PACKING.block_columns)
         inside = (o_row < rows)[:, None] & (o_group < groups)[None, :]
+    # o_block: the row of blocks of each row.  o_scale: the scale's number; they are stored by rows.
     o_block = o_row // PACKING.block_rows if PACKING.block_rows > 0 else o_row * 0
     o_scale = o_block.to(tl.int64)[:, None] * groups + o_group[None, :]
     b_scale = tl.load(scales + o_scale, mask=inside, other=0)  # [ROWS, GROUPS]
@@ -221,14 +231,14 @@ def scaled(b_code, b_scale):
 def float8_of(b_bits):
     """Convert e4m3's bits to float32, for GPUs without an instruction that does."""
     bits = b_bits.to(tl.int32)
-    # Move e4m3's exponent and mantissa to their places in float32.  float32's exponent bias is
-    # greater by 120, hence the factor 2¹²⁰; it also makes subnormal numbers right.
+    # Move sign, exponent and mantissa to their places in float32.  float32's exponent bias is
+    # greater by 120 (127 - 7), hence the factor 2¹²⁰; it also makes subnormal numbers right.
     b_number = ((bits & 0x7F) << 20 | (bits & 0x80) << 24).to(tl.float32, bitcast=True) * 2.0**120
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), b_number)
 
 
 @triton.jit
-def packed_tile(
+def unpack_tile(
     codes, operands, tables, i_row, i_column, rows, columns, width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -238,7 +248,8 @@ def packed_tile(
     """The tile of a packed weight [rows, columns] at (i_row, i_column), rounded to ``dtype`` once.
 
     ``width``: bytes of codes in a row.  Elements outside of the weight are arbitrary finite
-    numbers.  A product meets them with zeros of its other operand, or its store leaves them out.
+    numbers.  They have no effect: a product multiplies them by zeros of its other operand, or its
+    store leaves them out.
     """
     BLOCK_COLUMNS: tl.constexpr = PACKING.block_columns
     GROUPS: tl.constexpr = max(1, COLUMNS // BLOCK_COLUMNS) if BLOCK_COLUMNS > 0 else 1

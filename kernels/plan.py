@@ -24,11 +24,12 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call multiplies by its base weight."""
+    """How a call multiplies by its base weight; ``FUSED``, ``IN_PLACE``, or with settings."""
 
     fused: bool  # base product and adapter in one kernel
-    gemm: GemmConfig | None = None  # the fused kernel's tiles, if they fit the call
-    unpacks: bool = False  # the fused kernel reads packed codes; False: unpacked before it
+    gemm: GemmConfig | None = None  # the fused kernel's tiles, used if they fit the call
+    # Whether the fused kernel reads a packed weight; otherwise ``dequant`` unpacks it before.
+    unpacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,18 @@ class Row:
 
     def distance(self, call: Call, k: int) -> float:
         """How far a call's sizes are from this row's, in doublings, summed over the sizes."""
-        ours = call.m, call.n, k, call.r, call.projections, call.segments or 1
-        its = self.m, self.n, self.k, self.r, self.projections, self.segments or 1
-        return sum(abs(math.log2(a / b)) for a, b in zip(ours, its, strict=True))
+        call_sizes = call.m, call.n, k, call.r, call.projections, call.segments or 1
+        row_sizes = self.m, self.n, self.k, self.r, self.projections, self.segments or 1
+        return sum(abs(math.log2(a / b)) for a, b in zip(call_sizes, row_sizes, strict=True))
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
 UNPACKING = Plan(fused=True, unpacks=True)
+# Both limits come from the model of time in docs/gpu.md.
 MANY_ROWS = 1449  # from so many rows on, a fused kernel has a tile for every processor
-SHORT = 2896  # up to this depth, a pass over the output is a large part of the time
+SHORT = 2896  # up to this depth, a pass over the output is a large part of a product's time
 _NEAR = 2.0  # a measured row decides for calls up to this distance, in doublings
-# Targets where, by the model, Triton's product is fast enough beside cuBLAS's.
+# Targets where, by the model, Triton's product is fast enough compared with cuBLAS's.
 _FUSING = ("sm_86", "sm_90", "sm_120")
 _measured: tuple[Row, ...] = ()
 edition = 0  # counts changes of ``_measured``; a part of cache keys
@@ -68,10 +70,13 @@ edition = 0  # counts changes of ``_measured``; a part of cache keys
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     """The plan of a call without a measurement near it.
 
-    Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
-    because h and y then take one launch; dx and dropout take several launches either way.  Many
-    rows: the fused kernel saves passes over the output, which matters if the product is short.
-    Triton's product is about a tenth slower than cuBLAS's, which matters if it is long.
+    ``k`` is the depth of the base product.
+
+    * Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
+      because h and y then take one launch.  dx and dropout take several launches either way.
+    * Many rows: the fused kernel saves passes over the output.  That is a large part of the time if
+      the depth is small.  But Triton's product is about a tenth slower than cuBLAS's (modeled),
+      which costs more the larger the depth is.
     """
     if target.kind == "cpu":
         return FUSED
@@ -88,15 +93,15 @@ def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 def _of_segments(target: Target, rows: int, k: int) -> Plan:
     """The rule for experts with ``rows`` rows each.
 
-    With a few hundred rows, loading the weights takes most of the time: fused.  With many rows and
-    a deep product, torch's grouped kernel where the target has one.
+    Fused with up to a few hundred rows, because loading the weights takes most of the time.  In
+    place with many rows and a deep product, where torch has a grouped kernel for the target.
     """
     has_kernel = target.name in ("sm_90", "sm_100")
     return IN_PLACE if has_kernel and rows > 1024 and k > 2048 else FUSED
 
 
 def use_rows(rows: Iterable[Row]) -> None:
-    """Choose by these measurements from now on.  Rows of other devices have no effect."""
+    """Choose plans by these measurements from now on.  Rows of other devices have no effect."""
     global _measured, edition
     _measured, edition = tuple(rows), edition + 1
     _chosen.cache_clear()
@@ -130,9 +135,10 @@ def plan_for(
 ) -> Plan:
     """The plan for a result [M, n] of a base product with depth k; ``x`` is x or, for dx, dy.
 
-    ``packed``: the kernel can unpack this weight.  With few rows it does, because loading the
-    weight takes most of the time and a dense weight has two to eight times as many bytes.  The same
-    holds for segments with few rows each: a weight is unpacked for one or two tiles of rows.
+    ``ranks``: of the adapters.  ``packed``: the kernel can unpack this weight.  With few rows it
+    does, because loading the weight takes most of the time and a dense weight has two to eight
+    times as many bytes.  The same holds for segments with few rows each: a weight is unpacked for
+    only one or two tiles of rows.
     """
     if forced is not None:
         return forced
@@ -146,22 +152,22 @@ def plan_for(
 @lru_cache(maxsize=1024)
 def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     kind = (target.device, call.itemsize, call.masked, backward, call.segments > 0)
-    near = [
+    distances = [
         (row.distance(call, k), i, row.plan)
         for i, row in enumerate(_measured)
         if (row.device, row.itemsize, row.masked, row.backward, row.segments > 0) == kind
     ]
-    distance, _, plan = min(near, default=(math.inf, 0, IN_PLACE))
+    distance, _, plan = min(distances, default=(math.inf, 0, IN_PLACE))
     return plan if distance <= _NEAR else rule(target, call, k, backward)
 
 
 def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool) -> bool:
-    """Whether one launch of ``weight_grad`` should make d lora_a and dx's low-rank part (in place).
+    """Whether ``weight_grad`` should compute dx's low-rank part with d lora_a (plans in place).
 
-    That saves a launch and moves as many bytes.  By the model it pays for few rows, where either
-    kernel takes about as long as a launch.  With many rows, ``weight_grad``'s one program on each
-    processor hides less of the masks' work than ``lowrank``'s many.  From compilation, four masks
-    don't fit in a thread's registers.
+    That saves a launch and moves as many bytes.  By the model it pays for few rows, where each
+    kernel takes about as long as the launch does.  With many rows it doesn't: ``weight_grad`` has
+    one program on each processor, which hides less of the masks' work than the many programs of
+    ``lowrank``.  From compilation, four masks don't fit in a thread's registers.
     """
     size = x.element_size(), precision, min(len(ranks), MAX_PROJECTIONS)
     call = Call(*x.shape, max(ranks), *size, masked, low_rank=True)

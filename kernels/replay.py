@@ -1,10 +1,10 @@
 """Replays captured calls, and caches them by the kind of call.
 
 The choice of tiles, grids, splits and buffers, and the binding of a kernel's arguments, cost the
-host more than a small layer costs the device.  All of it depends only on shapes, strides, dtypes,
-alignment and settings, which are the kind of a call.  The first call of a kind is captured
-(:mod:`.capture`), and every call of the kind is a replay.  Without replays, a call takes 4.8 to 6.3
-times as long on the host (``make bench ARGS=host``).
+host more time than a small layer takes on the device.  All of it depends only on shapes, strides,
+dtypes, alignment and settings, which together are the *kind* of a call.  The first call of a kind
+is captured (:mod:`.capture`), and every call of the kind is a replay.  Without replays, a call
+takes 4.8 to 6.3 times as long on the host (``make bench ARGS=host``).
 """
 
 import threading
@@ -19,14 +19,14 @@ from . import launch
 from .capture import CapturedCall
 from .common import INTERPRETED
 
-_MOST = 1024  # cached calls: about 15 kB each, a group of three 24
+_MOST = 1024  # cached calls, with about 15 kB each; a group of three layers has 24 kB
 calls: dict[Hashable, Any] = {}
 _hooks = triton.knobs.runtime
 _changes = threading.Lock()  # no other thread may change a cache while one looks for its oldest key
 
 
 def remember(cache: dict, key: Hashable, value: Any) -> None:
-    """Cache a captured call, or what stands for it; the oldest entries make space."""
+    """Cache a captured call, or the mark of a refused one.  A full cache drops its oldest entry."""
     with _changes:
         while len(cache) >= _MOST and key not in cache:
             del cache[next(iter(cache))]
@@ -34,7 +34,7 @@ def remember(cache: dict, key: Hashable, value: Any) -> None:
 
 
 def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Run a captured call on tensors of its kind: all of its results, new tensors or None."""
+    """Run a captured call on tensors of its kind.  Returns its results: new tensors, or None."""
     if INTERPRETED.value:
         return call.replay(None, *tensors)
     driver = triton.runtime.driver.active
@@ -46,10 +46,13 @@ def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Te
 
 
 def is_observed() -> bool:
-    """Whether an interceptor or a profiler's hooks want each launch, which replays don't tell."""
+    """Whether an interceptor or a profiler's hook must see each launch.
+
+    Replays bypass both, so such calls run without a replay.
+    """
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-    watched = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-    return launch.interceptor is not None or bool(watched)
+    hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return launch.interceptor is not None or bool(hooks)
 
 
 def is_in_graph_capture(device: torch.device) -> bool:
@@ -65,9 +68,10 @@ def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
 
 
 def facts_of(tensor: Tensor | None) -> Hashable:
-    """The facts that launchers, Triton and ``covers`` read; all tensors are on one device.
+    """A tensor's properties that launchers, Triton and ``covers`` read: its part of a cache key.
 
-    Aligned addresses allow loads of 16 bytes.
+    The address modulo 16 is one of them, because Triton loads 16 bytes at once only from aligned
+    addresses.  The device isn't, because all tensors of a call are on one device.
     """
     if tensor is None:
         return None

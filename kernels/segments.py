@@ -4,21 +4,23 @@ A segment is the rows of one expert or one adapter.  Segment e has the rows from
 ends[e].  Rows behind the last end have no segment (no expert or adapter); kernels treat them as one
 more segment, number ``segments``, whose results are zero.
 
-No tile has rows of two segments.  With BLOCK rows in a tile, the tiles of segment e have the
-numbers start // BLOCK + e, … in order.  These first numbers grow with e, so a tile belongs to the
-last segment whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
+No tile has rows of two segments, because a tile is multiplied by one segment's matrices.  With
+BLOCK rows in a tile, segment e's tiles have consecutive numbers, and its first tile has the number
+start // BLOCK + e.  The segments' first numbers grow with e, so a tile belongs to the last segment
+whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
 
     segment   rows      first number       tiles
     0         0 … 19    0 // 16 + 0 = 0    0 (rows 0 … 15), 1 (rows 16 … 19)
     1         20 … 23   20 // 16 + 1 = 2   2 (rows 20 … 23)
     none      24 …      24 // 16 + 2 = 3   3 …
 
-Some numbers may remain between two segments; such a tile starts behind its segment's end and loads
-and stores nothing.  Every program finds its segment by one load of all ends, so that no table has
-to be computed before the launch.
+Some numbers between two segments may belong to no rows.  Such a tile starts after its segment's end
+and loads and stores nothing.  Every program finds its segment by one load of all ends, so that no
+table has to be computed before the launch.
 
 Adapters have a factor and a mask for each segment (:class:`SegmentNumbers`).  Where the rows of x
-aren't sorted, ``order`` [M], int32, has the number of each sorted row in x, or in the result.
+aren't sorted by segment in memory, the launch visits them in sorted order: ``order`` [M], int32,
+has the row number in x, or in the result, of each sorted row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,7 @@ from torch import Tensor
 from .config import power_of_two
 from .launch import size_of
 
-_MOST_AT_ONCE = 1024  # ends in one load
+_MOST_AT_ONCE = 1024  # the most ends in one load
 
 
 class SegmentNumbers(NamedTuple):
@@ -46,7 +48,7 @@ class SegmentNumbers(NamedTuple):
 
 
 def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
-    """A kernel's arguments for ``ends``, int32 [segments], contiguous; without, all are None."""
+    """A kernel's arguments for ``ends``, int32 [segments], contiguous; without it, all are None."""
     if ends is None:
         return {"ends": None, "segments": None, "SEGMENT_BLOCK": None}
     block = min(_MOST_AT_ONCE, power_of_two(len(ends) + 1))
@@ -58,8 +60,7 @@ def sorted_arguments(
 ) -> dict[str, Tensor | None]:
     """A kernel's arguments for ``order`` and ``numbers``.
 
-    Factors only if the launch multiplies by one (``scaled``), thresholds only with dropout
-    (``masked``).
+    ``scaled``: whether the launch multiplies by factors.  ``masked``: whether it applies dropout.
     """
     factors, thresholds = (None, None) if numbers is None else numbers
     return {
@@ -84,10 +85,13 @@ def bytes_to_find(segments: int | None) -> int:
     return 4 * (segments + 2) if segments else 0
 
 
-def bytes_beside(arguments: Mapping[str, Any], programs: int, passes: int) -> tuple[int, int]:
-    """Bytes of seeds, ends, order and per-segment numbers: (once, as all programs load them).
+def small_operand_bytes(
+    arguments: Mapping[str, Any], programs: int, passes: int
+) -> tuple[int, int]:
+    """Bytes of a launch's small operands: seeds, ends, order, per-segment factors and thresholds.
 
-    ``passes``: how many programs load the order of one row.
+    Returns (bytes with each element counted once, bytes as all programs load them).  ``passes``:
+    how many programs load the order of one row.
     """
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
     operands = [arguments.get(name) for name in names]
@@ -100,7 +104,7 @@ def bytes_beside(arguments: Mapping[str, Any], programs: int, passes: int) -> tu
 
 @triton.jit
 def row_numbers(order, i_row, rows, BLOCK: tl.constexpr):
-    """The numbers in memory of the sorted rows from i_row on, [BLOCK]."""
+    """The row numbers in memory of BLOCK sorted rows, from sorted row i_row on."""
     o_row = i_row + tl.arange(0, BLOCK)
     return tl.load(order + o_row, mask=o_row < rows, other=0)
 
@@ -116,7 +120,9 @@ def own_number(numbers, number, i_segment, segments):
 
 @triton.jit
 def segment_rows(ends, segments, i_segment, M):
-    """(first row, row behind the last) of a segment, clamped to 0 … M whatever ``ends`` has.
+    """(first row, row after the last) of a segment.
+
+    Both are clamped to 0 … M, so wrong ``ends`` cause no access outside of the tensors.
 
     Number ``segments`` stands for the rows without a segment, from the last end to M.
     """
@@ -131,9 +137,9 @@ def segment_of_tile(
 ):  # fmt: skip
     """(segment, its first row, the tile's first row, the segment's end, rows, columns) of a tile.
 
-    The tile loads rows below ``rows`` and columns below ``columns``; both are 0 for rows without a
-    segment, so their results are zero.  Stores go up to the segment's end.  Without ``ends``, all
-    rows are one segment.
+    The tile loads rows below ``rows`` and columns below ``columns`` of a matrix [M, N].  Both are 0
+    for rows without a segment, so their results are zero.  The tile stores rows below the segment's
+    end.  Without ``ends``, all rows are one segment.
     """
     if ends is None:
         return 0, 0, i_tile * BLOCK_M, M, M, N

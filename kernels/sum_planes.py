@@ -1,7 +1,8 @@
 """OUT_i = Σ_s PLANES_i[s]: add the partial sums that split kernels wrote, in a fixed order.
 
-``project`` and ``weight_grad`` split their summed axis where there are too few tiles for a device.
-Each split writes a float32 plane.  A fixed order, without atomics, gives the same bits every time.
+``project`` and ``weight_grad`` split the axis that they sum over where there are too few tiles to
+occupy a device.  Each split s writes its sums to a float32 matrix of its own, plane s.  Adding the
+planes in a fixed order, without atomics, gives the same bits every time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from .launch import Launch, Work, launch, size_of, stated
 _BLOCK = 1024
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _work_of(arguments: Mapping[str, Any]) -> Work:
+    """The FLOPs and bytes of a launch; sums without planes take none."""
     planes = [p for p in arguments["planes"] if p.numel()]
     outs = [o for p, o in zip(arguments["planes"], arguments["out"], strict=True) if p.numel()]
     loaded, flops = size_of(*planes), sum(plane.numel() for plane in planes)
@@ -32,7 +34,7 @@ _SIZES = [f"size{i}" for i in range(MAX_PROJECTIONS)]
 _COUNTS = [f"count{i}" for i in range(MAX_PROJECTIONS)]
 
 
-@triton.jit(do_not_specialize=_SIZES + _COUNTS, launch_metadata=stated(_work))
+@triton.jit(do_not_specialize=_SIZES + _COUNTS, launch_metadata=stated(_work_of))
 def sum_planes_kernel(
     planes, out,
     size0, size1, size2, size3, count0, count1, count2, count3,
@@ -41,16 +43,17 @@ def sum_planes_kernel(
 ):  # fmt: skip
     """OUT_i = Σ_s PLANES_i[s], in the order of s.
 
-    PLANES_i [count_i, size_i], OUT_i [size_i].
+    PLANES_i [count_i, size_i], OUT_i [size_i].  The index i is the sum's number.
     """
-    # Tuples are made here.  In a tuple argument, Triton would specialize each number that 16
-    # divides.
+    # The tuples are made here.  If an argument were a tuple, Triton would compile again for numbers
+    # in it that are 1 or that 16 divides.
     sizes, counts = (size0, size1, size2, size3), (count0, count1, count2, count3)
     # One grid for all sums: the first blocks belong to sum 0, the next to sum 1, and so on.
     i_block = tl.program_id(0)
     for i in tl.static_range(len(planes)):
         size = known_multiple(sizes[i], SIZES_OF_8)
-        # Blocks of earlier sums have a negative number here, blocks of later sums one too large.
+        # Here i_block counts from the sum's first block.  It is negative in programs of earlier
+        # sums, and at least ``blocks`` in programs of later sums.
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = (o_element >= 0) & (o_element < size)
         blocks = tl.cdiv(size.to(tl.int64), BLOCK)
@@ -59,22 +62,23 @@ def sum_planes_kernel(
             pointers = planes[i] + o_element
             for _ in range(counts[i]):
                 b_sum += tl.load(pointers, mask=inside, other=0.0)  # [BLOCK]
-                pointers += size
+                pointers += size  # to the next plane
             tl.store(out[i] + o_element, cast(b_sum, out[i].dtype.element_ty), mask=inside)
         i_block -= blocks
 
 
 def sum_planes(
-    planes: Sequence[Tensor], out: Sequence[Tensor], beside: torch.dtype | None = None
+    planes: Sequence[Tensor], out: Sequence[Tensor], second_dtype: torch.dtype | None = None
 ) -> None:
     """out_i = Σ_s planes_i[s].  planes_i: float32 [S_i, …].  out_i: contiguous […], any dtype.
 
     An out_i with no plane (S_i = 0) isn't written.  A single sum gets an empty second sum with the
-    dtype ``beside``, so that one compiled kernel serves all sums of a layer.
+    dtype ``second_dtype``.  So it uses the kernel that is compiled anyway for the two sums of a
+    layer's backward.
     """
     sums = list(zip(planes, out, strict=True))
-    if len(sums) == 1 and beside is not None:
-        sums.append((planes[0].new_empty(0), out[0].new_empty(0, dtype=beside)))
+    if len(sums) == 1 and second_dtype is not None:
+        sums.append((planes[0].new_empty(0), out[0].new_empty(0, dtype=second_dtype)))
     sums.sort(key=lambda each: str(each[1].dtype))
     counts = [len(each) for each, _ in sums]
     sizes = [total.numel() if len(each) else 0 for each, total in sums]
@@ -87,4 +91,4 @@ def sum_planes(
         "SIZES_OF_8": all(total.shape[-1] % 8 == 0 for _, total in sums), "BLOCK": _BLOCK,
     }  # fmt: skip
     grid = (sum(cdiv(size, _BLOCK) for size in sizes),)
-    launch(Launch(sum_planes_kernel, grid, arguments, warps=4, stages=2, work_of=_work))
+    launch(Launch(sum_planes_kernel, grid, arguments, warps=4, stages=2, work_of=_work_of))

@@ -23,7 +23,7 @@ class Target:
     descriptors: bool = False  # loads matrices by tensor descriptor (TMA)
     tensor_memory: int = 0  # columns of Blackwell's tensor memory, which holds accumulators
     l2: float = 2.5  # bandwidth of the L2 cache relative to DRAM: an assumption
-    masking: int = 1  # programs on a processor while they compute the masks of a group
+    masking: int = 1  # programs that a processor should run if they compute a group's masks
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
     device: str = ""  # the name of an actual device; "" for an architecture
@@ -54,12 +54,13 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
         Target("gfx950", "hip", "gfx950", 64, 64 * _KIB, 256, tf32=False),
         Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False, float32=False),
-        # Few processors and small tiles (defaults.py), so that small shapes reach every branch.
+        # Few processors, and small tiles (defaults.py), so that small shapes reach every branch.
         Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
     )
 }
 
-# Loops over K give wrong results there or read out of bounds (triton#11378, seen on gfx1151).
+# On these architectures, loops over K give wrong results or read out of bounds (triton#11378, seen
+# on gfx1151), so no kernel runs there.
 _MISCOMPILED = "gfx115"
 
 # The target of CPU tensors.  Tests assign a GPU target here, with a driver that launches nothing.

@@ -1,8 +1,8 @@
 """OUT_i = (keep_i ∘ X)ᵀ U_i: d lora_a and d lora_b, which are sums over rows.
 
-For d lora_b, X is dy and U is h; the same pass over dy may also compute dh = factor · dy lora_b
-("one pass").  For d lora_a, X is x and U_i is dh; the same pass may also compute the adapter's part
-of dx, Σ keep ∘ (dh lora_a) ("one pass over x").
+For d lora_b, X is dy and U is h.  The same launch may also compute dh = factor · dy lora_b, so that
+dy is read once ("one pass").  For d lora_a, X is x and U_i is dh.  The same launch may also compute
+the adapter's part of dx, Σ_i keep_i ∘ (dh_i lora_a_i), which saves a launch ("one pass over x").
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_kept
 from .segments import (
     SegmentNumbers,
-    bytes_beside,
     own_number,
     row_numbers,
     segment_arguments,
     segment_rows,
+    small_operand_bytes,
     sorted_arguments,
     sorted_rows,
     strides_of,
@@ -52,8 +52,9 @@ class WeightGradConfig(ThinConfig):
         if call.segments:
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
-        # With 16 r rows, a split loads four times the bytes that its plane costs: 2 · N bytes of x
-        # for each row, beside 8 · N · r to write and read the plane.
+        # A split should load four times the bytes that its plane costs.  The plane costs 8 · N · r
+        # bytes, because it is written and read, and a split loads 2 · N bytes of X for each row.
+        # So 16 r rows suffice.
         return splits(self.capacity(target, call), programs, call.m, self.block_m, 16 * call.r)
 
     def sums(self, call: Call) -> int:
@@ -62,7 +63,7 @@ class WeightGradConfig(ThinConfig):
         return thin * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves x once.  L2 serves x for every step over the rank, and U for every tile of
+        # DRAM serves X once.  L2 serves X for every step over the rank, and U for every tile of
         # columns.
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
 
@@ -79,11 +80,11 @@ class WeightGradConfig(ThinConfig):
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
-        """See :meth:`Config.why_not`; also refuses tiles in one pass with which Triton races.
+        """See :meth:`Config.why_not`; also refuses tiles that make Triton's code for one pass race.
 
-        One pass uses a loaded tile in two products: over dy the tile of X, over x the tiles of U_i.
-        With a mask there is no race: the masked x is in registers, so the loop waits for each
-        product.
+        Both kinds of one pass use a loaded tile in two products (faults.overwrites_tiles): over dy
+        the tile of X, over x the tiles of U_i.  With a mask there is no race: the masked X is in
+        registers, so the loop waits for each product.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
@@ -96,37 +97,44 @@ class WeightGradConfig(ThinConfig):
         return super().why_not(target, call)
 
     def partial_sums(self, target: Target, call: Call) -> int:
-        """Float32 elements of one pass's planes: dh's (one per tile of columns) and d lora_b's."""
+        """The float32 elements of all planes that one pass over dy writes.
+
+        dh has a plane for each tile of columns, d lora_b one for each split of the rows; a single
+        plane is the result itself.
+        """
         n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)
         floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
         return floats * call.r
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    x, u, v, made, low_rank = (arguments[name] for name in ("x", "u", "v", "made", "low_rank"))
+def _work_of(arguments: Mapping[str, Any]) -> Work:
+    """The FLOPs and bytes of a launch.  Names that end in ``bytes`` count each element once."""
+    x, u, v, xv, low_rank = (arguments[name] for name in ("x", "u", "v", "xv", "low_rank"))
     M, N, ranks, planes = (arguments[name] for name in ("M", "N", "R", "planes"))
     n_tiles, r_tiles = cdiv(N, arguments["BLOCK_N"]), arguments["R_TILES"]
+    # count: the number of splits, or 0 where the rows aren't split.
     count, segments = len(planes[0]), arguments["segments"]
     programs = n_tiles * r_tiles * (max(1, count) if segments is None else segments + 1)
-    beside, beside_by_tiles = bytes_beside(arguments, programs, n_tiles * r_tiles)
-    rows, again = M * N * x.element_size(), size_of(low_rank) if arguments["ADD"] else 0
+    small, small_by_tiles = small_operand_bytes(arguments, programs, n_tiles * r_tiles)
+    x_bytes = M * N * x.element_size()
+    old_low_rank_bytes = size_of(low_rank) if arguments["ADD"] else 0
     return Work(
         flops=2 * M * N * (sum(ranks) + sum(ranks[: len(v)])),
-        loaded=rows + size_of(*v, *u) + beside + again,
-        stored=size_of(made, low_rank) + size_of(*(planes if count else arguments["out"])),
-        loaded_by_tiles=rows * r_tiles
+        loaded=x_bytes + size_of(*v, *u) + small + old_low_rank_bytes,
+        stored=size_of(xv, low_rank) + size_of(*(planes if count else arguments["out"])),
+        loaded_by_tiles=x_bytes * r_tiles
         + size_of(*u) * n_tiles
         + size_of(*v) * max(1, count)
-        + beside_by_tiles
-        + again,
-        partial=size_of(*planes) + size_of(made) * (n_tiles > 1),
+        + small_by_tiles
+        + old_low_rank_bytes,
+        partial=size_of(*planes) + size_of(xv) * (n_tiles > 1),
     )
 
 
 # M and steps change with the batch; Triton would compile again for 1 and for multiples of 16.
-@triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
+@triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work_of))
 def weight_grad_kernel(
-    x, u, out, planes, v, made, low_rank, seeds, ends, order, own_factors, own_thresholds,
+    x, u, out, planes, v, xv, low_rank, seeds, ends, order, own_factors, own_thresholds,
     M, N, factor, threshold, steps, segments, x_strides, out_strides, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -137,70 +145,77 @@ def weight_grad_kernel(
     SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also MADE or LOW_RANK.
+    """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also XV or LOW_RANK.
 
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i.  A
     program has BLOCK_N columns of X and walks down the rows.  If the rows are split, split s takes
     ``steps`` steps from step s · steps on, and writes its partial sums to plane s.
 
-    With V_i [N, R_i], the same pass computes one of two further results.
-    MADE [N / BLOCK_N, M, R_0] = factor · X V_0: partial sums, one plane for each tile of columns.
-    LOW_RANK [M, N] = Σ_i keep_i ∘ (U_i V_iᵀ) (+ LOW_RANK, if ADD): the same bits as ``lowrank``
-    gives if that takes one step over each rank.
+    With V_i [N, R_i], the same pass computes one of two further results:
+    XV [N / BLOCK_N, M, R_0] = factor · X V_0 (dh): partial sums, one plane for each tile of
+    columns, because dh sums over all columns and a program has BLOCK_N of them.
+    LOW_RANK [M, N] = Σ_i keep_i ∘ (U_i V_iᵀ) (+ LOW_RANK, if ADD): the adapter's part of dx, with
+    the same bits as ``lowrank`` gives if that takes one step over each rank.
+
+    Indices: i is a projection.  i_n: the program's first column of X, which is its first row of
+    OUT_i.  i_r: its first column of OUT_i.  i_m: the step's first row.  i_split: the split s, or
+    with segments the segment.
 
     With segments (``ends``): OUT_i [segments, N, R_i] sums over each segment's rows, and V_0 is
     [segments, N, R_0].  There are no splits and no LOW_RANK.  ``order``, ``own_factors`` and
     ``own_thresholds`` as in ``project_kernel``.
     """
+    # R_TILES programs share the same columns of X, one for each BLOCK_R columns of OUT.
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     # The grid's second axis counts splits of the rows, or segments.
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    # Rows below end have a place in MADE.  Rows below rows and columns below columns are loaded:
-    # none for rows without a segment, so that MADE is zero there.
+    # A program loads rows below ``rows`` and columns below ``columns``, and stores rows of XV below
+    # ``end``.  For rows without a segment it loads nothing, so that XV is zero there.
     start, end, rows, columns = 0, M, M, N
     if ends is not None:
-        i_bank = i_split.to(tl.int64)
+        i_segment = i_split.to(tl.int64)
         start, end = segment_rows(ends, segments, i_split, M)
-        is_one = i_split < segments
-        rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
-    # V's tiles serve all steps, so they are loaded once.
+        has_segment = i_split < segments
+        rows, columns = tl.where(has_segment, end, 0), tl.where(has_segment, N, 0)
+    # V's tiles are the same in all steps over the rows, so they are loaded once.
     b_vs = ()
     for i in tl.static_range(len(v)):
         v_i = v[i]
         if ends is not None:
-            v_i += i_bank * v_strides[i][0]
+            v_i += i_segment * v_strides[i][0]
         b_v = load_tile(
             v_i, i_n, 0, columns, R[i], v_strides[i][1], v_strides[i][2], BLOCK_N, BLOCK_R
         )  # [BN, BR]
         b_vs = b_vs + (b_v,)
-    if made is not None:
-        made_plane = made + i_tile.to(tl.int64) * M * R[0]
-    sums, keys = (), ()
+    if xv is not None:
+        xv_plane = xv + i_tile.to(tl.int64) * M * R[0]
+    sums, loaded_seeds = (), ()  # an accumulator and a seed for each projection
     for i in tl.static_range(len(u)):
-        # The sum is OUTᵀ.  In one pass over dy it is OUT, because BLOCK_N is large there and OUTᵀ
-        # would spill.
-        if made is None:
+        # The accumulator has a tile of OUTᵀ.  In one pass over dy it has a tile of OUT, because
+        # BLOCK_N is large there and OUTᵀ would spill.
+        if xv is None:
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
         else:
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             i_seed = i if own_thresholds is None else min(i_split, segments - 1)
-            keys = keys + (tl.load(seeds + i_seed),)
+            loaded_seeds = loaded_seeds + (tl.load(seeds + i_seed),)
     threshold = own_number(own_thresholds, threshold, i_split, segments)
     factor = own_number(own_factors, factor, i_split, segments)
     if ends is not None:
-        first, last = start, end
+        loop_start, loop_end = start, end
     else:
-        first = i_split * steps * BLOCK_M
-        last = min(first + steps * BLOCK_M, M)
-    for i_m in range(first, last, BLOCK_M):
-        o_at = None
+        loop_start = i_split * steps * BLOCK_M
+        loop_end = min(loop_start + steps * BLOCK_M, M)
+    # The main loop: sums[i] += (keep_i ∘ X)ᵀ U_i over this program's rows.
+    for i_m in range(loop_start, loop_end, BLOCK_M):
+        o_mem = None
         if order is not None:
-            o_at = row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
+            o_mem = row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
         b_x = load_tile(
-            x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_at=o_at
+            x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_mem=o_mem
         )  # [BM, BN]
-        new = ()
+        next_sums = ()  # a tuple's entries can't be assigned, so each step makes a new tuple
         b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(len(u)):
             # U is loaded as its transpose.  Otherwise Triton loads only one of the two tiles more
@@ -210,38 +225,40 @@ def weight_grad_kernel(
             if seeds is not None:
                 # A mask counts rows from 0, or, with per-segment numbers, from the segment's start.
                 i_mask = i_m if own_thresholds is None else i_m - start
-                keep = keep_tile(keys[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
+                keep = keep_tile(loaded_seeds[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
-            if made is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
-                new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
+            if xv is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
+                next_sums = next_sums + (dot(b_u, b_kept, sums[i], PRECISION),)
             else:  # [BN, BR] += [BN, BM] @ [BM, BR]
-                new = new + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
-            if low_rank is not None:  # the same mask, on this projection's part of dx
+                next_sums = next_sums + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
+            if low_rank is not None:  # + keep_i ∘ (U_i V_iᵀ), with the same mask as X
                 b_term = b_low if seeds is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 # [BM, BN] += [BM, BR] @ [BR, BN]
                 b_term = dot(b_u.T, cast(b_vs[i], b_x.dtype).T, b_term, PRECISION)
                 b_low = b_term if seeds is None else add_kept(b_low, b_term, keep, i)
-        sums = new
+        sums = next_sums
         if low_rank is not None:
             if ADD:
                 b_before = load_tile(low_rank, i_m, i_n, M, N, N, 1, BLOCK_M, BLOCK_N)  # [BM, BN]
                 b_low += b_before.to(tl.float32)
             store_tile(low_rank, b_low, i_m, i_n, M, N, N, 1)
-        if made is not None:  # dh, whose dy has no mask
-            b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if xv is not None:  # factor · X V_0 for these rows; here X is dy, which has no mask
+            b_xv = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             # [BM, BR] = [BM, BN] @ [BN, BR]
-            b_made = dot(b_x, cast(b_vs[0], b_x.dtype), b_made, PRECISION)
-            store_tile(made_plane, b_made * factor, i_m, 0, end, R[0], R[0], 1)
+            b_xv = dot(b_x, cast(b_vs[0], b_x.dtype), b_xv, PRECISION)
+            store_tile(xv_plane, b_xv * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
-        b_out = sums[i] if made is None else sums[i].T  # [BR, BN]
-        bank, row, column = out_strides[i]
+        b_out = sums[i] if xv is None else sums[i].T  # [BR, BN]
+        # OUTᵀ is stored with OUT's strides exchanged.
+        stride_e, stride_n, stride_r = out_strides[i]
         if ends is not None:
-            store_tile(out[i] + i_bank * bank, b_out, i_r, i_n, R[i], columns, column, row)
+            out_i = out[i] + i_segment * stride_e
+            store_tile(out_i, b_out, i_r, i_n, R[i], columns, stride_r, stride_n)
         elif tl.num_programs(1) == 1:
-            store_tile(out[i], b_out, i_r, i_n, R[i], N, column, row)
+            store_tile(out[i], b_out, i_r, i_n, R[i], N, stride_r, stride_n)
         else:
             plane = planes[i] + i_split.to(tl.int64) * N * R[i]
-            store_tile(plane, b_out, i_r, i_n, R[i], N, column, row)
+            store_tile(plane, b_out, i_r, i_n, R[i], N, stride_r, stride_n)
 
 
 def weight_grad(
@@ -261,7 +278,7 @@ def weight_grad(
     numbers: SegmentNumbers | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
-    """Fill ``outs`` with out_i = (keep_i ∘ x)ᵀ u_i; with ``b`` or ``vs``, also a further product.
+    """Fill ``outs`` with out_i = (keep_i ∘ x)ᵀ u_i; ``b`` or ``vs`` ask for a further product.
 
     x [M, N] has any strides; u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
     dtype, and is contiguous or the transpose of a contiguous tensor.  ``seeds`` as in
@@ -275,11 +292,14 @@ def weight_grad(
     segment without rows, and b is [E, N, R_0].
     """
     M, N, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
-    made = product = None
-    for i, (u, out, v, keys) in enumerate(chunks(us, outs, vs if b is None else [b], seeds)):
+    xv = product = None
+    # u, out and v are the lists of one launch.
+    launches = chunks(us, outs, vs if b is None else [b], seeds)
+    for i, (u, out, v, launch_seeds) in enumerate(launches):
         ranks = [each.shape[1] for each in u]
         call = Call(
-            M, N, max(ranks), x.element_size(), precision, len(u), keys is not None, b is not None,
+            M, N, max(ranks), x.element_size(), precision, len(u),
+            launch_seeds is not None, b is not None,
             segments=0 if ends is None else len(ends), low_rank=low_rank is not None,
         )  # fmt: skip
         tiles = chosen_config("weight_grad", target, call, config)
@@ -292,27 +312,29 @@ def weight_grad(
         else:  # empty planes, so that both cases compile to the same kernel
             planes = [x.new_empty(0, dtype=torch.float32)] * len(u)
         if b is not None:
-            product = made = x.new_empty(M, ranks[0])
+            product = xv = x.new_empty(M, ranks[0])
             if n_tiles > 1:
-                made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
+                xv = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
         arguments = {
             "x": x, "u": tuple(u), "out": tuple(out), "planes": tuple(planes), "v": tuple(v),
-            "made": made, "low_rank": low_rank, "ADD": low_rank is not None and i > 0,
-            "seeds": keys, **segment_arguments(ends),
-            **sorted_arguments(order, numbers, scaled=b is not None, masked=keys is not None),
+            "xv": xv, "low_rank": low_rank, "ADD": low_rank is not None and i > 0,
+            "seeds": launch_seeds, **segment_arguments(ends),
+            **sorted_arguments(
+                order, numbers, scaled=b is not None, masked=launch_seeds is not None
+            ),
             "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
             "steps": steps, "x_strides": x.stride(), "out_strides": strides_of(out, ends),
             "v_strides": strides_of(v, ends),
             "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
         }  # fmt: skip
-        # One more segment for the rows without one: their rows of MADE must be zero.
+        # One more segment for the rows without one: their rows of XV must be zero.
         grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (b is not None))
-        launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
-        if made is not product:  # dh has planes too: one launch adds both
-            sum_planes([*planes, made], [*dense, product])
+        launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work_of))
+        if xv is not product:  # dh has planes: one launch adds them and the planes of ``outs``
+            sum_planes([*planes, xv], [*dense, product])
         elif count > 1:
-            sum_planes(planes, dense, beside=x.dtype)
+            sum_planes(planes, dense, second_dtype=x.dtype)
     return product
 
 

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, make: Callable, check: Callable) -> int:
 
 
 def what_misses(check: Callable, case) -> str:
-    """The reason for a failure in one line; "" if the case passes."""
+    """Run ``check(case)``: the reason for its failure in one line; "" if the case passes."""
     try:
         check(case)
     except AssertionError as error:
@@ -101,7 +101,8 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
 
         yield Case, check
         return
-    import marks  # noqa: F401  # it asks for the interpreter, and the machine asks for none
+    # marks asks for the interpreter, so it must come before tools.machine, which asks for none.
+    import marks  # noqa: F401
 
     sys.path.append(str(TESTS.parent))
     from tools.machine import compiled

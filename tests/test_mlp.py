@@ -20,7 +20,7 @@ import fastlora
 from fastlora.layers import mlp
 from fastlora.layers.members import activation_of
 
-IN, HIDDEN, ROWS = 8, 12, 40  # more rows than calls without a node have
+IN, HIDDEN, ROWS = 8, 12, 40  # calls of up to 32 rows wouldn't be fused
 
 
 class Gated(nn.Module):

@@ -54,8 +54,8 @@ def _hqq(folder: Path) -> nn.Module:
 def _float8(folder: Path) -> nn.Module:
     if _OLD:
         pytest.skip(f"transformers {transformers.__version__} makes FP8 only on a GPU")
-    door = f"{_QUANTIZERS}_finegrained_fp8.is_torch_xpu_available"
-    with mock.patch(door, return_value=True):
+    check = f"{_QUANTIZERS}_finegrained_fp8.is_torch_xpu_available"
+    with mock.patch(check, return_value=True):
         return _load(folder, transformers.FineGrainedFP8Config(weight_block_size=(32, 32)))
 
 
@@ -64,7 +64,7 @@ def _gguf(folder: Path, packed: bool) -> nn.Module:
     pytest.importorskip("gguf", reason="gguf isn't installed")
     module = pytest.importorskip(f"{_QUANTIZERS}_gguf", reason=NEEDS_5)
     _write_gguf(folder, "lfm2" if packed else "llama")
-    kernel = SimpleNamespace(supports=lambda kind: True)  # no tensor on a CPU reaches it
+    kernel = SimpleNamespace(supports=lambda kind: True)  # it is never called on a CPU
     with mock.patch.object(module, "get_gguf_kernel", return_value=kernel):
         config = transformers.GgufConfig(dequantize=False)
         return _load(folder, config, gguf_file="model.gguf", attn_implementation="eager")

@@ -11,10 +11,10 @@ h and dh [M, r] carry the whole factor, which is applied while the product is st
 accumulator.  So no matrix of size M·K or M·N is ever scaled.  :mod:`.formula` has the formulas over
 some rows.
 
-A call whose rows are cut into segments is a loop over *parts*: the segments that have rows.  If the
-segments share a base, a part with the base and all rows of x comes first, and the parts with one
-adapter each add to its results.  A part's rows are a view of x if they are contiguous; else they
-are copies that live until the next part.
+A call whose rows are cut into segments (rows.py) is a loop over *parts*: the segments that have
+rows.  If the segments share a base, a part with the base and all rows of x comes first, and the
+parts with one adapter each add to its results.  A part's rows are a view of x if they are
+contiguous; otherwise they are copies that live until the next part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,7 +82,7 @@ def forward(
             for y, y_rows in zip(ys, into, strict=True):
                 part.put(y, y_rows)
         last = max(last, part.place.stop)
-    for y in ys:  # rows behind the last expert belong to none
+    for y in ys:  # rows after the last expert's belong to no expert
         y[last:].zero_()
     return ys, hs
 
@@ -109,6 +109,7 @@ def backward(
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
     stacks = [() if gradient is None else gradient.unbind() for gradient in gradients]
+    # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
     places: Sequence[int] = range(len(tensors))
     numbers = unflatten(places, call.layouts)
     wants: Sequence[Output] = wanted
@@ -153,7 +154,7 @@ class _Part(NamedTuple):
     place: slice  # the part's rows of h
     rows: slice | None  # the part's rows of x, y and dy; None: they aren't contiguous
     share: Any  # a Share; None: all rows in their own order, in the part of the shared base
-    items: int = 0  # the number of items in x
+    items: int = 0  # the items in x: rows, or sequences, that have one adapter each
 
     def take(self, *matrices: Tensor | None) -> list[Any]:
         """The part's rows of each matrix: a view if they are contiguous, else a copy."""
@@ -253,7 +254,7 @@ def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
 
 
 def _widened(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient in the shape of the adapter's tensor, with zeros behind the adapter's rank."""
+    """The gradient in the shape of the adapter's tensor, with zeros after the adapter's rank."""
     if gradient.shape == tensor.shape:
         return gradient
     rows, columns = gradient.shape

@@ -147,7 +147,7 @@ class LoRAConfig:
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
-            # Compile it alone and in its final form: "a)(b" is only valid in the latter.
+            # Compile it by itself and in its final form: "a)(b" is valid only in the second.
             try:
                 _compile(pattern)
                 _at_end(pattern)

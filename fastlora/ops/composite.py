@@ -15,7 +15,7 @@ from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
 
-# drop(number of the adapter, its rows of x, their segment or None) -> the rows after dropout.
+# drop(the adapter's number in the call, its rows of x, their segment or None) -> dropped rows.
 Drop = Callable[[int, Tensor, Share | None], Tensor]
 
 
@@ -72,7 +72,7 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
     """
     lora_a, lora_b, scale = adapter
     scale, dtype = float(scale), x.dtype
-    # A nested x isn't widened, but the dense lora_a is cast to its dtype.
+    # A nested x isn't widened: the adapter's dense tensors are cast to x's dtype.
     if x.is_nested and y is not None:
         thin = linear(x, scale * lora_a.to(dtype))
         return y + linear(thin, lora_b.to(dtype))

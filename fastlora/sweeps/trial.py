@@ -143,8 +143,11 @@ class Options(NamedTuple):
         }
 
     def batches(self, trials: int) -> int:
-        """The number of batches that a sweep takes: remaining trials take over free rows."""
-        # A step takes as many batches as each remaining trial has free places for.
+        """The number of batches that a sweep takes.
+
+        A step has a place for each trial of the start.  After a halving, each remaining trial has
+        several places, and trains on as many batches in a step.
+        """
         stops, left, taken = self.rungs(trials), trials, 0
         for step in range(self.steps):
             taken += trials // left

@@ -32,11 +32,12 @@ FORMATS = {
 
 
 def here(weight: Quantized) -> Quantized:
+    """The weight on the tests' device."""
     return Quantized(weight.format, tuple([tensor.to(DEVICE) for tensor in weight.tensors]))
 
 
 def filled(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight; memory around it must stay unwritten."""
+    """The dense weight, by ``dequant``; memory around it must stay unwritten."""
     memory = poisoned(packed.of_all_experts.rows + 2, packed.columns, dtype=dtype)
     out = dequant(packed, memory[1:-1])
     assert memory[0].isnan().all()
@@ -51,7 +52,7 @@ def size_of(lefts: list[torch.Tensor], rights: list[torch.Tensor]) -> torch.Tens
 
 
 def assert_same(one: torch.Tensor, two: torch.Tensor, size: torch.Tensor) -> None:
-    """Bit-equal in the interpreter.  Compiled, the product over bytes sums k in another order."""
+    """Bit-equal in the interpreter; compiled, a packed weight's product sums k in another order."""
     if INTERPRETED.value:
         assert torch.equal(one, two)
     assert ((one.double() - two.double()).abs() <= torch.finfo(one.dtype).eps * size).all()

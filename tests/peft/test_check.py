@@ -259,7 +259,7 @@ def test_two_percent_in_one_of_30_layers_is_found_in_bfloat16(monkeypatch, adapt
     with_scale(monkeypatch, model.get_submodule(layer), factor)
     found = fastlora.check(model, batch())
     assert not found
-    assert found.largest.relative < found.tolerance  # which is what the whole model shows
+    assert found.largest.relative < found.tolerance  # the whole model's numbers hide the fault
     (wrong,) = [one for one in found.layers if not one]
     assert wrong.name == layer.removesuffix(".down_proj")
     sizes = {one.name: one.value for one in wrong.measures if one.excess > 1.0 and one.middle > 0.5}
@@ -376,7 +376,7 @@ def test_own_layers_are_told_what_to_do():
         fastlora.check(model, torch.randn(5, 8))
 
 
-# What is taken for rounding in the whole model, by dtype and depth
+# The errors that count as rounding in the whole model, by dtype and depth
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_compiled_layers_take_the_names_of_each_call():
 
 
 def test_check_judges_the_layers_of_a_mixed_batch():
-    """One by one, since they get the names: not a gated MLP as a whole."""
+    """The names go to layers, so a gated MLP's layers are judged one by one."""
     model = many(gemma3())
     found = fastlora.check(model, {"input_ids": BATCH, "labels": BATCH, "adapter_names": NAMES})
     assert found, str(found)

@@ -1,4 +1,7 @@
-"""benchmarks/visit.py must work at the first try when a GPU is available for a short time."""
+"""benchmarks/visit.py must work at the first try when a GPU is available for a short time.
+
+A dry visit (``--dry``) runs all parts on a CPU, with tiny sizes and Triton's interpreter.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The device of the tests, and marks: wants equal bits, fails with an older package, pairwise."""
+"""The device of the tests, skips with older packages, and pairwise parametrization."""
 
 import inspect
 import os
@@ -41,7 +41,7 @@ def wants_equal_bits(function: Callable) -> bool:
 
 
 # Tests that are skipped with an older package, because that package fails them.  Columns: package,
-# first version that passes (as far as tried), a part of the test's id, and the reason.
+# the first version that passes (as far as tried), a part of the test's id, and the reason.
 OLDER = (
     ("transformers", "5", "test_in_ddp_one_rank_writes", "Trainer can't resume in DDP on CPUs"),
     ("transformers", "5", "blocks_of_a_compiled_model", "no activation_checkpointing_enable"),
@@ -61,21 +61,22 @@ OLDER = (
     ("torch", "2.11", "whole_graph_it_needs_a_setting", "the error message differs"),
 )  # fmt: skip
 
-
-MINE = [row for row in OLDER if Version(version(row[0])) < Version(row[1])]
+# The rows for which the installed package is older.
+OLDER_HERE = [row for row in OLDER if Version(version(row[0])) < Version(row[1])]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    for package, first, part, why in MINE:
+    for package, first, part, why in OLDER_HERE:
         if part in item.nodeid:
             item.add_marker(pytest.mark.skip(reason=f"before {package} {first}: {why}"))
 
 
 def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Rows of indices, so that every two values of any two axes occur together in some row.
+    """Pairwise coverage of axes with these numbers of values, as rows with an index for each axis.
 
-    It is pairwise coverage: not every combination of all axes, but every pair of values.  Each step
-    takes the combination that has the most pairs still missing, so the result is deterministic.
+    Every two values of any two axes occur together in some row, but not every combination of all
+    axes does.  Each step takes the combination that has the most pairs still missing, so the result
+    is deterministic.
     """
     axes = [*combinations(range(len(sizes)), 2)]
 

@@ -50,7 +50,7 @@ class Tied(nn.Module):
 
 
 class Places(nn.Module):
-    """A linear layer used at two places, and a block used at three."""
+    """A model whose linear layer ``one`` has two places, and whose block has three."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,9 +104,9 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
 
 
 def around_values(model: nn.Module) -> list:
-    """Other state that a call may not change: classes, modes, members, hooks, requires_grad.
+    """State besides values that a call may not change.
 
-    Also the state of the random number generator.
+    That is classes, modes, members, hooks, requires_grad, and the random number generator's state.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     return [
@@ -155,11 +155,12 @@ def blocks(model: nn.Module) -> set[str]:
 
 @contextmanager
 def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
-    """Call ``note(module, x)`` for every fast call that the module ``place`` makes."""
+    """Call ``note(module, x)`` for every fast call that the Python module ``place`` makes."""
     call = place.call_recorded
 
     def noted(module, x, *rest):
-        y = x  # checkpointing ends a recomputation by an exception once it has the tensors it needs
+        # Checkpointing may end a recomputation by an exception, which also counts as a fast call.
+        y = x
         try:
             y = call(module, x, *rest)
         finally:

@@ -32,7 +32,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def result(model: nn.Module, losses: Iterable[float]) -> dict[str, Tensor]:
-    """The losses of a training, and the parameters after it."""
+    """The losses of a training, and the trainable parameters after it."""
     found = {"losses": torch.tensor(list(losses), dtype=torch.float64)}
     return found | {name: p.detach() for name, p in trained(model).items()}
 

@@ -49,7 +49,7 @@ class Record:
     fast: int  # how many outputs the fast op computed
     inside: fastlora.Coverage  # coverage during the forward of the module around each layer
     coverage: fastlora.Coverage  # afterwards, between calls
-    # parameters that ZeRO-3 saw read outside of their module's call
+    # the parameters that ZeRO-3 gathered because another module's call read them
     external: frozenset[str] = frozenset()
 
 
@@ -149,7 +149,7 @@ class Zero3Engine(Engine):
 def train(
     model: nn.Module, parts: list[Tensor], engine: Callable[[nn.Module], Engine] = Engine
 ) -> Record:
-    """A few steps on the mean over ``parts``.  Each part is computed from the same random state."""
+    """Train a few steps on the mean loss of ``parts``, each from the same random state."""
     engine = engine(model)
     losses, gradients = [], {}
     with counted() as calls, covered(model) as inside:
@@ -182,7 +182,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[list[None]]:
-    """A list that gets one element for each output of a call of the fast op."""
+    """Yields a list that gets one element for each output that the fast op computes."""
     calls, backend = [], find_backend(device=CPU)
 
     def forward(inputs, seeds, settings):
@@ -196,17 +196,17 @@ def counted() -> Iterator[list[None]]:
 
 @contextmanager
 def covered(model: nn.Module) -> Iterator[dict[str, LayerCoverage]]:
-    """The coverage of every layer while the module that contains it runs."""
-    found = {}
+    """The coverage of every layer by name, while the module that contains it runs."""
+    layers = {}
 
     def look(name: str, module: nn.Module, _) -> None:
         if not torch.compiler.is_compiling():
             for layer in fastlora.coverage(module).layers:
-                found[f"{name}.{layer.name}"] = layer
+                layers[f"{name}.{layer.name}"] = layer
 
     parents = ((n, m) for n, m in model.named_modules() if isinstance(m, LlamaAttention | LlamaMLP))
     hooks = [m.register_forward_pre_hook(partial(look, name)) for name, m in parents]
-    yield found
+    yield layers
     for hook in hooks:
         hook.remove()
 
@@ -308,8 +308,10 @@ def fsdp2_from_meta(when: str) -> Record:
 
 
 def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
-    """With every LoRA layer sharded: the number of fast calls before ``restore``, a training after
-    it, and the bases of a layer's class after it.
+    """``restore`` of a model with every LoRA layer sharded.
+
+    Returns the number of fast calls before it, and after it a training and the bases of a layer's
+    class.
     """
     model = adapted(when, partial(shard, units="lora-layers"))
     with counted() as calls:
@@ -330,8 +332,8 @@ def fsdp2_checked() -> str:
 
 def flat(model: nn.Module, units: str = "blocks") -> nn.Module:
     """Wrap with FSDP1: the decoder blocks as units, or more units by PEFT's policy."""
-    own = ModuleWrapPolicy({LlamaDecoderLayer})
-    policy = own if units == "blocks" else fsdp_auto_wrap_policy(model)
+    by_block = ModuleWrapPolicy({LlamaDecoderLayer})
+    policy = by_block if units == "blocks" else fsdp_auto_wrap_policy(model)
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU
     )
@@ -354,7 +356,7 @@ def torch_tensor_parallel(when: str) -> Record:
 
 
 def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Split the projections by columns or rows, and the adapter half of each that can be split."""
+    """Split the projections by columns or rows, and of each adapter the half with that axis."""
     plan = {}
     for name, parent in TARGETS.items():
         style, half = (RowwiseParallel, "A") if name in ROWWISE else (ColwiseParallel, "B")
@@ -369,16 +371,13 @@ class Zero3(nn.Module):
     It copies the effects that DeepSpeed (``deepspeed.runtime.zero``) has on a model and its calls,
     not its implementation:
 
-    * Between calls, a parameter's data is empty, and each rank holds a part of it.  The parameter
-      has
-    the attributes ``ds_id``, ``ds_shape`` and ``ds_tensor``.
+    * Between calls, a parameter's data is empty, and each rank holds a part of it (``ds_tensor``).
+      The parameter also has the attributes ``ds_id`` and ``ds_shape``.
     * Hooks on every module gather its own parameters before its forward and its backward, and
-      release
-    them afterwards.  A module that is named a leaf is gathered with all its submodules, and only
-    the leaf has hooks.
-    * If a forward reads a parameter of another module, it is gathered at once.  From then on, it
-      also
-    belongs to the module that is being called ("external").
+      release them afterwards.  A module in ``leaves`` is gathered with all its submodules, which
+      have no hooks.
+    * If a forward reads a parameter of another module, the parameter is gathered at once.  From
+      then on, it also belongs to the module that is being called ("external").
 
     ``step`` is plain SGD.
     """

@@ -49,7 +49,8 @@ LAYOUTS = USUAL_LAYOUTS | {
     "one-number": lambda empty, rows, columns: empty(1, 1).expand(rows, columns),
     "negated": lambda empty, rows, columns: torch._neg_view(empty(rows, columns)),
 }
-# Values: a number that must divide K, the function that packs [n, k], and its other arguments.
+# Values: a number that must divide K, the function that packs [n, k], and a function that draws its
+# other arguments.
 FORMATS: dict[str, tuple[int, Callable, Callable]] = {
     "nf4": (1, packed.random_four_bit, lambda n, k, pick: ("nf4", pick((16, 64)))),
     "fp4": (1, packed.random_four_bit, lambda n, k, pick: ("fp4", 32, pick((1, 3, 16)))),
@@ -73,9 +74,9 @@ class Made(NamedTuple):
     """A call and its reference.
 
     ``textbook(leaves, masks, change)`` computes the call by the composite formula.  :func:`check`
-    calls it three times: in float64 (the truth), in the call's dtype (PyTorch's own error), and
-    with absolute values (the sizes of all terms).  In the last one, ``change`` also makes scales
-    absolute.
+    calls it three times: in float64 (the truth), in the call's dtype (for PyTorch's own error), and
+    with the absolute values of all tensors (for the sizes of all terms).  ``change`` is applied to
+    the scales, which the last call also takes as absolute values.
     """
 
     run: Callable[[], Tensor | Sequence[Tensor]]
@@ -86,11 +87,11 @@ class Made(NamedTuple):
 
 
 class Case:
-    """The properties of a call that are drawn before its tensors; ``words`` prints them.
+    """The properties of a call that are drawn before its tensors; ``words`` describes them.
 
     ``fixed`` replaces drawn properties: kind, dtype, adapter_dtype, world, p, format, K, M, wide,
-    small, node, plan.  ``alone`` is a prefix; only tensors whose names begin with it require
-    gradients.
+    small, node, plan.  *World* is the mode or transform around the call, such as autocast.  The
+    entry ``alone`` is a prefix: only tensors whose names begin with it require gradients.
     """
 
     def __init__(self, seed: int, index: int, backend: str, **fixed: object) -> None:
@@ -211,12 +212,12 @@ class Case:
         return tuple(self.leaf(f"{name}{place}", each) for name, each in pairs)
 
     def size_of_x(self, outputs: Sequence[int]) -> float:
-        """A size for x, such that no base product overflows in float16."""
+        """A factor for x that keeps the base products of ``outputs`` finite in float16."""
         weights = [self.leaves[f"weight{i}"].detach().double() for i in outputs]
         return 1 / max(1.0, *[float(w.norm() / w.shape[0] ** 0.5) for w in weights])
 
     def texts(self, leaves: dict[str, Tensor], outputs: Sequence[Output], change: Callable) -> list:
-        """These outputs as the reference takes them."""
+        """``outputs`` in the form that the reference takes, with their tensors from ``leaves``."""
         return [
             (
                 (leaves[f"weight{i}"], leaves.get(f"bias{i}")),
@@ -296,7 +297,7 @@ def _gated(case: Case) -> Made:
 
     def textbook(t, masks, change):
         its, p = case.texts(t, outputs, change), case.p if masks else 0.0
-        if change(2) == 4:  # change squares numbers, so square 1 - p, the divisor, as well
+        if change(2) == 4:  # ``change`` squares, so the divisor 1 - p must also be squared
             p = 1 - (1 - p) ** 2
         return oracles.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
 
@@ -342,7 +343,7 @@ def _experts(case: Case) -> Made:
 
 
 def _many(case: Case) -> Made:
-    """Many adapters in a batch: lists, or banks with NaN after each rank; -1 is for no adapter."""
+    """Many adapters in a batch: lists, or banks with NaN after each rank.  Index -1: no adapter."""
     n, N, K = case.pick((1, 2, 3, 7)), case.size(), case.K
     base = case.output(0, N, K, 0).base
     size = case.size_of_x([0])
@@ -363,18 +364,18 @@ def _many(case: Case) -> Made:
     own = sorted(own) if case.random() < 0.3 else own
     indices = torch.tensor(own, dtype=torch.int32).reshape(lead)
     given = indices if case.random() < 0.5 else fastlora.AdapterMapping(indices, n)
-    its_ranks = ranks if banks else None
+    call_ranks = ranks if banks else None
     case.given.append(indices)
 
     def textbook(t, masks, change):
         pairs = [t[each] if banks else [t[f"{each}{i}"] for i in range(n)] for each in _PAIR]
-        numbers = {"scales": [change(s) for s in scales], "ranks": its_ranks, "dropouts": ps}
+        numbers = {"scales": [change(s) for s in scales], "ranks": call_ranks, "dropouts": ps}
         weight, bias, masks = t["weight0"], t.get("bias0"), masks or [None] * n
         tensors = t["x"], weight, *pairs, indices
         return oracles.multi_lora_linear(*tensors, bias=bias, masks=masks, **numbers)
 
     tensors = x, base.weight, lora_a, lora_b, given
-    numbers = {"scales": scales, "ranks": its_ranks, "dropout": ps, "bias": base.bias}
+    numbers = {"scales": scales, "ranks": call_ranks, "dropout": ps, "bias": base.bias}
     repeats = case.M // max(1, len(own))
     masks = [((own.count(i) * repeats, K), p) for i, p in enumerate(ps)]
     return Made(partial(fastlora.multi_lora_linear, *tensors, **numbers), textbook, masks, [N])
@@ -397,13 +398,13 @@ def _dora(case: Case) -> Made:
         tensors = weight, a, b, magnitude = [
             t[name] for name in ("weight0", "lora_a0.0", "lora_b0.0", "magnitude")
         ]
-        x, bias, its_scale = t["x"], t.get("bias0"), change(scale)
+        x, bias, new_scale = t["x"], t.get("bias0"), change(scale)
         dropped = x if drop is None else drop(x)
         if change is not abs:
-            more = {"scale": its_scale, "dropped": dropped}
+            more = {"scale": new_scale, "dropped": dropped}
             return oracles.dora_linear(x, *tensors, bias=bias, **more)
         # The bias is added to z and subtracted again; the gain uses the original numbers.
-        z = dropped @ weight.T + its_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
+        z = dropped @ weight.T + new_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
         y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)
         return y if drop is None else y + (x + dropped) @ weight.T
 
@@ -463,10 +464,10 @@ def _check(case: Case) -> None:
             assert not truth[name].count_nonzero(), f"{name} is None"
         elif eager[name].isfinite().all() and (is_whole or name.startswith("y")):
             # Absolute values overestimate sizes after three layers; random signs partly cancel.
-            its_size = 8 * size[name].sqrt() if gated else size[name]
+            term_size = 8 * size[name].sqrt() if gated else size[name]
             if case.compute in (F32, F64):  # each of so many additions may round
-                its_size = max(4.0, sqrt(longest)) * its_size
-            assert_close(name, value, truth[name], eager[name], its_size, case.compute)
+                term_size = max(4.0, sqrt(longest)) * term_size
+            assert_close(name, value, truth[name], eager[name], term_size, case.compute)
 
 
 def _results(case: Case, made: Made, dys: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -498,8 +499,8 @@ def _gradients(
     pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None and y.requires_grad]
     if not pairs or not wanted:
         return dict.fromkeys(wanted)
-    used, its_dys = zip(*pairs, strict=True)
-    found = torch.autograd.grad(used, list(wanted.values()), its_dys, allow_unused=True)
+    used, used_dys = zip(*pairs, strict=True)
+    found = torch.autograd.grad(used, list(wanted.values()), used_dys, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 
 
@@ -520,8 +521,8 @@ def _textbook(
     cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
     number = (lambda scale: scale * scale) if change is torch.square else change
     ys = _as_tuple(made.textbook(cast, masks or None, number))
-    its_dys = [None if dy is None else convert(dy) for dy in dys]
-    gradients = _gradients(ys, its_dys, leaves)
+    converted_dys = [None if dy is None else convert(dy) for dy in dys]
+    gradients = _gradients(ys, converted_dys, leaves)
     zeros = {f"d_{name}": leaf for name, leaf in leaves.items()}
     return {f"y{i}": y.detach() for i, y in enumerate(ys)} | {
         name: torch.zeros_like(zeros[name]) if value is None else value

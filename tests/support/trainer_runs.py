@@ -68,7 +68,7 @@ def stopped_and_resumed(
 ) -> tuple[Trainer, Trainer]:
     """A run that is stopped and resumed with another model, and a run without interruption.
 
-    ``make`` gives the model for a seed, which determines everything except the base.
+    ``make(seed)`` gives a model; the seed determines everything except the base.
     """
 
     def run(seed: int, name: str, *callbacks: Any, **how: Any) -> Trainer:
@@ -102,6 +102,7 @@ def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[st
     rank = str(dist.get_rank())
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
     AcceleratorState._reset_state(True)
+    # The process group exists already, so nothing connects to this port.
     with mock.patch.dict(os.environ, ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
         trainer = trainer_for(adapted(seed=3 if resume_from else 2), Path(folder))
         assert trainer.args.world_size == dist.get_world_size()
@@ -112,7 +113,10 @@ def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[st
 
 
 def write_gguf(file: Path, arch: str, sizes: dict[str, Any], tensors: dict[str, tuple]) -> None:
-    """Write a GGUF file: ``sizes`` by gguf's names; each tensor comes with its quantization."""
+    """Write a GGUF file.
+
+    ``sizes`` has gguf's names.  ``tensors`` has for each name (the tensor, its quantization).
+    """
     import gguf
 
     writer = gguf.GGUFWriter(file, arch)

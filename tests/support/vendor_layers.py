@@ -60,7 +60,7 @@ def _gptq(k: int, n: int, dtype: torch.dtype, bits: int = 4, disordered: bool = 
     layer = qlinear.TorchLinear(
         **sizes, sym=False, desc_act=disordered, bias=True, register_buffers=True
     )
-    layer.optimized = True  # otherwise it compiles its own dequantization
+    layer.optimized = True  # otherwise the layer compiles its dequantization
     layer.post_init()
     for words in (layer.qweight, layer.qzeros):
         words.copy_(torch.randint(-(2**31), 2**31, words.shape))
@@ -84,7 +84,7 @@ def _int4(k: int, n: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> nn.Module:
-    """``dtype``: the dtype that 4-bit layers compute in."""
+    """A layer of bitsandbytes.  ``dtype``: the dtype that 4-bit layers compute in."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     linear = nn.Linear(k, n)
     if kind == "int8":
@@ -113,10 +113,11 @@ def repack(layer: nn.Module) -> None:
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu as packed_for_cpu
 
-    own = layer.weight
-    own.data, own.quant_state = packed_for_cpu(own.data, own.quant_state)
+    weight = layer.weight
+    weight.data, weight.quant_state = packed_for_cpu(weight.data, weight.quant_state)
 
 
+# Kind of layer: the function that makes it from (k, n, dtype).
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
     "torchao-int4": lambda *args: _torchao(
@@ -131,9 +132,8 @@ _MAKERS = {
     "hqq": _hqq,
     "gptq": _gptq,
 }
+# Without "torchao-rounding", whose layers give no gradient.
 KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
-
-
 BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 

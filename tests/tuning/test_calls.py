@@ -66,7 +66,7 @@ MODELS = {
 
 
 def asked_for(model, monkeypatch) -> set[tuple]:
-    """The sizes of calls for which a step of the model chooses a plan."""
+    """The sizes of the calls for which a training step of the model chooses a plan."""
     asked = set()
     real = kernels.plan_for
 

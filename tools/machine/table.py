@@ -19,8 +19,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine.json"
 def add(cases: str, version: str, commit: str, cards: dict[str, dict[str, int]]) -> None:
     """Save the counts of each result on each card, for cases that these words chose.
 
-    They replace the counts of the same cases under the same Triton; those of other cards stay if
-    they are of the same commit.
+    They replace the counts of the same cases under the same Triton.  Counts of other cards stay if
+    they belong to the same commit.
     """
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     same = [row for row in rows if (row["cases"], row["triton"]) == (cases, version)]

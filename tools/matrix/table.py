@@ -1,6 +1,7 @@
-"""The tables of docs/, as in ``python tools/matrix/table.py benchmarks/results/matrix.json cells``.
+"""Print the compatibility tables of docs/: ``python tools/matrix/table.py RESULTS.json TABLE``.
 
-This file needs only Python.
+RESULTS.json is benchmarks/results/matrix.json.  TABLE is ``cells`` (a line for each combination of
+versions) or ``triton``.  This file needs no package.
 """
 
 import json
@@ -18,26 +19,26 @@ _TABLES = re.compile(r"(<!-- tools/matrix/table\.py (\S+) (\w+) -->\n\n).*?\n(?=
 
 
 def said(row: dict) -> str:
-    """A cell's failures and skips, in a line."""
-    found: dict[str, list[str]] = {"ok": [], "error": [], "skipped": []}
+    """How many checks of a cell passed, and its failures and skips, in a line."""
+    by_kind: dict[str, list[str]] = {"ok": [], "error": [], "skipped": []}
     for name, outcome in row["checks"].items():
         kind, _, why = outcome.partition(": ")
-        told = name if kind == "skipped" else f"{name}: {why}"
-        found[kind].append(told.replace("|", "\\|"))
-    good, count = len(found["ok"]), len(row["checks"])
+        text_of_check = name if kind == "skipped" else f"{name}: {why}"
+        by_kind[kind].append(text_of_check.replace("|", "\\|"))
+    good, count = len(by_kind["ok"]), len(row["checks"])
     done = f"all {count}" if good == count else f"{good} of {count}"
-    bad = [f"{kind}: {each}" for kind in ("error", "skipped") for each in found[kind]]
+    bad = [f"{kind}: {each}" for kind in ("error", "skipped") for each in by_kind[kind]]
     return "; ".join([done, *bad])
 
 
 def cells(results: dict) -> str:
-    """A line for each cell, also for cells that could not run."""
+    """A line for each cell, also for cells that could not run, with the requested versions."""
     lines = [("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "checks")]
     for row in results["cells"].values():
         asked = {name.lower(): own or "newest" for name, own in row["asked"].items()}
         asked |= {"Python": asked["python"], "triton": "torch's"}
-        found = row.get("versions", asked)
-        lines.append((*(found[name] for name in NAMES), row.get("why") or said(row)))
+        versions = row.get("versions", asked)
+        lines.append((*(versions[name] for name in NAMES), row.get("why") or said(row)))
     return pipes(lines)
 
 
@@ -50,16 +51,16 @@ def triton(results: dict) -> str:
 
 
 def rewrite(page: Path) -> None:
-    """Rewrite every such table of a page from the current results."""
+    """Rewrite a page's tables below comments with this command, from the current results."""
 
-    def new(found: re.Match) -> str:
-        results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))
-        return f"{found[1]}{globals()[found[3]](results)}\n"
+    def new(match: re.Match) -> str:
+        results = json.loads((ROOT / match[2]).read_text(encoding="utf-8"))
+        return f"{match[1]}{globals()[match[3]](results)}\n"
 
     text = page.read_text(encoding="utf-8")
     page.write_text(_TABLES.sub(new, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print({"cells": cells, "triton": triton}[sys.argv[2]](found))
+    matrix = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print({"cells": cells, "triton": triton}[sys.argv[2]](matrix))

@@ -59,7 +59,7 @@ def run_pip(*arguments: str) -> None:
 
 
 def check(source: Path, peft: Peft) -> None:
-    """Exit with a message if the folder has no PEFT tests, and warn of another version."""
+    """Exit with a message if the folder has no PEFT tests; warn if its version is another one."""
     if not (source / "tests" / "testing_common.py").is_file():
         sys.exit(f"{source} has no tests/testing_common.py: --source must be PEFT's source")
     text = (source / "src" / "peft" / "__init__.py").read_text()
