@@ -15,7 +15,7 @@ from .launch import Launch, Work, launch, size_of, stated
 _BLOCK, _WARPS = 4096, 16
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _work_of(arguments: Mapping[str, Any]) -> Work:
     z, written = arguments["z"], arguments["z"] if arguments["GRADIENT"] else None
     loaded = size_of(z, arguments["target"], arguments["upstream"])
     again = size_of(z[:, :1], written)  # the target's logit, and the second pass
@@ -23,7 +23,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     return Work(15 * z.numel(), loaded, size_of(arguments["losses"], written), loaded + again)
 
 
-@triton.jit(launch_metadata=stated(_work))
+@triton.jit(launch_metadata=stated(_work_of))
 def row_loss_kernel(
     z, target, upstream, losses,
     V, row_stride,
@@ -111,4 +111,4 @@ def row_loss(
         "logit_scale": float(logit_scale), "softcap": None if softcap is None else float(softcap),
         "smoothing": float(smoothing), "z_loss": float(z_loss),
     }  # fmt: skip
-    launch(Launch(row_loss_kernel, (len(z),), arguments, warps=_WARPS, stages=1, work_of=_work))
+    launch(Launch(row_loss_kernel, (len(z),), arguments, warps=_WARPS, stages=1, work_of=_work_of))

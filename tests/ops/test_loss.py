@@ -62,7 +62,7 @@ def formula(
         dropped = x if mask is None else x * mask / (1.0 - p)
         z = z + scale * (dropped @ lora_a.T) @ lora_b.T
     counts, settings = target != -100, (label_smoothing, softcap, logit_scale, z_loss)
-    loss = torch.where(counts, oracles.row_losses(z, target.clamp(min=0), *settings), 0.0)
+    loss = torch.where(counts, oracles.row_losses(z, target.clamp(min=0), settings), 0.0)
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counts.sum()}[reduction]
 
 

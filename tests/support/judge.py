@@ -216,8 +216,8 @@ def check_row_loss(
 
     The gradients are written over z, and only if they are asked for.
     """
-    leaf, before, info = z.double().requires_grad_(), z.clone(), torch.finfo(z.dtype)
-    truth, (smoothing, softcap, scale, _) = oracles.row_losses(leaf, target, *settings), settings
+    leaf, before, eps = z.double().requires_grad_(), z.clone(), torch.finfo(z.dtype).eps
+    truth = oracles.row_losses(leaf, target, settings)
     factor = torch.ones_like(truth) if upstream is None else upstream.double()
     (gradient,) = torch.autograd.grad(truth, leaf, factor)
     losses, again = truth.new_full((2, len(z)), torch.nan, dtype=torch.float32)
@@ -225,15 +225,8 @@ def check_row_loss(
     assert torch.equal(z, before)
     row_loss(z, target, again, settings, upstream, True)
     assert torch.equal(losses, again)
-    s = leaf.detach() * scale
-    s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    limit = 16 * torch.finfo(torch.float32).eps * (1.0 + s.amax(1) - s.amin(1))
-    assert ((losses - truth).abs() <= limit * (1.0 + truth.abs())).all()
-    # The size of the terms of g; rounding adds half a unit in z's dtype.
-    size = s.softmax(1).scatter_add(1, target[:, None], torch.ones_like(s))
-    size = (size + smoothing / z.shape[1]) * (factor * scale).abs()[:, None]
-    limit = limit[:, None] * size + info.eps * (gradient.abs() + info.tiny) + 1e-37
-    assert ((z - gradient).abs() <= limit).all()
+    torch.testing.assert_close(losses.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.double(), gradient, rtol=eps + 1e-5, atol=2e-7)
     return {"losses": losses, "gradient": z}
 
 

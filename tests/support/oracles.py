@@ -175,18 +175,14 @@ def gated_mlp(
     return lora_linears(product, [down], dropout=dropout, masks=last)[0]
 
 
-def row_losses(
-    z: Tensor,
-    target: Tensor,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """The cross-entropy of each row of logits z [..., V] for the classes ``target`` [...]."""
+def row_losses(z: Tensor, target: Tensor, settings: tuple) -> Tensor:
+    """The cross-entropy of each row of logits z [..., V] for the classes ``target`` [...].
+
+    ``settings`` are those of ``LossSettings``.
+    """
+    label_smoothing, softcap, logit_scale, z_loss = settings
     s = z * logit_scale
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
     logprob = torch.log_softmax(s, -1)
     loss = (label_smoothing - 1.0) * logprob.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return loss - label_smoothing * logprob.mean(-1) + z_loss * torch.logsumexp(s, -1) ** 2
