@@ -41,7 +41,7 @@ def row_loss_kernel(
     z += i_row * row_stride
     i_target = tl.load(target + i_row)
     is_column = (i_target >= 0) & (i_target < V)
-    # Loaded before pass 2, in which another warp writes over it.
+    # Another warp writes over this logit in pass 2, so it is loaded before the reductions.
     of_target = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)[0]
     # Pass 1: each lane's largest s so far, Σ exp(s - largest) and Σ s, in float32.
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)

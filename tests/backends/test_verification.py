@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from judge import row_loss_of
 from packed import random_int8
 
 import fastlora
@@ -342,19 +343,11 @@ def test_a_loss_is_verified_on_few_rows_with_its_own_classes(monkeypatch, tmp_pa
 
     def check():
         for gradient in (True, False, True):
-            z, upstream, results = torch.randn(150, 45), torch.randn(150), []
-            for backend in (triton, torch_backend):
-                results.append([z.clone(), torch.empty(150)])
-                backend.row_loss(
-                    results[-1][0], target, results[-1][1], settings, upstream, gradient
-                )
-            agree(*results)
+            call = torch.randn(150, 45), target, settings, torch.randn(150), gradient
+            agree(*(row_loss_of(backend.row_loss, *call) for backend in (triton, torch_backend)))
 
-    def counted(by_torch, tensors, *rest):
-        counts.append(len(tensors[0]))
-        return compared(by_torch, tensors, *rest)
-
-    monkeypatch.setattr(verification, "compared", counted)
+    count = lambda *given: counts.append(len(given[1][0])) or compared(*given)  # noqa: E731
+    monkeypatch.setattr(verification, "compared", count)
     check()
     assert counts == [64] * 4  # random logits and the caller's, with the gradient and without
     assert not faults()

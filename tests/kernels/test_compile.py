@@ -191,9 +191,8 @@ def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
 def test_the_kernel_of_a_loss_spills_nothing_in_any_form(report):
     found = [row for row in report if row["kernel"] == "row_loss"]
     assert len(found) == 5 * len(FAMILIES)
-    for row in found:
-        assert row["compiled"]["spills"] == row["compiled"]["stack"] == 0, row["case"]
-        assert row["compiled"]["registers"] <= 80, row["case"]
+    assert not any(row["compiled"]["spills"] or row["compiled"]["stack"] for row in found)
+    assert max(row["compiled"]["registers"] for row in found) <= 80
 
 
 def test_every_default_config_is_compiled(report):

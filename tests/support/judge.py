@@ -209,6 +209,14 @@ def check(
     return found
 
 
+def row_loss_of(run: Callable, z: Tensor, target: Tensor, *settings) -> list[Tensor]:
+    """Run a backend's or a kernel's row_loss on a copy of z; returns the losses and the copy."""
+    z, wide = z.clone(), torch.promote_types(z.dtype, torch.float32)
+    losses = z.new_full((len(z),), torch.nan, dtype=wide)
+    run(z, target, losses, *settings)
+    return [losses, z]
+
+
 def check_row_loss(
     row_loss: Callable, z: Tensor, target: Tensor, settings: tuple, upstream: Tensor | None = None
 ) -> dict[str, Tensor]:

@@ -50,9 +50,9 @@ def row_loss(
 
 
 def _in_place(run: Callable[..., list | State], matrices: Sequence) -> list | State:
-    """``run`` on z, target, upstream and losses; with a matrix for the gradient, z stays as it is.
+    """Call ``run`` with z, target, upstream and losses.
 
-    The gradient's matrix may be z.
+    A fifth matrix receives the gradient.  If it isn't z, z keeps its elements.
     """
     z, *others = matrices[:4]
     for gradient in matrices[4:]:
