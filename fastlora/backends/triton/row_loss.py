@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -25,26 +26,23 @@ def row_loss(
 ) -> None:
     """Fill the losses, and with ``gradient`` z, as the torch backend does."""
 
-    def by_kernel(matrices: Sequence[Tensor | None]) -> list | State:
-        return run_kernels(_row_loss, matrices, (settings, gradient), partial(_covers, z))
+    def by_kernel(matrices: Sequence) -> list | State:
+        covers = partial(_covers, matrices[0])
+        return run_kernels(_row_loss, matrices, (settings, gradient), covers)
 
     def by_torch(matrices: Sequence) -> list:
         z, target, upstream, losses = matrices
         torch_backend.row_loss(z, target, losses, settings, upstream, gradient)
         return []
 
-    matrices = [z, target, upstream, losses]
+    matrices: list[Any] = [z, target, upstream, losses]
     made = by_kernel(matrices)
     if made is UNVERIFIED:
         for first in range(0, len(z), _FEW):
-            read = [each if each is None else each[first : first + _FEW] for each in matrices]
+            read: list[Any] = [m if m is None else m[first : first + _FEW] for m in matrices]
             filled = [*read[3:], *read[:1]] if gradient else read[3:]
-            elementwise(
-                partial(_in_place, by_kernel),
-                partial(_in_place, by_torch),
-                [*read[:3], *filled],
-                fills=len(filled),
-            )
+            runs = partial(_in_place, by_kernel), partial(_in_place, by_torch)
+            elementwise(*runs, [*read[:3], *filled], fills=len(filled))
     elif isinstance(made, State):
         by_torch(matrices)
 
