@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..dropout import dropout_mask
 from ..protocol import BackwardCall, Call
-from ..row_loss import row_loss  # by PyTorch's operations: no kernel has these formulas yet
 from . import experts, layer, many, measured, verification
 from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
+from .row_loss import row_loss
 from .verification import State, environment, read_records
 
 HANDS_TO = "torch"
