@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from fastlora.backends import find_backend
+from fastlora.backends.protocol import LossSettings
 from fastlora.clock import clock_for, medians, wait_for
 from fastlora.kernels import target_of
 from fastlora.kernels.config import Config, candidates, default_config
@@ -77,6 +79,40 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
         row["plan"] = asdict(Row(target.device, *size, plan, form.name.startswith("dx")))
     return row
+
+
+def loss_reached(form: Form, device: torch.device) -> dict:
+    """The same for a loss's kernel on logits [M, columns], beside PyTorch's operations and a copy.
+
+    ``rates`` count the bytes that the kernel states, also for PyTorch's operations.
+    """
+    z = torch.randn(form.M, form.columns, device=device).to(form.dtype)
+    target = torch.arange(form.M, device=device) % form.columns
+    losses, leaf, failures = torch.empty(form.M, device=device), z.double().requires_grad_(), {}
+    truth = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+    truths = [truth.detach(), *torch.autograd.grad(truth.sum(), leaf)]
+    work = {"copy": 2 * z.nbytes}
+    calls: dict[str, Callable] = {"copy": partial(torch.empty_like(z).copy_, z.clone())}
+    for name in ("torch", "triton"):
+        run = partial(find_backend(name).row_loss, z, target, losses, LossSettings(), None, True)
+        work[name] = 2 * z.nbytes + target.nbytes + losses.nbytes
+        try:
+            z.copy_(leaf.detach())
+            run()
+            checked(zip([losses, z], truths, strict=True), form.dtype)
+            calls[name] = run
+        except Exception:
+            failures[name] = last_error()
+            wait_for(device)  # raises if the device is lost, and ends the run
+    rounds = _ROUNDS if device.type == "cuda" else 1
+    seconds = {
+        name: digits(each) for name, each in medians(clock_for(device), calls, rounds).items()
+    }
+    return {
+        "table": "calls", "id": form.id, "seconds": seconds,
+        "rates": {name: digits(work[name] / seconds[name] / 1e12) for name in seconds},
+        "tried": 1, "failures": failures, "default": "triton", "best": "triton",
+    }  # fmt: skip
 
 
 def _timed(

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
-from fastlora.backends.protocol import Call
+from fastlora.backends.protocol import BackwardCall, Call
 from fastlora.formats.format import Quantized
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
@@ -163,7 +163,7 @@ def bytes_of_fastlora(
         with _Counter() as forward, intercept(forward.add_launch):
             ys, hs = backend.forward(inputs, seeds, call)
         with _Counter() as backward, intercept(backward.add_launch):
-            backend.backward(ys, inputs, hs, needs, seeds, call)
+            backend.backward(BackwardCall(ys, inputs, hs, needs, seeds, call))
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
 
 

@@ -11,6 +11,7 @@ dA     dhᵀ (keep ∘ x)                                    weight_grad
 dA,dx+ the same, and dx+, in one pass over x
 dB     dyᵀ h
 dB,dh  the same, and dh, in one pass over dy
+loss   each row's loss and gradient (no operands here)   row_loss
 ====== ================================================= =============
 
 Tuning, the compile report and the tests of stated work make their calls here.
@@ -99,7 +100,8 @@ class Form:
     def id(self) -> str:
         words = [self.name, f"m{self.M}", f"n{self.columns}"]
         words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
-        words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0), self.packed]
+        words += [f"r{'+'.join(map(str, self.ranks))}"] * bool(self.ranks)
+        words += ["masked" * (self.dropout > 0), self.packed]
         words += [f"s{self.segments}"] * bool(self.segments) + ["own"] * self.own
         return " ".join(filter(None, words))
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .formats.format import Quantized
 from .projection import AUTOCAST_DTYPES, DTYPES, Adapter, Base, Output, is_plain, named_tensors
 from .rows import AdapterMapping, Numbers, as_indices, as_list
-from .settings import check_dropout, check_scale, check_switch, is_number
+from .settings import check_dropout, check_scale, check_switches, is_number
 from .text import shown
 
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -47,7 +47,7 @@ def check_call(
         )
     check_dropout(dropout)
     if training is not True:
-        check_switch("training", training)
+        check_switches(training=training)
     if not outputs:
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features = _features_of_nested(x) if x.is_nested else x.shape[-1]

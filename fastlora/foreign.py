@@ -1,10 +1,11 @@
 """Recognize classes of libraries that fastlora doesn't import by their names, functions by code.
 
-Nothing here reads ``sys.modules``: torch.compile would guard on the number of modules, and
+Checks here don't read ``sys.modules``: torch.compile would guard on the number of modules, and
 recompile after every import.
 """
 
 from functools import lru_cache
+from importlib import import_module
 from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any
 
@@ -41,6 +42,14 @@ def _what_it_does(code: Any) -> tuple[Any, ...]:
     constants = [c for c in code.co_consts if c is not None and not isinstance(c, str)]
     takes = code.co_argcount, code.co_kwonlyargcount, code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
     return code.co_code, code.co_names, constants, takes
+
+
+def optional(name: str, need: str, extra: str) -> Any:
+    """Import a module.  Raises ImportError with this need, and the extra that installs it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{need}: pip install 'fastlora-kernels[{extra}]'") from error
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -1,6 +1,7 @@
 """The records of a call: bases, adapters and outputs; and the flat list of their tensors."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import starmap
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,6 +79,12 @@ class Layout(NamedTuple):
     scales: tuple[float, ...]  # one for each adapter
     format: Format | None = None  # of a packed weight; None: the weight is dense
 
+    @property
+    def bias_at(self) -> int | None:
+        """The place of the bias in the flat list: after the weight's tensors."""
+        weights = 1 if self.format is None else len(self.format.names)
+        return weights if self.has_bias else None
+
 
 def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
     return tuple(
@@ -138,6 +145,22 @@ def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]
         parts.append(flat[first:last])
         first = last
     return parts
+
+
+def map_outputs(function: Callable[..., Any], first: Output, *others: Output) -> Output[Any]:
+    """The output of what ``function`` gives for each place of these outputs: weight, bias, lora_a …
+
+    It has the scales of the first one.
+    """
+    base = Base(*map(function, first.base, *[output.base for output in others]))
+    pairs = zip(first.adapters, *[output.adapters for output in others], strict=True)
+    made = [(*map(function, *[a[:2] for a in pair]), pair[0].scale) for pair in pairs]
+    return Output(base, tuple(starmap(Adapter, made)))
+
+
+def reads_x(needs: Iterable[Output[bool]]) -> bool:
+    """Whether a gradient of a weight or a lora_a is needed: both are products with x."""
+    return any([base.weight or any([a.lora_a for a in adapters]) for base, adapters in needs])
 
 
 def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:

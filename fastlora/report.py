@@ -1,6 +1,7 @@
 """Which layers run fast, and why the others don't."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,6 +49,11 @@ class LayerCoverage:
         """Whether the call runs an adapter fast, or may do so if it is sharded."""
         return self.plan == SHARDED or (self.fast and self.plan not in _BASE_ALONE)
 
+    @property
+    def _where(self) -> str:
+        """The plan as words of the report: "on torch", "in PEFT's forward"."""
+        return f"{'on ' if self.fast else 'in ' if self.plan == PEFT_FORWARD else ''}{self.plan}"
+
 
 @dataclass(frozen=True)
 class GatedMLPCoverage:
@@ -56,6 +62,10 @@ class GatedMLPCoverage:
     name: str
     fast: bool
     reason: str = ""
+
+    @property
+    def _where(self) -> str:
+        return SHARDED if self.reason == IN_THE_CALL else "layer by layer"
 
 
 @dataclass(frozen=True)
@@ -105,17 +115,13 @@ class Coverage:
         notes = [f"backend {plan}" for plan in sorted(plans)] + alone
         note = f" ({'; '.join(notes)})" if notes else ""
         lines = [f"{self.counts}{note}"]
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for layer in self.layers:
-            if layer.reason:
-                word = "on " if layer.fast else "in " if layer.plan == PEFT_FORWARD else ""
-                where = f"{word}{layer.plan}"
-                reasons.setdefault((where, layer.reason), []).append(layer.name)
-        for (where, reason), names in reasons.items():
-            lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
+        lines += _by_reason((layer.name, layer._where, layer.reason) for layer in self.layers)
         formats = Counter(layer.packed for layer in self.layers if layer.packed)
         lines += [f"{count} quantized: {name}" for name, count in formats.items()]
-        lines += self._gated_mlp_lines()
+        if self.gated_mlps:
+            count = sum(mlp.fast for mlp in self.gated_mlps)
+            lines.append(f"{count} of {len(self.gated_mlps)} gated MLPs as one block")
+            lines += _by_reason((mlp.name, mlp._where, mlp.reason) for mlp in self.gated_mlps)
         lines += filter(None, [self.loss])
         if self.frozen_linears:
             linears = self.frozen_linears
@@ -126,19 +132,14 @@ class Coverage:
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def _gated_mlp_lines(self) -> list[str]:
-        if not self.gated_mlps:
-            return []
-        count = sum(mlp.fast for mlp in self.gated_mlps)
-        lines = [f"{count} of {len(self.gated_mlps)} gated MLPs as one block"]
-        reasons: dict[str, list[str]] = {}
-        for mlp in self.gated_mlps:
-            if mlp.reason:
-                reasons.setdefault(mlp.reason, []).append(mlp.name)
-        for reason, names in reasons.items():
-            where = SHARDED if reason == IN_THE_CALL else "layer by layer"
-            lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
-        return lines
+
+def _by_reason(found: Iterable[tuple[str, str, str]]) -> list[str]:
+    """A line for each place and reason with some of its names, from (name, place, reason)."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, where, reason in found:
+        if reason:
+            names.setdefault((where, reason), []).append(name)
+    return [f"{len(n)} {where}: {some(n)}: {reason}" for (where, reason), n in names.items()]
 
 
 def is_fast(plan: str) -> bool:

@@ -5,23 +5,15 @@ learning does so thousands of times.  This context manager keeps the originals a
 """
 
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from .layers.adapted_weight import AdaptedWeight
+from .layers.merging import merge_each
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
 from .model.merge import merge_in_turn, unmerge_lora
-from .peft.merged import (
-    adapted_weights,
-    memory_of,
-    merged_layers,
-    names_of_memory,
-    send_to_cpu,
-    why_not_merged,
-)
+from .peft.merged import active, adapted_weights, merge_layer, why_not_merged
 from .peft.optimize import peft_layers
 from .report import NO_LAYERS
 from .text import shown
@@ -65,38 +57,24 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         self._inside = ExitStack()
 
     def __str__(self) -> str:
-        count, where = len(self._own) + len(self._peft), "on their device"
-        if self.keep == "cpu":
-            where = "on the CPU"
-        size = self.bytes / 2**20
+        count, size = len(self._own) + len(self._peft), self.bytes / 2**20
+        where = "on the CPU" if self.keep == "cpu" else "on their device"
         return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
 
     def __enter__(self) -> nn.Module:
         reason = why_not_merged(self._peft)
         if reason:
             raise ValueError(reason)
+        model, to_cpu = self.model, self.keep == "cpu"
         with ExitStack() as stack:
             if self._own:
-                names = names_of_memory(self.model)
-
-                def move(layer: AdaptedWeight) -> None:
-                    original = layer.adapted_module._bases[layer.adapted_name]
-                    if isinstance(original, nn.Parameter) and names[memory_of(original)] == 1:
-                        send_to_cpu(original, stack)
-
-                merge_in_turn(self.model, True, True, move if self.keep == "cpu" else None)
-                stack.callback(unmerge_lora, self.model)
-            inner = unwrap(self.model)
-            stack.enter_context(merged_layers(inner, self._peft, self.keep == "cpu"))
+                stack.enter_context(merge_in_turn(model, True, True, to_cpu))
+                stack.callback(unmerge_lora, model)
+            stack.enter_context(merge_each(model, active(self._peft), merge_layer, to_cpu))
             self._inside = stack.pop_all()
         return self.model
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._inside.close()
 
 

@@ -31,13 +31,14 @@ def check_settings(
             "lora_alpha / r"
         )
     check_dropout(lora_dropout, "lora_dropout")
-    check_switch("use_rslora", use_rslora)
+    check_switches(use_rslora=use_rslora)
 
 
-def check_switch(name: str, value: bool) -> None:
-    """Raise ValueError unless this is True or False."""
-    if value is not True and value is not False:
-        raise ValueError(f"{name} is {shown(value)}, but must be True or False")
+def check_switches(**switches: bool) -> None:
+    """Raise ValueError unless each argument is True or False."""
+    for name, value in switches.items():
+        if value is not True and value is not False:
+            raise ValueError(f"{name} is {shown(value)}, but must be True or False")
 
 
 def is_number(value: object) -> bool:

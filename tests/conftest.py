@@ -81,7 +81,7 @@ def backend(request):
 @pytest.fixture
 def node(monkeypatch):
     """Calls of few rows also use the node."""
-    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", 0)
     monkeypatch.setattr("fastlora.ops.kinds._calls", {})
 
 

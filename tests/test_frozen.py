@@ -26,6 +26,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.backends import products
 from fastlora.layers import frozen
+from fastlora.layers.classes import change_classes, own_classes
 from fastlora.report import cover_frozen
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -37,7 +38,7 @@ def linear(dtype=torch.bfloat16, bias=True, **settings):
 
 def taken(**settings):
     layer = linear(**settings)
-    assert frozen.take_frozen([layer]) == [layer]
+    assert change_classes(frozen.frozen_classes([layer])) == {layer: nn.Linear}
     return layer
 
 
@@ -60,7 +61,7 @@ def results(layer, x, dy=None):
 def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
     layer = taken(dtype=dtype, bias=bias)
     theirs, x = copy.deepcopy(layer), x_of(*leading, dtype=dtype)
-    frozen.give_back_frozen([theirs])
+    change_classes(own_classes([theirs]))
     dy = torch.randn(*leading, 40).to(dtype)
     truth = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
     ours, their = results(layer, x, dy), results(theirs, x, dy)
@@ -134,7 +135,7 @@ def linear_with(weight):
 def test_other_layers_are_left_unchanged(make):
     layer = make()
     kind, members = type(layer), dict(vars(layer))
-    assert frozen.take_frozen([layer]) == []
+    assert frozen.frozen_classes([layer]) == {}
     assert type(layer) is kind
     assert vars(layer) == members
 
@@ -167,7 +168,7 @@ def test_invalid_inputs_raise_torch_s_error():
 def test_transforms_traces_and_exports_are_torch_s():
     layer, x = taken(), x_of(4)
     theirs = copy.deepcopy(layer)
-    frozen.give_back_frozen([theirs])
+    change_classes(own_classes([theirs]))
     with counted_frozen_calls() as calls:
         assert torch.equal(torch.func.vmap(layer)(x[None]), torch.func.vmap(theirs)(x[None]))
         ours, their = (torch.func.jvp(f, (x,), (x,)) for f in (layer, theirs))
@@ -185,9 +186,9 @@ def test_copies_are_fast_and_can_be_restored_separately(again):
     assert repr(other) == repr(linear())
     assert list(other.state_dict()) == ["weight", "bias"]
     assert torch.equal(other(x_of(4)[:0]), layer(x_of(4)[:0]))
-    assert frozen.take_frozen([other]) == []
-    assert frozen.give_back_frozen([other]) == [other]
-    assert frozen.give_back_frozen([other]) == []
+    assert frozen.frozen_classes([other]) == {}
+    assert change_classes(own_classes([other])) == {other: frozen.Linear}
+    assert own_classes([other]) == {}
     assert type(other) is nn.Linear
     assert type(layer) is frozen.Linear
 
@@ -198,7 +199,7 @@ def test_given_back_with_accelerate_s_hook_on_it():
     with counted_frozen_calls() as calls:
         layer(x)
         assert len(calls) == 1
-        frozen.give_back_frozen([layer])
+        change_classes(own_classes([layer]))
         layer(x)
     assert len(calls) == 1
 
@@ -208,7 +209,7 @@ def test_given_back_with_a_parametrization_on_it():
     parametrizations.weight_norm(layer)
     with counted_frozen_calls() as calls:
         expected = layer(x)
-        frozen.give_back_frozen([layer])
+        change_classes(own_classes([layer]))
         assert torch.equal(layer(x), expected)
     assert calls == []
     assert parametrize.is_parametrized(layer)

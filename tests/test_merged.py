@@ -270,22 +270,21 @@ def test_originals_go_to_the_cpu_one_layer_after_the_other(name, monkeypatch):
     def count(parameter, stack):
         merged_then.append(sum(layer.merged for layer in layers))
 
-    for place in ("fastlora.sampling.send_to_cpu", "fastlora.peft.merged.send_to_cpu"):
-        monkeypatch.setattr(place, count)
+    monkeypatch.setattr("fastlora.layers.merging.send_to_cpu", count)
     with fastlora.merged(model, keep="cpu"):
         pass
     assert merged_then == [*range(1, len(merged_then) + 1)]
     assert len(merged_then) > 1
 
 
-@pytest.mark.parametrize(("name", "place"), [("peft", "peft.merged"), ("own", "sampling")])
-def test_originals_that_share_memory_stay(name, place, monkeypatch):
+@pytest.mark.parametrize("name", ["peft", "own"])
+def test_originals_that_share_memory_stay(name, monkeypatch):
     """A view of an original would otherwise see other values, or lose its memory."""
     model, sent = KINDS[name](), []
     layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
     first = layers[0].weight
     model.register_parameter("view", nn.Parameter(first.detach()[:1], requires_grad=False))
-    monkeypatch.setattr(f"fastlora.{place}.send_to_cpu", lambda p, stack: sent.append(p))
+    monkeypatch.setattr("fastlora.layers.merging.send_to_cpu", lambda p, stack: sent.append(p))
     with fastlora.merged(model, keep="cpu"):
         pass
     assert len(sent) == len(layers) - 1

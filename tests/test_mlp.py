@@ -18,6 +18,7 @@ from transformers import activations
 
 import fastlora
 from fastlora.layers import mlp
+from fastlora.layers.classes import change_classes, own_classes
 from fastlora.layers.members import activation_of
 
 IN, HIDDEN, ROWS = 8, 12, 40  # calls of up to 32 rows wouldn't be fused
@@ -66,7 +67,7 @@ def results(model: nn.Module, run=lambda model, x: model(x)) -> list[Tensor | No
 def layer_by_layer(model: nn.Module) -> nn.Module:
     """A copy without fused blocks: each gated MLP runs layer by layer."""
     model = copy.deepcopy(model)
-    mlp.give_back(model.modules())
+    change_classes(own_classes(model.modules(), mlp.GatedMLP))
     assert not blocks(model)
     return model
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..foreign import optional
 from ..layers.modules import some
 from ..model.files import check_folder, read_json, write_whole
 from ..text import shown
@@ -51,10 +52,7 @@ def export_gguf(
     dtype.  The file is written atomically.  An existing file is only overwritten if it is an
     adapter.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("export_gguf needs gguf: pip install 'fastlora-kernels[gguf]'") from error
+    gguf = optional("gguf", "export_gguf needs gguf", "gguf")
     place = check_folder(path)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..foreign import optional
 from ..layers.adapted_weight import scaling_of
 from ..layers.modules import called
 from ..model.files import check_folder, write_whole
@@ -80,14 +81,8 @@ class Spectra:
         Raises ImportError without matplotlib.
         """
         place = check_folder(path)
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "plot needs matplotlib: pip install 'fastlora-kernels[plot]'"
-            ) from error
-
-        figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
+        drawing = optional("matplotlib.figure", "plot needs matplotlib", "plot")
+        figure, content = drawing.Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
         axes = figure.add_subplot()
         for layer in self.layers:
             for values in layer.values.tolist():

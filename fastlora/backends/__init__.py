@@ -18,12 +18,14 @@ import torch as pytorch  # here `torch` is the backend
 
 from ..projection import Output
 from ..text import shown
-from .protocol import Backend, Call
+from .protocol import Backend, BackwardCall, Call, GatedProduct
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackwardCall",
     "Call",
+    "GatedProduct",
     "asked_backend",
     "backend_name",
     "find_backend",

@@ -17,12 +17,13 @@ of D (``_thin``).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import blocks
-from ..projection import Adapter, Base, Output
+from ..projection import Adapter, Base, Output, map_outputs, reads_x
 from .dropout import DropoutMask
 from .products import (
     SCRATCH,
@@ -94,54 +95,50 @@ def _wide_forward(
     return ys, [_joined(parts[i::count]) for i in range(count)]
 
 
+class OutputBackward(NamedTuple):
+    """One output in a backward: the gradient of its y, and everything its own gradients need."""
+
+    dy: Tensor | None  # None: the loss doesn't use this output
+    output: Output[Tensor]
+    hs: Sequence[Tensor | None]  # one for each adapter, as are the masks
+    wanted: Output[bool]
+    masks: Sequence[DropoutMask | None]
+
+
 def backward_rows(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Sequence[Tensor | None]],
-    wanted: Sequence[Output[bool]],
-    masks: Masks,
-    dx: Tensor | None,
+    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None
 ) -> list[Output[Tensor | None]]:
     """The gradients of each output's tensors.  dx is written in place, unless it is None.
 
-    If no output has a base, their parts are added to the numbers in dx.  ``hs`` has a list for each
-    output.
+    If no output has a base, their parts are added to the numbers in dx.
     """
     # 1: dx holds an earlier part, which counts.  0: dx holds nothing, and isn't read.
-    beta = float(all([output.base.weight is None for output in outputs]))
+    beta = float(all([part.output.base.weight is None for part in parts]))
     if x.shape[0] == 1:  # as in the forward
-        dys, x = [None if dy is None else dy.contiguous() for dy in dys], x.contiguous()
-    run = _wide_backward if are_wide(x) else _backward
-    return run(dys, x, outputs, hs, wanted, masks, dx, beta)
+        x = x.contiguous()
+        parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]
+    return (_wide_backward if are_wide(x) else _backward)(x, parts, dx, beta)
 
 
 def _backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Sequence[Tensor | None]],
-    wanted: Sequence[Output[bool]],
-    masks: Masks,
-    dx: Tensor | None,
-    beta: float,
+    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None, beta: float
 ) -> list[Output[Tensor | None]]:
     """:func:`backward_rows` in the dtype of x; dx = beta · dx + the part of each output."""
     gradients: list[Output[Tensor | None]] = []
     # The adapters' part of dx comes before the base's.  The first adapter writes it into dx, where
     # its dropout mask is applied in place, and the base's product is then added in its accumulator.
     # In the other order that part would need a buffer for its mask, and one more pass to add it.
-    for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
+    for dy, output, hs, wanted, masks in parts:
         if dy is None:
             gradients.append(no_gradients(output))
             continue
         adapters = []
-        for one in zip(output.adapters, need.adapters, thin, some, strict=True):
+        for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
             beta = 1.0  # from here on dx holds a part
-        gradients.append(Output(base_gradients(dy, x, output.base, need.base), tuple(adapters)))
+        gradients.append(Output(base_gradients(dy, x, output.base, wanted.base), tuple(adapters)))
     if dx is not None:
-        for dy, output in zip(dys, outputs, strict=True):
+        for dy, output, *_ in parts:
             if dy is not None and output.base.weight is not None:
                 add_dy_weight(dx, dy, output.base.weight, beta)  # [M, N] @ [N, K]
                 beta = 1.0
@@ -151,40 +148,34 @@ def _backward(
 
 
 def _wide_backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Sequence[Tensor | None]],
-    wanted: Sequence[Output[bool]],
-    masks: Masks,
-    dx: Tensor | None,
-    beta: float,
+    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None, beta: float
 ) -> list[Output[Tensor | None]]:
     """:func:`backward_rows` in float32; gradients of parameters are summed over blocks of rows."""
-    wide, total = [_in_float32(output) for output in outputs], [no_gradients(o) for o in outputs]
-    reads_x = any(base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted)
-    for rows in wide_rows(x, outputs):
+    wide = [_in_float32(part.output) for part in parts]
+    total = [no_gradients(part.output) for part in parts]
+    is_read = reads_x([part.wanted for part in parts])
+    for rows in wide_rows(x, wide):
         some = rows_of(x, rows)
         # If only dx and d lora_b are needed, only the shape of x is read, so x isn't copied.
-        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
+        x_rows = SCRATCH.widen("x", some) if is_read else SCRATCH.take("x", *some.shape)
         dx_rows, of_block = None, beta
         if dx is not None:
             dx_rows = SCRATCH.take("dx", *some.shape)  # float32, over all outputs
             if beta:
                 dx_rows.copy_(rows_of(dx, rows))
-        thin = [[rows_of(h, rows) for h in each] for each in hs]
-        own_masks = from_row(masks, rows.start)
-        for i, one in enumerate(zip(dys, wide, thin, wanted, own_masks, strict=True)):
-            dy, output, its_h, need, mask = one
+        for i, (dy, _, hs, wanted, masks) in enumerate(parts):
             if dy is None:
                 continue
-            dy_rows, given = SCRATCH.widen("dy", rows_of(dy, rows)), ([its_h], [need], [mask])
-            (of_rows,) = _backward([dy_rows], x_rows, [output], *given, dx_rows, of_block)
-            total[i] = _sum(total[i], of_rows)
+            dy_rows, thin = SCRATCH.widen("dy", rows_of(dy, rows)), [rows_of(h, rows) for h in hs]
+            (its_masks,) = from_row([masks], rows.start)
+            one = OutputBackward(dy_rows, wide[i], thin, wanted, its_masks)
+            (part,) = _backward(x_rows, [one], dx_rows, of_block)
+            total[i] = added(total[i], part, torch.float32)
             of_block = 1.0
         if dx is not None and dx_rows is not None:
             rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())  # rounded once
-    return [_in_dtypes_of(output, sums) for output, sums in zip(outputs, total, strict=True)]
+    outputs = [part.output for part in parts]
+    return [map_outputs(_as, *pair) for pair in zip(total, outputs, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -192,36 +183,22 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _sum(total: Output[Tensor | None], part: Output[Tensor | None]) -> Output[Tensor | None]:
-    """total + part, in the memory of ``total`` where it has a tensor."""
-
-    def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        return right if left is None or right is None else left.add_(right)
-
-    pairs = zip(total.adapters, part.adapters, strict=True)
-    return Output(
-        Base(*map(added, total.base, part.base)),
-        tuple([_pair(*map(added, left[:2], right[:2])) for left, right in pairs]),
-    )
-
-
-def _in_dtypes_of(
-    output: Output[Tensor], gradients: Output[Tensor | None]
+def added(
+    total: Output[Tensor | None], part: Output[Tensor | None], dtype: torch.dtype
 ) -> Output[Tensor | None]:
-    """The gradients, each in its own tensor's dtype."""
+    """total + part in this dtype, in the memory of ``total`` where it has a tensor."""
 
-    def rounded(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-        return gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
+    def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+        if total is None or part is None:
+            return total if part is None else part.to(dtype)
+        return total.add_(part)
 
-    pairs = zip(gradients.adapters, output.adapters, strict=True)
-    return Output(
-        Base(*map(rounded, gradients.base, output.base)),
-        tuple([_pair(*map(rounded, pair[:2], adapter[:2])) for pair, adapter in pairs]),
-    )
+    return map_outputs(add, total, part)
 
 
-def _pair(lora_a: Tensor | None, lora_b: Tensor | None) -> Adapter[Tensor | None]:
-    return Adapter(lora_a, lora_b)
+def _as(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """The gradient in the tensor's dtype."""
+    return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
 
 
 def no_gradients(output: Output) -> Output[Tensor | None]:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..blocks import rows_at_a_time
+from .products import cast
+from .protocol import GatedProduct
 
 _ATEN = torch.ops.aten
 
@@ -65,34 +67,28 @@ ACTIVATIONS = {
 }
 
 
-def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-    """act(gate) ∘ up, [M, N], contiguous.  ``wide``: computed in float32, and rounded once."""
+def gated(product: GatedProduct) -> Tensor:
+    """act(gate) ∘ up, [M, N], contiguous."""
+    gate, up, activation, wide = product
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     apply, act = ACTIVATIONS[activation].apply, _scratch(gate, wide) if wide else None
     for rows in _blocks(gate):
         out = y[rows] if act is None else act[: rows.stop - rows.start]
-        apply(_in(out.dtype, gate[rows]), out)
+        apply(cast(gate[rows], out.dtype), out)
         out.mul_(up[rows])
         if act is not None:
             y[rows].copy_(out)
     return y
 
 
-def gated_backward(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    d_gate: Tensor,
-    d_up: Tensor,
-    wide: bool = False,
-) -> None:
+def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tensor) -> None:
     """Fill d_gate and d_up.  d_gate may be dy itself."""
+    gate, up, activation, wide = product
     _, apply, differentiate = ACTIVATIONS[activation]
     act = _scratch(gate, wide)
     for rows in _blocks(gate):
         some = act[: rows.stop - rows.start]
-        its_gate, its_dy = _in(act.dtype, gate[rows]), _in(act.dtype, dy[rows])
+        its_gate, its_dy = cast(gate[rows], act.dtype), cast(dy[rows], act.dtype)
         apply(its_gate, some)
         torch.mul(its_dy, some, out=some if wide else d_up[rows])
         d_act = torch.mul(its_dy, up[rows], out=its_dy if wide else d_gate[rows])
@@ -107,11 +103,6 @@ def _scratch(gate: Tensor, wide: bool) -> Tensor:
     rows = gate[: rows_at_a_time(gate)]
     dtype = torch.float32 if wide else gate.dtype
     return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _in(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """The rows in this dtype: a copy only if they have another one."""
-    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Base, Output
+from ..projection import Output
 from .dropout import DropoutMask
-from .formula import backward_rows, forward_rows, from_row, no_gradients
+from .formula import OutputBackward, added, backward_rows, forward_rows, from_row, no_gradients
 from .protocol import LossSettings
 
 # Bytes of a chunk of z.  On a CPU, 64 to 1024 rows of 49,152 words take the same time; fewer rows
@@ -71,26 +71,12 @@ def loss_of_rows(
         row_loss(z, target[rows], losses[rows], settings, row_upstream, wants)
         if wants:
             dx_rows = None if dx is None else dx[rows]
-            (part,) = backward_rows([z], x_rows, [output], [hs], [wanted], of_rows, dx_rows)
-            total = _added(total, part, wide)
+            asked = OutputBackward(z, output, hs, wanted, of_rows[0])
+            (part,) = backward_rows(x_rows, [asked], dx_rows)
+            total = added(total, part, wide)
     return losses, LossGradients(dx, total)
 
 
 def _rows_of_chunk(M: int, V: int, x: Tensor) -> int:
     size = _CHUNK_ON_CPU if x.is_cpu else _CHUNK
     return max(1, min(M, max(_FEWEST_ROWS, size // (V * x.element_size()))))
-
-
-def _added(
-    total: Output[Tensor | None], part: Output[Tensor | None], wide: torch.dtype
-) -> Output[Tensor | None]:
-    def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        if right is None:
-            return left
-        return right.to(wide) if left is None else left.add_(right)
-
-    pairs = zip(total.adapters, part.adapters, strict=True)
-    adapters = [
-        Adapter(added(one.lora_a, two.lora_a), added(one.lora_b, two.lora_b)) for one, two in pairs
-    ]
-    return Output(Base(*map(added, total.base, part.base)), tuple(adapters))

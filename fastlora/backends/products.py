@@ -190,9 +190,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by
     block.
     """
-    weight, bias = base
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
+    weight, bias = base.weight, cast(base.bias, x.dtype)
     if _comes_in_blocks(weight, x):
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
         for rows, some in weight_rows(weight, x.dtype):

@@ -27,6 +27,28 @@ class Call(NamedTuple):
     is_few: bool = False  # so few rows that torch's autograd follows the composite path
 
 
+class BackwardCall(NamedTuple):
+    """A call in the backward, with its tensors."""
+
+    dys: Sequence[Tensor | None]  # [M, N] for each output; None if the loss doesn't use it
+    inputs: Sequence[Tensor]
+    hs: Sequence[Tensor | None]  # from the forward; None if no gradient reads it
+    needs: Sequence[bool]  # for each input: whether its gradient is needed
+    seeds: Tensor | None
+    call: Call
+
+
+class GatedProduct(NamedTuple):
+    """The middle of a gated MLP: act(gate) ∘ up."""
+
+    gate: Tensor  # [M, N], as is up; the rows of both are contiguous
+    up: Tensor
+    activation: str  # a key of ``gated.ACTIVATIONS``
+    # Compute 16-bit matrices in float32 and round the result once.  Otherwise a backend may round
+    # each step.
+    wide: bool = False
+
+
 class LossSettings(NamedTuple):
     """The numbers of a loss's formulas (:mod:`.loss`)."""
 
@@ -55,19 +77,10 @@ class Backend(Protocol):
         biases of experts don't train.
         """
 
-    def backward(
-        self,
-        dys: Sequence[Tensor | None],
-        inputs: Sequence[Tensor],
-        hs: Sequence[Tensor | None],
-        needs: Sequence[bool],
-        seeds: Tensor | None,
-        call: Call,
-    ) -> list[Tensor | None]:
+    def backward(self, given: BackwardCall) -> list[Tensor | None]:
         """The gradient of each input, or None if ``needs`` has False for it.
 
-        ``dys`` has [M, N] for each output, or None if the loss doesn't use it.  ``hs`` come from
-        the forward.  With many adapters, an adapter without rows may get None.
+        With many adapters, an adapter without rows may get None.
         """
 
     def takes_experts_in_turn(self, device: torch.device) -> bool:
@@ -76,23 +89,11 @@ class Backend(Protocol):
         If so, a caller may split the experts over several calls.
         """
 
-    def gated(self, gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
-        """act(gate) ∘ up, [M, N], contiguous.
-
-        Each row of gate and up [M, N] is contiguous.  ``activation`` is a key of
-        ``gated.ACTIVATIONS``.  ``wide``: compute 16-bit matrices in float32 and round the result
-        once; otherwise a backend may round each step.
-        """
+    def gated(self, product: GatedProduct) -> Tensor:
+        """act(gate) ∘ up, [M, N], contiguous."""
 
     def gated_backward(
-        self,
-        dy: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        activation: str,
-        d_gate: Tensor,
-        d_up: Tensor,
-        wide: bool = False,
+        self, dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tensor
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate).  d_gate may be dy."""
 

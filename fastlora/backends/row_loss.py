@@ -23,7 +23,7 @@ def row_loss(
     gradient: bool,
 ) -> None:
     """Fill the row losses by torch's operations, in blocks of rows that stay in the L2 cache."""
-    step = len(z) if not z.is_cpu else max(1, _BLOCK // (z.shape[1] * losses.element_size()))
+    step = max(1, _BLOCK // (z.shape[1] * losses.element_size()) if z.is_cpu else len(z))
     for first in range(0, len(z), step):
         rows = slice(first, first + step)
         row_upstream = None if upstream is None else upstream[rows, None]
@@ -49,10 +49,11 @@ def _block_loss(
         logits.div_(softcap).tanh_().mul_(softcap)
     logprob = torch.log_softmax(logits, -1)  # [rows, V]
     of_target = logprob.gather(1, target)  # [rows, 1]
-    loss, lse = -of_target, logits.gather(1, target) - of_target
+    loss = -of_target
     if smoothing:
         loss = (1.0 - smoothing) * loss - smoothing * logprob.mean(-1, keepdim=True)
     if z_loss:
+        lse = logits.amax(-1, keepdim=True) - logprob.amax(-1, keepdim=True)
         loss = loss + z_loss * lse.square()
     losses.copy_(loss.squeeze(1))
     if not gradient:

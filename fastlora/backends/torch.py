@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
+from ..projection import Adapter, Base, Output, flatten, per_adapter, reads_x, unflatten
 from ..rows import NO_BASE, Rows, take
 from .dropout import DropoutMask, dropout_mask
-from .formula import Masks, backward_rows, base_gradients, forward_rows, from_row, no_gradients
+from .formula import Masks, OutputBackward, backward_rows, forward_rows, from_row
 from .gated import gated, gated_backward
 from .products import h_dtype
-from .protocol import Call
+from .protocol import BackwardCall, Call
 from .row_loss import row_loss
 
 HANDS_TO = ""  # no other backend, because this one covers every call
@@ -38,13 +38,11 @@ HANDS_TO = ""  # no other backend, because this one covers every call
 __all__ = [
     "HANDS_TO",
     "backward",
-    "base_gradients",
     "dropout_mask",
     "forward",
     "gated",
     "gated_backward",
     "h_dtype",
-    "no_gradients",
     "row_loss",
     "takes_experts_in_turn",
     "why_not",
@@ -87,22 +85,15 @@ def forward(
     return ys, hs
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None."""
-    x, *tensors = inputs
+    dys, (x, *tensors), hs, needs, seeds, call = given
     outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
         thin, masks = per_adapter(hs, outputs), _masks(x.shape, outputs, seeds, call.dropout)
-        of_all = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
-        return [dx, *flatten(of_all, call.layouts)]
+        parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
+        return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
     gradients: list[Tensor | None] = [None] * len(tensors)
     are_many, last = rows.shares_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
@@ -113,19 +104,19 @@ def backward(
     places: Sequence[int] = range(len(tensors))
     numbers = unflatten(places, call.layouts)
     wants: Sequence[Output] = wanted
-    reads_x = _reads_x(wants)
+    is_read = reads_x(wants)
     for part in _parts(x, outputs, seeds, call):
         if are_many:
             wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
-            reads_x = _reads_x(wants)
+            is_read = reads_x(wants)
         last = max(last, part.place.stop)
         if dx is None and not any(flatten(wants, call.layouts)):
             continue
-        x_rows, dx_rows, *dy_rows = part.take(x if reads_x else None, dx, *dys)
+        x_rows, dx_rows, *dy_rows = part.take(x if is_read else None, dx, *dys)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
-        thin = part.thin(hs)
-        of_part = backward_rows(dy_rows, x_rows, part.outputs, thin, wants, part.masks, dx_rows)
+        parts = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
+        of_part = backward_rows(x_rows, parts, dx_rows)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
@@ -136,11 +127,6 @@ def backward(
     if dx is not None:
         dx[last:].zero_()
     return [dx, *gradients]
-
-
-def _reads_x(wanted: Sequence[Output[bool]]) -> bool:
-    """Whether a gradient of a weight or lora_a is wanted: both are products with x."""
-    return any([base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted])
 
 
 class _Part(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends import Call, backend_name, find_backend, planned_backend, use_backend
+from ..backends import BackwardCall, Call, backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
 from ..formats.format import name_of
 from ..projection import DTYPES, HALF_DTYPES, Layout, unflatten
@@ -59,7 +59,8 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
         stack.enter_context(noted)
         ys, hs = backend.forward(inputs, seeds, call)
         forward, noted.steps = noted.steps, []
-        backend.backward(ys, inputs, hs, (True, False, True, True), seeds, call)
+        needs = True, False, True, True
+        backend.backward(BackwardCall(ys, inputs, hs, needs, seeds, call))
     ways = {"forward": forward, "backward": noted.steps}
     # The weight is frozen, so a product by torch can only be the base's.
     words = ["in place" if "torch." in "".join(steps) else "fused" for steps in ways.values()]

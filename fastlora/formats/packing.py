@@ -1,13 +1,13 @@
 """Packing of dense weights as NF4, MXFP4, NVFP4 or float8: a matrix, or a stack of experts."""
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import buffer_for, rows_at_a_time, widened
+from ..foreign import optional
 from .bitsandbytes import FourBit
 from .float8 import Float8
 from .format import Quantized
@@ -141,12 +141,8 @@ def _fp8(weight: Tensor) -> Quantized:
 
 
 def _nf4(weight: Tensor) -> Quantized:
-    try:
-        quantize = import_module("bitsandbytes.functional").quantize_4bit
-    except ImportError as error:
-        raise ImportError(
-            "\"nf4\" needs bitsandbytes' quantizer: pip install 'fastlora-kernels[quantized]'"
-        ) from error
+    need = '"nf4" needs bitsandbytes\' quantizer'
+    quantize = optional("bitsandbytes.functional", need, "quantized").quantize_4bit
     (N, K), block = weight.shape, _NF4_BLOCK
     weight = weight.float() if weight.element_size() > 4 else weight.contiguous()
     packed, state = quantize(weight, blocksize=block, quant_type="nf4")

@@ -16,7 +16,8 @@ from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter, Base, Output
 from .adapted_weight import AdaptedWeight, Features, scaling_of
-from .guards import Record, Recorder, call_recorded, forget
+from .classes import change_class
+from .guards import Record, Recorder, call_recorded
 from .members import tensor_of
 
 
@@ -55,10 +56,9 @@ class Adapted(nn.Module):
 
     def detach_adapter(self) -> None:
         """Become the plain module again, in place.  Merged weights stay merged."""
-        forget(self)
         for name in (*self.adapter_names(), *self.lora_settings, "_bases"):
             delattr(self, name)
-        object.__setattr__(self, "__class__", self.plain_class)
+        change_class(self, self.plain_class)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors

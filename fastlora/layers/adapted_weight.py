@@ -1,7 +1,6 @@
 """AdaptedWeight: one frozen weight with its adapter, for merging, saving and reports.
 
-And the arithmetic that every kind of adapted weight shares: :func:`add_product`, which merges,
-:func:`scaling_of` and :func:`new_adapter`.
+And :func:`scaling_of` and :func:`new_adapter`, which every kind of adapted weight shares.
 """
 
 import math
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..blocks import buffer_for, source_of, widened
 from ..ops.dispatch import autocast_off
 from ..projection import Output
 from ..text import shown
 from .members import tensor_of
+from .merging import add_product
 
 # The end of errors about a tensor on the meta device.
 UNLOADED = (
@@ -202,20 +201,3 @@ def new_adapter(
     else:
         nn.init.zeros_(lora_b)
     return lora_a, lora_b
-
-
-def add_product(
-    base: Any, left: Tensor, right: Tensor, scale: float, merged: Tensor | None = None
-) -> Tensor:
-    """base + scale · left right, computed in float32 or wider, and rounded once.
-
-    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed.
-    It is processed in blocks of rows, so that there is never a wide copy of all of it.
-    """
-    merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
-    wide = torch.promote_types(base.dtype, torch.float32)
-    with torch.no_grad(), autocast_off(merged.device.type):
-        left, right = left.to(wide), right.to(wide)
-        for rows, some in widened(source_of(base), buffer_for(base, wide)):
-            merged[rows] = torch.addmm(some, left[rows], right, alpha=scale)
-    return merged

@@ -19,7 +19,8 @@ from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import Adapted, refuse_training, run_with
-from .adapted_weight import AdaptedWeight, Features, add_product, scaling_of
+from .adapted_weight import AdaptedWeight, Features, scaling_of
+from .classes import change_class, class_over
 from .experts import (
     ADDED,
     Experts,
@@ -36,7 +37,8 @@ from .experts import (
     takes,
     weight_in,
 )
-from .members import class_over, plain_class_of, tensor_of, why_not_tensor
+from .members import plain_class_of, tensor_of, why_not_tensor
+from .merging import add_product
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 
@@ -99,19 +101,15 @@ class ExpertsWeight(AdaptedWeight):
         return dense_weight(self.adapted_module, self.adapted_name, dtype)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        # The result for a packed weight is dense, has the dtype ``around``, and has the layout of
-        # the module's class.
-        weight, (left, right) = self.weight, self._factors()
+        weight = self.weight
         if isinstance(weight, Tensor):
-            merged = torch.empty_like(weight, requires_grad=False)
-            for i, into in enumerate(merged):
-                add_product(weight[i], left[i], right[i], self.scaling, into)
-            return merged
+            return super().merged_weight()
+        # The result for a packed weight [E, N, K] is dense, in the layout of the module's class.
+        (experts, N, K), is_transposed = weight.shape, lies_transposed(self.adapted_module)
+        how: Any = {"dtype": around or weight.dtype, "device": weight.device}
+        merged = torch.empty((experts, K, N) if is_transposed else (experts, N, K), **how)
         lora_a, lora_b, _ = self.adapter()
-        sizes = left.shape[0], left.shape[1], right.shape[2]
-        merged = torch.empty(sizes, dtype=around or weight.dtype, device=weight.device)
-        for i, into in enumerate(merged.mT if lies_transposed(self.adapted_module) else merged):
-            add_product(weight.one(i), lora_b[i], lora_a[i], self.scaling, into)
+        add_product(weight, lora_b, lora_a, self.scaling, merged.mT if is_transposed else merged)
         return merged
 
 
@@ -261,8 +259,8 @@ def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
 def settle(module: Any) -> None:
     """Set the class of a module without adapters, so that it runs its current weights."""
     kind = plain_class_of(module)
-    its_class = class_over(LoRAExperts, kind, "Packed") if needs_class(module) else kind
-    object.__setattr__(module, "__class__", its_class)
+    packed = needs_class(module)
+    change_class(module, class_over(LoRAExperts, kind, "Packed") if packed else kind)
 
 
 def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:

@@ -1,9 +1,12 @@
 """Reads an experts module of transformers: its weights (dense or packed), layout and activation.
 
 fastlora recognizes a module by its class's forward.  It must be the forward that transformers'
-``use_experts_implementation`` makes, and run one of transformers' own functions.  Everything else
-is read in every call, because it may change between calls.  PEFT's wrappers of experts also use
-this file.
+``use_experts_implementation`` makes, and run one of transformers' own functions.  PEFT's wrappers
+of experts also use this file.
+
+Every call reads the module again, while a layer keeps its record (:mod:`.guards`).  A kept record
+would save 3.4 % of a step's time.  Its guard would have to compare state outside of modules also:
+the model's config, and transformers' table of implementations.
 """
 
 import re

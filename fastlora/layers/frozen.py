@@ -19,9 +19,9 @@ from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
+from .classes import Fast
 from .guards import fits
 from .members import (
-    change_class,
     plain_class_of,
     tensor_of,
     why_not_part,
@@ -30,7 +30,7 @@ from .members import (
 )
 
 
-class Linear(nn.Linear):
+class Linear(Fast, nn.Linear):
     """torch.nn.Linear with fastlora's product for slow CPUs.
 
     It has the name of torch's class and no state of its own, so assigning ``__class__`` turns one
@@ -176,20 +176,9 @@ def slow_weight(layer: nn.Linear) -> Tensor | None:
     return None if weight.requires_grad else weight
 
 
-def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every layer a :class:`Linear` if that is faster here; return the changed layers."""
-    layers = [layer for layer in layers if _gains(layer)]
-    for layer in layers:
-        change_class(layer, nn.Linear, Linear)
-    return layers
-
-
-def give_back_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Make every :class:`Linear` a torch.nn.Linear again; return the changed layers."""
-    layers = [layer for layer in layers if isinstance(layer, Linear)]
-    for layer in layers:
-        change_class(layer, Linear, nn.Linear)
-    return layers
+def frozen_classes(layers: Iterable[nn.Module]) -> dict[nn.Module, type[Linear]]:
+    """The class :class:`Linear` for each layer that is faster with it on this device."""
+    return {layer: Linear for layer in layers if _gains(layer)}
 
 
 def _gains(layer: nn.Module) -> bool:

@@ -21,6 +21,8 @@ must check the condition also.
 
 A guard keeps no parameter alive.  It stores where each one is found (a dict and a name) and looks
 there in each call.
+
+Records of experts aren't kept: each call reads the module (:mod:`.experts` gives the reason).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

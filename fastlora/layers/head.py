@@ -1,7 +1,7 @@
 """Output heads whose calls return lazy logits, so that the loss runs without logits.
 
-:func:`take_head` changes the class of the module that a model's ``get_output_embeddings()`` returns
-to a subclass of :class:`LazyHead`, in place; :func:`give_back_heads` undoes it.  Each call decides.
+:func:`head_classes` gives the class that makes the module lazy that a model's
+``get_output_embeddings()`` returns; :func:`own_heads` gives its class before.  Each call decides.
 The head's own forward runs in a compiled or traced call, if a hook watches the head, for a single
 row without gradients (generation), and where :func:`why_not_lazy` gives a reason.
 """
@@ -22,10 +22,11 @@ from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager, why_not_he
 from ..ops.loss import Head, head_of
 from ..projection import Base, Output
 from .adapted import LoRALayer
+from .classes import changed_classes, class_over
 from .frozen import read_base
-from .guards import Record, fits, forget
+from .guards import Record, fits
 from .logits_functions import lazy_logits
-from .members import class_over, is_hooked, why_patched
+from .members import is_hooked, under, why_patched
 from .modules import has_sharded, parts_of_fsdp, plain_name
 
 _SAVED = ("peft.utils.other", "ModulesToSaveWrapper")
@@ -45,48 +46,40 @@ class LazyHead(nn.Module):
         return super().__call__(*args, **kwargs) if head is None else lazy_logits(head)
 
 
-def take_head(model: nn.Module) -> list[nn.Module]:
-    """Make the model's head lazy, or warn why it can't be.  Returns the changed modules."""
+def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
+    """The class that makes the model's head lazy.  Warns if the head can't be."""
     found = heads_of(model)
     reason = "" if found else "get_output_embeddings() of the model returns no module"
     reason = next(filter(None, map(_why_not_head, found)), reason)
     if reason:
         warnings.warn(f"loss=True changes nothing, the loss takes logits: {reason}", stacklevel=4)
-        return []
-    return take_heads(found)
+        return {}
+    return lazy_classes(found)
 
 
-def take_heads(heads: Iterable[nn.Module]) -> list[nn.Module]:
-    """Change the class of these modules, and return the changed ones."""
-    changed = [head for head in heads if not isinstance(head, LazyHead)]
-    for head in changed:
-        forget(head)
-        kind: Any = type(head)
-        lazy = class_over(LazyHead, kind, "")
-        lazy.plain_class = getattr(kind, "plain_class", kind)
-        head.__class__ = lazy
-    return changed
-
-
-def give_back_heads(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give every lazy head its own class again, and return the changed modules."""
-    heads = [module for module in modules if isinstance(module, LazyHead)]
+def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """The lazy class of each of these heads."""
+    classes = {}
     for head in heads:
-        forget(head)
-        _, kind, _ = type(head)._made_of  # type: ignore[attr-defined]
-        head.__class__ = kind
-    return list[nn.Module](heads)
+        if not isinstance(head, LazyHead):
+            kind: Any = under(type(head))
+            classes[head] = class_over(LazyHead, kind, "")
+            classes[head].plain_class = getattr(kind, "plain_class", kind)
+    return classes
+
+
+def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """The class of each lazy head before it was lazy."""
+    heads: Any = [module for module in modules if isinstance(module, LazyHead)]
+    return {head: head._made_of[1] for head in heads}
 
 
 @contextmanager
 def lazy_head(model: nn.Module) -> Iterator[None]:
     """Inside, the model's head is lazy, if it can be."""
     found = heads_of(model)
-    changed = [] if any(map(_why_not_head, found)) else take_heads(found)
-    try:
+    with changed_classes({} if any(map(_why_not_head, found)) else lazy_classes(found)):
         yield
-    finally:
-        give_back_heads(changed)
 
 
 def cover_head(model: nn.Module) -> str:

@@ -11,8 +11,8 @@ from ..settings import check_settings
 from . import frozen
 from .adapted import LoRALayer, refuse_training, run_with
 from .adapted_weight import new_adapter
+from .classes import class_over, twin
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
-from .members import class_over, twin
 from .quantized import LoRAQuantized
 
 
@@ -90,12 +90,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 class _LoRATransposed(LoRALayer):
     """An adapted Conv1D of transformers, whose weight is [in, out]."""
 
-    nf: int
-    nx: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.nf, self.nx
+    shape: Any = property(lambda self: (self.nf, self.nx))
 
     def adapted_output(self) -> Output:
         return self.output_over(self.weight.t())
@@ -112,10 +107,7 @@ class _LoRARouter(LoRALayer):
 
     why_not_fast = "a router's own forward runs, with weight + scaling · lora_B lora_A"
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        experts, features = self.weight.shape
-        return experts, features
+    shape: Any = property(lambda self: tuple(self.weight.shape))
 
     def forward(self, *args: Any, **named: Any) -> Any:
         run = super(LoRALayer, self).forward

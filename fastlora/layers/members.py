@@ -1,12 +1,7 @@
-"""Inspects a module of another library (tensors, activation, hooks), and changes its class.
-
-fastlora speeds a module up by assigning its ``__class__``, and restores it the same way.  This
-keeps the module's identity, parameters, names and hooks.
-"""
+"""Inspects a module of any library: its tensors, activation, hooks and class."""
 
 from collections.abc import Iterable
-from functools import cache, lru_cache, partial
-from types import MethodType
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -195,46 +190,6 @@ def _gelu(approximate: str) -> str:
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, "")
 
 
-# A forward in a module's __dict__; accelerate stores the original one under the second name.
-_FORWARDS = ("forward", "_old_forward")
-
-_made: dict[Any, Any] = {}  # (mixin, kind, prefix) -> class
-
-
-def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
-    """A subclass of ``mixin`` and ``kind``, in that order, whose ``plain_class`` is ``kind``.
-
-    Its name is the prefix and the name of ``kind``.  Without a prefix it also has the module and
-    docstring of ``kind``.  Copies and pickles of its modules store ``mixin`` and ``kind``, because
-    a class that is made at run time can't be imported.
-    """
-    key = mixin, kind, prefix
-    if key not in _made:
-        members = {"plain_class": kind, "__reduce_ex__": _reduce_ex, "_made_of": key}
-        same = () if prefix else ("__module__", "__qualname__", "__doc__")
-        members |= {name: getattr(kind, name) for name in same}
-        _made.setdefault(key, type(prefix + kind.__name__, (mixin, kind), members))
-    return _made[key]
-
-
-def _reduce_ex(module: Any, protocol: Any) -> tuple:
-    """The object's usual state, with :func:`class_over` as its constructor."""
-    made: Any = module.plain_class.__reduce_ex__(module, protocol)
-    return _blank, module._made_of, *made[2:]
-
-
-def _blank(mixin: Any, kind: Any, prefix: str) -> Any:
-    return object.__new__(class_over(mixin, kind, prefix))
-
-
-def twin(module: nn.Module, kind: Any) -> Any:
-    """A module of class ``kind`` with copies of this module's dicts; all values are shared."""
-    other = object.__new__(kind)
-    for name, value in vars(module).items():
-        other.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    return other
-
-
 def plain_class_of(module: nn.Module) -> Any:
     """The module's class without the one that fastlora gave it, and without FSDP2's."""
     kind = type(module)
@@ -250,34 +205,7 @@ def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
     return forward is not None and getattr(forward, "__func__", None) not in forwards
 
 
-def change_class(layer: nn.Module, old: Any, new: Any) -> None:
-    """Replace ``old`` by ``new`` in a layer of class ``old``, or of FSDP2's class over it.
-
-    Bound forwards of the old class in the layer's ``__dict__`` are replaced also.
-    """
-    cls: Any = type(layer)
-    layer.__class__ = new if cls is old else _over(cls, old, new)
-    for name in _FORWARDS:
-        if getattr(layer.__dict__.get(name), "__func__", None) is old.forward:
-            layer.__dict__[name] = MethodType(new.forward, layer)
-
-
-def is_over(cls: type, base: type) -> bool:
-    """Whether ``cls`` is ``base``, or the class that FSDP2 derives from it."""
-    if cls is base:
-        return True
-    *kinds, last = cls.__bases__
-    return last is base and len(kinds) == 1 and bool(derived_from(kinds[0], *FULLY_SHARDED))
-
-
 def under(cls: type) -> type:
     """The class from which FSDP2 derived this one, or itself."""
-    *_, last = cls.__bases__
-    return last if last is not object and is_over(cls, last) else cls
-
-
-@cache
-def _over(cls: type, old: type, new: type) -> type:
-    """A copy of ``cls``, which FSDP2 or a parametrization derived from ``old``, over ``new``."""
-    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, tuple(new if b is old else b for b in cls.__bases__), members)
+    first, *others = cls.__bases__
+    return others[0] if len(others) == 1 and derived_from(first, *FULLY_SHARDED) else cls

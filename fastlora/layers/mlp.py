@@ -1,8 +1,8 @@
 """A gated MLP, down(act(gate(x)) ∘ up(x)), as two nodes that save less for the backward.
 
-:func:`take` changes the class of each module whose forward is known, :func:`give_back` undoes it.
-A forward is known if it has the same byte code as a function in this file, so the name of its class
-doesn't matter.  The module's own forward runs where the nodes can't.
+:func:`gated_classes` gives each module whose forward is known another class.  A forward is known if
+it has the same byte code as a function in this file, so the name of its class doesn't matter.  The
+module's own forward runs where the nodes can't.
 """
 
 from collections.abc import Iterable
@@ -14,21 +14,15 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
 from ..formats import PackedLayer
-from ..ops.dispatch import autocast_dtype, follows, has_few_rows, why_not_here
+from ..ops.dispatch import autocast_dtype, follows, why_not_here
+from ..ops.few_rows import has_few_rows
 from ..ops.gated import GatedCall, gated_call, run_gated
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from .adapted import LoRALayer
+from .classes import Fast, class_over
 from .frozen import read_base
-from .guards import Record, Recorder, call_recorded, fits, forget
-from .members import (
-    activation_of,
-    change_class,
-    class_over,
-    is_hooked,
-    is_replaced,
-    plain_class_of,
-    under,
-)
+from .guards import Record, Recorder, call_recorded, fits
+from .members import activation_of, is_hooked, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
@@ -56,14 +50,12 @@ def _is_known(forward: Any) -> bool:
     return any(is_same_code(forward, one) for one in known)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Fast, nn.Module):
     """A mixin for gated MLPs: :func:`class_over` derives from this class and the module's.
 
     An ordinary call in training is two nodes.  They save neither act(gate) nor its product with up
     for the backward.  The class's own forward takes the other calls.
     """
-
-    plain_class: type[nn.Module]  # the module's own class
 
     def forward(self, *args, **named):
         y = None if len(args) != 1 or named else call_recorded(self, args[0], _RECORDER)
@@ -211,23 +203,13 @@ def why_not_block(module: nn.Module) -> str:
     return "its forward was replaced on the instance" if replaced else ""
 
 
-def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
-    """Change the class of every known gated MLP to one over ``mixin``; return the changed ones."""
+def gated_classes(
+    modules: Iterable[nn.Module], mixin: type[GatedMLP] = GatedMLP
+) -> dict[nn.Module, Any]:
+    """A class over ``mixin`` for each known gated MLP that has none."""
     gated = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
     blocks = [module for module in gated if not why_not_block(module)]
-    for module in blocks:
-        kind = plain_class_of(module)
-        change_class(module, kind, class_over(mixin, kind, ""))
-    return blocks
-
-
-def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give every :class:`GatedMLP` its own class again, and return the changed ones."""
-    blocks = [module for module in modules if isinstance(module, GatedMLP)]
-    for block in blocks:
-        forget(block)
-        change_class(block, under(type(block)), block.plain_class)
-    return list[nn.Module](blocks)
+    return {module: class_over(mixin, plain_class_of(module), "") for module in blocks}
 
 
 def looks_gated(module: nn.Module) -> bool:

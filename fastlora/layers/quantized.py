@@ -12,8 +12,9 @@ from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
 from .adapted import LoRALayer
-from .adapted_weight import add_product
+from .classes import change_class
 from .guards import Record
+from .merging import add_product
 
 
 class LoRAQuantized(LoRALayer):
@@ -140,7 +141,7 @@ class LoRAQuantized(LoRALayer):
             for name in () if vendor is None else vendor.PARTS:
                 if name != "weight" and hasattr(self, name):
                     delattr(self, name)
-            object.__setattr__(self, "__class__", nn.Linear)
+            change_class(self, nn.Linear)
             dtype = self.weight.dtype
             # HQQ's bias is an attribute, no parameter.
             bias = self.__dict__.pop("bias", self._parameters.get("bias"))

@@ -100,25 +100,28 @@ def read_header(path: Path) -> dict[str, Planned]:
 
     Raises ValueError if the file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
-            return {
-                k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from None
+    with _opened(path, "damaged, or not a safetensors file") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
+        return {k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the safetensors file's header."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
+    with _opened(path, "damaged") as file:
         return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path, problem: str) -> Iterator[Any]:
+    """The open safetensors file.  Raises ValueError with this problem if it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is {problem}: {error}") from None
 
 
 def size_of(tensors: Mapping[str, Planned]) -> int:
@@ -135,13 +138,8 @@ def size_of(tensors: Mapping[str, Planned]) -> int:
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these keys, on the CPU.  Raises ValueError if the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    with _opened(path, "damaged") as file:
+        return {key: file.get_tensor(key) for key in keys}
 
 
 def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

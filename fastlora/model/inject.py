@@ -5,9 +5,9 @@ state-dict keys stay.  A training step of SmolLM2 135M takes 29 % less time than
 (``make demo``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,18 +17,20 @@ from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats import bitsandbytes, vendor_of
 from ..layers import mlp
 from ..layers.adapted import Adapted
+from ..layers.classes import change_class, change_classes, class_over, own_classes
 from ..layers.expert_layer import LoRAExperts
 from ..layers.experts import packed_names
-from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.head import give_back_heads, take_head
+from ..layers.frozen import Linear, frozen_classes
+from ..layers.head import head_classes, own_heads
 from ..layers.linear import adapted_class
-from ..layers.members import class_over, plain_class_of
+from ..layers.members import plain_class_of
 from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
-from ..settings import check_switch
+from ..settings import check_switches
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .loading import watch_loading
 from .targets import (
+    Targets,
     check_places,
     find_targets,
     modules_to_save,
@@ -38,18 +40,18 @@ from .targets import (
 )
 from .trainable import admit_training, give_back_quantizer
 
-RECORD = "_fastlora"
+RECORD = "_fastlora"  # the name of a model's Injection in its __dict__
 
 
 @dataclass(frozen=True)
 class Injection:
-    """A record of apply_lora's changes to a model, in the model's ``__dict__`` as ``_fastlora``."""
+    """A record of apply_lora's changes to a model, which other functions read or undo."""
 
     config: LoRAConfig
     layers: tuple[str, ...]  # names of the adapted layers, and of experts' weights
-    saved_modules: tuple[str, ...]  # names of the modules that train in full
+    saved_modules: tuple[str, ...]  # names of the modules that train in full (modules_to_save)
     trained_before: frozenset[str]  # names of the parameters that required gradients before
-    untied: tuple["Untied", ...]
+    untied: tuple["Untied", ...]  # parameters of saved modules that were shared with other modules
     loading: RemovableHandle  # removes the hook that watches load_state_dict
     has_embeddings: bool = False  # whether load_adapter replaced the base model's embeddings
 
@@ -102,16 +104,13 @@ def apply_lora(
     parameters, and linear layers of other classes.
     """
     check_model(model)
-    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
-    check_switch("frozen_linears", frozen_linears)
-    check_switch("gated_mlps", gated_mlps)
-    check_switch("loss", loss)
+    fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
+    check_switches(autocast_adapter_dtype=autocast_adapter_dtype, loss=loss, **fast)
     config = as_config(config)
     check_plain(unwrap(model))
-    fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
     inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
     if loss:
-        take_head(unwrap(model))
+        change_classes(head_classes(unwrap(model)))
     return model
 
 
@@ -143,16 +142,65 @@ def inject(
     frozen_linears: bool = True,
     gated_mlps: bool = True,
 ) -> Injection:
-    """Implements apply_lora and load_adapter.
+    """Implements apply_lora and load_adapter: makes and checks everything, then changes the model.
 
     ``every_name``: raise an error if a name in the config matches nothing.  load_adapter leaves it
     off, because a file's config may name layers that this model doesn't have.
     """
-    held, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
+    wrapped, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
     saved = modules_to_save(model, config, every_name=every_name)
     targets = find_targets(model, config, saved, every_name=every_name)
+    _check(model, targets, saved, wrapped)
+    # For each target: its module, its new class, and the arguments of ``attach_adapter``.
+    changes: list[tuple[Any, Any, list[Any]]] = []
     for name, target in targets.items():
-        if target.module in held:
+        adapter = target.new_adapter(name, config, wide_adapters)
+        settings = [adapter, config.alpha_of(name), config.lora_dropout, config.use_rslora]
+        if target.parameter:  # a weight of experts
+            kind: Any = class_over(LoRAExperts, plain_class_of(target.module))
+            settings.append(target.parameter)
+        else:
+            kind = adapted_class(type(target.module), not isinstance(target.weight, Tensor))
+        changes.append((target.module, kind, settings))
+    untied = _copies_of_tied(model, saved)
+    trained_before = frozenset(name for name, p in _every_parameter(model) if p.requires_grad)
+    if every_name:
+        warn_of_passed_over(model, config, targets, saved)
+
+    # Nothing above has changed the model; nothing below can fail.
+    for place in untied:
+        setattr(place.module, place.name, place.copy)
+    model.requires_grad_(False)
+    for module, kind, settings in changes:
+        change_class(module, kind)
+        module.attach_adapter(*settings)
+    for module in saved.values():
+        module.requires_grad_(True)
+    for name in trained_biases(model, config.bias, targets):
+        model.get_parameter(name).requires_grad_(True)
+    for module in model.modules():
+        if not isinstance(module, Adapted):  # an adapted layer passes x's gradient on anyway
+            bitsandbytes.keep_gradients(module)
+    admit_training(model)
+    names = tuple(targets), tuple(saved)
+    injection = Injection(config, *names, trained_before, untied, watch_loading(model))
+    model.__dict__[RECORD] = injection
+    if frozen_linears:
+        change_classes(frozen_classes(model.modules()))
+    if gated_mlps:
+        change_classes(mlp.gated_classes(model.modules()))
+    return injection
+
+
+def _check(
+    model: nn.Module, targets: Targets, saved: Mapping[str, nn.Module], wrapped: Set[nn.Module]
+) -> None:
+    """Raise ValueError if a target can't have an adapter, or a module can't train in full.
+
+    ``wrapped``: the modules that FSDP or DDP already has.
+    """
+    for name, target in targets.items():
+        if target.module in wrapped:
             raise ValueError(
                 f"{called(name)} can't take an adapter: FSDP or DDP has it already, and would "
                 "leave the adapter out: call apply_lora before wrapping the model"
@@ -163,48 +211,9 @@ def inject(
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
-    for name, parameter in _named(model):
-        if is_lazy(parameter):  # and torch can't freeze it
+    for name, parameter in _every_parameter(model):
+        if is_lazy(parameter):  # torch can't freeze it
             raise ValueError(f"{name} has no shape yet: call the model once before")
-    trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
-    # Choose the new classes and make the adapters first, because both may fail.
-    made = {}
-    for name, target in targets.items():
-        kind, quantized = type(target.module), not isinstance(target.weight, Tensor)
-        if target.parameter:
-            over: Any = class_over(LoRAExperts, plain_class_of(target.module))
-        else:
-            over = adapted_class(kind, quantized)
-        adapter = target.new_adapter(name, config, wide_adapters)
-        made[name] = over, adapter, config.alpha_of(name)
-    untied = _copies_of_tied(model, saved)
-    if every_name:
-        warn_of_passed_over(model, config, targets, saved)
-    # All checks are above and have changed nothing; nothing below can fail.
-    for place in untied:
-        setattr(place.module, place.name, place.copy)
-    model.requires_grad_(False)
-    for name, target in targets.items():
-        target.module.__class__, adapter, alpha = made[name]
-        settings = alpha, config.lora_dropout, config.use_rslora
-        stacked = [target.parameter] if target.parameter else []
-        cast(Any, target.module).attach_adapter(adapter, *settings, *stacked)
-    for module in saved.values():
-        module.requires_grad_(True)
-    for name in trained_biases(model, config.bias, targets):
-        model.get_parameter(name).requires_grad_(True)
-    for module in model.modules():
-        if not isinstance(module, Adapted):
-            bitsandbytes.keep_gradients(module)
-    admit_training(model)
-    names = tuple(targets), tuple(saved)
-    injection = Injection(config, *names, trained_before, untied, watch_loading(model))
-    model.__dict__[RECORD] = injection
-    if frozen_linears:
-        take_frozen(model.modules())
-    if gated_mlps:  # after the layers: a gated MLP becomes a block if its three layers allow it
-        mlp.take(model.modules(), mlp.GatedMLP)
-    return injection
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
@@ -222,12 +231,11 @@ def remove_lora(model: nn.Module) -> nn.Module:
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
-    give_back_heads(inner.modules())
-    # An experts module appears once for each adapted weight; detach it once.
-    for module in {layer.adapted_module: None for _, layer in layers}:
+    change_classes(own_heads(inner.modules()))
+    # Without duplicates, because an experts module has several adapted weights.
+    for module in dict.fromkeys(layer.adapted_module for _, layer in layers):
         module.detach_adapter()
-    give_back_frozen(inner.modules())
-    mlp.give_back(inner.modules())
+    change_classes(own_classes(inner.modules(), Linear, mlp.GatedMLP))
     for module in inner.modules():  # apply_lora may have been called on parts of the model
         injection = module.__dict__.pop(RECORD, None)
         if injection is not None:
@@ -235,13 +243,13 @@ def remove_lora(model: nn.Module) -> nn.Module:
             give_back_quantizer(module)
             for inside in module.modules():
                 bitsandbytes.repack_again(inside)
-            for name, parameter in _named(module):
+            for name, parameter in _every_parameter(module):
                 parameter.requires_grad_(name in injection.trained_before)
     return model
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under each of its names; a tied one appears several times."""
+def _every_parameter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its name; a tied one appears under each of its names."""
     return model.named_parameters(remove_duplicate=False)
 
 

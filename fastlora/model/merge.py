@@ -2,7 +2,8 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import vendor_of
 from ..layers.adapted_weight import AdaptedWeight
 from ..layers.guards import forget
+from ..layers.merging import merge_each
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantized import LoRAQuantized
 from ..projection import DTYPES
-from ..settings import check_switch
+from ..settings import check_switches
 from ..text import bar
 from .declare import declared
 from .inject import check_model
@@ -44,18 +46,15 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantize: bool = T
     device, or a merged weight would hold NaN or infinity.  Warns if a merged weight was tied to
     another module's weight; they are separate afterwards.
     """
-    check_switch("keep_base", keep_base)
-    check_switch("requantize", requantize)
-    return merge_in_turn(model, keep_base, requantize)
+    check_switches(keep_base=keep_base, requantize=requantize)
+    merge_in_turn(model, keep_base, requantize)
+    return model
 
 
 def merge_in_turn(
-    model: nn.Module,
-    keep_base: bool,
-    requantize: bool,
-    after: Callable[[AdaptedWeight], None] | None = None,
-) -> nn.Module:
-    """Implements :func:`merge_lora`; ``after`` is called with each merged layer."""
+    model: nn.Module, keep_base: bool, requantize: bool, to_cpu: bool = False
+) -> ExitStack:
+    """Implements :func:`merge_lora`; the result and ``to_cpu`` are :func:`.merge_each`'s."""
     layers = _layers(model)
     for name, layer in layers:
         layer.check_weight(called(name))
@@ -79,21 +78,17 @@ def merge_in_turn(
     for module in unwrap(model).modules():
         forget(module)  # cached records may hold the original weights
     errors = {}
-    try:
-        with declared(model):
-            for name, layer in bar(layers, "merging", least=_BAR_FROM):
-                merged = layer.merged_weight(torch.float32 if layer in packed else dense)
-                error = layer.use_merged(merged, keep_base, requantize)
-                if layer in packed:
-                    errors[name] = error
-                del merged
-                if after is not None:
-                    after(layer)
-    except BaseException:  # also Ctrl-C: undo the layers that are merged already
-        for _, layer in layers:
-            if layer.can_unmerge:
-                layer.unmerge()
-        raise
+
+    def merge(name: str, layer: AdaptedWeight, undo: ExitStack) -> Any:
+        undo.callback(_unmerge, layer)
+        merged = layer.merged_weight(torch.float32 if layer in packed else dense)
+        error = layer.use_merged(merged, keep_base, requantize)
+        if layer in packed:
+            errors[name] = error
+        return layer.adapted_module._bases[layer.adapted_name]
+
+    with declared(model):
+        undo = merge_each(model, bar(layers, "merging", least=_BAR_FROM), merge, to_cpu)
     if errors:
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
@@ -102,7 +97,12 @@ def merge_in_turn(
             "dense",
             stacklevel=3,
         )
-    return model
+    return undo
+
+
+def _unmerge(layer: AdaptedWeight) -> None:
+    if layer.can_unmerge:
+        layer.unmerge()
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..formats.format import Quantized
 from ..formats.microscaled import MXFP4
+from ..layers.classes import twin
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
-from ..layers.members import twin
 from ..layers.modules import called, full_name, some, unwrap
 from ..projection import DTYPES
 from .config import is_inside

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..foreign import optional
 from ..formats import quantized_weight, vendor_of
-from ..layers.members import is_hooked, twin
+from ..layers.classes import twin
+from ..layers.members import is_hooked
 from ..layers.modules import called, some
 from .declare import other_vendor
 
@@ -24,13 +26,9 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
             f"{name} can't be packed as {kind}: torchao's {kind} linear layers round their input, "
             "or fastlora can't read them: give nf4 (bitsandbytes) or fp8 (torchao)"
         )
-    try:
-        theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
-    except ImportError as error:
-        raise ImportError(
-            f"{name} can't be packed as {kind} without {package}: "
-            "pip install 'fastlora-kernels[quantized]'"
-        ) from error
+    module = "bitsandbytes.nn" if kind == "nf4" else "torchao.quantization"
+    need = f"{name} can't be packed as {kind} without {package}"
+    theirs = optional(module, need, "quantized")
     if linear.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent

@@ -1,15 +1,16 @@
 """Lets a Trainer accept a quantized model with adapters, and refuse checkpoints it can't write."""
 
+from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from ..foreign import derived_from
+from ..layers.classes import change_class, class_over
 from .declare import QUANTIZER
 
 # Whether the Trainer that is being made checkpoints only adapters.  A context variable, because
@@ -17,38 +18,22 @@ from .declare import QUANTIZER
 _adapters_only = ContextVar("_adapters_only", default=False)
 
 
-@cache
-def _trainable(kind: Any) -> Any:
-    """A subclass of this class of quantizers that says the model can be trained.
+class _Trainable(ABC):  # noqa: B024 (HfQuantizer's base: __class__ takes only a class of like layout)
+    """A mixin for classes of quantizers that says the model can be trained.
 
     ``transformers.Trainer`` accepts a quantized model if it has PEFT's adapters, or if both
     properties are true.  They are true here, because fastlora's layers compute gradients over every
     quantized base that they accept.
     """
 
-    class Trainable(kind):
-        plain_class = kind
+    @property
+    def is_trainable(self) -> bool:
+        check_savable(self)
+        return True
 
-        @property
-        def is_trainable(self) -> bool:
-            check_savable(self)
-            return True
-
-        @property
-        def is_qat_trainable(self) -> bool:
-            return True
-
-        def __reduce_ex__(self, protocol: Any) -> tuple:  # pickle can't import this local class
-            return _blank, (kind,), vars(self)
-
-    # Error messages and isinstance checks by name see the quantizer's usual class.
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Trainable, name, getattr(kind, name))
-    return Trainable
-
-
-def _blank(kind: Any) -> Any:  # for pickle, which sets the attributes afterwards
-    return object.__new__(_trainable(kind))
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
 
 
 def check_savable(quantizer: Any) -> None:
@@ -81,11 +66,11 @@ def admit_training(model: nn.Module) -> None:
     quantizer: Any = model.__dict__.get(QUANTIZER)
     kind: Any = type(quantizer)
     if derived_from(kind, "transformers", "HfQuantizer") and not hasattr(kind, "plain_class"):
-        quantizer.__class__ = _trainable(kind)
+        change_class(quantizer, class_over(_Trainable, kind, ""))
 
 
 def give_back_quantizer(model: nn.Module) -> None:
     """Undo :func:`admit_training`."""
     quantizer: Any = model.__dict__.get(QUANTIZER)
     if hasattr(quantizer, "plain_class"):
-        quantizer.__class__ = quantizer.plain_class
+        change_class(quantizer, quantizer.plain_class)

@@ -1,7 +1,6 @@
 """The composite path: the formula by torch's own operations.
 
-It supports all modes and transforms of torch, and is the reference for second-order gradients.  It
-also serves calls of few rows on a CPU (:func:`of_few_rows`), where a node costs more than it saves.
+It supports all modes and transforms of torch, and is the reference for second-order gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from ..backends.protocol import Call
+from ..backends.products import cast
 from ..formats.format import Quantized
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
@@ -54,9 +53,7 @@ def _of_rows(
             weight = weight.dense(x.dtype)
         y = None
         if weight is not None:
-            if bias is not None and bias.dtype != weight.dtype:
-                bias = bias.to(weight.dtype)
-            y = linear(x, weight, bias)
+            y = linear(x, weight, cast(bias, weight.dtype))
         for adapter in adapters:
             y = _with_adapter(y, x if drop is None else drop(number, x, share), adapter)
             number += 1
@@ -81,37 +78,6 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
     if y is None:
         return (linear(thin, lora_b.to(wide)) * scale).to(dtype)
     return torch.add(y, linear(thin, lora_b.to(wide)), alpha=scale).to(y.dtype)
-
-
-def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
-    """The only output of a call with few rows; ``inputs`` are x and the flat tensors.
-
-    This function saves 9 of the 24 µs that :func:`run_composite` takes for one row with 256
-    features.  Such calls are almost only overhead (docs/performance.md, "Few rows").
-    """
-    (x, weight, *rest), (layout,) = inputs, call.layouts
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    take = iter(rest).__next__
-    bias = take() if layout.has_bias else None
-    if bias is not None and bias.dtype != weight.dtype:
-        bias = bias.to(weight.dtype)
-    y = linear(rows, weight, bias)
-    for i, scale in enumerate(layout.scales):
-        lora_a, lora_b = take(), take()
-        dropped, factor = rows, float(scale)
-        if seeds is not None:
-            keep = call.backend.dropout_mask(seeds[i], rows.shape, call.dropout)
-            dropped, factor = torch.where(keep, rows, 0.0), factor / (1.0 - call.dropout)
-        if lora_a.dtype == y.dtype:
-            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
-        else:  # a float32 adapter and a 16-bit x: multiply in float32
-            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
-    if x.dim() == 2:
-        return y
-    shape = *x.shape[:-1], y.shape[-1]
-    # Not a view, because an in-place change of a view drops its hooks, and is an error if no_grad
-    # made the view.
-    return torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.resize_(shape)
 
 
 def torch_s_dropout(p: float, rows: Rows | None = None) -> Drop:

@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.products import is_slow
-from ..formats.format import Quantized
-from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
+from ..projection import AUTOCAST_DTYPES, Output, is_plain
 
 NODE, OP, COMPOSITE = "node", "op", "composite"
-# Up to this many rows a node takes more time than it saves (docs/performance.md, "Few rows").
-MOST_ROWS = 32
 _OFF = nullcontext()
 
 
@@ -49,8 +45,11 @@ def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
 
 def why_composite(x: Tensor) -> str:
     """Why the call must take the composite path; "" if it needn't."""
-    if x.is_nested:
-        return "x is nested"
+    return "x is nested" if x.is_nested else why_only_torch()
+
+
+def why_only_torch() -> str:
+    """The reason if a mode of torch is active that supports only torch's own operations; or ""."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
@@ -60,16 +59,9 @@ def why_composite(x: Tensor) -> str:
 
 def why_not_here() -> str:
     """Why an optimized module runs its original forward now; "" if it needn't."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # an exported program should need only PyTorch
-            return "the model is being exported"
-    elif torch.jit.is_tracing():
-        return "the model is being traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return ""
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return "the model is being exported"  # an exported program should need only PyTorch
+    return why_only_torch()
 
 
 def is_eager(x: Tensor) -> bool:
@@ -88,28 +80,6 @@ def follows(x: object) -> bool:
     Then a gated MLP, for example, can run as nodes that save less than its layers.
     """
     return torch.is_grad_enabled() and is_ordinary(x)
-
-
-def has_few_rows(x: Tensor) -> bool:
-    """Whether x is on a CPU and has 1 to ``MOST_ROWS`` rows."""
-    return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-
-
-def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
-    """Whether x has few rows on a CPU, and one output, so that a node would be slower.
-
-    Such a call is almost only overhead, and a node in Python takes longer than its products.
-    """
-    if backend != "torch" or len(outputs) > 1 or not has_few_rows(x):
-        return False
-    ((weight, _), adapters), dtype = outputs[0], x.dtype
-    if isinstance(weight, Quantized):
-        return False
-    if dtype in HALF_DTYPES and is_slow(dtype):
-        return False
-    # 16-bit adapters need the node, because torch would round h to 16 bits before scaling it.
-    wide = torch.promote_types(dtype, torch.float32)
-    return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
 
 
 def autocast_is_on(device_type: str) -> bool:

@@ -35,12 +35,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Call, find_backend
+from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
-from ..projection import Base, Output, flatten, layouts_of, unflatten
+from ..projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import are_batched, followed, gradients_of, run_backward, run_forward
+from .node import are_batched, by_autograd, followed, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of
 from .run import draw_seed, run_checked
 
@@ -94,13 +94,15 @@ def lora_experts(
             return _step_by_step(x, weights, routing, up, down, activate, dropout, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
-        node = _Node(Call(layouts, dropout, backend), activate, dtype, routing.k)
-        # Flattened for the node, because autograd finds only tensors that are direct arguments.
-        # ``products`` restores the outputs, cuts them to a part, and flattens each of them again.
-        inputs = [x, weights, *flatten([up, down], layouts)]
+        # Flattened once, because autograd finds only tensors that are direct arguments.  The
+        # products of a part slice the tensors of this list.
+        of_up, of_down = flatten([up], layouts[:1]), flatten([down], layouts[1:])
+        call, hidden = Call(layouts, dropout, backend), up.base.weight.shape[1]
+        node = _Node(call, activate, dtype, routing.k, hidden, len(of_up))
+        inputs = [x, weights, *of_up, *of_down]
         if torch.is_grad_enabled():
             return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
-        return _forward(inputs, routing, seeds, node)[0]
+        return _Pass(node, routing, seeds, inputs).forward()[0]
 
 
 def _step_by_step(
@@ -123,37 +125,18 @@ def _step_by_step(
 class _Node(NamedTuple):
     """The settings of a node, without its tensors."""
 
-    call: Call  # layouts of up and down; ``products`` adds the rows of a part
+    call: Call  # layouts of up and down
     activate: Activate
     dtype: torch.dtype  # of out
     k: int  # experts for each token
-
-    def products(
-        self, inputs: Sequence[Tensor], part: Part, seeds: Tensor | None
-    ) -> list[tuple[list[Tensor], Tensor | None, Call]]:
-        """For up and down: the flat tensors of a part's experts (views), the seed, and the Call."""
-        products, layouts = [], self.call.layouts
-        for i, output in enumerate(unflatten(inputs[2:], layouts)):
-            layout = layouts[i : i + 1]
-            tensors = [tensor[part.experts] for tensor in flatten([output], layout)]
-            seed = None if seeds is None or not output.adapters else seeds[i : i + 1]
-            call = self.call._replace(layouts=layout, rows=part.segments)
-            products.append((tensors, seed, call))
-        return products
-
-    def parts(self, inputs: Sequence[Tensor], routing: Routing) -> list[Part]:
-        """All experts at once; or, on a CPU, a few at a time, so that their rows stay in cache."""
-        x, _, *tensors = inputs
-        if not self.call.backend.takes_experts_in_turn(x.device):
-            return routing.whole()
-        hidden = unflatten(tensors, self.call.layouts)[0].base.weight.shape[1]
-        return routing.parts(min(rows_at_a_time(x), block_of_rows(x.device, hidden)))
+    hidden: int  # F, the columns of pre
+    split: int  # the number of up's flat tensors, which come before down's
 
     def activated(self, pre: Tensor) -> Tensor:
         """The input of the second product, [rows, I], without a graph for autograd."""
         if isinstance(self.activate, str):
             gate, up = pre.chunk(2, dim=1)
-            return self.call.backend.gated(gate, up, self.activate)
+            return self.call.backend.gated(GatedProduct(gate, up, self.activate))
         with torch.no_grad():
             return self.activate(pre)
 
@@ -165,7 +148,8 @@ class _Node(NamedTuple):
         if isinstance(self.activate, str):
             d_pre = torch.empty_like(pre)
             (gate, up), (d_gate, d_up) = pre.chunk(2, dim=1), d_pre.chunk(2, dim=1)
-            self.call.backend.gated_backward(d_product, gate, up, self.activate, d_gate, d_up)
+            gated = GatedProduct(gate, up, self.activate)
+            self.call.backend.gated_backward(d_product, gated, d_gate, d_up)
             return d_pre
         with torch.enable_grad():
             pre = pre.detach().requires_grad_()
@@ -182,8 +166,8 @@ class LoRAExpertsFunction(torch.autograd.Function):
         ctx, node: _Node, seeds: Tensor | None, order: Tensor, ends: Tensor, *inputs: Tensor
     ) -> Tensor:
         """``inputs``: x, the routing weights, and the flat tensors of up and down."""
-        out, saved_results = _forward(inputs, Routing(order, ends, node.k), seeds, node)
-        ctx.save_for_backward(seeds, order, ends, *inputs, *saved_results)
+        out, results = _Pass(node, Routing(order, ends, node.k), seeds, inputs).forward()
+        ctx.save_for_backward(seeds, order, ends, *inputs, *results)
         ctx.node = node
         ctx.set_materialize_grads(False)
         return out
@@ -194,67 +178,165 @@ class LoRAExpertsFunction(torch.autograd.Function):
         if d_out is None:
             return (None,) * (_ARGUMENTS + len(needs))
         seeds, order, ends, *saved = ctx.saved_tensors
-        inputs, saved_results = saved[: len(needs)], saved[len(needs) :]
-        routing = Routing(order, ends, node.k)
+        inputs, results = saved[: len(needs)], saved[len(needs) :]
+        this = _Pass(node, Routing(order, ends, node.k), seeds, inputs)
         if torch.is_grad_enabled() or are_batched([d_out]):
-            gradients = _differentiable(d_out, inputs, needs, routing, seeds, node)
+            gradients = by_autograd(this.followed, inputs, needs, [d_out])
         else:
             with autocast_off(d_out.device.type):
-                gradients = _gradients(d_out, inputs, saved_results, needs, routing, seeds, node)
+                gradients = this.gradients(d_out, needs, results)
         return (*[None] * _ARGUMENTS, *gradients)
 
 
-def _forward(
-    inputs: Sequence[Tensor], routing: Routing, seeds: Tensor | None, node: _Node
-) -> tuple[Tensor, list[Tensor]]:
-    """out, and the results saved for backward: pre, up's h and down's h, part after part.
+class _Product(NamedTuple):
+    """One of the two products of a part."""
 
-    A product without an adapter has no h.
-    """
-    x, weights, *_ = inputs
-    parts, saved_results = node.parts(inputs, routing), []
-    out, tokens = Sums(routing, parts, node.dtype), routing.tokens
-    for part in parts:
-        # x[tokens[part.rows]] [rows, K], the product [rows, I] and y [rows, N] live for one part
-        (up, up_seed, up_call), (down, down_seed, down_call) = node.products(inputs, part, seeds)
-        (pre,), hs = run_forward([x[tokens[part.rows]], *up], up_seed, up_call)
-        (y,), down_hs = run_forward([node.activated(pre), *down], down_seed, down_call)
-        out.add(y, part, weights)
-        saved_results += [pre, *hs, *down_hs]
-    return out.sums, saved_results
+    tensors: Sequence[Tensor]  # of the part's experts: views, flat
+    seed: Tensor | None
+    call: Call
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """y, and h if the product has an adapter."""
+        (y,), hs = run_forward([x, *self.tensors], self.seed, self.call)
+        return y, hs
+
+    def backward(
+        self, dy: Tensor, x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of x and of the tensors."""
+        inputs = [x, *self.tensors]
+        return run_backward(BackwardCall([dy], inputs, hs, needs, self.seed, self.call))
 
 
-def _gradients(
-    d_out: Tensor,
-    inputs: Sequence[Tensor],
-    saved_results: Sequence[Tensor],
-    needs: Sequence[bool],
-    routing: Routing,
-    seeds: Tensor | None,
-    node: _Node,
-) -> list[Tensor | None]:
-    """The gradients of ``inputs``; None for each input that needs none."""
-    x, weights, *_ = inputs
-    needs_x, needs_weights, *_ = needs
-    # The same parts as in the forward, because they depend only on sizes and ends.
-    parts, d_out, left = node.parts(inputs, routing), d_out.to(x.dtype), iter(saved_results)
-    dx, d_weights = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape)
-    of_parts = []
-    for part in parts:
-        saved_of_part = [next(left) for _ in range(len(saved_results) // len(parts))]
-        d_rows, d_row_weights, *of_part = _gradients_of_part(
-            d_out, inputs, saved_of_part, needs, part, routing, seeds, node
+class _Pass(NamedTuple):
+    """A forward or a backward of a node, with its tensors."""
+
+    node: _Node
+    routing: Routing
+    seeds: Tensor | None
+    inputs: Sequence[Tensor]  # x, the routing weights, and the flat tensors of up and down
+
+    def parts(self) -> list[Part]:
+        """All experts at once; or, on a CPU, a few at a time, so that their rows stay in cache."""
+        x, node = self.inputs[0], self.node
+        if not node.call.backend.takes_experts_in_turn(x.device):
+            return self.routing.whole()
+        return self.routing.parts(min(rows_at_a_time(x), block_of_rows(x.device, node.hidden)))
+
+    def products(self, part: Part) -> tuple[_Product, _Product]:
+        """The products of up and down for a part."""
+        call, split = self.node.call, self.node.split
+        tensors = [tensor[part.experts] for tensor in self.inputs[2:]]
+        up, down = (
+            _Product(
+                flat,
+                None if self.seeds is None or not layout.scales else self.seeds[i : i + 1],
+                call._replace(layouts=(layout,), rows=part.segments),
+            )
+            for i, (flat, layout) in enumerate(
+                zip((tensors[:split], tensors[split:]), call.layouts, strict=True)
+            )
         )
-        if d_rows is not None:
-            dx.add(d_rows, part)
-        if d_row_weights is not None:  # each row writes to its own entry of [T, k]
-            d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
-        of_parts.append(of_part)
-    return [
-        dx.sums if needs_x else None,
-        d_weights.view(weights.shape) if needs_weights else None,
-        *map(_joined, zip(*of_parts, strict=True)),
-    ]
+        return up, down
+
+    def forward(self) -> tuple[Tensor, list[Tensor]]:
+        """out, and the results saved for backward: pre, up's h and down's h, part after part.
+
+        A product without an adapter has no h.
+        """
+        x, weights, *_ = self.inputs
+        parts, results = self.parts(), []
+        out, tokens = Sums(self.routing, parts, self.node.dtype), self.routing.tokens
+        for part in parts:
+            # x[tokens[part.rows]] [rows, K], the product [rows, I] and y [rows, N] live for one
+            # part.
+            up, down = self.products(part)
+            pre, hs = up.forward(x[tokens[part.rows]])
+            y, down_hs = down.forward(self.node.activated(pre))
+            out.add(y, part, weights)
+            results += [pre, *hs, *down_hs]
+        return out.sums, results
+
+    def gradients(
+        self, d_out: Tensor, needs: Sequence[bool], results: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of ``inputs``; None for each input that needs none."""
+        (x, weights, *_), routing = self.inputs, self.routing
+        needs_x, needs_weights, *_ = needs
+        # The same parts as in the forward, because they depend only on sizes and ends.
+        parts, d_out, left = self.parts(), d_out.to(x.dtype), iter(results)
+        dx, d_weights = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape)
+        of_parts = []
+        for part in parts:
+            of_part = [next(left) for _ in range(len(results) // len(parts))]
+            d_rows, d_row_weights, *others = self._gradients_of_part(d_out, needs, part, of_part)
+            if d_rows is not None:
+                dx.add(d_rows, part)
+            if d_row_weights is not None:  # each row writes to its own entry of [T, k]
+                d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
+            of_parts.append(others)
+        return [
+            dx.sums if needs_x else None,
+            d_weights.view(weights.shape) if needs_weights else None,
+            *map(_joined, zip(*of_parts, strict=True)),
+        ]
+
+    def _gradients_of_part(
+        self, d_out: Tensor, needs: Sequence[bool], part: Part, results: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of a part: its rows of x, their routing weights, and its experts' tensors.
+
+        The gradients of down's weight and adapter sum weight · dy times the product or h.  The
+        product [rows, I] and h [rows, r] are multiplied by the routing weights, so that dy
+        [rows, N] isn't.
+        """
+        (x, weights, *_), (pre, *hs), node = self.inputs, results, self.node
+        needs_x, needs_weights, *others = needs
+        needs_up, needs_down = others[: node.split], others[node.split :]
+        needs_pre = needs_x or any(needs_up)
+        up, down = self.products(part)
+        (up_layout,), (layout,) = up.call.layouts, down.call.layouts
+        tokens = self.routing.tokens[part.rows]
+        row_weights = self.routing.row_weights(weights, part)  # [rows, 1]
+        dy, product = d_out[tokens], node.activated(pre)  # both recomputed: [rows, N], [rows, I]
+        weighted = (product * row_weights).to(product.dtype)
+        count = len(up_layout.scales)  # up's adapters: as many of hs come first
+        down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
+        # This first backward leaves out the bias.  Its gradient, Σ weight · dy, has no second
+        # factor that could include the weights, so it needs a backward with dy multiplied.  Here
+        # d_product is the gradient as if every routing weight were 1.
+        at, d_row_weights = layout.bias_at, None
+        first = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
+        d_product, *of_down = down.backward(dy, weighted, down_hs, first)
+        if needs_weights:
+            assert d_product is not None
+            d_row_weights = torch.linalg.vecdot(d_product, product)
+            if at is not None:
+                bias, rows = down.tensors[at], part.segments.of_rows(len(dy))
+                padded = torch.cat([bias, bias.new_zeros(1, dy.shape[1])])  # for rows of no expert
+                d_row_weights += torch.linalg.vecdot(dy, padded[rows].to(dy.dtype))
+        if at is not None and needs_down[at]:
+            only = [False, *[i == at for i in range(len(needs_down))]]
+            of_down[at] = down.backward(dy.mul_(row_weights), weighted, down_hs, only)[1 + at]
+        del dy, product, weighted
+        if not needs_pre:
+            return [None, d_row_weights, *[None] * len(needs_up), *of_down]
+        assert d_product is not None
+        # From here on gradients include the routing weights.
+        d_pre = node.through_activation(d_product.mul_(row_weights), pre)
+        del d_product
+        d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])
+        return [d_rows, d_row_weights, *of_up, *of_down]
+
+    def followed(self, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+        """out for these inputs, by operations that autograd records, all experts at once."""
+        (x, weights, *_), routing = inputs, self.routing
+        (part,) = routing.whole()
+        up, down = self._replace(inputs=inputs).products(part)
+        (pre,) = followed([x[routing.tokens], *up.tensors], up.seed, up.call)
+        product = _followed_activation(pre, self.node.activate)
+        (y,) = followed([product, *down.tensors], down.seed, down.call)
+        return (routing.plain_sums(y, weights, self.node.dtype),)
 
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
@@ -264,118 +346,9 @@ def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
-def _gradients_of_part(
-    d_out: Tensor,
-    inputs: Sequence[Tensor],
-    saved_results: Sequence[Tensor],
-    needs: Sequence[bool],
-    part: Part,
-    routing: Routing,
-    seeds: Tensor | None,
-    node: _Node,
-) -> list[Tensor | None]:
-    """The gradients of a part: its rows of x, their routing weights, and its experts' tensors.
-
-    The gradients of down's weight and adapter sum weight · dy times the product or h.  The product
-    [rows, I] and h [rows, r] are multiplied by the routing weights, so that dy [rows, N] isn't.
-    """
-    x, weights, *_ = inputs
-    needs_x, needs_weights, *others = needs
-    pre, *hs = saved_results
-    up, down = node.products(inputs, part, seeds)
-    needs_up, needs_down = others[: len(up[0])], others[len(up[0]) :]
-    needs_pre = needs_x or any(needs_up)
-    tokens, row_weights = routing.tokens[part.rows], routing.row_weights(weights, part)
-    dy, product = d_out[tokens], node.activated(pre)  # both recomputed: [rows, N], [rows, I]
-    count = len(up[2].layouts[0].scales)  # up's adapters: as many of hs come first
-    down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
-    d_product, d_row_weights, of_down = _through_down(
-        dy, product, row_weights, down, down_hs, needs_down, needs_pre, needs_weights
-    )
-    del dy, product
-    if not needs_pre:
-        return [None, d_row_weights, *[None] * len(needs_up), *of_down]
-    assert d_product is not None
-    # From here on gradients include the routing weights.
-    d_pre = node.through_activation(d_product.mul_(row_weights), pre)
-    del d_product
-    tensors, seed, call = up
-    d_rows, *of_up = run_backward(
-        [d_pre], [x[tokens], *tensors], hs[:count], [needs_x, *needs_up], seed, call
-    )
-    return [d_rows, d_row_weights, *of_up, *of_down]
-
-
-def _through_down(
-    dy: Tensor,
-    product: Tensor,
-    row_weights: Tensor,
-    down: tuple[list[Tensor], Tensor | None, Call],
-    hs: Sequence[Tensor],
-    needs: Sequence[bool],
-    needs_pre: bool,
-    needs_weights: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients of the second product's input, the routing weights, and down's tensors.
-
-    The first is computed as if every routing weight were 1.  ``row_weights`` [rows, 1] are the
-    routing weights.  ``hs`` already include them.
-    """
-    tensors, seed, call = down
-    weighted = [(product * row_weights).to(product.dtype), *tensors]
-    (wanted,), (output,) = unflatten(needs, call.layouts), unflatten(tensors, call.layouts)
-    # This first backward leaves out the bias.  Its gradient, Σ weight · dy, has no second factor
-    # that could include the weights, so it needs a backward with dy multiplied.
-    others = flatten([wanted._replace(base=wanted.base._replace(bias=False))], call.layouts)
-    d_product, *gradients = run_backward(
-        [dy], weighted, hs, [needs_pre or needs_weights, *others], seed, call
-    )
-    d_row_weights, bias, rows = None, output.base.bias, call.rows
-    assert rows is not None
-    if needs_weights:
-        assert d_product is not None
-        d_row_weights = torch.linalg.vecdot(d_product, product)
-        if bias is not None:
-            padded = torch.cat([bias, bias.new_zeros(1, dy.shape[1])])  # for rows of no expert
-            d_row_weights += torch.linalg.vecdot(dy, padded[rows.of_rows(len(dy))].to(dy.dtype))
-    if wanted.base.bias:
-        nothing = unflatten([False] * len(needs), call.layouts)[0]
-        only = flatten([nothing._replace(base=Base(False, True))], call.layouts)
-        _, *also = run_backward([dy.mul_(row_weights)], weighted, hs, [False, *only], seed, call)
-        pairs = zip(gradients, also, strict=True)
-        gradients = [one if other is None else other for one, other in pairs]
-    return d_product, d_row_weights, gradients
-
-
 def _followed_activation(pre: Tensor, activate: Activate) -> Tensor:
     """activate(pre) by operations that autograd records."""
     if not isinstance(activate, str):
         return activate(pre)
     gate, up = pre.chunk(2, dim=1)
     return ACTIVATIONS[activate].function(gate) * up
-
-
-def _differentiable(
-    d_out: Tensor,
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    routing: Routing,
-    seeds: Tensor | None,
-    node: _Node,
-) -> list[Tensor | None]:
-    """The gradients of ``inputs`` by autograd through the composite path, all experts at once.
-
-    It serves gradients of gradients and batched gradients.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), autocast_off(d_out.device.type):
-        # As views, because one tensor may be two inputs, and each input has its own gradient.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        x, weights, *_ = inputs
-        (part,) = routing.whole()
-        (up, up_seed, up_call), (down, down_seed, down_call) = node.products(inputs, part, seeds)
-        (pre,) = followed([x[routing.tokens], *up], up_seed, up_call)
-        product = _followed_activation(pre, node.activate)
-        (y,) = followed([product, *down], down_seed, down_call)
-        out = routing.plain_sums(y, weights, d_out.dtype)
-    return gradients_of([out], inputs, needs, [d_out], create_graph)

@@ -14,13 +14,14 @@ Saved for backward: x, gate, up, every h, and the seeds.  act(gate) and the prod
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ..backends import Call, find_backend
+from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
@@ -31,8 +32,8 @@ from .node import (
     LoRALinearFunction,
     are_batched,
     as_matrix,
+    by_autograd,
     followed,
-    gradients_of,
     run_backward,
     run_forward,
     stand_in,
@@ -40,7 +41,7 @@ from .node import (
 )
 from .run import draw_seed
 
-_ARGUMENTS = 4  # of the node before gate: activation, wide, seeds, call
+_ARGUMENTS = 2  # of the node before gate: seeds, call
 
 
 def gated_mlp(
@@ -141,12 +142,10 @@ def gated_call(
 
 def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
     """y of a call of a known kind; ``inputs``: x and the flat tensors of gate, up and down."""
-    first, last, split, activation, wide = call
-    x = inputs[0]
-    seeds, down_seeds = _seeds(x, first), _seeds(x, last)
-    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs[: 1 + split])
-    rest = inputs[1 + split :]
-    return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *rest)
+    x, split = inputs[0], 1 + call.split
+    seeds, down_seeds = _seeds(x, call.first), _seeds(x, call.last)
+    hidden = LoRALinearFunction.apply(seeds, None, call.first, *inputs[:split])
+    return GatedLinearFunction.apply(down_seeds, call, *hidden, *inputs[split:])
 
 
 def _seeds(x: Tensor, call: Call) -> Tensor | None:
@@ -169,39 +168,47 @@ class GatedLinearFunction(Function):
 
     @staticmethod
     def forward(
-        ctx,
-        activation: str,
-        wide: bool,
-        seeds: Tensor | None,
-        call: Call,
-        gate: Tensor,
-        up: Tensor,
-        *tensors: Tensor,
+        ctx, seeds: Tensor | None, call: GatedCall, gate: Tensor, up: Tensor, *tensors: Tensor
     ) -> Tensor:
-        product = call.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
-        (y,), hs = run_forward([product, *tensors], seeds, call)
+        last = call.last
+        middle = GatedProduct(as_matrix(gate), as_matrix(up), call.activation, call.wide)
+        product = last.backend.gated(middle)
+        (y,), hs = run_forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
             y.resize_(*gate.shape[:-1], y.shape[-1])
-        needs = _needs(ctx)
-        saved_product, saved_hs = to_save(product, hs, needs, call.layouts)
+        saved_product, saved_hs = to_save(product, hs, _needs(ctx), last.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
-        ctx.activation, ctx.wide, ctx.call = activation, wide, call
-        ctx.reads_product = saved_product is not None
+        ctx.call, ctx.reads_product = call, saved_product is not None
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = _needs(ctx)
-        seeds, gate, up, *saved = ctx.saved_tensors
-        tensors, hs = saved[: len(needs) - 1], saved[len(needs) - 1 :]
+        nothing, needs = (None,) * _ARGUMENTS, _needs(ctx)
+        seeds, *saved = ctx.saved_tensors
+        inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:
-            return (None,) * (_ARGUMENTS + 2 + len(tensors))
+            return (*nothing, *[None] * len(inputs))
         if torch.is_grad_enabled() or are_batched([dy]):
-            gradients = _differentiable(dy, gate, up, tensors, seeds, ctx)
+            function = partial(_followed, seeds=seeds, call=ctx.call)
+            needs = ctx.needs_input_grad[_ARGUMENTS:]
+            return (*nothing, *by_autograd(function, inputs, needs, [dy]))
+        (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
+        shape, middle = gate.shape, GatedProduct(as_matrix(gate), as_matrix(up), activation, wide)
+        if ctx.reads_product:  # for the gradient of a lora_a or of the weight
+            product = last.backend.gated(middle)
         else:
-            gradients = _gradients(dy, gate, up, tensors, hs, needs, seeds, ctx)
-        return (None,) * _ARGUMENTS + tuple(gradients)
+            product = stand_in(gate, middle.gate.shape, gate.dtype)
+        d_gate, *rest = run_backward(
+            BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
+        )
+        if d_gate is None:
+            return (*nothing, None, None, *rest)
+        # d_gate overwrites the gradient of the product, and d_up the recomputed product.
+        last.backend.gated_backward(d_gate, middle, d_gate, product)
+        if len(shape) != 2:
+            d_gate, product = d_gate.view(shape), product.view(shape)
+        return (*nothing, d_gate, product, *rest)
 
 
 def _needs(ctx) -> list[bool]:
@@ -210,54 +217,10 @@ def _needs(ctx) -> list[bool]:
     return [gate or up, *tensors]
 
 
-def _gradients(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    tensors: Sequence[Tensor],
-    hs: Sequence[Tensor],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    ctx,
-) -> list[Tensor | None]:
-    """The gradients of gate, up and down's tensors.
-
-    d_gate overwrites the gradient of the product, and d_up overwrites the recomputed product.
-    """
-    backend, shape = ctx.call.backend, gate.shape
-    gate, up = as_matrix(gate), as_matrix(up)
-    if ctx.reads_product:  # for the gradient of a lora_a or of the weight
-        product = backend.gated(gate, up, ctx.activation, ctx.wide)
-    else:
-        product = stand_in(gate, gate.shape, gate.dtype)
-    gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.call)
-    d_gate, *rest = gradients
-    if d_gate is None:
-        return [None, None, *rest]
-    backend.gated_backward(d_gate, gate, up, ctx.activation, d_gate, product, ctx.wide)
-    if len(shape) != 2:
-        d_gate, product = d_gate.view(shape), product.view(shape)
-    return [d_gate, product, *rest]
-
-
-def _differentiable(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    tensors: Sequence[Tensor],
-    seeds: Tensor | None,
-    ctx,
-) -> list[Tensor | None]:
-    """The same gradients, by autograd through torch's own operations.
-
-    It serves gradients of gradients and batched gradients.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), autocast_off(dy.device.type):
-        # As views, because one tensor may be two inputs, and each input has its own gradient.
-        inputs = [tensor.view_as(tensor) for tensor in (gate, up, *tensors)]
-        gate, up = [matrix.float() if ctx.wide else matrix for matrix in inputs[:2]]
-        product = (ACTIVATIONS[ctx.activation].function(gate) * up).to(inputs[0].dtype)
-        ys = followed([product, *inputs[2:]], seeds, ctx.call)
-    needs = ctx.needs_input_grad[_ARGUMENTS:]
-    return gradients_of(ys, inputs, needs, [dy], create_graph)
+def _followed(
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: GatedCall
+) -> tuple[Tensor, ...]:
+    """The node's y for gate, up and down's tensors, by operations that autograd records."""
+    gate, up = [matrix.float() if call.wide else matrix for matrix in inputs[:2]]
+    product = (ACTIVATIONS[call.activation].function(gate) * up).to(inputs[0].dtype)
+    return followed([product, *inputs[2:]], seeds, call.last)

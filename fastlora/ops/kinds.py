@@ -80,25 +80,20 @@ def key_of_outputs(
             rest.append(type(projection))
             if isinstance(projection, Projection):
                 weight, lora_a, lora_b, bias, scale = projection
-                rest += weight is None, bias is None, scale, type(scale)
-                if isinstance(weight, Quantized):
-                    rest.append(weight.format)
-                    inputs += weight.tensors
-                    weight = None
-                inputs += [each for each in (weight, bias) if each is not None]
-                inputs += lora_a, lora_b
+                adapters: tuple = ((lora_a, lora_b, scale),)
             else:
                 base, adapters = projection
                 weight, bias = base
-                rest += type(base), type(adapters), len(adapters), bias is None
-                if isinstance(weight, Quantized):
-                    rest.append(weight.format)
-                    inputs += weight.tensors if bias is None else (*weight.tensors, bias)
-                else:
-                    inputs += (weight,) if bias is None else (weight, bias)
-                for lora_a, lora_b, scale in adapters:
-                    rest += scale, type(scale)
-                    inputs += lora_a, lora_b
+                rest += type(base), type(adapters), len(adapters)
+            rest += weight is None, bias is None
+            if isinstance(weight, Quantized):
+                rest.append(weight.format)
+                inputs += weight.tensors
+                weight = None
+            inputs += [each for each in (weight, bias) if each is not None]
+            for lora_a, lora_b, scale in adapters:
+                rest += scale, type(scale)
+                inputs += lora_a, lora_b
         key = key_of(inputs, rest, backend)
         hash(key)
         return key, inputs

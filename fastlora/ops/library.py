@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Call, find_backend
+from ..backends import BackwardCall, Call, find_backend
 from ..backends.torch import widths_of_h
 from ..formats.format import Quantized, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
@@ -132,7 +132,7 @@ def _lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     hs = [h if h.dim() == 2 else None for h in hs]  # 1-dimensional: not saved, see _backward
     with torch.no_grad():
         call = settings.call(x, tensors)
-        gradients = run_backward(dys, inputs, hs, needs, settings.seeds, call)
+        gradients = run_backward(BackwardCall(dys, inputs, hs, needs, settings.seeds, call))
         return [
             # An adapter without rows has no gradient, but the op must return a tensor.
             torch.zeros_like(tensor, memory_format=torch.contiguous_format)

@@ -5,14 +5,14 @@ takes 0.44 × PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from ..backends import Call
-from ..projection import HALF_DTYPES, Layout, unflatten
+from ..backends import BackwardCall, Call
+from ..projection import HALF_DTYPES, Layout, reads_x, unflatten
 from ..rows import Share
 from .composite import Drop, run_composite
 from .dispatch import autocast_dtype, autocast_off
@@ -32,21 +32,14 @@ def run_forward(
     return ys, hs
 
 
-def run_backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
+def run_backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input; None if it needs none, or its adapter has no rows."""
-    x, *tensors = inputs
+    x, *tensors = given.inputs
     if autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
-            return run_backward(dys, inputs, hs, needs, seeds, call)
-    dys = [None if dy is None else as_matrix(dy) for dy in dys]
-    gradients = call.backend.backward(dys, [as_matrix(x), *tensors], hs, needs, seeds, call)
+            return run_backward(given)
+    dys = [None if dy is None else as_matrix(dy) for dy in given.dys]
+    gradients = given.call.backend.backward(BackwardCall(dys, [as_matrix(x), *tensors], *given[2:]))
     dx = gradients[0]
     if dx is not None and x.dim() != 2:
         gradients[0] = dx.view(x.shape)
@@ -65,26 +58,21 @@ def to_save(
     ``needs``: whether x and each of its tensors need a gradient.  ``one_h``: whether all adapters
     of an output share one h, as in calls with many adapters.
     """
-    reads_x, reads_h = _is_read(tuple(needs), layouts, one_h)
+    is_read, reads_h = _is_read(tuple(needs), layouts, one_h)
     read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
-    return x if reads_x else None, read
+    return x if is_read else None, read
 
 
 @lru_cache(maxsize=1024)
 def _is_read(
     needs: tuple[bool, ...], layouts: tuple[Layout, ...], one_h: bool
 ) -> tuple[bool, list[bool]]:
-    """Whether a backward reads x, and whether it reads each h.
-
-    The gradients of weight and lora_a are products with x.  The gradient of lora_b is a product
-    with h.
-    """
-    reads_x, reads_h = False, []
-    for base, adapters in unflatten(needs[1:], layouts):
-        reads_x = reads_x or base.weight or any([adapter.lora_a for adapter in adapters])
+    """Whether a backward reads x, and whether it reads each h: d lora_b is a product with h."""
+    wanted, reads_h = unflatten(needs[1:], layouts), []
+    for _, adapters in wanted:
         of_each = [adapter.lora_b for adapter in adapters]
         reads_h += [any(of_each)] if one_h else of_each
-    return reads_x, reads_h
+    return reads_x(wanted), reads_h
 
 
 def stand_in(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -157,38 +145,30 @@ def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
     return drop
 
 
-def differentiable(
-    dys: Sequence[Tensor | None],
+def by_autograd(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
+    dys: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of :func:`run_backward`, by autograd through the composite path."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), autocast_off(inputs[0].device.type):
+    """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
+
+    None if the input needs no gradient, or no output depends on it.  It serves gradients of
+    gradients and batched gradients.
+    """
+    create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
+    with torch.enable_grad(), autocast_off(device):
         # As views, because one tensor may be two inputs, and each input has its own gradient.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
-        ys = followed(inputs, seeds, call)
+        ys = function(inputs)
     used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
     if not used:
         return [None] * len(inputs)
-    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
-    return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
-
-
-def gradients_of(
-    ys: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    dys: Sequence[Tensor | None],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Autograd's gradient of each input; None if it needs none, or no y depends on it."""
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     options = {"create_graph": create_graph, "allow_unused": True}
-    with autocast_off(ys[0].device.type):
-        gradients = iter(torch.autograd.grad(ys, wanted, dys, **options))
+    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
+    with autocast_off(device):
+        gradients = iter(torch.autograd.grad(used_ys, wanted, used_dys, **options))
     return [next(gradients) if need else None for need in needs]
 
 
@@ -246,9 +226,10 @@ class LoRALinearFunction(Function):
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = unread(inputs[0], needs[0], hs)
-            gradients = differentiable(dys, inputs, needs, seeds, call)
+            function = partial(followed, seeds=seeds, call=call)
+            gradients = by_autograd(function, inputs, needs, dys)
         else:
-            gradients = run_backward(dys, inputs, hs, needs, seeds, call)
+            gradients = run_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
         if call.rows is not None and call.rows.of_banks:
             gradients = _with_zeros(gradients, inputs, needs)
         return (*nothing, *gradients)

@@ -14,7 +14,7 @@ from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
-from .composite import of_few_rows, run_composite, torch_s_dropout
+from .composite import run_composite, torch_s_dropout
 from .dispatch import (
     COMPOSITE,
     OP,
@@ -22,9 +22,9 @@ from .dispatch import (
     autocast_inputs,
     autocast_is_on,
     autocast_off,
-    is_few,
     path_of,
 )
+from .few_rows import is_few, of_few_rows
 from .library import call_registered
 from .node import LoRALinearFunction, run_forward
 
@@ -49,12 +49,28 @@ def run_checked(
         path, _ = path_of(x, rows is not None)
         if path == COMPOSITE and rows is None:  # autocast acts on its operations itself
             return run_composite(x, outputs, torch_s_dropout(dropout)), None
-        device = x.device.type
-        if not autocast_is_on(device):
-            return _run_on(path, x, outputs, dropout, backend, rows, captures)
-        x, outputs = autocast_inputs(x, outputs)
-        with autocast_off(device):
-            return _run_on(path, x, outputs, dropout, backend, rows, captures)
+        if autocast_is_on(x.device.type):
+            x, outputs = autocast_inputs(x, outputs)
+        with autocast_off(x.device.type):
+            layouts = layouts_of(outputs)
+            if path == OP:
+                name = "" if backend is None else backend_name(backend)
+                seeds = _seeds(layouts, dropout, rows, x.device)
+                return call_registered(x, outputs, dropout, seeds, name, rows), None
+            if isinstance(rows, Many):
+                rows = rows.on(x.device, outputs[0].adapters)
+            if path == COMPOSITE:
+                return run_composite(x, outputs, torch_s_dropout(dropout, rows), rows), None
+            if rows is not None and x.is_cpu:
+                # Here, because wrong ends must raise before seeds are drawn.
+                rows = rows._replace(shares=rows.shares_of(len(x)))
+            name = backend_name(backend, x.device)
+            few = rows is None and is_few(x, outputs, name)
+            captured: dict | None = {} if captures and not few else None
+            call = Call(layouts, dropout, find_backend(name), rows, captured, few)
+            # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
+            # no key, so a cached call has none.
+            return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -62,37 +78,6 @@ def run_checked(
         if reason:
             raise TypeError(reason) from error
         raise
-
-
-def _run_on(
-    path: str,
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    dropout: float,
-    backend: str | None,
-    rows: Rows | Many | None,
-    captures: bool,
-) -> tuple[tuple[Tensor, ...], Call | None]:
-    layouts = layouts_of(outputs)
-    if path == COMPOSITE:
-        cut = rows.on(x.device, outputs[0].adapters) if isinstance(rows, Many) else rows
-        return run_composite(x, outputs, torch_s_dropout(dropout, cut), cut), None
-    if path == OP:
-        name = "" if backend is None else backend_name(backend)
-        seeds = _seeds(layouts, dropout, rows, x.device)
-        return call_registered(x, outputs, dropout, seeds, name, rows), None
-    if isinstance(rows, Many):
-        rows = rows.on(x.device, outputs[0].adapters)
-    elif rows is not None and x.device.type == "cpu":
-        # Here, because wrong ends must raise before seeds are drawn.
-        rows = rows._replace(shares=rows.shares_of(len(x)))
-    name = backend_name(backend, x.device)
-    few = rows is None and is_few(x, outputs, name)
-    captured: dict | None = {} if captures and not few else None
-    call = Call(layouts, dropout, find_backend(name), rows, captured, few)
-    # A tensor may come from a transform of torch.func that has ended.  Such a tensor has no key, so
-    # a cached call has none.
-    return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
 
 
 def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:

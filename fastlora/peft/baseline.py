@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
+from ..layers.classes import changed_classes
 from ..ops.run import draw_seed
 
 
@@ -48,19 +49,18 @@ DROPOUTS = (nn.Dropout, nn.Identity, SeededDropout)
 @contextmanager
 def shared_masks(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT's forward draws the dropout masks that fastlora draws after the same seed."""
-    swapped = []
+    changed: dict[nn.Module, Any] = {}
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         seeds: list[Tensor] = []
         for dropout in layer.lora_dropout.values():
             if type(dropout) is nn.Dropout:
-                dropout.__class__ = SeededDropout
                 dropout.__dict__ |= {"layer": layer, "seeds": seeds}
-                swapped.append(dropout)
+                changed[dropout] = SeededDropout
     try:
-        yield
+        with changed_classes(changed):
+            yield
     finally:
-        for dropout in swapped:
-            dropout.__class__ = nn.Dropout
+        for dropout in changed:
             del dropout.__dict__["layer"], dropout.__dict__["seeds"]
 
 

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
+from ..layers.classes import changed_classes, own_classes
+from ..layers.head import own_heads
 from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
@@ -181,28 +183,25 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
             report = stack.enter_context(while_optimized(model))
         from .baseline import shared_masks  # here, because both files import PEFT
-        from .layer import swapped_back
         from .layer_check import Judge
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
+        modules = list(inner.modules())
         judge, mixed = Judge(), isinstance(batch, Mapping) and "adapter_names" in batch
         with shared_masks(inner), _filled(model) as filled:
             with undisturbed(inner):
                 fast = _run(model, batch)
             with (
-                swapped_back(inner),
+                changed_classes(own_heads(modules) | own_classes(modules)),
                 undisturbed(inner),
                 judge.watching(inner, report, mixed),
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-    packed = [quantized_weight(module) for module in inner.modules()]
-    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
-    used |= {p.dtype for p in inner.parameters()} | judge.dtypes
-    dtype = max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
+    dtype = coarsest_dtype(inner, judge.dtypes)
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
@@ -215,7 +214,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         _differences(fast.gradients, peft.gradients),
         judge.layers,
         tolerance,
-        Coverage(report.layers, report.notes, report.frozen_linears, report.gated_mlps),
+        report,
         dtype,
         tuple(filled),
         tuple(sorted(judge.zeros)),
@@ -251,6 +250,14 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for up, before in zero.values():
             up.data.copy_(before)
+
+
+def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.dtype:
+    """The dtype with the largest tolerance among ``others`` and the model's dtypes."""
+    packed = [quantized_weight(module) for module in model.modules()]
+    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
+    used |= {parameter.dtype for parameter in model.parameters()} | others
+    return max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
 
 
 class _Run(NamedTuple):

@@ -12,6 +12,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
+from ..layers.classes import Fast
 from ..layers.experts import OTHER, Experts, packed_names, read_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
 from ..layers.guards import Record
@@ -30,7 +31,7 @@ _PROXIES = [
 ]
 
 
-class ParamWrapper(PeftParamWrapper):
+class ParamWrapper(Fast, PeftParamWrapper):
     """PEFT's wrapper of an experts module's parameter; the outermost one's call is one node.
 
     It has the name of PEFT's class, because PEFT compares names, and no state of its own.  PEFT's

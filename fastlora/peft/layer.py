@@ -1,11 +1,10 @@
-"""The classes of optimized PEFT layers and gated MLPs, and changing a model to them and back.
+"""The classes of optimized PEFT layers and gated MLPs.
 
 An optimized layer is the same object with another class, whose forward is fastlora's.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -18,17 +17,9 @@ from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers import mlp
-from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.guards import Record, Recorder, call_recorded, fits, forget
-from ..layers.head import give_back_heads, take_heads
-from ..layers.members import (
-    change_class,
-    class_over,
-    is_hooked,
-    is_over,
-    is_replaced,
-    why_patched,
-)
+from ..layers.classes import Fast, class_over
+from ..layers.guards import Record, Recorder, call_recorded, fits
+from ..layers.members import is_hooked, is_replaced, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
 from ..ops.run import run_one
@@ -38,13 +29,13 @@ from .mixed import LoraModel, mixed_forward
 from .read import parts_of, read_active, why_not_now
 
 
-class FastLinear(nn.Module):
+class FastLinear(Fast, nn.Module):
     """A mixin for PEFT's LoRA layers of linear layers, whose ordinary call is one fused node.
 
     For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
     name of PEFT's class.  Its only state of its own is the cached record.  So assigning
-    ``__class__`` turns PEFT's layer into this one and back.  :func:`packed_classes` makes the
-    subclasses for quantized bases.
+    ``__class__`` turns PEFT's layer into this one and back.  :func:`fast_kinds` makes subclasses
+    for quantized bases.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -61,19 +52,12 @@ class Linear(FastLinear, PeftLinear):
 
 
 # Where PEFT defines its layers with quantized bases.  Some exist only with the vendor's package.
-_PACKED = {
+_QUANTIZED = {
     "peft.tuners.lora.bnb": ("Linear4bit", "Linear8bitLt"),
     "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
     "peft.tuners.lora.hqq": ("HqqLoraLinear",),
     "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
 }
-
-
-def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """The fast class for each imported class of PEFT's layers with quantized bases."""
-    places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
-    classes = [getattr(module, name, None) for module, names in places for name in names]
-    return {kind: class_over(FastLinear, kind, "") for kind in classes if kind is not None}
 
 
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
@@ -131,76 +115,33 @@ def _norm(
     return dora_norm(weight, *adapter)
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
-    PeftLinear: Linear,
-    PeftParamWrapper: ParamWrapper,
-    PeftModel: LoraModel,  # the module around all layers
-}
-
-
-def _fast() -> dict[type[nn.Module], type[nn.Module]]:
+def fast_kinds() -> dict[type[nn.Module], type[nn.Module]]:
     """The fast class for each of PEFT's classes that is imported."""
-    return _FAST | packed_classes()
-
-
-def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, FastLinear | ParamWrapper | LoraModel)
+    places = [(sys.modules.get(place), names) for place, names in _QUANTIZED.items()]
+    quantized = [getattr(module, name, None) for module, names in places for name in names]
+    return {
+        PeftLinear: Linear,
+        PeftParamWrapper: ParamWrapper,
+        PeftModel: LoraModel,  # the module around all layers
+        **{kind: class_over(FastLinear, kind, "") for kind in quantized if kind is not None},
+    }
 
 
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or why nothing would call its fast forward; or ""."""
-    pairs = list(_fast().items())
-    if not any(is_over(type(layer), kind) for pair in pairs for kind in pair):
+    kinds: list[Any] = [kind for pair in fast_kinds().items() for kind in pair]
+    if under(type(layer)) not in kinds:
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
-    replaced = is_replaced(layer, [kind.forward for pair in pairs for kind in pair])
+    replaced = is_replaced(layer, [kind.forward for kind in kinds])
     return "its forward was replaced on the instance" if replaced else ""
 
 
-def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Change the class of every supported layer to a fast one, and return the changed layers."""
-    layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
-    for layer in layers:
-        kind = next(kind for kind in _fast() if is_over(type(layer), kind))
-        change_class(layer, kind, _fast()[kind])
-    return layers
-
-
-def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give every fast layer PEFT's class again, and return the changed layers."""
-    layers = [layer for layer in layers if is_swapped(layer)]
-    for layer in layers:
-        forget(layer)
-        for kind, fast in _fast().items():
-            if isinstance(layer, fast):
-                change_class(layer, fast, kind)
-    return layers
-
-
-@contextmanager
-def swapped_back(model: nn.Module) -> Iterator[None]:
-    """Inside, all modules of an optimized model run PEFT's and torch's own forwards."""
-    modules = list(model.modules())
-    heads = give_back_heads(modules)
-    blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
-    try:
-        yield
-    finally:
-        swap_all(layers)
-        take_frozen(frozen)
-        mlp.take(blocks, PeftGatedMLP)
-        take_heads(heads)
-
-
-@contextmanager
-def swapped_in(unit: nn.Module) -> Iterator[None]:
-    """Inside, one layer or gated MLP runs fast, in a model that runs PEFT's own forwards."""
-    modules = list(unit.modules())
-    layers, blocks = swap_all(modules), mlp.take([unit], PeftGatedMLP)
-    try:
-        yield
-    finally:
-        mlp.give_back(blocks)
-        unswap_all(layers)
+def fast_classes(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """The fast class of each supported layer of PEFT that doesn't have it yet."""
+    layers = [layer for layer in modules if not isinstance(layer, Fast)]
+    return {
+        layer: fast_kinds()[under(type(layer))] for layer in layers if not why_not_swapped(layer)
+    }
 
 
 class PeftGatedMLP(mlp.GatedMLP):
@@ -216,7 +157,8 @@ class PeftGatedMLP(mlp.GatedMLP):
         """Read gate, up or down; a reason if the layer's own call wouldn't be fast."""
         if not isinstance(linear, LoraLayer):
             return mlp.read_frozen(linear)
-        reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimized")
+        optimized = isinstance(linear, Fast)
+        reason = why_not_swapped(linear) or ("" if optimized else "it isn't optimized")
         if not reason and is_hooked(linear):
             reason = mlp.WATCHED
         if reason:

@@ -24,13 +24,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..backends import asked_backend, use_backend
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
-from ..layers.members import plain_class_of, twin
+from ..layers.classes import changed_classes, twin
+from ..layers.members import plain_class_of
+from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
-from .check import TOLERANCES
-from .layer import swapped_in
+from .check import TOLERANCES, coarsest_dtype
+from .layer import PeftGatedMLP, fast_classes
 
 _SHARE = 0.01  # a systematic error below this share of a result may be rounding
 # Standard deviations of rounding that are allowed.  A large model has 10,000 measures, so a smaller
@@ -114,11 +116,11 @@ class Judge:
         names = {layer.name for layer in report.layers if layer.runs_adapter}
         names |= {block.name for block in report.gated_mlps if block.fast and not mixed}
         # FSDP gathers parameters in hooks.  An extra run of a layer could gather on one rank only,
-        # and the ranks would wait for each other forever.
+        # and the ranks would wait for each other forever.  Other sharded tensors have no exact run.
         inside = inside_of(model, FULLY_SHARDED, FSDP)
         with ExitStack() as handles:
             for name, unit in [(plain_name(name), unit) for name, unit in model.named_modules()]:
-                if name in names and unit not in inside:
+                if name in names and unit not in inside and not has_sharded(unit):
                     inside.update(unit.modules())
                     hook = partial(self._called, name, unit)
                     settings: Any = {"with_kwargs": True, "prepend": True}
@@ -150,9 +152,8 @@ class Judge:
     def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
         """Run the call by PEFT, by fastlora, exactly, and exactly without adapters; measure."""
         unit, x = call.unit, tensors[0]
-        if not _is_whole(unit):
-            return
-        dtype = max(call.dtypes(tensors), key=TOLERANCES.__getitem__)
+        dtypes = {call.dtype, call.autocast, *(tensor.dtype for tensor in tensors)}
+        dtype = coarsest_dtype(unit, dtypes)
         wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
         rows, count = None, x.numel() // max(1, x.shape[-1])
         if count > _ROWS and len(call.others) == 1:
@@ -169,9 +170,10 @@ class Judge:
         # 1/16, because smaller ones might underflow in float16.
         if dy is not None and dy.any():
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
+        classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
         with call.surroundings(x):
             peft = call.run(unit, tensors, dy)
-            with swapped_in(unit):
+            with changed_classes(classes):
                 fast = call.run(unit, tensors, dy)
         exact_unit = _wide_twin(unit, wide, x.dtype, {})
         for module in exact_unit.modules():
@@ -227,14 +229,6 @@ class _Call(NamedTuple):
     autocast: torch.dtype | None
     backend: str | None
 
-    def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
-        """The dtypes that the call may compute with."""
-        packed = [quantized_weight(module) for module in self.unit.modules()]
-        used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
-        used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
-        used |= {self.dtype, self.autocast}
-        return [dtype for dtype in TOLERANCES if dtype in used]
-
     @contextmanager
     def surroundings(self, x: Tensor) -> Iterator[None]:
         """Inside, the call's autocast and backend are set; a backward's thread has neither."""
@@ -283,27 +277,12 @@ class _Call(NamedTuple):
 @contextmanager
 def _same_masks(device: torch.device) -> Iterator[None]:
     """Inside, dropout draws the same numbers in every call.  The random state is put back."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(_SEED)
-    try:
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(_SEED)
+        if on_gpu:
+            torch.cuda.default_generators[device.index].manual_seed(_SEED)
         yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def _is_whole(unit: nn.Module) -> bool:
-    """Whether the unit's parameters are whole and real.
-
-    FSDP shards them, or replaces them by views in the modules' ``__dict__``.
-    """
-    plain = [module for module in unit.modules() if quantized_weight(module) is None]
-    views = (value for module in plain for value in vars(module).values())
-    return not has_sharded(unit) and not any(isinstance(view, Tensor) for view in views)
 
 
 def _wide_twin(

@@ -1,4 +1,4 @@
-"""Merges PEFT's layers for the time of a context, and restores their weights bit for bit.
+"""Merges PEFT's layers for a while: restoring them puts every weight back bit for bit.
 
 PEFT's own merge does the merging.  For a dense weight it assigns a merged copy to the parameter.
 For a vendor's layer it makes a new parameter and also writes to attributes of the old one.  So each
@@ -8,15 +8,15 @@ originals.  Everything else that PEFT writes to is saved before and restored at 
 This file imports nothing of PEFT.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
+from ..layers.merging import move
 from ..layers.modules import called, is_sharded
 from ..projection import is_plain
 
@@ -88,28 +88,18 @@ def _weight_name(layer: Any) -> str:
     return getattr(layer, "parameter_name", None) or "weight"
 
 
-@contextmanager
-def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[None]:
-    """Inside, the active adapters are merged into the weights.
-
-    ``on_cpu``: the original weights are in CPU memory meanwhile, except tied ones.
-    """
-    names = names_of_memory(model)
-    originals: dict[tuple[int, str], Any] = {}
-    with ExitStack() as undone:
-        for name, layer in active(layers):
-            base, weight_name = layer.get_base_layer(), _weight_name(layer)
-            original = originals.setdefault((id(base), weight_name), base._parameters[weight_name])
-            undone.callback(_noted(base, layer))
-            _use_other_parameters(base)
-            try:
-                with torch.no_grad():
-                    layer.merge(safe_merge=True)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"{called(name)} can't be merged: {error}") from error
-            if on_cpu and names[memory_of(original)] == 1:
-                send_to_cpu(original, undone)
-        yield
+def merge_layer(name: str, layer: Any, undo: ExitStack) -> Any:
+    """Merge the layer's active adapters; returns the original weight (:func:`.merge_each`)."""
+    base = layer.get_base_layer()
+    original = base._parameters[_weight_name(layer)]
+    undo.callback(_noted(base, layer))
+    _use_other_parameters(base)
+    try:
+        with torch.no_grad():
+            layer.merge(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{called(name)} can't be merged: {error}") from error
+    return original
 
 
 def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
@@ -131,7 +121,7 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
         for name, parameter in base._parameters.items():
             other = parameters.get(name)
             if parameter is not None and other is not None and is_plain(parameter):
-                _move(parameter, other.device, other.dtype)
+                move(parameter, other.device, other.dtype)
         layer.merged_adapters[:] = merged
 
     return put_back
@@ -145,26 +135,3 @@ def _use_other_parameters(base: nn.Module) -> None:
     for name, parameter in base._parameters.items():
         if parameter is not None and is_plain(parameter):
             base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
-
-
-def memory_of(parameter: Tensor) -> int:
-    return parameter.untyped_storage().data_ptr()
-
-
-def names_of_memory(model: nn.Module) -> Counter[int]:
-    """How many parameters use each memory; more than one if a weight is tied or viewed."""
-    return Counter(memory_of(p) for _, p in model.named_parameters(remove_duplicate=False))
-
-
-def send_to_cpu(parameter: nn.Parameter, stack: ExitStack) -> None:
-    """Move a parameter to the CPU until the stack closes."""
-    stack.callback(_move, parameter, parameter.device)
-    _move(parameter, torch.device("cpu"))
-
-
-def _move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    dtype = dtype or parameter.dtype
-    if (parameter.device, parameter.dtype) != (device, dtype):
-        # Callers may be in inference mode, and a tensor that is made there can't train.
-        with torch.inference_mode(False):
-            parameter.data = parameter.data.to(device, dtype)

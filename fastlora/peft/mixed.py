@@ -22,18 +22,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..backends.products import are_wide
+from ..layers.classes import Fast
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
+from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
-_FEW = 64  # the largest number of rows that counts as few
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute with checkpoint()
 
 
@@ -70,12 +70,15 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
 
 
 def _is_few(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether x has few rows, on a CPU that multiplies its dtype fast, and the weight is plain."""
+    """Whether x has few rows that PEFT's loop multiplies fast: dense, and in one dtype."""
     weight = layer._modules["base_layer"]._parameters.get("weight")
-    if not x.is_cpu or x.numel() > _FEW * x.shape[-1] or not (is_plain(x) and is_plain(weight)):
-        return False
-    slow = are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton"
-    return weight.dtype == x.dtype and not slow
+    return (
+        is_plain(x)
+        and is_plain(weight)
+        and weight.dtype == x.dtype
+        and not autocast_is_on("cpu")
+        and skips_node(x, weight, asked_backend(), mixed=True)
+    )
 
 
 def _few_rows(
@@ -84,7 +87,8 @@ def _few_rows(
     """The output by PEFT's loop over adapters, where ``shares`` holds the rows of each.
 
     It calls the modules and reads no record.  With few rows, reading n adapters takes longer than
-    their products.  All layers use the same shares, so rows are sorted only once for each batch.
+    their products: 8 rows with 8 adapters, 512 × 512, take 0.6 ms, and 0.9 ms as a node (one thread
+    of a CPU).  All layers use the same shares, so rows are sorted only once for each batch.
     """
     if any([name in layer.lora_variant for name in names]):
         return None
@@ -129,12 +133,13 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
     )
 
 
-class LoraModel(PeftModel):
+class LoraModel(Fast, PeftModel):
     """PEFT's model around the layers, with mixed batches in training.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
+    plain_class = PeftModel
     training: bool  # nn.Module's
 
     @contextmanager

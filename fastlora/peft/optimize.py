@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from ..layers import mlp
+from ..layers.classes import change_classes, own_classes
 from ..layers.experts import PackedWeight
-from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.head import cover_head, give_back_heads, take_head
+from ..layers.frozen import frozen_classes
+from ..layers.head import cover_head, head_classes, own_heads
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..report import (
     IN_THE_CALL,
@@ -27,7 +28,7 @@ from ..report import (
     cover_lora_linears,
     left_out_notes,
 )
-from ..settings import check_switch
+from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 
 _PASSED_OVER = (
@@ -159,22 +160,20 @@ def optimize(
 @contextmanager
 def while_optimized(model: nn.Module) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
-    report, changed = _change(model, False, frozen_linears=True, gated_mlps=True, loss=False)
+    report, replaced = _change(model, False, frozen_linears=True, gated_mlps=True, loss=False)
     try:
         yield report
     finally:
-        _unswap(changed)
+        change_classes(replaced)
 
 
 def _change(
     model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool, loss: bool
-) -> tuple[Coverage, list[nn.Module]]:
-    """Optimize the model; returns the report, and the modules whose class changed."""
+) -> tuple[Coverage, dict[nn.Module, Any]]:
+    """Optimize the model; returns the report, and the classes that were replaced."""
     inner = checked(model)
-    check_switch("strict", strict)
-    check_switch("frozen_linears", frozen_linears)
-    check_switch("gated_mlps", gated_mlps)
-    check_switch("loss", loss)
+    switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
+    check_switches(strict=strict, **switches)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -186,22 +185,22 @@ def _change(
     report = cover(model, layers, unreached=reason)
     if strict and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
-    changed: list[nn.Module] = []
+    replaced: dict[nn.Module, Any] = {}
     if not reason:
-        from .layer import PeftGatedMLP, swap_all  # here, because it imports PEFT
+        from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
-        changed += swap_all(inner.modules())
+        classes = fast_classes(inner.modules())
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if frozen_linears else ()
-        changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
-        changed += mlp.take(inner.modules(), PeftGatedMLP) if gated_mlps else []
-        if loss:
-            changed += take_head(inner)
+        classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
+        classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP) if gated_mlps else {}
+        replaced = change_classes(classes)
+        if loss:  # a lazy head is derived from the head's new class
+            replaced = change_classes(head_classes(inner)) | replaced
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
-    whole = replace(report, **fast, loss=cover_head(inner))
-    return whole, changed
+    return replace(report, **fast, loss=cover_head(inner)), replaced
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -209,18 +208,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Changes nothing in a model that isn't optimized.  Raises TypeError if ``model`` isn't a module.
     """
-    _unswap(list(checked(model).modules()))
+    modules = list(checked(model).modules())
+    change_classes(own_heads(modules) | own_classes(modules))
     return model
-
-
-def _unswap(layers: list[nn.Module]) -> None:
-    give_back_heads(layers)  # first, because a lazy head is derived from the other classes
-    give_back_frozen(layers)
-    mlp.give_back(layers)
-    if "fastlora.peft.layer" in sys.modules:  # otherwise no PEFT layer was changed
-        from .layer import unswap_all
-
-        unswap_all(layers)
 
 
 def _why_nothing(model: nn.Module) -> str:

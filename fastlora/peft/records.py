@@ -8,12 +8,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
+from ..layers.classes import Fast
 from ..layers.members import is_hooked
 from ..layers.modules import has_sharded, some
 from ..projection import Output
 from ..report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
 from .experts import read_experts, wrappers_in
-from .layer import is_swapped, why_not_swapped
+from .layer import why_not_swapped
 from .read import adapters_now, read, why_not_now
 
 _UNCALLED = (
@@ -35,7 +36,7 @@ def records(
     records, calls = [], _called(layers)
     for name, layer in layers:
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
-        reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
+        reason = reason or ("" if isinstance(layer, Fast) else unreached) or why_not_now()
         plan, reason, output = _plan(layer, calls[layer], reason)
         # ``r`` has an entry for each adapter in every kind of LoRA layer; lora_A is empty in an
         # embedding's.

@@ -25,7 +25,7 @@ from ..layers.modules import called, some, unwrap
 from ..model.checkpoint import save_adapter
 from ..model.files import check_folder, write_whole
 from ..model.inject import apply_lora, check_model, check_plain, remove_lora
-from ..settings import check_switch
+from ..settings import check_switches
 from ..text import shown
 from .fingerprint import check_same, of_base, of_batches
 from .layer import attached
@@ -105,8 +105,8 @@ def sweep(
     to, and passes on the model's errors.
     """
     check_model(model)
-    switches = {"halving": halving, "resume": resume, "replace": replace, "progress": progress}
-    _check(data, eval_data, loss, switches)
+    check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
+    _check(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
     check_plain(inner)
     if eval_steps is None and type(steps) is int:
@@ -143,10 +143,8 @@ def sweep(
     return _finish(run, state, folder)
 
 
-def _check(data: object, eval_data: object, loss: object, switches: Mapping[str, bool]) -> None:
-    """Raise TypeError or ValueError for invalid arguments."""
-    for name, switch in switches.items():
-        check_switch(name, switch)
+def _check(data: object, eval_data: object, loss: object) -> None:
+    """Raise TypeError for invalid arguments."""
     for name, batches in (("data", data), ("eval_data", eval_data)):
         # Don't call iter() here: a DataLoader would start its workers.
         if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..formats import quantized_weight
 from ..layers.adapted_weight import scaling_of
+from ..layers.classes import change_class, class_over
 from ..layers.frozen import is_router, matrix_of
-from ..layers.members import class_over
 from ..layers.modules import called
 from ..model.targets import Pair, find_targets
 from ..ops.functional import multi_lora_linear
@@ -81,7 +81,7 @@ class Adapters(NamedTuple):
 class TrialsLayer(nn.Module):
     """A mixin that gives a linear layer the adapters of several trials.
 
-    :func:`fastlora.layers.members.class_over` puts it before the layer's class.
+    :func:`fastlora.layers.classes.class_over` puts it before the layer's class.
     """
 
     plain_class: type[nn.Module]  # the layer's class without adapters
@@ -146,10 +146,10 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         for name, layer in model.named_modules():
             adapters = _adapters_of(name, trials, pairs, rows)
             if adapters.members:
-                stack.callback(layer.__dict__.pop, _RECORD)
-                stack.callback(setattr, layer, "__class__", type(layer))
                 layer.__dict__[_RECORD] = adapters
-                layer.__class__ = class_over(TrialsLayer, type(layer), "")
+                stack.callback(layer.__dict__.pop, _RECORD)
+                own = change_class(layer, class_over(TrialsLayer, type(layer), ""))
+                stack.callback(change_class, layer, own)
         named = [
             {
                 f"{name}.{which}" if name else which: parameter

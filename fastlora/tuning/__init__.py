@@ -16,7 +16,7 @@ from ..clock import clock_for, medians
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora
 from ..projection import DTYPES
-from ..settings import check_switch, is_number
+from ..settings import check_switches, is_number
 from ..text import bar, shown
 from .calls import distinct, products_of
 from .table import Tuned, Tuning
@@ -64,7 +64,7 @@ def tune(
         raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
-    check_switch("progress", progress)
+    check_switches(progress=progress)
     _check_seconds(seconds)
     with torch.no_grad():
         products, notes = products_of(model, tokens, dtype)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora.backends import Call, find_backend
+from fastlora.backends import BackwardCall, Call, find_backend
 from fastlora.projection import Layout
 from fastlora.rows import Rows
 
@@ -48,7 +48,7 @@ def run(x, experts, offsets, p=0.0):
         one.backend.forward(tensors, seeds, one)
     backward = Seen()
     with backward:
-        one.backend.backward(ys, tensors, hs, needs, seeds, one)
+        one.backend.backward(BackwardCall(ys, tensors, hs, needs, seeds, one))
     return forward, backward
 
 

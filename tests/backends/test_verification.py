@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from judge import row_loss_of
 from packed import random_int8
 
 import fastlora
 from fastlora import kernels
-from fastlora.backends import triton
+from fastlora.backends import GatedProduct, triton
+from fastlora.backends import torch as torch_backend
+from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
 from fastlora.kernels import replay
@@ -313,6 +316,7 @@ def swapped_codes(weight):
 
 def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeypatch, tmp_path):
     gate, up, dy = (torch.randn(50, 64) for _ in range(3))
+    product = GatedProduct(gate, up, "silu")
     from fastlora.backends import torch as by_torch
     from fastlora.backends import triton
 
@@ -320,17 +324,42 @@ def test_a_gated_product_is_verified_and_may_be_written_over_its_operand(monkeyp
     for d_gate, d_up in ((dy.clone(), torch.empty(50, 64)), (wide[:, :64], wide[:, 64:])):
         given = d_gate if d_gate.is_contiguous() else dy
         expected = [torch.empty(50, 64), torch.empty(50, 64)]
-        by_torch.gated_backward(dy, gate, up, "silu", *expected)
+        by_torch.gated_backward(dy, product, *expected)
         for _ in range(2):
             given.copy_(dy)
-            triton.gated_backward(given, gate, up, "silu", d_gate, d_up)
+            triton.gated_backward(given, product, d_gate, d_up)
             agree([d_gate, d_up], expected)
-    agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+    agree([triton.gated(product)], [by_torch.gated(product)])
     assert not faults()
     forget(monkeypatch, tmp_path / "another")
     faulty(monkeypatch, one_row_is_nan, ["gated"])
     with pytest.warns(RuntimeWarning, match="gated no longer run"):
-        agree([triton.gated(gate, up, "silu")], [by_torch.gated(gate, up, "silu")])
+        agree([triton.gated(product)], [by_torch.gated(product)])
+
+
+def test_a_loss_is_verified_on_few_rows_with_its_own_classes(monkeypatch, tmp_path):
+    """It is written over its logits, which verification must not change before the end."""
+    settings, target = LossSettings(0.1, 3.0, 2.0, 0.01), torch.arange(150) % 45
+    real, compared, counts = kernels.row_loss, verification.compared, []
+
+    def check():
+        for gradient in (True, False, True):
+            call = torch.randn(150, 45), target, settings, torch.randn(150), gradient
+            agree(*(row_loss_of(backend.row_loss, *call) for backend in (triton, torch_backend)))
+
+    count = lambda *given: counts.append(len(given[1][0])) or compared(*given)  # noqa: E731
+    monkeypatch.setattr(verification, "compared", count)
+    check()
+    assert counts == [64] * 4  # random logits and the caller's, with the gradient and without
+    assert not faults()
+    forget(monkeypatch, tmp_path / "another")
+    plain = LossSettings()
+    monkeypatch.setattr(kernels, "row_loss", lambda z, t, y, s, *rest: real(z, t, y, plain, *rest))
+    with pytest.warns(RuntimeWarning, match="row_loss no longer run"):
+        check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check()
 
 
 def test_a_kernel_that_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
@@ -401,8 +430,7 @@ def test_an_odd_file_is_skipped(monkeypatch, tmp_path, text):
     (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text))
     assert verification.read_records() == {}
     monkeypatch.setattr(verification, "compared", lambda *_: "")
-    gate, up = torch.randn(2, 8, 16)
-    triton.gated(gate, up, "silu")
+    triton.gated(GatedProduct(*torch.randn(2, 8, 16), "silu"))
     assert [kernel.split()[0] for kernel, _ in verification._records] == ["gated"]
     assert _compiled([torch.device("cpu")], broken := []) == {}
     (folder / "odd.json").write_text(json.dumps(RECORD))

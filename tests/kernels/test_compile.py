@@ -138,7 +138,7 @@ def test_every_kernel(claim, report):
 
 def test_every_kernel_is_compiled_for_each_family(report):
     names = [{row["kernel"] for row in report if row["target"] in each} for each in FAMILIES]
-    assert len(names[0]) == 8
+    assert len(names[0]) == 9
     assert all(each == names[0] for each in names)
 
 
@@ -186,6 +186,13 @@ def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
     for row in found:
         assert row["compiled"]["shared_memory"] == row["compiled"]["spills"] == 0, row["case"]
         assert row["compiled"]["registers"] <= 64, row["case"]
+
+
+def test_the_kernel_of_a_loss_spills_nothing_in_any_form(report):
+    found = [row for row in report if row["kernel"] == "row_loss"]
+    assert len(found) == 5 * len(FAMILIES)
+    assert not any(row["compiled"]["spills"] or row["compiled"]["stack"] for row in found)
+    assert max(row["compiled"]["registers"] for row in found) <= 80
 
 
 def test_every_default_config_is_compiled(report):
@@ -239,7 +246,7 @@ def asked() -> list:
 def test_a_launch_compares_no_global_value(asked):
     """Triton compares each global that a kernel reads at every launch, which takes about 5 µs."""
     names = {"gemm_lowrank", "lowrank", "project", "weight_grad", "sum_planes", "gated"}
-    assert {name for name, *_ in asked[0]} == {*names, "gated_backward", "dequant"}
+    assert {name for name, *_ in asked[0]} == {*names, "gated_backward", "dequant", "row_loss"}
     assert all(key and compared == {} for _, key, compared, _ in asked[0])
 
 

@@ -68,6 +68,16 @@ def experts_step() -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
 
+def loss_step() -> list[torch.Tensor]:
+    """A head with an adapter, and ignored rows."""
+    weight, a, b, *_ = make_projection(50257, 512, 16, torch.bfloat16)
+    x = torch.randn(2100, 512, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.arange(2100) * 23
+    target[::4] = -100
+    loss = fastlora.linear_cross_entropy(x, weight, target, lora_a=a, lora_b=b, dropout=0.1)
+    return [loss, *torch.autograd.grad(loss, (x, a, b))]
+
+
 def layer_step(dropout: float) -> list[torch.Tensor]:
     layer = fastlora.LoRALinear(1024, 1536, r=16, lora_dropout=dropout, dtype=torch.bfloat16)
     nn.init.normal_(layer.lora_B)
@@ -78,6 +88,7 @@ REPEATED = {
     "layer": lambda: layer_step(0.0),
     "layer-dropout": lambda: layer_step(0.1),
     "experts": experts_step,
+    "loss": loss_step,
 }
 
 

@@ -3,11 +3,12 @@
 The memory between the elements is never touched, so a CPU doesn't allocate it.
 """
 
+import judge
 import pytest
 import torch
 from kernel_cases import BF16, DEVICE, F32, poisoned, random
 
-from fastlora.kernels import gemm_lowrank, project, weight_grad
+from fastlora.kernels import gemm_lowrank, project, row_loss, weight_grad
 
 FAR = 2**30 + 2**17  # three rows reach beyond 2³¹ elements and 2³² bytes
 
@@ -66,3 +67,9 @@ def test_weight_grad(far):
     u, out = random(len(far), 4, BF16), poisoned(far.shape[1], 4, dtype=F32)
     weight_grad(far, [u], [out], precision="ieee")
     close(out, far.double().T @ u.double())
+
+
+def test_row_loss(memory):
+    z = torch.as_strided(memory, (3, 40), (FAR, 1)).copy_(random(3, 40))
+    target = torch.tensor([39, 0, 39], device=DEVICE)
+    judge.check_row_loss(row_loss, z, target, (0.1, 3.0, 2.0, 0.01))

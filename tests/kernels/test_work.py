@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlora
 from benchmarks.forms import Form, Operands
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.row_loss import row_loss
 from fastlora.kernels.sum_planes import sum_planes
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="bytes are counted in the interpreter")
@@ -122,6 +123,15 @@ def test_flops_match_the_formula(result):
         result.call.truth()
     products = [counted for counted in result.launches if counted.launch.name != "sum_planes"]
     assert sum(counted.stated.flops for counted in products) == formula.get_total_flops()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_loss_loads_its_logits_twice_at_most_and_stores_them_once(gradient):
+    z, target, (losses, upstream) = torch.randn(3, 5000), torch.arange(3), torch.randn(2, 3)
+    with counted_launches() as launches:
+        row_loss(z, target, losses, (0.1, 3.0, 2.0, 0.01), upstream, gradient)
+    check_bytes(launches[0])
+    assert launches[0].loads.total <= (1 + gradient) * z.nbytes + 3 * 4 + 3 * 8 + 3 * 4
 
 
 def test_a_sum_of_planes_adds_every_element():

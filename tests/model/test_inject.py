@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from models import (
     Mlp,
     Tied,
@@ -15,6 +16,7 @@ from models import (
 )
 from process import run_forked
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -64,6 +66,19 @@ def test_remove_lora_of_a_model_whose_parts_were_adapted():
     fastlora.remove_lora(model)
     assert_untouched(model, before)
     assert all("_fastlora" not in part.__dict__ for part in model)
+
+
+def test_remove_lora_under_classes_and_hooks_of_others():
+    """FSDP2's class and accelerate's hook came after apply_lora, and stay afterwards."""
+    model, x = Mlp(), torch.randn(2, 8)
+    expected = model(x)
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up", "down"]))
+    add_hook_to_module(model.up, ModelHook())
+    model.down.__class__ = type("FSDPLoRALinear", (FSDPModule, type(model.down)), {})
+    fastlora.remove_lora(model)
+    assert torch.equal(model(x), expected)
+    assert type(model.up) is nn.Linear
+    assert type(model.down).__bases__ == (FSDPModule, nn.Linear)
 
 
 def test_all_linear_skips_layers_whose_weights_a_fused_module_reads():

@@ -5,7 +5,7 @@ import torch
 from judge import make_projection
 
 import fastlora
-from fastlora.ops.dispatch import MOST_ROWS
+from fastlora.ops.few_rows import MOST_ROWS
 
 K, N, RANK = 24, 17, 4
 

@@ -17,7 +17,7 @@ def fresh_accelerator():
 @pytest.fixture(autouse=True)
 def nodes_of_few_rows(monkeypatch):
     """Tiny models have few rows, so use the node for few rows also (except test_few_rows.py)."""
-    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", 0)
 
 
 @pytest.fixture

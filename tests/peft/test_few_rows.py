@@ -14,7 +14,7 @@ FEW = 32
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr("fastlora.ops.dispatch.MOST_ROWS", FEW)
+    monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", FEW)
     monkeypatch.setattr("fastlora.backends.products.FORCED", False)  # 16 bits are fast
     monkeypatch.setattr("fastlora.ops.kinds._calls", {})
     torch.compiler.reset()

@@ -60,7 +60,7 @@ def mixed_calls(monkeypatch):
 
 @pytest.mark.parametrize("make", [gemma3, gpt2], ids=lambda make: make.__name__)
 def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
-    monkeypatch.setattr(mixed, "_FEW", 0)
+    monkeypatch.setattr("fastlora.ops.few_rows.MOST_MIXED_ROWS", 0)
     theirs = many(make())
     ours = optimized(theirs)
     layers = sum(layer.fast for layer in fastlora.coverage(ours).layers)

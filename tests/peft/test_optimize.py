@@ -138,7 +138,7 @@ def test_a_saved_optimized_model_obeys_fastlora_disable(tmp_path):
     fastlora.optimize(model)
     import peft.tuners.lora.gptq  # a layer of a quantized base; its class is made on first use
 
-    packed = fastlora.peft.layer.packed_classes()[peft.tuners.lora.gptq.GPTQLoraLinear]
+    packed = fastlora.peft.layer.fast_kinds()[peft.tuners.lora.gptq.GPTQLoraLinear]
     blank = packed.__new__(packed)
     torch.nn.Module.__init__(blank)
     torch.save((model, blank), tmp_path / "model.pt")

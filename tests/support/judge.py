@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import oracles
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastlora
 from fastlora import Projection
-from fastlora.backends import Call
+from fastlora.backends import BackwardCall, Call
 from fastlora.backends import torch as torch_backend
 from fastlora.formats.format import Quantized
 from fastlora.ops.run import draw_seed
@@ -208,6 +209,35 @@ def check(
     return found
 
 
+def row_loss_of(run: Callable, z: Tensor, target: Tensor, *settings) -> list[Tensor]:
+    """Run a backend's or a kernel's row_loss on a copy of z; returns the losses and the copy."""
+    z, wide = z.clone(), torch.promote_types(z.dtype, torch.float32)
+    losses = z.new_full((len(z),), torch.nan, dtype=wide)
+    run(z, target, losses, *settings)
+    return [losses, z]
+
+
+def check_row_loss(
+    row_loss: Callable, z: Tensor, target: Tensor, settings: tuple, upstream: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Check losses and gradients, which must be computed in float32 and rounded once.
+
+    The gradients are written over z, and only if they are asked for.
+    """
+    leaf, before, eps = z.double().requires_grad_(), z.clone(), torch.finfo(z.dtype).eps
+    truth = oracles.row_losses(leaf, target, settings)
+    factor = torch.ones_like(truth) if upstream is None else upstream.double()
+    (gradient,) = torch.autograd.grad(truth, leaf, factor)
+    losses, again = truth.new_full((2, len(z)), torch.nan, dtype=torch.float32)
+    row_loss(z, target, losses, settings, upstream, False)
+    assert torch.equal(z, before)
+    row_loss(z, target, again, settings, upstream, True)
+    assert torch.equal(losses, again)
+    torch.testing.assert_close(losses.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.double(), gradient, rtol=eps + 1e-5, atol=2e-7)
+    return {"losses": losses, "gradient": z}
+
+
 def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
     """The bytes of every storage that autograd saves while ``run`` runs, by address.
 
@@ -278,4 +308,4 @@ def run_torch_backend(
     needs = [tensor.requires_grad or not frozen for tensor in given]
     seeds = draw_seed(sum(len(output.adapters) for output in outputs), x.device) if p else None
     ys, hs = torch_backend.forward(inputs, seeds, settings)
-    return torch_backend.backward(ys, inputs, hs, needs, seeds, settings)
+    return torch_backend.backward(BackwardCall(ys, inputs, hs, needs, seeds, settings))

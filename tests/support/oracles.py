@@ -1,4 +1,4 @@
-"""The other oracles: experts, many adapters, DoRA, a gated MLP.
+"""The other oracles: experts, many adapters, DoRA, a gated MLP, a loss.
 
 Except for DoRA, they apply :mod:`fastlora.reference`'s formula in a loop.  They use plain autograd
 and no code of any backend, and run in float64.
@@ -173,6 +173,19 @@ def gated_mlp(
     its_gate, its_up = lora_linears(x, [gate, up], dropout=dropout, masks=first)
     product = gated(its_gate, its_up, activation)
     return lora_linears(product, [down], dropout=dropout, masks=last)[0]
+
+
+def row_losses(z: Tensor, target: Tensor, settings: tuple) -> Tensor:
+    """The cross-entropy of each row of logits z [..., V] for the classes ``target`` [...].
+
+    ``settings`` are those of ``LossSettings``.
+    """
+    label_smoothing, softcap, logit_scale, z_loss = settings
+    s = z * logit_scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    logprob = torch.log_softmax(s, -1)
+    loss = (label_smoothing - 1.0) * logprob.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return loss - label_smoothing * logprob.mean(-1) + z_loss * torch.logsumexp(s, -1) ** 2
 
 
 def _adapters(projection: Sequence) -> Sequence:

@@ -134,9 +134,9 @@ class Ranks:
 
 
 def _join(store: str, rank: int, size: int) -> None:
-    from fastlora.ops import dispatch
+    from fastlora.ops import few_rows
 
-    dispatch.MOST_ROWS = 0  # small models have few rows, but the autograd node is under test
+    few_rows.MOST_ROWS = 0  # small models have few rows, but the autograd node is under test
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
 

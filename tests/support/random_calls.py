@@ -31,7 +31,7 @@ from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
-from fastlora.ops import dispatch, kinds
+from fastlora.ops import few_rows, kinds
 from fastlora.ops.dora import dora_linear
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.run import draw_seed
@@ -240,7 +240,7 @@ class Case:
             put(kinds, "_calls", {})
             put(products, "FORCED", self.wide)
             if self.node:
-                put(dispatch, "MOST_ROWS", 0)
+                put(few_rows, "MOST_ROWS", 0)
             if self.small:
                 put(blocks, "SMALLEST_BLOCK", 5 * self.K)
                 for name, value in {"_BLOCK": 0, "_ROWS": 0, "_FEWEST_ROWS": 8}.items():

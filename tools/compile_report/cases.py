@@ -12,6 +12,7 @@ from fastlora.kernels.dequant import dequant
 from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.row_loss import row_loss
 from fastlora.kernels.target import TARGETS, use_target
 
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86", "sm_89", "sm_120")
@@ -44,6 +45,14 @@ def run_dequant(kind: str, columns: int, dtype: str) -> None:
     """Unpack a weight."""
     packed = random_packed(kind, 4096, columns, "meta")
     dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
+
+
+def run_row_loss(settings: tuple, dtype: str, columns: int, gradient: bool) -> None:
+    """The softmax of a loss.  With smoothing, each row has an upstream gradient."""
+    z = torch.empty(2048, columns, dtype=_DTYPES[dtype], device="meta")
+    losses = upstream = torch.empty(len(z), device="meta")
+    target = torch.empty(len(z), dtype=torch.int64, device="meta")
+    row_loss(z, target, losses, settings, upstream if settings[0] else None, gradient)
 
 
 def launches(case: Case) -> list[Launch]:
@@ -130,7 +139,7 @@ def cases(target: str, brief: bool = False) -> list[Case]:
 
 
 def other_cases(target: str) -> list[Case]:
-    """Every activation of a gated MLP and every dtype; every kind of packed weight and dtype."""
+    """Every activation of a gated MLP; every kind of packed weight; every form of a loss."""
     gates = [(name, "bf16") for name in ACTIVATIONS] + [("silu", "f16"), ("silu", "f32")]
     packed = [(kind, 4096, "bf16") for kind in PACKED]
     packed += [(PACKED[1], 1000, "bf16"), (PACKED[0], 4096, "f32")]  # blocks of scales across rows
@@ -140,6 +149,13 @@ def other_cases(target: str) -> list[Case]:
     for kind, columns, dtype in packed:
         name = f"{target} dequant {kind} K{columns} {dtype}"
         found.append(Case(name, target, other=partial(run_dequant, kind, columns, dtype)))
+    plain, all_settings = (0.0, None, 1.0, 0.0), (0.1, 30.0, 2.0, 0.01)
+    for settings, *rest in (
+        (plain, "bf16", 128256, True), (plain, "f16", 50257, False), (plain, "f32", 49152, True),
+        (all_settings, "bf16", 262144, True), (all_settings, "f32", 50257, True),
+    ):  # fmt: skip
+        name = f"{target} row_loss {settings} {rest}"
+        found.append(Case(name, target, other=partial(run_row_loss, settings, *rest)))
     return found
 
 

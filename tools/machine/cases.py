@@ -20,7 +20,9 @@ from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
 from fastlora import Projection, lora_linears, multi_lora_linear
+from fastlora.backends import find_backend
 from fastlora.backends.dropout import dropout_mask
+from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantized
 from fastlora.kernels import dequant
@@ -316,9 +318,19 @@ def _sums(case: Case) -> Results:
     return {f"sum{i}": out for i, out in enumerate(outs)}
 
 
+def _loss(case: Case) -> Results:
+    """The softmax of a loss and its gradient, written over logits with rows of any stride."""
+    (M, _), (V,), words, fields = case.sizes, case.outputs, case.words, LossSettings._fields
+    z = random(M, V, case.dtypes[0], words.get("z", "contiguous"))
+    settings = LossSettings(**{name: float(words[name]) for name in fields if name in words})
+    upstream = random(1, M)[0] if "upstream" in words else None
+    run = find_backend("triton").row_loss
+    return judge.check_row_loss(run, z, torch.randint(0, V, (M,)), settings, upstream)
+
+
 _CHECKS = {
     "layer": _layer, "experts": _experts, "adapters": _adapters, "mlp": _mlp, "block": _block,
-    "dequant": _dequant, "sums": _sums,
+    "dequant": _dequant, "sums": _sums, "loss": _loss,
 }  # fmt: skip
 
 
@@ -396,6 +408,9 @@ _ALL = """
 * dequant bf16 13x51x51 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
   dequant {f16,f32} {37x128x128,13x51x51} weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
 * sums 0x{1000,1000+64+2048+7}x0
+* loss {bf16 3x5000x0,f16 2x1000x0 z:every-second-row,f32 3x4097x0 z:odd label_smoothing:0.1}
+* loss bf16 3x1027x0 z:window upstream softcap:3 logit_scale:2 label_smoothing:0.1 z_loss:0.01
+  loss {bf16,f16,f32} {1x1x0,3x5x0,2x9001x0 softcap:30,2x4096x0 upstream z_loss:0.01}
 """
 
 

@@ -23,11 +23,11 @@ def optimize_and_count() -> Counter:
     from peft.tuners import lora
 
     from fastlora.layers import members
-    from fastlora.ops import dispatch
+    from fastlora.ops import few_rows
     from fastlora.peft.layer import FastLinear
 
     members._SAME = *members._SAME, __name__  # the counters below are no patches of a forward
-    dispatch.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
+    few_rows.MOST_ROWS = 0  # tiny models have few rows, which run PEFT's forward in training
     counter: Counter = Counter()
     if not isinstance(optimized_layer(), FastLinear):
         raise RuntimeError(

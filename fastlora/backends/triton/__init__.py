@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..dropout import dropout_mask
-from ..protocol import Call
-from ..row_loss import row_loss  # by PyTorch's operations: no kernel has these formulas yet
+from ..protocol import BackwardCall, Call
 from . import experts, layer, many, measured, verification
 from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
+from .row_loss import row_loss
 from .verification import State, environment, read_records
 
 HANDS_TO = "torch"
@@ -48,20 +48,11 @@ def forward(
     return verification.forward(made, run, inputs, seeds, call) if isinstance(made, State) else made
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """See :meth:`fastlora.backends.protocol.Backend.backward`."""
-    run = _module_of(call).backward
-    made = run(dys, inputs, hs, needs, seeds, call)
-    if isinstance(made, State):
-        return verification.backward(made, run, dys, inputs, hs, needs, seeds, call)
-    return made
+    run = _module_of(given.call).backward
+    made = run(given)
+    return verification.backward(made, run, given) if isinstance(made, State) else made
 
 
 def _module_of(call: Call) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...projection import Layout, Output, named_tensors, unflatten
+from ...projection import Adapter, Layout, Output, named_tensors, unflatten
 
 try:
     from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
@@ -119,3 +119,11 @@ def precision_of(x: Tensor) -> str:
 
 def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def empty_gradients(adapter: Adapter[Tensor], need: Adapter[bool]) -> Adapter[Tensor | None]:
+    """A tensor for each gradient that is needed, to be filled."""
+    return Adapter(
+        empty_like(adapter.lora_a) if need.lora_a else None,
+        empty_like(adapter.lora_b) if need.lora_b else None,
+    )

@@ -14,9 +14,9 @@ from torch.nn import functional
 from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .at_once import aligned, runs_at_once
-from .cover import covers, empty_like, kernels, precision_of
+from .cover import covers, empty_gradients, kernels, precision_of
 from .layer import through_lora_b
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .verification import REFUSED, State, run_kernels
@@ -42,28 +42,26 @@ def forward(
     return made[:1], made[1:]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
+    dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts, of_experts=True):
-        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
+        return of_dense(backward, given)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
     if ends is None or dys[0] is None:
         return REFUSED
-    by_torch, by_kernels = _shared_out(needs, layouts)
+    # torch computes the gradients of the weight and the bias.  The kernels compute the gradients of
+    # x, which is first, and of the adapter, which is last.
+    last = len(needs) - 2 * len(layouts[0].scales)
+    by_torch = (False, *needs[1:last], *[False] * (len(needs) - last))
+    by_kernels = (needs[0], *[False] * (last - 1), *needs[last:])
     facts = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
     tensors = [seeds, ends, *inputs, *hs, dys[0]]
     made = run_kernels(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
     if isinstance(made, State):
         return made
     if any(by_torch):
-        others = torch_backend.backward(dys, inputs, hs, by_torch, seeds, call)
+        others = torch_backend.backward(given._replace(needs=by_torch))
         made = [b if a is None else a for a, b in zip(made, others, strict=True)]
     return made
 
@@ -77,21 +75,6 @@ def _ends_of(call: Call) -> Tensor | None:
     rows, (layout, *others) = call.rows, call.layouts
     assert rows is not None
     return None if others or rows.first or len(layout.scales) > 1 else rows.ends.contiguous()
-
-
-def _shared_out(
-    needs: Sequence[bool], layouts: Sequence[Layout]
-) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """Split ``needs`` into (gradients from the torch backend, gradients from the kernels).
-
-    torch computes the weight's and the bias's gradient, the kernels compute x's and the adapter's.
-    """
-    x, *flat = needs
-    ((base, adapters),) = unflatten(flat, layouts)
-    nothing = Base(False, None if base.bias is None else False)
-    frozen = tuple([adapter._replace(lora_a=False, lora_b=False) for adapter in adapters])
-    by_torch, by_kernels = Output(base, frozen), Output(nothing, adapters)
-    return (False, *flatten([by_torch], layouts)), (x, *flatten([by_kernels], layouts))
 
 
 def _forward(
@@ -131,14 +114,11 @@ def _backward(
     for (_, lora_b, scale), pair, need, h in zip(adapters, given.adapters, needs, hs, strict=True):
         # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
         # copied.
-        d_lora_a, d_lora_b = (
-            empty_like(tensor) if needed else None
-            for tensor, needed in zip(pair[:2], need[:2], strict=True)
-        )
+        d_lora_a, d_lora_b, _ = made = empty_gradients(pair, need)
         dh = through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
                             needs_x or need.lora_a, plain)  # fmt: skip
         dhs += [] if dh is None else [dh]
-        gradients.append(Adapter(d_lora_a, d_lora_b))
+        gradients.append(made)
     dx, lora_as = None, [adapter.lora_a for adapter in adapters]
     if needs_x:
         dx = _product(dy, weight, dhs, lora_as, at_once, masked, backward=True)

@@ -6,39 +6,31 @@ from functools import partial
 from torch import Tensor
 
 from .. import torch as torch_backend
+from ..protocol import GatedProduct
 from .cover import empty_like, kernels, why_not
 from .verification import State, elementwise, run_kernels
 
 
-def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
+def gated(product: GatedProduct) -> Tensor:
     """act(gate) ∘ up, [M, N], as the torch backend returns it; always rounded once (``wide``)."""
 
     def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
         gate, up = matrices
-        return [torch_backend.gated(gate, up, activation, wide)]
+        return [torch_backend.gated(product._replace(gate=gate, up=up))]
 
-    return elementwise(partial(_by_kernels, _gated, activation), by_torch, [gate, up])[0]
+    return elementwise(partial(_by_kernels, _gated, product.activation), by_torch, product[:2])[0]
 
 
-def gated_backward(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    d_gate: Tensor,
-    d_up: Tensor,
-    wide: bool = False,
-) -> None:
+def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tensor) -> None:
     """Fill d_gate and d_up as the torch backend does; each is rounded once."""
 
     def by_torch(matrices: Sequence[Tensor]) -> list[Tensor]:
         dy, gate, up, d_gate, d_up = matrices
-        torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up, wide)
+        torch_backend.gated_backward(dy, product._replace(gate=gate, up=up), d_gate, d_up)
         return []
 
-    matrices = [dy, gate, up, d_gate, d_up]
-    run = partial(_by_kernels, _gated_backward, activation)
-    elementwise(run, by_torch, matrices, fills=2)
+    run = partial(_by_kernels, _gated_backward, product.activation)
+    elementwise(run, by_torch, [dy, *product[:2], d_gate, d_up], fills=2)
 
 
 def _by_kernels(

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
-from .. import torch as torch_backend
-from ..protocol import Call
-from .cover import covers, empty_like, kernels, precision_of
+from ..formula import base_gradients, no_gradients
+from ..protocol import BackwardCall, Call
+from .cover import covers, empty_gradients, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .verification import State, run_kernels
 
@@ -42,22 +42,15 @@ def forward(
     return made[:count], made[count:]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
-    x = inputs[0]
+    dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts):
-        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
+        return of_dense(backward, given)
     return run_kernels(
         _backward,
         [seeds, *inputs, *hs, *dys],
-        (call.layouts, call.dropout, precision_of(x), tuple(needs)),
+        (call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)),
         lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
     )
 
@@ -136,21 +129,18 @@ def _backward(
     outputs = unflatten(flat, layouts)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
-    per_output = zip(
-        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, seeds), strict=True
-    )
-    for dy, output, need, thin, own_seeds in per_output:
+    seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
+    thins, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
+    for dy, output, need, *of_adapters in zip(dys, outputs, needs, thins, own_seeds, strict=True):
         if dy is None:  # this output isn't part of the loss
-            gradients.append(torch_backend.no_gradients(output))
+            gradients.append(no_gradients(output))
             continue
-        base = torch_backend.base_gradients(dy, x, output.base, need.base)
+        base = base_gradients(dy, x, output.base, need.base)
         adapters = []
-        for of_one in zip(output.adapters, need.adapters, thin, own_seeds, strict=True):
-            adapter, wanted, h, seed = of_one
-            d_adapter = Adapter(
-                empty_like(adapter.lora_a) if wanted.lora_a else None,
-                empty_like(adapter.lora_b) if wanted.lora_b else None,
-            )
+        for adapter, wanted, h, seed in zip(
+            output.adapters, need.adapters, *of_adapters, strict=True
+        ):
+            d_adapter = empty_gradients(adapter, wanted)
             # dx and d lora_a both need dh.
             needs_dh, factor = needs_x or wanted.lora_a, common.factor(adapter)
             dh = through_lora_b(
@@ -257,7 +247,7 @@ def _dx(
     ``is_filled``: every d lora_a was computed by the same launch as the adapters' part of dx.
     """
     is_filled = False
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = empty_like(x)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
     fused: list = []
     if terms:
@@ -316,13 +306,6 @@ def _d_lora_a(
         vs=[] if low_rank is None else [term.adapter.lora_a.T for term in terms],
         low_rank=low_rank,
     )
-
-
-def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Sequence[list[Tensor | None]]:
-    """The seeds of each output's adapters; None for every adapter without dropout."""
-    if seeds is None:
-        return [[None] * len(output.adapters) for output in outputs]
-    return per_adapter(seeds.split(1), outputs)
 
 
 def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:

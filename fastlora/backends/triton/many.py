@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...projection import Adapter, Output, flatten, layouts_of, unflatten
+from ...projection import Adapter, Output, unflatten
 from ...rows import Rows
-from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from . import layer
-from .cover import covers, empty_like, kernels, precision_of
+from .cover import covers, empty_gradients, kernels, precision_of
 from .layer import through_lora_b
 from .verification import REFUSED, State, run_kernels
 
@@ -36,7 +35,8 @@ def forward(
     if not _is_covered(inputs, call):
         return REFUSED
     (output,) = unflatten(flat, call.layouts)
-    base = layer.forward(*_base_call(x, output))
+    count, base_call = _base_call(inputs, call)
+    base = layer.forward(inputs[:count], None, base_call)
     if isinstance(base, State):
         return base
     (y,), _ = base
@@ -55,33 +55,25 @@ def forward(
     return [y], [h]
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None] | State:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
-    (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
+    (dy, *_), inputs, (h, *_), needs, seeds, call = given
+    (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if dy is None or not _is_covered(inputs, call, dys):
+    if dy is None or not _is_covered(inputs, call, [dy]):
         return REFUSED
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
-    base_inputs, _, base_call = _base_call(x, output)
     # First the layer without adapters, then the adapters' part of dx is added to it.
-    base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
-    base = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+    count, base_call = _base_call(inputs, call)
+    base = layer.backward(BackwardCall([dy], inputs[:count], [], needs[:count], None, base_call))
     if isinstance(base, State):
         return base
-    dx, *of_tensors = base
-    ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
+    dx = base[0]
     places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
     some = [wanted.adapters[i] for i in segments]
     # The kernels compute the gradients of whole banks, so one adapter's need computes all.
     need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
-    gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
+    gradients: list[Tensor | None] = [None] * (len(inputs) - count)
     if places.rows and (needs[0] or need.lora_a or need.lora_b):
         lora_a, lora_b = _banks(output, rows)
         tensors = [
@@ -94,8 +86,9 @@ def backward(
         if isinstance(made, State):
             return made
         for place, i in enumerate(segments):
-            gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
-    return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]
+            own = _cut(made, place, output.adapters[i], wanted.adapters[i])
+            gradients[2 * i : 2 * i + 2] = own
+    return [*base, *gradients]
 
 
 def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | None] = ()) -> bool:
@@ -120,10 +113,8 @@ def _added_backward(
     seeds, ends, order, *numbers, x, dy, dx, lora_a, lora_b, h = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
-    d_lora_a, d_lora_b = (
-        empty_like(bank) if needed else None
-        for bank, needed in ((lora_a, needs_a), (lora_b, needs_b))
-    )
+    needs = Adapter(needs_a, needs_b)
+    d_lora_a, d_lora_b, _ = empty_gradients(Adapter(lora_a, lora_b), needs)
     dh = through_lora_b(dy, lora_b, h, d_lora_b, 1.0, dx is not None or needs_a, shared)
     if dh is not None and dx is not None:
         kernels.lowrank(dx, [dh], [lora_a], add=True, seeds=seeds, **shared)
@@ -236,7 +227,7 @@ def _lie_evenly(parts: Sequence[Tensor]) -> bool:
 
 def _cut(
     made: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
-) -> Adapter[Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """One adapter's gradients, cut out of the banks' gradients, in its own shapes and dtypes."""
     d_lora_a, d_lora_b = made
     own_a = own_b = None
@@ -244,15 +235,14 @@ def _cut(
         own_a = d_lora_a[place, : len(adapter.lora_a)].to(adapter.lora_a.dtype)
     if d_lora_b is not None and need.lora_b:
         own_b = d_lora_b[place, :, : adapter.lora_b.shape[1]].to(adapter.lora_b.dtype).contiguous()
-    return Adapter(own_a, own_b)
+    return own_a, own_b
 
 
-def _base_call(x: Tensor, output: Output[Tensor]) -> tuple[list[Tensor], None, Call]:
-    """The layer without adapters: inputs, no seeds, and the call."""
-    alone = [Output(output.base)]
-    layouts = layouts_of(alone)
-    # The backend of the record only matters to ops; code in this package doesn't read it.
-    return [x, *flatten(alone, layouts)], None, Call(layouts, 0.0, torch_backend)
+def _base_call(inputs: Sequence[Tensor], call: Call) -> tuple[int, Call]:
+    """The layer without adapters: how many of the inputs it takes, and its call."""
+    (layout,) = call.layouts
+    alone = call._replace(layouts=(layout._replace(scales=()),), dropout=0.0, rows=None)
+    return len(inputs) - 2 * len(layout.scales), alone
 
 
 def _width(output: Output[Tensor]) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...formats.format import Format, Quantized
 from ...projection import Base, Layout, Output, flatten, unflatten
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .cover import LONGEST, kernels
 from .verification import State
 
@@ -90,23 +90,17 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
 
 
 def of_dense(
-    run: Callable[..., list[Tensor | None] | State],
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
+    run: Callable[[BackwardCall], list[Tensor | None] | State], given: BackwardCall
 ) -> list[Tensor | None] | State:
     """Run the backward ``run`` with dense weights in place of formats that no kernel reads."""
-    needs_x, *rest = needs
-    inputs, dense = made_dense(inputs, call)
-    needs = [needs_x, *flatten(unflatten(rest, call.layouts), dense.layouts)]
-    made = run(dys, inputs, hs, needs, seeds, dense)
+    (needs_x, *needs), layouts = given.needs, given.call.layouts
+    inputs, call = made_dense(given.inputs, given.call)
+    needs = [needs_x, *flatten(unflatten(needs, layouts), call.layouts)]
+    made = run(given._replace(inputs=inputs, needs=needs, call=call))
     if isinstance(made, State):
         return made
     dx, *gradients = made
-    return [dx, *flatten(unflatten(gradients, dense.layouts), call.layouts)]
+    return [dx, *flatten(unflatten(gradients, call.layouts), layouts)]
 
 
 def _is_torch_s(layout: Layout, of_experts: bool) -> bool:

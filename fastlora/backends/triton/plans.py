@@ -14,7 +14,7 @@ from ...projection import Adapter, Base, Output, flatten, layouts_of
 from ...rows import Rows
 from .. import torch as torch_backend
 from .. import triton as triton_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from ..sizes import Sizes
 from . import experts, layer, verification
 from .cover import kernels, precision_of
@@ -120,7 +120,8 @@ class Contest:
             return verification.of_forward(module.forward, self.seeds, self.call)
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
         needs = [True, *flatten(alike, self.call.layouts)]
-        return verification.of_backward(module.backward, needs, self.seeds, self.call)
+        given = BackwardCall((), (), (), needs, self.seeds, self.call)
+        return verification.of_backward(module.backward, given, self.call)
 
     def _choice(self) -> "tuple[kernels.config.Call, int]":
         """The key of a plan's choice: the call, and its depth."""

@@ -3,9 +3,9 @@
 :func:`run_kernels` looks a call up.  Either it is captured, and replays; or its kernels are
 *refused*, and the call runs on PyTorch; or they are *unverified*, because this device has not
 compared them yet.  An unverified call runs with the kernels and with PyTorch, on two sets of
-tensors: first random numbers in place of all operands except packed weights, then the caller's own.
-If all results agree, the kernels run from then on.  If not, or if a kernel doesn't compile, the
-caller gets PyTorch's result and a warning, and the kernels are refused.
+tensors: first random numbers in place of all operands except packed weights and integers, then the
+caller's own.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
+compile, the caller gets PyTorch's result and a warning, and the kernels are refused.
 
 A result holds for one kernel's code on one kind of device, with one version of the driver, Triton,
 ptxas and torch.  Each result has its own file in the user's cache, so processes that verify at the
@@ -34,7 +34,7 @@ from ... import cache as files
 from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
-from ..protocol import Call
+from ..protocol import BackwardCall, Call
 from .cover import kernels, user_level
 
 # Bound once, because every call needs them.
@@ -62,9 +62,10 @@ _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
 # zeros (a fresh lora_b, adaLN-zero) and NaN hide a wrong kernel, and a model that has them in every
-# step gets a definite result once.  A packed weight isn't replaced.  If it is zero or not finite,
-# the call runs on PyTorch and its kernels stay unverified, which costs a dense weight each call.
-_ROWS, _FACTOR, _PACKED = "rows", "factor", "packed"
+# step gets a definite result once.  Integers, such as the classes of a loss, and packed weights
+# aren't replaced.  If a packed weight is zero or not finite, the call runs on PyTorch and its
+# kernels stay unverified, which costs a dense weight each call.
+_ROWS, _FACTOR, _KEPT = "rows", "factor", "kept"
 
 
 class State(str):
@@ -264,28 +265,21 @@ def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
     return run
 
 
-def backward(
-    state: State,
-    run: Callable,
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
+def backward(state: State, run: Callable, given: BackwardCall) -> list[Tensor | None]:
     """A backward whose kernels are unverified or refused; ``run`` is the kernels' backward."""
-    of = partial(of_backward, needs=needs, seeds=seeds)
-    return _verified(state, of, run, torch_backend.backward, [*inputs, *hs, *dys], call)
+    tensors = [*given.inputs, *given.hs, *given.dys]
+    of = partial(of_backward, given=given)
+    return _verified(state, of, run, torch_backend.backward, tensors, given.call)
 
 
-def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
+def of_backward(backward: Callable, given: BackwardCall, call: Call) -> Run:
     """A backend's backward as a function of inputs, hs and dys, which gives every gradient."""
-    first_h, first_dy = len(needs), -len(call.layouts)
+    first_h, first_dy = len(given.needs), -len(call.layouts)
 
     def run(tensors: Sequence) -> list | State:
         hs = tensors[first_h:first_dy]
-        return backward(tensors[first_dy:], tensors[:first_h], hs, needs, seeds, call)
+        inputs, dys = tensors[:first_h], tensors[first_dy:]
+        return backward(given._replace(dys=dys, inputs=inputs, hs=hs, call=call))
 
     return run
 
@@ -301,7 +295,9 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
 
     def of(function: Run, call: None) -> Run:
         def run(tensors: Sequence) -> list | State:
-            new = [_alike(each, _memory(each, tensors[0].dtype)) for each in filled]
+            x, new = tensors[0].dtype, []
+            for each in filled:  # wider if x is; float32 stays float32 beside a 16-bit x
+                new.append(_alike(each, _memory(each, torch.promote_types(x, each.dtype))))
             made = function([*tensors, *new])
             return made if isinstance(made, State) else new or made
 
@@ -318,7 +314,7 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
     """The role of each of a call's inputs."""
     outputs = [
         Output(
-            Base(_FACTOR if layout.format is None else _PACKED, _ROWS),
+            Base(_FACTOR if layout.format is None else _KEPT, _ROWS),
             tuple([Adapter(_FACTOR, _FACTOR, scale) for scale in layout.scales]),
         )
         for layout in layouts
@@ -368,7 +364,8 @@ def _verified(
             roles, probe_call = _roles(call.layouts), _probe_of_call(call, len(x))
             outputs = unflatten(tensors[1 : len(roles)], call.layouts)
             packed = [o.base.weight for o in outputs if isinstance(o.base.weight, Quantized)]
-        roles += [_ROWS] * (len(tensors) - len(roles))
+        rest = tensors[len(roles) :]
+        roles += [_ROWS if t is None or t.is_floating_point() else _KEPT for t in rest]
         right, results, fault = by_torch(tensors), list[Any](), None
         _here.trial = trial = Trial()
         try:
@@ -417,14 +414,14 @@ def _is_comparable(results: Sequence[Tensor | None]) -> bool:
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
-    """Random tensors with the same layouts in memory; packed weights are the same tensors.
+    """Random tensors with the same layouts in memory; tensors to keep are the same tensors.
 
     Tensors of one storage, such as the adapters of a bank, share a storage again.
     """
     memories: dict[tuple, Tensor] = {}
     made: list[Tensor | None] = []
     for tensor, role in zip(tensors, roles, strict=True):
-        if tensor is None or role == _PACKED or not tensor.numel():
+        if tensor is None or role == _KEPT or not tensor.numel():
             made.append(tensor)
             continue
         place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
@@ -479,7 +476,7 @@ def compared(
     try:  # PyTorch's results in a wider dtype stand for the exact ones
         truth = by_torch(
             [
-                tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
+                tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
                 for tensor, role in zip(tensors, roles, strict=True)
             ]
         )

@@ -1,0 +1,82 @@
+"""Merges adapters into weights: the sum of one weight, and one layer after another.
+
+fastlora's layers and PEFT's are merged by :func:`merge_each`.  Each kind of layer has a function
+that merges one of them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import buffer_for, source_of, widened
+from ..ops.dispatch import autocast_off
+
+
+def add_product(
+    base: Any, left: Tensor, right: Tensor, scale: float, merged: Tensor | None = None
+) -> Tensor:
+    """base + scale · left right, computed in float32 or wider, and rounded once.
+
+    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed,
+    and may be a stack of experts' weights.  It is processed in blocks of rows of one expert, so
+    that there is never a wide copy of all of it.
+    """
+    merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
+    if base.dim() == 3:
+        for one, one_left, one_right, into in zip(base.unbind(), left, right, merged, strict=True):
+            add_product(one, one_left, one_right, scale, into)
+        return merged
+    wide = torch.promote_types(base.dtype, torch.float32)
+    with torch.no_grad(), autocast_off(merged.device.type):
+        left, right = left.to(wide), right.to(wide)
+        for rows, some in widened(source_of(base), buffer_for(base, wide)):
+            merged[rows] = torch.addmm(some, left[rows], right, alpha=scale)
+    return merged
+
+
+def merge_each(
+    model: nn.Module,
+    layers: Iterable[tuple[str, Any]],
+    merge: Callable[[str, Any, ExitStack], Any],
+    to_cpu: bool,
+) -> ExitStack:
+    """Merge one layer after another.  Closing the returned stack restores every weight.
+
+    ``merge(name, layer, undo)`` merges a layer and returns its original weight.  Before it changes
+    the layer, it registers in ``undo`` a function that restores it.  An error restores all layers.
+
+    ``to_cpu``: the originals are in CPU memory until the stack is closed, except tied and packed
+    weights.
+    """
+    parameters = model.named_parameters(remove_duplicate=False) if to_cpu else ()
+    names = Counter(_memory_of(parameter) for _, parameter in parameters)
+    with ExitStack() as undo:
+        for name, layer in layers:
+            original = merge(name, layer, undo)
+            # A weight whose memory has several names is tied or viewed.
+            if to_cpu and isinstance(original, nn.Parameter) and names[_memory_of(original)] == 1:
+                send_to_cpu(original, undo)
+        return undo.pop_all()
+
+
+def _memory_of(parameter: Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+def send_to_cpu(parameter: nn.Parameter, undo: ExitStack) -> None:
+    """Move a parameter to the CPU until the stack closes."""
+    undo.callback(move, parameter, parameter.device)
+    move(parameter, torch.device("cpu"))
+
+
+def move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Move a parameter to this device and dtype; it stays the same object."""
+    dtype = dtype or parameter.dtype
+    if (parameter.device, parameter.dtype) != (device, dtype):
+        # Callers may be in inference mode, and a tensor that is made there can't train.
+        with torch.inference_mode(False):
+            parameter.data = parameter.data.to(device, dtype)

@@ -1,0 +1,89 @@
+"""Few rows on a CPU: almost only overhead, so a call runs torch's operations instead of a node.
+
+Within a training step the amount of distinct code decides (docs/performance.md, "Few rows").  Every
+place that asks for few rows asks :func:`has_few_rows`:
+
+* A layer with one output runs :func:`of_few_rows` under torch's autograd.
+* A gated MLP runs layer by layer, because reading the module takes longer than its products.
+* A mixed batch in evaluation runs PEFT's loop over adapters (:mod:`fastlora.peft.mixed`).
+
+The Triton kernels have a limit of another kind: ``FEW_ROWS`` of ``kernels/config.py`` is the number
+of rows up to which a GPU's product takes most of its time to load the weight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..backends.products import are_wide, cast
+from ..backends.protocol import Call
+from ..formats.format import Quantized
+from ..projection import Output
+
+# The most rows of a layer or a gated MLP.  16 rows with 256 features and dropout take 1.17 × the
+# time of PEFT's layer, and 1.90 × as a node; without dropout 1.01 and 1.29 × (``make bench
+# ARGS="-k few-16x256"``; with 0 here, it times the node).  The gain shrinks with the rows.  Without
+# a node, dropout saves its mask and the dropped x, 21 KiB instead of 17 for these 16 rows.
+MOST_ROWS = 32
+# The most rows of a mixed batch.  The limit is higher, because this path exists in evaluation only:
+# it saves nothing for a backward, and it skips reading n adapters, which takes longer than a node.
+MOST_MIXED_ROWS = 64
+
+
+def has_few_rows(x: Tensor, mixed: bool = False) -> bool:
+    """Whether x is on a CPU and has at least one row, and at most as many as the limit."""
+    most = MOST_MIXED_ROWS if mixed else MOST_ROWS
+    return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= most * x.shape[-1]
+
+
+def skips_node(x: Tensor, weight: Tensor, backend: str | None, mixed: bool = False) -> bool:
+    """Whether x has few rows and torch's own operations multiply it fast by this weight.
+
+    ``backend``: the name of the backend of the call; None for the default one of a CPU.
+    """
+    return (
+        has_few_rows(x, mixed)
+        and (backend or "torch") == "torch"
+        and not isinstance(weight, Quantized)
+        and not are_wide(x)
+    )
+
+
+def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
+    """Whether a call with these outputs runs :func:`of_few_rows`; it must have one output."""
+    (weight, _), adapters = outputs[0]
+    if len(outputs) > 1 or not skips_node(x, weight, backend):
+        return False
+    # 16-bit adapters need the node, because torch would round h to 16 bits before scaling it.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
+
+
+def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
+    """The only output of a call with few rows; ``inputs`` are x and the flat tensors.
+
+    This function saves 9 of the 24 µs that ``composite.run_composite`` takes for one row with 256
+    features.
+    """
+    (x, weight, *rest), (layout,) = inputs, call.layouts
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    take = iter(rest).__next__
+    y = linear(rows, weight, cast(take(), weight.dtype) if layout.has_bias else None)
+    for i, scale in enumerate(layout.scales):
+        lora_a, lora_b = take(), take()
+        dropped, factor = rows, float(scale)
+        if seeds is not None:
+            keep = call.backend.dropout_mask(seeds[i], rows.shape, call.dropout)
+            dropped, factor = torch.where(keep, rows, 0.0), factor / (1.0 - call.dropout)
+        if lora_a.dtype == y.dtype:
+            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
+        else:  # a float32 adapter and a 16-bit x: multiply in float32
+            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
+    if x.dim() == 2:
+        return y
+    shape = *x.shape[:-1], y.shape[-1]
+    # Not a view, because an in-place change of a view drops its hooks, and is an error if no_grad
+    # made the view.
+    return torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.resize_(shape)
