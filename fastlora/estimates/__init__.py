@@ -21,7 +21,7 @@ from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
-from ..settings import check_switch
+from ..settings import check_switches
 from ..text import shown
 from .count import Estimate, count_adapter, count_frozen
 
@@ -67,7 +67,7 @@ def estimate(
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
-    check_switch("loss", loss)
+    check_switches(loss=loss)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
