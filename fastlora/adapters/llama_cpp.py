@@ -87,7 +87,7 @@ def export_gguf(
             if not layer.is_parameter:
                 _check_place(name, (lora_a.shape[2], lora_b.shape[1]), config)
             lora_b = lora_b * (scale * lora_b.shape[2] / alpha)  # llama.cpp's scale is alpha / r
-            for part, part_of_b in _parts(name, lora_b, config).items():
+            for part, part_of_b in parts_of(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
                 if to is None or (part == "lm_head" and tied):
                     raise ValueError(
@@ -181,7 +181,7 @@ def _check_place(name: str, features: tuple[int, int], config: Mapping[str, Any]
         )
 
 
-def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def parts_of(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """lora_b [E, q, r], divided among llama.cpp's weights, by their names in transformers."""
     kind, (module, _, last) = config["model_type"], name.rpartition(".")
     if last == "gate_up_proj" and module.endswith("experts"):

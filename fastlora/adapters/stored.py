@@ -21,7 +21,7 @@ from ..model.tensors import name_of, pairs_of
 from ..projection import Adapter
 
 # PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.
-_IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
+IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Layer(NamedTuple):
@@ -92,7 +92,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     experts: set[str] = set()
     names: list[str] = []
     for module in dict.fromkeys(map(_module_of, inside)):
-        weights = _weights_in(module, config)
+        weights = weights_in(module, config.target_parameters)
         experts.update(weights)
         names += weights or [module]
     pairs = pairs_of(names, experts)
@@ -138,15 +138,15 @@ def _module_of(key: str) -> str:
     return ".".join(parts)
 
 
-def _weights_in(module: str, config: LoRAConfig) -> list[str]:
+def weights_in(module: str, target_parameters: Iterable[str] | None) -> list[str]:
     """The names of this module's weights in target_parameters, in the module's order."""
     endings: Collection[str] = set()
-    for wanted in config.target_parameters or ():
+    for wanted in target_parameters or ():
         owner, _, last = wanted.rpartition(".")
         if last != "weight" and names_any([owner or "experts"], module):
             endings = {*endings, last}
     if len(endings) > 1:  # for other names, PEFT's order of nesting is unknown
-        endings = [last for last in _IN_ORDER if last in endings]
+        endings = [last for last in IN_ORDER if last in endings]
     return [f"{module}.{last}".lstrip(".") for last in endings]
 
 
