@@ -7,7 +7,6 @@ Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``pef
 models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import reference
@@ -43,7 +42,9 @@ else:
     def __getattr__(name):  # a module that is imported at its first use
         if name != "check_adapter":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return import_module(".adapters.serving", __name__).check_adapter
+        from .adapters.serving import check_adapter
+
+        return check_adapter
 
 
 __all__ = [

@@ -13,8 +13,7 @@ import torch
 from .adapters.combine import combine_adapters
 from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
-from .adapters.servers.rules import SERVERS
-from .adapters.serving import check_adapter
+from .adapters.serving import SERVERS, check_adapter
 from .doctor import examine
 from .doctor.launches import NAMES, Asked
 from .tuning import command as tune

@@ -111,23 +111,27 @@ def _is_adapter(path: Path) -> bool:
     return not start or (start[:4] == b"GGUF" and b"adapter.type" in start)
 
 
-def _config_of(model_config: Any) -> Mapping[str, Any]:
-    """The model's config as a dict.  Raises ValueError for an unsupported model."""
-    if isinstance(model_config, str | os.PathLike):
-        path = Path(model_config) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} doesn't exist: give the folder of the adapter's base model, or its "
-                "config, such as AutoConfig.from_pretrained(name)"
-            )
-        config = read_json(path)
-    elif hasattr(model_config, "to_dict"):
-        config = model_config.to_dict()
-    else:
+def read_config(model_config: Any) -> Any:
+    """The content of a transformers config, of a config.json, or of the folder that holds it."""
+    if hasattr(model_config, "to_dict"):
+        return model_config.to_dict()
+    if not isinstance(model_config, str | os.PathLike):
         raise TypeError(
             f"model_config is {shown(model_config)}, but must be a transformers config, or a "
             "folder that has config.json"
         )
+    path = Path(model_config, "" if str(model_config).endswith(".json") else "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} doesn't exist: give the folder of the adapter's base model, or its "
+            "config, such as AutoConfig.from_pretrained(name)"
+        )
+    return read_json(path)
+
+
+def _config_of(model_config: Any) -> Mapping[str, Any]:
+    """The model's config as a dict.  Raises ValueError for an unsupported model."""
+    config = read_config(model_config)
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if str(kind) not in _NAMES:
         raise ValueError(

@@ -5,63 +5,50 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..layers.modules import some
 from ..model.files import check_folder, write_adapter
-from .servers.facts import PAIRED, Item, read_facts
+from ..model.tensors import name_of
+from .servers.facts import Facts, Item, read_facts
 from .servers.mend import mended
-from .servers.rules import Rule, Server, read_server
-
-
-class Finding(NamedTuple):
-    """A tensor or a setting, and the server's rule for it; None if the server loads it."""
-
-    item: Item
-    rule: Rule | None
+from .servers.rules import SERVERS as SERVERS
+from .servers.rules import Server, read_server
 
 
 @dataclass(frozen=True)
 class AdapterReport:
     """A finding for each tensor and setting.  Prints a line for each rule that applies.
 
-    With ``fix``: ``output`` is the written folder, and ``fixed`` the report on it; or ``why_not``
-    says why nothing was written.
+    With ``fix``, ``fixed`` is the report on the written adapter, and ``note`` says where it is, or
+    why nothing was written.
     """
 
     server: Server
-    findings: tuple[Finding, ...]
-    output: Path | None = None
+    findings: tuple[Item, ...]  # with their rules
     fixed: "AdapterReport | None" = None
-    why_not: str = ""
+    note: str = ""
 
     @property
     def loads(self) -> bool:
         """Whether the server loads the whole adapter."""
-        return all(finding.rule is None for finding in self.findings)
+        return all(item.rule is None for item in self.findings)
 
     def __str__(self) -> str:
-        name = f"{self.server.name} {self.server.version}"
         verb = "loads" if self.loads else "doesn't load"
-        lines = [f"{name} {verb} the whole adapter"]
-        rules = dict.fromkeys(finding.rule for finding in self.findings)
+        lines = [f"{self.server.name} {self.server.version} {verb} the whole adapter"]
+        rules = dict.fromkeys(item.rule for item in self.findings)
         for rule in sorted(rules, key=lambda rule: rule is None):
-            names = _names([item for item, own in self.findings if own is rule])
-            fix = " (--fix does it)" if rule and rule.mend == "fix" else ""
-            text = rule and f"{names}: {rule.says} [{rule.source}]. {rule.todo}{fix}."
-            lines.append(f"  {rule.verdict if rule else 'loads'}: {text or names}")
-        lines += [f"nothing was written: {self.why_not}"] if self.why_not else []
-        return "\n".join(lines + ([f"written: {self.output}: {self.fixed}"] if self.fixed else []))
+            names = _names([item for item in self.findings if item.rule is rule])
+            lines.append(f"  {rule.verdict}: {names}: {rule}" if rule else f"  loads: {names}")
+        return "\n".join(filter(None, [*lines, self.note]))
 
 
 def _names(items: list[Item]) -> str:
     """The names of tensors, with * for numbers, and their count; or of settings."""
-    tensors = [item for item in items if item.key] or items
-    names = (
-        item.name if item.kind in PAIRED.split() else item.key or item.name for item in tensors
-    )
-    count = f" ({len(tensors)} tensors)" if len(tensors) > 1 and tensors[0].key else ""
-    return some([*dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)]) + count
+    items = [item for item in items if item.key] or items
+    names = dict.fromkeys(re.sub(r"\b\d+\b", "*", name_of(i.key or i.name)) for i in items)
+    return some([*names]) + (f" ({len(items)} tensors)" if items[0].key and items[1:] else "")
 
 
 def check_adapter(
@@ -93,18 +80,19 @@ def check_adapter(
         return report
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists: give a new folder")
-    if left := [item for item, rule in report.findings if rule and not rule.mend]:
-        return replace(report, why_not=f"--fix can't mend {_names(left)}")
+    if left := [item for item in report.findings if item.rule and not item.rule.mend]:
+        return replace(report, note=f"nothing was written: --fix can't mend {_names(left)}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=output.parent) as scratch:
         made = Path(scratch) / "adapter"
         write_adapter(made, *mended(facts, rules))
         fixed = _judge(rules, read_facts(made, base, max_lora_rank))
-        if left := [item for item, rule in fixed.findings if rule and rule.mend != "option"]:
-            return replace(report, why_not=f"mended, it still has {_names(left)}: {fixed}")
+        if any(item.rule.mend != "option" for item in fixed.findings if item.rule):
+            return replace(report, note=f"nothing was written: mended, {fixed}")
         os.rename(made, output)
-    return replace(report, output=output, fixed=fixed)
+    return replace(report, fixed=fixed, note=f"written: {output}: {fixed}")
 
 
-def _judge(server: Server, facts: Any) -> AdapterReport:
-    return AdapterReport(server, tuple(Finding(i, server.rule_of(i, facts)) for i in facts.items))
+def _judge(server: Server, facts: Facts) -> AdapterReport:
+    items = (item._replace(rule=server.rule_of(item, facts)) for item in facts.items)
+    return AdapterReport(server, tuple(items))

@@ -5,11 +5,6 @@ from collections.abc import Callable
 
 from .facts import Facts, Item
 
-_BESIDE = {
-    "q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj",
-    "down_proj": "gate_up_proj", "gate_up_proj": "down_proj",
-}  # fmt: skip
-
 
 def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether the tensor's rank isn't the config's."""
@@ -24,9 +19,9 @@ def has_other_vocabulary(item: Item, facts: Facts, words: list[str]) -> bool:
 
 
 def is_single(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether the layer that the server reads together with this one has no adapter."""
-    module, _, last = item.name.rpartition(".")
-    return last in _BESIDE and f"{module}.{_BESIDE[last]}" not in facts.pairs
+    """Whether the server reads this layer together with another, "this:other", without adapter."""
+    other = dict(word.split(":") for word in words).get(item.last)
+    return other is not None and item.name.removesuffix(item.last) + other not in facts.pairs
 
 
 def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
@@ -45,10 +40,11 @@ def has_rank_above(item: Item, facts: Facts, words: list[str]) -> bool:
 CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
     "last": lambda item, facts, words: item.last in words,
     "last not": lambda item, facts, words: item.last not in words,
-    "base": lambda item, facts, words: facts.kind in words,  # "?" if it is unknown
-    "base not": lambda item, facts, words: facts.kind not in words,
+    "base": lambda item, facts, words: facts.base["model_type"] in words,  # "?" if it is unknown
+    "base not": lambda item, facts, words: facts.base["model_type"] not in words,
     # regular expressions in the tensor's key, or in the setting's value
     "form": lambda item, facts, words: re.search(words[0], item.key or str(item.value)) is not None,
+    "on": lambda item, facts, words: item.value not in (None, False, "", [], {}, "none"),
     "half": lambda item, facts, words: len(facts.pairs[item.name]) < 2,
     "integer": lambda item, facts, words: not getattr(item.value.dtype, "is_floating_point", False),
     "other rank": has_other_rank,

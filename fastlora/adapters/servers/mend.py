@@ -25,9 +25,9 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
     any other scale is multiplied into lora_B, which becomes float32 if its dtype can't hold the
     product exactly.  Raises the errors of ``resize_adapter`` for a folder.
     """
-    stored = open_adapter(facts.path)
-    renames = server.renames.get("", {}) | server.renames.get(facts.kind, {})
-    splits = server.stacks != "*" and facts.kind not in server.stacks.split()
+    stored, kind = open_adapter(facts.path), facts.base["model_type"]
+    renames = server.renames[""] | server.renames.get(kind, {})
+    splits = server.stacks != "*" and kind not in server.stacks.split()
 
     def renamed(name: str) -> str:
         name = ".".join(renames.get(part, part) for part in name.split("."))
@@ -37,11 +37,10 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
     for name, layer in stored.layers.items():
         parts = {name: stored.read(name)}
         if layer.is_parameter and splits:
-            parts = _split(name, parts[name], facts.kind)
+            parts = _split(name, parts[name], kind)
         pairs |= {renamed(part): (own, layer.dtype) for part, own in parts.items()}
-    for whole, choices in server.fuses.items():
-        for parts_of_it in choices:
-            _fuse(pairs, whole, parts_of_it.split())
+    for whole, *its_parts in server.fuses:
+        _fuse(pairs, whole, its_parts)
     stacks = {renamed(n) for n, layer in stored.layers.items() if layer.is_parameter and not splits}
     others = {f"base_model.model.{renamed(name_of(k))}": t for k, t in stored.read_others().items()}
     settings, tensors = _uniform(pairs, stacks, stored.settings.get("target_modules"))

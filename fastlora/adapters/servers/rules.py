@@ -30,11 +30,16 @@ class Rule:
     mend: str = ""
     when: dict[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        fix = " (--fix does it)" if self.mend == "fix" else ""
+        return f"{self.says} [{self.source}]. {self.todo}{fix}."
+
 
 class Server(SimpleNamespace):
     """A server's rules in order, and the form that ``--fix`` writes for it.
 
-    ``sets``: words that conditions write as @name.  ``stacks``: model_types whose stacks of experts
+    ``sets``: words that the file's
+    conditions write as @name.  ``stacks``: model_types whose stacks of experts
     it reads, or "*".  ``fuses``: a layer, and its possible parts.  ``renames``: layers.  ``roots``:
     whether names must begin at the model with the head.
     """
@@ -45,17 +50,15 @@ class Server(SimpleNamespace):
 
     def _applies(self, rule: Rule, item: Item, facts: Facts) -> bool:
         return (item.kind or item.name) in rule.what.replace("pair", PAIRED).split() and all(
-            CONDITIONS[name](item, facts, re.sub(r"@(\w+)", self._set, words).split())
-            for name, words in rule.when.items()
+            CONDITIONS[name](item, facts, words.split()) for name, words in rule.when.items()
         )
-
-    def _set(self, name: re.Match) -> str:
-        return self.sets[name[1]]
 
 
 def read_server(name: str) -> Server:
     """The server of this name.  Raises ValueError for a name that isn't in SERVERS."""
     if name not in SERVERS:
         raise ValueError(f"server is {name!r}, but must be one of {', '.join(SERVERS)}")
-    values = json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    text = (Path(__file__).parent / f"{name}.json").read_text()
+    sets = json.loads(text)["sets"]
+    values = json.loads(re.sub(r"@(\w+)", lambda found: sets[found[1]], text))
     return Server(name=name, **values | {"rules": [Rule(**row) for row in values["rules"]]})
