@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 from .facts import Facts, Item
 
+# SGLang's names of layers that it stacks.
+_STACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_STACKED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
 
 def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether the tensor's rank isn't the config's."""
@@ -25,10 +29,11 @@ def is_single(item: Item, facts: Facts, words: list[str]) -> bool:
 
 
 def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether target_modules is a list without these words, or without the item's name."""
-    targets = facts.settings.get("target_modules")
+    """Whether target_modules is a list without these layers, or without the item's."""
+    targets, stacked = facts.settings["target_modules"], _STACKED.get(item.last, item.last)
     lasts = {str(name).rpartition(".")[2] for name in targets or ()}
-    return isinstance(targets, list) and not lasts.issuperset(words or [item.last])
+    lasts = {_STACKED.get(last, last) for last in lasts}
+    return isinstance(targets, list) and not lasts.issuperset(words or [stacked])
 
 
 def has_rank_above(item: Item, facts: Facts, words: list[str]) -> bool:

@@ -24,7 +24,6 @@ _KINDS = {
     "copy": r"(.*)\.base_layer\.weight", "full": r"(.*?)(?:\.base_layer)?(?:\.\w+)?",
 }  # fmt: skip
 PAIRED = "lora expert head stack embedding"  # the kinds of lora_A and lora_B
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.")
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -72,9 +71,8 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     Raises the errors of ``load_adapter`` for a folder, and ValueError for a base without a
     model_type.
     """
-    path, base = check_folder(folder), _base(base)
-    check_files(path)
-    settings = read_json(path / CONFIG)
+    check_files(path := check_folder(folder))
+    settings, base = read_json(path / CONFIG), _base(base)
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
     config = config_of({k: v for k, v in settings.items() if k in _READ}, str(path / CONFIG))
@@ -86,10 +84,9 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     for item in items:
         if item.kind in PAIRED.split():
             pairs.setdefault(item.name, {})[item.side] = item
-    found = [match for match in map(_EXPERT.match, pairs) if match]
-    counts = (base.get(each) or 0 for each in _COUNTS)
-    experts = max(*counts, *(int(match[2]) + 1 for match in found))
-    layers = Counter(match[1] for match in found)
+    numbers = re.findall(r"(\S*\.experts)\.(\d+)\.", "\n".join(pairs))
+    experts = max(*(base.get(each) or 0 for each in _COUNTS), *(int(n) + 1 for _, n in numbers))
+    layers = Counter(module for module, _ in numbers)
     incomplete = {module for module, count in layers.items() if count < 3 * experts}
     return Facts(path, settings, config, items, pairs, base, incomplete, max_lora_rank)
 
@@ -98,8 +95,9 @@ def _item(key: str, header: Any, config: LoRAConfig) -> Item:
     found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
     kind, name = next((kind, name_of(match[1])) for kind, match in found if match)
     module = re.sub(r"(\.base_layer)+$", "", name)
-    if kind == "lora" and (weights := weights_in(module, config.target_parameters)):
-        return Item(weights[-1 - name.count(".base_layer")], "stack", header, key)
+    weights, outside = weights_in(module, config.target_parameters), name.count(".base_layer")
+    if kind == "lora" and outside < len(weights):
+        return Item(weights[-1 - outside], "stack", header, key)
     return Item(name, kind, header, key)
 
 
@@ -108,5 +106,4 @@ def _base(base: Any) -> dict[str, Any]:
     config: Any = {"model_type": "?"} if base is None else read_config(base)
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"base is {shown(base)}, but its config must have a model_type")
-    config = {**config, **(config.get("text_config") or {})}
-    return config | {"model_type": config["model_type"].removesuffix("_text")}
+    return {**config, **(config.get("text_config") or {})}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...model.config import names_any
-from ...model.tensors import name_of, pairs_of
+from ...model.tensors import pairs_of
 from ...projection import Adapter
 from ..llama_cpp import parts_of
 from ..stored import IN_ORDER, flat, open_adapter
@@ -35,16 +35,14 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
 
     pairs: _Pairs = {}
     for name, layer in stored.layers.items():
-        parts = {name: stored.read(name)}
-        if layer.is_parameter and splits:
-            parts = _split(name, parts[name], kind)
+        pair = stored.read(name)
+        parts = _split(name, pair, kind) if layer.is_parameter and splits else {name: pair}
         pairs |= {renamed(part): (own, layer.dtype) for part, own in parts.items()}
     for whole, *its_parts in server.fuses:
         _fuse(pairs, whole, its_parts)
     stacks = {renamed(n) for n, layer in stored.layers.items() if layer.is_parameter and not splits}
-    others = {f"base_model.model.{renamed(name_of(k))}": t for k, t in stored.read_others().items()}
     settings, tensors = _uniform(pairs, stacks, stored.settings.get("target_modules"))
-    return stored.settings | settings, tensors | others
+    return stored.settings | settings, tensors | stored.read_others()
 
 
 def _split(name: str, stack: Adapter[Tensor], kind: str) -> dict[str, Adapter[Tensor]]:
