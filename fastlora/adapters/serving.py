@@ -1,4 +1,4 @@
-"""Say what a server does with each part of an adapter, and mend it: ``fastlora.check_adapter``."""
+"""Judge an adapter for a server, and mend it: ``fastlora.check_adapter``."""
 
 import os
 import re

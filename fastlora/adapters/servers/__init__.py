@@ -1,1 +1,1 @@
-"""What servers do with an adapter: one file of rules for each, read in the server's source."""
+"""Rules of servers on adapters: one file for each server, read in the server's source."""

@@ -14,7 +14,7 @@ SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What a server does with some tensors or settings.
+    """A server's treatment of some tensors or settings.
 
     ``what``: their kinds, or the settings' names; "pair" is lora_A and lora_B of any kind.
     ``when``: further conditions of conditions.py, with their words.  ``verdict``: "rejected",
@@ -38,10 +38,10 @@ class Rule:
 class Server(SimpleNamespace):
     """A server's rules in order, and the form that ``--fix`` writes for it.
 
-    ``sets``: words that the file's
-    conditions write as @name.  ``stacks``: model_types whose stacks of experts
-    it reads, or "*".  ``fuses``: a layer, and its possible parts.  ``renames``: layers.  ``roots``:
-    whether names must begin at the model with the head.
+    ``sets``: words that the file's conditions write as @name.  ``stacks``: model_types whose stacks
+    of experts it reads, or "*".  ``fuses``: lists of a layer and its parts.  ``renames``: new
+    parts of names, by model_type; "" means any model.  ``roots``: whether names must begin at the
+    model with the head.
     """
 
     def rule_of(self, item: Item, facts: Facts) -> Rule | None:
