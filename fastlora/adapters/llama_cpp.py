@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers.modules import some
-from ..model.files import check_folder, read_json, write_whole
+from ..model.files import check_folder, read_config, read_json, write_whole
 from ..text import shown
 from .stored import Stored, is_copy, open_adapter
 
@@ -109,24 +109,6 @@ def _is_adapter(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(4096)
     return not start or (start[:4] == b"GGUF" and b"adapter.type" in start)
-
-
-def read_config(model_config: Any) -> Any:
-    """The content of a transformers config, of a config.json, or of the folder that holds it."""
-    if hasattr(model_config, "to_dict"):
-        return model_config.to_dict()
-    if not isinstance(model_config, str | os.PathLike):
-        raise TypeError(
-            f"model_config is {shown(model_config)}, but must be a transformers config, or a "
-            "folder that has config.json"
-        )
-    path = Path(model_config, "" if str(model_config).endswith(".json") else "config.json")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} doesn't exist: give the folder of the adapter's base model, or its "
-            "config, such as AutoConfig.from_pretrained(name)"
-        )
-    return read_json(path)
 
 
 def _config_of(model_config: Any) -> Mapping[str, Any]:

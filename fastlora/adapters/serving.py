@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..layers.modules import some
-from ..model.files import check_folder, write_adapter
-from ..model.tensors import name_of
+from ..model.files import check_folder, name_of, write_adapter
 from .servers.facts import Facts, Item, read_facts
-from .servers.mend import mended
 from .servers.rules import SERVERS as SERVERS
 from .servers.rules import Server, read_server
 
@@ -82,6 +80,8 @@ def check_adapter(
         raise FileExistsError(f"{output} exists: give a new folder")
     if left := [item for item in report.findings if item.rule and not item.rule.mend]:
         return replace(report, note=f"nothing was written: --fix can't mend {_names(left)}")
+    from .servers.mend import mended  # late, because only a mend reads tensors
+
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=output.parent) as scratch:
         made = Path(scratch) / "adapter"

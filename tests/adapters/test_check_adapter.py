@@ -13,8 +13,7 @@ from torch import nn
 
 import fastlora
 from fastlora.__main__ import main
-from fastlora.adapters.servers.conditions import CONDITIONS
-from fastlora.adapters.servers.rules import SERVERS, read_server
+from fastlora.adapters.servers.rules import CONDITIONS, SERVERS, read_server
 from fastlora.model.files import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +137,7 @@ CASES = {
     "ia3": ({f"{LAYER}k_proj.ia3_l": ONE}, {"peft_type": "IA3"}, LLAMA, "R k_proj peft_type|=|=|"),
     "pissa": (QV, {PISSA: "pissa_niter_4"}, LLAMA, f"R {PISSA}|I {PISSA}|=|"),
     "alora": (QV, {ALORA: [1]}, LLAMA, f"R {ALORA}|I {ALORA}||"),
-    "unrooted": ({name[6:]: QV[name] for name in QV}, {}, LLAMA, f"I {TWO}||R {TWO}|"),
+    "unrooted": ({name[6:]: QV[name] for name in QV}, {}, LLAMA, f"I {TWO}|||"),
     "half": ({n: QV[n] for n in QV if "A" in n}, {}, LLAMA, f"R {TWO}|=|=|I {TWO}"),
     "other-rank": (layers("q_proj", "v_proj", r=2), {}, LLAMA,
                    f"I {TWO}|R {TWO}|I {TWO}|R {TWO}"),

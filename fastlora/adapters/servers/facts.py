@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...model import files
 from ...model.adapter_config import config_of
 from ...model.config import LoRAConfig
-from ...model.files import CONFIG, WEIGHTS, check_files, check_folder, read_header, read_json
-from ...model.tensors import name_of
+from ...model.files import CONFIG, WEIGHTS
 from ...text import shown
-from ..llama_cpp import read_config
-from ..stored import weights_in
 
 # The kinds of tensors, by their keys; the first match counts, and its group is the name.
 _KINDS = {
@@ -71,15 +69,17 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     Raises the errors of ``load_adapter`` for a folder, and ValueError for a base without a
     model_type.
     """
-    check_files(path := check_folder(folder))
-    settings, base = read_json(path / CONFIG), _base(base)
+    files.check_files(path := files.check_folder(folder))
+    settings, base = files.read_json(path / CONFIG), _base(base)
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
     config = config_of({k: v for k, v in settings.items() if k in _READ}, str(path / CONFIG))
     items = [Item(name, "", value) for name, value in settings.items()]
     if isinstance(targets := settings.setdefault("target_modules", None), list):
         items += [Item(str(name), "target", None) for name in targets]
-    items += [_item(key, header, config) for key, header in read_header(path / WEIGHTS).items()]
+    items += [
+        _item(key, header, config) for key, header in files.read_header(path / WEIGHTS).items()
+    ]
     pairs: dict[str, dict[str, Item]] = {}
     for item in items:
         if item.kind in PAIRED.split():
@@ -93,9 +93,9 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
 
 def _item(key: str, header: Any, config: LoRAConfig) -> Item:
     found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
-    kind, name = next((kind, name_of(match[1])) for kind, match in found if match)
+    kind, name = next((kind, files.name_of(match[1])) for kind, match in found if match)
     module = re.sub(r"(\.base_layer)+$", "", name)
-    weights, outside = weights_in(module, config.target_parameters), name.count(".base_layer")
+    weights, outside = config.weights_in(module), name.count(".base_layer")
     if kind == "lora" and outside < len(weights):
         return Item(weights[-1 - outside], "stack", header, key)
     return Item(name, kind, header, key)
@@ -103,7 +103,7 @@ def _item(key: str, header: Any, config: LoRAConfig) -> Item:
 
 def _base(base: Any) -> dict[str, Any]:
     """The config of the base's language model; its model_type is "?" if the base is unknown."""
-    config: Any = {"model_type": "?"} if base is None else read_config(base)
+    config: Any = {"model_type": "?"} if base is None else files.read_config(base)
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"base is {shown(base)}, but its config must have a model_type")
     return {**config, **(config.get("text_config") or {})}

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...model.config import names_any
+from ...model.config import IN_ORDER, names_any
 from ...model.tensors import pairs_of
 from ...projection import Adapter
 from ..llama_cpp import parts_of
-from ..stored import IN_ORDER, flat, open_adapter
+from ..stored import flat, open_adapter
 from .facts import Facts
 from .rules import Server
 
