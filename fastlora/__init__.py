@@ -7,6 +7,8 @@ Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``pef
 models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
 """
 
+from typing import TYPE_CHECKING
+
 from . import reference
 from .adapters.combine import combine_adapters
 from .adapters.llama_cpp import export_gguf
@@ -33,6 +35,18 @@ from .sweeps import sweep
 from .tuning import tune
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .adapters.serving import check_adapter
+else:
+
+    def __getattr__(name):  # a module that is imported at its first use
+        if name != "check_adapter":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .adapters.serving import check_adapter
+
+        return check_adapter
+
+
 __all__ = [
     "AdapterMapping",
     "Coverage",
@@ -42,6 +56,7 @@ __all__ = [
     "__version__",
     "apply_lora",
     "check",
+    "check_adapter",
     "combine_adapters",
     "coverage",
     "estimate",

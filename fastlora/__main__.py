@@ -13,6 +13,7 @@ import torch
 from .adapters.combine import combine_adapters
 from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
+from .adapters.serving import SERVERS, check_adapter
 from .doctor import examine
 from .doctor.launches import NAMES, Asked
 from .tuning import command as tune
@@ -72,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(report)
         if plot:
             report.plot(plot)
-        if command != "tune":
+        if command not in ("tune", "check-adapter"):
             print(_written(output))
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {command}: {error}\n")
-    return 0
+    return int(command == "check-adapter" and not (report.fixed or report).loads)
 
 
 def _written(output: str | None) -> str:
@@ -135,10 +136,11 @@ def _add_adapters(commands: Any) -> None:
         ),
         ("combine", combine_adapters, "write the weighted sum of several adapters as one adapter"),
         ("export-gguf", export_gguf, "write an adapter as a file for llama.cpp"),
+        ("check-adapter", check_adapter, "say which parts of an adapter a server doesn't load"),
     ):
         parsers.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
         parsers[-1].set_defaults(run=run)
-    resize, combine, export = parsers
+    resize, combine, export, check = parsers
     resize.add_argument("adapter", metavar="FOLDER")
     resize.add_argument("--energy", type=float, help="share of the squared singular values to keep")
     resize.add_argument("--output", metavar="FOLDER", help="folder for the cut adapter")
@@ -154,6 +156,11 @@ def _add_adapters(commands: Any) -> None:
         "--model-config", metavar="FOLDER", required=True, help="folder of the base model"
     )
     export.add_argument("--dtype", default="f32", help="f32, f16 or q8_0 (%(default)s)")
+    check.add_argument("folder", metavar="FOLDER")
+    check.add_argument("--for", dest="server", choices=SERVERS, required=True, help="the server")
+    check.add_argument("--base", metavar="CONFIG", help="folder or config.json of the base model")
+    check.add_argument("--fix", metavar="FOLDER", help="new folder for a mended adapter")
+    check.add_argument("--max-lora-rank", type=_rank, metavar="R", help="the server's option")
 
 
 def _shape(text: str) -> tuple[int, int, int]:

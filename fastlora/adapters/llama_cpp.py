@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..foreign import optional
 from ..layers.modules import some
-from ..model.files import check_folder, read_json, write_whole
+from ..model.files import check_folder, read_config, read_json, write_whole
 from ..text import shown
 from .stored import Stored, is_copy, open_adapter
 
@@ -85,7 +85,7 @@ def export_gguf(
             if not layer.is_parameter:
                 _check_place(name, (lora_a.shape[2], lora_b.shape[1]), config)
             lora_b = lora_b * (scale * lora_b.shape[2] / alpha)  # llama.cpp's scale is alpha / r
-            for part, part_of_b in _parts(name, lora_b, config).items():
+            for part, part_of_b in parts_of(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
                 if to is None or (part == "lm_head" and tied):
                     raise ValueError(
@@ -111,21 +111,7 @@ def _is_adapter(path: Path) -> bool:
 
 def _config_of(model_config: Any) -> Mapping[str, Any]:
     """The model's config as a dict.  Raises ValueError for an unsupported model."""
-    if isinstance(model_config, str | os.PathLike):
-        path = Path(model_config) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} doesn't exist: give the folder of the adapter's base model, or its "
-                "config, such as AutoConfig.from_pretrained(name)"
-            )
-        config = read_json(path)
-    elif hasattr(model_config, "to_dict"):
-        config = model_config.to_dict()
-    else:
-        raise TypeError(
-            f"model_config is {shown(model_config)}, but must be a transformers config, or a "
-            "folder that has config.json"
-        )
+    config = read_config(model_config)
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if str(kind) not in _NAMES:
         raise ValueError(
@@ -179,7 +165,7 @@ def _check_place(name: str, features: tuple[int, int], config: Mapping[str, Any]
         )
 
 
-def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def parts_of(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """lora_b [E, q, r], divided among llama.cpp's weights, by their names in transformers."""
     kind, (module, _, last) = config["model_type"], name.rpartition(".")
     if last == "gate_up_proj" and module.endswith("experts"):

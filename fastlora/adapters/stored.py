@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,10 @@ from ..layers.experts import stacked
 from ..layers.modules import called, some
 from ..model import files
 from ..model.adapter_config import as_trained, from_peft
-from ..model.config import LoRAConfig, names_any, weight_of
-from ..model.files import CONFIG, WEIGHTS
-from ..model.tensors import name_of, pairs_of
+from ..model.config import LoRAConfig, weight_of
+from ..model.files import CONFIG, WEIGHTS, name_of
+from ..model.tensors import pairs_of
 from ..projection import Adapter
-
-# PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.
-_IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Layer(NamedTuple):
@@ -92,7 +89,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     experts: set[str] = set()
     names: list[str] = []
     for module in dict.fromkeys(map(_module_of, inside)):
-        weights = _weights_in(module, config)
+        weights = config.weights_in(module)
         experts.update(weights)
         names += weights or [module]
     pairs = pairs_of(names, experts)
@@ -136,18 +133,6 @@ def _module_of(key: str) -> str:
     while len(parts) > 1 and parts[-1] == "base_layer":
         parts.pop()
     return ".".join(parts)
-
-
-def _weights_in(module: str, config: LoRAConfig) -> list[str]:
-    """The names of this module's weights in target_parameters, in the module's order."""
-    endings: Collection[str] = set()
-    for wanted in config.target_parameters or ():
-        owner, _, last = wanted.rpartition(".")
-        if last != "weight" and names_any([owner or "experts"], module):
-            endings = {*endings, last}
-    if len(endings) > 1:  # for other names, PEFT's order of nesting is unknown
-        endings = [last for last in _IN_ORDER if last in endings]
-    return [f"{module}.{last}".lstrip(".") for last in endings]
 
 
 def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:

@@ -92,7 +92,7 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
             "with PEFT"
         )
     ours["init_lora_weights"] = True
-    return _config(ours, source)
+    return config_of(ours, source)
 
 
 def as_config(config: object) -> LoRAConfig:
@@ -124,7 +124,7 @@ def _from_live_peft(config: Any) -> LoRAConfig:
             f"{source} has no target_modules, and fastlora doesn't have PEFT's table of defaults: "
             'name the layers, such as target_modules=["q_proj", "v_proj"] or "all-linear"'
         )
-    return _config(ours, source)
+    return config_of(ours, source)
 
 
 def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
     return {name: value for name, value in values.items() if name in _OURS}
 
 
-def _config(ours: dict[str, Any], source: str) -> LoRAConfig:
+def config_of(ours: dict[str, Any], source: str) -> LoRAConfig:
     ours.setdefault("lora_alpha", 8)  # PEFT's default
     for name in ("rank_pattern", "alpha_pattern"):
         ours[name] = ours.get(name) or {}

@@ -14,6 +14,8 @@ from ..text import shown
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
+# PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.
+IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 _OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r"}  # too far from "r" for difflib
 _ONLY_PEFT_S = {
     "use_dora", "lora_bias", "loftq_config", "eva_config", "layer_replication", "use_qalora",
@@ -185,6 +187,15 @@ class LoRAConfig:
     def names_weight_of(self, name: str) -> bool:
         """Whether ``target_parameters`` names the weight of the layer of this name."""
         return names_any(self.target_parameters or (), weight_of(name))
+
+    def weights_in(self, module: str) -> list[str]:
+        """The names of an experts module's weights in ``target_parameters``, as PEFT nests them."""
+        parts = [wanted.rpartition(".") for wanted in self.target_parameters or ()]
+        owners = [(owner or "experts", last) for owner, _, last in parts if last != "weight"]
+        endings = {last for owner, last in owners if names_any([owner], module)}
+        # For other names, PEFT's order of nesting is unknown.
+        known = [last for last in IN_ORDER if last in endings] if len(endings) > 1 else endings
+        return [f"{module}.{last}".lstrip(".") for last in known]
 
     def _name_in_patterns(self, name: str) -> str:
         return weight_of(name) if self.names_weight_of(name) else name

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..text import shown
 from .config import kind_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."  # of PEFT's keys
 # Incomplete files are in a scratch folder, named by this prefix, the host and a random suffix.
 _SCRATCH, _HOST = ".fastlora-", re.sub(r"[^\w.]", "_", platform.node())[:64] + "-"
 _OLD = 3600.0  # seconds without a change, after which another host's scratch folder is deleted
@@ -95,6 +97,24 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply to be a config") from None
 
 
+def read_config(model_config: Any) -> Any:
+    """The content of a transformers config, of a config.json, or of the folder that holds it."""
+    if hasattr(model_config, "to_dict"):
+        return model_config.to_dict()
+    if not isinstance(model_config, str | os.PathLike):
+        raise TypeError(
+            f"model_config is {shown(model_config)}, but must be a transformers config, or a "
+            "folder that has config.json"
+        )
+    path = Path(model_config, "" if str(model_config).endswith(".json") else "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} doesn't exist: give the folder of the adapter's base model, or its "
+            "config, such as AutoConfig.from_pretrained(name)"
+        )
+    return read_json(path)
+
+
 def read_header(path: Path) -> dict[str, Planned]:
     """Shape and dtype of each tensor in a safetensors file, by key; no tensor is loaded.
 
@@ -122,6 +142,11 @@ def _opened(path: Path, problem: str) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is {problem}: {error}") from None
+
+
+def name_of(key: str) -> str:
+    """The parameter's name in the model, from its key in the file."""
+    return key.removeprefix(PREFIX)
 
 
 def size_of(tensors: Mapping[str, Planned]) -> int:

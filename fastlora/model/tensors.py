@@ -14,21 +14,20 @@ from ..layers.expert_layer import ExpertsWeight
 from ..layers.modules import called, full_name, lora_layers, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, is_inside
-from .files import Planned, read_tensors
+from .files import PREFIX, Planned, name_of, read_tensors
 from .targets import Targets, embeddings_of, find_targets, modules_to_save, trained_biases
 
 if TYPE_CHECKING:
     from .inject import Injection
 
 AUTO = "auto"
-_PREFIX = "base_model.model."
 # PEFT's wrapper of modules_to_save holds two copies of biases (bias="all") and embeddings.  PEFT
 # writes both under these keys; they are ignored.
 _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.([^.]*bias|weight)$")
 
 
 def _key(module: str, parameter: str) -> str:
-    return _PREFIX + full_name(module, parameter)
+    return PREFIX + full_name(module, parameter)
 
 
 def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tensor]:
@@ -179,11 +178,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
         one.dtype == other.dtype
         and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
     )
-
-
-def name_of(key: str) -> str:
-    """The parameter's name in the model, from its key in the file."""
-    return key.removeprefix(_PREFIX)
 
 
 def check_planned(

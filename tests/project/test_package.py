@@ -203,6 +203,7 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
     expected = {str(path.relative_to(ROOT)) for path in FILES}
     expected |= {f"fastlora/kernels/{path.name}" for path in KERNELS}
     expected |= {"fastlora/py.typed"}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastlora").rglob("*.json")}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

@@ -68,7 +68,8 @@ def test_every_module_that_reads_files_is_listed():
         if {"read_text", "read_bytes", "open", "fromfile", "memmap"} & set(attributes):
             opening.setdefault(file, [])
     assert opening.keys() == {
-        *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored")),
+        *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored", "servers/facts")),
+        "fastlora/adapters/servers/rules.py",  # the JSON files beside it
         "fastlora/doctor/machine.py",  # /proc/cpuinfo
         "fastlora/cache.py",  # results of verification and tuning, which are JSON to
         "fastlora/backends/triton/verification.py",  # which also reads /sys/module/nvidia/version

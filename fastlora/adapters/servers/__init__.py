@@ -1,0 +1,1 @@
+"""Rules of servers on adapters: one file for each server, read in the server's source."""

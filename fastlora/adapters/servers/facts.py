@@ -1,0 +1,109 @@
+"""The facts on a saved adapter that the rules of servers read: settings, and headers of tensors."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...model import files
+from ...model.adapter_config import config_of
+from ...model.config import LoRAConfig
+from ...model.files import CONFIG, WEIGHTS
+from ...text import shown
+
+# The kinds of tensors, by their keys; the first match counts, and its group is the name.
+_KINDS = {
+    "expert": r"(.*\.experts\.\d+\..*)\.lora_[AB]\.weight",
+    "head": r"(.*\b(?:lm_head|unembed_tokens))\.lora_[AB]\.weight",
+    "lora": r"(.*)\.lora_[AB]\.weight", "embedding": r"(.*)\.lora_embedding_[AB]",
+    "bias_of_b": r"(.*)\.lora_[AB]\.bias", "magnitude": r"(.*)\.lora_magnitude_vector.*",
+    "copy": r"(.*)\.base_layer\.weight", "full": r"(.*?)(?:\.base_layer)?(?:\.\w+)?",
+}  # fmt: skip
+PAIRED = "lora expert head stack embedding"  # the kinds of lora_A and lora_B
+_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class Item(NamedTuple):
+    """A tensor, a setting, or a name in target_modules.
+
+    Kinds of lora_A and lora_B: "head" of an output head, "expert" of one expert's layer, "stack" of
+    the weights of all experts, which target_parameters names, "embedding", and "lora" of any other
+    layer.  A "copy" is a frozen tensor of the base.
+    """
+
+    name: str  # of the module, of the experts' weight, or of the setting
+    kind: str  # a key of _KINDS, or of PAIRED; "" for a setting; "target" in target_modules
+    value: Any  # the tensor's Planned, or the setting's value
+    key: str = ""  # the tensor's key in the file
+    rule: Any = None  # the server's Rule, or None if the server loads it
+
+    @property
+    def last(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def side(self) -> str:
+        """ "A" or "B", for lora_A or lora_B."""
+        return self.key.removesuffix(".weight")[-1]
+
+
+class Facts(NamedTuple):
+    """An adapter, with the config of its base model if it is known."""
+
+    path: Path
+    settings: dict[str, Any]
+    config: LoRAConfig  # only ranks and scales
+    items: list[Item]
+    pairs: dict[str, dict[str, Item]]  # the items of lora_A and lora_B, by name and side
+    base: dict[str, Any]  # the base model's config
+    incomplete: set[str]  # modules with adapters of single experts, but not on all of their layers
+    max_lora_rank: int | None
+
+
+def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) -> Facts:
+    """Read an adapter's config and the header of its weights; no tensor is loaded.
+
+    Raises the errors of ``load_adapter`` for a folder, and ValueError for a base without a
+    model_type.
+    """
+    files.check_files(path := files.check_folder(folder))
+    settings, base = files.read_json(path / CONFIG), _base(base)
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
+    config = config_of({k: v for k, v in settings.items() if k in _READ}, str(path / CONFIG))
+    items = [Item(name, "", value) for name, value in settings.items()]
+    if isinstance(targets := settings.setdefault("target_modules", None), list):
+        items += [Item(str(name), "target", None) for name in targets]
+    items += [
+        _item(key, header, config) for key, header in files.read_header(path / WEIGHTS).items()
+    ]
+    pairs: dict[str, dict[str, Item]] = {}
+    for item in items:
+        if item.kind in PAIRED.split():
+            pairs.setdefault(item.name, {})[item.side] = item
+    numbers = re.findall(r"(\S*\.experts)\.(\d+)\.", "\n".join(pairs))
+    experts = max(*(base.get(each) or 0 for each in _COUNTS), *(int(n) + 1 for _, n in numbers))
+    layers = Counter(module for module, _ in numbers)
+    incomplete = {module for module, count in layers.items() if count < 3 * experts}
+    return Facts(path, settings, config, items, pairs, base, incomplete, max_lora_rank)
+
+
+def _item(key: str, header: Any, config: LoRAConfig) -> Item:
+    found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
+    kind, name = next((kind, files.name_of(match[1])) for kind, match in found if match)
+    module = re.sub(r"(\.base_layer)+$", "", name)
+    weights, outside = config.weights_in(module), name.count(".base_layer")
+    if kind == "lora" and outside < len(weights):
+        return Item(weights[-1 - outside], "stack", header, key)
+    return Item(name, kind, header, key)
+
+
+def _base(base: Any) -> dict[str, Any]:
+    """The config of the base's language model; its model_type is "?" if the base is unknown."""
+    config: Any = {"model_type": "?"} if base is None else files.read_config(base)
+    if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"base is {shown(base)}, but its config must have a model_type")
+    return {**config, **(config.get("text_config") or {})}

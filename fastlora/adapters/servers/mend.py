@@ -1,0 +1,92 @@
+"""Rewrite an adapter in the form that a server loads; it computes the same."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...model.config import IN_ORDER, names_any
+from ...model.tensors import pairs_of
+from ...projection import Adapter
+from ..llama_cpp import parts_of
+from ..stored import flat, open_adapter
+from .facts import Facts
+from .rules import Server
+
+_Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]  # lora_a [E, r, in], lora_b [E, out, r]
+
+
+def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors of the same adapter in the server's form.
+
+    Ranks become uniform by rows of zeros.  The most common scale is the config's, and the ratio of
+    any other scale is multiplied into lora_B, which becomes float32 if its dtype can't hold the
+    product exactly.  Raises the errors of ``resize_adapter`` for a folder.
+    """
+    stored, kind = open_adapter(facts.path), facts.base["model_type"]
+    renames = server.renames[""] | server.renames.get(kind, {})
+    splits = server.stacks != "*" and kind not in server.stacks.split()
+
+    def renamed(name: str) -> str:
+        name = ".".join(renames.get(part, part) for part in name.split("."))
+        return f"model.{name}" if server.roots and name.startswith("layers.") else name
+
+    pairs: _Pairs = {}
+    for name, layer in stored.layers.items():
+        pair = stored.read(name)
+        parts = _split(name, pair, kind) if layer.is_parameter and splits else {name: pair}
+        pairs |= {renamed(part): (own, layer.dtype) for part, own in parts.items()}
+    for whole, *its_parts in server.fuses:
+        _fuse(pairs, whole, its_parts)
+    stacks = {renamed(n) for n, layer in stored.layers.items() if layer.is_parameter and not splits}
+    settings, tensors = _uniform(pairs, stacks, stored.settings.get("target_modules"))
+    return stored.settings | settings, tensors | stored.read_others()
+
+
+def _split(name: str, stack: Adapter[Tensor], kind: str) -> dict[str, Adapter[Tensor]]:
+    """The layers of a stack's experts."""
+    return {
+        "{1}.{0}.{2}".format(i, *part.rsplit(".", 1)): Adapter(lora_a[None], b[None], stack.scale)
+        for part, lora_b in parts_of(name, stack.lora_b, {"model_type": kind}).items()
+        for i, (lora_a, b) in enumerate(zip(stack.lora_a, lora_b, strict=True))
+    }
+
+
+def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
+    """Replace layers of one x by one layer, A = [A₁; A₂; …] and B = diagonal(B₁, B₂, …)."""
+    for module in [name.removesuffix(parts[0]) for name in pairs if name.endswith(f".{parts[0]}")]:
+        if all(module + part in pairs for part in parts):  # else a size is unknown
+            found, dtypes = zip(*(pairs.pop(module + part) for part in parts), strict=True)
+            scale = found[0].scale or 1.0
+            lora_a = torch.cat([each.lora_a for each in found], 1)
+            blocks = [each.lora_b[0] * (each.scale / scale) for each in found]
+            pairs[module + whole] = (
+                Adapter(lora_a, torch.block_diag(*blocks)[None], scale),
+                dtypes[0],
+            )
+
+
+def _uniform(pairs: _Pairs, stacks: set[str], targets: Any) -> tuple[dict, dict[str, Tensor]]:
+    """The settings and tensors of an adapter with one rank and one scale."""
+    scales = Counter(pair.scale for pair, _ in pairs.values() if pair.scale)
+    scale = scales.most_common(1)[0][0] if scales else 1.0
+    r = max(pair.lora_a.shape[1] for pair, _ in pairs.values())
+    names = sorted(pairs, key=lambda name: name.endswith(f".{IN_ORDER[-1]}"))  # as PEFT nests
+    tensors: dict[str, Tensor] = {}
+    for name, keys in pairs_of(names, stacks).items():
+        (lora_a, lora_b, own), dtype = pairs[name]
+        lora_a = pad(lora_a, (0, 0, 0, r - lora_a.shape[1]))
+        lora_b = pad(lora_b * (own / scale), (0, r - lora_b.shape[2]))
+        if not lora_b.to(dtype).double().equal(lora_b):
+            dtype = torch.promote_types(dtype, torch.float32)
+        tensors |= zip(keys, flat(name, Adapter(lora_a, lora_b), dtype), strict=True)
+    layers = [name for name in names if name not in stacks]
+    if layers and not (isinstance(targets, list) and all(names_any(targets, n) for n in layers)):
+        targets = sorted({name.rpartition(".")[2] for name in layers})
+    return {
+        "r": r, "lora_alpha": scale * r, "use_rslora": False, "rank_pattern": {},
+        "alpha_pattern": {}, "target_modules": targets,
+        "target_parameters": sorted({".".join(n.split(".")[-2:]) for n in stacks}) or None,
+    }, tensors  # fmt: skip

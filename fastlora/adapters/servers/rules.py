@@ -1,0 +1,123 @@
+"""A server's rules for adapters, read from its JSON file in this folder.
+
+A condition of a rule is a function of an item, the facts, and the words after the condition.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from .facts import PAIRED, Facts, Item
+
+SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
+# SGLang's names of layers that it stacks.
+_STACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_STACKED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
+
+def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether the tensor's rank isn't the config's."""
+    r, shape = facts.config.rank_of(item.name), item.value.shape
+    there = shape[0 if item.side == "A" else -1] if shape else 0
+    return there % r > 0 if item.kind == "stack" else there != r
+
+
+def has_other_vocabulary(item: Item, facts: Facts, words: list[str]) -> bool:
+    size = item.value.shape[-1]
+    return item.side == "A" and size != facts.base.get("vocab_size", size)
+
+
+def is_single(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether the server reads this layer together with another, "this:other", without adapter."""
+    other = dict(word.split(":") for word in words).get(item.last)
+    return other is not None and item.name.removesuffix(item.last) + other not in facts.pairs
+
+
+def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether target_modules is a list without these layers, or without the item's."""
+    targets, stacked = facts.settings["target_modules"], _STACKED.get(item.last, item.last)
+    lasts = {str(name).rpartition(".")[2] for name in targets or ()}
+    lasts = {_STACKED.get(last, last) for last in lasts}
+    return isinstance(targets, list) and not lasts.issuperset(words or [stacked])
+
+
+def has_rank_above(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether a rank is above max_lora_rank, or above its default."""
+    limit = facts.max_lora_rank or int(words[0])
+    return max(facts.config.r, *facts.config.rank_pattern.values(), 0) > limit
+
+
+CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
+    "last": lambda item, facts, words: item.last in words,
+    "last not": lambda item, facts, words: item.last not in words,
+    "base": lambda item, facts, words: facts.base["model_type"] in words,  # "?" if it is unknown
+    "base not": lambda item, facts, words: facts.base["model_type"] not in words,
+    # regular expressions in the tensor's key, or in the setting's value
+    "form": lambda item, facts, words: re.search(words[0], item.key or str(item.value)) is not None,
+    "on": lambda item, facts, words: item.value not in (None, False, "", [], {}, "none"),
+    "half": lambda item, facts, words: len(facts.pairs[item.name]) < 2,
+    "integer": lambda item, facts, words: not getattr(item.value.dtype, "is_floating_point", False),
+    "other rank": has_other_rank,
+    "other vocabulary": has_other_vocabulary,
+    "incomplete": lambda item, facts, words: item.name.rsplit(".", 2)[0] in facts.incomplete,
+    "single": is_single,
+    "untargeted": is_untargeted,
+    "rank above": has_rank_above,
+    "unadapted": lambda item, facts, words: item.name not in facts.pairs,
+    "tied": lambda item, facts, words: facts.base.get("tie_word_embeddings", True),  # the default
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A server's treatment of some tensors or settings.
+
+    ``what``: their kinds, or the settings' names; "pair" is lora_A and lora_B of any kind.
+    ``when``: further CONDITIONS, with their words.  ``verdict``: "rejected",
+    "ignored" or "unknown".  ``source``: a file in the server's repository.  ``mend``: "fix" for
+    ``--fix``, "option" for an option of the server, or nothing.
+    """
+
+    what: str
+    verdict: str
+    says: str
+    source: str
+    todo: str
+    mend: str = ""
+    when: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        fix = " (--fix does it)" if self.mend == "fix" else ""
+        return f"{self.says} [{self.source}]. {self.todo}{fix}."
+
+
+class Server(SimpleNamespace):
+    """A server's rules in order, and the form that ``--fix`` writes for it.
+
+    ``sets``: words that the file's conditions write as @name.  ``stacks``: model_types whose stacks
+    of experts it reads, or "*".  ``fuses``: lists of a layer and its parts.  ``renames``: new
+    parts of names, by model_type; "" means any model.  ``roots``: whether names must begin at the
+    model with the head.
+    """
+
+    def rule_of(self, item: Item, facts: Facts) -> Rule | None:
+        """The first rule for this item; without one, the server loads it."""
+        return next((rule for rule in self.rules if self._applies(rule, item, facts)), None)
+
+    def _applies(self, rule: Rule, item: Item, facts: Facts) -> bool:
+        return (item.kind or item.name) in rule.what.replace("pair", PAIRED).split() and all(
+            CONDITIONS[name](item, facts, words.split()) for name, words in rule.when.items()
+        )
+
+
+def read_server(name: str) -> Server:
+    """The server of this name.  Raises ValueError for a name that isn't in SERVERS."""
+    if name not in SERVERS:
+        raise ValueError(f"server is {name!r}, but must be one of {', '.join(SERVERS)}")
+    text = (Path(__file__).parent / f"{name}.json").read_text()
+    sets = json.loads(text)["sets"]
+    values = json.loads(re.sub(r"@(\w+)", lambda found: sets[found[1]], text))
+    return Server(name=name, **values | {"rules": [Rule(**row) for row in values["rules"]]})
