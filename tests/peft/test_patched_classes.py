@@ -130,16 +130,8 @@ if BITSANDBYTES:
             lambda: one(quantized("nf4", K, N)),
             {},
         ),
-        "PEFT's layer of bitsandbytes'": (
-            bnb.Linear4bit,
-            lambda: one(quantized("nf4", K, N)),
-            {},
-        ),
-        "lora_A over bitsandbytes' layer": (
-            nn.Linear,
-            lambda: one(quantized("nf4", K, N)),
-            {},
-        ),
+        "PEFT's layer of bitsandbytes'": (bnb.Linear4bit, lambda: one(quantized("nf4", K, N)), {}),
+        "lora_A over bitsandbytes' layer": (nn.Linear, lambda: one(quantized("nf4", K, N)), {}),
     }
 
 
