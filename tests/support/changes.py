@@ -221,6 +221,17 @@ def _give_bias(state: State) -> None:
     base.bias = None if base.bias is not None and not isinstance(base, Conv1D) else bias
 
 
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def _change_class(state: State) -> None:
+    base = state.base()
+    if isinstance(base, nn.Linear) and type(base).__module__ in (nn.Linear.__module__, __name__):
+        base.__class__ = nn.Linear if isinstance(base, _Doubled) else _Doubled
+
+
 def _freeze_one(state: State) -> None:
     state.draw.choice([p for p in state.model.parameters() if p.requires_grad]).requires_grad_(
         False
@@ -400,7 +411,8 @@ def _set_scaling(state: State, as_is: Callable = float) -> None:
 
 def _edit_dropout(state: State) -> None:
     layer, name = _of(state)
-    if isinstance(layer.lora_dropout[name], nn.Dropout):
+    # PEFT draws other masks, so a model that is compared with PEFT's never drops.
+    if state.p and isinstance(layer.lora_dropout[name], nn.Dropout):
         layer.lora_dropout[name].p = state.draw.choice((0.0, 0.25, 0.5))
 
 
@@ -463,6 +475,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "bias": _give_bias,
         "tied": _tie,
         "base-trains": _train_base,
+        "base-cast": lambda state: state.base().to(state.draw.choice([*_TOLERANCES])),
         "parametrized": lambda state: parametrize.register_parametrization(
             state.base(), "weight", _Grown()
         ),
@@ -517,6 +530,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "dropout-replaced": _replace_dropout,
         "dropout-mode": _flip_dropout,
         "hotswap": _hotswap,
+        "class": _change_class,
         "casting": lambda state: _flip(state, "cast_input_dtype_enabled"),
         "pair": _replace_pair,
         "variant-dropped": lambda state: state.layer().lora_variant.clear(),
