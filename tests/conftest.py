@@ -32,6 +32,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from marks import DEVICE, wants_equal_bits
 from marks import pytest_itemcollected as pytest_itemcollected
 
@@ -40,6 +41,12 @@ from fastlora.backends import products
 
 if DEVICE != "cpu":
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
+
+# The same cases in each run.  `--hypothesis-profile=long` tries many others.
+_ALWAYS = {"deadline": None, "database": None, "suppress_health_check": [*HealthCheck]}
+settings.register_profile("same", derandomize=True, phases=[Phase.generate], **_ALWAYS)
+settings.register_profile("long", max_examples=1000, stateful_step_count=20, **_ALWAYS)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(config, items):

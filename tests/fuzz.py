@@ -5,8 +5,7 @@
 
 ``--only`` takes cases that have all of these words, such as "many bf16-f32 autocast".
 ``--backend``: torch; interpreter (Triton's); machine (tools/machine runs the code that Triton
-compiles for sm_90). The values "compiled" and "kept" select other cases: models whose state changes
-between calls, which are compiled or use the records that earlier calls cached on the modules.
+compiles for sm_90).
 """
 
 import argparse
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BACKENDS = ("torch", "interpreter", "machine", "compiled", "kept")
+BACKENDS = ("torch", "interpreter", "machine")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,11 +88,6 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
         sys.path.insert(0, str(TESTS / "support"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if backend in ("compiled", "kept"):
-        from compiled_states import Case, KeptCase, check
-
-        yield KeptCase if backend == "kept" else Case, check
-        return
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
     if backend != "machine":

@@ -1,6 +1,8 @@
 """The base layers that apply_lora and optimize accept: both must give the same answer."""
 
 import re
+from collections.abc import Callable
+from operator import methodcaller
 
 import peft
 import pytest
@@ -63,31 +65,9 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def packed_weight(linear: nn.Linear) -> None:
-    linear.weight = frozen(linear.weight.detach().as_subclass(Packed))
-
-
-def packed_bias(linear: nn.Linear) -> None:
-    linear.bias = frozen(linear.bias.detach().as_subclass(Packed))
-
-
-def sparse(linear: nn.Linear) -> None:
-    linear.weight = frozen(linear.weight.detach().to_sparse_csr())
-
-
-def deep(linear: nn.Linear) -> None:
-    linear.weight = frozen(linear.weight.detach()[None])
-
-
-def flat(linear: nn.Linear) -> None:
-    linear.weight = frozen(linear.weight.detach().flatten())
-
-
-def dtyped(dtype: torch.dtype):
-    def change(linear: nn.Linear) -> None:
-        linear.weight = frozen(linear.weight.detach().to(dtype))
-
-    return change
+def replaced(change: Callable, name: str = "weight") -> Callable:
+    """Replaces a layer's weight or bias by a frozen one with these changes."""
+    return lambda linear: setattr(linear, name, frozen(change(getattr(linear, name).detach())))
 
 
 TAKEN = {
@@ -103,14 +83,21 @@ CLASSES = {
     "call": (lambda: Called(8, 6), "a Called (Called.__call__ isn't torch.nn.Module's)"),
 }
 TENSORS = {
-    "packed": (packed_weight, r"weight .*of class Packed \(quantized\?\)"),
-    "packed-bias": (packed_bias, r"bias is of class Packed \(quantized\?\)"),
-    "sparse": (sparse, "weight .*has layout torch.sparse_csr"),
-    "3-d": (deep, r"weight .*has shape \(1, 6, 8\)"),
-    "1-d": (flat, r"weight .*has shape \(48,\)"),
-    "int8": (dtyped(torch.int8), "weight .*has dtype torch.int8"),
-    "float8": (dtyped(torch.float8_e4m3fn), "weight .*has dtype torch.float8_e4m3fn"),
-    "complex": (dtyped(torch.complex64), "weight .*has dtype torch.complex64"),
+    "packed": (
+        replaced(lambda weight: weight.as_subclass(Packed)),
+        r"weight .*of class Packed \(quantized\?\)",
+    ),
+    "packed-bias": (
+        replaced(lambda bias: bias.as_subclass(Packed), "bias"),
+        r"bias is of class Packed \(quantized\?\)",
+    ),
+    "sparse": (replaced(torch.Tensor.to_sparse_csr), "weight .*has layout torch.sparse_csr"),
+    "3-d": (replaced(lambda weight: weight[None]), r"weight .*has shape \(1, 6, 8\)"),
+    "1-d": (replaced(torch.flatten), r"weight .*has shape \(48,\)"),
+    **{
+        str(dtype): (replaced(methodcaller("to", dtype)), f"weight .*has dtype {dtype}")
+        for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64)
+    },
 }
 
 

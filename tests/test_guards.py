@@ -22,6 +22,12 @@ def read_anew(model: nn.Module, *inputs):
     return model(*inputs)
 
 
+def own_model() -> tuple[nn.Module, torch.Tensor]:
+    """A model with one adapted layer, ``up``, and an input of that layer."""
+    model = randomize(adapt(Mlp(), target_modules=["up"]))
+    return model, torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+
+
 def two_adapters() -> nn.Module:
     model = mlp()
     model.add_adapter("b", other_config(target_modules=["up", "down"]))
@@ -53,16 +59,12 @@ def test_untying_gate_and_up_is_seen(how):
         model.load_state_dict(model.state_dict() | new, assign=True)
         assert torch.equal(model(x), read_anew(model, x))
     else:
+        # a copy has no cached records
         got, expected = [
             torch.func.functional_call(each, new, (x,), tie_weights=False)
-            for each in (model, _forgotten(model))
+            for each in (model, copy.deepcopy(model))
         ]
         assert torch.equal(got, expected)
-
-
-def _forgotten(model: nn.Module) -> nn.Module:
-    """A copy without cached records."""
-    return copy.deepcopy(model)
 
 
 def test_a_change_by_another_thread_during_a_read_is_seen():
@@ -80,7 +82,7 @@ def test_a_change_by_another_thread_during_a_read_is_seen():
 
 
 def test_an_own_layer_that_changes_while_it_is_read_is_read_again():
-    model = randomize(adapt(Mlp(), target_modules=["up"]))
+    model, x = own_model()
     read = type(model.up).read
 
     def changing(layer):
@@ -88,7 +90,6 @@ def test_an_own_layer_that_changes_while_it_is_read_is_read_again():
         layer.scaling = 7.0
         return found
 
-    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
     with mock.patch.object(type(model.up), "read", changing):
         model(x)
     assert torch.equal(model(x), read_anew(model, x))
@@ -106,9 +107,8 @@ def test_a_list_of_active_adapters_of_a_class_of_its_own_is_looked_into():
 
 
 def test_a_layer_of_another_class_is_read_again():
-    model = randomize(adapt(Mlp(), target_modules=["up"]))
+    model, x = own_model()
     kind = type(model.up)
-    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
     model(x)
     model.up.__class__ = type("Scaled", (kind,), {"scaling": property(lambda layer: 7.0)})
     assert torch.equal(model(x), read_anew(model, x))
@@ -134,8 +134,7 @@ def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
 
 
 def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
-    model = randomize(adapt(Mlp(), target_modules=["up"]))
-    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+    model, x = own_model()
     before = model.up(x)
     cached = vars(model.up)["_fastlora_record_followed"]
 

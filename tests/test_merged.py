@@ -5,7 +5,7 @@ The original bits also return after an error in the block.
 
 import pytest
 import torch
-from compiled_states import KINDS as MODELS
+from model_kinds import KINDS as MODELS
 from models import Mlp, Tied, adapt, randomize
 from peft_models import adapted
 from torch import Tensor, nn

@@ -173,11 +173,7 @@ def other_layers_of_another_base(folders):
 
 
 BAD = {
-    "no-layer": (
-        other_layers,
-        {},
-        r"b and .*c share no layer \(model.*; up\): are they",
-    ),
+    "no-layer": (other_layers, {}, r"b and .*c share no layer \(model.*; up\): are they"),
     "no-layer-of-no-base": (other_layers_of_another_base, {}, "share no layer"),
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),

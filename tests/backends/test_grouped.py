@@ -65,8 +65,7 @@ def test_nothing_of_the_weight_s_size_is_made(p):
 
 
 @pytest.mark.parametrize(
-    ("trained", "products"),
-    [("x", 3), ("weight", 1), ("lora_a", 2), ("lora_b", 1), ("bias", 0)],
+    ("trained", "products"), [("x", 3), ("weight", 1), ("lora_a", 2), ("lora_b", 1), ("bias", 0)]
 )
 def test_only_the_gradients_asked_for_are_computed(trained, products):
     experts = make_experts(3, 16, 8, 4, torch.float32, bias=True)

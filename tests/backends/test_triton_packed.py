@@ -8,14 +8,7 @@ import torch
 from judge import ends_of, make_projection
 from kernel_cases import recorded
 from marks import DEVICE
-from packed import (
-    random_float8,
-    random_four_bit,
-    random_int8,
-    random_mxfp4,
-    random_nvfp4,
-    stack,
-)
+from packed import random_float8, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 import fastlora
 from fastlora.backends.triton import at_once, experts

@@ -187,35 +187,44 @@ def test_a_wrong_mask_is_seen(monkeypatch):
     agree(found, step(x, layers, 0.3, "torch"))
 
 
-@pytest.mark.parametrize("kind", ["experts", "many"])
-def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
-    def call(backend):
-        torch.manual_seed(1)
-        x, weight = torch.randn(60, K), torch.randn(3, 24, K)
-        a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
-        ends = torch.tensor([20, 41, 60], dtype=torch.int32)
-        with fastlora.use_backend(backend):
-            if kind == "experts":
-                y = fastlora.grouped_lora_linear(x, weight, a, b, ends)
-            else:
-                indices = torch.arange(60) % 3
-                y = fastlora.multi_lora_linear(x, weight[0], a, b, indices, scales=[1.0, 2.0, 0.5])
-            return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
+ENDS = [20, 41, 60]
 
-    agree(call("triton"), call("torch"))
+
+def segments_call(kind="experts", backend="triton", ends=ENDS, scale=1.0):
+    """y and the adapters' gradients: three experts, or three adapters of one weight."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(60, K), torch.randn(3, 24, K)
+    a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
+    with fastlora.use_backend(backend):
+        if kind == "experts":
+            ends = torch.tensor(ends, dtype=torch.int32)
+            y = fastlora.grouped_lora_linear(x, weight, a, b, ends, scale=scale)
+        else:
+            indices = torch.arange(60) % 3
+            y = fastlora.multi_lora_linear(x, weight[0], a, b, indices, scales=[1.0, 2.0, 0.5])
+        return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
+
+
+def swap_segments(monkeypatch, *names):
+    """These kernels take the rows of the last segment for others."""
+    for name in names:
+        real = getattr(kernels, name)
+
+        def cut(*arguments, real=real, **options):
+            return real(*arguments, **options | {"ends": torch.clamp(options["ends"], max=41)})
+
+        monkeypatch.setattr(kernels, name, cut)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("experts", "gemm_lowrank"), ("many", "lowrank")])
+def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind, name):
+    agree(segments_call(kind), segments_call(kind, "torch"))
     assert not faults()
     forget(monkeypatch, tmp_path / "another")
-    real = kernels.lowrank if kind == "many" else kernels.gemm_lowrank
-
-    def swapped(out, *arguments, **options):
-        ends = options["ends"]
-        return real(out, *arguments, **options | {"ends": torch.clamp(ends, max=41)})
-
-    name = "lowrank" if kind == "many" else "gemm_lowrank"
-    monkeypatch.setattr(kernels, name, swapped)
+    swap_segments(monkeypatch, name)
     with pytest.warns(RuntimeWarning, match="no longer run"):
-        found = call("triton")
-    agree(found, call("torch"))
+        found = segments_call(kind)
+    agree(found, segments_call(kind, "torch"))
 
 
 def spoiled_base(monkeypatch, name="gemm_lowrank"):
@@ -261,34 +270,19 @@ def test_a_weight_that_hides_everything_is_verified_once(monkeypatch, value, rec
     assert not [one for one in recwarn if "no longer run" in str(one.message)]
 
 
-def experts_call(ends, backend="triton", scale=1.0):
-    torch.manual_seed(1)
-    x, weight = torch.randn(60, K), torch.randn(3, 24, K)
-    a, b = torch.randn(3, 4, K, requires_grad=True), torch.randn(3, 24, 4, requires_grad=True)
-    ends = torch.tensor(ends, dtype=torch.int32)
-    y = fastlora.grouped_lora_linear(x, weight, a, b, ends, scale=scale, backend=backend)
-    return [y, *torch.autograd.grad(y.square().sum(), [a, b])]
-
-
 @pytest.mark.parametrize(
     ("names", "hidden"),
     [
         (("project", "gemm_lowrank"), {"ends": [0, 0, 0]}),
-        (("project",), {"ends": [20, 41, 60], "scale": 0.0}),
+        (("project",), {"scale": 0.0}),
     ],
     ids=["empty", "zero-scale"],
 )
 def test_empty_segments_and_zero_scales_do_not_hide_a_wrong_kernel(monkeypatch, names, hidden):
-    for name in names:
-        real = getattr(kernels, name)
-
-        def cut(*arguments, real=real, **options):
-            return real(*arguments, **options | {"ends": torch.clamp(options["ends"], max=41)})
-
-        monkeypatch.setattr(kernels, name, cut)
+    swap_segments(monkeypatch, *names)
     with pytest.warns(RuntimeWarning, match="no longer run"):
-        experts_call(**hidden)
-    agree(experts_call([20, 41, 60]), experts_call([20, 41, 60], "torch"))
+        segments_call(**hidden)
+    agree(segments_call(), segments_call(backend="torch"))
 
 
 def test_a_packed_weight_of_zeros_leaves_kernels_unverified(monkeypatch, recwarn):

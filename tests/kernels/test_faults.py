@@ -63,11 +63,7 @@ TURNED = torch.empty(512, 256, device="meta")
 
 @pytest.mark.parametrize(
     ("name", "matrices", "expected"),
-    [
-        ("sm_100", {}, True),
-        ("sm_100", {"q": TURNED}, False),
-        ("sm_90", {"q": TURNED}, True),
-    ],
+    [("sm_100", {}, True), ("sm_100", {"q": TURNED}, False), ("sm_90", {"q": TURNED}, True)],
     ids=["y", "dx", "dx-wgmma"],
 )
 def test_tensor_memory_s_tf32_turns_no_tile_by_descriptor(name, matrices, expected):

@@ -122,8 +122,7 @@ def test_experts_are_fused_unless_torch_has_a_kernel_for_their_long_products(
 
 
 @pytest.mark.parametrize(
-    ("name", "near", "far"),
-    [("m", 16, 1024), ("n", 1024, 8192), ("k", 1024, 8192), ("r", 8, 64)],
+    ("name", "near", "far"), [("m", 16, 1024), ("n", 1024, 8192), ("k", 1024, 8192), ("r", 8, 64)]
 )
 def test_the_nearest_row_wins(table, name, near, far):
     other = Plan(fused=True, gemm=GemmConfig(64, 32, 128, warps=4, stages=3))

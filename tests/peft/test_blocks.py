@@ -103,7 +103,7 @@ LEFT = {  # Values: the change, how many blocks still run fused, and the first b
 
 @pytest.mark.parametrize("name", LEFT)
 def test_a_call_goes_layer_by_layer(name):
-    """The numbers after such changes are tested in tests/test_compiled.py."""
+    """The numbers after such changes are tested in tests/test_changes.py."""
     change, left, reason = LEFT[name]
     model = optimized(model_of())
     change(model)

@@ -58,29 +58,29 @@ def test_a_layer_that_nothing_calls_is_named():
     assert "not judged" not in str(fastlora.check(llama(), batch()))
 
 
-def broken(run, how):
-    """The fast forward with an error in its output, or only in lora_B's gradient."""
+def broken(run, part):
+    """The fast forward with an error in its output, or only in the gradient of lora_a or lora_b."""
 
     def wrong(x, reading):
-        if how == "output":
+        if part == "output":
             return run(x, reading)[0] * 1.01, None
         (adapter,) = reading.output.adapters
-        up = adapter.lora_b
-        faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
+        tensor = getattr(adapter, part)
+        faulty = adapter._replace(**{part: tensor * 1.5 - 0.5 * tensor.detach()})
         output = reading.output._replace(adapters=(faulty,))
         return run(x, reading._replace(outputs=(output,)))[0], None
 
     return wrong
 
 
-@pytest.mark.parametrize("how", ["output", "gradient"])
-def test_a_wrong_number_is_found(monkeypatch, how):
-    monkeypatch.setattr(fast_linear, "fast_forward", broken(fast_linear.fast_forward, how))
+@pytest.mark.parametrize("part", ["output", "lora_b"])
+def test_a_wrong_number_is_found(monkeypatch, part):
+    monkeypatch.setattr(fast_linear, "fast_forward", broken(fast_linear.fast_forward, part))
     found = fastlora.check(llama(), batch())
     assert not found
     assert found.largest.relative > 5e-3
     assert "NOT the same" in str(found)
-    if how == "gradient":
+    if part == "lora_b":
         assert found.loss.relative < 1e-5
         assert "lora_B" in found.largest.name
 
@@ -92,7 +92,7 @@ def test_a_wrong_layer_is_named(monkeypatch):
 
     def wrong(x, reading):
         is_culprit = reading.output.adapters[0].lora_b is culprit
-        return (broken(run, "gradient") if is_culprit else run)(x, reading)
+        return (broken(run, "lora_b") if is_culprit else run)(x, reading)
 
     monkeypatch.setattr(fast_linear, "fast_forward", wrong)
     found = fastlora.check(model, batch())
@@ -226,6 +226,14 @@ def deep(dtype, seed: int = 0, std: float = 0.02, **settings) -> peft.PeftModel:
     return model.train()
 
 
+def assert_a_wrong_scale_is_found(
+    monkeypatch, model, name: str, path: str = "", factor: float = 1.02
+) -> None:
+    """The check names the layer or block of this name after an error in it, or at a path in it."""
+    with_scale(monkeypatch, model.get_submodule(name + path), factor)
+    assert [layer.name for layer in fastlora.check(model, batch()).layers if not layer] == [name]
+
+
 def with_scale(monkeypatch, culprit, factor: float) -> None:
     """The fast path computes with another scale in this layer, in its own call and in a block's."""
     read = reading._read_adapter
@@ -283,16 +291,7 @@ def test_in_a_new_adapter_lora_a_is_tested(monkeypatch, dtype):
     assert "lora_B was zero in 3 layers" in str(found)
     assert not found.zeros
 
-    run = fast_linear.fast_forward
-
-    def wrong(x, reading):
-        (adapter,) = reading.output.adapters
-        down = adapter.lora_a
-        faulty = adapter._replace(lora_a=down * 1.5 - 0.5 * down.detach())
-        output = reading.output._replace(adapters=(faulty,))
-        return run(x, reading._replace(outputs=(output,)))[0], None
-
-    monkeypatch.setattr(fast_linear, "fast_forward", wrong)
+    monkeypatch.setattr(fast_linear, "fast_forward", broken(fast_linear.fast_forward, "lora_a"))
     found = fastlora.check(model, batch())
     assert len([layer for layer in found.layers if not layer and "proj" in layer.name]) == 4
     assert before == [(id(up), up._version, up.signbit().tolist(), up.tolist()) for up in ups]
@@ -316,8 +315,7 @@ def test_of_many_rows_some_have_an_exact_result(monkeypatch):
     found = fastlora.check(model, batch())
     assert found, str(found)
     name = "base_model.model.model.layers.0.mlp"
-    with_scale(monkeypatch, model.get_submodule(f"{name}.up_proj"), 1.3)
-    assert [layer.name for layer in fastlora.check(model, batch()).layers if not layer] == [name]
+    assert_a_wrong_scale_is_found(monkeypatch, model, name, ".up_proj", 1.3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -330,8 +328,7 @@ def test_checkpointed_layers_are_judged(monkeypatch, reentrant):
     assert "14 of 14 fast layers judged, all right" in str(found)
     assert all(len(layer.measures) > 5 for layer in found.layers)  # gradients are among them
     name = "base_model.model.model.layers.0.self_attn.o_proj"
-    with_scale(monkeypatch, model.get_submodule(name), 1.02)
-    assert [layer.name for layer in fastlora.check(model, batch()).layers if not layer] == [name]
+    assert_a_wrong_scale_is_found(monkeypatch, model, name)
 
 
 def test_without_gradients_the_outputs_are_judged(monkeypatch):
@@ -341,8 +338,7 @@ def test_without_gradients_the_outputs_are_judged(monkeypatch):
     assert not found.gradients
     assert "14 of 14 fast layers judged, all right" in str(found)
     name = "base_model.model.model.layers.0.self_attn.o_proj"
-    with_scale(monkeypatch, model.get_submodule(name), 1.02)
-    assert [layer.name for layer in fastlora.check(model, batch()).layers if not layer] == [name]
+    assert_a_wrong_scale_is_found(monkeypatch, model, name)
 
 
 def test_gradients_that_underflow_in_float16_are_judged():

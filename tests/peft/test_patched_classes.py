@@ -72,75 +72,49 @@ def call(model: nn.Module, **named) -> list[torch.Tensor]:
     """The output and every gradient."""
     torch.manual_seed(1)
     model.zero_grad()
-    many = isinstance(getattr(model.base_model.model, "experts", None), nn.Module)
-    y = (
-        model(*routed())
-        if many
-        else model(rows(len(named.get("adapter_names", FEW["adapter_names"]))), **named)
-    )
+    if isinstance(getattr(model.base_model.model, "experts", None), nn.Module):
+        y = model(*routed())
+    else:
+        y = model(rows(len((named or FEW)["adapter_names"])), **named)
     y.square().mean().backward()
     return [y, *[p.grad for p in model.parameters() if p.grad is not None]]
 
 
 FEW = {"adapter_names": ["default", "other"] * 32}
 MANY = {"adapter_names": ["default", "other"] * 40}
-CASES = {  # the patched class; a model; how it is called
-    "PEFT's layer": (peft_layer.Linear, lambda: one(nn.Linear(K, N)), {}),
-    "PEFT's layer, mixed": (peft_layer.Linear, several, MANY),
-    "PEFT's layer, mixed few rows": (peft_layer.Linear, several, FEW),
-    "PEFT's layer in a gated MLP": (peft_layer.Linear, gated, {}),
-    "PEFT's wrapper of experts": (peft_layer.ParamWrapper, experts, {}),
-    "base": (nn.Linear, lambda: one(nn.Linear(K, N)), {}),
-    "base, mixed": (nn.Linear, several, MANY),
-    "base, Conv1D": (pytorch_utils.Conv1D, lambda: one(pytorch_utils.Conv1D(N, K)), {}),
-    "dropout": (nn.Dropout, lambda: one(nn.Linear(K, N), lora_dropout=0.5), {}),
-    "no dropout": (nn.Identity, lambda: one(nn.Linear(K, N)), {}),
-    "DoRA": (variants.DoraLinearVariant, lambda: one(nn.Linear(K, N), use_dora=True), {}),
-    "DoRA's magnitude": (dora.DoraLinearLayer, lambda: one(nn.Linear(K, N), use_dora=True), {}),
-    "gated MLP": (LlamaMLP, gated, {}),
-    "experts": (modeling_mixtral.MixtralExperts, experts, {}),
-    "transformers' SiLU": (
-        activations.SiLUActivation,
-        lambda: gated(activations.SiLUActivation()),
-        {},
-    ),
-    "transformers' ReLU²": (
-        activations.ReLUSquaredActivation,
-        lambda: gated(activations.ReLUSquaredActivation()),
-        {},
-    ),
-    "transformers' GELU": (
-        activations.GELUActivation,
-        lambda: gated(activations.GELUActivation()),
-        {},
-    ),
-    "transformers' tanh GELU": (activations.GELUTanh, lambda: gated(activations.GELUTanh()), {}),
-    "torch's SiLU": (nn.SiLU, lambda: gated(nn.SiLU()), {}),
-    "torch's GELU": (nn.GELU, lambda: gated(nn.GELU()), {}),
-    "torch's ReLU": (nn.ReLU, lambda: gated(nn.ReLU()), {}),
-    "experts' activation": (activations.SiLUActivation, experts, {}),
+CASES = {  # the patched class, and a model
+    "PEFT's layer": (peft_layer.Linear, lambda: one(nn.Linear(K, N))),
+    "PEFT's layer, mixed": (peft_layer.Linear, several),
+    "PEFT's layer, mixed few rows": (peft_layer.Linear, several),
+    "PEFT's layer in a gated MLP": (peft_layer.Linear, gated),
+    "PEFT's wrapper of experts": (peft_layer.ParamWrapper, experts),
+    "base": (nn.Linear, lambda: one(nn.Linear(K, N))),
+    "base, mixed": (nn.Linear, several),
+    "base, Conv1D": (pytorch_utils.Conv1D, lambda: one(pytorch_utils.Conv1D(N, K))),
+    "dropout": (nn.Dropout, lambda: one(nn.Linear(K, N), lora_dropout=0.5)),
+    "no dropout": (nn.Identity, lambda: one(nn.Linear(K, N))),
+    "DoRA": (variants.DoraLinearVariant, lambda: one(nn.Linear(K, N), use_dora=True)),
+    "DoRA's magnitude": (dora.DoraLinearLayer, lambda: one(nn.Linear(K, N), use_dora=True)),
+    "gated MLP": (LlamaMLP, gated),
+    "experts": (modeling_mixtral.MixtralExperts, experts),
+    "experts' activation": (activations.SiLUActivation, experts),
 }
+for act in (
+    *(activations.SiLUActivation, activations.ReLUSquaredActivation, activations.GELUActivation),
+    *(activations.GELUTanh, nn.SiLU, nn.GELU, nn.ReLU),
+):
+    CASES[f"{act.__module__}.{act.__name__}"] = act, lambda act=act: gated(act())
 if BITSANDBYTES:
     import bitsandbytes
     from peft.tuners.lora import bnb
 
     CASES |= {
-        "bitsandbytes' layer": (
-            bitsandbytes.nn.Linear4bit,
-            lambda: one(quantized("nf4", K, N)),
-            {},
-        ),
-        "PEFT's layer of bitsandbytes'": (
-            bnb.Linear4bit,
-            lambda: one(quantized("nf4", K, N)),
-            {},
-        ),
-        "lora_A over bitsandbytes' layer": (
-            nn.Linear,
-            lambda: one(quantized("nf4", K, N)),
-            {},
-        ),
+        "bitsandbytes' layer": (bitsandbytes.nn.Linear4bit, lambda: one(quantized("nf4", K, N))),
+        "PEFT's layer of bitsandbytes'": (bnb.Linear4bit, lambda: one(quantized("nf4", K, N))),
+        "lora_A over bitsandbytes' layer": (nn.Linear, lambda: one(quantized("nf4", K, N))),
     }
+# How a model is called; the others get only x.
+CALLS = {"PEFT's layer, mixed": MANY, "PEFT's layer, mixed few rows": FEW, "base, mixed": MANY}
 
 
 # bitsandbytes computes in 16 bits.
@@ -164,7 +138,7 @@ def patch(monkeypatch, kind: type, name: str = "forward") -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_that_is_replaced_on_the_class_runs(name, when, monkeypatch):
-    kind, make, named = CASES[name]
+    (kind, make), named = CASES[name], CALLS.get(name, {})
     theirs = randomize(make())
     ours = copy.deepcopy(theirs)
     plain = call(theirs, **named)

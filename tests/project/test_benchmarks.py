@@ -18,11 +18,7 @@ import fastlora
 from benchmarks import compare, measure, report
 from benchmarks.cases import cpu_cases
 from benchmarks.contestants import frozen
-from benchmarks.counted_bytes import (
-    FUSED,
-    Shape,
-    bytes_of_fastlora,
-)
+from benchmarks.counted_bytes import FUSED, Shape, bytes_of_fastlora
 from benchmarks.lineup import makers_for
 from benchmarks.results import describe_machine, results_path, write_results
 

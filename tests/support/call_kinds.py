@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.formats.format import Quantized
-from fastlora.projection import Base, Output
+from fastlora.projection import Adapter, Base, Output
 
 K, N, ROWS = 16, 12, 40
 INDICES = torch.tensor([2, 0, -1, 0, 2, -1, 2, 1, 1, 1], dtype=torch.int32)  # one index for 4 rows
@@ -70,14 +70,8 @@ def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
     def outputs(weight, weight1, weight2, a, b, bias, a1, b1, a2, b2):
         return [
-            Output(Base(weight, bias), (fastlora.projection.Adapter(a, b, 0.5),)),
-            Output(
-                Base(weight1),
-                (
-                    fastlora.projection.Adapter(a1, b1, 2.0),
-                    fastlora.projection.Adapter(a2, b2, -0.25),
-                ),
-            ),
+            Output(Base(weight, bias), (Adapter(a, b, 0.5),)),
+            Output(Base(weight1), (Adapter(a1, b1, 2.0), Adapter(a2, b2, -0.25))),
             Output(Base(weight2)),
         ]
 
@@ -142,36 +136,27 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
 
 
+def _over(weight: Quantized, kind: Kind) -> Kind:
+    """The kind with this packed weight in the place of its dense one."""
+    tensors = {name: tensor for name, tensor in kind.tensors.items() if name != "weight"}
+
+    def call(x, *own, **options):
+        return kind.call(x, weight, *own, **options)
+
+    def truth(x, *own):
+        return kind.truth(x, weight.dense(x.dtype), *own)
+
+    return Kind(tensors, call, truth, ("x",), kind.ranks, 1, (*weight.tensors, *kind.others))
+
+
 def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
     """A layer whose base weight is packed as NF4."""
-    weight: Quantized = random_four_bit(N, K, "nf4", 64, nested=2)
-    shapes = {"x": (ROWS, K), "a": (4, K), "b": (N, 4), "bias": (N,)}
-
-    def call(x, a, b, bias, **options):
-        return fastlora.lora_linear(x, weight, a, b, bias=bias, scale=0.5, **options)
-
-    def truth(x, a, b, bias):
-        return oracles.lora_linear(x, weight.dense(x.dtype), a, b, bias=bias, scale=0.5)
-
-    return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, weight.tensors)
+    return _over(random_four_bit(N, K, "nf4", 64, nested=2), layer(dtype, own))
 
 
 def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
     """The experts, with base weights packed as int8 with one scale for each row."""
-    weight = stack([random_int8(N, K) for _ in range(3)])
-    shapes = {"x": (ROWS, K), "a": (3, 4, K), "b": (3, N, 4), "bias": (3, N)}
-
-    def call(x, a, b, bias, offsets=ENDS, **options):
-        return fastlora.grouped_lora_linear(
-            x, weight, a, b, offsets, bias=bias, scale=0.5, **options
-        )
-
-    def truth(x, a, b, bias):
-        dense = weight.dense(x.dtype)
-        return oracles.grouped_lora_linear(x, dense, a, b, ENDS, bias=bias, scale=0.5)
-
-    others = (*weight.tensors, ENDS)
-    return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, others)
+    return _over(stack([random_int8(N, K) for _ in range(3)]), experts(dtype, own))
 
 
 KINDS = {

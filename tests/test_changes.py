@@ -1,25 +1,35 @@
-"""Models are called, changed and called again; each compiled call agrees with the uncompiled one.
-
-Without the compiler, each call agrees with a call that reads every module anew.  `python -m
-tests.fuzz --backend compiled` (and kept) continues with random changes.
-"""
+"""Models are called, changed and called again; each call agrees with an unoptimized one."""
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from compiled_states import KINDS, State, changes_of
+from changes import CHANGES, ChangingModel, State, changes_of
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from model_kinds import KINDS
 from peft.tuners.lora.layer import LoraLayer
-from peft_models import counted_calls
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.layers import guards
 from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
-# By kind of model: sequences of changes (names in CHANGES of compiled_states.py), with a call after
-# each change.
+# The number of random models of a kind; each is changed 12 times.
+MODELS = dict.fromkeys(KINDS, 3) | dict.fromkeys(("linear", "block", "peft", "peft-block"), 14)
+LONG = settings.get_current_profile_name() == "long"
+
+
+@pytest.mark.parametrize("compiled", [False, True] if LONG else [False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_follow_random_changes(kind, compiled):
+    how = settings(max_examples=1000 if LONG else MODELS[kind], stateful_step_count=12)
+    run_state_machine_as_test(partial(ChangingModel, kind, compiled), settings=how)
+
+
+# Changes of compiled models, with a call after each.  Compiling takes too long for random ones.
 WALKS = {
     "linear": (
         "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",
@@ -57,8 +67,7 @@ def fresh_compiler():
 
 def follow(kind: str, walk: str, way: str, p: float = 0.3, **how) -> None:
     state = State(kind, p).compile(way, **how)
-    state.compare()
-    for name in walk.split():
+    for name in ("nothing", *walk.split()):
         changes_of(kind)[name](state)
         state.compare()
 
@@ -90,50 +99,19 @@ def test_hooks_are_followed_with_torch_s_setting(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("kind", "walk"), ROWS, ids=[f"{kind}-{walk.replace(' ', ',')}" for kind, walk in ROWS]
-)
-def test_cached_records_follow_each_change(kind, walk):
-    state = State(kind, 0.3).compile("kept")
-    for name in ("nothing", "train", "rows", *walk.split(), "evaluate"):
-        changes_of(kind)[name](state)
-        for _ in range(3):  # the first call reads and caches, the others use the cached record
-            state.compare()
-
-
-OF_PEFT = [(kind, walk) for kind, walk in ROWS if kind.startswith("peft")]
-OF_PEFT += [(kind, "hook hook unhook hook") for kind in ("peft", "peft-block", "peft-experts")]
-OF_PEFT += [("peft-block", "merge unmerge merge-one disable enable add set-adapter delete")]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "walk"), OF_PEFT, ids=map("-".join, OF_PEFT))
-def test_each_change_has_the_same_effect_as_in_peft(kind, walk):
-    """On an optimized model whose calls are fast before the first change."""
-    state = State(kind).compile("peft")
-    with counted_calls() as calls:
-        state.numbers(True)
-    assert calls
-    for name in ("nothing", "train", *walk.split()):
-        if name != "forward":  # the replaced forward of a copy would be the original's
-            changes_of(kind)[name](state)
-            state.compare()
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_call_reads_nothing(kind, monkeypatch):
     """Except the values of its tensors, which training changes."""
-    state, records = State(kind).compile("kept"), []
+    state, records = State(kind), []
     kept = guards.GuardedRecord.__init__
     monkeypatch.setattr(
         guards.GuardedRecord, "__init__", lambda self, it: records.append(it) or kept(self, it)
     )
-    state.numbers(True)
+    state.numbers()
     assert records or "experts" in state.words
     records.clear()
-    changes_of(kind)["step"](state)
-    state.numbers(True)
+    CHANGES[""]["step"](state)
+    state.numbers()
     assert not records
 
 
@@ -144,9 +122,9 @@ def test_cached_records_keep_no_weights_alive(kind):
     """A removed layer is freed at once, without the garbage collector."""
     freed = []
     for calls in (0, 2):
-        state = State(kind).compile("kept")
+        state = State(kind)
         for _ in range(calls):
-            state.numbers(True)
+            state.numbers()
         (layer, *_) = (
             m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
         )
@@ -170,8 +148,8 @@ def test_cached_records_keep_no_weights_alive(kind):
 @pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantized") if k in KINDS])
 def test_a_replaced_weight_is_freed(kind):
     """For a view, a record holds the layout, but no reference to the memory."""
-    state = State(kind).compile("kept")
-    state.numbers(True)
+    state = State(kind)
+    state.numbers()
     state.compare()
     memory = [StorageWeakRef(p.untyped_storage()) for p in state.model.parameters()]
     for p in state.model.parameters():

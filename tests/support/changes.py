@@ -1,48 +1,40 @@
-"""Models whose state changes between calls: the kinds of models, the changes, and the comparison.
+"""Models whose state changes between calls: the changes, and the comparison after each of them.
 
-A comparison makes the same call in two ways and compares the output and all gradients; if one call
-raises an error, the other must also raise one.  ``State.way`` says which two ways:
-
-* "model", "in-place", "layers": the compiled model, and the same model without the compiler.
-torch must be told to follow hooks (``skip_nnmodule_hook_guards``).
-* "kept": a call that uses the guarded records which earlier calls left on the modules, and a call
-that reads every module anew.
-* "peft": an optimized model, and a copy of it on which ``fastlora.restore`` was called.
+:class:`ChangingModel` applies random changes.  A failure prints the changes that lead to it, and
+``pytest tests/test_changes.py --hypothesis-profile=long`` tries many more of them.
 """
 
 import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any
 from unittest import mock
 
 import peft
 import torch
 import torch._inductor.config
-from models import Mlp, Tied, adapt, randomize
-from moe_models import base_model
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from model_kinds import KINDS
+from models import adapt, randomize
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from peft_models import adapted
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
-from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
 from fastlora.layers import guards
 from fastlora.layers.adapted import Adapted
 
-_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 _ACTIVATIONS = (nn.SiLU(), nn.GELU(), nn.GELU("tanh"))
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}
 _WORLDS: dict[str, Callable] = {
@@ -53,77 +45,17 @@ _WORLDS: dict[str, Callable] = {
 }
 
 
-class Kind(NamedTuple):
-    """``words``: selects the changes that this kind takes (the keys of ``CHANGES``).  ``size``: the
-    number of columns of x; None if x holds ids.
-    """
-
-    words: str
-    make: Callable[[], nn.Module]
-    settings: dict[str, Any]
-    size: int | None
-
-
-def _block() -> nn.Module:
-    return nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
-
-
-def _transposed() -> nn.Module:
-    return nn.Sequential(Conv1D(24, 32), nn.GELU(), Conv1D(8, 24))
-
-
-def _over_nf4() -> nn.Module:
-    model = nn.Sequential(quantized("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
-    model.is_loaded_in_4bit = True  # PEFT looks for this attribute of the model
-    return model
-
-
-def _mixture(packed: str = "") -> nn.Module:
-    mixture = nn.Sequential(base_model(moe_intermediate_size=32).model.layers[0].mlp)
-    if packed:
-        fastlora.pack(mixture, packed)
-    return mixture
-
-
-# Settings of the adapters.
-_UP_DOWN, _ALL = {"target_modules": ["up", "down"]}, {"target_modules": "all-linear"}
-_UP = {"target_modules": ["up"]}
-_SAVED = {"target_modules": ["mix"], "modules_to_save": ["head"]}
-_EMBEDDED = {"target_modules": ["mix", "embed"]}
-_BOTH = {"target_modules": ["0", "2"]}
-_STACKS = {"target_modules": [], "target_parameters": _EXPERTS}
-_ROUTED = _STACKS | {"target_parameters": ["gate.weight", *_EXPERTS]}
-KINDS = {
-    "linear": Kind("own linear drops", Mlp, _UP_DOWN, 8),
-    "saved": Kind("own linear drops", Tied, _SAVED, None),
-    "conv1d": Kind("own linear drops", _transposed, _ALL, 32),
-    "block": Kind("own linear drops activates", _block, _ALL, 32),
-    "experts": Kind("own experts drops activates", _mixture, _STACKS, 32),
-    "router": Kind("own experts activates", _mixture, _ROUTED, 32),
-    "packed-experts": Kind("own experts drops packed", lambda: _mixture("nf4"), _STACKS, 32),
-    "peft": Kind("peft linear drops", Mlp, _UP, 8),
-    "peft-saved": Kind("peft linear drops", Tied, _SAVED | _EMBEDDED, None),
-    "peft-dora": Kind("peft linear drops", Mlp, _UP | {"use_dora": True}, 8),
-    "peft-conv1d": Kind("peft linear drops", _transposed, _BOTH | {"fan_in_fan_out": True}, 32),
-    "peft-block": Kind("peft linear drops activates", _block, _ALL, 32),
-    "peft-experts": Kind("peft experts activates", _mixture, _STACKS, 32),
-}  # fmt: skip
-if BITSANDBYTES:
-    KINDS["quantized"] = Kind("own linear drops packed", _over_nf4, _BOTH, 64)
-    KINDS["peft-quantized"] = Kind("peft linear drops packed", _over_nf4, _BOTH, 64)
-
-
 class State:
     """A model, how it is compiled, and how it is called now.
 
-    ``way``: "model" calls ``torch.compile(model)``; "in-place" calls ``model.compile()``; "layers"
-    compiles each adapted layer; "kept" and "peft" use no compiler (see the top of the file).
+    ``way``: "eager", or what the compiler compiles: "model" (``torch.compile(model)``), "in-place"
+    (``model.compile()``) or "layers" (each adapted layer).
     """
 
-    way = "model"
+    way = "eager"
 
-    def __init__(self, kind: str, p: float = 0.0, draw: Random | None = None) -> None:
-        self.kind, self.draw = KINDS[kind], draw or Random(0)
+    def __init__(self, kind: str, p: float = 0.0) -> None:
+        self.kind, self.draw = KINDS[kind], Random(0)
         self.words = set(self.kind.words.split())
         self.p = p if "drops" in self.words else 0.0
         self.dtype = torch.float32 if "packed" in self.words else torch.float64
@@ -134,11 +66,12 @@ class State:
         self.model = adapted(base, **settings) if "peft" in self.words else adapt(base, **settings)
         if "peft" in self.words:
             fastlora.optimize(self.model)
-        self.model.to(self.dtype).eval()
+        self.call = self.model.to(self.dtype).eval()
 
-    def compile(self, way: str = "model", **how) -> "State":
+    def compile(self, way: str, **how) -> "State":
         self.way, parts = way, {"in-place": [self.model], "layers": self.layers}
-        self.call = torch.compile(self.model, **how) if way == "model" else self.model
+        if way == "model":
+            self.call = torch.compile(self.model, **how)
         for module in parts.get(way, ()):
             module.compile(**how)
         return self
@@ -155,54 +88,61 @@ class State:
         layer = self.layer()
         return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
-    def numbers(self, compiled: bool) -> dict[str, Tensor | None]:
+    def numbers(self) -> dict[str, Tensor | None]:
         """The output, and the gradients of x and of all trainable parameters."""
-        model = self.call if compiled else self.model
-        if self.way == "peft" and not compiled:
-            model = fastlora.restore(copy.deepcopy(model))
+        return self._numbers(self.call, self.model)
+
+    def reference(self) -> dict[str, Tensor | None]:
+        """The same numbers without the mechanism under test.
+
+        * A compiled model: the same model without the compiler.
+        * A PEFT model: a copy of it, restored by ``fastlora.restore``.
+        * Any other model: all modules are read anew.  This includes a PEFT model with dropout or
+          with quantized bases, because PEFT draws other masks and bitsandbytes rounds differently.
+        """
+        if self.way != "eager":
+            with torch.compiler.set_stance("force_eager"):
+                return self._numbers(self.model, self.model)
+        if "peft" in self.words and "packed" not in self.words and not self.p:
+            model = fastlora.restore(copy.deepcopy(self.model))
+            return self._numbers(model, model)
+        with _read_anew():
+            return self._numbers(self.model, self.model)
+
+    def _numbers(self, call: Callable, model: nn.Module) -> dict[str, Tensor | None]:
         torch.manual_seed(3)
         if self.kind.size is None:
             x = torch.randint(0, 20, self.lead)
         else:
             x = torch.randn(*self.lead, self.kind.size).to(self.dtype).requires_grad_(self.x_trains)
-        # the names of the parameters are the unwrapped model's
-        whole = self.model if compiled else model
-        named = [*whole.named_parameters(), ("x", x)]
+        named = [*model.named_parameters(), ("x", x)]
         wanted = {name: tensor for name, tensor in named if tensor.requires_grad}
-        stance = "default" if compiled and self.way not in ("kept", "peft") else "force_eager"
-        anew = _read_anew() if self.way == "kept" and not compiled else nullcontext()
-        with torch.compiler.set_stance(stance), anew:
-            with _WORLDS[self.world]():
-                y = model(x)
-            found = {"y": y.detach()}
-            if y.requires_grad:
-                loss = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
-                dys = torch.autograd.grad(loss, [*wanted.values()], allow_unused=True)
-                found |= {f"d_{name}": dy for name, dy in zip(wanted, dys, strict=True)}
+        with _WORLDS[self.world]():
+            y = call(x)
+        found = {"y": y.detach()}
+        if y.requires_grad:
+            loss = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
+            dys = torch.autograd.grad(loss, [*wanted.values()], allow_unused=True)
+            found |= {f"d_{name}": dy for name, dy in zip(wanted, dys, strict=True)}
         return found
 
-    def compare(self, may_refuse: bool = False) -> None:
-        """Raise AssertionError unless the call under test agrees with its reference.
+    def compare(self, calls: int = 1) -> None:
+        """Raise AssertionError unless each call under test agrees with its reference.
 
-        ``may_refuse``: the compiler may also raise an error that says it can't compile this call.
+        If the reference raises an error, the calls must also raise one.
         """
-        outcomes = []
-        for compiled in (False, True):
-            try:
-                outcomes.append(self.numbers(compiled))
-            except Exception as error:
-                outcomes.append(error)
-        expected, got = outcomes
-        if self.way == "kept" and isinstance(expected, CheckpointError):
+        expected = _outcome(self.reference)
+        if self.way == "eager" and isinstance(expected, CheckpointError):
             return  # a PEFT layer that is merged and disabled unmerges itself in its call
-        if isinstance(expected, Exception):
-            assert isinstance(got, Exception), f"only the uncompiled call raises: {expected!r}"
-            return
-        if isinstance(got, Exception):
-            refuses = isinstance(got, TorchDynamoException) or "no compiled frames" in str(got)
-            refuses = refuses and may_refuse
-            assert refuses, f"only the compiled call raises: {got!r}"
-            return
+        for _ in range(calls):
+            got = _outcome(self.numbers)
+            if isinstance(expected, Exception):
+                assert isinstance(got, Exception), f"only the reference raises: {expected!r}"
+            else:
+                assert not isinstance(got, Exception), f"only the call under test raises: {got!r}"
+                self._assert_agree(got, expected)
+
+    def _assert_agree(self, got: dict, expected: dict) -> None:
         dtypes = {self.dtype, *(p.dtype for p in self.model.parameters())}
         dtypes |= {torch.bfloat16} if self.world == "autocast" else set()
         routes = 1e-6 if "experts" in self.words else 0.0  # routers compute in float32 in any case
@@ -215,6 +155,13 @@ class State:
             assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
             size, off = tensor.double().norm(), (other.double() - tensor.double()).norm()
             assert off <= tolerance * max(size, 1e-6), f"{name} is off by {off / size:.2g}"
+
+
+def _outcome(numbers: Callable[[], dict]) -> dict | Exception:
+    try:
+        return numbers()
+    except Exception as error:
+        return error
 
 
 @contextmanager
@@ -272,6 +219,17 @@ def _give_bias(state: State) -> None:
     rows = base.nf if isinstance(base, Conv1D) else base.out_features
     bias = nn.Parameter(torch.ones(rows, dtype=state.dtype), state.draw.random() < 0.5)
     base.bias = None if base.bias is not None and not isinstance(base, Conv1D) else bias
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def _change_class(state: State) -> None:
+    base = state.base()
+    if isinstance(base, nn.Linear) and type(base).__module__ in (nn.Linear.__module__, __name__):
+        base.__class__ = nn.Linear if isinstance(base, _Doubled) else _Doubled
 
 
 def _freeze_one(state: State) -> None:
@@ -332,7 +290,7 @@ def _put_forward(state: State, run: Callable) -> None:
     """Give a module a forward of its own, or remove the one it was given."""
     layer = _inside(state)
     if layer.__dict__.pop("forward", None) is None:
-        layer.forward = lambda *args: run(type(layer).forward, layer, *args)
+        layer.forward = MethodType(lambda self, *args: run(type(self).forward, self, *args), layer)
 
 
 def _checkpoint(state: State) -> None:
@@ -453,7 +411,8 @@ def _set_scaling(state: State, as_is: Callable = float) -> None:
 
 def _edit_dropout(state: State) -> None:
     layer, name = _of(state)
-    if isinstance(layer.lora_dropout[name], nn.Dropout):
+    # PEFT draws other masks, so a model that is compared with PEFT's never drops.
+    if state.p and isinstance(layer.lora_dropout[name], nn.Dropout):
         layer.lora_dropout[name].p = state.draw.choice((0.0, 0.25, 0.5))
 
 
@@ -516,6 +475,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "bias": _give_bias,
         "tied": _tie,
         "base-trains": _train_base,
+        "base-cast": lambda state: state.base().to(state.draw.choice([*_TOLERANCES])),
         "parametrized": lambda state: parametrize.register_parametrization(
             state.base(), "weight", _Grown()
         ),
@@ -570,6 +530,7 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "dropout-replaced": _replace_dropout,
         "dropout-mode": _flip_dropout,
         "hotswap": _hotswap,
+        "class": _change_class,
         "casting": lambda state: _flip(state, "cast_input_dtype_enabled"),
         "pair": _replace_pair,
         "variant-dropped": lambda state: state.layer().lora_variant.clear(),
@@ -584,56 +545,48 @@ def changes_of(kind: str) -> dict[str, Callable[[State], object]]:
     return {name: change for group in fitting for name, change in group.items()}
 
 
-class Case:
-    """A random sequence of changes, with comparisons before it and after each change."""
+class ChangingModel(RuleBasedStateMachine):
+    """A model of one kind: its rule is a change, its invariant compares the calls."""
 
-    def __init__(self, seed: int, index: int, backend: str = "torch") -> None:
-        draw = self.draw = Random(f"{seed} {index}")
-        self.kind = draw.choice(list(KINDS))
-        self.p, self.trains = draw.choice((0.0, 0.0, 0.3)), draw.random() < 0.5
-        self.fullgraph = draw.random() < 0.5
-        self.compiler = draw.choice(("eager",) * 12 + ("aot_eager",) * 12 + ("inductor",))
-        self.way = draw.choice(("model", "model", "in-place", "layers"))
-        self.changes = draw.choices(list(changes_of(self.kind)), k=draw.randint(3, 8))
-        more = [word for word in ("fullgraph", "trains") if getattr(self, word)]
-        how = (self.kind, self.compiler, self.way, f"p{self.p}", *more)
-        self.words = " ".join((*how, *self.changes))
+    def __init__(self, kind: str, compiled: bool = False) -> None:
+        super().__init__()
+        self.kind, self.compiled, self.cleanup = kind, compiled, ExitStack()
+        self.changes = changes_of(kind)
 
-
-class KeptCase(Case):
-    """The same sequences for the way "kept", which tests the cached records without a compiler."""
-
-    def __init__(self, seed: int, index: int, backend: str = "torch") -> None:
-        super().__init__(seed, index)
-        self.way, self.fullgraph = "kept", False
-        self.changes += self.draw.choices(list(changes_of(self.kind)), k=12)
-        self.words = " ".join((self.kind, self.way, f"p{self.p}", *self.changes))
-
-
-def check(case: Case) -> None:
-    torch.compiler.reset()
-    torch.manual_seed(1)
-    state = State(case.kind, case.p, case.draw)
-    state.model.train(case.trains)
-    state.compile(case.way, backend=case.compiler, fullgraph=case.fullgraph)
-    done: list[str] = []
-    with ExitStack() as stack:
-        settings = {"recompile_limit": 999, "accumulated_recompile_limit": 9999}
-        settings["skip_nnmodule_hook_guards"] = "hook" not in case.changes
-        stack.enter_context(torch._dynamo.config.patch(settings))
-        # torch's own dropout masks
-        stack.enter_context(torch._inductor.config.patch(fallback_random=True))
-        stack.enter_context(warnings.catch_warnings())
+    @initialize(
+        p=st.sampled_from((0.0, 0.3)),
+        trains=st.booleans(),
+        way=st.sampled_from(("model", "in-place", "layers")),
+        compiler=st.sampled_from(("eager", "aot_eager", "inductor")),
+    )
+    def start(self, p: float, trains: bool, way: str, compiler: str) -> None:
+        self.cleanup.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        for name in ("nothing", *case.changes):
-            try:
-                changes_of(case.kind)[name](state)
-                done.append(name)
-            # the model may refuse this change now, or take only a part of it
-            except Exception as error:
-                done.append(f"({name}: {type(error).__name__})")
-            for _ in range(case.draw.choice((1, 1, 2) if case.way != "kept" else (1, 2, 4))):
-                try:
-                    state.compare(may_refuse=case.fullgraph)
-                except AssertionError as error:
-                    raise AssertionError(f"after {', '.join(done)}: {error}") from error
+        torch.manual_seed(1)
+        self.state = State(self.kind, p)
+        self.state.model.train(trains)
+        if self.compiled:
+            torch.compiler.reset()
+            settings = {"recompile_limit": 999, "accumulated_recompile_limit": 9999}
+            settings["skip_nnmodule_hook_guards"] = False  # so that hooks are followed
+            self.cleanup.enter_context(torch._dynamo.config.patch(settings))
+            # torch's own dropout masks
+            self.cleanup.enter_context(torch._inductor.config.patch(fallback_random=True))
+            self.state.compile(way, backend=compiler)
+
+    @rule(
+        name=st.runner().flatmap(lambda machine: st.sampled_from([*machine.changes])),
+        seed=st.integers(0, 99),
+    )
+    def change(self, name: str, seed: int) -> None:
+        self.state.draw = Random(seed)
+        with suppress(Exception):  # the model may refuse it now, or take only a part of it
+            self.changes[name](self.state)
+
+    @invariant()
+    def calls_agree(self) -> None:
+        # The first call after a change caches a record, and the second one uses it.
+        self.state.compare(calls=1 if self.compiled else 2)
+
+    def teardown(self) -> None:
+        self.cleanup.close()
