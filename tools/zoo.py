@@ -138,6 +138,8 @@ def tiny_model(name: str, model_type: str, sizes: dict[str, int]) -> Any:
     kind = getattr(transformers, name)
     config = tiny_config(kind.config_class or CONFIG_MAPPING[model_type], sizes)
     config.use_cache = False
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     if hasattr(config, "is_decoder"):  # Reformer's class is only for decoders
         config.is_decoder = name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     with torch.device("meta"):

@@ -155,12 +155,11 @@ class HeadCall:
         with self.lock:
             if self.logits is None:
                 self.check()
-                modes = (
+                with (
                     torch.inference_mode(self.is_inference),
                     torch.set_grad_enabled(self.has_grad),
                     autocast_off(self.recipe.head.x.device.type),
-                )
-                with modes[0], modes[1], modes[2]:
+                ):
                     self.logits = self._compute()
             return self.logits
 
@@ -228,8 +227,11 @@ class LazyLogits(Tensor):
                 is_first = self.call.logits is None
                 has_grad = torch.is_grad_enabled() or self.call.has_grad
                 is_inference = self.call.is_inference
-                modes = torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad)
-                with modes[0], modes[1], _outside(self.call.hooks):
+                with (  # set_grad_enabled acts when it is made, so it must be made in here
+                    torch.inference_mode(is_inference),
+                    torch.set_grad_enabled(has_grad),
+                    _outside(self.call.hooks),
+                ):
                     made = self._replay()
                 if self._elements is None:
                     self._elements, self._state = made, _state_of(made)

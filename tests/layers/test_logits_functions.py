@@ -84,10 +84,12 @@ LEFT_OUT = {
     "memory that isn't initialized": "empty_like empty_strided new_empty new_empty_strided resize_ "
     "resize_as_ resize_as_sparse_ resize set_ __reversed__ _resize_output_ resize_output_",
     "the class or the address of a tensor": "const_data_ptr data_ptr "
-    "__reduce_ex__ __repr__ __dir__ __format__ _version __hash__ storage untyped_storage _typed_storage data_handle _cdata _base "
+    "__reduce_ex__ __repr__ __dir__ __format__ _version __hash__ storage untyped_storage "
+    "_typed_storage data_handle _cdata _base "
     "__cuda_array_interface__ __array_interface__ as_subclass _make_subclass __dlpack__ name "
     "__deepcopy__ __set__ __delete__ __dlpack_device__ is_shared share_memory_ "
     "_make_wrapper_subclass _make_dtensor is_same_size_",
+    "gradients that rounding decides": "svd vander pinverse pinv",
     "other devices": "cuda xpu ipu hpu mtia is_pinned pin_memory",
     "the graph, which the tests below compare": "backward grad_fn grad _grad _grad_fn "
     "_backward_hooks _post_accumulate_grad_hooks register_hook retain_grad retains_grad "
@@ -343,7 +345,8 @@ torch.zeros_like(z) ; torch.rand_like(z) ; z.new_tensor([1]) ; z.float() ; z.hal
 z.float().double() ; z.to(torch.float32).sum(-1) ; z.type(torch.float32) ; z.to(like(z).float()) ;
 z.to("cpu", torch.float64, copy=True) ; z.to(dtype=torch.bfloat16) ; z.to("meta").shape ; z.long() ;
 z.bool() ; z.to(torch.complex128) ; z.type_as(like(z)) ; z.cpu() ; z.type() ;
-(z.shape, z.size(-1), z.dtype, z.device, z.ndim, z.numel(), z.requires_grad, z.is_contiguous(), z.stride(), z.storage_offset()) ;
+(z.shape, z.size(-1), z.dtype, z.device, z.ndim, z.numel(), z.requires_grad) ;
+(z.is_contiguous(), z.stride(), z.storage_offset()) ;
 z.contiguous().is_contiguous() ; z.is_floating_point() ; z.grad ; z.is_leaf ; z.names ;
 z.contiguous().mul_(0.5) ; z.clone().zero_() ; z.detach().clone().exp_() ; z.float().zero_() ;
 z.to(torch.float64).mul_(2) ; z.reshape(-1, z.shape[-1]).mul_(2) ; z.contiguous() is z ;
@@ -361,10 +364,10 @@ checkpoint(lambda y: functional.cross_entropy(*flat(y)), z, use_reentrant=False)
 checkpoint(lambda y: functional.cross_entropy(*flat(y)), z, use_reentrant=True) ;
 torch.autograd.grad(functional.cross_entropy(*flat(z)), z, retain_graph=True) ;
 torch.autograd.grad(z.sum(), z) ; torch.autograd.grad(z, z, like(z)) ;
-torch.autograd.grad(z.log_softmax(-1).gather(-1, classes(z).unsqueeze(-1)).sum(), z, retain_graph=True) ;
+torch.autograd.grad(z.log_softmax(-1).gather(-1, classes(z)[..., None]), z, like(z)[..., :1]) ;
 z.backward(like(z), retain_graph=True) ; z.backward() ;
 torch.autograd.backward([z], [like(z)], retain_graph=True) ; z.grad_fn is None ;
-(z * 2).grad_fn is None ; torch.compile(lambda y: y * 2, backend="eager")(z) ;
+(z * 2).grad_fn is None ;
 torch.utils._pytree.tree_map(lambda y: y * 2, {"a": [z]}) ; isinstance(z, Tensor) ;
 torch.autograd.functional.jacobian(lambda y: y.sum(-1), z.detach()) ;
 torch.nn.Parameter(z.detach()) ; torch.nn.utils.rnn.pad_sequence([z, z]) ;
@@ -485,7 +488,9 @@ def difference(kind: str, state, function) -> str:
 
 def pairs(count: int) -> dict:
     """Random pairs of expressions, the second one applied to the first one's result."""
-    table, chosen = expressions(), random.Random(1)
+    chosen = random.Random(1)
+    # Autograd Functions of written logits raise, and only with lazy ones: see the last test.
+    table = {t: f for t, f in expressions().items() if "own_function" not in t and "vmap" not in t}
 
     def both(first, second, z):
         made = first(z)
@@ -511,7 +516,8 @@ def wrong(table: dict, state: str) -> dict[str, str]:
 
 
 def test_functions_of_torch_are_many():
-    assert len(of_torch()) > 1000 and len(expressions()) > 400
+    assert len(of_torch()) > 1000
+    assert len(expressions()) > 400
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -22,10 +22,12 @@ def test_a_wrong_number_is_found(monkeypatch):
     monkeypatch.setattr(zoo.logits_functions, "head_loss", lambda *given: right(*given) * 1.001)
     kind = zoo.classes()["LlamaForCausalLM"]
     found, detail = zoo.judge("LlamaForCausalLM", kind)
-    assert found == "WRONG" and "differs by" in detail
+    assert found == "WRONG"
+    assert "differs by" in detail
     monkeypatch.setattr(zoo.logits_functions, "head_loss", lambda *given: 1 / 0)
     found, detail = zoo.judge("LlamaForCausalLM", kind)
-    assert found == "WRONG" and "only the lazy head raises ZeroDivisionError" in detail
+    assert found == "WRONG"
+    assert "only the lazy head raises ZeroDivisionError" in detail
 
 
 def test_a_process_that_ends_is_reported(monkeypatch):
@@ -35,4 +37,5 @@ def test_a_process_that_ends_is_reported(monkeypatch):
 
     monkeypatch.setattr(zoo, "judge", end)
     ((name, outcome),) = zoo.judge_all({"LlamaForCausalLM": "llama"}, jobs=1)
-    assert name == "LlamaForCausalLM" and outcome == ("WRONG", "its process ended with 3")
+    assert name == "LlamaForCausalLM"
+    assert outcome == ("WRONG", "its process ended with 3")
