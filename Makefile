@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test recipes peft-suite bench compile-report matrix machine release-check docs lint clean
+.PHONY: help demo sweep test recipes peft-suite zoo bench compile-report matrix machine release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, d
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)
+
+zoo: .venv/test ## Compare lazy heads with standard ones, on tiny models of all classes of transformers (ARGS="LlamaForCausalLM …")
+	.venv/bin/python -m tools.zoo $(ARGS)
 
 bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick", "--base REF", host …)
 	.venv/bin/pytest benchmarks $(patsubst host,--host,$(ARGS))

@@ -13,12 +13,14 @@ been changed in place since the head's call, the use raises RuntimeError.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from ..backends import Call, backend_name, find_backend
@@ -126,9 +128,19 @@ class HeadCall:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
+        self.hooks = _top_hooks()
         self.lock = threading.RLock()
         self.logits: Tensor | None = None  # once a function needed elements
         self.lazy: WeakSet[LazyLogits] = WeakSet()
+
+    def can_stay_lazy(self) -> bool:
+        """Whether a function may return a lazy tensor or run a fused loss now.
+
+        A checkpointed function that gets logits must do the same in its two runs.
+        """
+        is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        is_here = _top_hooks() in (None, self.hooks)
+        return self.logits is None and is_here and not is_transformed
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
@@ -144,12 +156,11 @@ class HeadCall:
         with self.lock:
             if self.logits is None:
                 self.check()
-                modes = (
+                with (
                     torch.inference_mode(self.is_inference),
                     torch.set_grad_enabled(self.has_grad),
                     autocast_off(self.recipe.head.x.device.type),
-                )
-                with modes[0], modes[1], modes[2]:
+                ):
                     self.logits = self._compute()
             return self.logits
 
@@ -160,6 +171,26 @@ class HeadCall:
         if torch.is_grad_enabled():
             return LoRALinearFunction.apply(head.seeds, None, call, *inputs)[0]
         return run_forward(inputs, head.seeds, call)[0][0]
+
+
+def _top_hooks() -> Any:
+    """The innermost hooks on saved tensors, those of checkpointing for example; None without."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _outside(hooks: Any) -> Iterator[None]:
+    """Leave the transforms of torch.func, and the hooks on saved tensors within these."""
+    left = []
+    while (top := _top_hooks()) not in (None, hooks):
+        left.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()  # type: ignore[attr-defined]
+    try:
+        with temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        for pair in reversed(left):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)  # type: ignore[attr-defined]
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int | None]:
@@ -174,6 +205,8 @@ class LazyLogits(Tensor):
     recipe: Recipe
     _replay: Callable[[], Tensor]  # computes its elements from those of the tensor it was made of
     _elements: Tensor | None
+    _state: tuple  # of the elements when they were computed
+    written: list[bool]  # one flag: the elements have been changed in place; its node has it also
 
     @staticmethod
     def make(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> "LazyLogits":
@@ -181,7 +214,10 @@ class LazyLogits(Tensor):
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             LazyLogits, recipe.shape, dtype=recipe.dtype, device=device
         )
+        # C++ code that asks for its memory raises.  Otherwise it would read address 0.
+        torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
         made.call, made.recipe, made._replay, made._elements = call, recipe, replay, None
+        made.written = [False]
         call.lazy.add(made)
         return made
 
@@ -189,10 +225,21 @@ class LazyLogits(Tensor):
         """The ordinary tensor with these logits, and with its place in autograd's graph."""
         with self.call.lock:
             if self._elements is None:
+                is_first = self.call.logits is None
                 has_grad = torch.is_grad_enabled() or self.call.has_grad
                 is_inference = self.call.is_inference
-                with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
-                    self._elements = self._replay()
+                with (  # set_grad_enabled acts when it is made, so it must be made in here
+                    torch.inference_mode(is_inference),
+                    torch.set_grad_enabled(has_grad),
+                    _outside(self.call.hooks),
+                ):
+                    made = self._replay()
+                if self._elements is None:
+                    self._elements, self._state = made, _state_of(made)
+                # Views share the memory of the logits, and copies don't: all must exist before
+                # anything writes to it.
+                for lazy in [*self.call.lazy] if is_first else ():
+                    lazy.elements()
             return self._elements
 
     def then(self, recipe: Recipe, step: Change) -> Tensor:
@@ -204,29 +251,34 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        if func in _METADATA and (not isinstance(first, LazyLogits) or first._elements is None):
+            return super().__torch_function__(func, types, args, kwargs)
         # A compiled function that gets lazy logits breaks its graph here.
         run = _outside_of_graphs() if "torch._dynamo" in sys.modules else LazyLogits._run
-        return run(func, args, kwargs or {})
+        return run(func, args, kwargs)
 
     @staticmethod
     def _run(func: Any, args: Any, kwargs: Any) -> Any:
         first = args[0] if args else kwargs.get("input")
         handler = HANDLERS.get(func)
-        if handler is not None and isinstance(first, LazyLogits) and first.call.logits is None:
+        if handler is not None and isinstance(first, LazyLogits) and first.call.can_stay_lazy():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
-            made = handler(first, *args[1:], **rest)
+            try:
+                made = handler(first, *args[1:], **rest)
+            except TypeError:  # arguments that the handler doesn't take
+                made = NotImplemented
             if made is not NotImplemented:
                 return made
-        if isinstance(first, LazyLogits) and _is_in_place(getattr(func, "__name__", "")):
-            # Views share the memory of the logits, and copies don't.  All must exist before the
-            # write, as if none were lazy.
-            for lazy in [*first.call.lazy]:
-                lazy.elements()
-            made = func(*_real(args), **_real(kwargs))
-            return first if made is first._elements else made
-        return func(*_real(args), **_real(kwargs))
+        made = func(*_real(args), **_real(kwargs))
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, LazyLogits):
+                for lazy in [*given.call.lazy]:
+                    lazy.written[0] |= _state_of(lazy.elements()) != lazy._state
+                if made is given._elements:  # a write, or a cast that changes nothing
+                    return given
+        return made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -269,7 +321,9 @@ class LazyLogitsFunction(Function):
         ctx.save_for_backward(*tensors)
         nothing = tensors[0].new_empty(0, tensors[0].shape[-1])
         ctx.recipe = recipe._replace(head=recipe.head._replace(x=nothing))
-        return make()
+        lazy = make()
+        ctx.written = lazy.written
+        return lazy
 
     @staticmethod
     @once_differentiable
@@ -277,6 +331,12 @@ class LazyLogitsFunction(Function):
         needs = ctx.needs_input_grad[2:]
         if gradient is None:
             return (None,) * (2 + len(needs))
+        if ctx.written[0]:
+            raise RuntimeError(
+                "an autograd Function got logits that were changed in place, so their gradient "
+                "isn't known: pass it a copy (logits.clone()), or call fastlora.optimize without "
+                "loss=True"
+            )
         pairs = zip(ctx.saved_tensors, needs, strict=True)
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in pairs]
         with torch.enable_grad():
@@ -313,13 +373,6 @@ def _real(tree: Any) -> Any:
     return tree
 
 
-_IN_PLACE = ("__setitem__", "__set__", "__imul__", "__itruediv__", "__iadd__", "__isub__")
-
-
-def _is_in_place(name: str) -> bool:
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
 # Properties and methods that need no elements, so the tensor itself answers.
 _PROPERTIES = (
     "shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "requires_grad", "grad_fn",
@@ -327,8 +380,8 @@ _PROPERTIES = (
     "itemsize", "nbytes", "is_mps", "is_xpu", "_version",
 )  # fmt: skip
 _METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.stride,
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension,
     Tensor.__len__, Tensor.__hash__, Tensor.element_size, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.is_signed, Tensor.is_contiguous, Tensor.get_device,
+    Tensor.is_complex, Tensor.is_signed, Tensor.get_device,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor,
 }  # fmt: skip

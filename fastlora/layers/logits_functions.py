@@ -36,7 +36,7 @@ def _handles(*functions: Any) -> Callable[[F], F]:
 
 def lazy_logits(head: Head) -> Tensor:
     """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
-    recipe = Recipe(head, head.x.dtype)
+    recipe = Recipe(head, head.x.dtype).of_rows(Tensor.contiguous)
     call = HeadCall(recipe)
     return with_node(call, recipe, call.compute)
 
@@ -48,8 +48,12 @@ def _step(lazy: LazyLogits, name: str, *number: float) -> Any:
     recipe = lazy.recipe
     if recipe.is_logprob:
         return NotImplemented
-    made = recipe._replace(steps=(*recipe.steps, (name, *number)))
-    return lazy.then(made, lambda z: STEPS[name](z, *number))
+    return _new(lazy, lambda z: STEPS[name](z, *number), steps=(*recipe.steps, (name, *number)))
+
+
+def _new(lazy: LazyLogits, step: Change, **changes: Any) -> Any:
+    """A lazy tensor with memory of its own, so its rows are contiguous."""
+    return lazy.then(lazy.recipe.of_rows(Tensor.contiguous)._replace(**changes), step)
 
 
 def _number(value: Any) -> float | None:
@@ -79,7 +83,7 @@ def _neg(lazy: LazyLogits) -> Any:
     if not recipe.is_logprob:
         return _step(lazy, "mul", -1.0)
     steps = recipe.steps[:-1] if recipe.sign < 0.0 else (*recipe.steps, ("neg",))
-    return lazy.then(recipe._replace(steps=steps), torch.neg)
+    return _new(lazy, torch.neg, steps=steps)
 
 
 @_handles(Tensor.tanh, torch.tanh, functional.tanh)
@@ -100,11 +104,11 @@ def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
     (weight, bias), adapters = recipe.head.output
     shift = row.reshape(-1)
     output = Output(Base(weight, shift if bias is None else bias + shift), adapters)
-    return lazy.then(_with_output(lazy, output), lambda z: z + row)
+    return lazy.then(_with_output(recipe.of_rows(Tensor.contiguous), output), lambda z: z + row)
 
 
-def _with_output(lazy: LazyLogits, output: Output[Tensor]) -> Any:
-    return lazy.recipe._replace(head=lazy.recipe.head._replace(output=output))
+def _with_output(recipe: Recipe, output: Output[Tensor]) -> Any:
+    return recipe._replace(head=recipe.head._replace(output=output))
 
 
 def _cast(lazy: LazyLogits, dtype: torch.dtype) -> Any:
@@ -113,7 +117,7 @@ def _cast(lazy: LazyLogits, dtype: torch.dtype) -> Any:
         return lazy
     if torch.promote_types(dtype, recipe.dtype) != dtype or recipe.is_logprob:  # it would round
         return NotImplemented
-    return lazy.then(recipe._replace(dtype=dtype), lambda z: z.to(dtype))
+    return _new(lazy, lambda z: z.to(dtype), dtype=dtype)
 
 
 @_handles(Tensor.float)
@@ -148,13 +152,16 @@ def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
 
 
 @_handles(Tensor.contiguous)
-def _contiguous(lazy: LazyLogits, **_: Any) -> Any:
-    return lazy
+def _contiguous(lazy: LazyLogits, **options: Any) -> Any:
+    if options:
+        return NotImplemented
+    is_cut = lazy.shape[-1] != lazy.call.recipe.shape[-1]
+    return _new(lazy, Tensor.contiguous) if is_cut else _rows(lazy, Tensor.contiguous)
 
 
 @_handles(Tensor.clone, torch.clone)
 def _clone(lazy: LazyLogits, **options: Any) -> Tensor:
-    return lazy.then(lazy.recipe, lambda z: z.clone(**options))
+    return _new(lazy, lambda z: z.clone(**options))
 
 
 @_handles(Tensor.detach, torch.detach)
@@ -169,12 +176,32 @@ def _detach(lazy: LazyLogits) -> Tensor:
 # Rows.
 
 
+def _is_last(lazy: LazyLogits, dim: Any) -> bool:
+    """Whether a function's dimension is the vocabulary."""
+    return type(dim) is int and dim in (-1, lazy.dim() - 1)
+
+
+def _row_dim(lazy: LazyLogits, dim: Any) -> int | None:
+    """A function's dimension, counted from 0; None for the vocabulary or for an error."""
+    n = lazy.dim()
+    return dim % n if type(dim) is int and -n <= dim < n and dim % n != n - 1 else None
+
+
 def _rows(lazy: LazyLogits, change: Change, step: Change | None = None) -> Any:
-    return lazy.then(lazy.recipe.of_rows(change), step or change)
+    made = lazy.recipe.of_rows(change)
+    return lazy if made.head.x is lazy.recipe.head.x else lazy.then(made, step or change)
 
 
-@_handles(Tensor.view, Tensor.reshape, torch.reshape)
+@_handles(Tensor.view)
 def _view(lazy: LazyLogits, *shape: Any) -> Any:
+    try:
+        return _reshape(lazy, *shape, change=Tensor.view)
+    except RuntimeError:  # so that torch raises it
+        return NotImplemented
+
+
+@_handles(Tensor.reshape, torch.reshape)
+def _reshape(lazy: LazyLogits, *shape: Any, change: Any = Tensor.reshape) -> Any:
     if len(shape) == 1 and isinstance(shape[0], tuple | list):
         shape = tuple(shape[0])
     if not shape or not all(type(size) is int for size in shape) or 0 in lazy.shape:
@@ -184,12 +211,12 @@ def _view(lazy: LazyLogits, *shape: Any) -> Any:
         last = lazy.shape[-1]
     if last != lazy.shape[-1]:
         return NotImplemented
-    return _rows(lazy, lambda x: x.reshape(*lead, x.shape[-1]))
+    return _rows(lazy, lambda x: change(x, *lead, x.shape[-1]))
 
 
 @_handles(Tensor.flatten, torch.flatten)
 def _flatten(lazy: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if end_dim % lazy.dim() == lazy.dim() - 1:
+    if None in (_row_dim(lazy, start_dim), _row_dim(lazy, end_dim)):
         return NotImplemented
     return _rows(lazy, lambda x: x.flatten(start_dim, end_dim))
 
@@ -204,9 +231,9 @@ def _unsqueeze(lazy: LazyLogits, dim: int) -> Any:
 
 @_handles(Tensor.squeeze, torch.squeeze)
 def _squeeze(lazy: LazyLogits, *dim: Any) -> Any:
-    if len(dim) != 1 or type(dim[0]) is not int or dim[0] % lazy.dim() == lazy.dim() - 1:
+    place = _row_dim(lazy, dim[0]) if len(dim) == 1 else None
+    if place is None:
         return NotImplemented
-    place = dim[0] % lazy.dim()
     return _rows(lazy, lambda x: x.squeeze(place))
 
 
@@ -216,7 +243,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     used = 0  # dimensions that the index takes
     for each in index:
-        if isinstance(each, LazyLogits):
+        if isinstance(each, LazyLogits | bool) or getattr(each, "dtype", None) is torch.uint8:
             return NotImplemented
         if isinstance(each, Tensor) and each.dtype is torch.bool:
             used += each.dim()
@@ -241,7 +268,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
             return NotImplemented
         base = Base(weight[cut], None if bias is None else bias[cut])
         adapters = tuple([each._replace(lora_b=each.lora_b[cut]) for each in adapters])
-        recipe = _with_output(lazy, Output(base, adapters))
+        recipe = _with_output(recipe, Output(base, adapters))
     made = recipe.of_rows(lambda x: x[(*rows, slice(None))])
     return lazy.then(made, lambda z: z[index])
 
@@ -258,8 +285,8 @@ def _split(lazy: LazyLogits, split_size: Any, dim: int = 0) -> Any:
 
 @_handles(Tensor.unbind, torch.unbind)
 def _unbind(lazy: LazyLogits, dim: int = 0) -> Any:
-    place = dim % lazy.dim()
-    if place == lazy.dim() - 1:
+    place = _row_dim(lazy, dim)
+    if place is None:
         return NotImplemented
     before = (slice(None),) * place
     return tuple(_getitem(lazy, (*before, i)) for i in range(lazy.shape[place]))
@@ -279,7 +306,7 @@ def _log_softmax(
     lazy: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
 ) -> Any:
     recipe = lazy.recipe
-    if recipe.is_logprob or dim is None or dim % lazy.dim() != lazy.dim() - 1:
+    if recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
     if dtype is None and autocast_is_on(lazy.device.type):
         dtype = torch.float32
@@ -346,7 +373,7 @@ def _nll_loss(
 def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
     """log_softmax(…).gather(-1, index): the logarithm of each target's probability."""
     recipe, shape = lazy.recipe, (*lazy.shape[:-1], 1)
-    if options or not recipe.is_logprob or dim % lazy.dim() != lazy.dim() - 1:
+    if options or not recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != shape:
         return NotImplemented
@@ -358,8 +385,10 @@ def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
 def _sum(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Σ log_softmax over the vocabulary, as transformers' LabelSmoother takes it."""
     recipe = lazy.recipe
-    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-    if not recipe.is_logprob or len(dims) != 1 or dims[0] % lazy.dim() != lazy.dim() - 1:
+    (place,) = dim if isinstance(dim, tuple | list) and len(dim) == 1 else (dim,)
+    if not recipe.is_logprob or not _is_last(lazy, place):
+        return NotImplemented
+    if dtype is not None and torch.promote_types(dtype, recipe.dtype) != dtype:
         return NotImplemented
     zeros = torch.zeros(lazy.shape[:-1], dtype=torch.int64, device=lazy.device)
     mean = _loss(lazy, zeros, "none", _NO_INDEX, label_smoothing=1.0)  # -Σ log p / V
