@@ -89,7 +89,8 @@ LEFT_OUT = {
     "__cuda_array_interface__ __array_interface__ as_subclass _make_subclass __dlpack__ name "
     "__deepcopy__ __set__ __delete__ __dlpack_device__ is_shared share_memory_ "
     "_make_wrapper_subclass _make_dtensor is_same_size_",
-    "gradients that rounding decides": "svd vander pinverse pinv qr tan polygamma",
+    "gradients that rounding decides": "svd svd_lowrank pca_lowrank vander pinverse pinv qr "
+    "tan polygamma lgamma lgamma_ mvlgamma mvlgamma_ digamma digamma_ tan_ hash_tensor",
     "other devices": "cuda xpu ipu hpu mtia is_pinned pin_memory",
     "the graph, which the tests below compare": "backward grad_fn grad _grad _grad_fn "
     "_backward_hooks _post_accumulate_grad_hooks register_hook retain_grad retains_grad "
@@ -468,7 +469,9 @@ def _equal(found, wanted) -> bool:
         tolerance = 1e-12 if wanted.dtype is torch.float64 else 1e-5
         if not (wanted.is_floating_point() or wanted.is_complex()):
             return torch.equal(found, wanted)
-        return torch.allclose(found, wanted, tolerance, tolerance, equal_nan=True)
+        largest = wanted.abs().nan_to_num(0.0, 0.0).amax().item() if wanted.numel() else 0.0
+        absolute = tolerance * max(1.0, largest)  # sums of large numbers round as these do
+        return torch.allclose(found, wanted, tolerance, absolute, equal_nan=True)
     if isinstance(wanted, np.ndarray | float):
         return np.allclose(found, wanted, 1e-12, 1e-12, equal_nan=True)
     if isinstance(wanted, int | str | bool | None | torch.dtype | torch.device | torch.layout):
