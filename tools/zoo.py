@@ -43,6 +43,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastlora.layers import head as heads
 from fastlora.layers import logits, logits_functions
+from fastlora.layers.classes import change_classes
 
 SECONDS = 90  # for a class
 TOLERANCE = 5e-5  # of the largest number of a tensor; float32 sums in another order
@@ -250,14 +251,14 @@ def compare(model: Any, batch: dict[str, Tensor], begin: Any = lambda: None) -> 
         standard = step(model, batch, unused), evaluation(model, batch)
         with warnings.catch_warnings(record=True) as said, counted() as count:
             warnings.simplefilter("always")
-            taken = heads.take_head(model)
+            taken = change_classes(heads.head_classes(model))
             if not taken:
                 return Outcome("left alone", str(said[-1].message).split(": ", 1)[1])
             try:
                 lazy = step(model, batch, count), evaluation(model, batch)
             except Exception as error:
                 return Outcome("WRONG", f"only the lazy head raises {_shown(error)}")
-        heads.give_back_heads(taken)
+        change_classes(taken)
         for found, wanted in zip(lazy, standard, strict=True):
             difference, name = apart(found, wanted)
             if not difference <= TOLERANCE:

@@ -131,6 +131,13 @@ class LoRALayer(AdaptedWeight, Adapted):
         """The record of a layer that isn't merged."""
         return Record("", (self.adapted_output(),), (self.lora_dropout,))
 
+    def read_head(self) -> Record:
+        """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
+        if self.merged:
+            return Record("its adapter is merged")
+        record = self.read()
+        return record if self.training else record._replace(dropouts=(0.0,))
+
     def run(self, x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         """The output for x, and the call's kind if later calls may reuse it."""
         (dropout,) = record.dropouts

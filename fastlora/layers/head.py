@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from ..backends import asked_backend
 from ..foreign import FULLY_SHARDED, derived_from
 from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager, why_not_here
 from ..ops.loss import Head, head_of
-from ..projection import Base, Output
-from .adapted import LoRALayer
 from .classes import changed_classes, class_over
-from .frozen import read_base
 from .guards import Record, fits
 from .logits_functions import lazy_logits
 from .members import is_hooked, under, why_patched
+from .mlp import read_frozen
 from .modules import has_sharded, parts_of_fsdp, plain_name
 
 _SAVED = ("peft.utils.other", "ModulesToSaveWrapper")
@@ -117,27 +115,11 @@ def _why_not_head(head: nn.Module) -> str:
 
 def read_head(head: Any) -> Record:
     """The output and the dropout of a head's calls now, or the reason why no call is lazy."""
-    if isinstance(head, LoRALayer):
-        if head.merged:
-            return Record("its adapter is merged")
-        record = head.read()
-        return record if head.training else record._replace(dropouts=(0.0,))
-    base = head
+    if hasattr(head, "read_head"):
+        return head.read_head()
     if derived_from(type(head), *_LAYER):
-        from ..peft.layer import FastLinear
-        from ..peft.read import adapters_now, read_active
-
-        if not isinstance(head, FastLinear):
-            return Record(f"a {type(head).__name__} of PEFT, which isn't optimized")
-        if head.merged and head.disable_adapters:
-            return Record("its adapter is merged and disabled")
-        if adapters_now(head):
-            return read_active(head)
-        base = head.base_layer
-        if is_hooked(cast(nn.Module, base)):
-            return Record("a hook watches, or something replaces, its base layer")
-    reason, weight, bias, packed = read_base(base, adapted=False)
-    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
+        return Record(f"it is a {type(head).__name__} of PEFT, which isn't optimized")
+    return read_frozen(head)
 
 
 def why_not_lazy(head: nn.Module, record: Record) -> str:

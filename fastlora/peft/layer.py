@@ -26,7 +26,7 @@ from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
-from .read import parts_of, read_active, why_not_now
+from .read import adapters_now, parts_of, read_active, why_not_now
 
 
 class FastLinear(Fast, nn.Module):
@@ -41,6 +41,13 @@ class FastLinear(Fast, nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+    def read_head(self) -> Record:
+        """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
+        layer: Any = self
+        if layer.merged and layer.disable_adapters:  # PEFT unmerges it in the call
+            return Record("its adapter is merged and disabled")
+        return read_active(layer) if adapters_now(layer) else mlp.read_frozen(layer.base_layer)
 
     forward.__qualname__ = "Linear.forward"  # Python's errors of wrong arguments read as PEFT's
 
