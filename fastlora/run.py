@@ -9,6 +9,7 @@ from argparse import REMAINDER, ArgumentParser
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from pkgutil import get_importer
 from types import ModuleType
 from typing import Any
 
@@ -51,17 +52,27 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
     from_environment()
     sys.argv = program
-    _run_module(program[0]) if is_module else _run_script(program[0])
+    _run_module(program[0], os.getcwd()) if is_module else _run_script(program[0])
     return 0
 
 
-def _run_module(name: str) -> None:
-    _set_path(os.getcwd())
+class _AbsentError(Exception):
+    """No module has the name that follows ``-m``, or it can't be run."""
+
+
+def _run_module(name: str, folder: str) -> None:
+    """Run a module that is found with this folder at the start of ``sys.path``."""
+    _set_path(folder)
+    own = sys.modules.pop("__main__")  # otherwise runpy finds that one
     try:
-        _, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
-    except ImportError as error:
+        _, spec, code = runpy._get_module_details(name, _AbsentError)  # type: ignore[attr-defined]
+    except _AbsentError as error:
         sys.exit(f"{sys.executable}: {error}")
-    sys.argv[0] = spec.origin
+    except BaseException as error:  # of the module's package
+        _leave_out_this_file(error)
+        raise
+    if name != own.__name__:
+        sys.argv[0] = spec.origin
     _run(
         code,
         __file__=spec.origin,
@@ -74,10 +85,8 @@ def _run_module(name: str) -> None:
 
 def _run_script(name: str) -> None:
     path = os.path.abspath(name)
-    if os.path.isdir(path):
-        _set_path(path)
-        runpy.run_path(name, run_name="__main__")
-        return
+    if get_importer(path) is not None:  # a folder or a zip file with __main__.py
+        return _run_module("__main__", path)
     _set_path(os.path.dirname(os.path.realpath(path)))
     try:
         source = Path(path).read_bytes()
