@@ -61,7 +61,7 @@ def from_environment() -> None:
 
 
 def show_log() -> None:
-    """Show the INFO lines of fastlora on stderr, unless the program has set up logging itself."""
+    """Show the INFO lines of fastlora on stderr, unless the program's own handlers show them."""
     import logging
 
     logger = logging.getLogger("fastlora")
@@ -69,9 +69,25 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.addFilter(lambda record: not logging.getLogger().handlers)
+        handler.addFilter(lambda record: not _is_shown(record))
         handler.setFormatter(logging.Formatter("fastlora: %(message)s"))
         logger.addHandler(handler)
+
+
+def _is_shown(record: Any) -> bool:
+    """Whether a handler of the root logger writes the record to the terminal.
+
+    axolotl's handler for the terminal leaves other packages' INFO out, and another one has a file.
+    """
+    import logging
+
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(
+        record.levelno >= handler.level
+        and handler.filter(record)
+        and getattr(handler, "stream", sys.stderr) in streams
+        for handler in logging.getLogger().handlers
+    )
 
 
 def optimize_silently(model: Any, **settings: Any) -> None:
