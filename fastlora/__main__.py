@@ -175,7 +175,7 @@ def _add_adapters(commands: Any) -> None:
 def _add_path(commands: Any) -> None:
     what = "print the path of the file that a trainer loads as a plugin"
     parser = commands.add_parser("path", help=what, description=what, allow_abbrev=False)
-    parser.add_argument("trainer", choices=_PLUGINS, help="ms-swift's --external_plugins")
+    parser.add_argument("trainer", choices=_PLUGINS, help="ms-swift")
 
 
 def _shape(text: str) -> tuple[int, int, int]:

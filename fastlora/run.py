@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         description=f"{WHAT[0].upper()}{WHAT[1:]}: fastlora.auto(), then the program, as python "
         "runs it. Processes that it starts are included. One line on stderr says how many layers "
         "are fast.",
-        epilog="examples: python -m fastlora run -m trl.scripts.sft …; accelerate launch -m fastlora "
-        "run train.py; torchrun … -m fastlora run train.py",
+        epilog="examples: python -m fastlora run -m trl.scripts.sft …; accelerate launch -m "
+        "fastlora run train.py; torchrun … -m fastlora run train.py",
         allow_abbrev=False,
     )
     add = parser.add_argument
