@@ -26,8 +26,8 @@ def auto(on: bool = True, **settings: Any) -> None:
 
     For each model, the logger "fastlora" gets one line: the number of fast layers, and the reasons
     for the others.  Its level is INFO, or WARNING if no layer is fast.  An error in ``optimize``
-    becomes such a warning and leaves the model as PEFT made it.  Other tuners than LoRA are left
-    alone.
+    becomes such a warning and leaves the model as PEFT made it.  Models of other tuners than LoRA
+    don't change.
 
     It wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported yet, it
     waits for the program to import PEFT.  Without settings it imports neither torch nor PEFT.
@@ -118,7 +118,7 @@ def optimize_and_log(model: Any, **settings: Any) -> None:
 
 
 def optimize_or_log(model: Any, **settings: Any) -> None:
-    """:func:`optimize_and_log`, for a program that must not end by an error of it."""
+    """:func:`optimize_and_log`, with a line of the log in place of an error."""
     try:
         optimize_and_log(model, **settings)
     except Exception as error:

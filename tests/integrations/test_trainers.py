@@ -28,6 +28,7 @@ AXOLOTL |= {"output_dir": "out", "dataset_prepared_path": "prepared", "sequence_
 AXOLOTL |= {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3, "bf16": False}
 AXOLOTL |= {"save_steps": 3, "learning_rate": 0.01, "optimizer": "adamw_torch", "logging_steps": 1}
 AXOLOTL |= {"lr_scheduler": "constant", "special_tokens": {"pad_token": "<|im_end|>"}}
+AXOLOTL["lora_model_dir"] = "adapter"
 AXOLOTL["datasets"] = [{"path": "data/rows.jsonl", "ds_type": "json", "type": "chat_template"}]
 PLUGIN = {"plugins": ["fastlora.integrations.axolotl.FastLoRAPlugin"]}
 OFF = dict.fromkeys([f"lora_{name}_kernel" for name in ("mlp", "qkv", "o", "embedding")], False)
@@ -63,6 +64,10 @@ def folder(tmp_path) -> Path:
     save_tiny_model(tmp_path)
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").rename(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(CHATML)
+    # axolotl seeds nothing before it makes an adapter, so it gets one.
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     (tmp_path / "data").mkdir()
     talks = [[("user", f"Say {i}"), ("assistant", f"{i}, it is")] for i in range(16)]
     with (tmp_path / "data" / "rows.jsonl").open("w") as file:
