@@ -113,12 +113,8 @@ def test_wrong_arguments(arguments, tmp_path):
 
 def test_help_names_every_option(tmp_path):
     _, printed, _ = ended(*RUN, "--help", cwd=tmp_path)
-    for name in (
-        "--no-gated-mlps",
-        "--no-frozen-linears",
-        "torchrun --nproc-per-node 2 -m fastlora",
-    ):
-        assert name in " ".join(printed.split()).replace("per- node", "per-node")
+    for name in ("--no-gated-mlps", "--no-frozen-linears", "torchrun … -m fastlora run train.py"):
+        assert name in " ".join(printed.split())
 
 
 CHILDREN = """
