@@ -35,6 +35,7 @@ class FastLoRAPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         show_log()
+        _LOG.filters.clear()  # axolotl's class of loggers drops INFO of other packages
         for key in _KERNELS:
             if cfg.get(key) is None:
                 cfg[key] = False
