@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test recipes peft-suite zoo bench compile-report matrix machine release-check docs lint clean
+.PHONY: help demo sweep test recipes integrations peft-suite zoo bench compile-report matrix machine release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS
 
 recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, diffusers) on tiny models (ARGS="-k grpo …")
 	.venv/bin/pytest tests/project/test_recipes.py $(ARGS)
+
+integrations: .venv/matrix ## Train a tiny model in axolotl, ms-swift, verl and TRL, each in its own environment (ARGS="-s axolotl", --list)
+	.venv/bin/nox -f tools/integrations.py $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)

@@ -5,85 +5,40 @@
 Data passes through four folders: layers (``layers``), ops (``ops``), backends (``backends``) and
 Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``peft`` speeds up PEFT's
 models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
+
+
+The first use of a name imports torch and the rest of fastlora.  If torch is imported already, then
+``import fastlora`` does so at once.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import reference
-from .adapters.combine import combine_adapters
-from .adapters.llama_cpp import export_gguf
-from .adapters.resize import resize_adapter
-from .backends import use_backend
-from .estimates import estimate
-from .layers.linear import LoRALinear
-from .model.checkpoint import load_adapter, save_adapter
-from .model.config import LoRAConfig
-from .model.inject import apply_lora, print_trainable_parameters, remove_lora
-from .model.merge import merge_lora, unmerge_lora
-from .model.packed_files import load_packed
-from .model.packing import pack
+from .automatic import auto  # noqa: F401  # it needs no torch, so that a program can start with it
 from .namesake import warn_of_namesake
-from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
-from .ops.loss import linear_cross_entropy, token_logprobs
-from .peft.check import check
-from .peft.optimize import coverage, optimize, restore
-from .projection import Projection
-from .report import Coverage
-from .rows import AdapterMapping
-from .sampling import merged
-from .sweeps import sweep
-from .tuning import tune
-from .version import __version__
+from .version import __version__  # noqa: F401
 
 if TYPE_CHECKING:
-    from .adapters.serving import check_adapter
+    from .public import *  # noqa: F403
 else:
 
-    def __getattr__(name):  # a module that is imported at its first use
-        if name != "check_adapter":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .adapters.serving import check_adapter
+    def __getattr__(name: str) -> Any:
+        """A name of ``public``, or a folder that importing ``public`` imports."""
+        if name.startswith("__") and name != "__all__":  # such as inspect asks every module for
+            raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+        public = import_module(".public", __name__)
+        names = getattr(public, "__all__", ())  # not there yet while the import runs
+        globals().update({each: getattr(public, each) for each in names}, __all__=names)
+        if name not in globals():
+            raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+        return globals()[name]
 
-        return check_adapter
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
 
-
-__all__ = [
-    "AdapterMapping",
-    "Coverage",
-    "LoRAConfig",
-    "LoRALinear",
-    "Projection",
-    "__version__",
-    "apply_lora",
-    "check",
-    "check_adapter",
-    "combine_adapters",
-    "coverage",
-    "estimate",
-    "export_gguf",
-    "grouped_lora_linear",
-    "linear_cross_entropy",
-    "load_adapter",
-    "load_packed",
-    "lora_linear",
-    "lora_linears",
-    "merge_lora",
-    "merged",
-    "multi_lora_linear",
-    "optimize",
-    "pack",
-    "print_trainable_parameters",
-    "reference",
-    "remove_lora",
-    "resize_adapter",
-    "restore",
-    "save_adapter",
-    "sweep",
-    "token_logprobs",
-    "tune",
-    "unmerge_lora",
-    "use_backend",
-]
 
 warn_of_namesake()
 del warn_of_namesake
+if "torch" in sys.modules and not TYPE_CHECKING:
+    __getattr__("__all__")

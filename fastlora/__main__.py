@@ -6,18 +6,16 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
-from .adapters.combine import combine_adapters
-from .adapters.llama_cpp import export_gguf
-from .adapters.resize import resize_adapter
-from .adapters.serving import SERVERS, check_adapter
-from .doctor import examine
-from .doctor.launches import NAMES, Asked
-from .tuning import command as tune
+from .run import WHAT
+from .run import main as run_program
 from .version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_PLUGINS = {"swift": Path(__file__).parent / "integrations" / "swift" / "fastlora_swift.py"}
 
 
 class _Parser(ArgumentParser):
@@ -33,6 +31,9 @@ class _Parser(ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.  Returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:  # first, because the program decides whether torch is imported
+        return run_program(arguments[1:])
     parser = _Parser(
         prog="python -m fastlora",
         allow_abbrev=False,
@@ -56,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", type=_dtype, help="dtype of its x and weight (bfloat16)")
     add("--dropout", type=_probability, metavar="P", help="dropout of its adapter (0)")
     add("--target", type=_target, help="a GPU to plan for, such as sm_90 or H100")
+    commands.add_parser("run", help=WHAT)
     _add_tune(commands)
     _add_adapters(commands)
+    _add_path(commands)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     if not command:
@@ -65,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "doctor":
         return _examine(doctor, options)
+    if command == "path":
+        print(_PLUGINS[options["trainer"]])
+        return 0
     run, plot = options.pop("run"), options.pop("plot", None)
     output = options.get("output") or options.get("path")
     try:
@@ -90,6 +96,9 @@ def _written(output: str | None) -> str:
 
 
 def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
+    from .doctor import examine
+    from .doctor.launches import Asked
+
     as_json, shape = options.pop("json"), options.pop("shape")
     details = {name: value for name, value in options.items() if value is not None}
     if details and not shape:
@@ -101,6 +110,8 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
 
 
 def _add_tune(commands: Any) -> None:
+    from .tuning import command as tune
+
     what = "measure which plans and tiles are fastest on this GPU, and use them from now on"
     parser = commands.add_parser("tune", help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=tune)
@@ -127,6 +138,11 @@ def _add_tune(commands: Any) -> None:
 
 def _add_adapters(commands: Any) -> None:
     """Add the commands on saved PEFT adapters.  Their options are the functions' arguments."""
+    from .adapters.combine import combine_adapters
+    from .adapters.llama_cpp import export_gguf
+    from .adapters.resize import resize_adapter
+    from .adapters.serving import SERVERS, check_adapter
+
     parsers = []
     for name, run, what in (
         (
@@ -163,6 +179,12 @@ def _add_adapters(commands: Any) -> None:
     check.add_argument("--max-lora-rank", type=_rank, metavar="R", help="the server's option")
 
 
+def _add_path(commands: Any) -> None:
+    what = "print the path of the file that a trainer loads as a plugin"
+    parser = commands.add_parser("path", help=what, description=what, allow_abbrev=False)
+    parser.add_argument("trainer", choices=_PLUGINS, help="ms-swift")
+
+
 def _shape(text: str) -> tuple[int, int, int]:
     sizes = [_whole(part) for part in text.split(",")]
     if len(sizes) != 3 or 0 in sizes:
@@ -190,7 +212,9 @@ def _whole(text: str) -> int:
     return int(text) if re.fullmatch("[0-9]{1,7}", text) else 0
 
 
-def _dtype(text: str) -> torch.dtype:
+def _dtype(text: str) -> "torch.dtype":
+    from .doctor.launches import NAMES
+
     if text not in NAMES:
         raise ArgumentTypeError(f"{text!r} isn't one of {', '.join(NAMES)}")
     return NAMES[text]

@@ -1,6 +1,6 @@
-"""A transformers Trainer that checkpoints only the adapter, and merged sampling for TRL's trainers.
+"""A Trainer that checkpoints only the adapter, and callbacks for other trainers.
 
-    from fastlora.trainer import AdapterTrainer, MergedSampling
+    from fastlora.trainer import AdapterTrainer, MergedSampling, Optimize
 
 Only this file imports transformers; ``import fastlora`` doesn't import it.
 """
@@ -15,11 +15,13 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from .automatic import check_settings, optimize_and_log, optimize_silently, show_log
 from .layers.head import lazy_head
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.trainable import saving_adapters_only
+from .peft.optimize import peft_layers
 from .sampling import merged
 
 try:
@@ -112,6 +114,37 @@ def _check_engine(trainer: Trainer) -> None:
             f"AdapterTrainer can't save only adapters under {engine}, whose checkpoints hold the "
             "whole model: use transformers.Trainer, and call fastlora.save_adapter after training"
         )
+
+
+class Optimize(TrainerCallback):
+    """Optimizes the Trainer's PEFT model before training, also one that the trainer makes.
+
+    Use it as ``callbacks=[Optimize()]``, with transformers.Trainer, TRL's trainers and others that
+    derive from it.  ``settings`` are the arguments of :func:`fastlora.optimize`.  One line on
+    stderr, or in the log that the program has set up, says how many layers are fast.
+
+    The model is optimized at the end of the Trainer's ``__init__``, before DDP or FSDP wraps it,
+    and again at the start of training, because ``model_init`` may have made another model.
+    Training raises ValueError before its first step if the model has no LoRA layers of PEFT.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        check_settings(settings)
+        self.settings = settings
+        self._logged: WeakSet[nn.Module] = WeakSet()
+        show_log()
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if kwargs.get("model") is not None and peft_layers(kwargs["model"]):
+            self._optimize(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._optimize(kwargs["model"])
+
+    def _optimize(self, model: Any) -> None:
+        inner = unwrap(model)
+        (optimize_silently if inner in self._logged else optimize_and_log)(model, **self.settings)
+        self._logged.add(inner)
 
 
 _sampling: WeakSet[nn.Module] = WeakSet()  # models inside of a merged ``generate``

@@ -142,10 +142,15 @@ def _guard(module: nn.Module) -> None:
 def _acts_as_its_class(module: nn.Module) -> bool:
     """Whether the forward in this module's ``__dict__`` computes the same as its class's.
 
-    Two do.  accelerate's moves inputs to the weight's device, which the fast path requires anyway.
-    And when accelerate removes its hook, it leaves the class's own forward on the instance.
+    Three do.  accelerate's and ms-swift's move inputs to the weight's device, which the fast path
+    requires anyway.  And when accelerate removes its hook, it leaves the class's own forward on the
+    instance.
     """
     forward = module.__dict__["forward"]
+    if "forward_origin" in module.__dict__:
+        theirs: Any = getattr(forward, "__func__", None)
+        if defined_in(theirs) == "swift.tuners.peft" and theirs.__name__ == "keep_device_forward":
+            forward = module.__dict__["forward_origin"]  # the one that it calls
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         return True
     hook: Any = module.__dict__.get("_hf_hook")

@@ -25,8 +25,9 @@ FLOORS = (
     {"ops"},
     {"layers", "report"},
     {"model", "peft"},
-    {"adapters", "estimates", "sweeps", "tuning", "sampling", "trainer", "doctor", "__main__"},
-    {"__init__"},
+    {"adapters", "estimates", "sweeps", "tuning", "sampling", "trainer", "doctor", "__main__"}
+    | {"automatic", "run", "integrations"},
+    {"public", "__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # the number of files in the longest chain of imports
 

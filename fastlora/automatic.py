@@ -1,0 +1,212 @@
+"""``fastlora.auto()``: every model that PEFT injects adapters into is optimized from then on.
+
+This file imports only the standard library, because it runs at the start of programs that may never
+import torch or PEFT.  Nothing here takes a lock, so that forked processes can't inherit one.
+"""
+
+import functools
+import os
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+_TUNERS = "peft.tuners.tuners_utils"  # the module of PEFT's BaseTuner
+_settings: dict[str, Any] | None = None  # the arguments of ``optimize``; None while ``auto`` is off
+_wrapped: dict[type, tuple[Any, Any]] = {}  # a class: PEFT's ``inject_adapter``, and the wrapper
+
+
+def auto(on: bool = True, **settings: Any) -> None:
+    """Optimize every model that PEFT gives LoRA layers from now on, in whatever program.
+
+    Call it once, before or after ``import peft``, and before the program makes its PEFT model.
+    ``settings`` are the arguments of :func:`fastlora.optimize`, such as ``gated_mlps=False``; a
+    later call replaces them.  ``auto(False)`` undoes it: models that are optimized already stay so,
+    and :func:`fastlora.restore` undoes these.
+
+    For each model, the logger "fastlora" gets one line: the number of fast layers, and the reasons
+    for the others.  Its level is INFO, or WARNING if no layer is fast.  An error in ``optimize``
+    becomes such a warning and leaves the model as PEFT made it.  Models of other tuners than LoRA
+    don't change.
+
+    It wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported yet, it
+    waits for the program to import PEFT.  Without settings it imports neither torch nor PEFT.
+    ``python -m fastlora run`` calls it for a program that can't be edited (docs/integrations.md).
+
+    Raises TypeError for a setting that ``optimize`` doesn't take.
+    """
+    global _settings
+    check_settings(settings)
+    _settings = settings if on else None
+    if not on:
+        _unwrap()
+        return
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    if _TUNERS in sys.modules:  # second, because another thread may be importing it
+        _wrap(import_module(_TUNERS))
+
+
+def from_environment() -> None:
+    """:func:`auto`, if ``FASTLORA`` is set: to 1, or to the settings as a JSON object."""
+    global _settings
+    value = os.environ.get("FASTLORA", "")
+    if value in ("", "0"):
+        return
+    import json
+
+    auto()
+    _settings = json.loads(value) if value.startswith("{") else {}
+    show_log()
+
+
+def show_log() -> None:
+    """Show the INFO lines of fastlora on stderr, unless the program's own handlers show them."""
+    import logging
+
+    logger = logging.getLogger("fastlora")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda record: not _is_shown(record))
+        handler.setFormatter(logging.Formatter("fastlora: %(message)s"))
+        logger.addHandler(handler)
+
+
+def _is_shown(record: Any) -> bool:
+    """Whether a handler of the root logger writes the record to the terminal.
+
+    axolotl's handler for the terminal leaves other packages' INFO out, and another one has a file.
+    """
+    import logging
+
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(
+        record.levelno >= handler.level
+        and handler.filter(record)
+        and getattr(handler, "stream", sys.stderr) in streams
+        for handler in logging.getLogger().handlers
+    )
+
+
+def optimize_silently(model: Any, **settings: Any) -> None:
+    """:func:`fastlora.optimize` without its warnings, which the report repeats."""
+    from .peft.optimize import optimize
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimize(model, **settings)
+
+
+def optimize_and_log(model: Any, **settings: Any) -> None:
+    """:func:`fastlora.optimize`, with its report as one line of the log instead of warnings."""
+    import logging
+
+    from .peft import is_disabled
+    from .peft.optimize import coverage
+
+    optimize_silently(model, **settings)
+    report = coverage(model)
+    level, text = logging.INFO, "; ".join(str(report).splitlines())
+    if any(parameter.is_meta for parameter in model.parameters()):
+        text = f"{len(report.layers)} LoRA layers; fastlora.coverage(model) can tell which are fast"
+        text += " when their weights are loaded"
+    elif len(report.not_fast) == len(report.layers) and not is_disabled():
+        level = logging.WARNING
+    _log(level, text)
+
+
+def optimize_or_log(model: Any, **settings: Any) -> None:
+    """:func:`optimize_and_log`, with a line of the log in place of an error."""
+    try:
+        optimize_and_log(model, **settings)
+    except Exception as error:
+        import logging
+
+        _log(logging.WARNING, f"this model isn't optimized: {type(error).__name__}: {error}")
+
+
+def _log(level: int, text: str) -> None:
+    """Log it in the first process of a group, and at the level DEBUG in the others."""
+    import logging
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("fastlora").log(level if is_first else logging.DEBUG, text)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise TypeError for a setting that ``optimize`` doesn't take."""
+    if not settings:  # torch stays out
+        return
+    from inspect import signature
+
+    from .peft.optimize import optimize
+
+    known = [name for name in signature(optimize).parameters if name != "model"]
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"optimize has no setting {name!r}: give some of {', '.join(known)}")
+
+
+def _wrap(tuners: Any) -> None:
+    """Wrap ``inject_adapter``, once for each class, and stop waiting for PEFT's import."""
+    # A new list, because another thread may be in a loop over the old one.
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
+    kind = tuners.BaseTuner
+    theirs = kind.inject_adapter
+
+    @functools.wraps(theirs)
+    def inject_adapter(self: Any, *arguments: Any, **named: Any) -> Any:
+        result = theirs(self, *arguments, **named)
+        settings = _settings
+        if settings is not None:
+            from .peft.optimize import peft_layers
+
+            model = named["model"] if "model" in named else arguments[0]
+            if peft_layers(model):  # none if the tuner isn't LoRA's
+                optimize_or_log(model, **settings)
+        return result
+
+    pair = theirs, inject_adapter
+    if _wrapped.setdefault(kind, pair) is pair:  # atomic: another thread may be here also
+        kind.inject_adapter = inject_adapter
+
+
+def _unwrap() -> None:
+    """Undo :func:`auto`.  A wrapper that another program has wrapped stays, and only calls PEFT."""
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
+    for kind, (theirs, ours) in [*_wrapped.items()]:
+        if vars(kind).get("inject_adapter") is ours:
+            kind.inject_adapter = theirs  # type: ignore[attr-defined]
+            del _wrapped[kind]
+
+
+class _Finder:
+    """A finder of ``sys.meta_path`` that calls :func:`_wrap` when PEFT's module has been executed.
+
+    The other finders find the module.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _TUNERS:
+            return None
+        finders = [getattr(each, "find_spec", None) for each in sys.meta_path if each is not self]
+        specs = (find(name, path, target) for find in finders if find)
+        spec = next(filter(None, specs), None)
+        loader: Any = getattr(spec, "loader", None)
+        run = getattr(loader, "exec_module", None)
+        if run is None:
+            return spec
+
+        def exec_module(module: Any) -> None:
+            vars(loader).pop("exec_module", None)
+            run(module)
+            if module.__name__ == _TUNERS and _settings is not None:
+                _wrap(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+_FINDER = _Finder()

@@ -1,0 +1,1 @@
+"""Files that other trainers load.  Each file imports its trainer; fastlora imports none of them."""

@@ -1,0 +1,59 @@
+"""axolotl's plugin.  In the YAML:
+
+plugins:
+  - fastlora.integrations.axolotl.FastLoRAPlugin
+"""
+
+import logging
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+from ..automatic import optimize_or_log, show_log
+
+_LOG = logging.getLogger("fastlora")
+# axolotl switches its kernels on by itself unless one of these keys is set.
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_PREFIX = "fastlora_"
+
+
+class FastLoRAArgs(BaseModel):
+    """The plugin's own keys: arguments of :func:`fastlora.optimize`, whose defaults hold."""
+
+    fastlora_gated_mlps: bool | None = None
+    fastlora_frozen_linears: bool | None = None
+
+
+class FastLoRAPlugin(BasePlugin):
+    """Optimizes the model after axolotl has loaded its adapter.
+
+    axolotl's fused LoRA kernels replace the forward of attention and MLP modules, so that no LoRA
+    layer in there is called.  They stay off unless the YAML sets one of their keys to true.  In
+    that case axolotl's kernels run, and the plugin changes nothing and logs a warning.
+    """
+
+    def register(self, cfg: Any) -> None:
+        show_log()
+        _LOG.filters.clear()  # axolotl's class of loggers drops INFO of other packages
+        for key in _KERNELS:
+            if cfg.get(key) is None:
+                cfg[key] = False
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{FastLoRAArgs.__name__}"
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        theirs = [key for key in _KERNELS if cfg.get(key)]
+        if theirs:
+            _LOG.warning(
+                "axolotl's own kernels are on, so fastlora changes nothing: remove %s from the "
+                "YAML to run fastlora",
+                ", ".join(theirs),
+            )
+            return
+        given = {name: cfg.get(name) for name in FastLoRAArgs.model_fields}
+        settings = {
+            name.removeprefix(_PREFIX): value for name, value in given.items() if value is not None
+        }
+        optimize_or_log(model, **settings)

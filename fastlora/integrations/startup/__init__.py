@@ -1,0 +1,1 @@
+"""A folder for PYTHONPATH; it must hold no module with a package's name."""

@@ -1,0 +1,23 @@
+"""Calls ``fastlora.auto()`` in the processes that a program of ``python -m fastlora run`` starts.
+
+Python imports this file at its start, because ``run`` puts its folder on PYTHONPATH.  The folder
+leaves ``sys.path``, and another ``sitecustomize`` that it hides is run also.
+"""
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+
+_here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _here]
+try:
+    from fastlora.automatic import from_environment
+except ImportError:
+    pass  # a Python of another environment, without fastlora
+else:
+    from_environment()
+_other = PathFinder.find_spec(__name__, sys.path)
+if _other is not None and _other.loader is not None:
+    sys.modules[__name__] = module_from_spec(_other)
+    _other.loader.exec_module(sys.modules[__name__])

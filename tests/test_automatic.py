@@ -1,0 +1,266 @@
+"""``fastlora.auto()``: models that PEFT injects adapters into are optimized, in any program."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import peft
+import pytest
+import torch
+from models import randomize, tiny_llama
+from peft.tuners.tuners_utils import BaseTuner
+from process import run_python
+
+import fastlora
+from fastlora import automatic
+from fastlora.layers.mlp import GatedMLP
+
+THEIRS = BaseTuner.inject_adapter
+CONFIG = {"r": 4, "target_modules": "all-linear"}
+SAID = "14 of 14 layers fast (backend torch); 2 of 2 gated MLPs as one block"
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _off_afterwards() -> Iterator[None]:
+    yield
+    fastlora.auto(False)
+    assert BaseTuner.inject_adapter is THEIRS
+
+
+@pytest.fixture
+def lines(caplog) -> Callable[[], list[tuple[str, str]]]:
+    """A function that returns the level and the text of each line of fastlora's log."""
+    caplog.set_level(logging.INFO, "fastlora")
+
+    def read() -> list[tuple[str, str]]:
+        return [(r.levelname, r.message) for r in caplog.records if r.name == "fastlora"]
+
+    return read
+
+
+def model_of(config: peft.PeftConfig | None = None, **settings) -> peft.PeftModel:
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_llama(), config or peft.LoraConfig(**CONFIG | settings))
+
+
+def is_fast(model: torch.nn.Module) -> bool:
+    return bool((report := fastlora.coverage(model)).layers) and not report.not_fast
+
+
+def test_a_model_of_peft_is_optimized_and_one_line_says_so(lines):
+    fastlora.auto()
+    model = model_of()
+    assert lines() == [("INFO", SAID)]
+    assert is_fast(model)
+    expected = fastlora.restore(model_of())(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, expected)
+
+
+def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
+    fastlora.auto()
+    fastlora.auto(gated_mlps=False)
+    model = model_of()
+    assert is_fast(model)
+    assert not any(isinstance(module, GatedMLP) for module in model.modules())
+    with pytest.raises(TypeError, match=r"no setting 'gates': give some of .*gated_mlps"):
+        fastlora.auto(gates=False)
+    with pytest.raises(TypeError, match="no setting 'model'"):
+        fastlora.auto(model=model)
+    assert automatic._settings == {"gated_mlps": False}
+
+
+def test_off_restores_peft_s_function_and_leaves_optimized_models():
+    finders = [*sys.meta_path]
+    fastlora.auto()
+    model = model_of()
+    fastlora.auto(False)
+    assert BaseTuner.inject_adapter is THEIRS
+    assert sys.meta_path == finders
+    assert is_fast(model)
+    assert not is_fast(model_of())
+
+
+def test_a_wrapper_around_ours_stays_and_no_model_is_optimized_twice(lines, monkeypatch):
+    fastlora.auto()
+    ours = BaseTuner.inject_adapter
+
+    def another(*arguments, **settings):
+        return ours(*arguments, **settings)
+
+    monkeypatch.setattr(BaseTuner, "inject_adapter", another)
+    fastlora.auto(False)
+    assert not is_fast(model_of())
+    assert lines() == []
+    fastlora.auto()
+    assert BaseTuner.inject_adapter is another
+    assert is_fast(model_of())
+    assert len(lines()) == 1
+    monkeypatch.undo()  # back to ours, which the fixture removes
+
+
+def test_threads_wrap_once():
+    with ThreadPoolExecutor(8) as threads:
+        [*threads.map(fastlora.auto, [True] * 64)]
+    assert BaseTuner.inject_adapter.__wrapped__ is THEIRS
+
+
+def test_an_adapter_that_is_injected_later_is_fast_also():
+    model = fastlora.restore(model_of())  # one that was made before
+    fastlora.auto()
+    model.add_adapter("second", peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    assert is_fast(model)
+    model.set_adapter("second")
+    randomize(model, 0.1)
+    got = model(IDS).logits
+    torch.testing.assert_close(got, fastlora.restore(model)(IDS).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path, lines):
+    saved = randomize(model_of(), 0.1)
+    saved.save_pretrained(tmp_path)
+    fastlora.auto()
+    torch.manual_seed(0)
+    loaded = peft.PeftModel.from_pretrained(
+        tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert is_fast(loaded)
+    torch.testing.assert_close(loaded(IDS).logits, saved(IDS).logits)
+    # Adapters on the meta device can't be judged when they are injected.
+    said = "14 LoRA layers; " if low_cpu_mem_usage else SAID
+    ((level, text),) = lines()
+    assert level == "INFO"
+    assert text.startswith(said)
+
+
+def test_an_error_of_optimize_is_a_warning_and_the_model_is_peft_s(lines, monkeypatch):
+    fastlora.auto(gated_mlps="yes")
+    model = model_of()
+    ((level, text),) = lines()
+    assert level == "WARNING"
+    assert text.startswith("this model isn't optimized: ValueError: gated_mlps is 'yes', but must")
+    kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
+    assert "fastlora" not in kinds
+
+
+def test_a_warning_of_optimize_ends_no_program_that_makes_warnings_errors(monkeypatch, lines):
+    monkeypatch.setattr("fastlora.peft._NEWEST", (0, 1))
+    fastlora.auto()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = model_of()
+    assert is_fast(model)
+
+
+def test_no_fast_layer_is_a_warning_with_the_reason(lines):
+    fastlora.auto()
+    model_of(target_modules=["embed_tokens"])
+    ((level, text),) = lines()
+    assert level == "WARNING"
+    assert text.startswith("0 of 1 layers fast; 1 in PEFT's forward: ")
+    assert "\n" not in text
+
+
+def test_other_tuners_are_left_alone(lines):
+    fastlora.auto()
+    model_of(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    model_of(peft.LoHaConfig(target_modules=["k_proj"]))
+    assert lines() == []
+
+
+def test_a_rank_behind_the_first_logs_nothing_and_disabled_is_no_warning(lines, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fastlora.auto()
+    assert is_fast(model_of())
+    assert lines() == []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("FASTLORA_DISABLE", "1")
+    assert not is_fast(model_of())
+    ((level, text),) = lines()
+    assert level == "INFO"
+    assert "FASTLORA_DISABLE is set" in text
+
+
+PEFT = """
+import sys
+if not hasattr(sys, "tried"):
+    sys.tried = True
+    raise ValueError("not yet")
+class BaseTuner:
+    def inject_adapter(self): return "theirs"
+"""
+PROGRAM = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+finders, before, start = [*sys.meta_path], {*sys.modules}, time.process_time()
+import fastlora; fastlora.auto()
+seconds, new = time.process_time() - start, {name.split(".")[0] for name in {*sys.modules} - before}
+try: import peft.tuners.tuners_utils
+except ValueError: assert sys.tried
+from peft.tuners.tuners_utils import BaseTuner, __loader__ as loader
+assert sys.meta_path == finders
+assert vars(loader).keys() == vars(json.__loader__).keys()
+assert hasattr(BaseTuner.inject_adapter, "__wrapped__")
+fastlora.auto(False)
+assert BaseTuner().inject_adapter() == "theirs"
+assert not hasattr(BaseTuner.inject_adapter, "__wrapped__")
+print(json.dumps([seconds, *new]))
+"""
+
+
+def test_before_peft_is_imported_it_waits_costs_little_and_imports_nothing(tmp_path):
+    """PEFT's stand-in fails at its first import, as with a missing dependency."""
+    folder = tmp_path / "peft" / "tuners"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "tuners_utils.py").write_text(PEFT)
+    runs = [json.loads(run_python("-I", "-c", PROGRAM, tmp_path)) for _ in range(3)]
+    assert min(seconds for seconds, *_ in runs) < 0.02
+    assert {name for _, *new in runs for name in new} - sys.stdlib_module_names == {"fastlora"}
+
+
+def test_a_program_sees_names_before_and_after_torch_is_imported():
+    code = (
+        "import sys, fastlora; assert 'optimize' in dir(fastlora); assert fastlora.__version__;"
+        "from fastlora import *; assert optimize is fastlora.optimize;"
+        "assert fastlora.peft.optimize.optimize is optimize; assert not hasattr(fastlora, 'no')"
+    )
+    for first in ("", "import torch;"):
+        run_python("-c", first + code)
+    run_python(
+        "-c",
+        "import fastlora, sys; hasattr(fastlora, '__wrapped__'); assert 'torch' not in sys.modules",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [("", None), ("0", None), ("1", {}), ('{"gated_mlps": false}', {"gated_mlps": False})],
+)
+def test_the_switch_in_the_environment(value, settings, monkeypatch):
+    monkeypatch.setenv("FASTLORA", value)
+    automatic.from_environment()
+    assert automatic._settings == settings
+
+
+@pytest.mark.parametrize(
+    ("setup", "shown"),
+    [
+        ("pass", "fastlora: a line\n"),
+        ("logging.basicConfig(format='own %(message)s')", "own a line\n"),
+        ("logging.basicConfig(filename='/dev/null')", "fastlora: a line\n"),
+        ("logging.getLogger('fastlora').setLevel(30)", ""),
+    ],
+    ids=["alone", "own-handler", "a-file", "own-level"],
+)
+def test_the_line_is_shown_once_as_the_program_s_logging_says(setup, shown):
+    program = (
+        "import logging, sys; sys.stderr = sys.stdout; from fastlora import automatic;"
+        f"automatic.show_log(); automatic.show_log(); {setup}; automatic._log(20, 'a line')"
+    )
+    assert run_python("-c", program) == shown.strip()
