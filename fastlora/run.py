@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         ("frozen-linears", "on a CPU, don't speed up layers without an adapter"),
     ):
         add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=what)
+    add("--loss", action="store_true", help="compute the loss without logits")
     add(
         "-m", dest="is_module", action="store_true", help="the program is a module, as in python -m"
     )

@@ -23,6 +23,7 @@ class FastLoRAArgs(BaseModel):
 
     fastlora_gated_mlps: bool | None = None
     fastlora_frozen_linears: bool | None = None
+    fastlora_loss: bool | None = None
 
 
 class FastLoRAPlugin(BasePlugin):
