@@ -10,7 +10,7 @@ logits of an evaluation are compared.  A line for each class says what happened:
     fused       the loss ran without logits, and all numbers are equal
     dense       the logits were computed, and all numbers are equal
     left alone  the head stayed the standard one
-    not run     no tiny model could be made, or its standard call fails
+    not run     no tiny model of the class runs with the standard head
     random      two standard calls differ, so nothing can be compared
     WRONG       numbers differ, or only the call with a lazy head fails
 
@@ -116,7 +116,7 @@ def classes() -> dict[str, str]:
 
 
 def tiny_config(kind: Any, sizes: dict[str, int]) -> Any:
-    """A configuration of this class with small sizes, those of its parts also."""
+    """A configuration of this class, and of its parts, with small sizes."""
     standard, given = kind(), {}
     for name, value in standard.to_dict().items():
         if type(value) is int or name == "head_dim":
@@ -149,7 +149,9 @@ def tiny_model(name: str, model_type: str, sizes: dict[str, int]) -> Any:
         raise SkippedError(f"has {count / 1e6:.0f} million parameters at least")
     same_seed()
     model = kind(config).float().train()
-    for parameter in model.parameters():  # some classes leave memory as it is, or zeros
+    for (
+        parameter
+    ) in model.parameters():  # some classes don't initialize all parameters, or set them to zero
         largest = parameter.abs().max()
         if not largest < 1e3 or (parameter.dim() > 1 and not largest):
             nn.init.normal_(parameter, std=0.05)

@@ -1,9 +1,10 @@
 """Output heads whose calls return lazy logits, so that the loss runs without logits.
 
 :func:`head_classes` gives the class that makes the module lazy that a model's
-``get_output_embeddings()`` returns; :func:`own_heads` gives its class before.  Each call decides.
-The head's own forward runs in a compiled or traced call, if a hook watches the head, for a single
-row without gradients (generation), and where :func:`why_not_lazy` gives a reason.
+``get_output_embeddings()`` returns; :func:`own_heads` gives its class before.
+
+Each call decides whether its logits are lazy.  They aren't in a compiled or traced call, and for a
+single row without gradients (generation).  :func:`why_not_lazy` gives the other reasons.
 """
 
 import sys

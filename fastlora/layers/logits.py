@@ -174,7 +174,7 @@ class HeadCall:
 
 
 def _top_hooks() -> Any:
-    """The innermost hooks on saved tensors, those of checkpointing for example; None without."""
+    """The innermost hooks on saved tensors, for example checkpointing's; None if there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
 
 
@@ -203,7 +203,7 @@ class LazyLogits(Tensor):
 
     call: HeadCall
     recipe: Recipe
-    _replay: Callable[[], Tensor]  # computes its elements from those of the tensor it was made of
+    _replay: Callable[[], Tensor]  # computes its elements from its parent's elements
     _elements: Tensor | None
     _state: tuple  # of the elements when they were computed
     written: list[bool]  # one flag: the elements have been changed in place; its node has it also
