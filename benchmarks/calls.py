@@ -44,7 +44,9 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
     configs = candidates(form.kernel, target, form.call)[:most]
     tried = {str(config): config for config in configs}
     if pool:  # keep the configs that compile in time
-        errors = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in tried.values()])
+        errors = compile_ahead(
+            pool, _SECONDS, _compile, [(form, target, each) for each in tried.values()]
+        )
         tried = {str(config): config for (*_, config), error in errors.items() if not error}
     our_calls = {name: partial(operands.run, config) for name, config in tried.items()}
     if form.depths:
@@ -143,7 +145,9 @@ def _compile(form: Form, target: Target, config: Config) -> None:
         Operands(form, "meta").run(config)
 
 
-def ahead(pool: Executor | None, seconds: float, compiles: Callable, arguments: Sequence) -> dict:
+def compile_ahead(
+    pool: Executor | None, seconds: float, compiles: Callable, arguments: Sequence
+) -> dict:
     """Call ``compiles`` with each entry of ``arguments``, in the processes of ``pool``.
 
     Returns the error, or "", of each entry whose call ended within ``seconds``.

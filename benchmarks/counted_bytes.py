@@ -1,8 +1,8 @@
 """Modeled bytes of a layer's forward and backward, for fastlora and other projects, without a GPU.
 
 ``python benchmarks/counted_bytes.py`` prints the table of README.md.  Each kernel reads or writes
-a matrix once, as if the caches held a tile until its last use, but nothing between two kernels.  A
-real kernel moves more, so only a measurement on a GPU gives the real number.
+a matrix once, as if the caches held a tile until its last use.  Caches keep nothing from one kernel
+to the next.  A real kernel moves more, so only a measurement on a GPU gives the real number.
 
 fastlora's rows add up the numbers that its launches state, on tensors without data.  Tests compare
 these numbers with every load and store of the kernels.  torch's products count as their arguments
@@ -51,9 +51,16 @@ class Bytes:
         return self.forward + self.backward
 
 
-# A pass is one kernel: the matrices it reads -> the matrices it writes.  Capitals are weights; xd
-# is the dropped copy of x, dxd its gradient, and mask the dropout mask; l = h B is the adapter's
-# output; 32 marks a float32 copy.  A name on both sides is read and written.
+# A pass is one kernel: the matrices that it reads -> the matrices that it writes.  A name on both
+# sides is read and written.
+#   x, y: input, output.
+#   W, A, B: weight, lora_A, lora_B.
+#   h: x A, or xd A with dropout.
+#   l: h B, the adapter's output.
+#   xd: the copy of x after dropout.
+#   mask: the dropout mask.
+#   dx, dy, dxd, …: the gradients of x, y, xd, ….
+#   x32, h32, …: float32 copies of x, h, ….
 FORWARD = "x W -> y, x A -> h, y h B -> y"
 DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
 PEFT_BACKWARD = "dy -> dl, dl B -> dh, dl h -> dB, dh A -> dxd, dh xd -> dA, dy W -> dx"

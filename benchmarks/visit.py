@@ -4,7 +4,7 @@
     python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
 It needs a folder with the repository, torch and Triton; nothing has to be installed.  Another
-process does the work, so a crash costs only one part, and the next part gets a new process.  FILE
+process does the work, so a crash loses only one part, and the next part gets a new process.  FILE
 is complete after every part.  Numbers of ``--dry`` only show that the code runs.
 """
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":  # an importing module has already done this
 
 import torch
 
-from benchmarks.calls import ahead, loss_reached, reached
+from benchmarks.calls import compile_ahead, loss_reached, reached
 from benchmarks.cases import Case, dry_cases, gpu_cases
 from benchmarks.forms import Form
 from benchmarks.lineup import make_tensors, makers_for
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Triton reads TRITON_INTERPRET when the kernels are imported.
+    """The worker's environment.  Triton reads TRITON_INTERPRET at import.
 
     The visit verifies results itself: a wrong kernel must be seen, not replaced.  It uses the
     default plans, even if other plans were tuned on this machine.
@@ -124,7 +124,7 @@ def environment(dry: bool) -> dict[str, str]:
 
 
 class Served:
-    """The worker's requests: a row for each part."""
+    """Answers the worker's requests.  Each part gives a row."""
 
     def __init__(self, device: str) -> None:
         self.device, self.dry = torch.device(device), device == "cpu"
@@ -167,7 +167,7 @@ class Served:
         """Compile the launches of the layers into Triton's cache on disk."""
         target = target_of(self.device)
         asked = [(case, name, target) for case in cases for name in ("fused", "in place")]
-        ended = ahead(self.pool, 45.0, compile_layer, asked)
+        ended = compile_ahead(self.pool, 45.0, compile_layer, asked)
         row = {"id": "layers", "outcome": f"{len(ended)} of {len(asked)} ended in time"}
         failures = {f"{case.id}, {name}": why for (case, name, _), why in ended.items() if why}
         return row | {"table": "compile", "failures": failures}

@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_written(output))
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {command}: {error}\n")
-    return int(command == "check-adapter" and not (report.fixed or report).loads)
+    loads = command != "check-adapter" or (report.fixed or report).loads
+    return 0 if loads else 1
 
 
 def _written(output: str | None) -> str:

@@ -21,8 +21,8 @@ def auto(on: bool = True, **settings: Any) -> None:
 
     Call it once, before or after ``import peft``, and before the program makes its PEFT model.
     ``settings`` are the arguments of :func:`fastlora.optimize`, such as ``gated_mlps=False``; a
-    later call replaces them.  ``auto(False)`` undoes it: models that are optimized already stay so,
-    and :func:`fastlora.restore` undoes these.
+    later call replaces them.  ``auto(False)`` undoes it.  Models that were optimized before stay
+    optimized; :func:`fastlora.restore` restores them.
 
     For each model, the logger "fastlora" gets one line: the number of fast layers, and the reasons
     for the others.  Its level is INFO, or WARNING if no layer is fast.  An error in ``optimize``
@@ -43,7 +43,8 @@ def auto(on: bool = True, **settings: Any) -> None:
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    if _TUNERS in sys.modules:  # second, because another thread may be importing it
+    # This comes after the finder was added, because another thread may import PEFT in between.
+    if _TUNERS in sys.modules:
         _wrap(import_module(_TUNERS))
 
 
@@ -77,7 +78,8 @@ def show_log() -> None:
 def _is_shown(record: Any) -> bool:
     """Whether a handler of the root logger writes the record to the terminal.
 
-    axolotl's handler for the terminal leaves other packages' INFO out, and another one has a file.
+    axolotl's handler for the terminal drops INFO of other packages.  axolotl's second handler
+    writes a file.
     """
     import logging
 
@@ -137,7 +139,7 @@ def _log(level: int, text: str) -> None:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise TypeError for a setting that ``optimize`` doesn't take."""
-    if not settings:  # torch stays out
+    if not settings:  # without settings, torch isn't imported
         return
     from inspect import signature
 
@@ -174,7 +176,10 @@ def _wrap(tuners: Any) -> None:
 
 
 def _unwrap() -> None:
-    """Undo :func:`auto`.  A wrapper that another program has wrapped stays, and only calls PEFT."""
+    """Undo :func:`auto`.
+
+    If another program wrapped our wrapper, it stays and passes calls on to PEFT.
+    """
     sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
     for kind, (theirs, ours) in [*_wrapped.items()]:
         if vars(kind).get("inject_adapter") is ours:

@@ -1,9 +1,9 @@
 """Output heads whose calls return lazy logits, so that the loss runs without logits.
 
-:func:`head_classes` gives the class that makes the module lazy that a model's
-``get_output_embeddings()`` returns; :func:`own_heads` gives its class before.
+:func:`head_classes` maps the module that ``get_output_embeddings()`` returns to its lazy class.
+:func:`own_heads` maps each lazy head to the class that it had before.
 
-Each call decides whether its logits are lazy.  They aren't in a compiled or traced call, and for a
+Each call decides whether its logits are lazy.  Calls aren't lazy when compiled or traced, nor for a
 single row without gradients (generation).  :func:`why_not_lazy` gives the other reasons.
 """
 
@@ -51,7 +51,8 @@ def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     reason = "" if found else "get_output_embeddings() of the model returns no module"
     reason = next(filter(None, map(_why_not_head, found)), reason)
     if reason:
-        warnings.warn(f"loss=True changes nothing, the loss takes logits: {reason}", stacklevel=4)
+        text = f"loss=True has no effect, the loss computes logits: {reason}"
+        warnings.warn(text, stacklevel=4)
         return {}
     return lazy_classes(found)
 
@@ -93,7 +94,7 @@ def cover_head(model: nn.Module) -> str:
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
-    """The module that computes the model's logits; its copies that PEFT trains in full also."""
+    """The module that computes the logits, and the copies of it that PEFT trains in full."""
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
@@ -134,12 +135,12 @@ def why_not_lazy(head: nn.Module, record: Record) -> str:
     if any(packed is not None and packed.compute_dtype for packed in record.packed):
         return "its packed weight computes in a dtype of its own"
     if is_hooked(head) or why_patched(nn.Linear):
-        return "a hook watches, or something replaces, its calls"
-    return "it is sharded: its weight is gone when the loss runs" if _is_held(head) else ""
+        return "its calls have a hook, or its forward was replaced"
+    return "it is sharded: its weight is gone when the loss runs" if _is_sharded(head) else ""
 
 
-def _is_held(head: nn.Module) -> bool:
-    """Whether FSDP or ZeRO-3 has the head's parameters, now or between calls."""
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 shards the head's parameters."""
     if has_sharded(head) or any(hasattr(p, "ds_id") for p in head.parameters()):
         return True
     # FSDP1 replaces parameters by views in the modules' __dict__.

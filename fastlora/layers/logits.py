@@ -62,17 +62,18 @@ class Recipe(NamedTuple):
 
     def of_rows(self, change: Change) -> "Recipe":
         """The same for other rows.  ``change`` selects or reshapes rows of a tensor [..., any]."""
-        head, numbers = self.head, self.head.numbers
+        head, mask_rows = self.head, self.head.mask_rows
         if head.seeds is not None:
-            if numbers is None:
-                numbers = torch.arange(head.rows, device=head.x.device).view(head.x.shape[:-1])
-            numbers = change(numbers.unsqueeze(-1)).squeeze(-1)
-        return self._replace(head=head._replace(x=change(head.x), numbers=numbers))
+            if mask_rows is None:
+                mask_rows = torch.arange(head.rows, device=head.x.device).view(head.x.shape[:-1])
+            mask_rows = change(mask_rows.unsqueeze(-1)).squeeze(-1)
+        return self._replace(head=head._replace(x=change(head.x), mask_rows=mask_rows))
 
     def settings(self) -> LossSettings | None:
         """The scale and the softcap that the steps amount to; None for other steps.
 
-        after · tanh(before · z) is a softcap of ``after`` on logits times before · after.
+        after · tanh(before · z) equals a softcap of ``after``, applied to logits scaled by
+        before · after.
         """
         before, after, is_capped = 1.0, 1.0, False
         for name, *number in self.steps:
@@ -94,7 +95,10 @@ class Recipe(NamedTuple):
         return [self.head.x, *flatten([output], layouts_of([output]))]
 
     def compute(self, tensors: list[Tensor]) -> Tensor:
-        """The elements, by torch's operations, from these in the place of :meth:`tensors`."""
+        """The elements, by torch's operations.
+
+        ``tensors`` replaces the result of :meth:`tensors`.
+        """
         (output,) = unflatten(tensors[1:], layouts_of([self.head.output]))
         (mask,), p = self.head.masks() or [None], self.head.dropout
 
@@ -136,7 +140,7 @@ class HeadCall:
     def can_stay_lazy(self) -> bool:
         """Whether a function may return a lazy tensor or run a fused loss now.
 
-        A checkpointed function that gets logits must do the same in its two runs.
+        Checkpointing runs a function twice, and both runs must take the same path.
         """
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         is_here = _top_hooks() in (None, self.hooks)
@@ -180,7 +184,7 @@ def _top_hooks() -> Any:
 
 @contextmanager
 def _outside(hooks: Any) -> Iterator[None]:
-    """Leave the transforms of torch.func, and the hooks on saved tensors within these."""
+    """Leave torch.func's transforms and the saved-tensor hooks pushed after the head's call."""
     left = []
     while (top := _top_hooks()) not in (None, hooks):
         left.append(top)
@@ -206,7 +210,8 @@ class LazyLogits(Tensor):
     _replay: Callable[[], Tensor]  # computes its elements from its parent's elements
     _elements: Tensor | None
     _state: tuple  # of the elements when they were computed
-    written: list[bool]  # one flag: the elements have been changed in place; its node has it also
+    # One flag, shared with the autograd node: true if the elements were changed in place.
+    written: list[bool]
 
     @staticmethod
     def make(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> "LazyLogits":
@@ -228,7 +233,9 @@ class LazyLogits(Tensor):
                 is_first = self.call.logits is None
                 has_grad = torch.is_grad_enabled() or self.call.has_grad
                 is_inference = self.call.is_inference
-                with (  # set_grad_enabled acts when it is made, so it must be made in here
+                # set_grad_enabled takes effect in its constructor, so construct it inside of
+                # inference_mode.
+                with (
                     torch.inference_mode(is_inference),
                     torch.set_grad_enabled(has_grad),
                     _outside(self.call.hooks),
@@ -243,7 +250,10 @@ class LazyLogits(Tensor):
             return self._elements
 
     def then(self, recipe: Recipe, step: Change) -> Tensor:
-        """The lazy tensor with this recipe, which ``step`` makes of this one."""
+        """Return a lazy tensor with ``recipe``.
+
+        ``step`` computes its elements from this tensor's elements.
+        """
         return with_node(self.call, recipe, lambda: step(self.elements()))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -310,9 +320,9 @@ def with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> T
 class LazyLogitsFunction(Function):
     """The node of a lazy tensor, for functions that bypass ``__torch_function__``.
 
-    Autograd Functions do, for example the one that DistributedDataParallel puts behind a model.  A
-    fused loss computes the gradients of the head's tensors itself.  Its backward reaches this node
-    also, without a gradient (:class:`LinkFunction`).
+    Autograd Functions bypass it, for example the one that DistributedDataParallel puts behind a
+    model.  A fused loss computes the gradients of the head's tensors itself.  Its backward reaches
+    this node also, without a gradient (:class:`LinkFunction`).
     """
 
     @staticmethod

@@ -48,11 +48,13 @@ def _step(lazy: LazyLogits, name: str, *number: float) -> Any:
     recipe = lazy.recipe
     if recipe.is_logprob:
         return NotImplemented
-    return _new(lazy, lambda z: STEPS[name](z, *number), steps=(*recipe.steps, (name, *number)))
+    return _contiguous_step(
+        lazy, lambda z: STEPS[name](z, *number), steps=(*recipe.steps, (name, *number))
+    )
 
 
-def _new(lazy: LazyLogits, step: Change, **changes: Any) -> Any:
-    """A lazy tensor with memory of its own, so its rows are contiguous."""
+def _contiguous_step(lazy: LazyLogits, step: Change, **changes: Any) -> Any:
+    """A lazy tensor whose elements will be a new contiguous tensor."""
     return lazy.then(lazy.recipe.of_rows(Tensor.contiguous)._replace(**changes), step)
 
 
@@ -83,7 +85,7 @@ def _neg(lazy: LazyLogits) -> Any:
     if not recipe.is_logprob:
         return _step(lazy, "mul", -1.0)
     steps = recipe.steps[:-1] if recipe.sign < 0.0 else (*recipe.steps, ("neg",))
-    return _new(lazy, torch.neg, steps=steps)
+    return _contiguous_step(lazy, torch.neg, steps=steps)
 
 
 @_handles(Tensor.tanh, torch.tanh, functional.tanh)
@@ -93,7 +95,7 @@ def _tanh(lazy: LazyLogits) -> Any:
 
 @_handles(Tensor.add, Tensor.__add__, torch.add)
 def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
-    """Add a row [V] that doesn't train to the head's bias: BART's final_logits_bias."""
+    """Add a frozen row [V] to the head's bias: BART's final_logits_bias."""
     recipe, V = lazy.recipe, lazy.shape[-1]
     if options or not isinstance(row, Tensor) or isinstance(row, LazyLogits) or recipe.steps:
         return NotImplemented
@@ -115,9 +117,10 @@ def _cast(lazy: LazyLogits, dtype: torch.dtype) -> Any:
     recipe = lazy.recipe
     if dtype == recipe.dtype:
         return lazy
-    if torch.promote_types(dtype, recipe.dtype) != dtype or recipe.is_logprob:  # it would round
+    # A narrower dtype would round.
+    if torch.promote_types(dtype, recipe.dtype) != dtype or recipe.is_logprob:
         return NotImplemented
-    return _new(lazy, lambda z: z.to(dtype), dtype=dtype)
+    return _contiguous_step(lazy, lambda z: z.to(dtype), dtype=dtype)
 
 
 @_handles(Tensor.float)
@@ -156,12 +159,12 @@ def _contiguous(lazy: LazyLogits, **options: Any) -> Any:
     if options:
         return NotImplemented
     is_cut = lazy.shape[-1] != lazy.call.recipe.shape[-1]
-    return _new(lazy, Tensor.contiguous) if is_cut else _rows(lazy, Tensor.contiguous)
+    return _contiguous_step(lazy, Tensor.contiguous) if is_cut else _rows(lazy, Tensor.contiguous)
 
 
 @_handles(Tensor.clone, torch.clone)
 def _clone(lazy: LazyLogits, **options: Any) -> Tensor:
-    return _new(lazy, lambda z: z.clone(**options))
+    return _contiguous_step(lazy, lambda z: z.clone(**options))
 
 
 @_handles(Tensor.detach, torch.detach)
@@ -196,7 +199,7 @@ def _rows(lazy: LazyLogits, change: Change, step: Change | None = None) -> Any:
 def _view(lazy: LazyLogits, *shape: Any) -> Any:
     try:
         return _reshape(lazy, *shape, change=Tensor.view)
-    except RuntimeError:  # so that torch raises it
+    except RuntimeError:  # torch then raises its own error
         return NotImplemented
 
 
@@ -383,7 +386,7 @@ def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
 
 @_handles(Tensor.sum, torch.sum)
 def _sum(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Σ log_softmax over the vocabulary, as transformers' LabelSmoother takes it."""
+    """Σ log_softmax over the vocabulary: transformers' LabelSmoother calls this."""
     recipe = lazy.recipe
     (place,) = dim if isinstance(dim, tuple | list) and len(dim) == 1 else (dim,)
     if not recipe.is_logprob or not _is_last(lazy, place):

@@ -11,15 +11,15 @@ from ..text import shown
 from .config import LoRAConfig, kind_of
 
 _OURS = {field.name for field in fields(LoRAConfig)}
-# Ignored settings: they don't affect the layers' arithmetic, or only together with a switch that
-# is refused.
+# Ignored settings.  Most don't affect the layers' arithmetic.  megatron_core and qalora_group_size
+# affect it only together with megatron_config and use_qalora, which raise an error.
 _SILENT = {
     "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision",
     "fan_in_fan_out",  # the layer's class decides, as in PEFT
 }  # fmt: skip
 # Settings of an initialization of lora_A and lora_B; PEFT reads them only when it makes an adapter.
-_AT_FIRST = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+_INIT_ONLY = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 # Initializations that change only lora_A and lora_B, which the file's values replace.
 _REPLACED_BY_THE_FILE = ("gaussian", "eva", "orthogonal")
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -39,9 +39,9 @@ def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> 
     if config.target_parameters and config.lora_dropout:
         warnings.warn(
             f"the file has lora_dropout 0 in place of {config.lora_dropout}: PEFT has no dropout "
-            "for layers in target_parameters, and this is the only form in which it reads targets "
-            "of a mixture of experts correctly. Inference is the same; to go on training in a new "
-            "model, set lora_dropout again",
+            "for layers in target_parameters, and reads expert targets correctly only as "
+            "target_parameters. Inference is the same; to go on training in a new model, set "
+            "lora_dropout again",
             stacklevel=3,
         )
         values["lora_dropout"] = 0.0
@@ -61,7 +61,7 @@ def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A loader replaces the initial values anyway, and PEFT would refuse an odd rank for "orthogonal".
     """
-    return {k: v for k, v in values.items() if k not in _AT_FIRST} | {"init_lora_weights": True}
+    return {k: v for k, v in values.items() if k not in _INIT_ONLY} | {"init_lora_weights": True}
 
 
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
@@ -140,12 +140,12 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
             f"{source} has peft_type {values['peft_type']!r}, and fastlora has only 'LORA'. "
             f"{what_else}"
         )
-    # A setting that is None, False or empty is switched off, so newer PEFT's unknown ones pass.
+    # Unknown settings of a newer PEFT pass if they are off: None, False or empty.
     foreign = {
         name: value
         for name, value in values.items()
         if not (
-            name in _OURS | _SILENT | _AT_FIRST
+            name in _OURS | _SILENT | _INIT_ONLY
             or value is None
             or value is False
             or value in ("", [], {})

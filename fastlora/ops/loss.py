@@ -44,8 +44,8 @@ class Head(NamedTuple):
     """A linear layer that a loss follows, and the hidden states x [..., K] that it is called with.
 
     With dropout, ``seeds`` is int64 [1], and ``rows`` is the number of rows of the mask.
-    ``numbers`` holds the mask's row index for each row of x; None means that x has all rows of the
-    mask, in order.
+    ``mask_rows`` holds the mask's row index for each row of x; None means that x has all rows of
+    the mask, in order.
     """
 
     x: Tensor
@@ -53,7 +53,7 @@ class Head(NamedTuple):
     dropout: float = 0.0
     backend: str | None = None
     seeds: Tensor | None = None
-    numbers: Tensor | None = None
+    mask_rows: Tensor | None = None
     rows: int = 0
 
     def masks(self, kept: Tensor | None = None) -> list[DropoutMask | None]:
@@ -61,8 +61,8 @@ class Head(NamedTuple):
         if self.seeds is None:
             return [None] * len(self.output.adapters)
         mask = DropoutMask(self.seeds, (self.rows, self.x.shape[-1]), self.dropout)
-        if self.numbers is not None:
-            mask = mask.of_rows(self.numbers.flatten())
+        if self.mask_rows is not None:
+            mask = mask.of_rows(self.mask_rows.flatten())
         return [mask if kept is None else mask.of_rows(kept)]
 
 

@@ -1,4 +1,7 @@
-"""Rewrite an adapter in the form that a server loads; it computes the same."""
+"""Rewrite an adapter in the form that a server loads.
+
+The rewritten adapter computes the same function.
+"""
 
 from collections import Counter
 from typing import Any
@@ -21,9 +24,9 @@ _Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]  # lora_a [E, r, in], lo
 def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and tensors of the same adapter in the server's form.
 
-    Ranks become uniform by rows of zeros.  The most common scale is the config's, and the ratio of
-    any other scale is multiplied into lora_B, which becomes float32 if its dtype can't hold the
-    product exactly.  Raises the errors of ``resize_adapter`` for a folder.
+    Ranks become uniform by rows of zeros.  The config gets the most common scale.  For layers with
+    another scale, lora_B is multiplied by own / common.  It becomes float32 if its dtype can't hold
+    the product exactly.  Raises the errors of ``resize_adapter`` for a folder.
     """
     stored, kind = open_adapter(facts.path), facts.base["model_type"]
     renames = server.renames[""] | server.renames.get(kind, {})
@@ -40,8 +43,10 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
         pairs |= {renamed(part): (own, layer.dtype) for part, own in parts.items()}
     for whole, *its_parts in server.fuses:
         _fuse(pairs, whole, its_parts)
-    stacks = {renamed(n) for n, layer in stored.layers.items() if layer.is_parameter and not splits}
-    settings, tensors = _uniform(pairs, stacks, stored.settings.get("target_modules"))
+    stack_names = {
+        renamed(n) for n, layer in stored.layers.items() if layer.is_parameter and not splits
+    }
+    settings, tensors = _uniform(pairs, stack_names, stored.settings.get("target_modules"))
     return stored.settings | settings, tensors | stored.read_others()
 
 
@@ -68,25 +73,26 @@ def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
             )
 
 
-def _uniform(pairs: _Pairs, stacks: set[str], targets: Any) -> tuple[dict, dict[str, Tensor]]:
+def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, dict[str, Tensor]]:
     """The settings and tensors of an adapter with one rank and one scale."""
     scales = Counter(pair.scale for pair, _ in pairs.values() if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
     r = max(pair.lora_a.shape[1] for pair, _ in pairs.values())
-    names = sorted(pairs, key=lambda name: name.endswith(f".{IN_ORDER[-1]}"))  # as PEFT nests
+    # down_proj last, because PEFT nests it outermost
+    names = sorted(pairs, key=lambda name: name.endswith(f".{IN_ORDER[-1]}"))
     tensors: dict[str, Tensor] = {}
-    for name, keys in pairs_of(names, stacks).items():
+    for name, keys in pairs_of(names, stack_names).items():
         (lora_a, lora_b, own), dtype = pairs[name]
         lora_a = pad(lora_a, (0, 0, 0, r - lora_a.shape[1]))
         lora_b = pad(lora_b * (own / scale), (0, r - lora_b.shape[2]))
         if not lora_b.to(dtype).double().equal(lora_b):
             dtype = torch.promote_types(dtype, torch.float32)
         tensors |= zip(keys, flat(name, Adapter(lora_a, lora_b), dtype), strict=True)
-    layers = [name for name in names if name not in stacks]
+    layers = [name for name in names if name not in stack_names]
     if layers and not (isinstance(targets, list) and all(names_any(targets, n) for n in layers)):
         targets = sorted({name.rpartition(".")[2] for name in layers})
     return {
         "r": r, "lora_alpha": scale * r, "use_rslora": False, "rank_pattern": {},
         "alpha_pattern": {}, "target_modules": targets,
-        "target_parameters": sorted({".".join(n.split(".")[-2:]) for n in stacks}) or None,
+        "target_parameters": sorted({".".join(n.split(".")[-2:]) for n in stack_names}) or None,
     }, tensors  # fmt: skip
