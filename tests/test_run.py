@@ -20,13 +20,20 @@ names = sorted(set(globals()) - {"__annotations__"})
 print(__name__, __file__, __package__, getattr(__spec__, "name", None), names)
 print(sys.argv, sys.path[0], __main__.__dict__ is globals(), "torch" in sys.modules)
 """
+# A shell's background jobs ignore SIGINT, and so would the program.
+_SIGNAL = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.{})
+time.sleep(60)
+"""
 ENDINGS = {
     "code": "sys.exit(3)",
     "text": "sys.exit('an error')",
     "none": "sys.exit()",
     "raise": "def inner(): raise KeyError('x')\ntry: 1 / 0\nexcept ArithmeticError: inner()",
-    "interrupt": "import os, signal; os.kill(os.getpid(), signal.SIGINT)\nwhile True: pass",
-    "signal": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)\nwhile True: pass",
+    "interrupt": _SIGNAL.format("SIGINT"),
+    "signal": _SIGNAL.format("SIGTERM"),
     "at-once": "import os; os._exit(7)",
     "syntax": "def (",
     "hook": "sys.excepthook = lambda kind, value, trace: print(kind, value)\n1 / 0",
