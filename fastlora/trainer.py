@@ -7,7 +7,7 @@ Only this file imports transformers; ``import fastlora`` doesn't import it.
 
 import functools
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -63,8 +63,16 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with a lazy head meanwhile."""
-        with lazy_head(unwrap(self.model)) if self.loss else nullcontext():
+        with self._lazy_head():
             return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a lazy head meanwhile, so that its loss has the bits of training's."""
+        with self._lazy_head():
+            return super().evaluate(*args, **kwargs)
+
+    def _lazy_head(self) -> AbstractContextManager:
+        return lazy_head(unwrap(self.model)) if self.loss else nullcontext()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the files of Trainer's ``_save``, with the adapter in place of the model."""

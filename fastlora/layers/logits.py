@@ -65,7 +65,8 @@ class Recipe(NamedTuple):
         head, mask_rows = self.head, self.head.mask_rows
         if head.seeds is not None:
             if mask_rows is None:
-                mask_rows = torch.arange(head.rows, device=head.x.device).view(head.x.shape[:-1])
+                mask_rows = torch.arange(head.rows, dtype=torch.int64, device=head.x.device)
+                mask_rows = mask_rows.view(head.x.shape[:-1])
             mask_rows = change(mask_rows.unsqueeze(-1)).squeeze(-1)
         return self._replace(head=head._replace(x=change(head.x), mask_rows=mask_rows))
 
