@@ -52,7 +52,7 @@ def from_environment() -> None:
     """:func:`auto`, if ``FASTLORA`` is set: to 1, or to the settings as a JSON object."""
     global _settings
     value = os.environ.get("FASTLORA", "")
-    if value in ("", "0"):
+    if value.lower() in ("", "0", "false", "no", "off"):
         return
     import json
 

@@ -14,6 +14,7 @@ from models import randomize, tiny_llama
 from process import Ranks
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from trainer_runs import trainer_for, weights
 from transformers import Trainer
 
@@ -122,6 +123,119 @@ def test_without_its_adapter_the_head_is_its_base():
         out = model(**DATA)
         assert is_fused(out.logits)
         torch.testing.assert_close(out.loss, expected(**DATA).loss)
+
+
+@pytest.mark.parametrize("labels", [torch.full_like(IDS, -100), IDS[:, :1]])
+def test_a_batch_without_targets_gives_zero_gradients(labels):
+    """torch's loss is NaN there, and its gradients are zero."""
+    data = {"input_ids": IDS[:, : labels.shape[1]], "labels": labels}
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    loss, gradients, _ = step(model, **data)
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_loss_can_be_changed_in_place():
+    loss = fastlora.optimize(peft_model("adapted"), loss=True)(**DATA).loss
+    expected = peft_model("adapted")(**DATA).loss / 4 + 1
+    loss /= 4
+    loss += 1
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+
+
+def logprobs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1).gather(-1, IDS[..., None])
+
+
+def old_logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        old = model(input_ids=IDS).logits
+    return (logprobs(model(input_ids=IDS).logits) - logprobs(old)).exp().mean()
+
+
+class Reverse(torch.autograd.Function):
+    """The identity with a reversed gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def reversed_logits(model: nn.Module) -> torch.Tensor:
+    rows = Reverse.apply(model(input_ids=IDS).logits).flatten(0, 1)
+    return functional.cross_entropy(rows, IDS.flatten())
+
+
+def changed_row(model: nn.Module) -> torch.Tensor:
+    row = torch.arange(100.0) / 9
+    moved = model(input_ids=IDS).logits + row
+    row.zero_()
+    return functional.cross_entropy(moved.flatten(0, 1), IDS.flatten())
+
+
+def checkpointed_head(model: nn.Module) -> torch.Tensor:
+    hidden = model.base_model.model.model(IDS).last_hidden_state
+    head = model.get_output_embeddings()
+    logits = checkpoint(lambda hidden: head(hidden * 1.0), hidden, use_reentrant=True)
+    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
+LOSSES = [old_logits, reversed_logits, changed_row, checkpointed_head]
+
+
+@pytest.mark.parametrize("loss_of", LOSSES)
+def test_gradients_around_lazy_logits(loss_of):
+    found = []
+    for loss in (True, False):
+        model = fastlora.optimize(peft_model("adapted"), loss=loss)
+        loss_of(model).backward()
+        named = model.named_parameters()
+        found.append({name: p.grad for name, p in named if p.grad is not None})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_an_index_that_changes_after_its_use_has_no_effect():
+    logits, index = fastlora.optimize(peft_model(), loss=True)(**DATA).logits, torch.tensor([1, 2])
+    chosen = logits[:, index]
+    index += 3
+    torch.testing.assert_close(chosen.detach() + 0.0, logits.elements()[:, 1:3].detach())
+
+
+def test_logits_of_inference_mode_give_a_loss():
+    model = fastlora.optimize(peft_model("trained"), loss=True)
+    with torch.inference_mode():
+        logits = model(input_ids=IDS).logits
+    loss = functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+    assert not loss.requires_grad
+
+
+def test_a_target_that_changes_before_the_backward_is_an_error():
+    logits = fastlora.optimize(peft_model("adapted"), loss=True)(input_ids=IDS).logits
+    target = IDS.flatten().clone()
+    loss = functional.cross_entropy(logits.flatten(0, 1), target, reduction="none")
+    target.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_merging_the_head_before_the_loss_is_an_error():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    logits = model(input_ids=IDS).logits
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
+def test_an_adapted_lazy_head_counts_as_fast():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    assert not fastlora.coverage(model).not_fast
+    fastlora.optimize(model, loss=True, strict=True)
+    assert is_fused(model(**DATA).logits)
 
 
 def two_adapters(model: nn.Module) -> None:

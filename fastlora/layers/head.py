@@ -9,9 +9,11 @@ single row without gradients (generation).  :func:`why_not_lazy` gives the other
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,18 @@ class LazyHead(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
-        return super().__call__(*args, **kwargs) if head is None else lazy_logits(head)
+        if head is None:
+            return super().__call__(*args, **kwargs)
+        return lazy_logits(head, partial(_is_merged_as, ref(self), _merged_in(self)))
+
+
+def _merged_in(head: Any) -> list[str]:
+    """The adapters that PEFT has merged: writing to ``weight.data`` changes no version."""
+    return list(getattr(head, "merged_adapters", ()))
+
+
+def _is_merged_as(head: Callable[[], Any], before: list[str]) -> bool:
+    return head() is None or _merged_in(head()) == before
 
 
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
@@ -65,13 +78,14 @@ def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
             kind: Any = under(type(head))
             classes[head] = class_over(LazyHead, kind, "")
             classes[head].plain_class = getattr(kind, "plain_class", kind)
+            classes[head].lazy_over = kind
     return classes
 
 
 def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
     """The class of each lazy head before it was lazy."""
     heads: Any = [module for module in modules if isinstance(module, LazyHead)]
-    return {head: head._made_of[1] for head in heads}
+    return {head: head.lazy_over for head in heads}
 
 
 @contextmanager

@@ -95,6 +95,12 @@ class Recipe(NamedTuple):
         output = self.head.output
         return [self.head.x, *flatten([output], layouts_of([output]))]
 
+    def detached(self) -> "Recipe":
+        """The same, without a gradient."""
+        x, *tensors = [tensor.detach() for tensor in self.tensors()]
+        (output,) = unflatten(tensors, layouts_of([self.head.output]))
+        return self._replace(head=self.head._replace(x=x, output=output))
+
     def compute(self, tensors: list[Tensor]) -> Tensor:
         """The elements, by torch's operations.
 
@@ -126,8 +132,9 @@ STEPS: dict[str, Callable[..., Tensor]] = {
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, is_current: Callable[[], bool]) -> None:
+        """``is_current``: whether the head is in the state of its call, as far as it can tell."""
+        self.recipe, self.is_current = recipe, is_current
         self.states = [_state_of(tensor) for tensor in recipe.tensors()]
         self.has_grad, self.is_inference = (
             torch.is_grad_enabled(),
@@ -149,7 +156,8 @@ class HeadCall:
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
-        if [_state_of(tensor) for tensor in self.recipe.tensors()] != self.states:
+        states = [_state_of(tensor) for tensor in self.recipe.tensors()]
+        if states != self.states or not self.is_current():
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "
@@ -211,6 +219,7 @@ class LazyLogits(Tensor):
     _replay: Callable[[], Tensor]  # computes its elements from its parent's elements
     _elements: Tensor | None
     _state: tuple  # of the elements when they were computed
+    node: Any  # its place in autograd's graph when it was made
     # One flag, shared with the autograd node: true if the elements were changed in place.
     written: list[bool]
 
@@ -223,7 +232,7 @@ class LazyLogits(Tensor):
         # C++ code that asks for its memory raises.  Otherwise it would read address 0.
         torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
         made.call, made.recipe, made._replay, made._elements = call, recipe, replay, None
-        made.written = [False]
+        made.written, made.node = [False], None
         call.lazy.add(made)
         return made
 
@@ -232,7 +241,7 @@ class LazyLogits(Tensor):
         with self.call.lock:
             if self._elements is None:
                 is_first = self.call.logits is None
-                has_grad = torch.is_grad_enabled() or self.call.has_grad
+                has_grad, node = self._place()
                 is_inference = self.call.is_inference
                 # set_grad_enabled takes effect in its constructor, so construct it inside of
                 # inference_mode.
@@ -242,6 +251,8 @@ class LazyLogits(Tensor):
                     _outside(self.call.hooks),
                 ):
                     made = self._replay()
+                    if node is not self.node:
+                        made = MaterializeFunction.apply(self, made.detach())
                 if self._elements is None:
                     self._elements, self._state = made, _state_of(made)
                 # Views share the memory of the logits, and copies don't: all must exist before
@@ -255,7 +266,21 @@ class LazyLogits(Tensor):
 
         ``step`` computes its elements from this tensor's elements.
         """
-        return with_node(self.call, recipe, lambda: step(self.elements()))
+        made = recipe if self._place()[0] else recipe.detached()
+        return with_node(self.call, made, lambda: step(self.elements()), self)
+
+    def _place(self) -> tuple[bool, Any]:
+        """The tensor's own ``requires_grad`` and ``grad_fn``, not those of its elements."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad, self.grad_fn
+
+    def is_its_recipe(self) -> bool:
+        """Whether its gradient is the recipe's: it isn't the result of an autograd Function.
+
+        DistributedDataParallel's Function passes the gradient on unchanged.
+        """
+        node = self._place()[1]
+        return node is self.node or type(node).__name__ == "_DDPSinkBackward"
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
@@ -274,7 +299,8 @@ class LazyLogits(Tensor):
     def _run(func: Any, args: Any, kwargs: Any) -> Any:
         first = args[0] if args else kwargs.get("input")
         handler = HANDLERS.get(func)
-        if handler is not None and isinstance(first, LazyLogits) and first.call.can_stay_lazy():
+        is_lazy = isinstance(first, LazyLogits) and first.call.can_stay_lazy()
+        if handler is not None and is_lazy and first.is_its_recipe():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
             try:
                 made = handler(first, *args[1:], **rest)
@@ -313,9 +339,14 @@ def _outside_of_graphs() -> Callable[..., Any]:
     return _disabled[0]
 
 
-def with_node(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> Tensor:
+def with_node(
+    call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor], parent: LazyLogits | None = None
+) -> Tensor:
+    """A lazy tensor with its node, which follows the node of the tensor that it was made of."""
     make = lambda: LazyLogits.make(call, recipe, replay)  # noqa: E731
-    return LazyLogitsFunction.apply(make, recipe, *recipe.tensors())
+    made: Any = LazyLogitsFunction.apply(make, recipe, parent, *recipe.tensors())
+    made.node = made._place()[1]
+    return made
 
 
 class LazyLogitsFunction(Function):
@@ -327,7 +358,13 @@ class LazyLogitsFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, make: Callable[[], LazyLogits], recipe: Recipe, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        make: Callable[[], LazyLogits],
+        recipe: Recipe,
+        parent: LazyLogits | None,
+        *tensors: Tensor,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         nothing = tensors[0].new_empty(0, tensors[0].shape[-1])
@@ -339,9 +376,9 @@ class LazyLogitsFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if gradient is None:
-            return (None,) * (2 + len(needs))
+            return (None,) * (3 + len(needs))
         if ctx.written[0]:
             raise RuntimeError(
                 "an autograd Function got logits that were changed in place, so their gradient "
@@ -355,7 +392,22 @@ class LazyLogitsFunction(Function):
             y = recipe.compute(leaves)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
-        return None, None, *[next(found) if need else None for need in needs]
+        return None, None, None, *[next(found) if need else None for need in needs]
+
+
+class MaterializeFunction(Function):
+    """The elements of a lazy tensor that an autograd Function returned.
+
+    The backward passes their gradient to that Function.
+    """
+
+    @staticmethod
+    def forward(ctx, lazy: Tensor, elements: Tensor) -> Tensor:
+        return elements
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class LinkFunction(Function):
@@ -366,7 +418,7 @@ class LinkFunction(Function):
 
     @staticmethod
     def forward(ctx, loss: Tensor, lazy: Tensor) -> Tensor:
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:

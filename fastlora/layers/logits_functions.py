@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
 from ..ops.loss import REDUCTIONS, Head, head_loss
-from ..projection import Base, Output, layouts_of, unflatten
+from ..projection import Base, Output
 from .logits import HANDLERS, STEPS, Change, HeadCall, LazyLogits, LinkFunction, Recipe, with_node
 
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
@@ -34,10 +34,10 @@ def _handles(*functions: Any) -> Callable[[F], F]:
     return register
 
 
-def lazy_logits(head: Head) -> Tensor:
+def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Tensor:
     """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
     recipe = Recipe(head, head.x.dtype).of_rows(Tensor.contiguous)
-    call = HeadCall(recipe)
+    call = HeadCall(recipe, is_current)
     return with_node(call, recipe, call.compute)
 
 
@@ -62,9 +62,9 @@ def _number(value: Any) -> float | None:
     """A number, or a tensor with one number that is on the CPU; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Tensor) and value.dim() == 0 and value.is_cpu and not value.requires_grad:
-        return float(value)
-    return None
+    if not isinstance(value, Tensor) or value.dim() or value.is_complex():
+        return None
+    return float(value) if value.is_cpu and not value.requires_grad else None
 
 
 @_handles(Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply)
@@ -104,6 +104,7 @@ def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
     if row.device != lazy.device or row.dtype != recipe.dtype:
         return NotImplemented
     (weight, bias), adapters = recipe.head.output
+    row = row.clone()  # the caller may change it before the elements are computed
     shift = row.reshape(-1)
     output = Output(Base(weight, shift if bias is None else bias + shift), adapters)
     return lazy.then(_with_output(recipe.of_rows(Tensor.contiguous), output), lambda z: z + row)
@@ -169,10 +170,7 @@ def _clone(lazy: LazyLogits, **options: Any) -> Tensor:
 
 @_handles(Tensor.detach, torch.detach)
 def _detach(lazy: LazyLogits) -> Tensor:
-    recipe = lazy.recipe
-    x, *tensors = [tensor.detach() for tensor in recipe.tensors()]
-    (output,) = unflatten(tensors, layouts_of([recipe.head.output]))
-    made = recipe._replace(head=recipe.head._replace(x=x, output=output))
+    made = lazy.recipe.detached()
     return LazyLogits.make(lazy.call, made, lambda: lazy.elements().detach())
 
 
@@ -244,6 +242,8 @@ def _squeeze(lazy: LazyLogits, *dim: Any) -> Any:
 def _getitem(lazy: LazyLogits, index: Any) -> Any:
     """Rows, and the first columns: logits[..., :-1, :], logits[mask], logits[..., :V]."""
     index = index if isinstance(index, tuple) else (index,)
+    # Copies, because the caller may change them before the elements are computed.
+    index = tuple([each.clone() if isinstance(each, Tensor) else each for each in index])
     used = 0  # dimensions that the index takes
     for each in index:
         if isinstance(each, LazyLogits | bool) or getattr(each, "dtype", None) is torch.uint8:
@@ -278,8 +278,8 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
 
 @_handles(Tensor.split, torch.split)
 def _split(lazy: LazyLogits, split_size: Any, dim: int = 0) -> Any:
-    place = dim % lazy.dim()
-    if place == lazy.dim() - 1 or type(split_size) is not int or split_size < 1:
+    place = _row_dim(lazy, dim)
+    if place is None or type(split_size) is not int or split_size < 1:
         return NotImplemented
     before, count = (slice(None),) * place, lazy.shape[place]
     starts = range(0, count, split_size)
@@ -311,7 +311,7 @@ def _log_softmax(
     recipe = lazy.recipe
     if recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
-    if dtype is None and autocast_is_on(lazy.device.type):
+    if dtype is None and not lazy.is_cpu and autocast_is_on(lazy.device.type):
         dtype = torch.float32
     wide = lazy if dtype is None else _cast(lazy, dtype)
     return wide if wide is NotImplemented else _step(wide, "log_softmax")
@@ -332,9 +332,10 @@ def _loss(lazy: LazyLogits, target: Tensor, reduction: str, ignore_index: int, *
     lazy.call.check()
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
-        loss = head_loss(recipe.head, target, settings._replace(**more), reduction, ignore_index)
+        head = recipe.head if lazy.requires_grad else recipe.detached().head
+        loss = head_loss(head, target, settings._replace(**more), reduction, ignore_index)
     loss = loss.to(torch.promote_types(dtype, recipe.dtype))
-    return LinkFunction.apply(loss, lazy) if loss.requires_grad and lazy.requires_grad else loss
+    return LinkFunction.apply(loss, lazy) if loss.requires_grad else loss
 
 
 @_handles(functional.cross_entropy)
@@ -381,7 +382,9 @@ def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
     if not isinstance(index, Tensor) or index.shape != shape:
         return NotImplemented
     loss = _loss(lazy, index.squeeze(-1), "none", _NO_INDEX)
-    return loss if loss is NotImplemented else -recipe.sign * loss.unsqueeze(-1)
+    if loss is NotImplemented:
+        return loss
+    return -recipe.sign * loss.unsqueeze(-1).to(recipe.dtype)
 
 
 @_handles(Tensor.sum, torch.sum)

@@ -287,7 +287,7 @@ def head_loss(
     head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
     """The loss of a head's call whose arguments are checked, without logits."""
-    x, t = as_matrix(head.x), target.flatten()
+    x, t = as_matrix(head.x), target.flatten().contiguous()
     counts = t != ignore_index
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     if kept is not None:
@@ -318,7 +318,8 @@ class LinearCrossEntropyFunction(Function):
         # Sums over rows need each row's upstream gradient, which only the backward knows.
         later = call.reduction == "none" and any(needs[1:])
         losses, gradients = call.losses(inputs, [False] * len(needs) if later else needs)
-        ctx.save_for_backward(*(inputs if later else gradients))
+        # The target is saved also, so that autograd notices a change of it.
+        ctx.save_for_backward(*([*inputs, call.target] if later else gradients))
         ctx.call = call._replace(
             head=call.head._replace(x=inputs[0].new_empty(0, inputs[0].shape[1]))
         )
@@ -330,11 +331,16 @@ class LinearCrossEntropyFunction(Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         if ctx.later:
-            of_rows = upstream if call.kept is None else upstream[call.kept]
+            of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
+            *saved, target = saved
             with autocast_off(upstream.device.type):
-                _, found = call.losses(saved, ctx.needs_input_grad[1:], of_rows)
+                _, found = call._replace(target=target).losses(
+                    saved, ctx.needs_input_grad[1:], of_rows
+                )
             pairs = zip(found, ctx.dtypes, strict=True)
             return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
+        if not len(call.target):
+            return None, *saved
         if call.reduction == "mean":
             upstream = upstream / len(call.target)
         factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream

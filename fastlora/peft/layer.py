@@ -137,7 +137,8 @@ def fast_kinds() -> dict[type[nn.Module], type[nn.Module]]:
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or why nothing would call its fast forward; or ""."""
     kinds: list[Any] = [kind for pair in fast_kinds().items() for kind in pair]
-    if under(type(layer)) not in kinds:
+    kind: Any = under(type(layer))
+    if getattr(kind, "lazy_over", kind) not in kinds:
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     replaced = is_replaced(layer, [kind.forward for kind in kinds])
     return "its forward was replaced on the instance" if replaced else ""
