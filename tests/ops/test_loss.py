@@ -268,3 +268,10 @@ def test_row_loss_writes_the_gradient_times_its_upstream():
     truth = functional.cross_entropy(leaf, target, reduction="none")
     torch.testing.assert_close(losses, truth.detach())
     torch.testing.assert_close(z, torch.autograd.grad(truth, leaf, upstream)[0])
+
+
+def test_without_a_row_that_counts_the_mean_is_nan_and_its_gradient_zero():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = fastlora.linear_cross_entropy(x, weight, torch.full((3,), -100))
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, [x, weight]))
