@@ -111,6 +111,11 @@ def optimize_and_log(model: Any, **settings: Any) -> None:
     optimize_silently(model, **settings)
     report = coverage(model)
     level, text = logging.INFO, "; ".join(str(report).splitlines())
+    if settings.get("loss") and not report.loss:
+        from .layers.head import why_no_lazy_head
+        from .layers.modules import unwrap
+
+        text += f"; loss with logits: {why_no_lazy_head(unwrap(model))}"
     if any(parameter.is_meta for parameter in model.parameters()):
         text = f"{len(report.layers)} LoRA layers; fastlora.coverage(model) can tell which are fast"
         text += " when their weights are loaded"

@@ -60,6 +60,17 @@ def test_a_model_of_peft_is_optimized_and_one_line_says_so(lines):
     torch.testing.assert_close(model(IDS).logits, expected)
 
 
+def test_the_line_says_how_the_loss_runs(lines):
+    fastlora.auto(loss=True)
+    model_of()
+    base = tiny_llama()
+    base.lm_head = torch.nn.Sequential(base.lm_head)
+    peft.get_peft_model(base, peft.LoraConfig(**CONFIG))
+    texts = [text for _, text in lines()]
+    assert texts[0].endswith("; loss without logits: lm_head")
+    assert texts[1].endswith("; loss with logits: the head: it is a Sequential, no torch.nn.Linear")
+
+
 def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
     fastlora.auto()
     fastlora.auto(gated_mlps=False)

@@ -60,14 +60,19 @@ def _is_merged_as(head: Callable[[], Any], before: list[str]) -> bool:
 
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     """The class that makes the model's head lazy.  Warns if the head can't be."""
-    found = heads_of(model)
-    reason = "" if found else "get_output_embeddings() of the model returns no module"
-    reason = next(filter(None, map(_why_not_head, found)), reason)
+    reason = why_no_lazy_head(model)
     if reason:
         text = f"loss=True has no effect, the loss computes logits: {reason}"
         warnings.warn(text, stacklevel=4)
         return {}
-    return lazy_classes(found)
+    return lazy_classes(heads_of(model))
+
+
+def why_no_lazy_head(model: nn.Module) -> str:
+    """Why no call of the model's head can ever be lazy; "" if calls may be."""
+    found = heads_of(model)
+    reason = "" if found else "get_output_embeddings() of the model returns no module"
+    return next(filter(None, map(_why_not_head, found)), reason)
 
 
 def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
