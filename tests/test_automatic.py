@@ -231,7 +231,8 @@ def test_before_peft_is_imported_it_waits_costs_little_and_imports_nothing(tmp_p
         (package / "__init__.py").touch()
     (folder / "tuners_utils.py").write_text(PEFT)
     runs = [json.loads(run_python("-I", "-c", PROGRAM, tmp_path)) for _ in range(3)]
-    assert min(seconds for seconds, *_ in runs) < 0.02
+    # 0.011 to 0.016 on an Intel Xeon; importing torch takes seconds.
+    assert min(seconds for seconds, *_ in runs) < 0.1
     assert {name for _, *new in runs for name in new} - sys.stdlib_module_names == {"fastlora"}
 
 
