@@ -20,14 +20,17 @@ from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .classes import Fast
-from .guards import fits
+from .guards import Record, fits
 from .members import (
+    is_hooked,
     plain_class_of,
     tensor_of,
     why_not_part,
     why_not_tensor,
     why_patched,
 )
+
+WATCHED = "a hook watches, or something replaces, its calls"
 
 
 class Linear(Fast, nn.Linear):
@@ -166,6 +169,19 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     if bias is not None and not reason:
         reason = why_not_part("its base's bias" if adapted else "its bias", bias, weight.shape[:1])
     return reason, weight, bias, packed
+
+
+def read_frozen(linear: nn.Module) -> Record:
+    """Read a linear layer without an adapter: a part of a gated MLP, or a model's head."""
+    if is_hooked(linear):
+        return Record(WATCHED)
+    if "parametrizations" in linear._modules:
+        return Record("its weight is computed (a parametrization)")
+    reason, weight, bias, packed = read_base(linear, adapted=False)
+    if packed is not None and packed.rounds_input:
+        kind = type(linear).__name__
+        reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
+    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
 
 
 def slow_weight(layer: nn.Linear) -> Tensor | None:

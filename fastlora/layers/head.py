@@ -21,17 +21,16 @@ from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
 from ..foreign import FULLY_SHARDED, derived_from
-from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager, why_not_here
+from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
 from .classes import changed_classes, class_over
+from .frozen import read_frozen
 from .guards import Record, fits
 from .logits_functions import lazy_logits
 from .members import is_hooked, under, why_patched
-from .mlp import read_frozen
 from .modules import has_sharded, parts_of_fsdp, plain_name
 
 _SAVED = ("peft.utils.other", "ModulesToSaveWrapper")
-_WITHOUT = "loss without logits: "
 _LAYER = ("peft.tuners.lora.layer", "LoraLayer")
 
 
@@ -96,8 +95,7 @@ def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
 @contextmanager
 def lazy_head(model: nn.Module) -> Iterator[None]:
     """Inside, the model's head is lazy, if it can be."""
-    found = heads_of(model)
-    with changed_classes({} if any(map(_why_not_head, found)) else lazy_classes(found)):
+    with changed_classes({} if why_no_lazy_head(model) else lazy_classes(heads_of(model))):
         yield
 
 
@@ -108,7 +106,8 @@ def cover_head(model: nn.Module) -> str:
     for name, head in named:
         if not name.endswith(".original_module"):  # PEFT calls it only without adapters
             reason = why_not_lazy(head, read_head(head))
-            lines.append(f"loss with logits: {name}: {reason}" if reason else _WITHOUT + name)
+            with_logits = f"loss with logits: {name}: {reason}"
+            lines.append(with_logits if reason else f"loss without logits: {name}")
     return "\n".join(lines)
 
 
@@ -175,7 +174,7 @@ def _is_sharded(head: nn.Module) -> bool:
 
 def _lazy_call(module: nn.Module, x: Any) -> Head | None:
     """The call with x if its logits can be lazy; None if the head's own forward must run."""
-    if torch.compiler.is_compiling() or why_not_here() or nn_module._has_any_global_hook():
+    if torch.compiler.is_compiling() or nn_module._has_any_global_hook():
         return None
     if not isinstance(x, Tensor) or not is_eager(x) or x.dim() < 2 or not x.numel() or x.is_meta:
         return None

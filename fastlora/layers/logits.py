@@ -68,7 +68,11 @@ class Recipe(NamedTuple):
                 mask_rows = torch.arange(head.rows, dtype=torch.int64, device=head.x.device)
                 mask_rows = mask_rows.view(head.x.shape[:-1])
             mask_rows = change(mask_rows.unsqueeze(-1)).squeeze(-1)
-        return self._replace(head=head._replace(x=change(head.x), mask_rows=mask_rows))
+        return self.with_head(x=change(head.x), mask_rows=mask_rows)
+
+    def with_head(self, **changes: Any) -> "Recipe":
+        """The same with these fields of the head's call."""
+        return self._replace(head=self.head._replace(**changes))
 
     def settings(self) -> LossSettings | None:
         """The scale and the softcap that the steps amount to; None for other steps.
@@ -99,7 +103,7 @@ class Recipe(NamedTuple):
         """The same, without a gradient."""
         x, *tensors = [tensor.detach() for tensor in self.tensors()]
         (output,) = unflatten(tensors, layouts_of([self.head.output]))
-        return self._replace(head=self.head._replace(x=x, output=output))
+        return self.with_head(x=x, output=output)
 
     def compute(self, tensors: list[Tensor]) -> Tensor:
         """The elements, by torch's operations.
@@ -136,10 +140,8 @@ class HeadCall:
         """``is_current``: whether the head is in the state of its call, as far as it can tell."""
         self.recipe, self.is_current = recipe, is_current
         self.states = [_state_of(tensor) for tensor in recipe.tensors()]
-        self.has_grad, self.is_inference = (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )
+        self.has_grad = torch.is_grad_enabled()
+        self.is_inference = torch.is_inference_mode_enabled()
         self.hooks = _top_hooks()
         self.lock = threading.RLock()
         self.logits: Tensor | None = None  # once a function needed elements
@@ -369,8 +371,7 @@ class LazyLogitsFunction(Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        nothing = tensors[0].new_empty(0, tensors[0].shape[-1])
-        ctx.recipe = recipe._replace(head=recipe.head._replace(x=nothing))
+        ctx.recipe = recipe.with_head(x=tensors[0].new_empty(0, tensors[0].shape[-1]))
         lazy = make()
         ctx.written = lazy.written
         return lazy
@@ -390,14 +391,21 @@ class LazyLogitsFunction(Function):
         pairs = zip(ctx.saved_tensors, needs, strict=True)
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in pairs]
         with torch.enable_grad():
-            recipe = ctx.recipe._replace(head=ctx.recipe.head._replace(x=leaves[0]))
-            y = recipe.compute(leaves)
+            y = ctx.recipe.with_head(x=leaves[0]).compute(leaves)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
         return None, None, None, *[next(found) if need else None for need in needs]
 
 
-class MaterializeFunction(Function):
+class _FirstFunction(Function):
+    """A function of two tensors whose whole gradient is the first one's."""
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class MaterializeFunction(_FirstFunction):
     """The elements of a lazy tensor that an autograd Function returned.
 
     The backward passes their gradient to that Function.
@@ -407,12 +415,8 @@ class MaterializeFunction(Function):
     def forward(ctx, lazy: Tensor, elements: Tensor) -> Tensor:
         return elements
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
-
-class LinkFunction(Function):
+class LinkFunction(_FirstFunction):
     """The loss itself.  Its backward also runs the lazy tensor's node, with no gradient.
 
     DistributedDataParallel waits for the node that it put behind the model.
@@ -421,10 +425,6 @@ class LinkFunction(Function):
     @staticmethod
     def forward(ctx, loss: Tensor, lazy: Tensor) -> Tensor:
         return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _real(tree: Any) -> Any:

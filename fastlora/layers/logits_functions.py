@@ -107,11 +107,8 @@ def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
     row = row.clone()  # the caller may change it before the elements are computed
     shift = row.reshape(-1)
     output = Output(Base(weight, shift if bias is None else bias + shift), adapters)
-    return lazy.then(_with_output(recipe.of_rows(Tensor.contiguous), output), lambda z: z + row)
-
-
-def _with_output(recipe: Recipe, output: Output[Tensor]) -> Any:
-    return recipe._replace(head=recipe.head._replace(output=output))
+    made = recipe.of_rows(Tensor.contiguous).with_head(output=output)
+    return lazy.then(made, lambda z: z + row)
 
 
 def _cast(lazy: LazyLogits, dtype: torch.dtype) -> Any:
@@ -271,7 +268,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
             return NotImplemented
         base = Base(weight[cut], None if bias is None else bias[cut])
         adapters = tuple([each._replace(lora_b=each.lora_b[cut]) for each in adapters])
-        recipe = _with_output(recipe, Output(base, adapters))
+        recipe = recipe.with_head(output=Output(base, adapters))
     made = recipe.of_rows(lambda x: x[(*rows, slice(None))])
     return lazy.then(made, lambda z: z[index])
 

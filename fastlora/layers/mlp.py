@@ -17,15 +17,14 @@ from ..formats import PackedLayer
 from ..ops.dispatch import autocast_dtype, follows, why_not_here
 from ..ops.few_rows import has_few_rows
 from ..ops.gated import GatedCall, gated_call, run_gated
-from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
+from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
 from .adapted import LoRALayer
 from .classes import Fast, class_over
-from .frozen import read_base
+from .frozen import WATCHED, read_frozen
 from .guards import Record, Recorder, call_recorded, fits
 from .members import activation_of, is_hooked, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-WATCHED = "a hook watches, or something replaces, its calls"
 _UNKNOWN = "its forward is unknown to fastlora"
 
 
@@ -136,19 +135,6 @@ class GatedMLP(Fast, nn.Module):
 
 
 _RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
-
-
-def read_frozen(linear: nn.Module) -> Record:
-    """Read gate, up or down if it has no adapter."""
-    if is_hooked(linear):
-        return Record(WATCHED)
-    if "parametrizations" in linear._modules:
-        return Record("its weight is computed (a parametrization)")
-    reason, weight, bias, packed = read_base(linear, adapted=False)
-    if packed is not None and packed.rounds_input:
-        kind = type(linear).__name__
-        reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
-    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
 
 
 class _Dtypes(NamedTuple):

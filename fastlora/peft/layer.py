@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..backends import Call
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
+from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import Record, Recorder, call_recorded, fits
 from ..layers.members import is_hooked, is_replaced, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
@@ -47,7 +48,7 @@ class FastLinear(Fast, nn.Module):
         layer: Any = self
         if layer.merged and layer.disable_adapters:  # PEFT unmerges it in the call
             return Record("its adapter is merged and disabled")
-        return read_active(layer) if adapters_now(layer) else mlp.read_frozen(layer.base_layer)
+        return read_active(layer) if adapters_now(layer) else read_frozen(layer.base_layer)
 
     forward.__qualname__ = "Linear.forward"  # Python's errors of wrong arguments read as PEFT's
 
@@ -164,11 +165,11 @@ class PeftGatedMLP(mlp.GatedMLP):
     def read_part(self, linear: nn.Module) -> Record:
         """Read gate, up or down; a reason if the layer's own call wouldn't be fast."""
         if not isinstance(linear, LoraLayer):
-            return mlp.read_frozen(linear)
+            return read_frozen(linear)
         optimized = isinstance(linear, Fast)
         reason = why_not_swapped(linear) or ("" if optimized else "it isn't optimized")
         if not reason and is_hooked(linear):
-            reason = mlp.WATCHED
+            reason = WATCHED
         if reason:
             return Record(reason)
         record = read_active(linear)
