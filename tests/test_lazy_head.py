@@ -171,6 +171,11 @@ def reversed_logits(model: nn.Module) -> torch.Tensor:
     return functional.cross_entropy(rows, IDS.flatten())
 
 
+def written_reversed_logits(model: nn.Module) -> torch.Tensor:
+    rows = Reverse.apply(model(input_ids=IDS).logits).mul_(2.0).flatten(0, 1)
+    return functional.cross_entropy(rows, IDS.flatten())
+
+
 def changed_row(model: nn.Module) -> torch.Tensor:
     row = torch.arange(100.0) / 9
     moved = model(input_ids=IDS).logits + row
@@ -185,7 +190,7 @@ def checkpointed_head(model: nn.Module) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
-LOSSES = [old_logits, reversed_logits, changed_row, checkpointed_head]
+LOSSES = [old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head]
 
 
 @pytest.mark.parametrize("loss_of", LOSSES)

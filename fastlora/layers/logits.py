@@ -255,7 +255,7 @@ class LazyLogits(Tensor):
                 ):
                     made = self._replay()
                     if node is not self.node:
-                        made = MaterializeFunction.apply(self, made.detach())
+                        made = MaterializeFunction.apply(self, made)
                 if self._elements is None:
                     self._elements, self._state = made, _state_of(made)
                 # Views share the memory of the logits, and copies don't: all must exist before
@@ -413,7 +413,7 @@ class MaterializeFunction(_FirstFunction):
 
     @staticmethod
     def forward(ctx, lazy: Tensor, elements: Tensor) -> Tensor:
-        return elements
+        return elements.detach()  # autograd forbids writes to an input that is returned as it is
 
 
 class LinkFunction(_FirstFunction):
