@@ -52,6 +52,7 @@ def parse_options(description: str) -> Namespace:
     without = "compute the loss without logits, except on PEFT's and the frozen side (%(default)s)"
     add("--loss", action=BooleanOptionalAction, default=True, help=without)
     add("--optimize", action=BooleanOptionalAction, help=helped)
+    add("--checkpointing", action="store_true", help="use transformers' gradient checkpointing")
     asked = first.parse_known_args()[0]
     if asked.experts:
         parser.set_defaults(**OF_EXPERTS)

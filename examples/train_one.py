@@ -109,6 +109,7 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
         learning_rate=run.lr,
         lr_scheduler_type="constant",
         seed=run.seed,
+        gradient_checkpointing=run.checkpointing,
         use_cpu=run.device == "cpu",
         logging_steps=1,
         eval_strategy="no" if run.side == "frozen" else "steps",
