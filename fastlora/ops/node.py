@@ -1,7 +1,7 @@
 """The autograd node of a call on a backend, and the functions it shares with the registered op.
 
 One node replaces the operations of all outputs of one x, so x is saved once.  The group of q, k, v
-takes 0.44 × PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels.md).
+takes half of PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels.md).
 """
 
 import math
