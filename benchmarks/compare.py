@@ -108,9 +108,12 @@ def add_current_names() -> None:
     """Give a commit of 0.3 or older the names that the benchmarks use."""
     import fastlora
     from fastlora import formats
+    from fastlora.formats import format
 
-    if not hasattr(formats, "quantized_weight"):
-        old, formats.quantized_weight = fastlora.optimize, formats.quantised_weight
-        fastlora.optimize = lambda model, *, gated_mlps, **options: old(
-            model, blocks=gated_mlps, **options
-        )
+    if hasattr(formats, "quantized_weight"):
+        return
+    formats.quantized_weight, format.Quantized = formats.quantised_weight, format.Quantised
+    old = fastlora.optimize
+    fastlora.optimize = lambda model, *, gated_mlps, **options: old(
+        model, blocks=gated_mlps, **options
+    )
