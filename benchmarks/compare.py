@@ -114,6 +114,6 @@ def add_current_names() -> None:
         return
     formats.quantized_weight, format.Quantized = formats.quantised_weight, format.Quantised
     old = fastlora.optimize
-    fastlora.optimize = lambda model, *, gated_mlps, **options: old(
+    fastlora.optimize = lambda model, *, gated_mlps=True, **options: old(
         model, blocks=gated_mlps, **options
     )
