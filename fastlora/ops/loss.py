@@ -57,7 +57,7 @@ class Head(NamedTuple):
     rows: int = 0
 
     def masks(self, kept: Tensor | None = None) -> list[DropoutMask | None]:
-        """The mask of each adapter, for all rows of x or for the rows with the numbers ``kept``."""
+        """The mask of each adapter for the rows of x: all rows, or the rows numbered ``kept``."""
         if self.seeds is None:
             return [None] * len(self.output.adapters)
         mask = DropoutMask(self.seeds, (self.rows, self.x.shape[-1]), self.dropout)

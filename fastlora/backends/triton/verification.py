@@ -463,7 +463,7 @@ def _shift(tensor: Tensor) -> int:
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized memory, in which :func:`_alike` can make a tensor like this one."""
+    """Uninitialized memory where :func:`_alike` can make a tensor like this one."""
     return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
 
 
