@@ -363,10 +363,10 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
         if tensors is not None:
             before.attempts = before.wait = 0
             return before, before.inputs(tensors)
-    if before is not None and before.wait:  # records were invalid lately: don't build a guard yet
-        before.wait, before.guard = before.wait - 1, None
-        record = recorder.read(module)
-        return GuardedRecord(record), record
+        if before.wait:  # records were invalid lately: don't build a guard yet
+            before.wait, before.guard = before.wait - 1, None
+            record = recorder.read(module)
+            return GuardedRecord(record), record
     for each in _PLACES:
         home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
