@@ -10,9 +10,8 @@ single row without gradients (generation).  :func:`why_not_lazy` gives the other
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -46,7 +45,8 @@ class LazyHead(nn.Module):
         head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
         if head is None:
             return super().__call__(*args, **kwargs)
-        return lazy_logits(head, partial(_is_merged_as, ref(self), _merged_in(self)))
+        weak, before = ref(self), _merged_in(self)
+        return lazy_logits(head, lambda: weak() is None or _merged_in(weak()) == before)
 
 
 def _merged_in(head: Any) -> list[str]:
@@ -56,11 +56,6 @@ def _merged_in(head: Any) -> list[str]:
     increase the tensor's version counter.
     """
     return list(getattr(head, "merged_adapters", ()))
-
-
-def _is_merged_as(head: Callable[[], Any], before: list[str]) -> bool:
-    """Whether a head has the same merged adapters as before.  ``head``: a weak reference."""
-    return head() is None or _merged_in(head()) == before
 
 
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:

@@ -90,8 +90,11 @@ def lora_experts(
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
         routing = routing_of(index, up.base.weight.shape[0])
-        if not (one_node and is_eager(x)):
-            return _step_by_step(x, weights, routing, up, down, activate, dropout, dtype)
+        if not (one_node and is_eager(x)):  # two grouped LoRA calls, each dispatched separately
+            rows = routing.rows
+            (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
+            (y,), _ = run_checked(_recorded_activation(pre, activate), [down], dropout, rows=rows)
+            return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
         # A flat list, because autograd finds only tensors that are direct arguments of a node.
@@ -103,23 +106,6 @@ def lora_experts(
         if torch.is_grad_enabled():
             return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
         return _Pass(node, routing, seeds, inputs).forward()[0]
-
-
-def _step_by_step(
-    x: Tensor,
-    weights: Tensor,
-    routing: Routing,
-    up: Output[Tensor],
-    down: Output[Tensor],
-    activate: Activate,
-    dropout: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The formula as two grouped LoRA calls, each dispatched separately."""
-    rows = routing.rows
-    (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
-    (y,), _ = run_checked(_recorded_activation(pre, activate), [down], dropout, rows=rows)
-    return routing.plain_sums(y, weights, dtype)
 
 
 class _Node(NamedTuple):
