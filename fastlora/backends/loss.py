@@ -69,5 +69,6 @@ def loss_of_rows(
 
 
 def _rows_of_chunk(M: int, V: int, x: Tensor) -> int:
+    """The number of rows of a chunk of z [M, V]."""
     size = _CHUNK_ON_CPU if x.is_cpu else _CHUNK
     return max(1, min(M, max(_FEWEST_ROWS, size // (V * x.element_size()))))
