@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from fastlora.backends import find_backend
-from fastlora.backends.protocol import LossSettings
+from fastlora.backends.protocol import LossRows, LossSettings
 from fastlora.clock import clock_for, medians, wait_for
 from fastlora.kernels import target_of
 from fastlora.kernels.config import Config, candidates, default_config
@@ -96,7 +96,8 @@ def loss_reached(form: Form, device: torch.device) -> dict:
     work = {"copy": 2 * z.nbytes}
     calls: dict[str, Callable] = {"copy": partial(torch.empty_like(z).copy_, z.clone())}
     for name in ("torch", "triton"):
-        run = partial(find_backend(name).row_loss, z, target, losses, LossSettings(), None, True)
+        rows = LossRows(z, target, losses, LossSettings(), gradient=True)
+        run = partial(find_backend(name).row_loss, rows)
         work[name] = 2 * z.nbytes + target.nbytes + losses.nbytes
         try:
             z.copy_(leaf.detach())

@@ -1,10 +1,11 @@
 """``fastlora.auto()``: every model that PEFT injects adapters into is optimized from then on.
 
 This file imports only the standard library, because it runs at the start of programs that may never
-import torch or PEFT.  Nothing here takes a lock, so that forked processes can't inherit one.
+import torch or PEFT.  Nothing here takes a lock, because a forked process would inherit it locked.
 """
 
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -13,25 +14,26 @@ from typing import Any
 
 _TUNERS = "peft.tuners.tuners_utils"  # the module of PEFT's BaseTuner
 _settings: dict[str, Any] | None = None  # the arguments of ``optimize``; None while ``auto`` is off
-_wrapped: dict[type, tuple[Any, Any]] = {}  # a class: PEFT's ``inject_adapter``, and the wrapper
+_wrapped: dict[type, tuple[Any, Any]] = {}  # class -> (PEFT's ``inject_adapter``, the wrapper)
 
 
 def auto(on: bool = True, **settings: Any) -> None:
-    """Optimize every model that PEFT gives LoRA layers from now on, in whatever program.
+    """Optimize every model that PEFT gives LoRA layers from now on, in any program.
 
     Call it once, before or after ``import peft``, and before the program makes its PEFT model.
     ``settings`` are the arguments of :func:`fastlora.optimize`, such as ``gated_mlps=False``; a
-    later call replaces them.  ``auto(False)`` undoes it.  Models that were optimized before stay
-    optimized; :func:`fastlora.restore` restores them.
+    later call replaces them.  ``auto(False)`` switches this off.  Models that are optimized already
+    stay optimized; :func:`fastlora.restore` restores them.
 
     For each model, the logger "fastlora" gets one line: the number of fast layers, and the reasons
     for the others.  Its level is INFO, or WARNING if no layer is fast.  An error in ``optimize``
     becomes such a warning and leaves the model as PEFT made it.  Models of other tuners than LoRA
     don't change.
 
-    It wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported yet, it
-    waits for the program to import PEFT.  Without settings it imports neither torch nor PEFT.
-    ``python -m fastlora run`` calls it for a program that can't be edited (docs/integrations.md).
+    ``auto`` wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported
+    yet, it does so when the program imports PEFT.  Without settings, ``auto`` imports neither torch
+    nor PEFT.  ``python -m fastlora run`` calls it for a program that can't be edited
+    (docs/integrations.md).
 
     Raises TypeError for a setting that ``optimize`` doesn't take.
     """
@@ -43,7 +45,7 @@ def auto(on: bool = True, **settings: Any) -> None:
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    # This comes after the finder was added, because another thread may import PEFT in between.
+    # Checked after the finder was added, because another thread may import PEFT in between.
     if _TUNERS in sys.modules:
         _wrap(import_module(_TUNERS))
 
@@ -63,8 +65,6 @@ def from_environment() -> None:
 
 def show_log() -> None:
     """Show the INFO lines of fastlora on stderr, unless the program's own handlers show them."""
-    import logging
-
     logger = logging.getLogger("fastlora")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
@@ -78,11 +78,8 @@ def show_log() -> None:
 def _is_shown(record: Any) -> bool:
     """Whether a handler of the root logger writes the record to the terminal.
 
-    axolotl's handler for the terminal drops INFO of other packages.  axolotl's second handler
-    writes a file.
+    A handler may drop INFO of other packages, or write to a file.  axolotl has one of each.
     """
-    import logging
-
     streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     return any(
         record.levelno >= handler.level
@@ -103,8 +100,6 @@ def optimize_silently(model: Any, **settings: Any) -> None:
 
 def optimize_and_log(model: Any, **settings: Any) -> None:
     """:func:`fastlora.optimize`, with its report as one line of the log instead of warnings."""
-    import logging
-
     from .peft import is_disabled
     from .peft.optimize import coverage
 
@@ -129,15 +124,11 @@ def optimize_or_log(model: Any, **settings: Any) -> None:
     try:
         optimize_and_log(model, **settings)
     except Exception as error:
-        import logging
-
         _log(logging.WARNING, f"this model isn't optimized: {type(error).__name__}: {error}")
 
 
 def _log(level: int, text: str) -> None:
-    """Log it in the first process of a group, and at the level DEBUG in the others."""
-    import logging
-
+    """Log the text: at this level in the first process of a group, at DEBUG in the others."""
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("fastlora").log(level if is_first else logging.DEBUG, text)
 
@@ -183,7 +174,7 @@ def _wrap(tuners: Any) -> None:
 def _unwrap() -> None:
     """Undo :func:`auto`.
 
-    If another program wrapped our wrapper, it stays and passes calls on to PEFT.
+    If another package has wrapped our wrapper, ours stays and only calls PEFT's function.
     """
     sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
     for kind, (theirs, ours) in [*_wrapped.items()]:
@@ -195,7 +186,7 @@ def _unwrap() -> None:
 class _Finder:
     """A finder of ``sys.meta_path`` that calls :func:`_wrap` when PEFT's module has been executed.
 
-    The other finders find the module.
+    It finds the module by the other finders.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:

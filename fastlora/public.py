@@ -1,4 +1,4 @@
-"""The names that ``fastlora`` offers.  Importing this file imports torch."""
+"""All public names of ``fastlora``.  Importing this file imports torch."""
 
 from . import reference
 from .adapters.combine import combine_adapters
@@ -28,40 +28,10 @@ from .tuning import tune
 from .version import __version__
 
 __all__ = [
-    "AdapterMapping",
-    "Coverage",
-    "LoRAConfig",
-    "LoRALinear",
-    "Projection",
-    "__version__",
-    "apply_lora",
-    "auto",
-    "check",
-    "check_adapter",
-    "combine_adapters",
-    "coverage",
-    "estimate",
-    "export_gguf",
-    "grouped_lora_linear",
-    "linear_cross_entropy",
-    "load_adapter",
-    "load_packed",
-    "lora_linear",
-    "lora_linears",
-    "merge_lora",
-    "merged",
-    "multi_lora_linear",
-    "optimize",
-    "pack",
-    "print_trainable_parameters",
-    "reference",
-    "remove_lora",
-    "resize_adapter",
-    "restore",
-    "save_adapter",
-    "sweep",
-    "token_logprobs",
-    "tune",
-    "unmerge_lora",
-    "use_backend",
-]
+    "AdapterMapping", "Coverage", "LoRAConfig", "LoRALinear", "Projection", "__version__",
+    "apply_lora", "auto", "check", "check_adapter", "combine_adapters", "coverage", "estimate",
+    "export_gguf", "grouped_lora_linear", "linear_cross_entropy", "load_adapter", "load_packed",
+    "lora_linear", "lora_linears", "merge_lora", "merged", "multi_lora_linear", "optimize", "pack",
+    "print_trainable_parameters", "reference", "remove_lora", "resize_adapter", "restore",
+    "save_adapter", "sweep", "token_logprobs", "tune", "unmerge_lora", "use_backend",
+]  # fmt: skip

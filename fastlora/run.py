@@ -1,4 +1,4 @@
-"""``python -m fastlora run``: ``fastlora.auto()``, then a program, unchanged, in this process."""
+"""``python -m fastlora run``: call ``fastlora.auto()``, then run a program in this process."""
 
 import builtins
 import json
@@ -20,7 +20,7 @@ _STARTUP = str(Path(__file__).parent / "integrations" / "startup")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the program of the command line.  Its exit status, signals and errors are its own."""
+    """Run the program of the command line.  Exit status, signals and errors are the program's."""
     parser = ArgumentParser(
         prog="python -m fastlora run",
         usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGUMENTS …]",
@@ -32,22 +32,18 @@ def main(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    for name, what in (
-        ("gated-mlps", "don't fuse gated MLPs"),
-        ("frozen-linears", "on a CPU, don't speed up layers without an adapter"),
-    ):
-        add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=what)
+    add("--no-gated-mlps", dest="gated_mlps", action="store_false", help="don't fuse gated MLPs")
+    without = "on a CPU, don't speed up layers without an adapter"
+    add("--no-frozen-linears", dest="frozen_linears", action="store_false", help=without)
     add("--loss", action="store_true", help="compute the loss without logits")
-    add(
-        "-m", dest="is_module", action="store_true", help="the program is a module, as in python -m"
-    )
+    add("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     add("program", nargs=REMAINDER, metavar="SCRIPT", help="a script, and the program's arguments")
     options = vars(parser.parse_args(arguments))
     program, is_module = options.pop("program"), options.pop("is_module")
     if not program:
         parser.error("it needs a program: a script, or -m and a module")
     os.environ["FASTLORA"] = json.dumps(options)
-    # Processes that the program starts find sitecustomize.py there.
+    # In this folder, processes that the program starts find our sitecustomize.py.
     others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [_STARTUP, *(path for path in others if path != _STARTUP)]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
@@ -58,33 +54,28 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class _AbsentError(Exception):
-    """No module has the name that follows ``-m``, or it can't be run."""
+    """No module has the name that follows ``-m``, or the module can't be run."""
 
 
 def _run_module(name: str, folder: str) -> None:
-    """Run a module that is found with this folder at the start of ``sys.path``."""
+    """Run a module as ``python -m`` does, with this folder at the start of ``sys.path``."""
     _set_path(folder)
-    own = sys.modules.pop("__main__")  # otherwise runpy finds that one
+    own = sys.modules.pop("__main__")  # so that runpy can't find it in place of the module
     try:
         _, spec, code = runpy._get_module_details(name, _AbsentError)  # type: ignore[attr-defined]
     except _AbsentError as error:
         sys.exit(f"{sys.executable}: {error}")
-    except BaseException as error:  # of the module's package
+    except BaseException as error:  # the import of the module's package failed
         _leave_out_this_file(error)
         raise
     if name != own.__name__:
         sys.argv[0] = spec.origin
-    _run(
-        code,
-        __file__=spec.origin,
-        __cached__=spec.cached,
-        __loader__=spec.loader,
-        __package__=spec.parent,
-        __spec__=spec,
-    )
+    names = {"__file__": spec.origin, "__cached__": spec.cached, "__loader__": spec.loader}
+    _run(code, **names, __package__=spec.parent, __spec__=spec)
 
 
 def _run_script(name: str) -> None:
+    """Run a script, folder or zip file as ``python`` does."""
     path = os.path.abspath(name)
     if get_importer(path) is not None:  # a folder or a zip file with __main__.py
         return _run_module("__main__", path)
@@ -98,13 +89,13 @@ def _run_script(name: str) -> None:
 
 
 def _set_path(folder: str) -> None:
-    """Replace the folder that Python put at the start of ``sys.path`` for fastlora's command."""
+    """Put a folder at the start of ``sys.path``, in place of the folder of fastlora's command."""
     if not getattr(sys.flags, "safe_path", False):  # Python 3.11 has python -P
         sys.path[0] = folder
 
 
 def _run(code: Any, **attributes: Any) -> None:
-    """Execute the code as the module ``__main__``."""
+    """Execute code, or a script's source, as a module ``__main__`` with these attributes."""
     main = ModuleType("__main__")
     vars(main).update(__builtins__=builtins, **attributes)
     sys.modules["__main__"] = main
@@ -118,7 +109,7 @@ def _run(code: Any, **attributes: Any) -> None:
 
 
 def _leave_out_this_file(error: BaseException) -> None:
-    """Let the traceback begin in the program."""
+    """Let the error's traceback begin in the program."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next

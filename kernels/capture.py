@@ -21,16 +21,17 @@ The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
 * A buffer is allocated by ``torch.empty_like`` of an expanded tensor with one element: that takes
   half the time of a call with shape and dtype.
-* Buffers that only launches use are parts of one allocation, the workspace.  They share its bytes
-  where they are needed at different times.
+* Buffers that only launches use are parts of one allocation, the workspace.  Two buffers share
+  bytes of it if they are needed at different times.
 * The generated function drops a value after its last use.  A launch gets only addresses, which keep
   no tensor alive.  So a call of ``_held`` after the launch is the last use of its buffers.
 
-The capture runs the call on stand-ins, tensors of the device "meta": they have shapes, strides and
-dtypes, but no memory, so a failure leaves nothing half done.  The recorder answers for their
-device and the alignment of their addresses.  A torch function mode records each operation, also
-views.  Without it, backends would have to name their operations a second time, and a forgotten one
-would give wrong results.
+The capture runs the call on stand-ins, which are tensors of the device "meta".  They have shapes,
+strides and dtypes, but no memory, so a failure leaves nothing half done.  If the call reads a
+stand-in's device or address, the recorder gives the device of the real tensor, and an address with
+its alignment.  The recorder is a torch function mode, so it sees every operation, also views.
+Without it, backends would have to list their operations, and a forgotten one would give wrong
+results.
 """
 
 from collections.abc import Callable, Hashable, Sequence, Set
@@ -60,9 +61,9 @@ _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch
 class CapturedCall(NamedTuple):
     replay: Callable[..., list[Tensor | None]]  # takes the stream, then the tensors
     source: str
-    kernels: list[Any]  # Triton's, which unload their code when they are freed
-    identities: Set[str]  # each kernel's name, and the hash of its code
-    device: int | None = None  # a GPU's number
+    kernels: list[Any]  # Triton's compiled kernels, kept because a freed one unloads its code
+    identities: Set[str]  # for each kernel, its name and the hash of its code
+    device: int | None = None  # the number of the GPU
 
 
 def capture_call(
@@ -74,8 +75,9 @@ def capture_call(
 
     The caller of a replay has to keep the tensors alive until it returns.
     """
-    # The caller's torch modes must not see stand-ins; they see replays.  Inference mode is turned
-    # off, because views in it don't know their base, which their address is computed from.
+    # The caller's torch modes must not see stand-ins.  They see the operations of replays.
+    # Inference mode is off, because its views have no ``_base``, which their address is computed
+    # from.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         recorder = _Recorder(tensors)
         with recorder, recording(recorder.add_launch):
@@ -85,21 +87,21 @@ def capture_call(
 
 
 class _Recorder(TorchFunctionMode):
-    """Makes a node of each operation on stand-ins, and answers for their device and address."""
+    """Makes a graph node of each operation on stand-ins, and gives their devices and addresses."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
         self.graph = Graph()
-        self.nodes: dict[int, Node] = {}  # by the id of the value
-        self.alive: list[Any] = []  # values, so that no id is reused
+        self.nodes: dict[int, Node] = {}  # the id of a value -> the node that computes it
+        self.alive: list[Any] = []  # these values, kept so that no id is reused
         self.constants = SimpleNamespace()
         self.buffers: dict[Node, Tensor] = {}
         self.effects: set[Node] = set()  # nodes that are needed even if their results aren't used
-        self.addresses: dict[Node, Node] = {}
+        self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
         self.launches: list[Node] = []
-        self.uses: dict[Node, list[int]] = {}  # a tensor: the numbers of launches with its address
+        self.uses: dict[Node, list[int]] = {}  # a tensor's node -> launches that get its address
         self.kernels: list[Any] = []
         self.identities: set[str] = set()
         self.stream = object()
@@ -118,7 +120,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
-            # Callers read only the address modulo 16, and whether it is 0, so 2²⁰ will do.
+            # Callers read only the address modulo 16, and whether it is 0, so the base can be 2²⁰.
             base = self.nodes[id(_base(arguments[0]))]
             return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
         if getattr(function, "__self__", None) is Tensor.device:
@@ -154,7 +156,7 @@ class _Recorder(TorchFunctionMode):
                 raise RuntimeError(f"{launch.name} doesn't compile: {error}") from error
             self.kernels.append(kernel)
             self.identities.add(f"{launch.name} {kernel.hash}")
-            # Triton's launcher takes these first: grid, stream, code, no profiler's hooks.
+            # The first arguments of Triton's launcher: grid, stream, code, and no profiler's hooks.
             before = [*(*launch.grid, 1, 1)[:3], self.stream]
             before += [kernel.function, kernel.packed_metadata, None, None, None]
             run, operands = _unwrapped(launcher, [*before, *operands])
@@ -331,12 +333,12 @@ def _offset(tensor: Tensor) -> int:
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """Returns the tensor, which therefore lives until this call."""
+    """Returns the tensor; a call of this after a launch keeps the tensor alive until then."""
     return tensor
 
 
 class _Address(int):
-    """The base of a tensor descriptor: Triton's launcher reads only its address."""
+    """An address in place of a tensor descriptor's base, whose address is all that Triton reads."""
 
     data_ptr = int.__int__
 

@@ -53,11 +53,11 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
     M, N, depths, ranks = (arguments[name] for name in ("M", "N", "K", "R"))
     segments, n_tiles = arguments["segments"], cdiv(N, arguments["BLOCK_N"])
     m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
-    # A tile of P that is loaded by descriptor doesn't stop at its segment's end, but has all rows.
+    # A load by descriptor doesn't stop at a segment's end, so it loads all rows of a tile of P.
     loads_full_tiles = segments is not None and arguments["DESCRIPTORS"]
     p_rows = m_tiles * arguments["BLOCK_M"] if loads_full_tiles else M
-    # FLOPs of h = x lora_aᵀ, if this launch computes it.  Every tile of columns repeats the
-    # product; the count has it once.
+    # FLOPs of h = x lora_aᵀ, if this launch computes it.  Every tile of columns repeats this
+    # product, but ``flops`` counts it once.
     h_flops = 0 if a is None else 2 * M * depths[0] * ranks[0]
     # Every tile of columns loads the rows of P and U; every tile of rows loads Q, V and the bias.
     p_u_bytes = size_of(*p) + (size_of(*u) if a is None else 0)
@@ -354,7 +354,7 @@ def gemm_lowrank(
     # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     # u, v, p and q are the lists of one launch.
     for i, (u, v, p, q, launch_seeds) in enumerate(chunks(us, vs, ps, qs, seeds)):
-        if not p:  # more adapters than products
+        if not p:  # all products are done, and adapters are left
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
             continue
@@ -374,8 +374,8 @@ def gemm_lowrank(
         )  # fmt: skip
         tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
         descriptors = tiles.uses_descriptors(call)
-        # A masked group isn't persistent: the addresses of its low-rank operands would stay in
-        # registers from tile to tile, beside two accumulators.
+        # A call with several dropout masks isn't persistent.  Otherwise the addresses of its
+        # low-rank operands would stay in registers from tile to tile, beside two accumulators.
         persistent = descriptors and ends is None and not (launch_seeds is not None and len(u) > 1)
         p_operands, q_operands, out_operand = (
             _described(p, q, out, tiles, transposed, ends)

@@ -55,8 +55,8 @@ class LowRankConfig(Config):
         return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # Besides the output's sum, a masked group holds products that wait for their masks.  From
-        # compilation: two for four projections.
+        # Besides the output's sum, a call with masks holds products that wait for their masks.
+        # Compiled code holds two of them for four projections.
         return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
 
     def through_l2(self, call: Call) -> float:
@@ -153,8 +153,8 @@ def low_rank_tile(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
-    # Not pipelined: there are few steps, and their buffers would add to the main loop's.  v[1] is
-    # the rank (v_operand).
+    # Not pipelined, because there are few steps, and their buffers would be allocated beside the
+    # main loop's.  v[1] is the rank (v_operand).
     for i_r in tl.range(0, v[1], BLOCK_R, num_stages=1):
         b_u, b_v = load_u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
@@ -212,8 +212,8 @@ def lowrank_kernel(
     """
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
     i_program = tl.program_id(0)
-    # A loop of one pass.  From compilation: without the loop, ptxas takes up to a tenth more
-    # registers for a group's masks.
+    # This loop has one step.  Without it, the compiled code needs up to a tenth more registers for
+    # the masks of several projections.
     for i_tile in range(i_program, i_program + 1):
         i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)  # in tiles
         i_n = i_n * BLOCK_N  # in columns
@@ -232,8 +232,8 @@ def lowrank_kernel(
                 )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
             else:
-                # Without a mask, U_i V_i goes straight into the output's sum.  A mask must not
-                # touch the other terms, so then U_i V_i has a sum of its own.
+                # Without a mask, U_i V_i is added to the output's sum.  With a mask, U_i V_i has a
+                # sum of its own, because the mask must not change the other terms.
                 b_sum = b_out
                 if seeds is not None:
                     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -1,12 +1,12 @@
 """How a call multiplies by the base weight: in a fused Triton kernel, or by torch.
 
 * Fused: one kernel, ``gemm_lowrank``, computes the base product and the adapter's part.
-* In place: ``lowrank`` writes the adapter's part, and torch's product (cuBLAS, hipBLASLt) adds to
-  it.
+* In place: ``lowrank`` writes the adapter's part, and torch's product (cuBLAS, hipBLASLt) is added
+  to it.  For experts and many adapters the order is reversed.
 
 A measurement on this device decides, if there is one (``fastlora tune``).  Otherwise :func:`rule`
-decides; no GPU has measured it.  In 16 bits on some NVIDIA targets it follows a model of time
-(docs/gpu.md).  Elsewhere it takes torch's product, whose speed is known.
+decides, which no GPU has measured yet.  In 16 bits on some NVIDIA targets it follows a model of
+time (docs/gpu.md).  Elsewhere it chooses torch's product, because the speed of that is known.
 """
 
 import math
@@ -24,11 +24,12 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call multiplies by its base weight; ``FUSED``, ``IN_PLACE``, or with settings."""
+    """How a call multiplies by its base weight: ``FUSED``, ``IN_PLACE``, or one with settings."""
 
     fused: bool  # base product and adapter in one kernel
     gemm: GemmConfig | None = None  # the fused kernel's tiles, used if they fit the call
-    # Whether the fused kernel reads a packed weight; otherwise ``dequant`` unpacks it before.
+    # Whether the fused kernel unpacks a packed weight.  Otherwise ``dequant`` unpacks it before, in
+    # a launch of its own.
     unpacks: bool = False
 
 
@@ -49,7 +50,7 @@ class Row:
     segments: int = 0
 
     def distance(self, call: Call, k: int) -> float:
-        """How far a call's sizes are from this row's, in doublings, summed over the sizes."""
+        """How many doublings or halvings lead from this row's sizes to a call's, in all."""
         call_sizes = call.m, call.n, k, call.r, call.projections, call.segments or 1
         row_sizes = self.m, self.n, self.k, self.r, self.projections, self.segments or 1
         return sum(abs(math.log2(a / b)) for a, b in zip(call_sizes, row_sizes, strict=True))
@@ -64,7 +65,7 @@ _NEAR = 2.0  # a measured row decides for calls up to this distance, in doubling
 # Targets where, by the model, Triton's product is fast enough compared with cuBLAS's.
 _FUSING = ("sm_86", "sm_90", "sm_120")
 _measured: tuple[Row, ...] = ()
-edition = 0  # counts changes of ``_measured``; a part of cache keys
+edition = 0  # counts changes of ``_measured``; part of the cache keys of calls
 
 
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
@@ -73,7 +74,8 @@ def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     ``k`` is the depth of the base product.
 
     * Few rows: loading the weight takes most of the time.  A forward without dropout is fused,
-      because h and y then take one launch.  dx and dropout take several launches either way.
+      because one launch then computes h and y.  dx, and calls with dropout, need several launches
+      in both plans.
     * Many rows: the fused kernel saves passes over the output.  That is a large part of the time if
       the depth is small.  But Triton's product is about a tenth slower than cuBLAS's (modeled),
       which costs more the larger the depth is.
@@ -93,8 +95,8 @@ def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 def _of_segments(target: Target, rows: int, k: int) -> Plan:
     """The rule for experts with ``rows`` rows each.
 
-    Fused with up to a few hundred rows, because loading the weights takes most of the time.  In
-    place with many rows and a deep product, where torch has a grouped kernel for the target.
+    The plan is fused for few rows, because loading the weights takes most of the time.  It is in
+    place for many rows and a deep product, if torch has a grouped kernel for the target.
     """
     has_kernel = target.name in ("sm_90", "sm_100")
     return IN_PLACE if has_kernel and rows > 1024 and k > 2048 else FUSED
@@ -112,7 +114,7 @@ forced: Plan | None = None  # not a context variable: a backward runs in another
 
 @contextmanager
 def use_plan(plan: Plan) -> Iterator[None]:
-    """Every call in the block follows this plan, in tests and measurements."""
+    """Inside, every call follows this plan; for tests and measurements."""
     global forced
     before, forced = forced, plan
     try:
@@ -135,10 +137,10 @@ def plan_for(
 ) -> Plan:
     """The plan for a result [M, n] of a base product with depth k; ``x`` is x or, for dx, dy.
 
-    ``ranks``: of the adapters.  ``packed``: the kernel can unpack this weight.  With few rows it
-    does, because loading the weight takes most of the time and a dense weight has two to eight
-    times as many bytes.  The same holds for segments with few rows each: a weight is unpacked for
-    only one or two tiles of rows.
+    ``ranks``: of the adapters.  ``packed``: the kernel can unpack this weight.  It does so for few
+    rows, because loading the weight takes most of the time, and a dense weight has two to eight
+    times as many bytes.  It also does so for segments with few rows each, because then only one or
+    two tiles of rows unpack each weight.
     """
     if forced is not None:
         return forced
@@ -164,10 +166,10 @@ def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
 def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool) -> bool:
     """Whether ``weight_grad`` should compute dx's low-rank part with d lora_a (plans in place).
 
-    That saves a launch and moves as many bytes.  By the model it pays for few rows, where each
-    kernel takes about as long as the launch does.  With many rows it doesn't: ``weight_grad`` has
-    one program on each processor, which hides less of the masks' work than the many programs of
-    ``lowrank``.  From compilation, four masks don't fit in a thread's registers.
+    This saves a launch and moves as many bytes.  By the model, it saves time for few rows, where a
+    kernel takes about as long as its launch.  With many rows it doesn't, because ``weight_grad``
+    has one program on each processor, which hides less of the masks' work than the many programs of
+    ``lowrank``.  In compiled code, four masks don't fit in a thread's registers.
     """
     size = x.element_size(), precision, min(len(ranks), MAX_PROJECTIONS)
     call = Call(*x.shape, max(ranks), *size, masked, low_rank=True)

@@ -45,8 +45,8 @@ class ProjectConfig(ThinConfig):
     width: int = 128
 
     def why_not(self, target: Target, call: Call) -> str:
-        # The masked tile is in registers, where a product of 64 rows or more (wgmma) reads it.
-        # ptxas may overwrite such registers (faults.overwrites_operands).
+        # A product of 64 rows or more (wgmma) reads the masked tile from registers, which ptxas may
+        # let other code overwrite before (faults.overwrites_operands).
         is_exposed = call.masked and call.product == "tf32" and self.block_m >= 64
         if is_exposed and overwrites_operands(target):
             return f"ptxas before 13.3 miscompiles masked TF32 in tiles of {self.block_m} rows"
@@ -68,9 +68,9 @@ class ProjectConfig(ThinConfig):
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, v = self.block_m * self.block_k * size, n * self.block_k * r
-        # The operands are stored once more in the layout that tensor cores read.  In 16 bits on
-        # devices before Hopper, tensor cores read registers, and only a masked X passes through
-        # shared memory.
+        # Tensor cores read a second copy of the operands, in another layout.  In 16 bits on devices
+        # before Hopper, they read registers instead, and only a masked X has a copy in shared
+        # memory.
         rounded = v * size + call.masked * n * x
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
@@ -217,7 +217,8 @@ def project(
         programs = tiles.tiles(call) * r_tiles
         # A split should load at least four times the bytes that its plane costs.  The plane costs
         # 8 · M · r bytes, because it is written and read.  For each column, a split loads 2 · M
-        # bytes of x and 4 · r bytes of V.  So 16 r columns (of x) or 8 M columns (of V) suffice.
+        # bytes of x and 4 · r bytes of V.  So 16 r columns are enough because of x, or 8 M columns
+        # because of V.
         least = min(16 * call.r, 8 * M)
         count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]

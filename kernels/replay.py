@@ -19,14 +19,14 @@ from . import launch
 from .capture import CapturedCall
 from .common import INTERPRETED
 
-_MOST = 1024  # cached calls, with about 15 kB each; a group of three layers has 24 kB
+_MOST = 1024  # calls in a cache; a layer's takes about 15 kB, and 24 kB for a group of three layers
 calls: dict[Hashable, Any] = {}
 _hooks = triton.knobs.runtime
-_changes = threading.Lock()  # no other thread may change a cache while one looks for its oldest key
+_changes = threading.Lock()  # held while the oldest key is found and deleted
 
 
 def remember(cache: dict, key: Hashable, value: Any) -> None:
-    """Cache a captured call, or the mark of a refused one.  A full cache drops its oldest entry."""
+    """Cache a captured call, or the state of a refused one.  A full cache drops its oldest."""
     with _changes:
         while len(cache) >= _MOST and key not in cache:
             del cache[next(iter(cache))]
@@ -34,7 +34,7 @@ def remember(cache: dict, key: Hashable, value: Any) -> None:
 
 
 def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Run a captured call on tensors of its kind.  Returns its results: new tensors, or None."""
+    """Run a captured call on tensors of its kind.  Each result is a new tensor, or None."""
     if INTERPRETED.value:
         return call.replay(None, *tensors)
     driver = triton.runtime.driver.active
@@ -46,9 +46,9 @@ def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Te
 
 
 def is_observed() -> bool:
-    """Whether an interceptor or a profiler's hook must see each launch.
+    """Whether an interceptor or a profiler's hook is set, which must see each launch.
 
-    Replays bypass both, so such calls run without a replay.
+    Replays bypass both, so calls run without a replay then.
     """
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
@@ -61,6 +61,7 @@ def is_in_graph_capture(device: torch.device) -> bool:
 
 
 def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    """The device of the first tensor, which is the device of all of them."""
     for tensor in tensors:
         if tensor is not None:
             return tensor.device
@@ -68,7 +69,7 @@ def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
 
 
 def facts_of(tensor: Tensor | None) -> Hashable:
-    """A tensor's properties that launchers, Triton and ``covers`` read: its part of a cache key.
+    """A tensor's part of a cache key: its properties that launchers, Triton and ``covers`` read.
 
     The address modulo 16 is one of them, because Triton loads 16 bytes at once only from aligned
     addresses.  The device isn't, because all tensors of a call are on one device.

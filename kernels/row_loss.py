@@ -1,4 +1,4 @@
-"""The softmax of a loss: each row's cross-entropy, and its gradient written over the logits."""
+"""Each row's cross-entropy, and its gradient written over the logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,9 @@ from torch import Tensor
 from .common import cast
 from .launch import Launch, Work, launch, size_of, stated
 
-# A program takes a row: 512 threads with 8 columns, one load of 16 bytes of 16 bits each.  Many
-# threads for a row mean few rows at a time, so that L2 may still hold a row at its second pass.
+# A program computes one row with 512 threads.  Each thread has 8 columns of a block: one load of
+# 16 bytes, if z has 16 bits.  So many threads for each row mean that few rows run at a time, and L2
+# may still hold a row when its second pass begins.
 _BLOCK, _WARPS = 4096, 16
 
 
@@ -33,15 +34,16 @@ def row_loss_kernel(
 ):  # fmt: skip
     """LOSS = (1 - smoothing) (lse - s_t) + smoothing (lse - mean s) + z_loss lse²; Z = dLOSS / dZ.
 
-    s are the logits by :func:`_logits`, lse = log Σ exp s, and t is a row's TARGET.  Z [M, V] is
-    written if GRADIENT; TARGET, UPSTREAM (or None: 1) and LOSSES [M].  If t isn't a column, the
-    row becomes NaN.
+    Z [M, V]; TARGET, UPSTREAM and LOSSES [M].  s [V] is a row of Z after scale and softcap
+    (:func:`_logits`), lse = log Σ exp s, and t is the row's TARGET.  If GRADIENT, Z is overwritten
+    with its gradient, times the row's UPSTREAM, unless that is None.  If t isn't a column, the
+    row's results are NaN.
     """
     i_row = tl.program_id(0).to(tl.int64)  # a matrix may have over 2³¹ elements
     z += i_row * row_stride
     i_target = tl.load(target + i_row)
     is_column = (i_target >= 0) & (i_target < V)
-    # Another warp writes over this logit in pass 2, so it is loaded before the reductions.
+    # Loaded before the reductions, because another warp may overwrite this logit in pass 2.
     of_target = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)[0]
     # Pass 1: each lane's largest s so far, Σ exp(s - largest) and Σ s, in float32.
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -60,9 +62,9 @@ def row_loss_kernel(
     largest = tl.where(is_column, tl.max(b_largest, 0), float("nan"))
     total = tl.sum(b_sum * tl.exp(b_largest - largest), 0)  # Σ exp(s - largest)
     lse = largest + tl.log(total)
-    # Not lse - s_t: that would round the logarithm to the digits of a large ``largest``.
+    # Not lse - s_t, because lse has lost digits of log(total) if ``largest`` is large.
     loss = tl.log(total) + (1.0 - smoothing) * (largest - of_target) + z_loss * lse * lse
-    # Without smoothing, the mean of s may be infinite, as in a masked vocabulary.
+    # The mean of s is infinite if a part of the vocabulary is masked by -inf, and 0 · inf is NaN.
     loss += tl.where(smoothing == 0.0, 0.0, smoothing * (largest - tl.sum(b_total, 0) / V))
     tl.store(losses + i_row, loss)
     if GRADIENT:  # pass 2.  The reductions are barriers: no warp is still in pass 1.
@@ -80,13 +82,13 @@ def row_loss_kernel(
 
 @triton.jit
 def _logits(b_z, logit_scale, softcap):
-    """s = u, or softcap · tanh(u / softcap), where u = logit_scale · z; and ds/du."""
+    """Returns s and ds/du: s = u, or softcap · tanh(u / softcap), where u = logit_scale · z."""
     b_s, b_slope = b_z.to(tl.float32) * logit_scale, 1.0
     if softcap is not None:
         b_u = b_s / softcap
         b_uu = b_u * b_u
         b_q = 2.0 / (1.0 + tl.exp(2.0 * tl.abs(b_u)))  # 1 - tanh |u|
-        # 1 - q loses the digits of a small u, for which tanh's series converges.
+        # 1 - q loses digits if u is small.  Then the series of tanh is used.
         b_series = 0.13333333 + b_uu * (-0.053968254 + b_uu * 0.021869488)
         b_series = b_u + b_u * b_uu * (-0.33333333 + b_uu * b_series)
         b_s = softcap * tl.where(b_uu < 0.09, b_series, tl.where(b_u < 0.0, b_q - 1.0, 1.0 - b_q))
@@ -100,9 +102,9 @@ def row_loss(
 ) -> None:  # fmt: skip
     """Fill ``losses`` float32 [M] for logits z [M, V] and classes ``target`` int64 [M].
 
-    With ``gradient``, z becomes the gradient of each row's loss, times ``upstream`` [M], if given;
-    computed in float32 and rounded once.  z has 16 or 32 bits; its columns have stride 1, its rows
-    any stride.  ``settings``: label smoothing, softcap or None, logit scale, z_loss.
+    With ``gradient``, z becomes the gradient of each row's loss, times ``upstream`` [M], if given.
+    It is computed in float32 and rounded once.  z has 16 or 32 bits; its columns have stride 1, its
+    rows any stride.  ``settings``: label smoothing, softcap or None, logit scale, z_loss.
     """
     smoothing, softcap, logit_scale, z_loss = settings
     arguments: dict[str, Any] = {

@@ -71,8 +71,8 @@ class WeightGradConfig(ThinConfig):
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
         v = call.project * (self.block_n + self.block_m) * r * 4
-        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices: its
-        # buffer is free one stage earlier.
+        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices, so it
+        # needs one stage less of buffers.
         rows = self.block_n if call.project else r
         copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
         low_rank = call.low_rank * (n * self.block_n * r + self.block_m * self.block_n) * size
@@ -82,9 +82,9 @@ class WeightGradConfig(ThinConfig):
     def why_not(self, target: Target, call: Call) -> str:
         """See :meth:`Config.why_not`; also refuses tiles that make Triton's code for one pass race.
 
-        Both kinds of one pass use a loaded tile in two products (faults.overwrites_tiles): over dy
-        the tile of X, over x the tiles of U_i.  With a mask there is no race: the masked X is in
-        registers, so the loop waits for each product.
+        One pass uses a loaded tile in two products (faults.overwrites_tiles).  In one pass over dy
+        it is the tile of X, in one pass over x the tiles of U_i.  With a mask there is no race,
+        because the masked X is in registers, so the loop waits for each product.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
@@ -278,7 +278,7 @@ def weight_grad(
     numbers: SegmentNumbers | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
-    """Fill ``outs`` with out_i = (keep_i ∘ x)ᵀ u_i; ``b`` or ``vs`` ask for a further product.
+    """Fill ``outs`` with out_i = (keep_i ∘ x)ᵀ u_i.  With ``b`` or ``vs``, compute another product.
 
     x [M, N] has any strides; u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
     dtype, and is contiguous or the transpose of a contiguous tensor.  ``seeds`` as in
@@ -328,7 +328,7 @@ def weight_grad(
             "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
         }  # fmt: skip
-        # One more segment for the rows without one: their rows of XV must be zero.
+        # With ``b``, one more program for the rows without a segment: their rows of XV are zero.
         grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (b is not None))
         launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work_of))
         if xv is not product:  # dh has planes: one launch adds them and the planes of ``outs``

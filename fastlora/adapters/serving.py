@@ -1,4 +1,4 @@
-"""Judge an adapter for a server, and mend it: ``fastlora.check_adapter``."""
+"""Check whether a server loads an adapter, and rewrite it if not: ``fastlora.check_adapter``."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from .servers.rules import Server, read_server
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """A finding for each tensor and setting.  Prints a line for each rule that applies.
+    """A finding for each tensor and setting of an adapter.  Prints a line for each rule that fits.
 
-    With ``fix``, ``fixed`` is the report on the written adapter, and ``note`` says where it is, or
-    why nothing was written.
+    With ``fix``, ``fixed`` is the report on the written adapter, and ``note`` says where it was
+    written, or why it wasn't.
     """
 
     server: Server
-    findings: tuple[Item, ...]  # with their rules
+    findings: tuple[Item, ...]  # each with the rule that applies to it, or None
     fixed: "AdapterReport | None" = None
     note: str = ""
 
@@ -43,7 +43,10 @@ class AdapterReport:
 
 
 def _names(items: list[Item]) -> str:
-    """The names of tensors, with * for numbers, and their count; or of settings."""
+    """The names of the items' tensors, with * for numbers, and their count.
+
+    Without tensors among the items, these are the names of the settings.
+    """
     items = [item for item in items if item.key] or items
     names = dict.fromkeys(re.sub(r"\b\d+\b", "*", name_of(i.key or i.name)) for i in items)
     return some([*names]) + (f" ({len(items)} tensors)" if items[0].key and items[1:] else "")
@@ -64,9 +67,9 @@ def check_adapter(
     model are "unknown".  ``max_lora_rank``: the server's option; by default its own default.  Only
     the config and the header of the weights are read.
 
-    ``fix``: a new folder for an adapter that computes the same and that the server loads whole.
-    Its ranks and scales are uniform.  Nothing is written if a finding can't be mended in the files,
-    except for options of the server.  The input never changes.
+    ``fix``: a new folder, where an adapter is written that computes the same and that the server
+    loads whole.  Its ranks and scales are uniform.  Nothing is written if a rewrite can't mend a
+    finding, unless an option of the server does.  The input never changes.
 
     Returns a report, which prints one line for each rule.  Raises the errors of
     :func:`fastlora.load_adapter` for a folder, FileExistsError if ``fix`` exists, and ValueError

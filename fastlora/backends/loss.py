@@ -12,7 +12,6 @@ The gradients of x, weight, bias and adapter are products with g, by the formula
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,24 +19,13 @@ from torch import Tensor
 from ..projection import Output
 from .dropout import DropoutMask
 from .formula import OutputBackward, added, backward_rows, forward_rows, from_row, no_gradients
-from .protocol import LossSettings
+from .protocol import LossRows, LossSettings
 
-# Bytes of a chunk of z.  On a CPU, 64 to 1024 rows of 49,152 words take the same time; fewer rows
-# widen or pack the weight more often.  A GPU needs more rows to fill its products.
+# Bytes of a chunk of z.  On a CPU, chunks of 64 to 1024 rows take the same time for each row, with
+# a vocabulary of 49,152.  Smaller chunks cost time, because each chunk widens or packs the weight
+# again.  A GPU needs larger chunks to use all of its processors.
 _CHUNK_ON_CPU, _CHUNK = 24 * 2**20, 512 * 2**20
 _FEWEST_ROWS = 16
-
-
-# Fills row losses [rows] of logits [rows, V] and targets [rows]; with ``gradient`` writes g over
-# the logits, times each row's number in ``upstream``, if given.
-RowLoss = Callable[[Tensor, Tensor, Tensor, LossSettings, Tensor | None, bool], None]
-
-
-class LossGradients(NamedTuple):
-    """Gradients of the sum of all rows' losses; of each tensor that was asked for, else None."""
-
-    dx: Tensor | None
-    output: Output[Tensor | None]  # in float32, or in float64 for float64
 
 
 def loss_of_rows(
@@ -46,15 +34,18 @@ def loss_of_rows(
     output: Output[Tensor],
     masks: Sequence[DropoutMask | None],
     settings: LossSettings,
-    row_loss: RowLoss,
+    row_loss: Callable[[LossRows], None],
     needs_x: bool,
     wanted: Output[bool],
     upstream: Tensor | None = None,
-) -> tuple[Tensor, LossGradients]:
-    """Each row's loss [M], in float32 or wider, and the gradients.
+) -> tuple[Tensor, Tensor | None, Output[Tensor | None]]:
+    """Each row's loss [M], dx, and the gradients of the output's tensors.
 
-    x [M, K]; target int64 [M], each from 0 to V - 1; one mask for each adapter.  ``upstream`` [M]:
-    the gradient of each row's loss, 1 if None.
+    x [M, K]; target int64 [M], each from 0 to V - 1; one mask for each adapter.  ``row_loss``: the
+    backend's.  ``upstream`` [M]: the gradient of each row's loss, 1 if None.
+
+    The losses and the output's gradients are in float32, or in float64 for float64.  A gradient is
+    None unless ``needs_x`` or ``wanted`` asks for it.
     """
     M, V, wide = len(x), output.base.weight.shape[0], torch.promote_types(x.dtype, torch.float32)
     losses = x.new_empty(M, dtype=wide)
@@ -68,15 +59,16 @@ def loss_of_rows(
         x_rows, of_rows = x[rows], from_row([masks], first)
         (z,), hs = forward_rows(x_rows, [output], of_rows, [buffer[: len(x_rows)]])
         row_upstream = None if upstream is None else upstream[rows]
-        row_loss(z, target[rows], losses[rows], settings, row_upstream, wants)
+        row_loss(LossRows(z, target[rows], losses[rows], settings, row_upstream, wants))
         if wants:
             dx_rows = None if dx is None else dx[rows]
             asked = OutputBackward(z, output, hs, wanted, of_rows[0])
             (part,) = backward_rows(x_rows, [asked], dx_rows)
             total = added(total, part, wide)
-    return losses, LossGradients(dx, total)
+    return losses, dx, total
 
 
 def _rows_of_chunk(M: int, V: int, x: Tensor) -> int:
+    """The number of rows of a chunk of z [M, V]."""
     size = _CHUNK_ON_CPU if x.is_cpu else _CHUNK
     return max(1, min(M, max(_FEWEST_ROWS, size // (V * x.element_size()))))

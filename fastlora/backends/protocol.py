@@ -1,4 +1,4 @@
-"""The interface of a backend, which ``torch`` and ``triton`` implement; and the record of a call.
+"""The interface of a backend, which ``torch`` and ``triton`` implement, and its functions' records.
 
 A backend is a module with these functions.  They mean the same on every backend.  :mod:`.torch`
 states the formulas, and :mod:`.formula` computes them.
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     # Launches that the backend captured for a forward with inputs of these shapes, strides, dtypes,
     # devices and addresses modulo 16; None where they may differ from call to call.
     captured: dict | None = None
-    is_few: bool = False  # so few rows that torch's autograd follows the composite path
+    is_few: bool = False  # has so few rows that torch's autograd records it, without a node
 
 
 class BackwardCall(NamedTuple):
@@ -41,8 +41,8 @@ class BackwardCall(NamedTuple):
 class GatedProduct(NamedTuple):
     """The middle of a gated MLP: act(gate) ∘ up."""
 
-    gate: Tensor  # [M, N], as is up; the rows of both are contiguous
-    up: Tensor
+    gate: Tensor  # [M, N], with contiguous rows
+    up: Tensor  # the same
     activation: str  # a key of ``gated.ACTIVATIONS``
     # Compute 16-bit matrices in float32 and round the result once.  Otherwise a backend may round
     # each step.
@@ -58,12 +58,30 @@ class LossSettings(NamedTuple):
     z_loss: float = 0.0
 
 
-class Backend(Protocol):
-    """``inputs`` are x [M, K] and the tensors of the outputs, flat, in the order of the layouts.
+class LossRows(NamedTuple):
+    """Rows of logits, and the tensors that their losses need (formulas in :mod:`.loss`)."""
 
+    z: Tensor  # the logits [rows, V]
+    target: Tensor  # int64 [rows], the class of each row
+    losses: Tensor  # [rows], to be filled, float32 or wider
+    settings: LossSettings
+    upstream: Tensor | None = None  # [rows], the gradient of each row's loss; None: 1
+    gradient: bool = False  # whether z is overwritten with its gradient
+
+    def part(self, rows: slice) -> "LossRows":
+        """The record of some of the rows."""
+        upstream = None if self.upstream is None else self.upstream[rows]
+        tensors = self.z[rows], self.target[rows], self.losses[rows]
+        return LossRows(*tensors, self.settings, upstream, self.gradient)
+
+
+class Backend(Protocol):
+    """The functions of a backend.
+
+    ``inputs`` are x [M, K] and the tensors of the outputs, flat, in the order of the layouts.
     ``seeds`` are int64 [number of adapters], on the device of x; None without dropout.  With
-    experts, one seed makes the mask of all rows.  With many adapters, each has a seed for its own
-    rows, in their order.
+    experts, one seed makes the mask of all rows.  With many adapters, each adapter has its own
+    seed, whose mask covers only the rows of this adapter, in their order.
     """
 
     def forward(
@@ -84,7 +102,7 @@ class Backend(Protocol):
         """
 
     def takes_experts_in_turn(self, device: torch.device) -> bool:
-        """Whether a call with the rows of many experts isn't faster than a call for each.
+        """Whether one call for many experts takes at least as long as a call for each expert.
 
         If so, a caller may split the experts over several calls.
         """
@@ -97,19 +115,10 @@ class Backend(Protocol):
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate).  d_gate may be dy."""
 
-    def row_loss(
-        self,
-        z: Tensor,
-        target: Tensor,
-        losses: Tensor,
-        settings: LossSettings,
-        upstream: Tensor | None,
-        gradient: bool,
-    ) -> None:
-        """Fill the losses [rows], float32 or wider, of logits z [rows, V] and int64 targets [rows].
+    def row_loss(self, rows: LossRows) -> None:
+        """Fill the losses of these rows, and overwrite z if ``rows.gradient``.
 
-        With ``gradient``, z becomes the gradient of each row's loss, times the row's number in
-        ``upstream``, if given.  The formulas are those of :mod:`.loss`.
+        z then becomes d loss / d z of each row, times the row's number in ``upstream``.
         """
 
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
@@ -118,13 +127,13 @@ class Backend(Protocol):
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of every h, for x of this dtype on this device.  It launches nothing."""
 
-    # The name of the backend that runs calls which this one doesn't cover.
+    # The name of the backend that runs the calls that this one doesn't cover.
     HANDS_TO: str
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]
     ) -> str:
-        """The reason, for reports, why a call with such an x isn't covered; "" if it is covered.
+        """Why this backend doesn't cover a call with such an x, for reports; "" if it does.
 
-        forward and backward also take calls that aren't covered: they run on ``HANDS_TO``.
+        forward and backward also take calls that aren't covered, and run them on ``HANDS_TO``.
         """

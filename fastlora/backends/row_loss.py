@@ -1,44 +1,29 @@
-"""The passes over a block of logits: each row's cross-entropy, and its gradient in their place.
+"""Each row's cross-entropy, and its gradient written over the logits, by torch's operations.
 
 :mod:`.loss` has the formulas.
 """
 
 import torch
-from torch import Tensor
 
 from .products import SCRATCH
-from .protocol import LossSettings
+from .protocol import LossRows
 
-# Bytes of float32 that the passes over a block of z see on a CPU.  2 MiB stay in the L2 cache: the
-# passes take 0.2 of their time with 128 MiB.
+# Bytes of a block of z in float32 on a CPU.  2 MiB stay in the L2 cache, so the operations take
+# 0.2 × the time that they take on a block of 128 MiB.
 _BLOCK = 2**21
 
 
-def row_loss(
-    z: Tensor,
-    target: Tensor,
-    losses: Tensor,
-    settings: LossSettings,
-    upstream: Tensor | None,
-    gradient: bool,
-) -> None:
-    """Fill the row losses by torch's operations, in blocks of rows that stay in the L2 cache."""
-    step = max(1, _BLOCK // (z.shape[1] * losses.element_size()) if z.is_cpu else len(z))
-    for first in range(0, len(z), step):
-        rows = slice(first, first + step)
-        row_upstream = None if upstream is None else upstream[rows, None]
-        _block_loss(z[rows], target[rows, None], losses[rows], settings, row_upstream, gradient)
+def row_loss(rows: LossRows) -> None:
+    """See :meth:`Backend.row_loss`; computed block by block, so that each stays in the L2 cache."""
+    z, count = rows.z, len(rows.z)
+    step = max(1, _BLOCK // (z.shape[1] * rows.losses.element_size()) if z.is_cpu else count)
+    for first in range(0, count, step):
+        _block_loss(rows.part(slice(first, first + step)))
 
 
-def _block_loss(
-    z: Tensor,
-    target: Tensor,
-    losses: Tensor,
-    settings: LossSettings,
-    upstream: Tensor | None,
-    gradient: bool,
-) -> None:
-    smoothing, softcap, logit_scale, z_loss = settings
+def _block_loss(rows: LossRows) -> None:
+    z, target, losses, (smoothing, softcap, logit_scale, z_loss), upstream, gradient = rows
+    target = target.unsqueeze(1)  # [rows, 1]
     if z.is_cpu:
         logits = SCRATCH.take("logits", z.shape[0], z.shape[1], losses.dtype).copy_(z)
     else:
@@ -48,8 +33,7 @@ def _block_loss(
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     logprob = torch.log_softmax(logits, -1)  # [rows, V]
-    of_target = logprob.gather(1, target)  # [rows, 1]
-    loss = -of_target
+    loss = -logprob.gather(1, target)  # [rows, 1]
     if smoothing:
         loss = (1.0 - smoothing) * loss - smoothing * logprob.mean(-1, keepdim=True)
     if z_loss:
@@ -69,5 +53,5 @@ def _block_loss(
     if logit_scale != 1.0:
         g.mul_(logit_scale)
     if upstream is not None:
-        g.mul_(upstream)
+        g.mul_(upstream.unsqueeze(1))
     z.copy_(g)

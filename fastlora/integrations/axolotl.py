@@ -15,11 +15,10 @@ from ..automatic import optimize_or_log, show_log
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-_PREFIX = "fastlora_"
 
 
 class FastLoRAArgs(BaseModel):
-    """The plugin's own keys: arguments of :func:`fastlora.optimize`, whose defaults hold."""
+    """The plugin's keys: arguments of :func:`fastlora.optimize`; None means its default."""
 
     fastlora_gated_mlps: bool | None = None
     fastlora_frozen_linears: bool | None = None
@@ -29,14 +28,14 @@ class FastLoRAArgs(BaseModel):
 class FastLoRAPlugin(BasePlugin):
     """Optimizes the model after axolotl has loaded its adapter.
 
-    axolotl's fused LoRA kernels replace the forward of attention and MLP modules, so that no LoRA
-    layer in there is called.  They stay off unless the YAML sets one of their keys to true.  In
-    that case axolotl's kernels run, and the plugin changes nothing and logs a warning.
+    axolotl's fused LoRA kernels replace the forwards of attention and MLP modules, which then don't
+    call their LoRA layers.  The plugin switches these kernels off, unless the YAML sets one of
+    their keys to true.  In that case axolotl's kernels run, and the plugin only logs a warning.
     """
 
     def register(self, cfg: Any) -> None:
         show_log()
-        _LOG.filters.clear()  # axolotl's class of loggers drops INFO of other packages
+        _LOG.filters.clear()  # by axolotl's filter, loggers of other packages drop INFO
         for key in _KERNELS:
             if cfg.get(key) is None:
                 cfg[key] = False
@@ -53,8 +52,7 @@ class FastLoRAPlugin(BasePlugin):
                 ", ".join(theirs),
             )
             return
-        given = {name: cfg.get(name) for name in FastLoRAArgs.model_fields}
-        settings = {
-            name.removeprefix(_PREFIX): value for name, value in given.items() if value is not None
-        }
+        names = FastLoRAArgs.model_fields
+        given = {name.removeprefix("fastlora_"): cfg.get(name) for name in names}
+        settings = {name: value for name, value in given.items() if value is not None}
         optimize_or_log(model, **settings)

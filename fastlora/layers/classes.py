@@ -1,6 +1,6 @@
 """Changes the class of a module in place, and changes it back.
 
-fastlora gives a module other arithmetic by assigning its ``__class__``.  This keeps the module's
+fastlora gives a module another forward by assigning its ``__class__``.  This keeps the module's
 identity, parameters, names and hooks.  All packages change classes only by :func:`change_class`.
 """
 
@@ -15,33 +15,34 @@ from torch import nn
 from .guards import forget
 from .members import under
 
-# A forward in a module's __dict__; accelerate stores the original one under the second name.
+# The names of forwards in a module's __dict__.  accelerate's hook stores the original forward under
+# the second name.
 _FORWARDS = ("forward", "_old_forward")
 
 _made: dict[Any, Any] = {}  # (mixin, kind, prefix) -> class
 
 
 class Fast:
-    """A mixin for classes that only speed a module up: they have no parameters of their own.
+    """A mixin for classes that only speed a module up, and have no parameters of their own.
 
-    :func:`own_classes` finds such modules, to change them back.
+    :func:`own_classes` gives the classes that undo this.
     """
 
-    plain_class: Any  # the module's own class
+    plain_class: Any  # the module's class before it was sped up
 
 
 def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
     """A subclass of ``mixin`` and ``kind``, in that order, whose ``plain_class`` is ``kind``.
 
-    Its name is the prefix and the name of ``kind``.  Without a prefix it also has the module and
-    docstring of ``kind``.  Copies and pickles of its objects store ``mixin`` and ``kind``, because
-    a class that is made at run time can't be imported.
+    Its name is the prefix and the name of ``kind``.  With an empty prefix, it also has the module
+    and docstring of ``kind``.  Copies and pickles of its objects store ``mixin`` and ``kind``,
+    because a class that is made at run time can't be imported.
     """
     key = mixin, kind, prefix
     if key not in _made:
         members = {"plain_class": kind, "__reduce_ex__": _reduce_ex, "_made_of": key}
-        same = () if prefix else ("__module__", "__qualname__", "__doc__")
-        members |= {name: getattr(kind, name) for name in same}
+        copied = () if prefix else ("__module__", "__qualname__", "__doc__")
+        members |= {name: getattr(kind, name) for name in copied}
         _made.setdefault(key, type(prefix + kind.__name__, (mixin, kind), members))
     return _made[key]
 
@@ -53,11 +54,12 @@ def _reduce_ex(module: Any, protocol: Any) -> tuple:
 
 
 def _blank(mixin: Any, kind: Any, prefix: str) -> Any:
+    """An object of the class, without state."""
     return object.__new__(class_over(mixin, kind, prefix))
 
 
 def twin(module: nn.Module, kind: Any) -> Any:
-    """A module of class ``kind`` with copies of this module's dicts; all values are shared."""
+    """A module of class ``kind`` with copies of this module's dicts, whose values are shared."""
     other = object.__new__(kind)
     for name, value in vars(module).items():
         other.__dict__[name] = value.copy() if isinstance(value, dict) else value
@@ -65,10 +67,10 @@ def twin(module: nn.Module, kind: Any) -> Any:
 
 
 def change_class(module: Any, new: Any) -> Any:
-    """Replace the module's class by ``new``; returns the replaced class, which undoes it.
+    """Replace the module's class by ``new``.  Returns the replaced class; assigning it undoes this.
 
-    If FSDP2 or a parametrization derived the module's class from the replaced one, it gets such a
-    class over ``new``.  Bound forwards of the replaced class in the module's ``__dict__`` are
+    If FSDP2 or a parametrization has derived a class from the module's class, that derived class is
+    made again from ``new``.  Bound forwards of the replaced class in the module's ``__dict__`` are
     replaced also, and cached records are dropped.
     """
     kind: Any = type(module)
@@ -86,7 +88,7 @@ def change_class(module: Any, new: Any) -> Any:
 
 @cache
 def _over(cls: Any, old: Any, new: Any) -> Any:
-    """``new`` if ``cls`` is ``old``; else a copy of ``cls`` with ``new`` in place of that base."""
+    """``new`` if ``cls`` is ``old``; else a copy of ``cls`` with the base ``new`` for ``old``."""
     if cls is old:
         return new
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
@@ -95,7 +97,7 @@ def _over(cls: Any, old: Any, new: Any) -> Any:
 
 
 def change_classes(classes: Mapping[nn.Module, Any]) -> dict[nn.Module, Any]:
-    """Give each module its class in this mapping; returns the replaced classes, which undo it."""
+    """Give each module its class in this mapping.  Returns the replaced classes, to undo this."""
     return {module: change_class(module, kind) for module, kind in classes.items()}
 
 
@@ -110,6 +112,6 @@ def changed_classes(classes: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def own_classes(modules: Iterable[nn.Module], *kinds: Any) -> dict[nn.Module, Any]:
-    """The own class of each module that is sped up, by one of these kinds if any are given."""
+    """For each :class:`Fast` module (of these kinds, if any are given), the class it had before."""
     fast: Any = [module for module in modules if isinstance(module, kinds or Fast)]
     return {module: module.plain_class for module in fast}

@@ -1,10 +1,11 @@
-"""Frozen linear layers: which of them can have an adapter, and a fast forward for plain ones.
+"""Frozen linear layers: which of them can have an adapter, and a fast forward without an adapter.
 
 The checks are the same for plain models and PEFT models.  Conditions that change from call to call
 (hooks, devices, tensors that FSDP gathers) are checked at the call.
 
-Some CPUs multiply 16-bit numbers slowly.  There, frozen layers without an adapter (the head …) take
-as long as the adapted ones, so they become :class:`Linear`.  On other devices nothing changes.
+Some CPUs multiply 16-bit numbers slowly.  There, frozen layers without an adapter (the head …)
+would take as long as the adapted layers, so they become :class:`Linear`.  On other devices their
+class doesn't change.
 """
 
 from collections.abc import Iterable
@@ -34,11 +35,11 @@ WATCHED = "a hook watches, or something replaces, its calls"
 
 
 class Linear(Fast, nn.Linear):
-    """torch.nn.Linear with fastlora's product for slow CPUs.
+    """torch.nn.Linear with fastlora's product for CPUs that multiply 16-bit numbers slowly.
 
-    It has the name of torch's class and no state of its own, so assigning ``__class__`` turns one
-    into the other.  torch's forward runs if the weight trains, isn't on the CPU or hasn't 16 bits,
-    and in exports, traces and transforms.
+    It has the name of torch's class and no state of its own, so a module changes between the two by
+    an assignment to ``__class__``.  torch's forward runs if the weight trains, isn't on the CPU or
+    doesn't have 16 bits, and in exports, traces and transforms.
     """
 
     plain_class = nn.Linear
@@ -52,16 +53,16 @@ class Linear(Fast, nn.Linear):
         return super().forward(input)
 
 
-# Classes whose own forward also computes x weightᵀ + bias.  Conv1D stores the weight as [in, out];
-# Falcon adds the bias in a step of its own.
+# Other classes that compute x weightᵀ + bias.  Conv1D stores the weight as [in, out].  Falcon adds
+# the bias in a separate step.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
-# Tensor classes that turn into plain tensors before a call: FSDP2's shards, and fake tensors.
-_KINDS = ("DTensor", "FakeTensor")
+# Tensor classes that are replaced by plain tensors before a call: FSDP2's shards, and fake tensors.
+_PLAIN_IN_CALLS = ("DTensor", "FakeTensor")
 
 
 def why_not_class(kind: type[nn.Module]) -> str:
-    """A phrase for a class that may not compute x weightᵀ + bias ("a Conv2d, …"); "" for others."""
+    """Why a class may not compute x weightᵀ + bias, as a phrase ("a Conv2d, …"); "" if it does."""
     is_linear = getattr(kind, "forward", None) in (nn.Linear.forward, Linear.forward)
     patched = why_patched(kind)
     if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):
@@ -76,7 +77,7 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
 
 
 def is_router(layer: nn.Module) -> bool:
-    """Whether this is the router of a mixture in transformers: its own class, weight [E, in]."""
+    """Whether this is a mixture's router in transformers: a class of its own, weight [E, in]."""
     if not isinstance(layer, nn.Module):
         return False
     kind = plain_class_of(layer)
@@ -107,7 +108,7 @@ def why_not_base(layer: nn.Module) -> str:
         return f"it has a {name!r} of its own, a name that a LoRA layer needs: rename that"
     for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name, None)
-        is_part = type(tensor).__name__ in _KINDS
+        is_part = type(tensor).__name__ in _PLAIN_IN_CALLS
         if tensor is None and name == "weight":
             return "it has no weight"
         reason = why_not_tensor(tensor, ndim, is_part)
@@ -119,9 +120,9 @@ def why_not_base(layer: nn.Module) -> str:
 
 
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
-    """A linear layer's weight as [out, in]; a vendor's quantized layer gives its packed weight.
+    """A linear layer's weight as [out, in]; the packed weight of a vendor's quantized layer.
 
-    ``kind``: the layer's class without an adapter, if it has one.
+    ``kind``: the layer's class before it got an adapter, if it has one.
     """
     kind = type(linear) if kind is None else kind
     quantized: Any = quantized_weight(linear, kind)
@@ -136,9 +137,9 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
 def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:
     """Read a linear layer: (reason, weight [out, in], bias, packed layer or None).
 
-    The reason says why the fast path can't take the layer; it is "" if it can.  The packed layer
-    describes a quantized one.  ``adapted``: the layer is an adapter's base, so the reason says "its
-    base".  Hooks aren't checked here.
+    The reason says why the fast path can't compute the layer; it is "" if it can.  The packed layer
+    describes a quantized layer.  ``adapted``: whether the layer is an adapter's base; the reason
+    then says "its base".  Hooks aren't checked here.
     """
     it, name, of = "it", "its weight", ""
     if adapted:
@@ -151,7 +152,7 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     elif not reason and "parametrizations" in base._modules:  # reading the weight would compute it
         reason = "parametrized"
     elif not (adapted or reason or packed is not None or "weight" in base._parameters):
-        reason = "without a weight, or that is computed"
+        reason = "without a weight parameter"
     elif packed is not None and not packed.is_whole:
         reason = f"a {kind.__name__}: {SHARDED}"
     if reason:
@@ -193,7 +194,7 @@ def slow_weight(layer: nn.Linear) -> Tensor | None:
 
 
 def frozen_classes(layers: Iterable[nn.Module]) -> dict[nn.Module, type[Linear]]:
-    """The class :class:`Linear` for each layer that is faster with it on this device."""
+    """Maps each layer that is faster as a :class:`Linear` on this device to that class."""
     return {layer: Linear for layer in layers if _gains(layer)}
 
 

@@ -1,28 +1,30 @@
 """A module's record, cached on the module and protected by a guard.
 
-A :class:`Record` holds the inputs of a module's calls (outputs, dropouts …), or the reason why no
-node runs them.  Reading a module takes longer than many calls.  So the module caches its record
-with a :class:`Guard`: a snapshot of the classes, attributes, submodules and hooks of the module and
-its parts, and of the facts (dtype, shape, strides …) of their tensors.  Each call compares the
-snapshot with the current state, in C as far as possible, and reads the module again after a change.
+A :class:`Record` holds the tensors and settings that a module's calls use (outputs, dropouts …), or
+the reason why no node runs them.  Making a record is called reading the module, and takes longer
+than many calls.  So the module caches its record with a :class:`Guard`: a snapshot of the classes,
+attributes, submodules and hooks of the module and its parts, and of the facts (dtype, shape,
+strides …) of their tensors.  Each call compares the snapshot with the current state, in C as far as
+possible, and reads the module again after a change.
 
 Three structures, from the outside in:
 
-* :class:`GuardedRecord` lies in the module's ``__dict__``, one for calls with gradients and one for
-  calls without.  It holds the record, the guard, and a dict from cache keys to kinds of call.
+* :class:`GuardedRecord` is stored in the module's ``__dict__``: one for calls with gradients, and
+  one for calls without.  It holds the record, the guard, and a dict from cache keys to kinds of
+  call.
 * :class:`Guard` decides whether the record is valid.
 * :class:`Table` is a part of the guard: many comparisons of one kind.
 
-A record is valid while its guard holds.  A reader may therefore use any state of the guarded
-modules without a change here.  A condition outside of modules (a global hook, a transform) belongs
-in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`, which run before a module is read.  A
-call with a cached key skips both, so :func:`fastlora.ops.kinds.key_of_x` or :func:`call_recorded`
-must check the condition also.
+A record is valid while its guard holds.  So a function that reads modules may use any state of
+them, and this file needs no change.  A condition outside of modules (a global hook, a transform)
+belongs in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`, which run before a module is
+read.  A call with a cached key skips both, so :func:`fastlora.ops.kinds.key_of_x` or
+:func:`call_recorded` must check the condition also.
 
-A guard keeps no parameter alive.  It stores where each one is found (a dict and a name) and looks
-there in each call.
+A guard keeps no parameter alive.  It stores where each parameter is found (a dict and a name), and
+each call looks there.
 
-Records of experts aren't kept: each call reads the module (:mod:`.experts` gives the reason).
+Modules of experts cache no record: each call reads the module (:mod:`.experts` gives the reason).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -39,8 +41,8 @@ from ..ops.kinds import key_of_x, remember
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
-# Names in a module's __dict__: the record of calls without gradients, and with.  Two, because
-# activation checkpointing alternates between both.
+# Names in a module's __dict__: the record of calls without gradients, and the record of calls with
+# gradients.  There are two, because activation checkpointing alternates between such calls.
 _PLACES = ("_fastlora_record", "_fastlora_record_followed")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes of every module that don't change its calls, such as hooks on state dicts.
@@ -48,13 +50,13 @@ _SILENT = {*vars(nn.Module()), *_PLACES}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
-_DEPTH = 3  # nesting of a vendor's objects: a weight's state contains the state of its scales
-_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # cached keys of one module; doublings of ``wait``
+_DEPTH = 3  # levels of a vendor's objects: a weight's state contains the state of its scales
+_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # of a GuardedRecord: its cached keys, and its ``attempts``
 _get: Callable = dict.get
-# The properties of a tensor that a call depends on, except its address and its numbers.
+# The properties of a tensor that a call depends on, except its address and its elements.
 _GET = attrgetter("dtype", "shape", "requires_grad", "device")
 _FACTS = (type, _GET, Tensor.stride)
-# Methods that a patch may replace on a class, and PEFT's properties that readers use.
+# Methods that a patch may replace on a class, and properties of PEFT's classes that records use.
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
@@ -65,14 +67,14 @@ class Record(NamedTuple):
     outputs: tuple[Output[Tensor], ...] = ()  # a layer: 1; a gated MLP: gate, up, down; experts: 2
     # A layer: one for all adapters, or one each.  A gated MLP: gate and up's, then down's.
     dropouts: tuple[float, ...] = (0.0,)
-    packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if quantized
+    packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if it is quantized
     how: Any = None  # a gated MLP's activation, an ``Experts``, or a DoRA adapter's magnitude
     drop: nn.Module | None = None  # the dropout module of a PEFT layer's last adapter
     adapter: str = ""  # the name of a PEFT layer's first adapter
 
     @property
     def output(self) -> Output[Tensor] | None:
-        """The output of a layer, which has one; None if no node runs its calls."""
+        """A layer's only output; None if no node runs the layer's calls."""
         return self.outputs[0] if self.outputs else None
 
 
@@ -85,8 +87,9 @@ class Recorder(NamedTuple):
     why_not: Callable[[Any, Any], object]  # (module, x): true if no node can run this call now
     read: Callable[[Any], Record]
     parts: Callable[[Any], Iterable[nn.Module]]  # the other modules that ``read`` looks at
-    # (module, x, record): returns the output, or None if the module's own forward must run; and the
-    # call's kind for ``run``, or None if the call doesn't use the record's tensors unchanged.
+    # (module, x, record): runs a call, and returns two values.  The first is the output, or None if
+    # the module's own forward must run.  The second is the call's kind for ``run``, or None if the
+    # call doesn't use the record's tensors unchanged.
     run_record: Callable[[Any, Tensor, Record], tuple[Tensor | None, Any]]
     # (x and the record's flattened tensors, kind): returns the output of a call of a cached kind.
     run: Callable[[Sequence[Tensor], Any], Tensor]
@@ -105,7 +108,7 @@ class Table(NamedTuple):
 
 
 def _table(function: Callable, rows: Iterable[tuple]) -> list[Table]:
-    """The table of these rows (arguments, then the result) as a list; empty if there are none."""
+    """A list with the table of these rows (arguments, then the result); empty without rows."""
     columns = [*zip(*rows, strict=True)]
     return [Table(function, tuple(columns[:-1]), columns[-1])] if columns else []
 
@@ -117,12 +120,12 @@ class Guard:
 
     =============  ===================================================================
     _home          the module's own ``__dict__``: its names, values and length
-    _containers    dicts and lists without tensors, with equal contents in _copies
+    _containers    dicts and lists without tensors; _copies has copies of them
     _empty         dicts of hooks, and other dicts, that must stay empty
     _tables        values and lengths of dicts with tensors; attributes of classes
     _places        where each tensor is found: a dict and a name in it
     _facts         dtype, shape … of these tensors, in the order of _places
-    _addresses     where their data lies
+    _addresses     the addresses of these tensors
     _tied          pairs of places that must hold the same tensor
     =============  ===================================================================
 
@@ -133,16 +136,16 @@ class Guard:
     def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
         self._containers: list[Any] = []
         self._empty: list[Any] = []
-        # Dicts with tensors aren't copied, because a copy would keep the tensors alive.  They are
-        # split into (dict, name) for each tensor, (dict, name, value) for each other entry, and
-        # (dict, length) for the dict.
+        # Dicts with tensors aren't copied.  They are split into (dict, name) for each tensor,
+        # (dict, name, value) for each other entry, and (dict, length) for the dict.
         places: list[tuple[dict, Hashable]] = []
         values: list[tuple[dict, Hashable, Any]] = []
         sizes: list[tuple[dict, int]] = []
 
         def look_at(entries: dict, depth: int = 0) -> None:
-            """Guard a dict.  ``depth``: how many levels of objects in it are guarded also."""
+            """Guard a dict, and ``depth`` levels of objects in it."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
+            # Entry by entry, if a copy of the dict would keep tensors or a cached record alive.
             by_name = has_tensors or any(place in entries for place in _PLACES)
             if by_name:
                 sizes.append((entries, len(entries)))
@@ -208,7 +211,7 @@ class Guard:
             self._tied = [(i, j) for i, j in enumerate(firsts) if i != j]
 
     def tensors(self) -> list[Any]:
-        """The tensors at the guarded places now; None in place of a tensor that is gone."""
+        """The tensors that are at the guarded places now; None for a place without one."""
         return [*map(_get, *self._places)]
 
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
@@ -244,12 +247,12 @@ class Guard:
 
 
 def _version_of(tensor: Tensor) -> int | None:
-    """How often a frozen tensor was written to; None for a tensor that trains."""
+    """The number of writes to a frozen tensor; None for a tensor that trains."""
     return None if tensor.requires_grad else tensor._version
 
 
 def _is_strange(tensor: Tensor) -> bool:
-    """Whether a tensor is more than memory with strides, so that a guard can't judge it.
+    """Whether a guard can't compare this tensor, because it is more than memory with strides.
 
     Examples: a class that runs torch's operations itself (DTensor), a tensor inside of a transform
     (vmap, grad), or one made in inference mode, which has no version counter.
@@ -283,16 +286,16 @@ class View(NamedTuple):
 class GuardedRecord:
     """A module's record, its guard, and the kinds of calls that were made with it.
 
-    A kept record holds no tensor.  Each call takes them from the guarded places.
+    A cached record holds no tensors.  Each call gets them from the guarded places.
     """
 
     def __init__(self, record: Record) -> None:
-        self.record = record  # once it is kept, without outputs: they hold tensors
+        self.record = record  # without outputs once it is cached, because outputs hold tensors
         self.calls: dict[Hashable, Any] = {}  # cache key (``ops.kinds.key_of_x``) -> kind of call
-        self.guard: Guard | None = None  # None if the record isn't kept
-        # If a module changes before every call, keeping its record only costs time.  ``attempts``
-        # counts records in a row that were invalid at the next call.  After each, 2**attempts - 1
-        # calls read the module without a guard; ``wait`` is how many of these are left.
+        self.guard: Guard | None = None  # None if the record can't be cached
+        # If a module changes before every call, caching its record only costs time.  ``attempts``
+        # counts consecutive records that were invalid at the next call.  After each of them,
+        # 2**attempts - 1 calls read the module without a guard; ``wait`` of these are left.
         self.attempts, self.wait = 0, 0
         self._layouts = layouts_of(record.outputs)
         # Where each input comes from: the index of a guarded tensor, or a view of one.
@@ -300,14 +303,14 @@ class GuardedRecord:
         self._has_views = False
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles hold no record, so a copied module is read again."""
+        """Copies and pickles hold no record, so that a copy of the module is read again."""
         return GuardedRecord, (Record("it wasn't read"),)
 
     def keep(self, guard: Guard) -> None:
         """Cache this record if later calls can locate every tensor that it uses.
 
-        A tensor that no module owns must be a frozen view of one that a module owns, such as a
-        transposed weight.
+        Each tensor must be in a guarded place, or be a frozen view of a tensor that is in one, such
+        as a transposed weight.
         """
         if not guard.is_whole:
             return
@@ -331,7 +334,7 @@ class GuardedRecord:
         self.record = self.record._replace(outputs=(), packed=tuple(packed))
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
-        """The guarded tensors, if the record is valid."""
+        """The guarded tensors if the record is valid, else None."""
         guard = self.guard  # read once, because another thread may drop it
         return None if guard is None else guard.tensors_now(module, self._has_views)
 
@@ -347,8 +350,10 @@ class GuardedRecord:
 
 
 def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, list[Tensor] | Record]:
-    """Returns a module's guarded record and its contents: the flattened current inputs if the
-    cached record is valid, else the :class:`Record` that was just read.
+    """A module's guarded record, and its contents.
+
+    The contents are the flattened current inputs if the cached record is valid.  Otherwise they are
+    the :class:`Record` that was just read.
     """
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
@@ -358,10 +363,10 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
         if tensors is not None:
             before.attempts = before.wait = 0
             return before, before.inputs(tensors)
-    if before is not None and before.wait:  # records were invalid lately: don't build a guard yet
-        before.wait, before.guard = before.wait - 1, None
-        record = recorder.read(module)
-        return GuardedRecord(record), record
+        if before.wait:  # records were invalid lately: don't build a guard yet
+            before.wait, before.guard = before.wait - 1, None
+            record = recorder.read(module)
+            return GuardedRecord(record), record
     for each in _PLACES:
         home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
@@ -373,7 +378,7 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
     made.wait = 2**made.attempts - 1
     other: GuardedRecord | None = home.get(other_place)
     if other is not None and other.tensors_now(module) is None:
-        other = None  # the other record may keep replaced objects alive
+        other = None  # because its guard may keep replaced objects alive
     home.update({place: made, other_place: other})
     made.keep(guard)
     return made, record
@@ -386,19 +391,17 @@ def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | 
             return None
         return recorder.run_record(module, x, recorder.read(module))[0]
     key = key_of_x(x)
-    made: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
-    if key is not None and made is not None:
-        call = made.calls.get(key)
+    cached: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
+    if key is not None and cached is not None:
+        call = cached.calls.get(key)
         # The key covers all other conditions of ``why_not``.
         if call is not None and not nn_module._has_any_global_hook():
-            tensors = made.tensors_now(module)
+            tensors = cached.tensors_now(module)
             if tensors is not None:
-                made.attempts = made.wait = 0
-                return recorder.run([x, *made.inputs(tensors)], call)
-    return None if recorder.why_not(module, x) else _call_anew(module, x, key, recorder)
-
-
-def _call_anew(module: nn.Module, x: Tensor, key: Hashable, recorder: Recorder) -> Tensor | None:
+                cached.attempts = cached.wait = 0
+                return recorder.run([x, *cached.inputs(tensors)], call)
+    if recorder.why_not(module, x):
+        return None
     made, answer = record_of(module, recorder)
     record = answer if isinstance(answer, Record) else made.now(answer)
     y, call = recorder.run_record(module, x, record)

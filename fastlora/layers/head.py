@@ -1,7 +1,8 @@
 """Output heads whose calls return lazy logits, so that the loss runs without logits.
 
-:func:`head_classes` maps the module that ``get_output_embeddings()`` returns to its lazy class.
-:func:`own_heads` maps each lazy head to the class that it had before.
+A model's head is the module that ``get_output_embeddings()`` returns.  It becomes lazy when it gets
+a class that :class:`LazyHead` and its own class make (:func:`head_classes`).  :func:`own_heads`
+gives the classes that undo this.
 
 Each call decides whether its logits are lazy.  Calls aren't lazy when compiled or traced, nor for a
 single row without gradients (generation).  :func:`why_not_lazy` gives the other reasons.
@@ -9,9 +10,8 @@ single row without gradients (generation).  :func:`why_not_lazy` gives the other
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -30,35 +30,36 @@ from .logits_functions import lazy_logits
 from .members import is_hooked, under, why_patched
 from .modules import has_sharded, parts_of_fsdp, plain_name
 
-_SAVED = ("peft.utils.other", "ModulesToSaveWrapper")
-_LAYER = ("peft.tuners.lora.layer", "LoraLayer")
+_PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train
+_PEFT_LORA = ("peft.tuners.lora.layer", "LoraLayer")
 
 
 class LazyHead(nn.Module):
     """A mixin for linear layers and LoRA layers that are a model's head.
 
-    It replaces ``__call__`` and not ``forward``, so code that inspects the class or calls the
-    forward meets the layer's own.
+    It replaces ``__call__`` and not ``forward``, so that the layer keeps its own forward for code
+    that inspects or calls it.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
         if head is None:
             return super().__call__(*args, **kwargs)
-        return lazy_logits(head, partial(_is_merged_as, ref(self), _merged_in(self)))
+        weak, before = ref(self), _merged_in(self)
+        return lazy_logits(head, lambda: weak() is None or _merged_in(weak()) == before)
 
 
 def _merged_in(head: Any) -> list[str]:
-    """The adapters that PEFT has merged: writing to ``weight.data`` changes no version."""
+    """The adapters that PEFT has merged into the head's weight.
+
+    Lazy logits check this list, because PEFT merges by writing to ``weight.data``, which doesn't
+    increase the tensor's version counter.
+    """
     return list(getattr(head, "merged_adapters", ()))
 
 
-def _is_merged_as(head: Callable[[], Any], before: list[str]) -> bool:
-    return head() is None or _merged_in(head()) == before
-
-
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
-    """The class that makes the model's head lazy.  Warns if the head can't be."""
+    """The lazy class of the model's head, and of copies that train.  Warns if it can't be lazy."""
     reason = why_no_lazy_head(model)
     if reason:
         text = f"loss=True has no effect, the loss computes logits: {reason}"
@@ -68,26 +69,26 @@ def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def why_no_lazy_head(model: nn.Module) -> str:
-    """Why no call of the model's head can ever be lazy; "" if calls may be."""
+    """Why the model's head can never be lazy; "" if calls of it may be."""
     found = heads_of(model)
     reason = "" if found else "get_output_embeddings() of the model returns no module"
     return next(filter(None, map(_why_not_head, found)), reason)
 
 
 def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """The lazy class of each of these heads."""
+    """The lazy class of each of these heads that isn't lazy yet."""
     classes = {}
     for head in heads:
         if not isinstance(head, LazyHead):
             kind: Any = under(type(head))
             classes[head] = class_over(LazyHead, kind, "")
             classes[head].plain_class = getattr(kind, "plain_class", kind)
-            classes[head].lazy_over = kind
+            classes[head].lazy_over = kind  # the class without LazyHead
     return classes
 
 
 def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """The class of each lazy head before it was lazy."""
+    """For each lazy head, the class that it had before."""
     heads: Any = [module for module in modules if isinstance(module, LazyHead)]
     return {head: head.lazy_over for head in heads}
 
@@ -100,11 +101,11 @@ def lazy_head(model: nn.Module) -> Iterator[None]:
 
 
 def cover_head(model: nn.Module) -> str:
-    """A line of the report on a lazy head; "" if the model has none."""
+    """The report's line on each lazy head; "" if the model has none."""
     named = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LazyHead)]
     lines = []
     for name, head in named:
-        if not name.endswith(".original_module"):  # PEFT calls it only without adapters
+        if not name.endswith(".original_module"):  # PEFT calls it only while adapters are disabled
             reason = why_not_lazy(head, read_head(head))
             with_logits = f"loss with logits: {name}: {reason}"
             lines.append(with_logits if reason else f"loss without logits: {name}")
@@ -112,21 +113,21 @@ def cover_head(model: nn.Module) -> str:
 
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
-    """The module that computes the logits, and the copies of it that PEFT trains in full."""
+    """The modules that compute the logits: the head, and copies of it that PEFT trains in full."""
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         return []
     if not isinstance(head, nn.Module):
         return []
-    if derived_from(type(head), *_SAVED):
-        saved: Any = head
-        return [saved.original_module, *saved.modules_to_save.values()]
+    if derived_from(type(head), *_PEFT_COPIES):
+        wrapper: Any = head
+        return [wrapper.original_module, *wrapper.modules_to_save.values()]
     return [head]
 
 
 def _why_not_head(head: nn.Module) -> str:
-    """Why this module can never be a lazy head; "" if its calls may be lazy."""
+    """Why this module can never be a lazy head; "" if calls of it may be lazy."""
     if type(head).__call__ not in (nn.Module.__call__, LazyHead.__call__):
         return f"the head is a {type(head).__name__}, which has a __call__ of its own"
     record = read_head(head)
@@ -134,16 +135,16 @@ def _why_not_head(head: nn.Module) -> str:
 
 
 def read_head(head: Any) -> Record:
-    """The output and the dropout of a head's calls now, or the reason why no call is lazy."""
-    if hasattr(head, "read_head"):
+    """Read the tensors and numbers of a head's calls, or the reason why no call is lazy now."""
+    if hasattr(head, "read_head"):  # LoRA layers have this method
         return head.read_head()
-    if derived_from(type(head), *_LAYER):
+    if derived_from(type(head), *_PEFT_LORA):
         return Record(f"it is a {type(head).__name__} of PEFT, which isn't optimized")
     return read_frozen(head)
 
 
 def why_not_lazy(head: nn.Module, record: Record) -> str:
-    """Why a call of this head now computes logits; "" if it can be lazy."""
+    """Why a call of this head computes logits now; "" if the call can be lazy."""
     if record.reason:
         return record.reason
     if record.how is not None:
@@ -159,12 +160,13 @@ def why_not_lazy(head: nn.Module, record: Record) -> str:
 
 def _is_sharded(head: nn.Module) -> bool:
     """Whether FSDP or ZeRO-3 shards the head's parameters."""
-    if has_sharded(head) or any(hasattr(p, "ds_id") for p in head.parameters()):
+    if has_sharded(head) or any(hasattr(p, "ds_id") for p in head.parameters()):  # ZeRO-3's
         return True
     # FSDP1 replaces parameters by views in the modules' __dict__.
     inside = set(head.modules())
     if any(isinstance(value, Tensor) for each in inside for value in vars(each).values()):
         return True
+    # FSDP2 may shard the head's parameters together with a module around the head.
     states = sys.modules.get("torch.distributed._composable_state")
     mapping = getattr(states, "_module_state_mapping", {})
     sharding = [module for module in mapping if derived_from(type(module), *FULLY_SHARDED)]
@@ -173,7 +175,7 @@ def _is_sharded(head: nn.Module) -> bool:
 
 
 def _lazy_call(module: nn.Module, x: Any) -> Head | None:
-    """The call with x if its logits can be lazy; None if the head's own forward must run."""
+    """The record of the call with x if its logits can be lazy; None if the forward must run."""
     if torch.compiler.is_compiling() or nn_module._has_any_global_hook():
         return None
     if not isinstance(x, Tensor) or not is_eager(x) or x.dim() < 2 or not x.numel() or x.is_meta:

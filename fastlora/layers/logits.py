@@ -1,8 +1,8 @@
 """Lazy logits: the output of a head, computed only if a function needs its elements.
 
 :class:`LazyLogits` has the shape, dtype and device of the output.  It holds a :class:`Recipe`: the
-hidden states, the head's tensors, and the steps that were applied since (casts, factors, a softcap,
-selected rows, the first columns).  A loss reads the recipe and runs
+hidden states, the head's tensors, and the steps after the head (casts, factors, a softcap, a
+selection of rows or of the first columns).  A loss reads the recipe and runs
 :func:`fastlora.ops.loss.head_loss`, without logits (:mod:`.logits_functions`).  Any other function
 gets real logits.  They are computed once for each call of the head.  From then on, every lazy
 tensor of this call acts as an ordinary one.
@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -44,7 +45,7 @@ class Recipe(NamedTuple):
 
     head: Head
     dtype: torch.dtype
-    # ("mul", factor), ("tanh",), ("log_softmax",); ("neg",) only after log_softmax
+    # Each is ("mul", factor), ("tanh",), ("log_softmax",), or ("neg",) after log_softmax.
     steps: tuple[tuple, ...] = ()
 
     @property
@@ -57,11 +58,11 @@ class Recipe(NamedTuple):
 
     @property
     def sign(self) -> float:
-        """The sign of log-probabilities."""
+        """-1 for negated log-probabilities, 1 for log-probabilities."""
         return -1.0 if self.steps[-1][0] == "neg" else 1.0
 
     def of_rows(self, change: Change) -> "Recipe":
-        """The same for other rows.  ``change`` selects or reshapes rows of a tensor [..., any]."""
+        """The recipe for other rows.  ``change`` selects or reshapes the rows of any [..., n]."""
         head, mask_rows = self.head, self.head.mask_rows
         if head.seeds is not None:
             if mask_rows is None:
@@ -71,11 +72,11 @@ class Recipe(NamedTuple):
         return self.with_head(x=change(head.x), mask_rows=mask_rows)
 
     def with_head(self, **changes: Any) -> "Recipe":
-        """The same with these fields of the head's call."""
+        """The recipe with other fields of the head's call."""
         return self._replace(head=self.head._replace(**changes))
 
     def settings(self) -> LossSettings | None:
-        """The scale and the softcap that the steps amount to; None for other steps.
+        """The settings of a loss that have the effect of the steps; None if no settings have it.
 
         after · tanh(before · z) equals a softcap of ``after``, applied to logits scaled by
         before · after.
@@ -100,16 +101,13 @@ class Recipe(NamedTuple):
         return [self.head.x, *flatten([output], layouts_of([output]))]
 
     def detached(self) -> "Recipe":
-        """The same, without a gradient."""
+        """The recipe with detached tensors."""
         x, *tensors = [tensor.detach() for tensor in self.tensors()]
         (output,) = unflatten(tensors, layouts_of([self.head.output]))
         return self.with_head(x=x, output=output)
 
     def compute(self, tensors: list[Tensor]) -> Tensor:
-        """The elements, by torch's operations.
-
-        ``tensors`` replaces the result of :meth:`tensors`.
-        """
+        """The elements, by torch's operations on these values of :meth:`tensors`."""
         (output,) = unflatten(tensors[1:], layouts_of([self.head.output]))
         (mask,), p = self.head.masks() or [None], self.head.dropout
 
@@ -137,24 +135,26 @@ class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
     def __init__(self, recipe: Recipe, is_current: Callable[[], bool]) -> None:
-        """``is_current``: whether the head is in the state of its call, as far as it can tell."""
+        """``is_current()``: False if the head changed without a change of the tensors' versions."""
         self.recipe, self.is_current = recipe, is_current
         self.states = [_state_of(tensor) for tensor in recipe.tensors()]
         self.has_grad = torch.is_grad_enabled()
         self.is_inference = torch.is_inference_mode_enabled()
         self.hooks = _top_hooks()
         self.lock = threading.RLock()
-        self.logits: Tensor | None = None  # once a function needed elements
+        self.logits: Tensor | None = None  # None until a function needs elements
         self.lazy: WeakSet[LazyLogits] = WeakSet()
 
     def can_stay_lazy(self) -> bool:
         """Whether a function may return a lazy tensor or run a fused loss now.
 
-        Checkpointing runs a function twice, and both runs must take the same path.
+        It may not inside of a checkpoint that began after the head's call.  Checkpointing runs a
+        function twice, and both runs must take the same path, but the first one may compute the
+        logits.
         """
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        is_here = _top_hooks() in (None, self.hooks)
-        return self.logits is None and is_here and not is_transformed
+        has_same_hooks = _top_hooks() in (None, self.hooks)
+        return self.logits is None and has_same_hooks and not is_transformed
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
@@ -189,13 +189,13 @@ class HeadCall:
 
 
 def _top_hooks() -> Any:
-    """The innermost hooks on saved tensors, for example checkpointing's; None if there are none."""
+    """The innermost hooks on saved tensors, such as checkpointing's; None if there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _outside(hooks: Any) -> Iterator[None]:
-    """Leave torch.func's transforms and the saved-tensor hooks pushed after the head's call."""
+    """Inside, torch.func's transforms and the saved-tensor hooks after ``hooks`` are off."""
     left = []
     while (top := _top_hooks()) not in (None, hooks):
         left.append(top)
@@ -218,11 +218,11 @@ class LazyLogits(Tensor):
 
     call: HeadCall
     recipe: Recipe
-    _replay: Callable[[], Tensor]  # computes its elements from its parent's elements
+    _replay: Callable[[], Tensor]  # computes the elements from the elements of the earlier tensor
     _elements: Tensor | None
     _state: tuple  # of the elements when they were computed
-    node: Any  # its place in autograd's graph when it was made
-    has_grad: bool  # the grad mode when it was made
+    node: Any  # the grad_fn that the tensor was made with
+    has_grad: bool  # the grad mode when the tensor was made
     # One flag, shared with the autograd node: true if the elements were changed in place.
     written: list[bool]
 
@@ -240,11 +240,11 @@ class LazyLogits(Tensor):
         return made
 
     def elements(self) -> Tensor:
-        """The ordinary tensor with these logits, and with its place in autograd's graph."""
+        """The ordinary tensor with these logits, connected to autograd's graph."""
         with self.call.lock:
             if self._elements is None:
                 is_first = self.call.logits is None
-                requires_grad, node = self._place()
+                requires_grad, node = self._own_node()
                 is_inference = self.call.is_inference
                 # set_grad_enabled takes effect in its constructor, so construct it inside of
                 # inference_mode.
@@ -254,12 +254,12 @@ class LazyLogits(Tensor):
                     _outside(self.call.hooks),
                 ):
                     made = self._replay()
-                    if node is not self.node:
+                    if node is not self.node:  # an autograd Function returned this tensor
                         made = MaterializeFunction.apply(self, made)
                 if self._elements is None:
                     self._elements, self._state = made, _state_of(made)
-                # Views share the memory of the logits, and copies don't: all must exist before
-                # anything writes to it.
+                # Compute the elements of all lazy tensors of the call now.  The caller may write to
+                # the logits next, which must change their views and must not change their copies.
                 for lazy in [*self.call.lazy] if is_first else ():
                     lazy.elements()
             return self._elements
@@ -269,20 +269,21 @@ class LazyLogits(Tensor):
 
         ``step`` computes its elements from this tensor's elements.
         """
-        made = recipe if self._place()[0] else recipe.detached()
+        made = recipe if self._own_node()[0] else recipe.detached()
         return with_node(self.call, made, lambda: step(self.elements()), self)
 
-    def _place(self) -> tuple[bool, Any]:
-        """The tensor's own ``requires_grad`` and ``grad_fn``, not those of its elements."""
+    def _own_node(self) -> tuple[bool, Any]:
+        """``requires_grad`` and ``grad_fn`` of this tensor itself, not of its elements."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.requires_grad, self.grad_fn
 
-    def is_its_recipe(self) -> bool:
-        """Whether its gradient is the recipe's: it isn't the result of an autograd Function.
+    def has_its_gradient(self) -> bool:
+        """Whether the recipe's gradient is this tensor's gradient.
 
-        DistributedDataParallel's Function passes the gradient on unchanged.
+        It isn't if an autograd Function returned the tensor.  An exception is the Function of
+        DistributedDataParallel, which passes the gradient on unchanged.
         """
-        node = self._place()[1]
+        node = self._own_node()[1]
         return node is self.node or type(node).__name__ == "_DDPSinkBackward"
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -303,7 +304,7 @@ class LazyLogits(Tensor):
         first = args[0] if args else kwargs.get("input")
         handler = HANDLERS.get(func)
         is_lazy = isinstance(first, LazyLogits) and first.call.can_stay_lazy()
-        if handler is not None and is_lazy and first.is_its_recipe():
+        if handler is not None and is_lazy and first.has_its_gradient():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
             try:
                 made = handler(first, *args[1:], **rest)
@@ -314,7 +315,7 @@ class LazyLogits(Tensor):
         made = func(*_real(args), **_real(kwargs))
         for given in (*args, *kwargs.values()):
             if isinstance(given, LazyLogits):
-                for lazy in [*given.call.lazy]:
+                for lazy in [*given.call.lazy]:  # the function may have written to all of them
                     lazy.written[0] |= _state_of(lazy.elements()) != lazy._state
                 if made is given._elements:  # a write, or a cast that changes nothing
                     return given
@@ -324,7 +325,7 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operations that bypass ``__torch_function__``: autograd's own."""
+        """Run operations that bypass ``__torch_function__``, because autograd itself calls them."""
         if func in (_aten.detach.default, _aten.alias.default):
             lazy = args[0]
             return LazyLogits.make(lazy.call, lazy.recipe, lazy.elements)
@@ -336,8 +337,8 @@ _disabled: list[Callable[..., Any]] = []
 
 
 def _outside_of_graphs() -> Callable[..., Any]:
-    """``LazyLogits._run``, which torch.compile must not trace.  Importing the compiler is slow."""
-    if not _disabled:
+    """``LazyLogits._run``, marked so that torch.compile doesn't trace it."""
+    if not _disabled:  # made at the first use, because importing the compiler is slow
         _disabled.append(torch.compiler.disable(LazyLogits._run))
     return _disabled[0]
 
@@ -345,20 +346,20 @@ def _outside_of_graphs() -> Callable[..., Any]:
 def with_node(
     call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor], parent: LazyLogits | None = None
 ) -> Tensor:
-    """A lazy tensor with its node, which follows the node of the tensor that it was made of."""
-    make = lambda: LazyLogits.make(call, recipe, replay)  # noqa: E731
+    """A lazy tensor with its autograd node.  The node of ``parent`` is an input of this node."""
+    make = partial(LazyLogits.make, call, recipe, replay)
     made: Any = LazyLogitsFunction.apply(make, recipe, parent, *recipe.tensors())
-    # In the node's forward, the grad mode is off.
-    made.node, made.has_grad = made._place()[1], torch.is_grad_enabled()
+    # Here, because the grad mode is off in the node's forward.
+    made.node, made.has_grad = made._own_node()[1], torch.is_grad_enabled()
     return made
 
 
 class LazyLogitsFunction(Function):
     """The node of a lazy tensor, for functions that bypass ``__torch_function__``.
 
-    Autograd Functions bypass it, for example the one that DistributedDataParallel puts behind a
-    model.  A fused loss computes the gradients of the head's tensors itself.  Its backward reaches
-    this node also, without a gradient (:class:`LinkFunction`).
+    Autograd Functions bypass it, such as the one that DistributedDataParallel applies to a model's
+    outputs.  A fused loss computes the gradients of the head's tensors itself.  Its backward
+    reaches this node also, with None as the gradient (:class:`LinkFunction`).
     """
 
     @staticmethod
@@ -398,7 +399,7 @@ class LazyLogitsFunction(Function):
 
 
 class _FirstFunction(Function):
-    """A function of two tensors whose whole gradient is the first one's."""
+    """A function of two tensors that passes its gradient on to the first."""
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -406,20 +407,20 @@ class _FirstFunction(Function):
 
 
 class MaterializeFunction(_FirstFunction):
-    """The elements of a lazy tensor that an autograd Function returned.
+    """Returns the elements of a lazy tensor that an autograd Function returned.
 
     The backward passes their gradient to that Function.
     """
 
     @staticmethod
     def forward(ctx, lazy: Tensor, elements: Tensor) -> Tensor:
-        return elements.detach()  # autograd forbids writes to an input that is returned as it is
+        return elements.detach()  # autograd forbids in-place writes to an input that is returned
 
 
 class LinkFunction(_FirstFunction):
-    """The loss itself.  Its backward also runs the lazy tensor's node, with no gradient.
+    """Returns the loss.  Its backward also reaches the lazy tensor's node, with no gradient.
 
-    DistributedDataParallel waits for the node that it put behind the model.
+    DistributedDataParallel waits for the node of its Function to run.
     """
 
     @staticmethod
@@ -428,7 +429,7 @@ class LinkFunction(_FirstFunction):
 
 
 def _real(tree: Any) -> Any:
-    """The same arguments with an ordinary tensor in the place of each lazy one."""
+    """These arguments with an ordinary tensor in place of each lazy one."""
     if isinstance(tree, LazyLogits):
         return tree.elements()
     if type(tree) in (list, tuple):

@@ -1,13 +1,15 @@
 """The functions of torch that take lazy logits without computing their elements.
 
 A handler gets a lazy tensor and the other arguments of the function.  It returns a lazy tensor with
-another recipe or, for a loss, the result; NotImplemented means that the function needs elements.
+another recipe, or the result of a loss, or NotImplemented if the function needs elements.
 
 ``cross_entropy``, ``nll_loss``, and ``log_softmax`` followed by ``gather`` or ``sum``, run
 :func:`fastlora.ops.loss.head_loss`.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +23,13 @@ from ..projection import Base, Output
 from .logits import HANDLERS, STEPS, Change, HeadCall, LazyLogits, LinkFunction, Recipe, with_node
 
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
+# The arguments of torch's losses that a fused loss takes.
+_TAKEN = {"target", "reduction", "ignore_index", "label_smoothing"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _handles(*functions: Any) -> Callable[[F], F]:
-    """Decorate the handler of these functions of torch."""
+    """A decorator for the handler of these functions of torch."""
 
     def register(handler: F) -> F:
         HANDLERS.update(dict.fromkeys(functions, handler))
@@ -35,7 +39,10 @@ def _handles(*functions: Any) -> Callable[[F], F]:
 
 
 def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Tensor:
-    """The output of a head's call, lazy.  Autocast has cast x and the head's tensors already."""
+    """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
+
+    This function is in this file so that its callers also load the handlers.
+    """
     recipe = Recipe(head, head.x.dtype).of_rows(Tensor.contiguous)
     call = HeadCall(recipe, is_current)
     return with_node(call, recipe, call.compute)
@@ -48,18 +55,20 @@ def _step(lazy: LazyLogits, name: str, *number: float) -> Any:
     recipe = lazy.recipe
     if recipe.is_logprob:
         return NotImplemented
-    return _contiguous_step(
-        lazy, lambda z: STEPS[name](z, *number), steps=(*recipe.steps, (name, *number))
-    )
+    steps = (*recipe.steps, (name, *number))
+    return _contiguous_step(lazy, lambda z: STEPS[name](z, *number), steps=steps)
 
 
 def _contiguous_step(lazy: LazyLogits, step: Change, **changes: Any) -> Any:
-    """A lazy tensor whose elements will be a new contiguous tensor."""
+    """A lazy tensor after a step whose result is a new contiguous tensor.
+
+    ``changes``: the fields of the recipe that the step changes.
+    """
     return lazy.then(lazy.recipe.of_rows(Tensor.contiguous)._replace(**changes), step)
 
 
 def _number(value: Any) -> float | None:
-    """A number, or a tensor with one number that is on the CPU; None for anything else."""
+    """The value of a number, or of a CPU tensor without dimensions; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, Tensor) or value.dim() or value.is_complex():
@@ -156,8 +165,8 @@ def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
 def _contiguous(lazy: LazyLogits, **options: Any) -> Any:
     if options:
         return NotImplemented
-    is_cut = lazy.shape[-1] != lazy.call.recipe.shape[-1]
-    return _contiguous_step(lazy, Tensor.contiguous) if is_cut else _rows(lazy, Tensor.contiguous)
+    has_all_columns = lazy.shape[-1] == lazy.call.recipe.shape[-1]
+    return (_rows if has_all_columns else _contiguous_step)(lazy, Tensor.contiguous)
 
 
 @_handles(Tensor.clone, torch.clone)
@@ -185,9 +194,10 @@ def _row_dim(lazy: LazyLogits, dim: Any) -> int | None:
     return dim % n if type(dim) is int and -n <= dim < n and dim % n != n - 1 else None
 
 
-def _rows(lazy: LazyLogits, change: Change, step: Change | None = None) -> Any:
+def _rows(lazy: LazyLogits, change: Change) -> Any:
+    """A lazy tensor whose rows ``change`` has selected or reshaped."""
     made = lazy.recipe.of_rows(change)
-    return lazy if made.head.x is lazy.recipe.head.x else lazy.then(made, step or change)
+    return lazy if made.head.x is lazy.recipe.head.x else lazy.then(made, change)
 
 
 @_handles(Tensor.view)
@@ -241,7 +251,7 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     # Copies, because the caller may change them before the elements are computed.
     index = tuple([each.clone() if isinstance(each, Tensor) else each for each in index])
-    used = 0  # dimensions that the index takes
+    used = 0  # the number of dimensions that the entries stand for
     for each in index:
         if isinstance(each, LazyLogits | bool) or getattr(each, "dtype", None) is torch.uint8:
             return NotImplemented
@@ -252,11 +262,11 @@ def _getitem(lazy: LazyLogits, index: Any) -> Any:
         elif each is not None and each is not Ellipsis:
             return NotImplemented
     dots = [each is Ellipsis for each in index]
-    if any(dots) and index[-1] is None:
+    if any(dots) and index[-1] is None:  # a new dimension after the columns
         return NotImplemented
+    # The last entry selects columns if it follows "...", or if all dimensions have an entry.
     if used < lazy.dim() and not (any(dots) and not dots[-1]):
         return _rows(lazy, lambda x: x[index])
-    # The last entry selects columns.
     *rows, last = index
     if not isinstance(last, slice) or last.step not in (None, 1) or last.start not in (None, 0):
         return NotImplemented
@@ -309,20 +319,26 @@ def _log_softmax(
     if recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
     if dtype is None and not lazy.is_cpu and autocast_is_on(lazy.device.type):
-        dtype = torch.float32
+        dtype = torch.float32  # a GPU's autocast runs log_softmax in float32
     wide = lazy if dtype is None else _cast(lazy, dtype)
     return wide if wide is NotImplemented else _step(wide, "log_softmax")
 
 
-def _loss(lazy: LazyLogits, target: Tensor, reduction: str, ignore_index: int, **more: Any) -> Any:
-    """The cross-entropy of these logits, without logits, if a fused loss can compute it."""
+def _loss(
+    lazy: LazyLogits,
+    target: Any,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """The cross-entropy of these logits by a fused loss, or NotImplemented."""
     recipe = lazy.recipe
     settings = recipe.settings()
     if settings is None or isinstance(target, LazyLogits) or not isinstance(target, Tensor):
         return NotImplemented
     if target.dtype != torch.int64 or target.device != lazy.device:
         return NotImplemented
-    if reduction not in REDUCTIONS or not 0.0 <= more.get("label_smoothing", 0.0) <= 1.0:
+    if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
     if target.shape != lazy.shape[:-1]:
         return NotImplemented
@@ -330,49 +346,32 @@ def _loss(lazy: LazyLogits, target: Tensor, reduction: str, ignore_index: int, *
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
         head = recipe.head if lazy.requires_grad else recipe.detached().head
-        loss = head_loss(head, target, settings._replace(**more), reduction, ignore_index)
+        settings = settings._replace(label_smoothing=float(label_smoothing))
+        loss = head_loss(head, target, settings, reduction, ignore_index)
     loss = loss.to(torch.promote_types(dtype, recipe.dtype))
     return LinkFunction.apply(loss, lazy) if loss.requires_grad else loss
 
 
-@_handles(functional.cross_entropy)
-def _cross_entropy(
-    lazy: LazyLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    is_old = size_average is not None or reduce is not None
-    if weight is not None or is_old or lazy.recipe.is_logprob or lazy.dim() > 2:
+def _loss_of_torch(function: Any, lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+    """Handle torch's ``cross_entropy`` of logits, or its ``nll_loss`` of log-probabilities."""
+    given = signature(function).bind(lazy, *args, **kwargs).arguments
+    taken = {name: given.pop(name) for name in _TAKEN & given.keys()}
+    # The other arguments are class weights and the old names of reductions.
+    if any(given[name] is not None for name in given.keys() - {"input"}) or lazy.dim() > 2:
         return NotImplemented
-    return _loss(lazy, target, reduction, ignore_index, label_smoothing=float(label_smoothing))
+    recipe, is_nll = lazy.recipe, function is functional.nll_loss
+    if recipe.is_logprob != is_nll or (is_nll and recipe.sign < 0.0):
+        return NotImplemented
+    return _loss(lazy, **taken)
 
 
-@_handles(functional.nll_loss)
-def _nll_loss(
-    lazy: LazyLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    recipe, is_old = lazy.recipe, size_average is not None or reduce is not None
-    if weight is not None or is_old or lazy.dim() > 2:
-        return NotImplemented
-    if not recipe.is_logprob or recipe.sign < 0.0:
-        return NotImplemented
-    return _loss(lazy, target, reduction, ignore_index)
+for _function in (functional.cross_entropy, functional.nll_loss):
+    HANDLERS[_function] = partial(_loss_of_torch, _function)
 
 
 @_handles(Tensor.gather, torch.gather)
 def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
-    """log_softmax(…).gather(-1, index): the logarithm of each target's probability."""
+    """log_softmax(…).gather(-1, index): the log-probability of each target."""
     recipe, shape = lazy.recipe, (*lazy.shape[:-1], 1)
     if options or not recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
@@ -386,7 +385,7 @@ def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
 
 @_handles(Tensor.sum, torch.sum)
 def _sum(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Σ log_softmax over the vocabulary: transformers' LabelSmoother calls this."""
+    """Σ log_softmax(…) over the vocabulary, as transformers' LabelSmoother computes it."""
     recipe = lazy.recipe
     (place,) = dim if isinstance(dim, tuple | list) and len(dim) == 1 else (dim,)
     if not recipe.is_logprob or not _is_last(lazy, place):

@@ -1,7 +1,7 @@
-"""Merges adapters into weights: the sum of one weight, and one layer after another.
+"""Merges adapters into weights: one weight (:func:`add_product`), or all layers of a model.
 
-fastlora's layers and PEFT's are merged by :func:`merge_each`.  Each kind of layer has a function
-that merges one of them.
+:func:`merge_each` merges fastlora's layers and PEFT's.  For each kind of layer, its caller gives it
+a function that merges one layer.
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ def add_product(
 ) -> Tensor:
     """base + scale · left right, computed in float32 or wider, and rounded once.
 
-    Writes to ``merged``, or to a new tensor like the base, and returns it.  The base may be packed,
-    and may be a stack of experts' weights.  It is processed in blocks of rows of one expert, so
-    that there is never a wide copy of all of it.
+    The result is written to ``merged``, or to a new tensor like the base, and returned.  The base
+    may be packed, and may be a stack of experts' weights.  It is processed in blocks of rows of one
+    expert, so that there is never a wide copy of the whole base.
     """
     merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
     if base.dim() == 3:
@@ -47,10 +47,11 @@ def merge_each(
     """Merge one layer after another.  Closing the returned stack restores every weight.
 
     ``merge(name, layer, undo)`` merges a layer and returns its original weight.  Before it changes
-    the layer, it registers in ``undo`` a function that restores it.  An error restores all layers.
+    the layer, it registers in ``undo`` a function that restores the layer.  An error restores all
+    layers.
 
-    ``to_cpu``: the originals are in CPU memory until the stack is closed, except tied and packed
-    weights.
+    ``to_cpu``: keep the original weights in CPU memory until the stack is closed, except tied and
+    packed weights.
     """
     parameters = model.named_parameters(remove_duplicate=False) if to_cpu else ()
     names = Counter(_memory_of(parameter) for _, parameter in parameters)
@@ -74,7 +75,7 @@ def send_to_cpu(parameter: nn.Parameter, undo: ExitStack) -> None:
 
 
 def move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Move a parameter to this device and dtype; it stays the same object."""
+    """Move a parameter to this device and dtype.  The parameter stays the same object."""
     dtype = dtype or parameter.dtype
     if (parameter.device, parameter.dtype) != (device, dtype):
         # Callers may be in inference mode, and a tensor that is made there can't train.

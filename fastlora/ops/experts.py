@@ -15,9 +15,9 @@ Order of the rows: row i is entry order[i] of index [T, k] read as one vector of
 token is order[i] // k (:mod:`.routing`).  A routing weight has the place of its entry in [T, k].
 
 Saved for backward: the inputs, the dropout seeds, order, ends, pre, and h of both products.  The
-backward recomputes the gathered x and the product, and never needs y.  It passes dy = d out[token],
-without the routing weights, through the second product.  The result dp is the gradient of the
-product as if every weight were 1, and gives the gradient of a routing weight also:
+backward recomputes the gathered x and the product, and never needs y.  It multiplies dy = d
+out[token] by down's weights, without the routing weights.  The result dp is the gradient of the
+product as if every routing weight were 1.  The gradient of a routing weight follows from it:
 
     d weight = dy · y = dp · product + dy · bias
 
@@ -40,14 +40,14 @@ from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import are_batched, by_autograd, followed, run_backward, run_forward
+from .node import are_batched, by_autograd, by_composite, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of
 from .run import draw_seed, run_checked
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
 # are the halves of pre's columns.
 Activate = str | Callable[[Tensor], Tensor]
-_ARGUMENTS = 4  # of the node before ``inputs``: node, seeds, order, ends
+_ARGUMENTS = 4  # the node's arguments before ``inputs``: node, seeds, order, ends
 
 
 def lora_experts(
@@ -70,13 +70,13 @@ def lora_experts(
     down.base.weight [E, N, I].  A number from E on in ``index`` means no expert, and adds zero.
 
     ``activate`` maps [S, F] to [S, I].  It is a differentiable function, or the name of an
-    activation (silu, gelu, gelu_tanh, relu, relu2).  With a name F is 2 I, and the result is
-    act(first half of the columns) ∘ (second half).  ``one_node``: whether the function may run
-    again in the backward.  ``dropout`` acts on the inputs of both adapters.  Each adapter has its
-    own mask, with all S rows.
+    activation (silu, gelu, gelu_tanh, relu, relu2).  With a name, F is 2 I, and the result is
+    act(first half of the columns) ∘ (second half).  ``one_node``: run as one node, whose backward
+    calls the function again.  ``dropout`` acts on the inputs of both adapters.  Each adapter has
+    its own mask, with all S rows.
 
-    Under autocast x and the two layers' weights are cast to autocast's dtype, as ``nn.Linear``
-    casts them.  Without ``autocasts``, x is cast to the dtype of up's weight, because
+    Under autocast, x and the weights of ``up`` and ``down`` are cast to autocast's dtype, as in
+    ``nn.Linear``.  Without ``autocasts``, only x is cast, to the dtype of up's weight, because
     ``grouped_mm`` requires equal dtypes.
 
     This function checks nothing.  The caller must check all shapes, and that x and the weights of
@@ -90,12 +90,15 @@ def lora_experts(
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
         routing = routing_of(index, up.base.weight.shape[0])
-        if not (one_node and is_eager(x)):
-            return _step_by_step(x, weights, routing, up, down, activate, dropout, dtype)
+        if not (one_node and is_eager(x)):  # two grouped LoRA calls, each dispatched separately
+            rows = routing.rows
+            (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
+            (y,), _ = run_checked(_recorded_activation(pre, activate), [down], dropout, rows=rows)
+            return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
-        # Flattened once, because autograd finds only tensors that are direct arguments.  The
-        # products of a part slice the tensors of this list.
+        # A flat list, because autograd finds only tensors that are direct arguments of a node.
+        # Each part slices the tensors of this list.
         of_up, of_down = flatten([up], layouts[:1]), flatten([down], layouts[1:])
         call, hidden = Call(layouts, dropout, backend), up.base.weight.shape[1]
         node = _Node(call, activate, dtype, routing.k, hidden, len(of_up))
@@ -103,23 +106,6 @@ def lora_experts(
         if torch.is_grad_enabled():
             return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
         return _Pass(node, routing, seeds, inputs).forward()[0]
-
-
-def _step_by_step(
-    x: Tensor,
-    weights: Tensor,
-    routing: Routing,
-    up: Output[Tensor],
-    down: Output[Tensor],
-    activate: Activate,
-    dropout: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The formula as two grouped LoRA calls, each dispatched separately."""
-    rows = routing.rows
-    (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
-    (y,), _ = run_checked(_followed_activation(pre, activate), [down], dropout, rows=rows)
-    return routing.plain_sums(y, weights, dtype)
 
 
 class _Node(NamedTuple):
@@ -181,7 +167,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         inputs, results = saved[: len(needs)], saved[len(needs) :]
         this = _Pass(node, Routing(order, ends, node.k), seeds, inputs)
         if torch.is_grad_enabled() or are_batched([d_out]):
-            gradients = by_autograd(this.followed, inputs, needs, [d_out])
+            gradients = by_autograd(this.by_composite, inputs, needs, [d_out])
         else:
             with autocast_off(d_out.device.type):
                 gradients = this.gradients(d_out, needs, results)
@@ -248,8 +234,8 @@ class _Pass(NamedTuple):
         parts, results = self.parts(), []
         out, tokens = Sums(self.routing, parts, self.node.dtype), self.routing.tokens
         for part in parts:
-            # x[tokens[part.rows]] [rows, K], the product [rows, I] and y [rows, N] live for one
-            # part.
+            # x[tokens[part.rows]] [rows, K], the product [rows, I] and y [rows, N] are freed after
+            # each part.
             up, down = self.products(part)
             pre, hs = up.forward(x[tokens[part.rows]])
             y, down_hs = down.forward(self.node.activated(pre))
@@ -286,9 +272,9 @@ class _Pass(NamedTuple):
     ) -> list[Tensor | None]:
         """The gradients of a part: its rows of x, their routing weights, and its experts' tensors.
 
-        The gradients of down's weight and adapter sum weight · dy times the product or h.  The
-        product [rows, I] and h [rows, r] are multiplied by the routing weights, so that dy
-        [rows, N] isn't.
+        The gradients of down's weight and adapter are sums over weight · dy · product or weight ·
+        dy · h.  Here the product [rows, I] and h [rows, r] are multiplied by the routing weights,
+        because they have fewer columns than dy [rows, N].
         """
         (x, weights, *_), (pre, *hs), node = self.inputs, results, self.node
         needs_x, needs_weights, *others = needs
@@ -300,11 +286,11 @@ class _Pass(NamedTuple):
         row_weights = self.routing.row_weights(weights, part)  # [rows, 1]
         dy, product = d_out[tokens], node.activated(pre)  # both recomputed: [rows, N], [rows, I]
         weighted = (product * row_weights).to(product.dtype)
-        count = len(up_layout.scales)  # up's adapters: as many of hs come first
+        count = len(up_layout.scales)  # the first ``count`` of hs are up's
         down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
-        # This first backward leaves out the bias.  Its gradient, Σ weight · dy, has no second
-        # factor that could include the weights, so it needs a backward with dy multiplied.  Here
-        # d_product is the gradient as if every routing weight were 1.
+        # This backward leaves out the bias.  The bias's gradient, Σ weight · dy, has no product or
+        # h that could carry the routing weights, so it needs a second backward below, with dy
+        # multiplied.  d_product is the gradient as if every routing weight were 1.
         at, d_row_weights = layout.bias_at, None
         first = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
         d_product, *of_down = down.backward(dy, weighted, down_hs, first)
@@ -328,25 +314,25 @@ class _Pass(NamedTuple):
         d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])
         return [d_rows, d_row_weights, *of_up, *of_down]
 
-    def followed(self, inputs: Sequence[Tensor]) -> tuple[Tensor]:
+    def by_composite(self, inputs: Sequence[Tensor]) -> tuple[Tensor]:
         """out for these inputs, by operations that autograd records, all experts at once."""
         (x, weights, *_), routing = inputs, self.routing
         (part,) = routing.whole()
         up, down = self._replace(inputs=inputs).products(part)
-        (pre,) = followed([x[routing.tokens], *up.tensors], up.seed, up.call)
-        product = _followed_activation(pre, self.node.activate)
-        (y,) = followed([product, *down.tensors], down.seed, down.call)
+        (pre,) = by_composite([x[routing.tokens], *up.tensors], up.seed, up.call)
+        product = _recorded_activation(pre, self.node.activate)
+        (y,) = by_composite([product, *down.tensors], down.seed, down.call)
         return (routing.plain_sums(y, weights, self.node.dtype),)
 
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """The gradients of one stacked tensor, given for each part, as one tensor of all experts."""
+    """The gradient of one stacked tensor, joined from the gradients of the parts."""
     if len(gradients) == 1 or gradients[0] is None:
         return gradients[0]
     return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
-def _followed_activation(pre: Tensor, activate: Activate) -> Tensor:
+def _recorded_activation(pre: Tensor, activate: Activate) -> Tensor:
     """activate(pre) by operations that autograd records."""
     if not isinstance(activate, str):
         return activate(pre)

@@ -1,14 +1,14 @@
-"""Few rows on a CPU: almost only overhead, so a call runs torch's operations instead of a node.
+"""Calls with few rows on a CPU run torch's operations instead of a node.
 
-Within a training step the amount of distinct code decides (docs/performance.md, "Few rows").  Every
-place that asks for few rows asks :func:`has_few_rows`:
+The time of such a call is almost only overhead, and within a training step it grows with the amount
+of distinct code that runs (docs/performance.md, "Few rows").  Three paths use :func:`has_few_rows`:
 
-* A layer with one output runs :func:`of_few_rows` under torch's autograd.
+* A layer with one output runs :func:`run_few_rows` under torch's autograd.
 * A gated MLP runs layer by layer, because reading the module takes longer than its products.
 * A mixed batch in evaluation runs PEFT's loop over adapters (:mod:`fastlora.peft.mixed`).
 
-The Triton kernels have a limit of another kind: ``FEW_ROWS`` of ``kernels/config.py`` is the number
-of rows up to which a GPU's product takes most of its time to load the weight.
+The Triton kernels have another limit.  Up to ``FEW_ROWS`` rows (kernels/config.py), a GPU's product
+spends most of its time on loading the weight.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ from ..backends.protocol import Call
 from ..formats.format import Quantized
 from ..projection import Output
 
-# The most rows of a layer or a gated MLP.  16 rows with 256 features and dropout take 1.17 × the
-# time of PEFT's layer, and 1.90 × as a node; without dropout 1.01 and 1.29 × (``make bench
-# ARGS="-k few-16x256"``; with 0 here, it times the node).  The gain shrinks with the rows.  Without
-# a node, dropout saves its mask and the dropped x, 21 KiB instead of 17 for these 16 rows.
+# The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.17 × the time
+# of PEFT's layer, and 1.90 × with a node; without dropout 1.01 × and 1.29 × (``make bench
+# ARGS="-k few-16x256"``; with 0 here, it times the node).  More rows gain less.  The cost without a
+# node is that dropout saves its mask and the dropped x: 21 KiB instead of 17 for these 16 rows.
 MOST_ROWS = 32
-# The most rows of a mixed batch.  The limit is higher, because this path exists in evaluation only:
-# it saves nothing for a backward, and it skips reading n adapters, which takes longer than a node.
+# The limit for a mixed batch.  It is higher, because this path runs only in evaluation: it saves
+# nothing for a backward, and it doesn't read the n adapters, which takes longer than a node.
 MOST_MIXED_ROWS = 64
 
 
 def has_few_rows(x: Tensor, mixed: bool = False) -> bool:
-    """Whether x is on a CPU and has at least one row, and at most as many as the limit."""
+    """Whether x is on a CPU, and has at least one row and no more rows than the limit."""
     most = MOST_MIXED_ROWS if mixed else MOST_ROWS
     return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= most * x.shape[-1]
 
 
 def skips_node(x: Tensor, weight: Tensor, backend: str | None, mixed: bool = False) -> bool:
-    """Whether x has few rows and torch's own operations multiply it fast by this weight.
+    """Whether a call skips the node: x has few rows, and torch multiplies it fast by this weight.
 
-    ``backend``: the name of the backend of the call; None for the default one of a CPU.
+    ``backend``: the name of the call's backend; None for the default on a CPU.
     """
     return (
         has_few_rows(x, mixed)
@@ -52,7 +52,7 @@ def skips_node(x: Tensor, weight: Tensor, backend: str | None, mixed: bool = Fal
 
 
 def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
-    """Whether a call with these outputs runs :func:`of_few_rows`; it must have one output."""
+    """Whether a call with these outputs runs :func:`run_few_rows`; it must have one output."""
     (weight, _), adapters = outputs[0]
     if len(outputs) > 1 or not skips_node(x, weight, backend):
         return False
@@ -61,11 +61,10 @@ def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
     return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
 
 
-def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
+def run_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
     """The only output of a call with few rows; ``inputs`` are x and the flat tensors.
 
-    This function saves 9 of the 24 µs that ``composite.run_composite`` takes for one row with 256
-    features.
+    For one row with 256 features, it takes 15 µs, and ``composite.run_composite`` takes 24 µs.
     """
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -84,6 +83,6 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]
-    # Not a view, because an in-place change of a view drops its hooks, and is an error if no_grad
-    # made the view.
+    # Not a view, because an in-place change of a view drops its hooks, and raises an error if the
+    # view was made in no_grad.
     return torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.resize_(shape)

@@ -33,7 +33,7 @@ from .node import (
     are_batched,
     as_matrix,
     by_autograd,
-    followed,
+    by_composite,
     run_backward,
     run_forward,
     stand_in,
@@ -190,7 +190,7 @@ class GatedLinearFunction(Function):
         if dy is None:
             return (*nothing, *[None] * len(inputs))
         if torch.is_grad_enabled() or are_batched([dy]):
-            function = partial(_followed, seeds=seeds, call=ctx.call)
+            function = partial(_by_composite, seeds=seeds, call=ctx.call)
             needs = ctx.needs_input_grad[_ARGUMENTS:]
             return (*nothing, *by_autograd(function, inputs, needs, [dy]))
         (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
@@ -217,10 +217,10 @@ def _needs(ctx) -> list[bool]:
     return [gate or up, *tensors]
 
 
-def _followed(
+def _by_composite(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: GatedCall
 ) -> tuple[Tensor, ...]:
     """The node's y for gate, up and down's tensors, by operations that autograd records."""
     gate, up = [matrix.float() if call.wide else matrix for matrix in inputs[:2]]
     product = (ACTIVATIONS[call.activation].function(gate) * up).to(inputs[0].dtype)
-    return followed([product, *inputs[2:]], seeds, call.last)
+    return by_composite([product, *inputs[2:]], seeds, call.last)

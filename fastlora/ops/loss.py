@@ -41,7 +41,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Head(NamedTuple):
-    """A linear layer that a loss follows, and the hidden states x [..., K] that it is called with.
+    """A call of a head, which is a linear layer before a loss: its x [..., K] and its tensors.
 
     With dropout, ``seeds`` is int64 [1], and ``rows`` is the number of rows of the mask.
     ``mask_rows`` holds the mask's row index for each row of x; None means that x has all rows of
@@ -57,7 +57,7 @@ class Head(NamedTuple):
     rows: int = 0
 
     def masks(self, kept: Tensor | None = None) -> list[DropoutMask | None]:
-        """The mask of each adapter for the rows of x, or for the ``kept`` ones."""
+        """The mask of each adapter for the rows of x: all rows, or the rows numbered ``kept``."""
         if self.seeds is None:
             return [None] * len(self.output.adapters)
         mask = DropoutMask(self.seeds, (self.rows, self.x.shape[-1]), self.dropout)
@@ -67,7 +67,7 @@ class Head(NamedTuple):
 
 
 def head_of(x: Tensor, output: Output[Tensor], dropout: float, backend: str | None = None) -> Head:
-    """The head's call with x.  With dropout it draws a seed."""
+    """The record of a head's call with x.  With dropout, this draws the call's seed."""
     if not dropout or not output.adapters:
         return Head(x, output, 0.0, backend)
     rows = x.numel() // x.shape[-1]
@@ -96,24 +96,23 @@ def linear_cross_entropy(
     """Cross-entropy of a linear layer's output, without a tensor of the output's size.
 
     The logits are z = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, as in
-    :func:`fastlora.lora_linear`; both of lora_a and lora_b are given, or neither.  The loss is that
-    of :func:`torch.nn.functional.cross_entropy` on logit_scale · z, capped to
-    softcap · tanh(· / softcap) if there is a ``softcap``, plus z_loss · lse², where lse is the
-    logarithm of a row's Σ exp.
+    :func:`fastlora.lora_linear`; both of lora_a and lora_b are given, or neither.  With s =
+    logit_scale · z, or softcap · tanh(logit_scale · z / softcap) if there is a ``softcap``, a row's
+    loss is :func:`torch.nn.functional.cross_entropy` of s, plus z_loss · (log Σ exp s)².
 
     Shapes: x [..., K]; weight [V, K]; bias [V]; lora_a [r, K]; lora_b [V, r]; target [...], int64,
     with the classes 0 to V - 1, or ``ignore_index`` for rows that don't count.  The result has no
     dimensions, or with ``reduction`` "none" target's shape, where ignored rows are 0.
 
-    Dtypes: those of :func:`fastlora.lora_linear`.  The softmax runs in float32 (float64 for
-    float64), and the result has this dtype.  ``weight`` may be packed.
+    Dtypes are the same as in :func:`fastlora.lora_linear`.  The softmax runs in float32 (float64
+    for float64), and the result has this dtype.  ``weight`` may be packed.
 
     ``reduction`` "mean" divides by the number of rows that count; without any, the mean is NaN.
 
     Peak memory: a chunk of logits, 24 MiB on a CPU and 512 MiB on a GPU, and the gradients.  The
-    node saves dx and the gradients of what trains.  With "none", rows have gradients of their own:
-    if a weight, bias or adapter trains, the backward computes the logits again.  Gradients of
-    gradients are an error.
+    node saves dx and the gradients of the tensors that train.  With "none", the backward computes
+    the logits again if a weight, bias or adapter trains, because each row then has an upstream
+    gradient of its own.  Gradients of gradients are an error.
 
     Calls that torch traces, compiles or transforms form the logits by torch's operations.
 
@@ -131,7 +130,7 @@ def linear_cross_entropy(
     _check_loss(x, target, settings, reduction, ignore_index)
     p = dropout if training and output.adapters else 0.0
     if not is_eager(x) or not is_plain(target):
-        return _composite(x, output, target, p, settings, reduction, ignore_index)
+        return _composite(Head(x, output, p), target, settings, reduction, ignore_index)
     if autocast_is_on(x.device.type):
         x, (output,) = autocast_inputs(x, [output])
     with autocast_off(x.device.type):
@@ -157,10 +156,9 @@ def token_logprobs(
 ) -> Tensor:
     """log p(target) of each row, target's shape: for GRPO, DPO and distillation.
 
-    p is the softmax of :func:`linear_cross_entropy`'s logits.  The arguments mean the same as
-    there, and dtypes, memory and errors are the same.  Ignored rows are 0.  Each row's gradient is
-    its own.  With a frozen head without an adapter, the backward computes no product: it multiplies
-    the saved dx.
+    p is the softmax of :func:`linear_cross_entropy`'s logits.  The arguments, dtypes, memory and
+    errors are the same as there with ``reduction`` "none".  Ignored rows are 0.  If the head is
+    frozen and has no adapter, the backward computes no product: it multiplies the saved dx.
     """
     return -linear_cross_entropy(
         x, weight, target, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout=dropout,
@@ -213,16 +211,10 @@ def _check_loss(
 
 
 def _composite(
-    x: Tensor,
-    output: Output[Tensor],
-    target: Tensor,
-    p: float,
-    settings: LossSettings,
-    reduction: str,
-    ignore_index: int,
+    head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
-    """The same by torch's own operations, with the logits."""
-    (z,) = run_composite(x, [output], torch_s_dropout(p))
+    """The loss by torch's own operations, which form the logits."""
+    (z,) = run_composite(head.x, [head.output], torch_s_dropout(head.dropout))
     smoothing, softcap, logit_scale, z_loss = settings
     s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
     if softcap is not None:
@@ -241,7 +233,7 @@ def _composite(
 class _LossCall(NamedTuple):
     """The node's arguments that autograd doesn't track."""
 
-    head: Head  # whose x is a matrix
+    head: Head  # its x is a matrix
     layout: Layout
     target: Tensor  # int64 [rows that count]
     kept: Tensor | None  # the numbers of the rows that count; None if all do
@@ -252,24 +244,20 @@ class _LossCall(NamedTuple):
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Each row's loss, 0 for an ignored row, and the gradients of the (weighted) sum."""
+        """Each row's loss, 0 for an ignored row, and the gradient of each input.
+
+        The gradients belong to the sum of the losses, each times its number in ``upstream``.
+        """
         x, *tensors = inputs
-        layouts = (self.layout,)
+        layouts, kept = (self.layout,), self.kept
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
-        losses, (dx, gradients) = loss_of_rows(
-            x if self.kept is None else x[self.kept],
-            self.target,
-            output,
-            self.head.masks(self.kept),
-            self.settings,
-            self.backend.row_loss,
-            needs[0],
-            wanted,
-            upstream,
-        )
-        if self.kept is not None:
-            losses = losses.new_zeros(len(x)).index_copy_(0, self.kept, losses)
-            dx = None if dx is None else torch.zeros_like(x).index_copy_(0, self.kept, dx)
+        losses, dx, gradients = loss_of_rows(
+            x if kept is None else x[kept], self.target, output, self.head.masks(kept),
+            self.settings, self.backend.row_loss, needs[0], wanted, upstream,
+        )  # fmt: skip
+        if kept is not None:
+            losses = losses.new_zeros(len(x)).index_copy_(0, kept, losses)
+            dx = None if dx is None else torch.zeros_like(x).index_copy_(0, kept, dx)
         found = [dx, *flatten([gradients], layouts)]
         if not len(self.target):  # no row counts
             pairs = zip(inputs, needs, strict=True)
@@ -286,7 +274,7 @@ class _LossCall(NamedTuple):
 def head_loss(
     head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
-    """The loss of a head's call whose arguments are checked, without logits."""
+    """The loss of a head's call without logits.  The caller has checked the arguments."""
     x, t = as_matrix(head.x), target.flatten().contiguous()
     counts = t != ignore_index
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
@@ -310,19 +298,20 @@ def head_loss(
 
 
 class LinearCrossEntropyFunction(Function):
-    """The loss as one node.  It saves gradients, or what it needs to compute them later."""
+    """The loss as one node.  It saves the gradients, or the inputs if it computes them later."""
 
     @staticmethod
     def forward(ctx, call: _LossCall, *inputs: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        # Sums over rows need each row's upstream gradient, which only the backward knows.
+        # The gradients of weight, bias and adapter are sums over rows.  With "none", each row has a
+        # factor in them that only the backward knows: its upstream gradient.
         later = call.reduction == "none" and any(needs[1:])
         losses, gradients = call.losses(inputs, [False] * len(needs) if later else needs)
         # The target is saved also, so that autograd notices a change of it.
         ctx.save_for_backward(*([*inputs, call.target] if later else gradients))
-        ctx.call = call._replace(
-            head=call.head._replace(x=inputs[0].new_empty(0, inputs[0].shape[1]))
-        )
+        # Without x, which would stay alive until the backward.
+        no_x = inputs[0].new_empty(0, inputs[0].shape[1])
+        ctx.call = call._replace(head=call.head._replace(x=no_x))
         ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
         return call.reduced(losses)
 

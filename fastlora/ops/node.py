@@ -1,7 +1,8 @@
 """The autograd node of a call on a backend, and the functions it shares with the registered op.
 
-One node replaces the operations of all outputs of one x, so x is saved once.  The group of q, k, v
-takes half of PEFT's host time for a GPU (``make bench ARGS=host``, docs/kernels.md).
+One node replaces the operations of all outputs of one x, so x is saved once.  On the Triton
+backend, a group of q, k and v takes half of the host time of PEFT's three layers (``make bench
+ARGS=host``, docs/kernels.md).
 """
 
 import math
@@ -17,7 +18,7 @@ from ..rows import Share
 from .composite import Drop, run_composite
 from .dispatch import autocast_dtype, autocast_off
 
-_ARGUMENTS = 3  # of the node before ``inputs``: seeds, ends, call
+_ARGUMENTS = 3  # the node's arguments before ``inputs``: seeds, ends, call
 
 
 def run_forward(
@@ -53,7 +54,7 @@ def to_save(
     layouts: tuple[Layout, ...],
     one_h: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The tensors to save for backward: x and every h; None in place of an unread one.
+    """The tensors to save for backward: x and every h; None for each that the backward won't read.
 
     ``needs``: whether x and each of its tensors need a gradient.  ``one_h``: whether all adapters
     of an output share one h, as in calls with many adapters.
@@ -76,7 +77,10 @@ def _is_read(
 
 
 def stand_in(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty tensor with x's shape, dtype and device, if a backward never reads x."""
+    """An uninitialized tensor with x's shape and dtype, to pass in place of an x that isn't read.
+
+    ``weight`` is on the device of x.
+    """
     return weight.new_empty(shape, dtype=dtype)
 
 
@@ -93,10 +97,10 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def _is_read_beside(matrix: Tensor) -> bool:
-    """Whether a product would read memory beside this matrix, where a NaN would spoil the result.
+    """Whether a product would read memory outside of this matrix, where a NaN spoils the result.
 
-    oneDNN's 16-bit products on a CPU with AMX read on behind the rows of a window if 8 doesn't
-    divide their length (torch 2.13).
+    On a CPU with AMX, oneDNN's 16-bit products read past the end of each row, if the matrix is a
+    window of a wider one and 8 doesn't divide the row's length (torch 2.13).
     """
     rows, columns = matrix.stride()
     K = matrix.shape[1]
@@ -106,9 +110,10 @@ def _is_read_beside(matrix: Tensor) -> bool:
 
 
 def are_batched(dys: Sequence[Tensor | None]) -> bool:
-    """Whether each of these is a batch of gradients: from ``is_grads_batched``, or a vmap.
+    """Whether these are batches of gradients, which ``is_grads_batched`` and vmap make.
 
-    torch's own operations support them.  Kernels, and code that writes into a buffer, don't.
+    torch's own operations support such tensors.  Kernels, and code that writes into a buffer,
+    don't.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -116,7 +121,7 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
     return any([dy is not None and is_batched(dy) for dy in dys])
 
 
-def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+def by_composite(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """Every output by the composite path, with the same dropout masks as the node."""
     x, *tensors = inputs
     return run_composite(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
@@ -153,12 +158,12 @@ def by_autograd(
 ) -> list[Tensor | None]:
     """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
 
-    None if the input needs no gradient, or no output depends on it.  It serves gradients of
-    gradients and batched gradients.
+    It is None if the input needs no gradient, or if no output depends on the input.  Gradients of
+    gradients and batched gradients are computed so.
     """
     create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
     with torch.enable_grad(), autocast_off(device):
-        # As views, because one tensor may be two inputs, and each input has its own gradient.
+        # Views, because one tensor may be two inputs, and each input has its own gradient.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
         ys = function(inputs)
     used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
@@ -225,8 +230,8 @@ class LoRALinearFunction(Function):
             inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
-                inputs[0] = unread(inputs[0], needs[0], hs)
-            function = partial(followed, seeds=seeds, call=call)
+                inputs[0] = _zeros_for(inputs[0], needs[0], hs)
+            function = partial(by_composite, seeds=seeds, call=call)
             gradients = by_autograd(function, inputs, needs, dys)
         else:
             gradients = run_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
@@ -238,9 +243,10 @@ class LoRALinearFunction(Function):
 def _with_zeros(
     gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of two banks' views, with zeros for the last adapter if it has none.
+    """The gradients, with zeros for the last adapter's lora_a and lora_b if they have none.
 
-    Without any gradient, unbind's backward would give the banks None in place of zeros.
+    Each of the two is a view of a bank (``unbind``).  If no view has a gradient, the bank's
+    gradient would be None instead of zeros.
     """
     last = zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
     filled = [
@@ -250,8 +256,8 @@ def _with_zeros(
     return [*gradients[:-2], *filled]
 
 
-def unread(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
-    """Zeros in place of x, if no needed gradient of a composite backward reads x.
+def _zeros_for(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
+    """Zeros in place of an x that isn't saved, when the composite path computes the gradients.
 
     Raises NotImplementedError if an h was saved, because the composite path computes h from x.
     """

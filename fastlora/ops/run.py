@@ -24,7 +24,7 @@ from .dispatch import (
     autocast_off,
     path_of,
 )
-from .few_rows import is_few, of_few_rows
+from .few_rows import is_few, run_few_rows
 from .library import call_registered
 from .node import LoRALinearFunction, run_forward
 
@@ -91,7 +91,7 @@ def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     if call.dropout or rows is not None:
         seeds = _seeds(call.layouts, call.dropout, rows, x.device)
     if call.is_few:
-        return (of_few_rows(inputs, seeds, call),)
+        return (run_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():
         ends = None if rows is None or rows.shares_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)

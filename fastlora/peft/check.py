@@ -1,4 +1,4 @@
-"""Compares PEFT's forward with the fast one on a batch of the user's."""
+"""Compares PEFT's forward with the fast forward on a batch: ``fastlora.check``."""
 
 import copy
 import math
@@ -29,19 +29,19 @@ if TYPE_CHECKING:  # it imports PEFT
     from .layer_check import LayerCheck
 
 # The largest relative difference between two runs of a model that counts as rounding, by the
-# coarsest dtype of the run.  The tolerances of 16 bits are for two blocks and grow as
+# coarsest dtype of the run.  For 16 bits these numbers hold for two blocks.  They are multiplied by
 # √(blocks - 1): over 40 random qwen3 models in bfloat16, the largest differences were 0.05 with 2
-# blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.  A fault in one layer can be smaller than that;
-# layer_check.py finds it.
+# blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.  A fault in one layer can be smaller than such a
+# difference; layer_check.py finds it.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_STD = 0.02  # standard deviation of a filled lora_B, similar to a trained one's
+_STD = 0.02  # standard deviation of a filled lora_B, like a trained lora_B
 
 
 @dataclass(frozen=True)
 class Difference:
     """‖fast - PEFT‖ / ‖PEFT‖ of one tensor.
 
-    It is infinite if one of them is missing, or if only PEFT's is zero.
+    It is infinite if one of the two runs lacks the tensor, or if the tensor is zero only in PEFT's.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """The differences between fastlora and PEFT on one batch.  True if they can be rounding.
+    """The differences between fastlora and PEFT on one batch.  True if rounding explains them.
 
     ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers``
     compares each layer on the same inputs, which finds much smaller faults.
@@ -65,7 +65,7 @@ class Check:
     # The coarsest dtype among parameters, autocast and quantized layers.
     dtype: torch.dtype = torch.float32
     filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
-    zeros: tuple[str, ...] = ()  # layers' results that were zero, and so tested nothing
+    zeros: tuple[str, ...] = ()  # results of layers that were zero, so that they tested nothing
 
     @property
     def largest(self) -> Difference:
@@ -144,9 +144,9 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     layer in float32) with wide weights.  The third run counts as exact.  An output or gradient is
     right under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in
     the last place.  And neither the result nor the adapters' part of it may be systematically too
-    large or too small by 1 %, or by six standard deviations of rounding if they are more.  If a
-    call has more than 1024 rows, 1024 rows are compared, and the output's gradient is zero in the
-    others.  Layers that run PEFT's forward are not judged.
+    large or too small by more than 1 %, or by more than six standard deviations of rounding if that
+    is larger.  If a call has more than 1024 rows, 1024 rows are compared, and the output's gradient
+    is zero in the others.  Layers that run PEFT's forward are not judged.
 
     The two runs of the whole model compare the loss, every floating tensor of the output, and the
     gradient of every parameter that trains and of every input that requires it.  In 16 bits this
@@ -203,7 +203,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 peft = _run(model, batch)
     dtype = coarsest_dtype(inner, judge.dtypes)
     if tolerance is None:
-        # Blocks are counted by the numbers in layers' names.
+        # The largest number in a layer's name is the number of the last block.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
         last = max([int(part) for part in parts if part.isdigit()], default=0)
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
@@ -223,10 +223,10 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
 
 @contextmanager
 def _filled(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, no active lora_B is zero; at the end each one is restored bit for bit.
+    """Inside, each active lora_B that was zero is random.  At the end it is zero again.
 
-    Yields the layers' names.  A lora_B that is under FSDP, or has no data, stays zero: FSDP could
-    free the tensor in between.
+    Yields the names of these layers.  A lora_B under FSDP stays zero, because FSDP could free the
+    tensor in between.  So does a lora_B without data.
     """
     held = inside_of(model, FULLY_SHARDED, FSDP)
     found = {
@@ -242,7 +242,7 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     }
     draw = torch.Generator("cpu").manual_seed(0)
     try:
-        # Through .data, so that a user's graph that saved lora_B stays valid.
+        # By .data, so that a graph of the user that has saved lora_B stays valid.
         for up, _ in zero.values():
             how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
             up.data.copy_(_STD * torch.randn(up.shape, **how))
@@ -283,12 +283,12 @@ def _run(model: nn.Module, batch: Any) -> _Run:
 
 
 def _fresh(value: Any) -> Any:
-    """A copy of a part of the batch, because a model may write to it or fill its gradient."""
+    """A copy of a leaf of the batch, because a model may write to it or fill its gradient."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     try:
         return copy.deepcopy(value)
-    except TypeError:  # it can't be copied
+    except TypeError:  # a value that can't be copied
         return value
 
 
@@ -304,5 +304,5 @@ def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Diff
 
 
 def _size(difference: Difference) -> float:
-    """The relative difference as a key for max; NaN counts as infinite."""
+    """The relative difference as a key for ``max``: infinity in place of NaN."""
     return float("inf") if math.isnan(difference.relative) else difference.relative

@@ -6,8 +6,8 @@ the error onto the adapter's part of the result, where rounding errors cancel an
 adds up.
 
 :class:`Judge` puts a hook on each fast layer.  In the layer's backward (or in its forward, without
-gradients) it runs the layer by PEFT, by fastlora and exactly, and adds the :class:`Measure` of each
-result to the layer's :class:`LayerCheck`.
+gradients) it runs the layer by PEFT, by fastlora, and by PEFT in a wider dtype, which counts as
+exact.  It adds the :class:`Measure` objects of each result to the layer's :class:`LayerCheck`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,24 +35,24 @@ from .check import TOLERANCES, coarsest_dtype
 from .layer import PeftGatedMLP, fast_classes
 
 _SHARE = 0.01  # a systematic error below this share of a result may be rounding
-# Standard deviations of rounding that are allowed.  A large model has 10,000 measures, so a smaller
-# number would report faults in a correct one.
+# The allowed multiple of the standard deviation of rounding.  A large model has 10,000 measures, so
+# a smaller multiple would report faults in a correct model.
 _SIGMAS = 6.0
-_ROWS = 1024  # at most as many rows get an exact result: a GPU's float32 is up to 16 × slower
+_ROWS = 1024  # the most rows with an exact result, because a GPU's float32 is up to 16 × slower
 _SEED = 20240301  # arbitrary
 _OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # accelerate's entries in a __dict__
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a layer's call: fastlora's value, PEFT's value, and the range of right ones.
+    """One number of a layer's call: fastlora's value, PEFT's value, and the range of right values.
 
     There are two kinds.  An error is ‖result - exact‖ / ‖exact‖.  A size is
     <result, D> / <exact, D>, where D is the exact result, or the adapters' part of it.
     """
 
     name: str
-    value: float  # fastlora's; right if it is in middle ± allowed
+    value: float  # fastlora's, which is right within middle ± allowed
     peft: float
     middle: float  # 0 for an error, near 1 for a size
     allowed: float
@@ -96,9 +96,9 @@ class Judge:
     """Collects the layers' measures while the model runs inside of :meth:`watching`."""
 
     def __init__(self) -> None:
-        self.dtypes: set[torch.dtype | None] = set()  # of calls, and of autocast around them
+        self.dtypes: set[torch.dtype | None] = set()  # of the calls' tensors, and of autocast
         self.zeros: set[str] = set()  # names of exact results that are zero, so they test nothing
-        # Layer -> name of a measure -> the worst one of all calls.
+        # A layer's name -> a measure's name -> the worst such measure of all calls.
         self._measures: dict[str, dict[str, Measure]] = {}
 
     @property
@@ -110,8 +110,8 @@ class Judge:
     def watching(self, model: nn.Module, report: Coverage, mixed: bool) -> Iterator[None]:
         """Inside, measure every call of a layer that is fast in ``report``.
 
-        The model itself runs PEFT's forward.  A gated MLP is measured as one unit.  In a ``mixed``
-        batch its layers are measured instead, because the names of adapters go to them.
+        The model itself runs PEFT's forward.  A gated MLP is measured as one unit, except in a
+        ``mixed`` batch: then its layers are measured, because they get the names of adapters.
         """
         names = {layer.name for layer in report.layers if layer.runs_adapter}
         names |= {block.name for block in report.gated_mlps if block.fast and not mixed}
@@ -128,14 +128,14 @@ class Judge:
             yield
 
     def _called(self, name: str, unit: nn.Module, module: nn.Module, *call: Any) -> Tensor | None:
-        """A forward hook that measures the call once the gradient of ``y`` is known.
+        """A forward hook that measures the call in its backward, which knows the gradient of ``y``.
 
-        That is in the backward.  If ``y`` requires no gradient, the hook measures at once.
+        If ``y`` requires no gradient, the hook measures the call at once.
         """
         *tree, y = call
         leaves, form = tree_flatten(tree)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        # ``module`` is another one in a copy of the model that DataParallel made.
+        # In a copy of the model, which DataParallel makes, ``module`` isn't ``unit``.
         if module is not unit or not (tensors and isinstance(y, Tensor)):
             return None
         device = tensors[0].device.type
@@ -157,17 +157,14 @@ class Judge:
         wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
         rows, count = None, x.numel() // max(1, x.shape[-1])
         if count > _ROWS and len(call.others) == 1:
-            rows = (
-                torch.linspace(0, count - 1, _ROWS, dtype=torch.float64, device=x.device)
-                .round()
-                .long()
-            )
+            numbers = torch.linspace(0, count - 1, _ROWS, dtype=torch.float64, device=x.device)
+            rows = numbers.round().long()
         if rows is not None and dy is not None:
             kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
             kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
             dy = kept
-        # Gradients are linear in dy, so it may be scaled.  Its largest element becomes 1/32 to
-        # 1/16, because smaller ones might underflow in float16.
+        # Gradients are linear in dy, so dy may be scaled.  Its largest element becomes 1/32 to
+        # 1/16, so that small elements don't underflow in float16.
         if dy is not None and dy.any():
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
@@ -202,7 +199,7 @@ class Judge:
 
 
 class _Probe(torch.autograd.Function):
-    """A copy of y, whose backward calls ``judge`` with the layer's inputs and y's gradient."""
+    """Returns a copy of y.  The backward calls ``judge`` with the layer's inputs and dy."""
 
     @staticmethod
     def forward(ctx, judge: Callable, y: Tensor, *tensors: Tensor) -> Tensor:
@@ -218,7 +215,7 @@ class _Probe(torch.autograd.Function):
 
 
 class _Call(NamedTuple):
-    """A call of a layer, without its tensors, which autograd saves."""
+    """A call of a layer without its tensors, because autograd saves the tensors."""
 
     name: str
     unit: nn.Module
@@ -231,7 +228,7 @@ class _Call(NamedTuple):
 
     @contextmanager
     def surroundings(self, x: Tensor) -> Iterator[None]:
-        """Inside, the call's autocast and backend are set; a backward's thread has neither."""
+        """Inside, the call's autocast and backend are set.  A backward's thread has neither."""
         settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
         with ExitStack() as stack:
             if self.backend is not None:
@@ -276,7 +273,7 @@ class _Call(NamedTuple):
 
 @contextmanager
 def _same_masks(device: torch.device) -> Iterator[None]:
-    """Inside, dropout draws the same numbers in every call.  The random state is put back."""
+    """Inside, the random state is the same each time.  At the end, the earlier one is restored."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
         torch.default_generator.manual_seed(_SEED)
@@ -290,8 +287,8 @@ def _wide_twin(
 ) -> nn.Module:
     """A copy of a module that computes in this dtype, with its own weights and gradients.
 
-    ``inside``: the dtype to unpack a weight without a compute dtype.  ``made``: the copies so far,
-    by module, so that a shared module has one copy.
+    ``inside``: the dtype to which a packed weight without a compute dtype is unpacked.  ``made``:
+    the copies so far, by module, so that a shared module has one copy.
     """
     if module in made:
         return made[module]
@@ -335,7 +332,7 @@ def _measures(
     """
     fast, peft = found
     if peft is None or not peft.isfinite().all():
-        return  # PEFT's result is no standard
+        return  # PEFT's error is unknown, so no error can be judged
     inf = float("inf")
     if fast is None or fast.shape != peft.shape:
         yield Measure(f"{name}, error", inf, 0.0, 0.0, eps)
@@ -360,8 +357,8 @@ def _measures(
             share, sigma = _share_of(error, part)
             of_peft, sigma_of_peft = _share_of(peft_error, part)
             allowed = max(_SHARE, _SIGMAS * sigma, _SIGMAS * sigma_of_peft)
-            # If PEFT loses a part of the size to rounding, fastlora may lose as much, or less: the
-            # range goes from PEFT's size to 1.
+            # If PEFT loses a part of the size to rounding, fastlora may lose as much.  So the range
+            # is from PEFT's size to 1, extended by ``allowed`` at both ends.
             middle, reach = 1.0 + of_peft / 2, abs(of_peft) / 2
             yield Measure(f"{name}, {what}", 1.0 + share, 1.0 + of_peft, middle, allowed + reach)
 
@@ -369,9 +366,10 @@ def _measures(
 def _share_of(error: Tensor, part: Tensor) -> tuple[float, float]:
     """<error, part> / <part, part>, and its standard deviation if the error is only rounding.
 
-    Rounding errors of one row or column may be correlated, because all its elements depend on one
-    rounded number, such as an element of h.  So the deviation is estimated from elements, from sums
-    of rows and from sums of columns, and the largest counts.  The share is subtracted first.
+    Rounding errors in one row or column may be correlated, because all its elements depend on one
+    rounded number, such as an element of h.  So the deviation is estimated in three ways: from
+    single elements, from sums of rows, and from sums of columns.  The largest estimate counts.  The
+    share is subtracted before.
     """
     columns = part.shape[-1] if part.dim() else 1
     error, part = error.reshape(-1, columns), part.reshape(-1, columns)

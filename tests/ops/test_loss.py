@@ -17,7 +17,7 @@ from fastlora.backends import loss as of_backend
 from fastlora.backends import products
 from fastlora.backends import row_loss as row_loss_module
 from fastlora.backends.dropout import dropout_mask
-from fastlora.backends.protocol import LossSettings
+from fastlora.backends.protocol import LossRows, LossSettings
 from fastlora.backends.torch import row_loss
 
 M, K, V, R = 27, 12, 37, 3
@@ -264,7 +264,7 @@ def test_rows_of_any_layout():
 def test_row_loss_writes_the_gradient_times_its_upstream():
     z, target, losses = torch.randn(4, V, dtype=torch.float64), T, torch.empty(4).double()
     leaf, upstream = z.clone().requires_grad_(), torch.randn(4).double()
-    row_loss(z, target, losses, LossSettings(), upstream, True)
+    row_loss(LossRows(z, target, losses, LossSettings(), upstream, gradient=True))
     truth = functional.cross_entropy(leaf, target, reduction="none")
     torch.testing.assert_close(losses, truth.detach())
     torch.testing.assert_close(z, torch.autograd.grad(truth, leaf, upstream)[0])

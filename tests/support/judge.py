@@ -18,6 +18,7 @@ import fastlora
 from fastlora import Projection
 from fastlora.backends import BackwardCall, Call
 from fastlora.backends import torch as torch_backend
+from fastlora.backends.protocol import LossRows
 from fastlora.formats.format import Quantized
 from fastlora.ops.run import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
@@ -209,8 +210,13 @@ def check(
     return found
 
 
+def row_loss_by(backend: Any) -> Callable:
+    """A backend's row_loss with the arguments of the kernel's."""
+    return lambda *fields: backend.row_loss(LossRows(*fields))
+
+
 def row_loss_of(run: Callable, z: Tensor, target: Tensor, *settings) -> list[Tensor]:
-    """Run a backend's or a kernel's row_loss on a copy of z; returns the losses and the copy."""
+    """Run a kernel's row_loss (or a backend's) on a copy of z; returns the losses and the copy."""
     z, wide = z.clone(), torch.promote_types(z.dtype, torch.float32)
     losses = z.new_full((len(z),), torch.nan, dtype=wide)
     run(z, target, losses, *settings)

@@ -1,4 +1,4 @@
-"""The facts on a saved adapter that the rules of servers read: settings, and headers of tensors."""
+"""The facts of a saved adapter that servers' rules read: its settings, and headers of tensors."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from ...model.config import LoRAConfig
 from ...model.files import CONFIG, WEIGHTS
 from ...text import shown
 
-# The kinds of tensors, by their keys; the first match counts, and its group is the name.
+# kind of tensor -> form of its keys.  The first match counts, and its group is the tensor's name.
 _KINDS = {
     "expert": r"(.*\.experts\.\d+\..*)\.lora_[AB]\.weight",
     "head": r"(.*\b(?:lm_head|unembed_tokens))\.lora_[AB]\.weight",
@@ -29,24 +29,26 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class Item(NamedTuple):
     """A tensor, a setting, or a name in target_modules.
 
-    Kinds of lora_A and lora_B: "head" of an output head, "expert" of one expert's layer, "stack" of
-    the weights of all experts, which target_parameters names, "embedding", and "lora" of any other
-    layer.  A "copy" is a frozen tensor of the base.
+    A lora_A or lora_B has one of five kinds: "head" (an output head), "expert" (a layer of one
+    expert), "stack" (a weight of all experts, which target_parameters names), "embedding", or
+    "lora" (any other layer).  A "copy" is a frozen tensor of the base, "full" a tensor that trained
+    in full.
     """
 
     name: str  # of the module, of the experts' weight, or of the setting
-    kind: str  # a key of _KINDS, or of PAIRED; "" for a setting; "target" in target_modules
-    value: Any  # the tensor's Planned, or the setting's value
+    kind: str  # a key of _KINDS, or "stack"; "" for a setting; "target" in target_modules
+    value: Any  # the tensor's dtype and shape (``Planned``), or the setting's value
     key: str = ""  # the tensor's key in the file
     rule: Any = None  # the server's Rule, or None if the server loads it
 
     @property
     def last(self) -> str:
+        """The last part of the name, such as "q_proj"."""
         return self.name.rpartition(".")[2]
 
     @property
     def side(self) -> str:
-        """ "A" or "B", for lora_A or lora_B."""
+        """The letter "A" or "B" of lora_A or lora_B."""
         return self.key.removesuffix(".weight")[-1]
 
 
@@ -59,7 +61,7 @@ class Facts(NamedTuple):
     items: list[Item]
     pairs: dict[str, dict[str, Item]]  # the items of lora_A and lora_B, by name and side
     base: dict[str, Any]  # the base model's config
-    incomplete: set[str]  # modules with adapters of single experts, but not on all of their layers
+    incomplete: set[str]  # modules of experts with "expert" items for only some of their layers
     max_lora_rank: int | None
 
 
@@ -102,7 +104,7 @@ def _item(key: str, header: Any, config: LoRAConfig) -> Item:
 
 
 def _base(base: Any) -> dict[str, Any]:
-    """The config of the base's language model; its model_type is "?" if the base is unknown."""
+    """The config of the base's language model; without a base, the model_type is "?"."""
     config: Any = {"model_type": "?"} if base is None else files.read_config(base)
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"base is {shown(base)}, but its config must have a model_type")

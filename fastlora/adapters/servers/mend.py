@@ -1,7 +1,4 @@
-"""Rewrite an adapter in the form that a server loads.
-
-The rewritten adapter computes the same function.
-"""
+"""Rewrite an adapter in the form that a server loads, so that it computes the same function."""
 
 from collections import Counter
 from typing import Any
@@ -18,15 +15,17 @@ from ..stored import flat, open_adapter
 from .facts import Facts
 from .rules import Server
 
-_Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]  # lora_a [E, r, in], lora_b [E, out, r]
+# A layer's name -> lora_a [E, r, in] and lora_b [E, out, r], and the dtype in the file.
+_Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]
 
 
 def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and tensors of the same adapter in the server's form.
 
-    Ranks become uniform by rows of zeros.  The config gets the most common scale.  For layers with
-    another scale, lora_B is multiplied by own / common.  It becomes float32 if its dtype can't hold
-    the product exactly.  Raises the errors of ``resize_adapter`` for a folder.
+    Lower ranks are padded with zeros to the largest one.  The config gets the most common scale.
+    In a layer with another scale, lora_B is multiplied by own scale / common scale.  The layer
+    becomes float32 if its dtype can't hold this product exactly.  Raises the errors of
+    ``resize_adapter`` for a folder.
     """
     stored, kind = open_adapter(facts.path), facts.base["model_type"]
     renames = server.renames[""] | server.renames.get(kind, {})
@@ -51,7 +50,7 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def _split(name: str, stack: Adapter[Tensor], kind: str) -> dict[str, Adapter[Tensor]]:
-    """The layers of a stack's experts."""
+    """The layers of single experts that a stack of all experts holds."""
     return {
         "{1}.{0}.{2}".format(i, *part.rsplit(".", 1)): Adapter(lora_a[None], b[None], stack.scale)
         for part, lora_b in parts_of(name, stack.lora_b, {"model_type": kind}).items()
@@ -60,9 +59,9 @@ def _split(name: str, stack: Adapter[Tensor], kind: str) -> dict[str, Adapter[Te
 
 
 def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
-    """Replace layers of one x by one layer, A = [A₁; A₂; …] and B = diagonal(B₁, B₂, …)."""
+    """Replace layers that read one x by one layer: A = [A₁; A₂; …], B = diagonal(B₁, B₂, …)."""
     for module in [name.removesuffix(parts[0]) for name in pairs if name.endswith(f".{parts[0]}")]:
-        if all(module + part in pairs for part in parts):  # else a size is unknown
+        if all(module + part in pairs for part in parts):  # otherwise B's size is unknown
             found, dtypes = zip(*(pairs.pop(module + part) for part in parts), strict=True)
             scale = found[0].scale or 1.0
             lora_a = torch.cat([each.lora_a for each in found], 1)
@@ -78,7 +77,7 @@ def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, 
     scales = Counter(pair.scale for pair, _ in pairs.values() if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
     r = max(pair.lora_a.shape[1] for pair, _ in pairs.values())
-    # down_proj last, because PEFT nests it outermost
+    # down_proj last, because PEFT's wrapper of down_proj is the outermost.
     names = sorted(pairs, key=lambda name: name.endswith(f".{IN_ORDER[-1]}"))
     tensors: dict[str, Tensor] = {}
     for name, keys in pairs_of(names, stack_names).items():

@@ -21,23 +21,27 @@ _STACKED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether the tensor's rank isn't the config's."""
     r, shape = facts.config.rank_of(item.name), item.value.shape
-    there = shape[0 if item.side == "A" else -1] if shape else 0
-    return there % r > 0 if item.kind == "stack" else there != r
+    own_r = shape[0 if item.side == "A" else -1] if shape else 0  # in a stack, r times E
+    return own_r % r > 0 if item.kind == "stack" else own_r != r
 
 
 def has_other_vocabulary(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether an embedding's lora_A has another vocabulary than the base."""
     size = item.value.shape[-1]
     return item.side == "A" and size != facts.base.get("vocab_size", size)
 
 
 def is_single(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether the server reads this layer together with another, "this:other", without adapter."""
+    """Whether this layer has a partner without an adapter.
+
+    ``words``: "this:partner", for layers that the server reads together.
+    """
     other = dict(word.split(":") for word in words).get(item.last)
     return other is not None and item.name.removesuffix(item.last) + other not in facts.pairs
 
 
 def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether target_modules is a list without these layers, or without the item's."""
+    """Whether target_modules is a list that lacks one of ``words``, or without words the item."""
     targets, stacked = facts.settings["target_modules"], _STACKED.get(item.last, item.last)
     lasts = {str(name).rpartition(".")[2] for name in targets or ()}
     lasts = {_STACKED.get(last, last) for last in lasts}
@@ -45,7 +49,7 @@ def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
 
 
 def has_rank_above(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether a rank is above max_lora_rank, or above its default."""
+    """Whether a rank is above max_lora_rank, whose default is in ``words``."""
     limit = facts.max_lora_rank or int(words[0])
     return max(facts.config.r, *facts.config.rank_pattern.values(), 0) > limit
 
@@ -55,7 +59,7 @@ CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
     "last not": lambda item, facts, words: item.last not in words,
     "base": lambda item, facts, words: facts.base["model_type"] in words,  # "?" if it is unknown
     "base not": lambda item, facts, words: facts.base["model_type"] not in words,
-    # regular expressions in the tensor's key, or in the setting's value
+    # A regular expression that occurs in the tensor's key, or in the setting's value.
     "form": lambda item, facts, words: re.search(words[0], item.key or str(item.value)) is not None,
     "on": lambda item, facts, words: item.value not in (None, False, "", [], {}, "none"),
     "half": lambda item, facts, words: len(facts.pairs[item.name]) < 2,
@@ -75,10 +79,10 @@ CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
 class Rule:
     """A server's treatment of some tensors or settings.
 
-    ``what``: their kinds, or the settings' names; "pair" is lora_A and lora_B of any kind.
-    ``when``: further CONDITIONS, with their words.  ``verdict``: "rejected",
-    "ignored" or "unknown".  ``source``: a file in the server's repository.  ``mend``: "fix" for
-    ``--fix``, "option" for an option of the server, or nothing.
+    ``what``: the tensors' kinds, or the settings' names; "pair" is lora_A and lora_B of any kind.
+    ``when``: further CONDITIONS, with their words.  ``verdict``: "rejected", "ignored" or
+    "unknown".  ``source``: the file in the server's repository that has the rule.  ``mend``: "fix"
+    if ``--fix`` mends it, "option" if an option of the server does, or "".
     """
 
     what: str
@@ -98,9 +102,9 @@ class Server(SimpleNamespace):
     """A server's rules in order, and the form that ``--fix`` writes for it.
 
     ``sets``: words that the file's conditions write as @name.  ``stacks``: model_types whose stacks
-    of experts it reads, or "*".  ``fuses``: lists of a layer and its parts.  ``renames``: new
-    parts of names, by model_type; "" means any model.  ``roots``: whether names must begin at the
-    model with the head.
+    of experts the server reads; "*" means all.  ``fuses``: for each fused layer, its name and the
+    names of its parts.  ``renames``: new parts of names, by model_type; "" means any model.
+    ``roots``: whether names must begin at the model with the head, so with "model.".
     """
 
     def rule_of(self, item: Item, facts: Facts) -> Rule | None:

@@ -1,4 +1,4 @@
-"""The softmax of a loss and its gradient, over the logits of a chunk, by the Triton kernel."""
+"""The losses of rows of logits and their gradients (:mod:`..loss`), by the Triton kernel."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...projection import Base, Output
 from .. import torch as torch_backend
-from ..protocol import LossSettings
+from ..protocol import LossRows, LossSettings
 from .cover import kernels, why_not
 from .verification import UNVERIFIED, State, elementwise, run_kernels
 
@@ -16,46 +16,40 @@ from .verification import UNVERIFIED, State, elementwise, run_kernels
 _FEW = 64
 
 
-def row_loss(
-    z: Tensor,
-    target: Tensor,
-    losses: Tensor,
-    settings: LossSettings,
-    upstream: Tensor | None,
-    gradient: bool,
-) -> None:
-    """Fill the losses, and with ``gradient`` z, as the torch backend does."""
-
-    def by_kernel(matrices: Sequence) -> list | State:
-        covers = partial(_covers, matrices[0])
-        return run_kernels(_row_loss, matrices, (settings, gradient), covers)
-
-    def by_torch(matrices: Sequence) -> list:
-        z, target, upstream, losses = matrices
-        torch_backend.row_loss(z, target, losses, settings, upstream, gradient)
-        return []
-
-    matrices: list[Any] = [z, target, upstream, losses]
-    made = by_kernel(matrices)
+def row_loss(rows: LossRows) -> None:
+    """See :meth:`fastlora.backends.protocol.Backend.row_loss`."""
+    made = _by_kernel(rows)
     if made is UNVERIFIED:
-        for first in range(0, len(z), _FEW):
-            read: list[Any] = [m if m is None else m[first : first + _FEW] for m in matrices]
-            filled = [*read[3:], *read[:1]] if gradient else read[3:]
-            runs = partial(_in_place, by_kernel), partial(_in_place, by_torch)
-            elementwise(*runs, [*read[:3], *filled], fills=len(filled))
+        for first in range(0, len(rows.z), _FEW):
+            few = rows.part(slice(first, first + _FEW))
+            filled = [few.losses, few.z] if few.gradient else [few.losses]
+            tensors: list[Any] = [few.z, few.target, few.upstream, *filled]
+            runs = partial(_on_tensors, _by_kernel, few), partial(_on_tensors, _by_torch, few)
+            elementwise(*runs, tensors, fills=len(filled))
     elif isinstance(made, State):
-        by_torch(matrices)
+        _by_torch(rows)
 
 
-def _in_place(run: Callable[..., list | State], matrices: Sequence) -> list | State:
-    """Call ``run`` with z, target, upstream and losses.
+def _by_kernel(rows: LossRows) -> list | State:
+    tensors = rows.z, rows.target, rows.upstream, rows.losses
+    return run_kernels(_run, tensors, (rows.settings, rows.gradient), partial(_covers, rows.z))
 
-    A fifth matrix receives the gradient.  If it isn't z, z keeps its elements.
+
+def _by_torch(rows: LossRows) -> list:
+    torch_backend.row_loss(rows)
+    return []
+
+
+def _on_tensors(
+    run: Callable[[LossRows], list | State], rows: LossRows, tensors: Sequence
+) -> list | State:
+    """Call ``run`` with these tensors in ``rows``: z, target, upstream, losses and, if asked for,
+    the gradient.  If the gradient is a tensor other than z, z keeps its elements.
     """
-    z, *others = matrices[:4]
-    for gradient in matrices[4:]:
+    z, target, upstream, losses, *gradients = tensors
+    for gradient in gradients:
         z = z if gradient is z else gradient.copy_(z)
-    return run([z, *others])
+    return run(rows._replace(z=z, target=target, upstream=upstream, losses=losses))
 
 
 def _covers(z: Tensor) -> bool:
@@ -63,7 +57,7 @@ def _covers(z: Tensor) -> bool:
     return z.numel() > 0 and is_dense and not why_not(z.dtype, z.device, [Output(Base(z))])
 
 
-def _row_loss(matrices: Sequence, settings: LossSettings, gradient: bool) -> list[Tensor]:
-    z, target, upstream, losses = matrices
+def _run(tensors: Sequence[Tensor], settings: LossSettings, gradient: bool) -> list[Tensor]:
+    z, target, upstream, losses = tensors
     kernels.row_loss(z, target, losses, settings, upstream, gradient)
     return []

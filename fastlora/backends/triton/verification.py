@@ -1,15 +1,19 @@
 """Verification of compiled kernels: PyTorch's operations check their results before a first use.
 
-:func:`run_kernels` looks a call up.  Either it is captured, and replays; or its kernels are
-*refused*, and the call runs on PyTorch; or they are *unverified*, because this device has not
-compared them yet.  An unverified call runs with the kernels and with PyTorch, on two sets of
-tensors: first random numbers in place of all operands except packed weights and integers, then the
-caller's own.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
-compile, the caller gets PyTorch's result and a warning, and the kernels are refused.
+:func:`run_kernels` looks a call up in a cache.  The call is in one of three states:
 
-A result holds for one kernel's code on one kind of device, with one version of the driver, Triton,
-ptxas and torch.  Each result has its own file in the user's cache, so processes that verify at the
-same time lose nothing.  If no file can be written, each process verifies for itself.
+* captured: it replays;
+* refused: its kernels were wrong or don't cover it, and the call runs on PyTorch;
+* unverified: its kernels have not been compared with PyTorch on this device yet.
+
+An unverified call runs with the kernels and with PyTorch, first on random numbers and then on the
+caller's own tensors.  The random numbers replace all operands except packed weights and integers.
+If all results agree, the kernels run from then on.  If not, or if a kernel doesn't compile, the
+caller gets PyTorch's result and a warning, and the kernels are refused.
+
+The outcome holds for one kernel's code on one kind of device, with one version of the driver,
+Triton, ptxas and torch.  Each outcome has its own file in the user's cache, so processes that
+verify at the same time lose nothing.  If no file can be written, each process verifies for itself.
 
 ``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
 """
@@ -37,14 +41,10 @@ from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
 from .cover import kernels, user_level
 
-# Bound once, because every call needs them.
-plan, replay, target, _CapturedCall = (
-    kernels.plan,
-    kernels.replay,
-    kernels.target,
-    kernels.CapturedCall,
-)
-Run = Callable[[Sequence], Any]  # takes tensors; gives a list of results, or a State
+# Looked up once, because every call needs them.
+plan, replay, target = kernels.plan, kernels.replay, kernels.target
+_CapturedCall = kernels.CapturedCall
+Run = Callable[[Sequence], Any]  # takes tensors; returns a list of results, or a State
 
 VARIABLE = "FASTLORA_VERIFY"
 FIRST, ALWAYS, OFF = "first", "always", "off"
@@ -54,22 +54,23 @@ _FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the 
 # The number of runs on equal tensors, whose results must be bit-identical.  A fault that occurs in
 # a third of all runs passes 16 runs with probability 0.0015.
 REPEATS = 16
-# The allowed error, in multiples of PyTorch's own, because the kernels add in another order.
+# The allowed error, in multiples of PyTorch's own error.  It isn't 1, because the kernels add in
+# another order.
 _SLACK = 8.0
-_FEW = 32  # rows or columns: fewer are too few to estimate an error
+_FEW = 32  # the least rows or columns from which an error can be estimated
 _BLOCK = 2**21  # elements in one comparison
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
-# The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters):
-# zeros (a fresh lora_b, adaLN-zero) and NaN hide a wrong kernel, and a model that has them in every
-# step gets a definite result once.  Integers, such as the classes of a loss, and packed weights
-# aren't replaced.  If a packed weight is zero or not finite, the call runs on PyTorch and its
-# kernels stay unverified, which costs a dense weight each call.
+# The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters),
+# because zeros (a new lora_b, adaLN-zero) and NaN hide a wrong kernel.  Integers, such as the
+# classes of a loss, and packed weights aren't replaced.  If a packed weight is zero or not finite,
+# the call runs on PyTorch and its kernels stay unverified.  Each such call unpacks the weight, to
+# check it again.
 _ROWS, _FACTOR, _KEPT = "rows", "factor", "kept"
 
 
 class State(str):
-    """Why the kernels of a call don't run.  Every call checks for it with isinstance."""
+    """The reason why a call's kernels don't run.  It is returned in place of their results."""
 
 
 UNVERIFIED = State("a kernel has not been compared with PyTorch on this device")
@@ -77,15 +78,16 @@ REFUSED = State("a kernel was wrong, or the kernels don't cover the call: PyTorc
 
 
 class _Unverified(NamedTuple):
-    """A cached call that may not replay yet."""
+    """A captured call in a cache whose kernels are unverified, so that it may not replay yet."""
 
     call: "kernels.CapturedCall"
 
 
-# By kernel (its name and the hash of its code) and environment: its fault, or "" if it is right.
+# (a kernel's name and the hash of its code, environment) -> its fault, or "" if it is right
 Records = dict[tuple[str, str], str]
 _records: Records = {}
-# While this thread verifies a call: the captured calls that it runs, with their caches and keys.
+# ``_here.trial``, while this thread verifies a call: the captured calls that the call consists of,
+# with their caches and keys.
 _here = threading.local()
 Trial = dict[Hashable, tuple[dict, Hashable, "kernels.CapturedCall"]]
 
@@ -97,14 +99,14 @@ def run_kernels(
     covers: Callable[[], bool],
     calls: dict | None = None,
 ) -> list[Any] | State:
-    """The tensors (or None) that ``function(tensors, *settings)`` makes, or why it can't run.
+    """The results of ``function(tensors, *settings)``, or a State if the kernels can't run it.
 
     The function may use torch's operations and the kernels' launchers.  It may depend on the
     settings and on all facts of the tensors, but not on their elements.  All tensors are on one
-    device, which is the current one while it runs.  ``covers`` is called for a new kind of call,
-    and says whether the kernels cover it.  ``calls`` is the cache of a caller whose tensors have
-    equal facts in every call, so that the key leaves the facts out.  Raises RuntimeError for a new
-    kind of call inside a CUDA graph's capture.
+    device, which is the current one while the function runs.  ``covers`` is called for a new kind
+    of call, and says whether the kernels cover it.  ``calls`` is a cache for calls whose tensors
+    have the same facts, so that its keys need no facts.  Raises RuntimeError for a new kind of call
+    inside a CUDA graph's capture.
     """
     key: Hashable = (function, settings, plan.forced, plan.edition, target.forced)
     if calls is None:
@@ -130,28 +132,31 @@ def run_kernels(
 def _lookup(
     function: Callable, tensors: Sequence, settings: tuple, calls: dict, key: Hashable
 ) -> "kernels.CapturedCall | State":
-    """A call that is captured and may replay, or UNVERIFIED, or REFUSED."""
-    known, device = calls.get(key), replay.device_of(tensors)
+    """A captured call that may replay, or UNVERIFIED, or REFUSED.
+
+    While this thread verifies a call, an unverified call may replay also.
+    """
+    entry, device = calls.get(key), replay.device_of(tensors)
     trial: Trial | None = getattr(_here, "trial", None)
-    if isinstance(known, State):
-        return known
+    if isinstance(entry, State):
+        return entry
     if trial is None and replay.is_in_graph_capture(device):
         raise RuntimeError(
             "a CUDA graph is being captured, and no call of this kind has run before: kernels "
             "are compiled, loaded and verified outside of a capture. Run the same step once "
             "before it"
         )
-    if known is None:
+    if entry is None:
         try:
-            known = _Unverified(kernels.capture_call(function, tensors, settings))
+            entry = _Unverified(kernels.capture_call(function, tensors, settings))
         except Exception as error:
             if mode(device) == OFF:
                 raise
             replay.remember(calls, key, REFUSED)
             _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
             return REFUSED
-        replay.remember(calls, key, known)
-    call, here = known.call, environment(device)
+        replay.remember(calls, key, entry)
+    call, here = entry.call, environment(device)
     faults = [_known().get((identity, here)) for identity in call.identities]
     if mode(device) == OFF or (mode(device) == FIRST and all(fault == "" for fault in faults)):
         replay.remember(calls, key, call)
@@ -169,13 +174,13 @@ def mode(device: torch.device) -> str:
     """FIRST, ALWAYS or OFF.  Raises ValueError for any other text in the variable."""
     if _CHOSEN not in (None, FIRST, ALWAYS, OFF):
         raise ValueError(f"{VARIABLE} is {_CHOSEN!r}, but must be {FIRST!r}, {ALWAYS!r} or {OFF!r}")
-    # The interpreter, and a stand-in for a GPU, are for tests, which compare results themselves.
+    # Off without a GPU, because kernels then run only in tests, which compare results themselves.
     return _CHOSEN or (FIRST if device.type == "cuda" else OFF)
 
 
 @cache
 def environment(device: torch.device) -> str:
-    """The device and the versions that a result holds for."""
+    """The device and the versions that an outcome holds for."""
     gpu, name, ptxas = kernels.target_of(device), "Triton's interpreter", ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -186,7 +191,7 @@ def environment(device: torch.device) -> str:
 
 
 def _driver() -> str:
-    """The driver's version, or the version of the CUDA or HIP that it speaks."""
+    """The driver's version, or the newest version of CUDA or HIP that the driver supports."""
     for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(path).read_text(encoding="utf-8").strip()
@@ -195,7 +200,7 @@ def _driver() -> str:
 
 
 def read_records() -> Records:
-    """The results of all of this user's processes.  A file that isn't a full record is skipped."""
+    """The outcomes of all processes of this user.  A file that isn't a full record is skipped."""
     records: Records = {}
     for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
         # RecursionError: a file with too many nested brackets.
@@ -208,13 +213,14 @@ def read_records() -> Records:
 
 
 def _known() -> Records:
+    """All outcomes.  The first use reads the files."""
     if not _records:
         _records.update(read_records())
     return _records
 
 
 def _settle(trial: Trial, device: torch.device, fault: str) -> str:
-    """Record a trial's result for its kernels without an earlier result, and return their names."""
+    """Record a trial's outcome for its kernels that have none yet, and return their names."""
     here, known, always = environment(device), _known(), mode(device) == ALWAYS
     identities = sorted({each for _, _, call in trial.values() for each in call.identities})
     new = [each for each in identities if always or (each, here) not in known]
@@ -229,7 +235,7 @@ def _settle(trial: Trial, device: torch.device, fault: str) -> str:
 
 
 def _refuse(trial: Trial) -> None:
-    """Make calls of these kinds run on PyTorch for the rest of this process."""
+    """Make calls of the trial's kinds run on PyTorch for the rest of this process."""
     for calls, key, _ in trial.values():
         replay.remember(calls, key, REFUSED)
 
@@ -256,7 +262,7 @@ def forward(
 
 
 def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
-    """A backend's forward as a function of a call's inputs, which gives every y and h."""
+    """A function of a call's inputs that runs a backend's forward and returns every y and h."""
 
     def run(tensors: Sequence) -> list | State:
         made = forward(tensors, seeds, call)
@@ -273,7 +279,7 @@ def backward(state: State, run: Callable, given: BackwardCall) -> list[Tensor | 
 
 
 def of_backward(backward: Callable, given: BackwardCall, call: Call) -> Run:
-    """A backend's backward as a function of inputs, hs and dys, which gives every gradient."""
+    """A function of inputs, hs and dys that runs a backend's backward, for every gradient."""
     first_h, first_dy = len(given.needs), -len(call.layouts)
 
     def run(tensors: Sequence) -> list | State:
@@ -285,7 +291,10 @@ def of_backward(backward: Callable, given: BackwardCall, call: Call) -> Run:
 
 
 def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int = 0) -> list:
-    """The results of ``run(matrices)``.  With ``fills``, it fills the last matrices instead."""
+    """The kernels' results ``run(matrices)``, verified; PyTorch's ``by_torch(matrices)`` if wrong.
+
+    With ``fills``, both functions fill this many of the last matrices instead.
+    """
     made = run(matrices)
     if not isinstance(made, State):
         return made
@@ -294,17 +303,17 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
     read, filled = matrices[: len(matrices) - fills], matrices[len(matrices) - fills :]
 
     def of(function: Run, call: None) -> Run:
-        def run(tensors: Sequence) -> list | State:
-            x, new = tensors[0].dtype, []
-            for each in filled:  # wider if x is; float32 stays float32 beside a 16-bit x
-                new.append(_alike(each, _memory(each, torch.promote_types(x, each.dtype))))
+        def fill_new(tensors: Sequence) -> list | State:
+            # In x's dtype where that is wider, as in the exact run of :func:`compared`.
+            dtypes = [torch.promote_types(tensors[0].dtype, each.dtype) for each in filled]
+            new = [_alike(m, _memory(m, dtype)) for m, dtype in zip(filled, dtypes, strict=True)]
             made = function([*tensors, *new])
             return made if isinstance(made, State) else new or made
 
-        return run
+        return fill_new
 
     results = _verified(made, of, run, by_torch, read)
-    # Only now, because a matrix may be both read and filled.
+    # Not earlier, because a matrix may be both read and filled.
     for matrix, result in zip(filled, results, strict=False):
         matrix.copy_(result)
     return results
@@ -323,9 +332,9 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
 
 
 def _probe_of_call(call: Call, count: int) -> Call:
-    """The call without zero scales, with its ``count`` rows spread evenly over experts.
+    """The call with 1 in place of zero scales, and its ``count`` rows spread evenly over experts.
 
-    Zero scales and empty segments hide a wrong kernel.
+    Zero scales and empty segments would hide a wrong kernel.
     """
     layouts = tuple([layout._replace(scales=_not_zero(layout.scales)) for layout in call.layouts])
     rows = call.rows
@@ -352,7 +361,7 @@ def _verified(
 ) -> list:
     """The kernels' results for the tensors if the kernels are right; otherwise PyTorch's.
 
-    ``of`` makes a function of the tensors from a backend's ``run`` and a call.
+    ``of(run, call=…)`` makes a function of the tensors from ``run`` or ``torch_run`` and a call.
     """
     by_kernels, by_torch = of(run, call=call), of(torch_run, call=call)
     if state is REFUSED:
@@ -396,7 +405,7 @@ def _verified(
 
 
 def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
-    """The fault that random numbers show, "" for none; or None if the kernels can't be verified."""
+    """The kernels' fault on random numbers, or ""; None if the kernels can't be verified."""
     right = by_torch(probe)
     results = by_kernels(probe) if _is_comparable(right) else UNVERIFIED
     if isinstance(results, State):
@@ -414,9 +423,10 @@ def _is_comparable(results: Sequence[Tensor | None]) -> bool:
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
-    """Random tensors with the same layouts in memory; tensors to keep are the same tensors.
+    """Random tensors with the same layouts in memory, except tensors with the role _KEPT.
 
-    Tensors of one storage, such as the adapters of a bank, share a storage again.
+    Tensors that share a storage, such as the adapters of a bank, are replaced by tensors that share
+    one.
     """
     memories: dict[tuple, Tensor] = {}
     made: list[Tensor | None] = []
@@ -426,7 +436,7 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
             continue
         place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
         if place not in memories:
-            # These sizes make all terms of a sum similar in size.
+            # With these deviations, all terms of a result have a similar size.
             spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
@@ -435,7 +445,7 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first element and the number of elements of the storage's part to copy.
+    """The part of the tensor's storage to reproduce: its first element and number of elements.
 
     It is the whole storage, unless that is more than 4 times as large as the tensor.
     """
@@ -447,13 +457,13 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _shift(tensor: Tensor) -> int:
-    """Elements to skip, so that a copy has the address modulo 16 that kernels are compiled for."""
+    """Elements to skip in new memory, so that a tensor there has the same address modulo 16."""
     size = tensor.element_size()
     return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized memory that :func:`_alike` can make a tensor of."""
+    """Uninitialized memory where :func:`_alike` can make a tensor like this one."""
     return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
 
 
@@ -470,10 +480,13 @@ def compared(
     results: Sequence,
     right: Sequence,
 ) -> str:
-    """The fault of the kernels' results, or "".  PyTorch's own errors set the allowed error."""
+    """The fault of the kernels' ``results``, or "".
+
+    ``right``: PyTorch's results.  Their errors determine the allowed errors.
+    """
     x = tensors[0]
     assert x is not None
-    try:  # PyTorch's results in a wider dtype stand for the exact ones
+    try:  # PyTorch's results in a wider dtype count as exact
         truth = by_torch(
             [
                 tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
@@ -500,10 +513,11 @@ def compared(
 def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
     """The largest ratio of an element's error to the error that is allowed for it.
 
-    Take PyTorch's largest error in the element's row, and in its column.  Allowed are _SLACK times
-    the smaller of the two, plus one rounding.  So large numbers in one row or column can't hide an
-    error in another one.  Without ``truth``, PyTorch's results replace it, with an assumed error of
-    one rounding.  Elements where PyTorch's result isn't finite are skipped.
+    The allowed error is _SLACK · min(row, column) plus one rounding, where row and column are
+    PyTorch's largest errors in the element's row and in its column.  So large numbers in one row or
+    column can't hide an error in another one.  Without ``truth``, PyTorch's results replace it,
+    with an assumed error of one rounding.  Elements where PyTorch's result isn't finite are
+    skipped.
     """
     matrices = ours, its, its if truth is None else truth
     of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
@@ -530,7 +544,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 
 def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
-    """Yield blocks of rows of all matrices in float64.  Blocks save memory."""
+    """Yield blocks of rows of all matrices, in float64.  Whole matrices would take more memory."""
     step = max(1, _BLOCK // matrices[0].shape[1])
     for first in range(0, len(matrices[0]), step):
         yield [matrix[first : first + step].double() for matrix in matrices]

@@ -1,1 +1,1 @@
-"""A folder for PYTHONPATH; it must hold no module with a package's name."""
+"""A folder for PYTHONPATH, so no file here may have the name of an installed package."""

@@ -1,7 +1,7 @@
 """Calls ``fastlora.auto()`` in the processes that a program of ``python -m fastlora run`` starts.
 
-Python imports this file at its start, because ``run`` puts its folder on PYTHONPATH.  The folder
-leaves ``sys.path``, and another ``sitecustomize`` that it hides is run also.
+Python imports this file at its start, because ``run`` puts its folder on PYTHONPATH.  The file
+removes this folder from ``sys.path``.  Then it runs the ``sitecustomize`` that it hides, if any.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""A folder that ms-swift adds to ``sys.path``; it must hold no module with a package's name."""
+"""ms-swift adds this folder to ``sys.path``, so no file may have the name of a package."""

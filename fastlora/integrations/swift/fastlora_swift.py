@@ -11,7 +11,7 @@ from fastlora.trainer import Optimize
 
 
 class FastLoRACallback(Optimize):
-    """:class:`fastlora.trainer.Optimize`, made with ms-swift's arguments."""
+    """:class:`fastlora.trainer.Optimize`, with the constructor that ms-swift calls."""
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__()
