@@ -22,7 +22,7 @@ from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.trainable import saving_adapters_only
-from .peft.merged import merge_adapter, tied_layer
+from .peft.merged import merge_adapter, why_not_sent
 from .peft.optimize import peft_layers
 from .sampling import merged
 
@@ -237,7 +237,8 @@ class MergedSampling(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
         model: Any = unwrap(kwargs["model"])
-        inner = getattr(model, "base_model", model)  # a PeftModel takes these two methods from it
+        # A PeftModel takes these two methods from its base_model.
+        inner = model.base_model if hasattr(model, "merge_adapter") else model
         ours = [(inner, "merge_adapter", self._merge), (inner, "unmerge_adapter", self._unmerge)]
         sample = (model, "generate", self._sample)
         for owner, name, _ in (*ours, sample):
@@ -246,7 +247,9 @@ class MergedSampling(TrainerCallback):
         _restore(inner)
         # TRL's asynchronous trainers have a server, and no switch.
         if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
-            _check_sent(model)
+            reason = why_not_sent(model)
+            if reason:
+                raise ValueError(reason)
             self._merge(None, inner)  # raises here, before the first step, if it can't merge
             _restore(inner)
         elif getattr(args, "use_transformers_continuous_batching", False):
@@ -281,33 +284,12 @@ class MergedSampling(TrainerCallback):
         finally:
             _sampling.discard(model)
 
-    def _merge(
-        self,
-        theirs: Any,
-        model: Any,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-    ) -> None:
-        if adapter_names is not None and model in _merged:
+    def _merge(self, theirs: Any, model: Any, *inputs: Any, **settings: Any) -> None:
+        if model in _merged and (inputs or settings):
             raise ValueError("the model is merged already: call unmerge_adapter() first")
         _restore(model)  # after a failed synchronization, the adapters may have changed
-        _merged[model] = merge_adapter(model, adapter_names, safe_merge, self.keep == "cpu")
+        _merged[model] = merge_adapter(model, self.keep == "cpu", *inputs, **settings)
 
     def _unmerge(self, theirs: Callable, model: Any) -> None:
         if not _restore(model):
             theirs()
-
-
-def _check_sent(model: Any) -> None:
-    """Raise ValueError unless a trainer sends the merged weights of this model to vLLM."""
-    if not hasattr(model, "merge_adapter"):
-        raise ValueError(
-            f"{type(model).__name__} is not a PeftModel: with vLLM, a trainer merges only a "
-            "PeftModel, so make one with peft.get_peft_model"
-        )
-    tied = tied_layer(model, peft_layers(model))
-    if tied:
-        raise ValueError(
-            f"the weight of {tied} is tied to another module's, and vLLM has one weight for both: "
-            "load the model with tie_word_embeddings=False, or don't adapt this layer"
-        )

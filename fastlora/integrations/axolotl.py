@@ -11,19 +11,24 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from ..automatic import optimize_or_log, show_log
+from ..trainer import MergedSampling
 
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-_PREFIX = "fastlora_"
+_PREFIX, _MERGED = "fastlora_", "fastlora_merged_sampling"
 
 
 class FastLoRAArgs(BaseModel):
-    """The plugin's own keys: arguments of :func:`fastlora.optimize`, whose defaults hold."""
+    """The plugin's own keys: arguments of :func:`fastlora.optimize`, whose defaults hold.
+
+    ``fastlora_merged_sampling`` adds :class:`fastlora.trainer.MergedSampling`, for GRPO.
+    """
 
     fastlora_gated_mlps: bool | None = None
     fastlora_frozen_linears: bool | None = None
     fastlora_loss: bool | None = None
+    fastlora_merged_sampling: bool | None = None
 
 
 class FastLoRAPlugin(BasePlugin):
@@ -44,6 +49,9 @@ class FastLoRAPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return f"{__name__}.{FastLoRAArgs.__name__}"
 
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        return [MergedSampling()] if cfg.get(_MERGED) else []
+
     def post_model_load(self, cfg: Any, model: Any) -> None:
         theirs = [key for key in _KERNELS if cfg.get(key)]
         if theirs:
@@ -53,7 +61,7 @@ class FastLoRAPlugin(BasePlugin):
                 ", ".join(theirs),
             )
             return
-        given = {name: cfg.get(name) for name in FastLoRAArgs.model_fields}
+        given = {name: cfg.get(name) for name in FastLoRAArgs.model_fields if name != _MERGED}
         settings = {
             name.removeprefix(_PREFIX): value for name, value in given.items() if value is not None
         }

@@ -94,11 +94,7 @@ def _weight_name(layer: Any) -> str:
 
 
 def merge_layer(
-    name: str,
-    layer: Any,
-    undo: ExitStack,
-    adapter_names: list[str] | None = None,
-    safe_merge: bool = True,
+    name: str, layer: Any, undo: ExitStack, safe_merge: bool = True, adapter_names: Any = None
 ) -> Any:
     """Merge a layer by PEFT's ``merge``; returns the original weight (:func:`.merge_each`).
 
@@ -121,7 +117,7 @@ def merge_layer(
 
 
 def merge_adapter(
-    model: Any, adapter_names: list[str] | None, safe_merge: bool, to_cpu: bool
+    model: Any, to_cpu: bool, adapter_names: Any = None, safe_merge: bool = False
 ) -> ExitStack:
     """Merge as PEFT's ``merge_adapter`` does: the same layers, adapters, values and errors.
 
@@ -129,26 +125,35 @@ def merge_adapter(
     ValueError, and changes nothing, if a layer can't be merged for a while.
     """
     model._check_merge_allowed()
-    layers = [
-        (plain_name(name), module)
-        for name, module in model.model.named_modules()
-        if derived_from(type(module), "peft.tuners", "BaseTunerLayer")
-    ]
+    layers = _tuner_layers(model.model)
     reason = why_not_merged(layers)
     if reason:
         raise ValueError(reason)
-    merge = partial(merge_layer, adapter_names=adapter_names, safe_merge=safe_merge)
+    merge = partial(merge_layer, safe_merge=safe_merge, adapter_names=adapter_names)
     return merge_each(model, layers, merge, to_cpu)
 
 
-def tied_layer(model: nn.Module, layers: Layers) -> str:
-    """The name of a layer whose weight another module also has; "" if there is none."""
+def why_not_sent(model: Any) -> str:
+    """Why a trainer can't send the model's merged weights to vLLM; "" if it can."""
+    if not hasattr(model, "merge_adapter"):
+        return (
+            f"{type(model).__name__} is not a PeftModel: with vLLM, a trainer merges only a "
+            "PeftModel, so make one with peft.get_peft_model"
+        )
     owners = owners_of(model)
-    for name, layer in layers:
-        weight = layer.get_base_layer()._parameters.get(_weight_name(layer))
-        if owners[id(weight)] > 1:
-            return called(name)
+    for name, layer in _tuner_layers(model):
+        if owners[id(layer.get_base_layer()._parameters.get(_weight_name(layer)))] > 1:
+            return (
+                f"the weight of {name} is tied to another module's, and vLLM has one weight for "
+                "both: load the model with tie_word_embeddings=False, or don't adapt this layer"
+            )
     return ""
+
+
+def _tuner_layers(model: nn.Module) -> Layers:
+    """The layers that PEFT's ``merge_adapter`` merges."""
+    named = ((plain_name(name), module) for name, module in model.named_modules())
+    return [each for each in named if derived_from(type(each[1]), "peft.tuners", "BaseTunerLayer")]
 
 
 def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
