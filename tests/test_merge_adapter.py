@@ -124,11 +124,11 @@ CALLS = {
 def test_the_arguments_of_merge_adapter_are_peft_s(call, disabled):
     model, theirs = both("other")
     args, named = CALLS[call]
-    before = frozen_bits(model)
     begin_with_vllm(model)
     if disabled:
         for each in (model, theirs):
             each.disable_adapter_layers()
+    before = frozen_bits(model)
     found, expected = (merged_weights(each, *args, **named) for each in (model, theirs))
     assert [*found] == [*expected]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -215,10 +215,9 @@ def marked(name: str) -> nn.Module:
     return model
 
 
-def with_adapter() -> nn.Module:
-    model = base_model()
-    model.add_adapter(peft.LoraConfig(**ADAPTER))
-    return model
+def injected() -> nn.Module:
+    """PEFT's layers without a PeftModel."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(**ADAPTER), base_model())
 
 
 def tied(**settings: Any) -> nn.Module:
@@ -240,7 +239,7 @@ def merged_by_peft() -> nn.Module:
 VOCABULARIES = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
 REFUSED = {
     "own": (adapted, "LlamaForCausalLM is not a PeftModel: with vLLM"),
-    "add_adapter": (with_adapter, "is not a PeftModel: with vLLM"),
+    "injected": (injected, "LlamaForCausalLM is not a PeftModel: with vLLM"),
     "fsdp": (lambda: marked("_fsdp_flattened"), "q_proj is sharded over ranks"),
     "zero": (lambda: marked("ds_id"), "q_proj is sharded over ranks"),
     "tied head": (lambda: tied(target_modules=["lm_head"]), "weight of .*lm_head is tied"),

@@ -27,7 +27,7 @@ generation = pytest.importorskip("trl.generation.vllm_generation", reason="TRL 1
 
 METHODS = ("merge_adapter", "unmerge_adapter")
 ARGUMENTS = SimpleNamespace(use_vllm=True)
-WORDS = [5, 6, 7, 8]
+SAMPLES = [[5, 6, 7, 8], [9, 8, 7, 6]]
 
 
 class Receiver:
@@ -62,10 +62,10 @@ class Client(Receiver):
             self.take(sent, tensor)
 
     def generate(self, prompts: list, n: int, **settings: Any) -> dict[str, list]:
-        count = n * len(prompts)
-        logprobs = [[[-1.0] for _ in WORDS] for _ in range(count)]
-        given = {"prompt_ids": prompts, "completion_ids": [WORDS] * count}
-        return given | {"logprobs": logprobs, "logprob_token_ids": [[[w] for w in WORDS]] * count}
+        found = SAMPLES * (n * len(prompts) // 2)
+        logprobs = [[[-1.0] for _ in words] for words in found]
+        given = {"prompt_ids": prompts, "completion_ids": found, "logprobs": logprobs}
+        return given | {"logprob_token_ids": [[[word] for word in words] for words in found]}
 
 
 class LLM(Receiver):
@@ -81,8 +81,16 @@ class LLM(Receiver):
             self.take(name, tensor)
 
     def generate(self, prompts: list, sampling_params: Any, use_tqdm: bool) -> list:
-        answer = SimpleNamespace(token_ids=WORDS, logprobs=None)
-        return [SimpleNamespace(prompt_token_ids=[3, 4], outputs=[answer] * 2) for _ in prompts]
+        sampled = SimpleNamespace(rank=1, logprob=-1.0)
+        found = [
+            SimpleNamespace(token_ids=words, logprobs=[{word: sampled} for word in words])
+            for words in SAMPLES * len(prompts)
+        ]
+        n = sampling_params.n
+        return [
+            SimpleNamespace(prompt_token_ids=[3, 4], outputs=found[n * i : n * (i + 1)])
+            for i in range(len(prompts))
+        ]
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +154,7 @@ def nf4() -> nn.Module:
     import bitsandbytes
 
     model = tiny_llama()
+    model.is_loaded_in_4bit = True  # PEFT reads it
     for name, linear in [*model.named_modules()]:
         if isinstance(linear, nn.Linear) and name != "lm_head":
             sizes = linear.in_features, linear.out_features
