@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import randomize, refused, tiny_llama
+from models import assert_untouched, randomize, refused, snapshot, tiny_llama
 from torch import Tensor, nn
 from trainer_runs import (
     ADAPTER,
@@ -134,6 +134,18 @@ def test_the_arguments_of_merge_adapter_are_peft_s(call, disabled):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     model.unmerge_adapter()
     assert all(map(torch.equal, frozen_bits(model), before))
+
+
+def test_a_layer_without_the_adapter_keeps_its_own_weight(monkeypatch):
+    model, _ = both()
+    sent = []
+    monkeypatch.setattr("fastlora.layers.merging.send_to_cpu", lambda p, undo: sent.append(p))
+    begin_with_vllm(model, keep="cpu")
+    assert len(sent) == 4  # in the try before the first step
+    before = snapshot(model)
+    model.merge_adapter(["third"])
+    assert_untouched(model, before)
+    assert len(sent) == 4
 
 
 def test_arguments_that_peft_refuses_are_refused_and_change_nothing():

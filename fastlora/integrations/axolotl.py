@@ -11,7 +11,6 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from ..automatic import optimize_or_log, show_log
-from ..trainer import MergedSampling
 
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.
@@ -50,6 +49,8 @@ class FastLoRAPlugin(BasePlugin):
         return f"{__name__}.{FastLoRAArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        from ..trainer import MergedSampling  # later, for a short chain of imports
+
         return [MergedSampling()] if cfg.get(_MERGED) else []
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
