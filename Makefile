@@ -19,8 +19,8 @@ sweep: .venv/demo $(GEMMA) ## Train eight LoRA configurations at once, and keep 
 test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, diffusers) on tiny models (ARGS="-k grpo …")
-	.venv/bin/pytest tests/project/test_recipes.py $(ARGS)
+recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, diffusers), and TRL's weights for vLLM, on tiny models (ARGS="-k grpo …")
+	.venv/bin/pytest tests/project/test_recipes.py tests/test_vllm.py $(ARGS)
 
 integrations: .venv/matrix ## Train a tiny model in axolotl, ms-swift, verl and TRL, each in its own environment (ARGS="-s axolotl", --list)
 	.venv/bin/nox -f tools/integrations.py $(ARGS)

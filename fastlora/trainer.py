@@ -7,10 +7,11 @@ Only this file imports transformers; ``import fastlora`` doesn't import it.
 
 import functools
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MethodType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.trainable import saving_adapters_only
+from .peft.merged import merge_adapter, why_not_sent
 from .peft.optimize import peft_layers
 from .sampling import merged
 
@@ -156,81 +158,138 @@ class Optimize(TrainerCallback):
 
 
 _sampling: WeakSet[nn.Module] = WeakSet()  # models inside of a merged ``generate``
+# PEFT's models between ``merge_adapter`` and ``unmerge_adapter``, with what restores them.
+_merged: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
-class _Sample:
-    """A ``generate`` that samples merged, stored in one model's ``__dict__``."""
+def _restore(model: nn.Module) -> bool:
+    """Restore a model that MergedSampling's ``merge_adapter`` merged; whether there was a merge."""
+    undo = _merged.pop(model, None)
+    if undo is not None:
+        undo.close()
+    return undo is not None
 
-    def __init__(self, model: Any, keep: str) -> None:
-        generate = model.generate
-        functools.update_wrapper(self, generate)  # first, because it sets attributes
-        self.keep, self.is_on = keep, True
-        self.before = vars(model).get("generate")  # an earlier one in this model's __dict__
-        if getattr(generate, "__self__", None) is model:
-            self.theirs = generate.__func__
+
+class _Method:
+    """One of MergedSampling's methods in place of a model's, stored in the model's ``__dict__``.
+
+    It calls ``ours`` with the replaced method, the model, and the call's arguments.
+    """
+
+    def __init__(self, model: Any, name: str, ours: Callable) -> None:
+        method = getattr(model, name)
+        functools.update_wrapper(self, method)  # first, because it sets attributes
+        self.name, self.ours, self.is_on = name, ours, True
+        self.before = vars(model).get(name)  # an earlier one in this model's __dict__
+        if getattr(method, "__self__", None) is model:
+            self.theirs = method.__func__
         else:
-            self.theirs = lambda _, *inputs, **settings: generate(*inputs, **settings)
-        vars(model)["generate"] = MethodType(self, model)  # a copy of the model gets its own
+            self.theirs = lambda _, *inputs, **settings: method(*inputs, **settings)
+        vars(model)[name] = MethodType(self, model)  # a copy of the model gets its own
 
     def __call__(self, model: Any, *inputs: Any, **settings: Any) -> Any:
-        if not self.is_on or model in _sampling:
+        if not self.is_on:
             return self.theirs(model, *inputs, **settings)
-        _sampling.add(model)
-        try:
-            with merged(model, keep=self.keep):
-                return self.theirs(model, *inputs, **settings)
-        finally:
-            _sampling.discard(model)
+        return self.ours(functools.partial(self.theirs, model), model, *inputs, **settings)
 
     def leave(self, model: Any) -> None:
-        """Restore the model's earlier ``generate``, unless another one has replaced this one."""
-        if getattr(vars(model).get("generate"), "__func__", None) is not self:
+        """Restore the model's earlier method, unless another one has replaced this one."""
+        if getattr(vars(model).get(self.name), "__func__", None) is not self:
             return
-        del vars(model)["generate"]
+        del vars(model)[self.name]
         if self.before is not None:
             is_method = getattr(self.before, "__func__", None) is self.theirs
             is_copied = is_method and self.before.__self__ is not model
-            vars(model)["generate"] = MethodType(self.theirs, model) if is_copied else self.before
+            before = MethodType(self.theirs, model) if is_copied else self.before
+            vars(model)[self.name] = before
 
 
 class MergedSampling(TrainerCallback):
-    """Makes ``model.generate`` sample with merged weights during training, as in TRL's GRPOTrainer.
+    """Makes a trainer sample with merged weights, and restores the base's bits, as for TRL's GRPO.
 
-    Each call of ``generate`` runs inside :class:`fastlora.merged`, so a token costs one product per
-    layer instead of three.  Afterwards the base weights have their exact bits again.  ``keep`` says
-    where the original weights are kept meanwhile (see :class:`fastlora.merged`).
+    Use it as ``trainer.add_callback(MergedSampling())``.  It replaces methods of the model during
+    training:
 
-    Use it as ``trainer.add_callback(MergedSampling())``.  The end of training restores
-    ``model.generate``.  An error in training ends it without a callback: ``generate`` then keeps
-    sampling merged, correctly, until :meth:`put_back`, or until the next training of the model with
-    any MergedSampling.  A second MergedSampling on the same model takes over from the first.
+    * Without vLLM, ``generate``: each call runs inside :class:`fastlora.merged`, so a token costs
+      one product per layer instead of three.
+    * With vLLM (``use_vllm``), PEFT's ``merge_adapter`` and ``unmerge_adapter``, which the trainer
+      calls to send merged weights.  ``merge_adapter`` takes PEFT's arguments and gives PEFT's names
+      and values; ``unmerge_adapter`` restores the original weights.
 
-    Training raises ValueError before its first step if the model can't be merged, or if vLLM or
-    continuous batching samples, because these don't call ``generate``.
+    Afterwards the base weights have their exact bits again.  ``keep`` says where the original
+    weights are kept meanwhile (see :class:`fastlora.merged`).
+
+    The end of training restores the methods.  An error in training ends it without a callback: the
+    methods then stay replaced, and a merged model stays merged, until :meth:`put_back`, or until
+    the next training of the model with any MergedSampling.  A second MergedSampling on the same
+    model takes over from the first.
+
+    Training raises ValueError before its first step if the model can't be merged (see
+    :class:`fastlora.merged`), or if continuous batching samples, because it doesn't call
+    ``generate``.  With vLLM also if the model is not a PeftModel, and if an adapted weight is tied
+    to another module's: vLLM has one weight for both.
     """
 
     def __init__(self, *, keep: str = "device") -> None:
         self.keep = keep
-        self._placed: tuple[Any, _Sample] | None = None
+        self._placed: list[tuple[Any, _Method]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
         model: Any = unwrap(kwargs["model"])
-        while isinstance(sample := getattr(vars(model).get("generate"), "__func__", None), _Sample):
-            sample.leave(model)  # another callback's
-        for name in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(args, name, False):
-                raise ValueError(f"{name}: MergedSampling works only with model.generate")
-        with merged(model, keep=self.keep):  # raises here, before the first step, if it can't merge
-            pass
-        self._placed = model, _Sample(model, self.keep)
+        # A PeftModel takes these two methods from its base_model.
+        inner = model.base_model if hasattr(model, "merge_adapter") else model
+        ours = [(inner, "merge_adapter", self._merge), (inner, "unmerge_adapter", self._unmerge)]
+        sample = (model, "generate", self._sample)
+        for owner, name, _ in (*ours, sample):
+            while isinstance(other := getattr(vars(owner).get(name), "__func__", None), _Method):
+                other.leave(owner)  # another callback's
+        _restore(inner)
+        # TRL's asynchronous trainers have a server, and no switch.
+        if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
+            reason = why_not_sent(model)
+            if reason:
+                raise ValueError(reason)
+            self._merge(None, inner)  # raises here, before the first step, if it can't merge
+            _restore(inner)
+        elif getattr(args, "use_transformers_continuous_batching", False):
+            raise ValueError(
+                "use_transformers_continuous_batching: MergedSampling works only with "
+                "model.generate and vLLM"
+            )
+        else:
+            with merged(model, keep=self.keep):
+                pass
+            ours = [sample]
+        self._placed = [(owner, _Method(owner, name, method)) for owner, name, method in ours]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
 
     def put_back(self) -> None:
-        """Restore the ``generate`` that the model had before training."""
-        if self._placed is not None:
-            (model, sample), self._placed = self._placed, None
-            sample.is_on = False  # another function may call it
-            sample.leave(model)
+        """Restore the methods and the weights that the model had before training."""
+        for model, method in self._placed:
+            method.is_on = False  # another function may call it
+            method.leave(model)
+            _restore(model)
+        self._placed = []
+
+    def _sample(self, theirs: Callable, model: Any, *inputs: Any, **settings: Any) -> Any:
+        if model in _sampling:
+            return theirs(*inputs, **settings)
+        _sampling.add(model)
+        try:
+            with merged(model, keep=self.keep):
+                return theirs(*inputs, **settings)
+        finally:
+            _sampling.discard(model)
+
+    def _merge(self, theirs: Any, model: Any, *inputs: Any, **settings: Any) -> None:
+        if model in _merged and (inputs or settings):
+            raise ValueError("the model is merged already: call unmerge_adapter() first")
+        _restore(model)  # after a failed synchronization, the adapters may have changed
+        _merged[model] = merge_adapter(model, self.keep == "cpu", *inputs, **settings)
+
+    def _unmerge(self, theirs: Callable, model: Any) -> None:
+        if not _restore(model):
+            theirs()

@@ -9,18 +9,19 @@ import logging
 import re
 import sys
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import MethodType, ModuleType, SimpleNamespace
 
 import peft
 import pytest
 import torch
-from models import tiny_llama
+from models import randomize, tiny_llama
 from process import run_python
 from pydantic import BaseModel, ValidationError
 
 import fastlora
 from fastlora.__main__ import main
 from fastlora.layers.mlp import GatedMLP
+from fastlora.trainer import MergedSampling
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -30,6 +31,7 @@ class BasePlugin:
     def __init__(self): ...
     def register(self, cfg: dict): ...
     def get_input_args(self) -> "str | None": ...
+    def add_callbacks_pre_trainer(self, cfg, model): ...
     def post_model_load(self, cfg, model): ...
 """
 # ms-swift 4.6.0, swift/tuners/peft.py.
@@ -85,12 +87,20 @@ def test_axolotl_s_kernels_stay_off_unless_the_config_sets_them(axolotl):
 def test_axolotl_s_model_is_optimized_by_the_plugin_s_keys(axolotl, caplog):
     caplog.set_level(logging.INFO, "fastlora")
     plugin, model = axolotl.FastLoRAPlugin(), peft_model()
-    plugin.post_model_load({"fastlora_gated_mlps": False, "lora_o_kernel": False}, model)
+    cfg = {"fastlora_gated_mlps": False, "lora_o_kernel": False, "fastlora_merged_sampling": True}
+    plugin.post_model_load(cfg, model)
     assert is_fast(model)
     assert not any(isinstance(module, GatedMLP) for module in model.modules())
     assert caplog.messages[0].startswith("14 of 14 layers fast (backend torch)")
     plugin.post_model_load({}, model)
     assert any(isinstance(module, GatedMLP) for module in model.modules())
+
+
+def test_axolotl_s_grpo_samples_merged_by_a_key(axolotl):
+    plugin = axolotl.FastLoRAPlugin()
+    [callback] = plugin.add_callbacks_pre_trainer({"fastlora_merged_sampling": True}, None)
+    assert isinstance(callback, MergedSampling)
+    assert plugin.add_callbacks_pre_trainer({}, None) == []
 
 
 def test_axolotl_s_own_kernels_win_with_a_warning(axolotl, caplog):
@@ -121,7 +131,7 @@ def test_axolotl_validates_the_plugin_s_keys(axolotl):
     assert merged(**given).model_dump(exclude_none=True) == given
     with pytest.raises(ValidationError, match="fastlora_gated_mlps"):
         merged(fastlora_gated_mlps="some")
-    settings = {name.removeprefix("fastlora_") for name in keys.model_fields}
+    settings = {name.removeprefix("fastlora_") for name in keys.model_fields} - {"merged_sampling"}
     fastlora.auto(False, **dict.fromkeys(settings, True))  # raises for another setting
 
 
@@ -137,6 +147,52 @@ def test_ms_swift_s_callback_is_in_a_folder_without_names_of_packages(module_of,
     callback = callbacks.callbacks_map["fastlora"]("args", "trainer")
     model = peft_model()
     callback.on_train_begin(None, None, None, model=model)
+    assert is_fast(model)
+    assert isinstance(callbacks.callbacks_map["fastlora_merged"]("args", "trainer"), MergedSampling)
+
+
+# ms-swift 4.6.0, swift/rlhf_trainers/utils.py: ``patch_lora_merge`` and ``patch_lora_unmerge``.
+def merge_group(model: torch.nn.Module, group: list[str]) -> None:
+    """ms-swift's merge of the layers of some parameters."""
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        if all(self.name not in parameter for parameter in group):
+            return None
+        return self.merge_origin(safe_merge, adapter_names)
+
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    for name, layer in model.named_modules():
+        if layer in layers:
+            layer.name, layer.merge_origin, layer.merge = name, layer.merge, None
+            layer.merge = MethodType(merge, layer)
+    model.merge_adapter()
+    for layer in layers:
+        layer.merge = layer.merge_origin
+        del layer.merge_origin
+
+
+def test_ms_swift_s_merges_of_groups_leave_the_bits():
+    model, theirs = peft_model().bfloat16(), peft_model().bfloat16()
+    for each in (model, theirs):
+        torch.manual_seed(1)
+        randomize(each)
+    fastlora.optimize(model)
+    sampling = MergedSampling()
+    arguments = SimpleNamespace(use_vllm=True)
+    sampling.on_train_begin(arguments, None, None, model=model)
+    names = [name for name, _ in model.named_parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    for group in (names[: len(names) // 2], names[len(names) // 2 :]):
+        for each in (model, theirs):
+            merge_group(each, group)
+        for name, p in theirs.named_parameters():
+            if name in group:
+                assert torch.equal(model.get_parameter(name), p), name
+        assert 0 < sum(getattr(m, "merged", False) for m in model.modules()) < 14
+        for each in (model, theirs):
+            each.unmerge_adapter()
+        assert all(map(torch.equal, model.parameters(), before))
+    sampling.put_back()
     assert is_fast(model)
 
 

@@ -15,14 +15,19 @@ from ..automatic import optimize_or_log, show_log
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_MERGED = "fastlora_merged_sampling"
 
 
 class FastLoRAArgs(BaseModel):
-    """The plugin's keys: arguments of :func:`fastlora.optimize`; None means its default."""
+    """The plugin's keys: arguments of :func:`fastlora.optimize`; None means its default.
+
+    ``fastlora_merged_sampling`` adds :class:`fastlora.trainer.MergedSampling`, for GRPO.
+    """
 
     fastlora_gated_mlps: bool | None = None
     fastlora_frozen_linears: bool | None = None
     fastlora_loss: bool | None = None
+    fastlora_merged_sampling: bool | None = None
 
 
 class FastLoRAPlugin(BasePlugin):
@@ -43,6 +48,11 @@ class FastLoRAPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return f"{__name__}.{FastLoRAArgs.__name__}"
 
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        from ..trainer import MergedSampling  # later, for a short chain of imports
+
+        return [MergedSampling()] if cfg.get(_MERGED) else []
+
     def post_model_load(self, cfg: Any, model: Any) -> None:
         theirs = [key for key in _KERNELS if cfg.get(key)]
         if theirs:
@@ -52,7 +62,7 @@ class FastLoRAPlugin(BasePlugin):
                 ", ".join(theirs),
             )
             return
-        names = FastLoRAArgs.model_fields
+        names = set(FastLoRAArgs.model_fields) - {_MERGED}
         given = {name.removeprefix("fastlora_"): cfg.get(name) for name in names}
         settings = {name: value for name, value in given.items() if value is not None}
         optimize_or_log(model, **settings)

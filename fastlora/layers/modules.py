@@ -1,5 +1,6 @@
 """Walks a model: its LoRA layers, the wrappers around and inside of it, and sharded tensors."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, cast
 
@@ -55,13 +56,13 @@ def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
     return {inner for module in outer for inner in module.modules()}
 
 
-def ids_outside(model: nn.Module, inside: Set[nn.Module]) -> set[int]:
-    """The ids of all parameters that modules outside of ``inside`` own.
+def owners_of(model: nn.Module, inside: Set[nn.Module] = frozenset()) -> Counter[int]:
+    """How many modules outside of ``inside`` own each parameter, by its id.
 
-    A tied parameter may have another owner inside.
+    A tied parameter has several owners.
     """
     others = [module for module in model.modules() if module not in inside]
-    return {id(each) for module in others for each in module.parameters(recurse=False)}
+    return Counter(id(each) for module in others for each in module.parameters(recurse=False))
 
 
 def left_out(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ from ..layers.frozen import Linear, frozen_classes
 from ..layers.head import head_classes, own_heads
 from ..layers.linear import adapted_class
 from ..layers.members import plain_class_of
-from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
+from ..layers.modules import called, inside_of, lora_layers, owners_of, some, unwrap
 from ..settings import check_switches
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
@@ -259,7 +259,7 @@ def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Unti
     Training a module in full must not change the frozen module that it is tied to.
     """
     inside = [module for outer in saved.values() for module in outer.modules()]
-    outside = ids_outside(model, set(inside))
+    outside = owners_of(model, set(inside))
     copies: dict[int, nn.Parameter] = {}
     untied = []
     for module in inside:

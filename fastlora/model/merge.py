@@ -14,7 +14,7 @@ from ..formats import vendor_of
 from ..layers.adapted_weight import AdaptedWeight
 from ..layers.guards import forget
 from ..layers.merging import merge_each
-from ..layers.modules import called, inside_of, lora_layers, unwrap
+from ..layers.modules import called, inside_of, lora_layers, owners_of, unwrap
 from ..layers.quantized import LoRAQuantized
 from ..projection import DTYPES
 from ..settings import check_switches
@@ -166,9 +166,7 @@ def _check_finite(name: str, merged: Tensor) -> None:
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:
-    owners = Counter(
-        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
-    )
+    owners = owners_of(model)
     tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_name))] > 1]
     if tied:
         warnings.warn(

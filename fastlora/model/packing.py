@@ -15,7 +15,7 @@ from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
-from ..layers.modules import called, full_name, ids_outside, inside_of, plain_name, some, unwrap
+from ..layers.modules import called, full_name, inside_of, owners_of, plain_name, some, unwrap
 from ..text import columns, shown
 from .declare import declared
 from .inject import check_model, check_plain
@@ -241,7 +241,7 @@ def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     """
     compiled = [module._modules.get("_orig_mod") for module in model.modules()]
     layers = {id(layer) for layer in compiled if isinstance(layer, nn.Linear)}
-    return layers | ids_outside(model, set(chosen))
+    return layers.union(owners_of(model, set(chosen)))
 
 
 def packed_on_meta(shape: Sequence[int], kind: str) -> Quantized:

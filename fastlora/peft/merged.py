@@ -1,23 +1,25 @@
 """Merges PEFT's layers for a while: restoring them puts every weight back bit for bit.
 
-PEFT's own merge does the merging.  For a dense weight it assigns a merged copy to the parameter.
-For a vendor's layer it makes a new parameter and also writes to attributes of the old one.  So each
-base first gets new Parameters over the same memory, and the merge changes these instead of the
-originals.  Everything else that PEFT writes to is saved before and restored at the end.
+PEFT's own merge does the merging.  For a dense weight, a safe merge assigns a merged copy to the
+parameter, and any other one adds in place.  For a vendor's layer it makes a new parameter and also
+writes to attributes of the old one.  So each base first gets new Parameters, over a copy if PEFT
+adds in place, and the merge changes these instead of the originals.  Everything else that PEFT
+writes to is saved before and restored at the end.
 
 This file imports nothing of PEFT.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
-from ..layers.merging import move
-from ..layers.modules import called, is_sharded
+from ..layers.merging import merge_each, move
+from ..layers.modules import called, is_sharded, owners_of, plain_name
 from ..projection import is_plain
 
 # Classes of PEFT whose merge doesn't write to the memory of the old parameter.
@@ -47,7 +49,10 @@ def why_not_merged(layers: Layers) -> str:
         elif not any(derived_from(kind, "peft.tuners.lora", each) for each in _KINDS):
             reason = f"is PEFT's {kind.__name__}, which isn't merged and given back here"
         elif any(is_sharded(tensor) or hasattr(tensor, "ds_id") for tensor in tensors):
-            reason = "is sharded over ranks: sample from the model as it is"
+            reason = (
+                "is sharded over ranks (FSDP, ZeRO-3), and can't be merged for a while: sample "
+                "without fastlora.merged and MergedSampling"
+            )
         elif any(tensor.is_meta for tensor in tensors):
             reason = "is on the meta device (accelerate's offload?), without numbers"
         elif getattr(_state_of(base), "packing_format_for_cpu", False):
@@ -88,18 +93,67 @@ def _weight_name(layer: Any) -> str:
     return getattr(layer, "parameter_name", None) or "weight"
 
 
-def merge_layer(name: str, layer: Any, undo: ExitStack) -> Any:
-    """Merge the layer's active adapters; returns the original weight (:func:`.merge_each`)."""
+def merge_layer(
+    name: str, layer: Any, undo: ExitStack, safe_merge: bool = True, adapter_names: Any = None
+) -> Any:
+    """Merge a layer by PEFT's ``merge``; returns the original weight (:func:`.merge_each`).
+
+    Returns None if the layer has none of these adapters; then it is as before.
+    """
     base = layer.get_base_layer()
     original = base._parameters[_weight_name(layer)]
-    undo.callback(_noted(base, layer))
-    _use_other_parameters(base)
+    put_back = _noted(base, layer)
+    undo.callback(put_back)
+    _use_other_parameters(base, () if safe_merge else (_weight_name(layer), "bias"))
     try:
         with torch.no_grad():
-            layer.merge(safe_merge=True)
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{called(name)} can't be merged: {error}") from error
-    return original
+    if layer.merged:
+        return original
+    put_back()  # now, because this frees the copy
+    return None
+
+
+def merge_adapter(
+    model: Any, to_cpu: bool, adapter_names: Any = None, safe_merge: bool = False
+) -> ExitStack:
+    """Merge as PEFT's ``merge_adapter`` does: the same layers, adapters, values and errors.
+
+    Closing the returned stack restores every weight.  ``model`` is PEFT's LoraModel.  Raises
+    ValueError, and changes nothing, if a layer can't be merged for a while.
+    """
+    model._check_merge_allowed()
+    layers = _tuner_layers(model.model)
+    reason = why_not_merged(layers)
+    if reason:
+        raise ValueError(reason)
+    merge = partial(merge_layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    return merge_each(model, layers, merge, to_cpu)
+
+
+def why_not_sent(model: Any) -> str:
+    """Why a trainer can't send the model's merged weights to vLLM; "" if it can."""
+    if not hasattr(model, "merge_adapter"):
+        return (
+            f"{type(model).__name__} is not a PeftModel: with vLLM, a trainer merges only a "
+            "PeftModel, so make one with peft.get_peft_model"
+        )
+    owners = owners_of(model)
+    for name, layer in _tuner_layers(model):
+        if owners[id(layer.get_base_layer()._parameters.get(_weight_name(layer)))] > 1:
+            return (
+                f"the weight of {name} is tied to another module's, and vLLM has one weight for "
+                "both: load the model with tie_word_embeddings=False, or don't adapt this layer"
+            )
+    return ""
+
+
+def _tuner_layers(model: nn.Module) -> Layers:
+    """The layers that PEFT's ``merge_adapter`` merges."""
+    named = ((plain_name(name), module) for name, module in model.named_modules())
+    return [each for each in named if derived_from(type(each[1]), "peft.tuners", "BaseTunerLayer")]
 
 
 def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
@@ -127,11 +181,13 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
     return put_back
 
 
-def _use_other_parameters(base: nn.Module) -> None:
-    """Replace the plain parameters of a base by new ones over the same memory.
+def _use_other_parameters(base: nn.Module, copied: tuple[str, ...]) -> None:
+    """Replace the plain parameters of a base by new ones, over a copy for these names.
 
-    A vendor's parameter stays, because PEFT's merge replaces it anyway.
+    The others are over the same memory.  A vendor's parameter stays, because PEFT's merge replaces
+    it anyway.
     """
     for name, parameter in base._parameters.items():
         if parameter is not None and is_plain(parameter):
-            base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+            data = parameter.detach().clone() if name in copied else parameter.detach()
+            base._parameters[name] = nn.Parameter(data, requires_grad=False)

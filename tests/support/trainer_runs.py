@@ -87,6 +87,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def frozen_bits(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+
+
 def result(trainer: Trainer) -> dict[str, Any]:
     """All results of a run: weights, optimizer, losses, gradient norms and learning rates."""
     log = [[entry["loss"], entry["grad_norm"], entry["learning_rate"]] for entry in losses(trainer)]

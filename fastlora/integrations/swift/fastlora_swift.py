@@ -1,20 +1,14 @@
-"""A plugin file for ms-swift: its callback ``fastlora`` optimizes the model before training.
+"""A plugin file for ms-swift, with two callbacks.
 
 swift sft … --external_plugins "$(python -m fastlora path swift)" --callbacks fastlora
-"""
 
-from typing import Any
+``fastlora`` optimizes the model before training; ``fastlora_merged`` is for GRPO, and samples with
+merged weights (:class:`fastlora.trainer.MergedSampling`).
+"""
 
 from swift.callbacks import callbacks_map
 
-from fastlora.trainer import Optimize
+from fastlora.trainer import MergedSampling, Optimize
 
-
-class FastLoRACallback(Optimize):
-    """:class:`fastlora.trainer.Optimize`, with the constructor that ms-swift calls."""
-
-    def __init__(self, args: Any, trainer: Any) -> None:
-        super().__init__()
-
-
-callbacks_map["fastlora"] = FastLoRACallback
+callbacks_map["fastlora"] = lambda args, trainer: Optimize()
+callbacks_map["fastlora_merged"] = lambda args, trainer: MergedSampling()
