@@ -43,8 +43,8 @@ def run_checked(
     """The outputs of a call that passed the checks, and a Call to reuse for calls of equal kind.
 
     The Call is None on the composite path and for a registered op.  ``captures``: whether the
-    caller reuses it for one kind only.  Then the Call may hold captured launches.  ``seeds``: of the
-    adapters' dropout; drawn if None, and always on the composite path.
+    caller reuses it for one kind only.  Then the Call may hold captured launches.
+    ``seeds``: of the adapters' dropout; drawn if None, and always on the composite path.
     Raises TypeError, with the reason, for tensors that torch refuses to combine.
     """
     try:
@@ -83,9 +83,7 @@ def run_checked(
         raise
 
 
-def run(
-    inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tuple[Tensor, ...]:
     """The outputs of an eager call of a known kind; ``inputs`` are x and the flat tensors.
 
     ``seeds``: of the adapters' dropout; drawn if None.

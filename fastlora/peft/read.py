@@ -111,7 +111,8 @@ def _read_adapter(
 ) -> tuple[str, Adapter[Tensor] | None, Tensor | None, Any]:
     """Read one adapter: (reason, adapter, lora_B's bias times the scale, dropout module).
 
-    With a reason, the others are None.  ``weight``: the base's.  ``part``: of a tensor parallel one.
+    With a reason, the others are None.  ``weight``: the base's.  ``part``: this rank's, of a
+    tensor parallel layer.
     """
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]

@@ -126,7 +126,7 @@ class _Sum(torch.autograd.Function):
 
 
 def is_parallel(layer: nn.Module | None) -> bool:
-    """Whether transformers runs this layer, or the base of this PEFT layer, in any parallel style."""
+    """Whether transformers runs this layer, or a PEFT layer's base, in any parallel style."""
     return layer is not None and bool(_held_by(layer._modules.get("base_layer") or layer))
 
 
@@ -149,7 +149,9 @@ def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Par
     elif mesh.ndim > 1 or size < world:
         reason = f"over {size} of {world} ranks, beside another kind of parallelism"
     elif mixed or any(name in layer.lora_variant for name in names):
-        reason = f"and {'the batch is mixed' if mixed else 'its adapter is no plain LoRA (DoRA, …)'}"
+        reason = (
+            f"and {'the batch is mixed' if mixed else 'its adapter is no plain LoRA (DoRA, …)'}"
+        )
     elif not all(_is_like(each, style, mesh, axis) for each in (modules["base_layer"], *halves)):
         reason = f"and its {half} isn't, or the ranks have unequal parts"
     else:
