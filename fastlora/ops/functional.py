@@ -95,18 +95,22 @@ def linears(
     dropout: float,
     training: bool = True,
     backend: str | None = None,
+    seeds: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
-    """The result of :func:`lora_linears`, and a Call to reuse for equal eager calls, or None."""
+    """The result of :func:`lora_linears`, and a Call to reuse for equal eager calls, or None.
+
+    ``seeds``: of the adapters' dropout, int64; drawn if None.
+    """
     key, inputs = key_of_outputs(x, projections, dropout, training, backend)
     call = call_of(key)
     if call is not None:
-        return run(inputs, call), call
+        return run(inputs, call, seeds), call
     if not is_plain(x):
         check_tensor("x", x)
     outputs = as_outputs(projections)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
-    ys, call = run_checked(x, outputs, p, backend, captures=key is not None)
+    ys, call = run_checked(x, outputs, p, backend, captures=key is not None, seeds=seeds)
     if key is not None and call is not None:
         remember(None, key, call)
     return ys, call

@@ -38,11 +38,13 @@ def run_checked(
     backend: str | None = None,
     rows: Rows | Many | None = None,
     captures: bool = False,
+    seeds: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
     """The outputs of a call that passed the checks, and a Call to reuse for calls of equal kind.
 
     The Call is None on the composite path and for a registered op.  ``captures``: whether the
     caller reuses it for one kind only.  Then the Call may hold captured launches.
+    ``seeds``: of the adapters' dropout; drawn if None, and always on the composite path.
     Raises TypeError, with the reason, for tensors that torch refuses to combine.
     """
     try:
@@ -55,7 +57,8 @@ def run_checked(
             layouts = layouts_of(outputs)
             if path == OP:
                 name = "" if backend is None else backend_name(backend)
-                seeds = _seeds(layouts, dropout, rows, x.device)
+                if seeds is None:
+                    seeds = _seeds(layouts, dropout, rows, x.device)
                 return call_registered(x, outputs, dropout, seeds, name, rows), None
             if isinstance(rows, Many):
                 rows = rows.on(x.device, outputs[0].adapters)
@@ -70,7 +73,7 @@ def run_checked(
             call = Call(layouts, dropout, find_backend(name), rows, captured, few)
             # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
             # no key, so a cached call has none.
-            return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
+            return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds), call
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -80,15 +83,18 @@ def run_checked(
         raise
 
 
-def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
-    """The outputs of an eager call of a known kind; ``inputs`` are x and the flat tensors."""
+def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The outputs of an eager call of a known kind; ``inputs`` are x and the flat tensors.
+
+    ``seeds``: of the adapters' dropout; drawn if None.
+    """
     x = inputs[0]
     if autocast_dtype(x) is not None:
         x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
-            return run((x, *flatten(outputs, call.layouts)), call)
-    rows, seeds = call.rows, None
-    if call.dropout or rows is not None:
+            return run((x, *flatten(outputs, call.layouts)), call, seeds)
+    rows = call.rows
+    if seeds is None and (call.dropout or rows is not None):
         seeds = _seeds(call.layouts, call.dropout, rows, x.device)
     if call.is_few:
         return (run_few_rows(inputs, seeds, call),)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backends.dropout import dropout_mask
 from ..layers.classes import changed_classes
 from ..ops.run import draw_seed
+from .tensor_parallel import part_of
 
 
 class SeededDropout(nn.Dropout):
@@ -31,9 +32,12 @@ class SeededDropout(nn.Dropout):
             return x
         if not self.seeds:
             dropouts = self.layer.lora_dropout
-            active = [dropouts[name] for name in self.layer.active_adapters if name in dropouts]
+            names = [name for name in self.layer.active_adapters if name in dropouts]
+            active = [dropouts[name] for name in names]
             count = sum(isinstance(d, SeededDropout) and d.drops() for d in active)
-            self.seeds += draw_seed(max(1, count), x.device).split(1)
+            _, part = part_of(self.layer, names)
+            draw = draw_seed if part is None else part.seeds
+            self.seeds += draw(max(1, count), x.device).split(1)
         count, rows = self.rows or (x.numel() // x.shape[-1], slice(None))
         mask = dropout_mask(self.seeds.pop(0), (count, x.shape[-1]), self.p)[rows]
         return x * mask.reshape(x.shape).to(x.dtype) / (1.0 - self.p)

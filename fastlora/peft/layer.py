@@ -28,6 +28,7 @@ from ..projection import Adapter
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
+from .tensor_parallel import PARALLEL, Part, is_parallel
 
 
 class FastLinear(Fast, nn.Module):
@@ -48,7 +49,9 @@ class FastLinear(Fast, nn.Module):
         layer: Any = self
         if layer.merged and layer.disable_adapters:  # PEFT unmerges it in the call
             return Record("its adapter is merged and disabled")
-        return read_active(layer) if adapters_now(layer) else read_frozen(layer.base_layer)
+        if not adapters_now(layer):
+            return read_frozen(layer.base_layer)
+        return _of_one_rank(read_active(layer))
 
     forward.__qualname__ = "Linear.forward"  # Python's errors of wrong arguments read as PEFT's
 
@@ -77,9 +80,16 @@ def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Non
     return None
 
 
+def _of_one_rank(record: Record) -> Record:
+    """The record for a caller that runs no :class:`.tensor_parallel.Part`."""
+    return Record(PARALLEL) if isinstance(record.how, Part) else record
+
+
 def _run_record(layer: LoraLayer, x: Tensor, record: Record) -> tuple[Tensor | None, Call | None]:
     if record.output is None or not fits(x, record.output.base.weight):
         return None, None
+    if isinstance(record.how, Part):
+        return record.how.run(x, record), None
     if record.how is not None and why_patched(DoraLinearVariant):
         return None, None  # checked in each call: a variant is no module, so no guard covers it
     return fast_forward(x, record)
@@ -157,7 +167,9 @@ class PeftGatedMLP(mlp.GatedMLP):
     """A gated MLP of an optimized model.  Its layers are PEFT's, or have no adapter."""
 
     def why_not_now(self) -> str:
-        return why_not_now()
+        # In each call, because reading gate and up before down gives the reason takes longer.
+        parallel = is_parallel(self._modules.get(mlp.PARTS[0]))
+        return why_not_now() or (f"its gate_proj: {PARALLEL}" if parallel else "")
 
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
         return parts_of(module) if isinstance(module, LoraLayer) else []
@@ -172,5 +184,5 @@ class PeftGatedMLP(mlp.GatedMLP):
             reason = WATCHED
         if reason:
             return Record(reason)
-        record = read_active(linear)
+        record = _of_one_rank(read_active(linear))
         return record if record.how is None else Record("it is DoRA")

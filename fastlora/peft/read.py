@@ -27,6 +27,7 @@ from ..projection import Adapter, Base, Output, is_plain
 from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
+from .tensor_parallel import Part, part_of
 
 _never = why_never()  # computed once, because it takes as long as a small op
 
@@ -71,15 +72,19 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
     patched = why_patched(plain_class_of(layer))
     if patched:
         return Record(patched)
-    base = layer._modules["base_layer"]
-    if is_hooked(base):  # check before reading a weight, because ZeRO-3 gathers it when it is read
-        return Record(_why_hooked(base, "its base layer"))
+    base, reason, part = layer._modules["base_layer"], "", None
+    if is_hooked(base):
+        reason, part = part_of(layer, names, mixed)
+        base = base if part is None else part.local(base)
+        # Checked before reading a weight, because ZeRO-3 gathers it when it is read.
+        if reason or is_hooked(base):
+            return Record(reason or _why_hooked(base, "its base layer"))
     reason, weight, bias, packed = read_base(base, adapted=True)
     if reason:
         return Record(reason)
     adapters, dropouts, drop, magnitude = [], [], None, None
     for name in names:
-        reason, adapter, shift, drop = _read_adapter(layer, name, weight)
+        reason, adapter, shift, drop = _read_adapter(layer, name, weight, part)
         if adapter is None:
             return Record(reason)
         if mixed and (name in layer.lora_variant or shift is not None):
@@ -98,19 +103,22 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
         if magnitude is not None and not layer.training:
             dropouts = [0.0]  # in PEFT's DoRA the layer's mode counts, not its dropout's
     output = Output(Base(weight, bias), tuple(adapters))
-    return Record("", (output,), tuple(dropouts), (packed,), magnitude, drop, names[0])
+    return Record("", (output,), tuple(dropouts), (packed,), part or magnitude, drop, names[0])
 
 
 def _read_adapter(
-    layer: LoraLayer, name: str, weight: Tensor
+    layer: LoraLayer, name: str, weight: Tensor, part: Part | None
 ) -> tuple[str, Adapter[Tensor] | None, Tensor | None, Any]:
     """Read one adapter: (reason, adapter, lora_B's bias times the scale, dropout module).
 
-    With a reason, the others are None.  ``weight``: the base's.
+    With a reason, the others are None.  ``weight``: the base's.  ``part``: this rank's, of a
+    tensor parallel layer.
     """
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     drop, scale = modules["lora_dropout"]._modules[name], layer.scaling[name]
+    if part is not None:
+        lora_a, lora_b = part.local(lora_a), part.local(lora_b)
     reason = why_not_pair(lora_a, lora_b, weight, weight.shape)
     if not reason:
         down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")

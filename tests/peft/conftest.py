@@ -29,16 +29,16 @@ def fresh_compiler():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """A function that returns a group of two processes, and starts a new one if necessary."""
-    started: list[Ranks] = []
+    """A function that returns a group of processes, and starts a new one if necessary."""
+    started: dict[int, Ranks] = {}
 
-    def get() -> Ranks:
-        if not started or not started[-1].usable:
-            started.append(Ranks(2, tmp_path_factory.mktemp("ranks")))
-        return started[-1]
+    def get(size: int = 2) -> Ranks:
+        if size not in started or not started[size].usable:
+            started[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
+        return started[size]
 
     yield get
-    for each in started:
+    for each in started.values():
         each.close()
 
 

@@ -1,0 +1,292 @@
+"""Optimized PEFT models that transformers shards over ranks give the numbers of one process.
+
+The ranks are processes on the CPU.  All of them see the whole batch.
+"""
+
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import tp_worker as worker
+from packaging.version import Version
+from safetensors.torch import load_file
+from torch import Tensor
+from tp_worker import LAYERS, SCALE
+
+from fastlora.backends.dropout import dropout_mask
+from fastlora.layers.mlp import PARTS
+from fastlora.ops.run import draw_seed
+from fastlora.reference import lora_linear
+
+pytestmark = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.17")
+    or Version(version("peft")) < Version("0.21.1"),
+    reason="tensor parallel LoRA layers need transformers 5.17 and PEFT 0.21.1",
+)
+RANKS = pytest.mark.parametrize("size", [2, 4])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """A function that returns a folder with the saved model of these settings."""
+
+    @cache
+    def get(**settings) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        worker.save(folder, **settings)
+        return folder
+
+    return get
+
+
+class Weights(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def layer(self, x: Tensor, p: float = 0.0, mask: Tensor | None = None) -> Tensor:
+        weight, bias, *pair = self
+        return lora_linear(x, weight, *pair, bias=bias, scale=SCALE, dropout=p, mask=mask)
+
+
+def weights_of(folder: Path, name: str, dtype: torch.dtype) -> Weights:
+    """A layer's whole weights in float64, as ``dtype`` rounds its base's."""
+    base = load_file(folder / "base" / "model.safetensors")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    weight, bias = (base.get(f"model.layers.1.{name}.{each}") for each in ("weight", "bias"))
+    start = f"base_model.model.model.layers.1.{name}"
+    pair = [adapter[f"{start}.lora_{half}.weight"].double().requires_grad_() for half in "AB"]
+    bias = None if bias is None else bias.to(dtype).double()
+    return Weights(weight.to(dtype).double(), bias, *pair)
+
+
+def mask_of(shape: tuple[int, int], p: float, ranks: int) -> Tensor:
+    """The mask of a layer's next call: one for all ranks, or side by side one of each."""
+    rows, columns = shape
+    seeds = draw_seed(ranks, torch.device("cpu")).split(1)
+    return torch.cat([dropout_mask(seed, (rows, columns // ranks), p) for seed in seeds], 1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# The q and o projections have a bias; up and down have none.
+LAYER = pytest.mark.parametrize(
+    "name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+)
+
+
+@RANKS
+@LAYER
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_layer_has_the_numbers_of_one_rank(size, name, dtype, p, tolerance, ranks, folder_of):
+    """The output of the last of two calls, and the gradients that both accumulate."""
+    folder = folder_of(dropout=p)
+    weights, x, dy = inputs_of(folder, name, dtype)
+    found = ranks(size).run(worker.run_layer, folder, name, x, dy, dtype, calls=2)
+    x, mask = x.double().requires_grad_(), None
+    torch.manual_seed(7)
+    for _ in range(2):
+        if p:
+            mask = mask_of((10, x.shape[-1]), p, size if is_rowwise(name) else 1).view(x.shape)
+        y = weights.layer(x, p, mask)
+        y.backward(dy.double())
+    for rank, layer in enumerate(found):
+        assert layer.fast == 2
+        assert_part(layer, rank, size, name, y, [x, weights.lora_a, weights.lora_b], tolerance)
+
+
+@RANKS
+@LAYER
+def test_gradients_of_gradients(size, name, ranks, folder_of):
+    weights, x, dy = inputs_of(folder_of(), name, torch.float32)
+    found = ranks(size).run(worker.run_twice, folder_of(), name, x, dy)
+    x = x.double().requires_grad_()
+    y = weights.layer(x)
+    whole = weights.lora_b if is_rowwise(name) else weights.lora_a
+    (gradient,) = torch.autograd.grad(y, whole, dy.double(), create_graph=True)
+    gradient.square().sum().backward()
+    half = weights.lora_a if is_rowwise(name) else weights.lora_b
+    for rank, layer in enumerate(found):
+        assert_part(layer, rank, size, name, y, [x, half], 1e-5)
+
+
+def is_rowwise(name: str) -> bool:
+    return name.endswith(worker.ROWWISE)
+
+
+def inputs_of(folder: Path, name: str, dtype: torch.dtype) -> tuple[Weights, Tensor, Tensor]:
+    weights = weights_of(folder, name, dtype)
+    n, k = weights.weight.shape
+    return weights, torch.randn(2, 5, k).to(dtype), torch.randn(2, 5, n).to(dtype)
+
+
+def assert_part(
+    layer: worker.Layer,
+    rank: int,
+    size: int,
+    name: str,
+    y: Tensor,
+    inputs: list[Tensor],
+    tolerance: float,
+) -> None:
+    """Compare a rank's layer with one process's y and the gradients of x and some halves."""
+    dx, *gradients = [tensor.grad for tensor in inputs]
+    if is_rowwise(name):
+        dx = dx.chunk(size, -1)[rank]
+    else:
+        y = y.chunk(size, -1)[rank]
+    assert error(layer.y, y) < tolerance
+    assert error(layer.dx, dx) < tolerance
+    found = {gradient.shape: gradient for gradient in layer.gradients.values()}
+    for gradient in gradients:
+        assert found[gradient.shape].dtype == torch.float32
+        assert error(found[gradient.shape], gradient) < tolerance
+
+
+def assert_same(found: worker.Step, expected: worker.Step, tolerance: float = 1e-5) -> None:
+    assert found.loss == pytest.approx(expected.loss, rel=tolerance)
+    assert found.gradients.keys() == expected.gradients.keys()
+    assert len(found.gradients) >= 2 * LAYERS
+    for name, gradient in expected.gradients.items():
+        assert error(found.gradients[name], gradient) < tolerance, name
+
+
+@RANKS
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"second": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_model_has_the_numbers_of_peft_and_of_one_rank(size, kind, ranks, folder_of):
+    folder = folder_of(**kind)
+    alone = worker.run_step(folder, optimized=False)
+    theirs = ranks(size).run(worker.run_step, folder, optimized=False)
+    for found, peft in zip(ranks(size).run(worker.run_step, folder), theirs, strict=True):
+        assert (found.fast, peft.fast, alone.fast) == (LAYERS, 0, 0)
+        assert_same(found, peft)
+        assert_same(found, alone)
+        assert str(found.coverage).splitlines() == [
+            f"{LAYERS} of {LAYERS} layers fast (backend torch)",
+            "0 of 2 gated MLPs as one block",
+            "2 layer by layer: base_model.model.model.layers.0.mlp, "
+            "base_model.model.model.layers.1.mlp: its gate_proj: its base layer is tensor parallel",
+        ]
+
+
+@RANKS
+def test_dropout_has_the_masks_that_peft_s_forward_would_share(size, ranks, folder_of):
+    folder = folder_of(dropout=0.3)
+    theirs = ranks(size).run(worker.run_step, folder, optimized=False, masks=True)
+    found = ranks(size).run(worker.run_step, folder)
+    for one, other in zip(found, theirs, strict=True):
+        assert (one.fast, other.fast) == (LAYERS, 0)
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("optimized", [True, False], ids=["fastlora", "peft"])
+def test_adapters_stay_equal_if_random_states_differ(optimized, ranks, folder_of):
+    """In PEFT's forward, the ranks' copies of a colwise lora_A get different gradients."""
+    run, folder = worker.run_with_own_random_states, folder_of(dropout=0.3)
+    first, *others = ranks(4).run(run, folder, optimized=optimized)
+    assert len(first) == LAYERS
+    assert all(gradient.any() for gradient in first.values())
+    for found in others:
+        assert found.keys() == first.keys()
+        for name in first:
+            if optimized or "lora_A" in name:
+                assert found[name].equal(first[name]) == optimized, name
+
+
+@RANKS
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "checkpoints"])
+def test_a_trained_adapter_is_saved_whole(size, checkpoints, ranks, folder_of, tmp_path):
+    outputs = [tmp_path / "alone", tmp_path / "ranks"]
+    alone = worker.train_and_save(folder_of(), outputs[0])
+    assert alone[-1] < 0.995 * alone[0]
+    for losses in ranks(size).run(worker.train_and_save, folder_of(), outputs[1], checkpoints):
+        assert losses == pytest.approx(alone, rel=1e-5)
+    files = [load_file(output / "adapter_model.safetensors") for output in outputs]
+    assert files[0].keys() == files[1].keys()
+    assert all(error(files[1][name], tensor) < 1e-5 for name, tensor in files[0].items())
+
+
+@RANKS
+def test_logits_in_evaluation(size, ranks, folder_of):
+    alone = worker.sample(folder_of(), optimized=False)
+    for logits in ranks(size).run(worker.sample, folder_of()):
+        assert error(logits, alone) < 1e-5
+
+
+def test_check(ranks, folder_of):
+    for text in ranks(2).run(worker.check, folder_of(dropout=0.3)):
+        assert f"({LAYERS} of {LAYERS} layers fast) and PEFT: the same within rounding" in text
+
+
+def test_merging_is_refused(ranks, folder_of):
+    for ours, theirs in ranks(2).run(worker.merge, folder_of()):
+        assert "q_proj is sharded over ranks: sample from the model as it is" in ours
+        assert "DTensor" in theirs
+
+
+PARALLEL = "its base layer is tensor parallel"
+CHANGES = {
+    "hook": "a hook watches, or something replaces, the calls of its base layer",
+    "dora": f"{PARALLEL} and its adapter is no plain LoRA (DoRA, …)",
+    "whole": f"{PARALLEL} and its lora_B isn't, or the ranks have unequal parts",
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.items(), ids=CHANGES)
+def test_a_changed_layer_is_left_to_peft(change, reason, ranks, folder_of):
+    assert ranks(2).run(worker.report, folder_of(), change) == [[reason, str(LAYERS - 1)]] * 2
+
+
+def test_unequal_parts_are_left_to_peft(ranks, folder_of):
+    folder = folder_of(wide=50)
+    alone = worker.run_step(folder, optimized=False)
+    for found in ranks(4).run(worker.run_step, folder, mend=True):
+        assert found.fast == LAYERS - 6
+        assert_same(found, alone)
+        reasons = {layer.name.split(".")[-1]: layer.reason for layer in found.coverage.layers}
+        assert {name for name, reason in reasons.items() if reason} == set(PARTS)
+        assert (
+            reasons["up_proj"]
+            == f"{PARALLEL} and its lora_B isn't, or the ranks have unequal parts"
+        )
+        assert reasons["down_proj"].startswith(f"{PARALLEL} and its lora_A isn't")
+
+
+OVER_TWO = "over 2 of 4 ranks, beside another kind of parallelism"
+STYLE = {"model.layers.*.self_attn.o_proj": "rowwise_split_input"}
+
+
+@pytest.mark.filterwarnings("ignore:TP plan .* is not supported", "ignore:.*no layer runs fast")
+@pytest.mark.parametrize(
+    ("size", "sizes", "left", "reason"),
+    [
+        (2, {"plan": STYLE}, 2, "in another style than colwise and rowwise"),
+        (4, {"tp_size": 2, "fsdp_size": 2}, LAYERS, OVER_TWO),
+    ],
+    ids=["style", "fsdp2"],
+)
+def test_other_placements_are_left_to_peft(size, sizes, left, reason, ranks, folder_of):
+    for coverage in ranks(size).run(worker.report_of_new, folder_of(), **sizes):
+        assert len(coverage.not_fast) == left
+        assert {layer.reason for layer in coverage.not_fast} == {f"{PARALLEL} {reason}"}
+        assert len(coverage.fast) == LAYERS - left
+
+
+def test_mixed_batches_are_left_to_peft(ranks, folder_of):
+    for found, peft in ranks(2).run(worker.mixed, folder_of()):
+        assert found.equal(peft)
+
+
+def test_compiled_calls_are_left_to_peft(ranks, folder_of):
+    for compiled, eager, fast in ranks(2).run(worker.compiled, folder_of()):
+        assert not fast
+        assert error(compiled, eager) < 1e-6
