@@ -66,13 +66,11 @@ class Part(NamedTuple):
 
     def run(self, x: Tensor, record: Record) -> Tensor:
         """The layer's output for this rank's x."""
-        ((weight, bias), adapters), p = record.outputs[0], max(record.dropouts)
-        whole = "lora_b" if self.is_rowwise else "lora_a"
-        adapters = tuple(
-            [each._replace(**{whole: self._whole(getattr(each, whole))}) for each in adapters]
-        )
+        ((weight, bias), adapters), p, whole = record.outputs[0], max(record.dropouts), self._whole
         if not self.is_rowwise:
-            return linears(self._whole(x), (Output(Base(weight, bias), adapters),), p)[0][0]
+            adapters = tuple([each._replace(lora_a=whole(each.lora_a)) for each in adapters])
+            return linears(whole(x), (Output(Base(weight, bias), adapters),), p)[0][0]
+        adapters = tuple([each._replace(lora_b=whole(each.lora_b)) for each in adapters])
         seeds = self.seeds(len(adapters), x.device) if p else None
         (y,), _ = linears(x, (Output(Base(weight, None), adapters),), p, seeds=seeds)
         y = _Sum.apply(y, self.group)
@@ -127,7 +125,7 @@ class _Sum(torch.autograd.Function):
 
 def is_parallel(layer: nn.Module | None) -> bool:
     """Whether transformers runs this layer, or a PEFT layer's base, in any parallel style."""
-    return layer is not None and bool(_held_by(layer._modules.get("base_layer") or layer))
+    return layer is not None and bool(_held_by(layer._modules.get("base_layer", layer)))
 
 
 def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Part | None]:
@@ -148,10 +146,10 @@ def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Par
         reason = "in another style than colwise and rowwise"
     elif mesh.ndim > 1 or size < world:
         reason = f"over {size} of {world} ranks, beside another kind of parallelism"
-    elif mixed or any(name in layer.lora_variant for name in names):
-        reason = (
-            f"and {'the batch is mixed' if mixed else 'its adapter is no plain LoRA (DoRA, …)'}"
-        )
+    elif mixed:
+        reason = "and the batch is mixed"
+    elif any(name in layer.lora_variant for name in names):
+        reason = "and its adapter is no plain LoRA (DoRA, …)"
     elif not all(_is_like(each, style, mesh, axis) for each in (modules["base_layer"], *halves)):
         reason = f"and its {half} isn't, or the ranks have unequal parts"
     else:
@@ -161,10 +159,9 @@ def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Par
 
 def _is_like(linear: nn.Module, style: Any, mesh: Any, axis: int) -> bool:
     """Whether a linear layer runs in this style, and each rank has an equal part of its weight."""
-    held, weight = _held_by(linear), linear._parameters.get("weight")
+    held, weight = _held_by(linear), vars(linear)["_parameters"].get("weight")
     return (
         held.get("self") is style
-        and weight is not None
         and is_dtensor(weight)
         and weight.device_mesh == mesh == held["mesh"]
         and weight.placements[0].is_shard(axis)

@@ -238,8 +238,8 @@ def with_scale(monkeypatch, culprit, factor: float) -> None:
     """The fast path computes with another scale in this layer, in its own call and in a block's."""
     read = reading._read_adapter
 
-    def wrong(layer, name, weight):
-        reason, adapter, *rest = read(layer, name, weight)
+    def wrong(layer, *args):
+        reason, adapter, *rest = read(layer, *args)
         if layer is culprit:
             adapter = adapter._replace(scale=adapter.scale * factor)
         return reason, adapter, *rest

@@ -160,7 +160,9 @@ def assert_same(found: worker.Step, expected: worker.Step, tolerance: float = 1e
 
 
 @RANKS
-@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"second": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{}, {"lora_bias": True}, {"second": True}, {"bias": "all"}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_a_model_has_the_numbers_of_peft_and_of_one_rank(size, kind, ranks, folder_of):
     folder = folder_of(**kind)
