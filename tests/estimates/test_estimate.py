@@ -153,8 +153,7 @@ def test_the_size_in_nf4_is_the_packed_model_s():
     dense, packed = fastlora.estimate(model, [4], rounds=0), copy.deepcopy(model)
     fastlora.pack(packed, "nf4", modules=r"model\.layers.*_proj")
     found = fastlora.estimate(packed, [4], rounds=0)
-    codes = 14 * 16 * 4  # each layer of bitsandbytes has the table of NF4
-    assert dense.frozen.nf4_bytes + codes == found.frozen.bytes == found.frozen.nf4_bytes
+    assert dense.frozen.nf4_bytes == found.frozen.bytes == found.frozen.nf4_bytes
     assert ("in NF4" in str(dense), "in NF4" in str(found)) == (True, False)
 
 
@@ -210,18 +209,22 @@ def test_kept_bytes_are_the_growth_of_a_forward(way, dropout):
         for module in model.modules():
             if isinstance(module, fastlora.LoRALinear):
                 module.lora_A.requires_grad_(False)
+    expected = ids.numel() * kept
     if whole or way == "gradient checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Each block holds a random state, and all blocks share the rotary embeddings.
+        expected += 4 * torch.get_rng_state().nbytes + 2 * 64 * 16 * 4
     growth(model, batch)  # the first call makes records of the modules
-    assert growth(model, batch) == pytest.approx(ids.numel() * kept, rel=0.02)
+    assert growth(model, batch) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_savings_of_a_model():
-    found = fastlora.estimate(tiny_llama(), [4], rounds=1).rank_costs[0]
+    model = tiny_llama(vocab_size=1024)
+    found = fastlora.estimate(model, [4], rounds=1).rank_costs[0]
     assert len(found.kept_with) == 4
     whole = found.kept_with.pop("all of these")
     assert whole < min(found.kept_with.values()) <= max(found.kept_with.values()) < found.kept_bytes
-    lazy = fastlora.estimate(tiny_llama(), [4], rounds=1, loss=True).rank_costs[0]
+    lazy = fastlora.estimate(model, [4], rounds=1, loss=True).rank_costs[0]
     assert lazy.kept_bytes == found.kept_with["loss without logits"]
 
 
