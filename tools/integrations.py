@@ -23,7 +23,7 @@ TRAINERS = {
         "torch<=2.13.0 transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 "
         "datasets==4.8.4 kernels<0.17 pydantic==2.12.5 addict fire wandb evaluate==0.4.1 numba art "
         "python-dotenv posthog==6.7.11 schedulefree==1.4.1 opentelemetry-sdk PyYAML requests "
-        "colorama einops scipy typer==0.25.1",
+        "colorama einops scipy typer==0.25.1 pillow bitsandbytes fastcore",
     ),
     "verl": (
         "verl==0.9.1",

@@ -203,7 +203,8 @@ def _saved_by_nf4(model: nn.Module) -> int:
     for name in all_linear(model):
         weight = matrix_of(model.get_submodule(name))
         if is_plain(weight):
-            tensors = FourBit(*weight.shape, "nf4", 64).expected().values()
+            N, K = weight.shape
+            tensors = FourBit(N, K, "nf4", 64).expected().values()
             packed = [math.prod(shape) * dtypes[0].itemsize for shape, dtypes in tensors]
             saved += weight.nbytes - sum(packed)
     return saved
