@@ -28,7 +28,7 @@ TRAINERS = {
     "verl": (
         "verl==0.9.1",
         "transformers==5.10.4 peft tensordict==0.10.0 ray[default]==2.60.0 codetiming "
-        "hydra-core datasets pylatexenc torchdata accelerate",
+        "hydra-core datasets pylatexenc torchdata accelerate pillow",
     ),
 }
 
