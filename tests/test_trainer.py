@@ -70,6 +70,37 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, tmp_path):
     assert_same(result(resumed), expected)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.modeling_utils, "save_on_cpu"), reason="needs transformers 5.17"
+)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["own", "optimized"])
+def test_offloaded_checkpoints_change_no_bit(kind, tmp_path, monkeypatch):
+    stores, store = [], transformers.modeling_utils.save_on_cpu
+    monkeypatch.setattr(
+        transformers.modeling_utils,
+        "save_on_cpu",
+        lambda **settings: stores.append(settings) or store(),
+    )
+
+    def run(name: str, **settings) -> dict[str, Any]:
+        model = adapted()
+        if kind == "optimized":
+            torch.manual_seed(2)
+            config = peft.LoraConfig(**ADAPTER, init_lora_weights=False)
+            model = fastlora.optimize(peft.get_peft_model(base_model(), config), loss=True)
+        trainer = AdapterTrainer if kind == "own" else Trainer
+        trainer = trainer_for(model, tmp_path / name, trainer, **settings)
+        trainer.train()
+        return result(trainer)
+
+    expected = run("plain")
+    assert not stores
+    settings = {"gradient_checkpointing_kwargs": {"offload": True}}
+    assert_same(run("offload", gradient_checkpointing=True, **settings), expected)
+    assert len(stores) == 2 * STEPS  # each of the two blocks in each step
+
+
 @pytest.mark.parametrize(
     ("name", "trainer"),
     [

@@ -23,22 +23,23 @@ TRAINERS = {
         "torch<=2.13.0 transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 "
         "datasets==4.8.4 kernels<0.17 pydantic==2.12.5 addict fire wandb evaluate==0.4.1 numba art "
         "python-dotenv posthog==6.7.11 schedulefree==1.4.1 opentelemetry-sdk PyYAML requests "
-        "colorama einops scipy typer==0.25.1",
+        "colorama einops scipy typer==0.25.1 pillow bitsandbytes fastcore",
     ),
     "verl": (
         "verl==0.9.1",
         "transformers==5.10.4 peft tensordict==0.10.0 ray[default]==2.60.0 codetiming "
-        "hydra-core datasets pylatexenc torchdata accelerate",
+        "hydra-core datasets pylatexenc torchdata accelerate pillow",
     ),
 }
 
 
 def run(session: nox.Session, name: str) -> None:
     bare, packages = TRAINERS[name]
-    session.install(f"{ROOT}[trainer,peft]", "pytest", *packages.split())
+    session.install(f"{ROOT}[trainer,peft]", "pytest", "hypothesis", *packages.split())
     if bare:
         session.install("--no-deps", *bare.split())
     own = {"FASTLORA_INTEGRATION": "1", "PYTHONPATH": ""}
+    session.chdir(ROOT)
     session.run("pytest", "-q", "tests/integrations", "-k", name, env=own)
 
 

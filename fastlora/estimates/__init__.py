@@ -1,7 +1,7 @@
 """Memory, time and file size of a LoRA rank, before training: ``fastlora.estimate``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,12 +18,13 @@ from ..layers.experts import packed_names
 from ..layers.modules import unwrap
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
-from ..model.inject import apply_lora, check_model, check_plain, undo_injection
+from ..model.inject import check_model, check_plain
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
 from ..settings import check_switches
 from ..text import shown
 from .count import Estimate, count_adapter, count_frozen
+from .savings import adapted, savings_of
 
 RANKS = (8, 16, 64, 256)
 _ROWS, _TOKENS = 1, 256  # of the random batch
@@ -41,8 +42,10 @@ def estimate(
 ) -> Estimate:
     """The cost of LoRA at each rank for this model.
 
-    Parameters, file sizes and FLOPs are counted.  Step time and the memory that a forward keeps are
-    measured on the model's device.
+    Parameters, gradients, optimizer states, file sizes and FLOPs are counted.  Step time and the
+    memory that a forward keeps are measured on the model's device.  Kept memory is also measured
+    with each saving that the model can use: lora_A frozen, the loss without logits, gradient
+    checkpointing, and all of these (docs/memory.md).
 
     ``model`` has no adapters yet.  ``config`` says which layers would be adapted, also weights of
     experts; None means every linear layer.  Each of ``ranks`` replaces its ``r``, and its patterns
@@ -110,41 +113,43 @@ def _measured(
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
-    # The frozen model and every rank take turns in each round, so that drift affects all alike.
-    sides = [partial(frozen, model, batch)]
     configs = [replace(config, r=cost.r) for cost in estimate.rank_costs]
-    sides += [partial(_adapted, model, each, loss) for each in configs]
-    waiting, seconds = [], []
+    ways: dict[str, Any] = {"": {}} | savings_of(model)
+    say = progress or (lambda line: None)
     with undisturbed(model), in_mode(model, training=True):
-        for i in range(rounds + 1):  # round 0 warms up, and measures the kept bytes
-            if progress is not None:
-                progress(f"round {i} of {rounds}" if i else "kept bytes")
+
+        def kept(side: AbstractContextManager) -> float:
+            with side:
+                return kept_bytes(model, batch) / tokens
+
+        say("kept bytes")
+        waiting = kept(frozen(model, batch))
+        smaller = [
+            {name: kept(adapted(model, each, **{"loss": loss} | way)) for name, way in ways.items()}
+            for each in configs
+        ]
+        # The frozen model and every rank take turns in each round, so that drift affects all alike.
+        sides = [partial(frozen, model, batch)]
+        sides += [partial(adapted, model, each, loss=loss) for each in configs]
+        seconds = []
+        for i in range(rounds + 1):  # round 0 warms up
+            if i:
+                say(f"round {i} of {rounds}")
             times = []
             for side in sides:
                 with side():
-                    if i == 0:
-                        waiting.append(kept_bytes(model, batch) / tokens)
                     times.append(step_seconds(model, batch))
                     model.zero_grad()
             if i:
                 seconds.append(times)
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     rank_costs = tuple(
-        replace(cost, kept_bytes=waiting[j], step=_quartiles(ratios[j]))
-        for j, cost in enumerate(estimate.rank_costs, start=1)
+        replace(cost, kept_bytes=each.pop(""), kept_with=each, step=_quartiles(steps))
+        for cost, each, steps in zip(estimate.rank_costs, smaller, ratios[1:], strict=True)
     )
     middle = _quartiles([times[0] for times in seconds])[1]
-    costs = replace(estimate.frozen, kept_bytes=waiting[0], seconds=middle)
+    costs = replace(estimate.frozen, kept_bytes=waiting, seconds=middle)
     return replace(estimate, frozen=costs, rank_costs=rank_costs, device=str(device), batch=text)
-
-
-@contextmanager
-def _adapted(model: nn.Module, config: LoRAConfig, loss: bool) -> Iterator[None]:
-    apply_lora(model, config, loss=loss)
-    try:
-        yield
-    finally:
-        undo_injection(model)
 
 
 @contextmanager

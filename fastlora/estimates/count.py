@@ -1,19 +1,20 @@
 """The records of an estimate, and the part of it that is counted from shapes."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
+from ..formats.bitsandbytes import FourBit
 from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
 from ..model.config import LoRAConfig
 from ..model.files import Planned, size_of
-from ..model.targets import find_targets, modules_to_save
+from ..model.targets import all_linear, find_targets, modules_to_save
 from ..model.tensors import (
     AUTO,
     embedding_tensors,
@@ -23,10 +24,7 @@ from ..model.tensors import (
 )
 from ..projection import is_plain
 from ..text import columns
-
-_MIB, _GIB = 2**20, 2**30
-# Training keeps each parameter, its gradient and AdamW's two moments.
-_COPIES_IN_TRAINING = 4
+from .learning_rate import SOURCE, learning_rates
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,14 @@ class RankCost:
     * ``bytes``: their size;
     * ``flops``: per token, forward and backward, in addition to the frozen model's;
     * ``file_bytes``: the size of ``adapter_model.safetensors``;
+    * ``learning_rates``: the lowest and the highest rate to try first
+      (``estimates/learning_rate.py`` has the source); None above rank 128 and for rsLoRA;
     * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
+    * ``kept_with``: ``kept_bytes`` with each setting that reduces it (docs/memory.md);
     * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
       quartile, median and upper quartile.
 
-    ``kept_bytes`` and ``step`` are None if nothing was measured.
+    If nothing was measured, ``kept_bytes`` and ``step`` are None, and ``kept_with`` is empty.
     """
 
     r: int
@@ -49,13 +50,20 @@ class RankCost:
     bytes: int
     flops: int
     file_bytes: int
+    learning_rates: tuple[float, float] | None = None
     kept_bytes: float | None = None
+    kept_with: dict[str, float] = field(default_factory=dict)
     step: tuple[float, float, float] | None = None
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of AdamW's two moments of each parameter."""
+        return 2 * self.bytes
+
+    @property
     def training_bytes(self) -> int:
-        """Bytes of the parameters, their gradients and AdamW's two moments."""
-        return _COPIES_IN_TRAINING * self.bytes
+        """Bytes of the parameters, their gradients and AdamW's moments."""
+        return 2 * self.bytes + self.optimizer_bytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class FrozenCosts:
       backward for the input only;
     * ``kept_bytes``: bytes per token that a forward saves for the backward;
     * ``seconds``: the median time of forward and backward;
-    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size.
+    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size;
+    * ``nf4_bytes``: the same after bitsandbytes has packed the dense linear layers, except the
+      head, as NF4 with blocks of 64.
     """
 
     parameters: int
@@ -75,6 +85,7 @@ class FrozenCosts:
     kept_bytes: float | None = None
     seconds: float | None = None
     bytes: int = 0
+    nf4_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,43 +110,60 @@ class Estimate:
 
     def __str__(self) -> str:
         frozen, measured = self.frozen, "nothing was measured"
-        if frozen.seconds is not None and frozen.kept_bytes is not None:
+        if frozen.seconds is not None:
             measured = (
-                f"frozen, {self.batch} on {self.device}: forward and backward "
-                f"{frozen.seconds:.3g} s, keeps {frozen.kept_bytes / 1024:.0f} KiB a token"
+                f"{self.batch} on {self.device}; forward and backward of the frozen model take "
+                f"{frozen.seconds:.3g} s"
             )
+        has_rates = any(cost.learning_rates for cost in self.rank_costs)
         lines = [
-            f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt, "
-            f"weights {frozen.bytes / _GIB:.2f} GiB",
+            f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt",
             measured,
             "",
-            *columns([_TITLES, *map(self._cells, self.rank_costs)], left=0),
+            *columns(self._rows(), left=1),
+            *([SOURCE] if has_rates else ()),
             *self.notes,
         ]
         return "\n".join(lines)
 
-    def _cells(self, cost: RankCost) -> tuple[str, ...]:
-        per_token = "–" if cost.kept_bytes is None else f"{cost.kept_bytes / 1024:.0f}"
-        step = "–"
-        if cost.step is not None:
-            low, middle, high = cost.step
-            step = f"{middle:.2f} ({low:.2f}–{high:.2f})"
-        return (
-            f"{cost.r}",
-            f"{cost.parameters:,}",
-            f"{100 * cost.parameters / self.frozen.parameters:.2f}",
-            f"{cost.file_bytes / _MIB:.1f}",
-            f"{cost.training_bytes / _MIB:.1f}",
-            f"{100 * cost.flops / self.frozen.flops:.1f}",
-            per_token,
-            step,
-        )
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """The lines of the table: a title, the frozen model's cell, and a cell for each rank."""
+        frozen, costs = self.frozen, self.rank_costs
+
+        def row(title: str, of_frozen: str, cell: Callable[[RankCost], str]) -> tuple[str, ...]:
+            return title, of_frozen, *map(cell, costs)
+
+        yield row("", "frozen", lambda cost: f"r {cost.r}")
+        yield row("trainable", "", lambda cost: f"{cost.parameters:,}")
+        yield row("% of base", "", lambda cost: f"{100 * cost.parameters / frozen.parameters:.2f}")
+        yield row("file, MiB", "", lambda cost: _mib(cost.file_bytes))
+        yield row("extra FLOPs, %", "", lambda cost: f"{100 * cost.flops / frozen.flops:.1f}")
+        yield row("learning rate", "", lambda cost: _rates(cost.learning_rates))
+        yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
+        yield row("weights, MiB", _mib(frozen.bytes), lambda cost: _mib(cost.bytes))
+        if frozen.nf4_bytes < frozen.bytes:
+            yield row("  in NF4", _mib(frozen.nf4_bytes), lambda cost: "")
+        yield row("gradients, MiB", "", lambda cost: _mib(cost.bytes))
+        yield row("AdamW's moments, MiB", "", lambda cost: _mib(cost.optimizer_bytes))
+        yield row("kept a token, KiB", _kib(frozen.kept_bytes), lambda cost: _kib(cost.kept_bytes))
+        for name in costs[0].kept_with:
+            yield f"  {name}", "", *(_kib(cost.kept_with[name]) for cost in costs)
 
 
-_TITLES = (
-    "r", "trainable", "% of base", "file, MiB", "+ gradient, AdamW, MiB", "extra FLOPs, %",
-    "kept a token, KiB", "step / frozen's",
-)  # fmt: skip
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def _kib(size: float | None) -> str:
+    return "–" if size is None else f"{size / 1024:.0f}"
+
+
+def _with_quartiles(step: tuple[float, float, float] | None) -> str:
+    return "–" if step is None else f"{step[1]:.2f} ({step[0]:.2f}–{step[2]:.2f})"
+
+
+def _rates(rates: tuple[float, float] | None) -> str:
+    return "–".join(f"{rate:.0e}".replace("e-0", "e-") for rate in sorted({*(rates or ())})) or "–"
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
@@ -153,7 +181,10 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
                 sizes.pop(id(module._parameters.get(parameter)), None)
             sizes[id(module), name] = math.prod(weight_in(module, name).shape)
     flops = 4 * _of_a_token(set(model.modules()))
-    return FrozenCosts(sum(sizes.values()), flops, bytes=_resident_bytes(model))
+    resident = _resident_bytes(model)
+    return FrozenCosts(
+        sum(sizes.values()), flops, bytes=resident, nf4_bytes=resident - _saved_by_nf4(model)
+    )
 
 
 def _resident_bytes(model: nn.Module) -> int:
@@ -164,6 +195,19 @@ def _resident_bytes(model: nn.Module) -> int:
             tensors += weight.tensors
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _saved_by_nf4(model: nn.Module) -> int:
+    """The bytes of the dense linear layers minus their bytes in NF4."""
+    saved = 0
+    for name in all_linear(model):
+        weight = matrix_of(model.get_submodule(name))
+        if is_plain(weight):
+            N, K = weight.shape
+            tensors = FourBit(N, K, "nf4", 64).expected().values()
+            packed = [math.prod(shape) * dtypes[0].itemsize for shape, dtypes in tensors]
+            saved += weight.nbytes - sum(packed)
+    return saved
 
 
 def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
@@ -197,7 +241,8 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
     file = adapters | {key: _planned(tensor) for key, tensor in saved_whole.items()}
     counts = [math.prod(part.shape) for part in parts]
     size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
-    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file))
+    rates = None if config.use_rslora else learning_rates(config.r)  # a scale of alpha / r
+    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file), rates)
 
 
 def _planned(tensor: Tensor) -> Planned:

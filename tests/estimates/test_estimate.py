@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import gc
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
-from models import around_values
+from models import around_values, tiny_llama
 from moe_models import IDS, base_model, experts_of, parameters_of
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from vendor_layers import quantized
 
@@ -64,6 +67,7 @@ def test_counts_match_apply_lora_adamw_and_the_file(name, dtype, tmp_path):
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
     moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert cost.optimizer_bytes == sum(tensor.nbytes for tensor in moments)
     tensors = [*trained, *(p.grad for p in trained), *moments]
     assert cost.training_bytes == sum(tensor.nbytes for tensor in tensors)
     fastlora.save_adapter(model, tmp_path)
@@ -143,6 +147,16 @@ def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
     assert found.rank_costs[0].bytes == 4 * found.rank_costs[0].parameters
 
 
+def test_the_size_in_nf4_is_the_packed_model_s():
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model = tiny_llama(tie_word_embeddings=True)
+    dense, packed = fastlora.estimate(model, [4], rounds=0), copy.deepcopy(model)
+    fastlora.pack(packed, "nf4", modules=r"model\.layers.*_proj")
+    found = fastlora.estimate(packed, [4], rounds=0)
+    assert dense.frozen.nf4_bytes == found.frozen.bytes == found.frozen.nf4_bytes
+    assert ("in NF4" in str(dense), "in NF4" in str(found)) == (True, False)
+
+
 def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_so():
     packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     expected = fastlora.estimate(tiny_model(), [2], rounds=0)
@@ -160,9 +174,72 @@ def test_kept_bytes_of_an_adapter():
     # sin saves its input, the loss its factors; the layers save their inputs and h.
     assert found.frozen.kept_bytes == 4 * (40 + 8)
     assert found.rank_costs[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
+    # With lora_A frozen, the layers save only h.
+    assert found.rank_costs[0].kept_with == {"lora_A frozen": 4 * (4 + 40 + 4 + 8)}
     low, middle, high = found.rank_costs[0].step
     assert 0 < low <= middle <= high
     assert x.grad is None
+
+
+def growth(model: nn.Module, batch: dict) -> int:
+    """The bytes that a forward allocates and that are still in use while its loss is."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = model(**batch).loss
+        gc.collect()
+    assert loss.requires_grad
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "way", ["", "lora_A frozen", "loss without logits", "gradient checkpointing", "all of these"]
+)
+def test_kept_bytes_are_the_growth_of_a_forward(way, dropout):
+    model = tiny_llama(num_hidden_layers=4, vocab_size=256)
+    ids = torch.randint(0, 256, (2, 64))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    config = fastlora.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+    cost = fastlora.estimate(model, [4], config=config, batch=batch, rounds=1).rank_costs[0]
+    kept = cost.kept_with[way] if way else cost.kept_bytes
+    whole = way == "all of these"
+    fastlora.apply_lora(model.train(), config, loss=whole or way == "loss without logits")
+    if whole or way == "lora_A frozen":
+        for module in model.modules():
+            if isinstance(module, fastlora.LoRALinear):
+                module.lora_A.requires_grad_(False)
+    expected = ids.numel() * kept
+    if whole or way == "gradient checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Each block holds a random state, and all blocks share the rotary embeddings.
+        expected += 4 * torch.get_rng_state().nbytes + 2 * 64 * 16 * 4
+    growth(model, batch)  # the first call makes records of the modules
+    assert growth(model, batch) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_savings_of_a_model():
+    model = tiny_llama(vocab_size=1024)
+    found = fastlora.estimate(model, [4], rounds=1).rank_costs[0]
+    assert len(found.kept_with) == 4
+    whole = found.kept_with.pop("all of these")
+    assert whole < min(found.kept_with.values()) <= max(found.kept_with.values()) < found.kept_bytes
+    lazy = fastlora.estimate(model, [4], rounds=1, loss=True).rank_costs[0]
+    assert lazy.kept_bytes == found.kept_with["loss without logits"]
+
+
+@pytest.mark.parametrize(
+    ("r", "rates"),
+    [(1, "1e-4–3e-4"), (3, "3e-4"), (4, "3e-4"), (8, "3e-4–1e-3"), (128, "3e-4–1e-3"), (129, "–")],
+)
+def test_a_learning_rate_by_rank_has_its_source(r, rates):
+    found = fastlora.estimate(Net(), [r], rounds=0)
+    assert re.search(r"learning rate +(\S+)\n", str(found))[1] == rates
+    assert ("sft_sweep.md" in str(found)) == (found.rank_costs[0].learning_rates is not None)
+    config = fastlora.LoRAConfig(target_modules="all-linear", use_rslora=True)
+    assert (
+        fastlora.estimate(Net(), [r], config=config, rounds=0).rank_costs[0].learning_rates is None
+    )
 
 
 def test_a_model_of_few_positions_gets_as_many_tokens():
