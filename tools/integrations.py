@@ -36,10 +36,11 @@ TRAINERS = {
 
 def run(session: nox.Session, name: str) -> None:
     bare, packages = TRAINERS[name]
-    session.install(f"{ROOT}[trainer,peft]", "pytest", *packages.split())
+    session.install(f"{ROOT}[trainer,peft]", "pytest", "hypothesis", *packages.split())
     if bare:
         session.install("--no-deps", *bare.split())
     own = {"FASTLORA_INTEGRATION": "1", "PYTHONPATH": ""}
+    session.chdir(ROOT)
     session.run("pytest", "-q", "tests/integrations", "-k", name, env=own)
 
 
