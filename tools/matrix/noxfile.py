@@ -45,7 +45,7 @@ class Cell(NamedTuple):
     The cells don't combine every version with every other; each has a reason, which is its name.
     The extremes are combined: all oldest, all newest, and the oldest of each beside the newest of
     the others.  Each Python has all newest, and each version between the extremes is in one cell.
-    Two cells have versions that a trainer of that name accepts.
+    The cells for a trainer have versions that it accepts.
     """
 
     name: str
@@ -80,8 +80,8 @@ CELLS = [
     Cell("torch-2.12", "3.12", "2.12.1", "0.20.0", "5.0.0", "1.26.4"),
     Cell("torch-2.13", "3.11", "2.13.0"),
     Cell("torch-2.14", "3.13", "2.14.1", "0.21.0", "5.12.1"),
-    Cell("llamafactory", "3.11", "", "0.18.1", "5.6.0", "", "1.11.0", "0.24.0"),
-    Cell("unsloth", "3.13", "2.14.1", "0.18.0", "5.5.0", trl="0.24.0"),
+    Cell("for-llamafactory", "3.11", "", "0.18.1", "5.6.0", "", "1.11.0", "0.24.0"),
+    Cell("for-unsloth", "3.13", "2.14.1", "0.18.0", "5.5.0", trl="0.24.0"),
 ]
 
 
