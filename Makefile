@@ -22,7 +22,7 @@ test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS
 recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, diffusers), and TRL's weights for vLLM, on tiny models (ARGS="-k grpo …")
 	.venv/bin/pytest tests/project/test_recipes.py tests/test_vllm.py $(ARGS)
 
-integrations: .venv/matrix ## Train a tiny model in axolotl, ms-swift, verl and TRL, each in its own environment (ARGS="-s axolotl", --list)
+integrations: .venv/matrix ## Train a tiny model in LlamaFactory, axolotl, ms-swift, verl and TRL, each in its own environment (ARGS="-s axolotl", --list)
 	.venv/bin/nox -f tools/integrations.py $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")

@@ -236,7 +236,7 @@ def test_a_fault_is_reported_and_the_other_checks_run(
 @pytest.mark.parametrize(
     ("version", "text"),
     [
-        ("0.18.0", "not supported: PEFT 0.18.0 is not among the tested versions"),
+        ("0.17.1", "not supported: PEFT 0.17.1 is not among the tested versions"),
         ("0.99.0", "PEFT 0.99.0 is newer than the tested versions"),
         ("", "not supported: FASTLORA_DISABLE is set"),
     ],

@@ -18,6 +18,7 @@ nox.options.default_venv_backend = "uv"
 TRAINERS = {
     "trl": ("", "trl==1.16.0 transformers==5.24.0 peft==0.21.2 datasets"),
     "swift": ("", "ms-swift==4.6.0"),
+    "llamafactory": ("", "llamafactory==0.9.5"),
     "axolotl": (
         "axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6",
         "torch<=2.13.0 transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 "

@@ -13,8 +13,8 @@ import re
 import sys
 from importlib import import_module
 
-_OLDEST, _NEWEST = (0, 19), (0, 21)  # the versions of PEFT that the tests run with
-_TESTED = "the tested versions, 0.19 to 0.21"
+_OLDEST, _NEWEST = (0, 18), (0, 21)  # the versions of PEFT that the tests run with
+_TESTED = "the tested versions, 0.18 to 0.21"
 
 
 def is_disabled() -> bool:

@@ -119,9 +119,7 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
         return "it has no active adapter, or several"
     if layer.lora_variant:
         return "its adapter is no plain LoRA"
-    if layer.num_experts < 2 or not hasattr(layer, "_did_swap_in_out_features"):
-        return "it has only one expert, or is of an older PEFT"
-    return ""
+    return "it has only one expert" if layer.num_experts < 2 else ""
 
 
 def _read_output(
@@ -156,9 +154,10 @@ def _read_adapter(
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
     # PEFT takes the weight for [E, out, in] if _did_swap_in_out_features, else for [E, in, out].
-    # Its rule depends on its version.  If the module's layout is the other one, PEFT's lora_A is on
-    # the side of the outputs.
-    reverse = experts.transposed == layer._did_swap_in_out_features
+    # Its rule depends on its version; PEFT 0.18 never swaps.  If the module's layout is the other
+    # one, PEFT's lora_A is on the side of the outputs.
+    swapped = getattr(layer, "_did_swap_in_out_features", False)
+    reverse = experts.transposed == swapped
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # lora_A holds r rows for each expert

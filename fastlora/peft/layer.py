@@ -125,7 +125,11 @@ def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
     return y if x.dim() > 1 else y.unsqueeze(0), None
 
 
-@dora.cache_decorator("weight-norm")  # PEFT's cache, active inside of DoraCaching in evaluation
+# PEFT's cache, active inside of DoraCaching in evaluation.  PEFT 0.18 has none.
+_cached = getattr(dora, "cache_decorator", lambda key: lambda norm: norm)
+
+
+@_cached("weight-norm")
 def _norm(
     magnitude: dora.DoraLinearLayer, weight: Tensor, adapter: Adapter[Tensor], *, adapter_name: str
 ) -> Tensor:

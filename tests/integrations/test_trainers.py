@@ -30,9 +30,17 @@ AXOLOTL |= {"save_steps": 3, "learning_rate": 0.01, "optimizer": "adamw_torch", 
 AXOLOTL |= {"lr_scheduler": "constant", "special_tokens": {"pad_token": "<|im_end|>"}}
 AXOLOTL["lora_model_dir"] = "adapter"
 AXOLOTL["datasets"] = [{"path": "data/rows.jsonl", "ds_type": "json", "type": "chat_template"}]
+FACTORY: dict = {"model_name_or_path": "model", "stage": "sft", "do_train": True, "dataset": "rows"}
+FACTORY |= {"dataset_dir": ".", "template": "chatml", "finetuning_type": "lora", "lora_rank": 4}
+FACTORY |= {"lora_target": "all", "output_dir": "out", "max_steps": 3, "logging_steps": 1}
+FACTORY |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "report_to": "none"}
+ROLES = {f"{tag}_tag": tag for tag in ("role", "content", "user", "assistant")}
+ROWS = {"file_name": "data/rows.jsonl", "formatting": "sharegpt", "tags": ROLES}
+ROWS["columns"] = {"messages": "messages"}
 PLUGIN = {"plugins": ["fastlora.integrations.axolotl.FastLoRAPlugin"]}
 OFF = dict.fromkeys([f"lora_{name}_kernel" for name in ("mlp", "qkv", "o", "embedding")], False)
 COMMANDS = {"trl": TRL, "swift": SWIFT, "axolotl": "-m axolotl.cli.train plain.yml"}
+COMMANDS |= {"llamafactory": "-m llamafactory.cli train factory.yml"}
 PLUGINS = {"swift": f"{SWIFT} --external_plugins {{}} --callbacks fastlora"}
 PLUGINS |= {"axolotl": "-m axolotl.cli.train plugin.yml", "trl": "sft.py"}
 SFT = """
@@ -77,6 +85,8 @@ def folder(tmp_path) -> Path:
     (tmp_path / "plain.yml").write_text(json.dumps(AXOLOTL | OFF))
     (tmp_path / "plugin.yml").write_text(json.dumps(AXOLOTL | PLUGIN))
     (tmp_path / "wrong.yml").write_text(json.dumps(AXOLOTL | PLUGIN | {"fastlora_gated_mlps": "x"}))
+    (tmp_path / "factory.yml").write_text(json.dumps(FACTORY))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": ROWS}))
     (tmp_path / "sft.py").write_text(SFT)
     (tmp_path / "verl_model.py").write_text(VERL)
     return tmp_path
@@ -93,7 +103,7 @@ def ran(command: str, folder: Path, status: int = 0, **environment: str) -> str:
 
 def losses(folder: Path) -> list[float]:
     """The losses of the run.  Its adapter is loaded in PEFT."""
-    (state,) = (folder / "out").rglob("trainer_state.json")
+    *_, state = sorted((folder / "out").rglob("trainer_state.json"))
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     model = peft.PeftModel.from_pretrained(base, str(state.parent))
     trained = [p.any() for name, p in model.named_parameters() if "lora_B" in name]  # from zero
@@ -108,10 +118,10 @@ def test_layers_are_fast_and_losses_are_the_trainer_s(trainer, folder):
     assert "layers fast" not in ran(COMMANDS[trainer], folder)
     expected = losses(folder)
     assert len(expected) == 3
-    plugin = PLUGINS[trainer]
-    if "{}" in plugin:
-        plugin = plugin.format(ran("-m fastlora path swift", folder).split()[-1])
-    for number, way in enumerate([f"-m fastlora run {COMMANDS[trainer]}", plugin]):
+    ways = [f"-m fastlora run {COMMANDS[trainer]}", PLUGINS.get(trainer, "")]
+    if "{}" in ways[1]:
+        ways[1] = ways[1].format(ran("-m fastlora path swift", folder).split()[-1])
+    for number, way in enumerate(filter(None, ways)):
         (folder / "out").rename(folder / f"before{number}")
         assert ran(way, folder).count(SAID) == 1
         assert losses(folder) == pytest.approx(expected, rel=1e-3)

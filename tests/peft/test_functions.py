@@ -9,7 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.helpers import DoraCaching
 from peft.tuners import lora
 from peft_models import (
     KINDS,
@@ -171,6 +170,7 @@ def test_a_user_s_layer_class_is_left_alone():
 
 def test_dora_caches_are_used_and_cleared_as_peft_s_are():
     """In evaluation, a cached norm is used even after B has changed; training clears the cache."""
+    from peft.helpers import DoraCaching
 
     def call(model):
         outputs = []

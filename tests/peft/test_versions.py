@@ -10,7 +10,7 @@ from process import run_forked
 
 import fastlora
 
-NEWER = "PEFT 0.99.0 is newer than the tested versions, 0.19 to 0.21"
+NEWER = "PEFT 0.99.0 is newer than the tested versions, 0.18 to 0.21"
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +41,21 @@ def test_check_does_not_warn_to_run_check():
 
 
 def test_an_old_one_is_left_alone(monkeypatch):
-    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    monkeypatch.setattr(peft, "__version__", "0.17.1")
     model = mlp()
-    with pytest.warns(UserWarning, match=r"changed nothing: .*0.18.1 is not among the tested"):
+    with pytest.warns(UserWarning, match=r"changed nothing: .*0.17.1 is not among the tested"):
         report = fastlora.coverage(fastlora.optimize(model))
     assert (len(report.fast), len(report.not_fast)) == (0, 2)
     assert type(model.base_model.model.up) is PeftLinear
-    assert "0.18.1" in str(fastlora.coverage(model))
-    with pytest.warns(UserWarning, match="nothing"), pytest.raises(ValueError, match=r"0\.18\.1"):
+    assert "0.17.1" in str(fastlora.coverage(model))
+    with pytest.warns(UserWarning, match="nothing"), pytest.raises(ValueError, match=r"0\.17\.1"):
         fastlora.optimize(model, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore:PEFT 0.99.0 is newer")
 def test_restore_works_under_an_old_peft(monkeypatch):
     fastlora.optimize(model := mlp())
-    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    monkeypatch.setattr(peft, "__version__", "0.17.1")
     fastlora.restore(model)
     assert type(model.base_model.model.up) is PeftLinear
 
@@ -68,6 +68,19 @@ def test_the_environment_s_off_switch_wins(monkeypatch):
             fastlora.coverage(fastlora.optimize(model := mlp()))
         )
     assert type(model.base_model.model.up) is PeftLinear
+
+
+def test_dora_is_fast_in_a_peft_without_its_cache():
+    code = (
+        "import torch, peft, fastlora; from peft.tuners.lora import dora;"
+        "vars(dora).pop('cache_decorator', None); peft.__version__ = '0.18.1';"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
+        "config = peft.LoraConfig(target_modules=['0'], use_dora=True, init_lora_weights=False);"
+        "model, x = peft.get_peft_model(model, config), torch.randn(40, 4); expected = model(x);"
+        "print(fastlora.coverage(fastlora.optimize(model)));"
+        "torch.testing.assert_close(model(x), expected)"
+    )
+    assert "1 of 1 layers fast" in run_forked(code)
 
 
 def test_where_a_private_module_moved_nothing_changes():

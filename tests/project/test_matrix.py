@@ -25,6 +25,7 @@ def floor_of(package: str) -> str:
 def test_the_oldest_cell_has_the_floors_and_each_cell_the_pinned_triton():
     assert f'requires-python = ">={OLDEST.python}"' in PROJECT
     assert TORCH[OLDEST.torch].startswith(f"{floor_of('triton')}.")
+    assert f"\"triton-windows>={floor_of('triton')}; sys_platform == 'win32'\"" in PROJECT
     for package in ("torch", "peft", "transformers", "numpy"):
         assert f"{getattr(OLDEST, package)}.".startswith(f"{floor_of(package)}.")
     assert [*CELLS_THAT_RAN] == [cell.name for cell in CELLS]

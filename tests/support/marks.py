@@ -52,6 +52,8 @@ OLDER = (
     ("peft", "0.21", "test_an_adapter_is_swapped_in_a_c", "hotswap keeps the first shapes"),
     ("peft", "0.21", "test_what_isn_t_covered", "a tied head can't train tokens"),
     ("peft", "0.21", "test_variants_are_peft_s[mica]", "has no mica"),
+    ("peft", "0.19", "peft_s_forward[add_another]", "has one adapter with target_parameters"),
+    ("peft", "0.19", "test_dora_caches_are_used", "has no DoraCaching"),
     ("torch", "2.13", "test_check_of_a_compiled_model", "can't compile PEFT's hooks"),
     ("torch", "2.12", "test_compile.py::test_a_compiled_model", "can't compile PEFT's hooks"),
     ("torch", "2.12", "one_process[bytes-", "FSDP2 can't shard frozen bytes"),

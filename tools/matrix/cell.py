@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from fastlora.doctor.machine import processor_name
 from fastlora.ops.run import draw_seed
 from fastlora.trainer import AdapterTrainer
 
-PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "accelerate", "safetensors")
+PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "accelerate", "safetensors", "trl")
 SETTINGS = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.2}
 BATCH = {"input_ids": torch.arange(18).view(2, 9), "labels": torch.arange(18).view(2, 9)}
 
@@ -133,7 +134,7 @@ def files(**settings) -> None:
         same(fastlora.merge_lora(ours), theirs)
 
 
-def trained(kind: type[Trainer]) -> None:
+def trained(kind: Callable, config: type = TrainingArguments, table: Callable = list) -> None:
     """A run, and the same run resumed from its checkpoint."""
     if kind is AdapterTrainer:
         settings = fastlora.LoRAConfig(target_modules="all-linear", **SETTINGS)
@@ -144,13 +145,25 @@ def trained(kind: type[Trainer]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         how = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.02}
         quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-        rows = [{"input_ids": row, "labels": row} for row in BATCH["input_ids"]] * 4
-        trainer = kind(model, TrainingArguments(folder, **how, **quiet), train_dataset=rows)
+        rows = table([{"input_ids": row, "labels": row} for row in BATCH["input_ids"].tolist()] * 4)
+        trainer = kind(model, config(folder, **how, **quiet), train_dataset=rows)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert losses[3] < losses[0], losses
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
         assert trainer.state.global_step == 4
+
+
+def trained_by_trl() -> None:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"</s>": 0}))
+    special = {"eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    trained(partial(SFTTrainer, processing_class=tokenizer), SFTConfig, Dataset.from_list)
 
 
 def compiled(name: str) -> None:
@@ -189,6 +202,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "Trainer, PEFT": lambda: trained(Trainer),
     "Trainer, own": lambda: trained(AdapterTrainer),
 }
+if version_of("trl") != "–":
+    CHECKS["Trainer, TRL"] = trained_by_trl
 if "compiled" in sys.argv:
     targets = ("sm_80", "sm_90", "gfx942")
     CHECKS = {f"kernels, {name}": lambda name=name: compiled(name) for name in targets}

@@ -45,6 +45,7 @@ class Cell(NamedTuple):
     The cells don't combine every version with every other; each has a reason, which is its name.
     The extremes are combined: all oldest, all newest, and the oldest of each beside the newest of
     the others.  Each Python has all newest, and each version between the extremes is in one cell.
+    The cells for a trainer have versions that it accepts.
     """
 
     name: str
@@ -53,13 +54,15 @@ class Cell(NamedTuple):
     peft: str = NEWEST
     transformers: str = NEWEST
     numpy: str = NEWEST
+    accelerate: str = NEWEST
+    trl: str = ""  # not installed
 
     def requirements(self) -> list[str]:
-        names = ("torch", "peft", "transformers", "numpy")
+        names = ("torch", "peft", "transformers", "numpy", "accelerate", "trl")
         return [f"{name}=={own}" for name in names if (own := getattr(self, name))]
 
 
-OLDEST = Cell("oldest", "3.10", "2.10.0", "0.19.0", "4.57.1", "1.23.5")
+OLDEST = Cell("oldest", "3.10", "2.10.0", "0.18.0", "4.57.1", "1.23.5")
 CELLS = [
     OLDEST,
     Cell("newest", "3.14"),
@@ -77,6 +80,8 @@ CELLS = [
     Cell("torch-2.12", "3.12", "2.12.1", "0.20.0", "5.0.0", "1.26.4"),
     Cell("torch-2.13", "3.11", "2.13.0"),
     Cell("torch-2.14", "3.13", "2.14.1", "0.21.0", "5.12.1"),
+    Cell("for-llamafactory", "3.11", "", "0.18.1", "5.6.0", "", "1.11.0", "0.24.0"),
+    Cell("for-unsloth", "3.13", "2.14.1", "0.18.0", "5.5.0", trl="0.24.0"),
 ]
 
 

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from report import pipes
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("Python", "torch", "triton", "peft", "transformers", "numpy")
+NAMES = ("Python", "torch", "triton", "peft", "transformers", "numpy", "accelerate", "trl")
 _TABLES = re.compile(r"(<!-- tools/matrix/table\.py (\S+) (\w+) -->\n\n).*?\n(?=\n|\Z)", re.S)
 
 
@@ -33,12 +33,13 @@ def said(row: dict) -> str:
 
 def cells(results: dict) -> str:
     """A line for each cell, also for cells that could not run, with the requested versions."""
-    lines = [("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "checks")]
+    titles = ("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "accelerate", "TRL")
+    lines = [(*titles, "checks")]
     for row in results["cells"].values():
         asked = {name.lower(): own or "newest" for name, own in row["asked"].items()}
         asked |= {"Python": asked["python"], "triton": "torch's"}
         versions = row.get("versions", asked)
-        lines.append((*(versions[name] for name in NAMES), row.get("why") or said(row)))
+        lines.append((*(versions.get(name, "–") for name in NAMES), row.get("why") or said(row)))
     return pipes(lines)
 
 

@@ -120,8 +120,13 @@ def build(hub: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = trained_tokenizer()
     for name, model in MODELS.items():
+        try:
+            made = new_model(model)
+        except Exception as error:  # an older transformers has another config
+            print(f"{name} is left out, so its tests fail: {error}", file=sys.stderr)
+            continue
         folder = snapshot(part, name, model.revisions)
-        new_model(model).save_pretrained(folder)
+        made.save_pretrained(folder)
         write_tokenizer(folder, tokenizer)
     for name, adapter in ADAPTERS.items():
         write_adapter(snapshot(part, name), adapter)
