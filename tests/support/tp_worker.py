@@ -88,7 +88,7 @@ def batch() -> Tensor:
 
 
 class Layer(NamedTuple):
-    """What one rank has after calls of one layer; ``y`` is its own columns for colwise."""
+    """The results of a layer's calls on one rank.  For colwise, ``y`` is its own columns."""
 
     y: Tensor
     dx: Tensor
