@@ -125,7 +125,7 @@ class _Sum(torch.autograd.Function):
 
 def is_parallel(layer: nn.Module | None) -> bool:
     """Whether transformers runs this layer, or a PEFT layer's base, in any parallel style."""
-    return layer is not None and bool(_held_by(layer._modules.get("base_layer", layer)))
+    return layer is not None and bool(_held_by(layer._modules.get("base_layer") or layer))
 
 
 def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Part | None]:

@@ -73,9 +73,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, optimized: bool = Tru
 def mended(model: nn.Module) -> nn.Module:
     """The model with a PEFT forward that runs.
 
-    PEFT 0.21.2 gives a rowwise lora_A the in_features of one rank.  transformers takes the number
-    for that of all ranks (from 5.22 on), and training fails in PEFT's forward with "shape '[36, 8]'
-    is invalid for input of size 576".  fastlora's forward doesn't read it.
+    PEFT 0.21.2 gives a rowwise lora_A the in_features of one rank.  transformers 5.24 expects the
+    in_features of all ranks, and training fails in PEFT's forward with "shape '[36, 8]' is invalid
+    for input of size 576".  fastlora's forward doesn't read in_features.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and isinstance(layer.weight, DTensor):
