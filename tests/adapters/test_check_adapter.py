@@ -86,6 +86,7 @@ BOTH, EXPERTS, TWO = "down_proj gate_up_proj", "down_proj gate_proj up_proj", "q
 COPY = {"model.embed_tokens.base_layer.weight": ONE}
 SAVED, PISSA, ALORA = "modules_to_save", "init_lora_weights", "alora_invocation_tokens"
 TINKER, DORA = "unembed_tokens", {"use_dora": True}
+CONV = {"conv.lora_A.weight": torch.ones(4, 8, 3, 3), "conv.lora_B.weight": torch.ones(8, 4, 1, 1)}
 UNLIKE = layers("q_proj") | layers("v_proj", r=2)
 ONLY, DOWN = PARAMETERS | {"target_modules": None}, {"target_parameters": ["experts.down_proj"]}
 ONE_OF_3, WS, DELTA = experts("down_proj"), ("w1", "w2", "w3"), ("in_proj_qkv", "in_proj_z")
@@ -141,6 +142,12 @@ CASES = {
     "half": ({n: QV[n] for n in QV if "A" in n}, {}, LLAMA, f"R {TWO}|=|=|I {TWO}"),
     "other-rank": (layers("q_proj", "v_proj", r=2), {}, LLAMA,
                    f"I {TWO}|R {TWO}|I {TWO}|R {TWO}"),
+    "equal-patterns": (QV, {"rank_pattern": {"q_proj": 4, "x": 2}, "alpha_pattern": {"v_proj": 8}},
+                       LLAMA, "|||"),
+    "conv": (CONV, at("conv"), None, "U conv|R conv|U conv|"),
+    "compiled": ({f"_orig_mod.{name}": QV[name] for name in QV}, {}, LLAMA,
+                 f"I {TWO}||R {TWO}|I {TWO}"),
+    "count-list": (QV, {}, LLAMA | {"num_experts": [2, 2]}, "|||"),
     "integers": (layers("q_proj", "v_proj", dtype=torch.int8), {}, LLAMA, f"I {TWO}|=|=|="),
 }  # fmt: skip
 

@@ -87,7 +87,8 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
         if item.kind in PAIRED.split():
             pairs.setdefault(item.name, {})[item.side] = item
     numbers = re.findall(r"(\S*\.experts)\.(\d+)\.", "\n".join(pairs))
-    experts = max(*(base.get(each) or 0 for each in _COUNTS), *(int(n) + 1 for _, n in numbers))
+    counts = [count for each in _COUNTS if isinstance(count := base.get(each), int)]
+    experts = max([0, *counts, *(int(n) + 1 for _, n in numbers)])
     layers = Counter(module for module, _ in numbers)
     incomplete = {module for module, count in layers.items() if count < 3 * experts}
     return Facts(path, settings, config, items, pairs, base, incomplete, max_lora_rank)

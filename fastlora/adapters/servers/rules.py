@@ -21,8 +21,15 @@ _STACKED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether the tensor's rank isn't the config's."""
     r, shape = facts.config.rank_of(item.name), item.value.shape
-    own_r = shape[0 if item.side == "A" else -1] if shape else 0  # in a stack, r times E
+    own_r = [*shape, 0, 0][item.side == "B"]  # in a stack, r times E
     return own_r % r > 0 if item.kind == "stack" else own_r != r
+
+
+def is_varied(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether this pattern gives a layer of the adapter another rank or alpha than the default."""
+    config, is_rank = facts.config, item.name == "rank_pattern"
+    of, default = (config.rank_of, config.r) if is_rank else (config.alpha_of, config.lora_alpha)
+    return any(of(name) != default for name in facts.pairs)
 
 
 def has_other_vocabulary(item: Item, facts: Facts, words: list[str]) -> bool:
@@ -65,6 +72,7 @@ CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
     "half": lambda item, facts, words: len(facts.pairs[item.name]) < 2,
     "integer": lambda item, facts, words: not getattr(item.value.dtype, "is_floating_point", False),
     "other rank": has_other_rank,
+    "varied": is_varied,
     "other vocabulary": has_other_vocabulary,
     "incomplete": lambda item, facts, words: item.name.rsplit(".", 2)[0] in facts.incomplete,
     "single": is_single,
