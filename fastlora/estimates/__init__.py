@@ -15,6 +15,7 @@ from ..clock import HostClock, timed
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
+from ..layers.members import plain_class_of
 from ..layers.modules import unwrap
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
@@ -190,10 +191,13 @@ def step_seconds(model: nn.Module, batch: Any) -> float:
 
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:
-    """Bytes that autograd saves for the backward, without parameters and buffers."""
+    """Bytes that autograd saves for the backward, without parameters, buffers, packed weights."""
+    layers = [quantized_weight(module, plain_class_of(module)) for module in model.modules()]
+    weights = [layer.weight for layer in layers if isinstance(layer, PackedLayer)]
+    packed = [tensor for weight in weights for tensor in weight.tensors]
     of_model = {
         storage.data_ptr()
-        for tensor in (*model.parameters(), *model.buffers())
+        for tensor in (*model.parameters(), *model.buffers(), *packed)
         for storage in _storages(tensor)
     }
     waiting: dict[int, int] = {}

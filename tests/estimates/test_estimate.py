@@ -14,7 +14,7 @@ from moe_models import IDS, base_model, experts_of, parameters_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from vendor_layers import quantized
+from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
 from fastlora.estimates import frozen
@@ -179,6 +179,17 @@ def test_kept_bytes_of_an_adapter():
     low, middle, high = found.rank_costs[0].step
     assert 0 < low <= middle <= high
     assert x.grad is None
+
+
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, "hqq", "torchao-int8", "gptq"])
+def test_kept_bytes_have_no_bytes_of_a_packed_weight(kind):
+    packed, dense = quantized(kind, 256, 96), nn.Linear(256, 96)
+    packed.bias = dense.bias = None  # HQQ's bias is no parameter
+    found, expected = (
+        fastlora.estimate(nn.Sequential(layer, nn.Tanh()), [4], batch=torch.randn(2, 256), rounds=1)
+        for layer in (packed, dense)
+    )
+    assert found.rank_costs[0].kept_bytes == expected.rank_costs[0].kept_bytes
 
 
 def growth(model: nn.Module, batch: dict) -> int:
