@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     add("program", nargs=REMAINDER, metavar="SCRIPT", help="a script, and the program's arguments")
     options = vars(parser.parse_args(arguments))
     program, is_module = options.pop("program"), options.pop("is_module")
+    program = program[program[:1] == ["--"] :]
     if not program:
         parser.error("it needs a program: a script, or -m and a module")
     os.environ["FASTLORA"] = json.dumps(options)

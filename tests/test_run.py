@@ -65,12 +65,13 @@ def folder(tmp_path) -> Path:
     "program",
     [
         ("seen.py", "--lr", "3", "--help", "-m", "--", "--no-gated-mlps"),
+        ("--", "seen.py", "--", "a"),
         ("package/module.py",),
         ("link.py",),
         ("-m", "package.module", "--version", "x y"),
         ("-m", "package", ""),
     ],
-    ids=["script", "in-a-folder", "link", "module", "package"],
+    ids=["script", "dashes", "in-a-folder", "link", "module", "package"],
 )
 def test_a_program_sees_what_it_sees_without(program, folder):
     expected = ended(*program, cwd=folder)
