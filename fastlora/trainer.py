@@ -165,7 +165,7 @@ _merged: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 def _restore(model: nn.Module) -> bool:
     """Restore a model that MergedSampling's ``merge_adapter`` merged; whether there was a merge."""
     undo = _merged.pop(model, None)
-    if undo is not None:
+    if undo is not None and peft_layers(model):  # merge_and_unload() keeps the merged weights
         undo.close()
     return undo is not None
 

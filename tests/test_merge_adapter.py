@@ -219,6 +219,17 @@ def test_a_second_callback_s_merge_is_undone_by_it():
     assert all(map(torch.equal, frozen_bits(model), before))
 
 
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_a_model_that_is_unloaded_while_merged_stays_merged(keep):
+    model, theirs = both()
+    sampling = begin_with_vllm(model, keep=keep)
+    model.merge_adapter()
+    found, expected = (each.merge_and_unload() for each in (model, theirs))
+    sampling.put_back()
+    for weight, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
 def marked(name: str) -> nn.Module:
     """Simulates a model that FSDP1 or ZeRO-3 has sharded, by the mark on its parameters."""
     model, _ = both()
