@@ -190,7 +190,23 @@ def checkpointed_head(model: nn.Module) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
-LOSSES = [old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head]
+def loss_without_adapters(model: nn.Module) -> torch.Tensor:
+    """PEFT freezes the adapters inside of ``disable_adapter()``, after the head's call."""
+    logits = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
+def logits_without_adapters(model: nn.Module) -> torch.Tensor:
+    logits = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        return logits.square().mean()
+
+
+LOSSES = [
+    old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head,
+    loss_without_adapters, logits_without_adapters,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_of", LOSSES)
