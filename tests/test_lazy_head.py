@@ -227,6 +227,11 @@ def test_an_index_that_changes_after_its_use_has_no_effect():
     torch.testing.assert_close(chosen.detach() + 0.0, logits.elements()[:, 1:3].detach())
 
 
+def test_a_split_of_no_rows_has_one_part():
+    (part,) = fastlora.optimize(peft_model(), loss=True)(**DATA).logits[:0].split(2)
+    assert part.shape == (0, 9, 100)
+
+
 def test_logits_of_inference_mode_give_a_loss():
     model = fastlora.optimize(peft_model("trained"), loss=True)
     with torch.inference_mode():
@@ -292,6 +297,20 @@ def test_a_head_that_can_t_be_lazy_says_why_and_runs_as_before(reason):
         out = model(**DATA)
         assert not isinstance(out.logits, LazyLogits)
         torch.testing.assert_close(out.loss, expected(**DATA).loss)
+
+
+def test_an_adapter_added_to_a_lazy_head_is_reported():
+    model = fastlora.optimize(peft_model(), loss=True)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    model.set_adapter("second")
+    assert type(model(**DATA).logits) is torch.Tensor
+    line = str(fastlora.coverage(model)).splitlines()[-1]
+    assert line.startswith("loss with logits: base_model.model.lm_head: its adapter was added later")
+    fastlora.optimize(model, loss=True)
+    assert is_fused(model(**DATA).logits)
+    lines = str(fastlora.coverage(model)).splitlines()
+    heads = [line for line in lines if line.startswith("loss with")]
+    assert heads == ["loss without logits: base_model.model.lm_head"]
 
 
 def test_a_dora_head_keeps_its_logits():

@@ -297,7 +297,7 @@ def _split(lazy: LazyLogits, split_size: Any, dim: int = 0) -> Any:
     if place is None or type(split_size) is not int or split_size < 1:
         return NotImplemented
     before, count = (slice(None),) * place, lazy.shape[place]
-    starts = range(0, count, split_size)
+    starts = range(0, max(count, 1), split_size)  # one empty part if there are no rows
     return tuple(_getitem(lazy, (*before, slice(at, at + split_size))) for at in starts)
 
 

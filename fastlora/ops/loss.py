@@ -129,7 +129,7 @@ def linear_cross_entropy(
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type))
     _check_loss(x, target, settings, reduction, ignore_index)
     p = dropout if training and output.adapters else 0.0
-    if not is_eager(x) or not is_plain(target):
+    if not is_eager(x) or x.is_meta or not is_plain(target):
         return _composite(Head(x, output, p), target, settings, reduction, ignore_index)
     if autocast_is_on(x.device.type):
         x, (output,) = autocast_inputs(x, [output])
