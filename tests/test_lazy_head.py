@@ -135,6 +135,18 @@ def test_a_batch_without_targets_gives_zero_gradients(labels):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_several_backwards_of_a_batch_without_targets():
+    """Autograd keeps the first gradients and adds the next ones to them in place."""
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    data = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
+    loss = model(**data, num_items_in_batch=3).loss
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_the_loss_can_be_changed_in_place():
     loss = fastlora.optimize(peft_model("adapted"), loss=True)(**DATA).loss
     expected = peft_model("adapted")(**DATA).loss / 4 + 1
@@ -305,7 +317,9 @@ def test_an_adapter_added_to_a_lazy_head_is_reported():
     model.set_adapter("second")
     assert type(model(**DATA).logits) is torch.Tensor
     line = str(fastlora.coverage(model)).splitlines()[-1]
-    assert line.startswith("loss with logits: base_model.model.lm_head: its adapter was added later")
+    assert line.startswith(
+        "loss with logits: base_model.model.lm_head: its adapter was added later"
+    )
     fastlora.optimize(model, loss=True)
     assert is_fused(model(**DATA).logits)
     lines = str(fastlora.coverage(model)).splitlines()

@@ -328,8 +328,8 @@ class LinearCrossEntropyFunction(Function):
                 )
             pairs = zip(found, ctx.dtypes, strict=True)
             return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
-        if not len(call.target):
-            return None, *saved
+        if not len(call.target):  # copies, because autograd may accumulate in place
+            return None, *[None if g is None else g.clone() for g in saved]
         if call.reduction == "mean":
             upstream = upstream / len(call.target)
         factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
