@@ -135,6 +135,18 @@ def test_a_batch_without_targets_gives_zero_gradients(labels):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_several_backwards_of_a_batch_without_targets():
+    """Autograd keeps the first gradients and adds the next ones to them in place."""
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    data = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
+    loss = model(**data, num_items_in_batch=3).loss
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_the_loss_can_be_changed_in_place():
     loss = fastlora.optimize(peft_model("adapted"), loss=True)(**DATA).loss
     expected = peft_model("adapted")(**DATA).loss / 4 + 1
@@ -190,7 +202,23 @@ def checkpointed_head(model: nn.Module) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
-LOSSES = [old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head]
+def loss_without_adapters(model: nn.Module) -> torch.Tensor:
+    """PEFT freezes the adapters inside of ``disable_adapter()``, after the head's call."""
+    logits = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
+def logits_without_adapters(model: nn.Module) -> torch.Tensor:
+    logits = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        return logits.square().mean()
+
+
+LOSSES = [
+    old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head,
+    loss_without_adapters, logits_without_adapters,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_of", LOSSES)
@@ -209,6 +237,11 @@ def test_an_index_that_changes_after_its_use_has_no_effect():
     chosen = logits[:, index]
     index += 3
     torch.testing.assert_close(chosen.detach() + 0.0, logits.elements()[:, 1:3].detach())
+
+
+def test_a_split_of_no_rows_has_one_part():
+    (part,) = fastlora.optimize(peft_model(), loss=True)(**DATA).logits[:0].split(2)
+    assert part.shape == (0, 9, 100)
 
 
 def test_logits_of_inference_mode_give_a_loss():
@@ -276,6 +309,22 @@ def test_a_head_that_can_t_be_lazy_says_why_and_runs_as_before(reason):
         out = model(**DATA)
         assert not isinstance(out.logits, LazyLogits)
         torch.testing.assert_close(out.loss, expected(**DATA).loss)
+
+
+def test_an_adapter_added_to_a_lazy_head_is_reported():
+    model = fastlora.optimize(peft_model(), loss=True)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    model.set_adapter("second")
+    assert type(model(**DATA).logits) is torch.Tensor
+    line = str(fastlora.coverage(model)).splitlines()[-1]
+    assert line.startswith(
+        "loss with logits: base_model.model.lm_head: its adapter was added later"
+    )
+    fastlora.optimize(model, loss=True)
+    assert is_fused(model(**DATA).logits)
+    lines = str(fastlora.coverage(model)).splitlines()
+    heads = [line for line in lines if line.startswith("loss with")]
+    assert heads == ["loss without logits: base_model.model.lm_head"]
 
 
 def test_a_dora_head_keeps_its_logits():

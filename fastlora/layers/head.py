@@ -102,11 +102,16 @@ def lazy_head(model: nn.Module) -> Iterator[None]:
 
 def cover_head(model: nn.Module) -> str:
     """The report's line on each lazy head; "" if the model has none."""
-    named = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LazyHead)]
+    named = {plain_name(n): m for n, m in model.named_modules()}
+    # PEFT makes a lazy head the base of a layer of its own if it adds an adapter to it.
+    found = [n.removesuffix(".base_layer") for n, m in named.items() if isinstance(m, LazyHead)]
     lines = []
-    for name, head in named:
+    for name in dict.fromkeys(found):
         if not name.endswith(".original_module"):  # PEFT calls it only while adapters are disabled
+            head = named[name]
             reason = why_not_lazy(head, read_head(head))
+            if not isinstance(head, LazyHead):
+                reason = "its adapter was added later, call fastlora.optimize with loss=True again"
             with_logits = f"loss with logits: {name}: {reason}"
             lines.append(with_logits if reason else f"loss without logits: {name}")
     return "\n".join(lines)

@@ -100,9 +100,9 @@ class Recipe(NamedTuple):
         output = self.head.output
         return [self.head.x, *flatten([output], layouts_of([output]))]
 
-    def detached(self) -> "Recipe":
-        """The recipe with detached tensors."""
-        x, *tensors = [tensor.detach() for tensor in self.tensors()]
+    def of_tensors(self, change: Change) -> "Recipe":
+        """The recipe with other tensors.  ``change`` gets each tensor that autograd follows."""
+        x, *tensors = map(change, self.tensors())
         (output,) = unflatten(tensors, layouts_of([self.head.output]))
         return self.with_head(x=x, output=output)
 
@@ -269,7 +269,7 @@ class LazyLogits(Tensor):
 
         ``step`` computes its elements from this tensor's elements.
         """
-        made = recipe if self._own_node()[0] else recipe.detached()
+        made = recipe if self._own_node()[0] else recipe.of_tensors(Tensor.detach)
         return with_node(self.call, made, lambda: step(self.elements()), self)
 
     def _own_node(self) -> tuple[bool, Any]:

@@ -41,11 +41,19 @@ def _handles(*functions: Any) -> Callable[[F], F]:
 def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
+    Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
+    before the loss runs, for example in ``disable_adapter()``.
+
     This function is in this file so that its callers also load the handlers.
     """
-    recipe = Recipe(head, head.x.dtype).of_rows(Tensor.contiguous)
+    recipe = Recipe(head, head.x.dtype).of_rows(Tensor.contiguous).of_tensors(_alias)
     call = HeadCall(recipe, is_current)
     return with_node(call, recipe, call.compute)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor, which keeps its place in autograd's graph if ``requires_grad`` changes."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
 
 # Steps on the elements.
@@ -176,7 +184,7 @@ def _clone(lazy: LazyLogits, **options: Any) -> Tensor:
 
 @_handles(Tensor.detach, torch.detach)
 def _detach(lazy: LazyLogits) -> Tensor:
-    made = lazy.recipe.detached()
+    made = lazy.recipe.of_tensors(Tensor.detach)
     return LazyLogits.make(lazy.call, made, lambda: lazy.elements().detach())
 
 
@@ -289,7 +297,7 @@ def _split(lazy: LazyLogits, split_size: Any, dim: int = 0) -> Any:
     if place is None or type(split_size) is not int or split_size < 1:
         return NotImplemented
     before, count = (slice(None),) * place, lazy.shape[place]
-    starts = range(0, count, split_size)
+    starts = range(0, max(count, 1), split_size)  # one empty part if there are no rows
     return tuple(_getitem(lazy, (*before, slice(at, at + split_size))) for at in starts)
 
 
@@ -345,7 +353,7 @@ def _loss(
     lazy.call.check()
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
-        head = recipe.head if lazy.requires_grad else recipe.detached().head
+        head = recipe.head if lazy.requires_grad else recipe.of_tensors(Tensor.detach).head
         settings = settings._replace(label_smoothing=float(label_smoothing))
         loss = head_loss(head, target, settings, reduction, ignore_index)
     loss = loss.to(torch.promote_types(dtype, recipe.dtype))

@@ -129,7 +129,7 @@ def linear_cross_entropy(
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type))
     _check_loss(x, target, settings, reduction, ignore_index)
     p = dropout if training and output.adapters else 0.0
-    if not is_eager(x) or not is_plain(target):
+    if not is_eager(x) or x.is_meta or not is_plain(target):
         return _composite(Head(x, output, p), target, settings, reduction, ignore_index)
     if autocast_is_on(x.device.type):
         x, (output,) = autocast_inputs(x, [output])
@@ -328,8 +328,8 @@ class LinearCrossEntropyFunction(Function):
                 )
             pairs = zip(found, ctx.dtypes, strict=True)
             return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
-        if not len(call.target):
-            return None, *saved
+        if not len(call.target):  # copies, because autograd may accumulate in place
+            return None, *[None if g is None else g.clone() for g in saved]
         if call.reduction == "mean":
             upstream = upstream / len(call.target)
         factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream

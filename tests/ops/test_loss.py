@@ -211,6 +211,15 @@ def test_transforms_and_compilation_run_torch_s_operations():
     torch.testing.assert_close(tangent[0], plain)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensors_without_numbers_pass_through(reduction):
+    given = {name: tensor.to("meta") for name, tensor in tensors(torch.float32).items()}
+    target = target_of().to("meta")
+    loss = fastlora.linear_cross_entropy(target=target, reduction=reduction, **given)
+    assert loss.is_meta
+    assert loss.shape == (target.shape if reduction == "none" else ())
+
+
 def test_gradients_of_gradients_are_an_error():
     given = tensors(trained=("x",))
     loss = fastlora.linear_cross_entropy(target=target_of(), **given)
