@@ -84,12 +84,15 @@ def rotate(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, factor: Tensor | None = None, codes: Tensor | None = None
+    x: Tensor,
+    factor: Tensor | None = None,
+    codes: Tensor | None = None,
+    rotated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
-    In float32, with v = x, or x · factor for a ``factor`` [K], and the largest |v| of each row, at
-    least 2⁻¹⁰⁰:
+    With v = x, x · factor for a ``factor`` [K], or rotate(x) with ``rotated``, and the largest |v|
+    of each row, at least 2⁻¹⁰⁰, it computes in float32:
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
@@ -105,7 +108,9 @@ def quantize_rows(
     for first in range(0, M, step):
         rows = slice(first, first + step)
         values, sizes = buffers[:, : M - first]
-        values.copy_(x[rows]) if factor is None else torch.mul(x[rows], factor, out=values)
+        values.copy_(rotate(x[rows]) if rotated else x[rows])
+        if factor is not None:
+            values.mul_(factor)
         largest = torch.amax(torch.abs(values, out=sizes), 1, out=scale[rows])
         values.mul_((LARGEST / largest.clamp_min_(_NOTHING))[:, None])
         codes[rows].copy_(values.round_())
