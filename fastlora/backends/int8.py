@@ -76,13 +76,14 @@ def add_dy_in_8_bits(
         for (some, made), *others in zip(*parts, strict=True):
             for _, other in others:
                 made.add_(other)
-            rotated = rotate(made.to(dx.dtype))
-            place[some] = place[some].add_(rotated) if beta else rotated
+            into, rotated = place[some], rotate(made.to(dx.dtype))
+            into.add_(rotated) if beta else into.copy_(rotated)
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
-    for first in range(0, total, max(1, step)):
-        yield slice(first, min(total, first + max(1, step)))
+    step = max(1, step)
+    for first in range(0, total, step):
+        yield slice(first, min(total, first + step))
 
 
 def _scaled(

@@ -3,19 +3,23 @@
 Blocks of 64 input features are multiplied by a Hadamard matrix, so that no feature is much larger
 than the others of its row.  Then each row of the weight, and in a call each row of x, is rounded to
 8 bits with one scale.  The rotations of x and of the weight cancel in x weightᵀ.
+
+Also fastlora's layer with such a weight, ``layers.int8.Int8Linear``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time
+from ..foreign import is_class
 from .arithmetic import place_for
 from .format import Expected, Format, Quantized, name_of
+from .vendor import PackedLayer, checked
 
 BLOCK = 64  # features in one block of the rotation
 LARGEST = 127  # the largest code; -128 isn't used
@@ -128,3 +132,22 @@ def pack_rotated(weight: Tensor) -> Quantized:
         scales.append(quantize_rows(some, codes=codes[rows])[1])
     format = RotatedInt8(N, K, name_of(weight.dtype))
     return Quantized(format, (codes, torch.cat(scales)))
+
+
+# fastlora's layer.
+
+PARTS: tuple[str, ...] = ("codes", "scale", "format")
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, f"{__package__.partition('.')[0]}.layers.int8", "Int8Linear")
+
+
+@checked("its int8 weight is")
+def read(layer: Any) -> PackedLayer:
+    tensors = layer.codes.view(torch.int8), layer.scale.view(torch.float32)
+    return PackedLayer(Quantized(layer.format, tensors))
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    layer.hold(pack_rotated(weight.to(layer.format.dtype)))

@@ -19,6 +19,7 @@ from ..backends import Call
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
+from ..layers.int8 import Int8Linear
 from ..layers.guards import Record, Recorder, call_recorded, fits
 from ..layers.members import is_hooked, is_replaced, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
@@ -26,6 +27,7 @@ from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
+from .int8 import dense_base
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 
@@ -41,7 +43,21 @@ class FastLinear(Fast, nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        if y is not None:
+            return y
+        if self.lora_variant and isinstance(self.base_layer, Int8Linear):  # DoRA reads the weight
+            with dense_base(self):
+                return super().forward(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
+        with dense_base(self):
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with dense_base(self):
+            super().unmerge()
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
