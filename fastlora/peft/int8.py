@@ -130,6 +130,19 @@ def give_back_dense(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
 
 
 @contextmanager
+def using_bases(bases: Mapping[Any, nn.Module]) -> Iterator[None]:
+    """Inside, each of these layers has this base."""
+    before = {layer: layer.base_layer for layer in bases}
+    try:
+        for layer, base in bases.items():
+            layer.base_layer = base
+        yield
+    finally:
+        for layer, base in before.items():
+            layer.base_layer = base
+
+
+@contextmanager
 def dense_base(layer: Any) -> Iterator[None]:
     """Inside, the layer's base isn't in 8 bits.  It stays dense if the layer is merged then."""
     base = layer.base_layer
