@@ -62,9 +62,7 @@ def linear_in_8_bits(
     return y
 
 
-def add_dy_in_8_bits(
-    dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta: float
-) -> None:
+def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta: float) -> None:
     """dx = beta · dx + Σ dy weight over these pairs (dy [M, N], weight [N, K]), in place."""
     step = min(_MOST_ROWS, _SUMS // max(dx.shape[1], *[dy.shape[1] for dy, _ in pairs]))
     for rows in _slices(len(dx), step):

@@ -16,8 +16,8 @@ from ..layers.adapted import LoRALayer
 from ..layers.adapted_weight import Features, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
-from ..layers.int8 import Int8Linear
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
+from ..layers.int8 import Int8Linear
 from ..layers.modules import called, full_name, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any

@@ -222,8 +222,7 @@ def check(
     with ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
-            originals = {layer: layer.base_layer for _, layer in peft_layers(inner)}
-            report = stack.enter_context(while_optimized(model, base, int8_from))
+            report, originals = stack.enter_context(while_optimized(model, base, int8_from))
         from .baseline import shared_masks  # here, because both files import PEFT
         from .layer_check import Judge
 
@@ -243,12 +242,13 @@ def check(
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-            int8 = {layer: layer.base_layer for _, layer in peft_layers(inner)}
-            int8 = {each: b for each, b in int8.items() if isinstance(b, Int8Linear)}
-            if int8:
-                exact = alone = _exact_run(model, batch, {k: dense_linear(b) for k, b in int8.items()})
-            if int8 and base is not None:
-                exact = _exact_run(model, batch, {layer: originals[layer] for layer in int8})
+            layers = [layer for _, layer in peft_layers(inner)]
+            in_8_bits = [layer for layer in layers if isinstance(layer.base_layer, Int8Linear)]
+            if in_8_bits:
+                dense = {layer: dense_linear(layer.base_layer) for layer in in_8_bits}
+                exact = alone = _exact_run(model, batch, dense)
+            if originals:
+                exact = _exact_run(model, batch, originals)
         dtype = coarsest_dtype(inner, judge.dtypes)
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.

@@ -91,6 +91,8 @@ def _why_dense(layer: Any, base: Any, least: int) -> str:
         return f"its base is a {type(base).__name__}, no torch.nn.Linear"
     if layer.merged or is_hooked(base) or "parametrizations" in base._modules:
         return "it is merged, or a hook or parametrization acts on its base"
+    if getattr(layer, "lora_variant", None):
+        return "its adapter is a variant of LoRA (DoRA, …), which reads the weight"
     weight: Any = base.weight
     if reason := why_not_tensor(weight, 2):
         return f"its weight {reason}"

@@ -19,7 +19,6 @@ from ..backends import Call
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
-from ..layers.int8 import Int8Linear
 from ..layers.guards import Record, Recorder, call_recorded, fits
 from ..layers.members import is_hooked, is_replaced, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
@@ -43,12 +42,7 @@ class FastLinear(Fast, nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
-        if y is not None:
-            return y
-        if self.lora_variant and isinstance(self.base_layer, Int8Linear):  # DoRA reads the weight
-            with dense_base(self):
-                return super().forward(x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""

@@ -297,11 +297,12 @@ def _wide_twin(
     """
     if module in made:
         return made[module]
-    packed = quantized_weight(module)
-    if isinstance(packed, PackedLayer) and runs_in_8_bits(torch.empty(0, dtype=inside), packed.weight):
+    packed: Any = quantized_weight(module)
+    is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside)
+    if is_packed and runs_in_8_bits(x, packed.weight):
         other = made[module] = _Int8Twin(packed.weight, inside)
         parameters = {"bias": module.bias}
-    elif isinstance(packed, PackedLayer):
+    elif is_packed:
         weight = packed.weight.dense(packed.compute_dtype or inside)
         other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
         other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)

@@ -174,12 +174,15 @@ def optimize(
 @contextmanager
 def while_optimized(
     model: nn.Module, base: str | None = None, int8_from: int = 0
-) -> Iterator[Coverage]:
-    """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
+) -> Iterator[tuple[Coverage, dict[Any, nn.Module]]]:
+    """Inside, the model is optimized; yields the report and the replaced bases.
+
+    At the end the changes are undone.
+    """
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
     report, replaced, bases = _change(model, False, switches, base, int8_from)
     try:
-        yield report
+        yield report, bases
     finally:
         change_classes(replaced)
         if bases:
