@@ -222,7 +222,7 @@ def check(
     with ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
-            report, originals = stack.enter_context(while_optimized(model, base, int8_from))
+            report = stack.enter_context(while_optimized(model, base, int8_from))
         from .baseline import shared_masks  # here, because both files import PEFT
         from .layer_check import Judge
 
@@ -247,9 +247,10 @@ def check(
             if in_8_bits:
                 dense = {layer: dense_linear(layer.base_layer) for layer in in_8_bits}
                 exact = alone = _exact_run(model, batch, dense)
-            if originals:
-                exact = _exact_run(model, batch, originals)
         dtype = coarsest_dtype(inner, judge.dtypes)
+    if in_8_bits and not any(isinstance(layer.base_layer, Int8Linear) for layer in in_8_bits):
+        with shared_masks(inner), _filled(model):  # the model has its original weights again
+            exact = _exact_run(model, batch, {})
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.
         parts = [part for layer in report.layers for part in layer.name.split(".")]

@@ -159,9 +159,9 @@ def optimize(
     gives the reasons.
 
     Raises TypeError if ``model`` isn't a module.  Raises ValueError if the model has no PEFT LoRA
-    layers, if a switch isn't a bool, another argument doesn't fit, or if ``FASTLORA_BACKEND`` isn't the name of a backend.  With
-    ``strict``, also raises ValueError, whose text is the report, if a layer would not run fast.  An
-    error leaves the model unchanged.
+    layers, if a switch isn't a bool, if another argument doesn't fit, or if ``FASTLORA_BACKEND``
+    isn't the name of a backend.  With ``strict``, also raises ValueError, whose text is the report,
+    if a layer would not run fast.  An error leaves the model unchanged.
     """
     switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
     report = _change(model, strict, switches, base, int8_from)[0]
@@ -174,15 +174,12 @@ def optimize(
 @contextmanager
 def while_optimized(
     model: nn.Module, base: str | None = None, int8_from: int = 0
-) -> Iterator[tuple[Coverage, dict[Any, nn.Module]]]:
-    """Inside, the model is optimized; yields the report and the replaced bases.
-
-    At the end the changes are undone.
-    """
+) -> Iterator[Coverage]:
+    """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
     report, replaced, bases = _change(model, False, switches, base, int8_from)
     try:
-        yield report, bases
+        yield report
     finally:
         change_classes(replaced)
         if bases:
