@@ -136,12 +136,12 @@ def test_a_cpu_without_such_products_gets_a_warning(monkeypatch):
     assert "neither VNNI nor AMX" in str(fastlora.coverage(model))
 
 
-def test_this_cpu_is_asked(monkeypatch):
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_this_cpu_is_asked(monkeypatch, has_vnni):
     monkeypatch.undo()
-    for has_vnni in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert int8._has_int8_products() == has_vnni
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert int8._has_int8_products() == has_vnni
 
 
 def trains(model):
