@@ -52,7 +52,9 @@ def parse_options(description: str) -> Namespace:
     without = "compute the loss without logits, except on PEFT's and the frozen side (%(default)s)"
     add("--loss", action=BooleanOptionalAction, default=True, help=without)
     add("--optimize", action=BooleanOptionalAction, help=helped)
-    helped = 'add a side: PEFT after fastlora.optimize(model, base="int8"), all its layers in 8 bits'
+    helped = (
+        'add a side: PEFT after fastlora.optimize(model, base="int8"), all its layers in 8 bits'
+    )
     add("--int8", action="store_true", help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:

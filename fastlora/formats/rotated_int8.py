@@ -36,7 +36,7 @@ class RotatedInt8(Format):
     """weight = rotate(codes · scale), computed in float32 and rounded once to out's dtype.
 
     codes int8 [rows, columns], from -127 to 127; scale float32 [rows].  ``compute`` is the dtype of
-    the weight before it was packed.  8-bit products multiply the codes by those of a rotated x:
+    the weight before it was packed.  8-bit products multiply the codes by the codes of a rotated x:
 
     y = (xq codesᵀ) · x's scale · scale      with   xq, x's scale = quantize_rows(rotate(x))
 

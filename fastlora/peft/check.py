@@ -51,7 +51,7 @@ class Difference:
 
 
 class Rounding(NamedTuple):
-    """A run beside a more exact one: the difference of the losses, and that of all gradients.
+    """The differences of a run from a more exact one: of the loss, and of all gradients.
 
     ``gradients`` is ‖run - exact‖ / ‖exact‖ of all gradients as one vector, ``cosine`` the cosine
     of both vectors.
@@ -190,11 +190,11 @@ def check(
     as in a new adapter, the check gives it small random numbers, because lora_A's gradient is
     zero otherwise, and puts the zeros back.
 
-    A base in 8 bits (``optimize(model, base="int8")``) is compared with the same rounded numbers,
-    and its rounding is a line of its own: the loss and all gradients beside those of PEFT's forward
-    with exact products.  With ``base`` and ``int8_from``, which are those of ``optimize``, a dense
-    model is in 8 bits during the check only, and the line compares with the original weights; a
-    second line is for the rounded weights with exact products.
+    The results of a base in 8 bits (``optimize(model, base="int8")``) are compared with results of
+    the same rounding.  A line of its own states the rounding: how far the loss and all gradients
+    are from PEFT's forward with exact products.  ``base`` and ``int8_from`` are arguments of
+    ``optimize``: a dense model then is in 8 bits during the check, and the line compares it with
+    the original weights.  A second line compares the rounded weights, with exact products.
 
     It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
     and numpy's), lora_B and the layers' classes are put back.  It needs memory for two sets of

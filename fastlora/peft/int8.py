@@ -28,7 +28,7 @@ _KEPT = "_fastlora_int8"  # a merged layer's attribute with its base in 8 bits
 def check_base(base: Any, least: Any) -> None:
     """Raise ValueError unless these are arguments ``base`` and ``int8_from`` of optimize."""
     if base not in (None, "int8"):
-        raise ValueError(f'base is {shown(base)}, but must be "int8", or None to leave it as it is')
+        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
     if not (is_number(least) and least >= 0):
         raise ValueError(f"int8_from is {shown(least)}, but must be a number of features")
 

@@ -324,7 +324,7 @@ def _wide_twin(
 class _Int8Twin(nn.Module):
     """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype.
 
-    ``inside``: the dtype of the call, in which x is rotated.
+    ``inside``: the call's dtype.  x is rotated in it.
     """
 
     def __init__(self, weight: Any, inside: torch.dtype) -> None:
