@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from ..layers.modules import is_sharded, some
 from ..settings import is_number
 from ..text import shown
 
-_NOTES = "_fastlora_int8"  # the model's attribute with the notes of :func:`int8_bases`
+_CONVERTED = "_fastlora_int8"  # the model's attribute with the record of its conversions
 _KEPT = "_fastlora_int8"  # a merged layer's attribute with its base in 8 bits
+_SLOW = "this CPU has neither VNNI nor AMX, so it is slower in 8 bits than in 16"
 
 
 def check_base(base: Any, least: Any) -> None:
@@ -33,18 +34,43 @@ def check_base(base: Any, least: Any) -> None:
         raise ValueError(f"int8_from is {shown(least)}, but must be a number of features")
 
 
+class Converted(NamedTuple):
+    """What :func:`int8_bases` found, for the report."""
+
+    # By name: ‖rounded - weight‖ / ‖weight‖ of each layer in 8 bits.
+    errors: dict[str, float]
+    dense: dict[str, list[str]]  # names of the other layers, by reason
+    is_slow: bool  # whether they are on a CPU that is slow in 8 bits
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in self.dense.items()]
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            notes.append(
+                f"the weights of {len(self.errors)} layers are rounded to 8 bits, by up to "
+                f"{self.errors[worst]:.2%} of their norm ({worst}); restore and merges give the "
+                "rounded weights"
+            )
+        return notes + [_SLOW] * self.is_slow
+
+
+def converted(model: nn.Module) -> Converted:
+    """The record of the model's conversions."""
+    return model.__dict__.get(_CONVERTED, Converted({}, {}, False))
+
+
 def int8_bases(
     model: nn.Module, layers: list[tuple[str, Any]], fast: Container[Any], least: int
-) -> tuple[dict[Any, Int8Linear], tuple[str, ...]]:
-    """The base in 8 bits of each layer that can have one, and notes for the report.
+) -> tuple[dict[Any, nn.Module], Converted]:
+    """The base in 8 bits of each layer that can have one, and the new record.  Changes nothing.
 
     ``fast``: the layers whose class becomes fast.  ``least``: layers with fewer input or output
-    features stay dense.  Changes nothing.
+    features stay dense.
     """
     owners = Counter(_memory_of(p) for m in model.modules() for p in m.parameters(recurse=False))
-    bases: dict[Any, Int8Linear] = {}
-    errors: dict[str, float] = {}
-    dense: dict[str, list[str]] = {}
+    bases: dict[Any, nn.Module] = {}
+    errors, dense = dict(converted(model).errors), dict[str, list[str]]()
     for name, layer in layers:
         base = layer.base_layer
         if isinstance(base, Int8Linear):
@@ -56,28 +82,19 @@ def int8_bases(
         if not reason:
             try:
                 weight = pack_weight(base.weight.detach(), "int8")
+                errors[name] = packing_error(base.weight.detach(), weight)
+                bases[layer] = Int8Linear(weight, base.bias).train(base.training)
             except ValueError as error:  # NaN or infinity
                 reason = str(error)
         if reason:
             dense.setdefault(reason, []).append(name)
-            continue
-        errors[name] = packing_error(base.weight.detach(), weight)
-        bases[layer] = Int8Linear(weight, base.bias).train(base.training)
-    notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
-    if errors:
-        worst = max(errors, key=errors.__getitem__)
-        notes.append(
-            f"the weights of {len(errors)} layers are rounded to 8 bits, by up to "
-            f"{errors[worst]:.2%} of their norm ({worst}); restore and merges give these values"
-        )
-        if any(layer.codes.is_cpu for layer in bases.values()) and not _has_int8_products():
-            notes.append(
-                "this CPU has neither VNNI nor AMX, so products in 8 bits are slower than others"
-            )
-            warnings.warn(notes[-1], stacklevel=4)
-    elif dense and not any(isinstance(layer.base_layer, Int8Linear) for _, layer in layers):
-        warnings.warn(f"base='int8' has no effect: {'; '.join(notes)}", stacklevel=4)
-    return bases, tuple(notes)
+    on_cpu = any(base.codes.is_cpu for base in bases.values())
+    found = Converted(errors, dense, on_cpu and not _has_int8_products())
+    if found.is_slow:
+        warnings.warn(_SLOW, stacklevel=4)
+    if not errors:
+        warnings.warn(f"base='int8' has no effect: {'; '.join(found.notes)}", stacklevel=4)
+    return bases, found
 
 
 def _memory_of(parameter: Tensor) -> int:
@@ -110,16 +127,11 @@ def _has_int8_products() -> bool:
     return any(ask() for ask in known)
 
 
-def use_bases(model: nn.Module, bases: Mapping[Any, nn.Module], notes: tuple[str, ...]) -> None:
-    """Replace the base of each of these layers; the report shows the notes."""
+def use_bases(model: nn.Module, bases: Mapping[Any, nn.Module], record: Converted) -> None:
+    """Replace the base of each of these layers, and the model's record."""
     for layer, base in bases.items():
         layer.base_layer = base
-    model.__dict__[_NOTES] = notes
-
-
-def notes_of(model: nn.Module) -> tuple[str, ...]:
-    """The notes of the model's conversion; none if it wasn't converted."""
-    return model.__dict__.get(_NOTES, ())
+    model.__dict__[_CONVERTED] = record
 
 
 def give_back_dense(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
@@ -128,7 +140,7 @@ def give_back_dense(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
         vars(layer).pop(_KEPT, None)
         if isinstance(layer.base_layer, Int8Linear):
             layer.base_layer = dense_linear(layer.base_layer)
-    model.__dict__.pop(_NOTES, None)
+    model.__dict__.pop(_CONVERTED, None)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ..report import (
 )
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
-from .int8 import check_base, give_back_dense, int8_bases, notes_of, use_bases
+from .int8 import check_base, converted, give_back_dense, int8_bases, use_bases
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
@@ -71,7 +71,7 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
-    others = *wrapping_notes(layers), *mixed_notes(layers), *notes_of(unwrap(model))
+    others = *wrapping_notes(layers), *mixed_notes(layers), *converted(unwrap(model)).notes
     said = (*first, *notes, *others)
     return Coverage(records(model, layers, unreached), said)
 
@@ -177,13 +177,13 @@ def while_optimized(
 ) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
+    before = converted(checked(model))
     report, replaced, bases = _change(model, False, switches, base, int8_from)
     try:
         yield report
     finally:
         change_classes(replaced)
-        if bases:
-            use_bases(checked(model), bases, ())
+        use_bases(checked(model), bases, before)
 
 
 def _change(
@@ -211,9 +211,9 @@ def _change(
 
         classes = fast_classes(inner.modules())
         if base is not None:
-            bases, notes = int8_bases(inner, layers, classes, int8_from)
+            bases, record = int8_bases(inner, layers, classes, int8_from)
             dense = {layer: layer.base_layer for layer in bases}
-            use_bases(inner, bases, (*notes_of(inner), *notes))
+            use_bases(inner, bases, record)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()
