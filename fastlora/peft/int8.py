@@ -55,9 +55,12 @@ class Converted(NamedTuple):
         return notes + [_SLOW] * self.is_slow
 
 
+_NONE = Converted({}, {}, False)
+
+
 def converted(model: nn.Module) -> Converted:
     """The record of the model's conversions."""
-    return model.__dict__.get(_CONVERTED, Converted({}, {}, False))
+    return model.__dict__.get(_CONVERTED, _NONE)
 
 
 def int8_bases(
@@ -131,7 +134,9 @@ def use_bases(model: nn.Module, bases: Mapping[Any, nn.Module], record: Converte
     """Replace the base of each of these layers, and the model's record."""
     for layer, base in bases.items():
         layer.base_layer = base
-    model.__dict__[_CONVERTED] = record
+    model.__dict__.pop(_CONVERTED, None)
+    if record != _NONE:
+        model.__dict__[_CONVERTED] = record
 
 
 def give_back_dense(model: nn.Module, layers: list[tuple[str, Any]]) -> None:

@@ -183,7 +183,8 @@ def while_optimized(
         yield report
     finally:
         change_classes(replaced)
-        use_bases(checked(model), bases, before)
+        if base is not None:
+            use_bases(checked(model), bases, before)
 
 
 def _change(
