@@ -109,8 +109,8 @@ def _why_dense(layer: Any, base: Any, least: int) -> str:
     """Why a layer's base can't be converted to 8 bits; "" if it can."""
     if plain_class_of(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}, no torch.nn.Linear"
-    if layer.merged or is_hooked(base) or "parametrizations" in base._modules:
-        return "it is merged, or a hook or parametrization acts on its base"
+    if layer.merged or is_hooked(base) or "forward" in vars(base):
+        return "it is merged, or a hook acts on its base"
     if getattr(layer, "lora_variant", None):
         return "its adapter is a variant of LoRA (DoRA, …), which reads the weight"
     weight: Any = base.weight

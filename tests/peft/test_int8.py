@@ -176,7 +176,7 @@ def merged(model):
 REFUSED = {
     trains: "its weight trains",
     tied: "its weight is tied to another module's",
-    hooked: "a hook or parametrization",
+    hooked: "it is merged, or a hook acts on its base",
     parametrized: "its base is a Parametrized",
     on_meta: "on meta or sharded",
     infinite: "infinities or NaN",
