@@ -106,6 +106,7 @@ def quantize_rows(
     M, K = x.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device) if codes is None else codes
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    most = scale.new_full((), LARGEST)  # a tensor: torch may divide by a number as a product
     step = max(1, _AT_ONCE // max(1, K)) if x.is_cpu else max(1, M)
     shape = 2, min(step, M), K
     buffers = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -116,9 +117,9 @@ def quantize_rows(
         if factor is not None:
             values.mul_(factor)
         largest = torch.amax(torch.abs(values, out=sizes), 1, out=scale[rows])
-        values.mul_((LARGEST / largest.clamp_min_(_NOTHING))[:, None])
+        values.mul_(torch.div(most, largest.clamp_min_(_NOTHING))[:, None])
         codes[rows].copy_(values.round_())
-    return codes, scale.div_(LARGEST)
+    return codes, scale.div_(most)
 
 
 def pack_rotated(weight: Tensor) -> Quantized:
