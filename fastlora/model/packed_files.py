@@ -18,12 +18,13 @@ from ..formats.microscaled import MXFP4
 from ..layers.classes import twin
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
+from ..layers.frozen import matrix_of
 from ..layers.modules import called, full_name, some, unwrap
 from ..projection import DTYPES
 from .config import is_inside
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .inject import check_model, check_plain
-from .packed_linears import packed_linears, read_linear
+from .packed_linears import PARTS, packed_linears, read_linear
 from .packing import Packing, PackReport, packed_on_meta
 from .tensors import unfitting
 
@@ -109,7 +110,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
         linear: Any = model.get_submodule(name)
         tensors = {key: stored[key].read(key) for key in keys}
         about = partial(read_metadata, stored[keys[0]].path)
-        layer = read_linear(name, linear, tensors, about, _home(linear.weight))
+        layer = read_linear(name, linear, tensors, about, _home(matrix_of(linear)))
         packing.add_linear(name, linear, layer)
     for key, tensor in wanted.items():
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
@@ -206,7 +207,7 @@ def _fitting(
 
     Raises ValueError unless the checkpoint holds exactly the model's tensors.
     """
-    packed = {*stacks, *[f"{name}.weight" for name in linears]}
+    packed = {*stacks, *[name + part for name in linears for part in PARTS]}
     state = {
         key: tensor
         for key, tensor in model.state_dict(keep_vars=True).items()

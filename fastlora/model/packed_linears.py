@@ -14,13 +14,15 @@ from ..formats.format import Quantized, name_of
 from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import RotatedInt8
 from ..layers.classes import twin
+from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear
 from ..layers.members import is_hooked
 from ..layers.modules import called, some
 from .declare import other_vendor
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
-_INT8 = (".codes", ".scale")
+PARTS = (".weight", ".codes", ".scale")  # of a linear layer, dense or packed
+_INT8 = PARTS[1:]
 
 
 def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Module:
@@ -74,7 +76,8 @@ def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]
 
     A bias isn't among them, because it is dense and loads like all other tensors.
     """
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = nn.Linear | Int8Linear
+    layers = {name for name, module in model.named_modules() if isinstance(module, linear)}
     keys = list(keys)
     ends = _FOUR_BIT, _FLOAT8, _INT8[0]
     marked = {key.removesuffix(end) for key in keys for end in ends if key.endswith(end)}
@@ -101,8 +104,10 @@ def read_linear(
     sizes, kind = (linear.in_features, linear.out_features), "fp8"
     if name + _INT8[0] in tensors:
         kind = "int8"
-        format = RotatedInt8(*linear.weight.shape, name_of(linear.weight.dtype))
-        bits = tuple([tensors[name + end].to(device) for end in _INT8 if name + end in tensors])
+        if len(tensors) != len(_INT8):
+            raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
+        format = RotatedInt8(*sizes[::-1], name_of(matrix_of(linear).dtype))
+        bits = tuple([tensors[name + end].to(device) for end in _INT8])
         packed: Any = Int8Linear(Quantized(format, bits))
     elif name + _FOUR_BIT in tensors:
         kind = "nf4"

@@ -110,7 +110,8 @@ def test_a_merge_rounds_again_and_unmerge_is_exact():
     assert_near([merged(x)], [y], 0.03)
     merged.to(BF16).to(F32)
     fastlora.unmerge_lora(merged)
-    assert all(torch.equal(merged.state_dict()[k], v) for k, v in state.items() if "lora" not in k)
+    for key in ("0.codes", "0.scale"):
+        assert torch.equal(merged.state_dict()[key], state[key])
     assert_near([merged(x)], [y], 0.03)
 
 
@@ -125,7 +126,7 @@ def test_a_merge_that_leaves_it_dense(bias):
     fastlora.merge_lora(merged, requantize=False)
     fastlora.remove_lora(merged)
     assert type(merged[0]) is nn.Linear
-    assert [*merged.state_dict()] == ["0.weight", "0.bias"][: 1 + bias]
+    assert {*merged.state_dict()} == {"0.weight", *["0.bias"] * bias}
     assert_near([merged(x)], [y], 0.02)
 
 
@@ -141,7 +142,8 @@ def test_files_of_adapters(tmp_path):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_checkpoint(tmp_path, dtype, device):
-    packed = model(dtype, attention_bias=True)
+    config = model(attention_bias=True).config
+    packed = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     fastlora.pack(packed, "int8")
     packed.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quant"):
@@ -167,7 +169,7 @@ def without(state, name):
 TORN = {
     "codes": (cut, "q_proj.codes", r"q_proj can't be packed as int8: its int8 weight is broken"),
     "scale": (cut, "q_proj.scale", r"q_proj can't be packed as int8: its int8 weight is broken"),
-    "no-scale": (without, "q_proj.scale", r"q_proj.scale|2 tensors|q_proj can't be packed"),
+    "no-scale": (without, "q_proj.scale", r"the file has only \S+q_proj\.codes of"),
 }
 
 
@@ -188,7 +190,7 @@ def test_packing_refuses_what_it_can_t_round():
     with refused(packed, "lm_head can't be packed: it is compiled, or tied"):
         fastlora.pack(packed, "int8", ["lm_head"])
     with torch.no_grad():
-        packed.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+        packed.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
     with refused(packed, "up_proj can't be packed as int8: the weight has infinities or NaN"):
         fastlora.pack(packed, "int8")
     with torch.device("meta"):
