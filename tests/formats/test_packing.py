@@ -56,7 +56,11 @@ def test_a_weight_is_packed_as_near_as_its_kind_does(kind, dtype):
 @EVERY
 def test_representable_values_are_packed_without_loss(kind):
     once = pack_weight(hard(dtype=torch.bfloat16), kind).dense(torch.float32)
-    assert torch.allclose(pack_weight(once, kind).dense(torch.float32), once, rtol=1e-6, atol=0)
+    again = pack_weight(once, kind).dense(torch.float32)
+    size = once.abs()
+    if kind == "int8":  # rotating twice rounds beside the largest numbers of a row
+        size = size.amax(1, keepdim=True)
+    assert ((again - once).abs() <= 1e-6 * size).all()
 
 
 @EVERY
