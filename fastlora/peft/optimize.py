@@ -147,8 +147,8 @@ def optimize(
     memory of 16 bits, and large layers are faster.  The original weights are lost:
     :func:`restore`, and a merge, give the rounded ones.  A layer stays dense if its weight trains,
     is tied or sharded, or if it has fewer than ``int8_from`` input or output features, where 8 bits
-    gain nothing; 0 converts all.  The report gives the reasons.  A CPU without VNNI or AMX gets a
-    warning, because 8 bits are slower there.
+    gain nothing; 0 converts all.  The report gives the reasons.  CPUs without VNNI, and 16-bit
+    models on CPUs with AMX, get a warning, because 8 bits are slower there.
 
     The results equal PEFT's within rounding; with ``base``, within the rounding to 8 bits.  Dropout
     draws other masks of the same distribution.

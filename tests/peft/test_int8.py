@@ -23,7 +23,7 @@ ALL = {"base": "int8", "int8_from": 0}
 
 @pytest.fixture(autouse=True)
 def no_warning_of_this_cpu(monkeypatch):
-    monkeypatch.setattr(int8, "_has_int8_products", lambda: True)
+    monkeypatch.setattr(int8, "_why_slow", lambda base: "")
 
 
 def llama(dtype=F32, **settings) -> peft.PeftModel:
@@ -125,20 +125,25 @@ def test_no_layer_in_8_bits_gets_a_warning():
         fastlora.optimize(llama(), base="int8")
 
 
-def test_a_cpu_without_such_products_gets_a_warning(monkeypatch):
-    monkeypatch.setattr(int8, "_has_int8_products", lambda: False)
-    model = layer_model()
-    with pytest.warns(UserWarning, match="neither VNNI nor AMX"):
-        fastlora.optimize(model, **ALL)
-    assert "neither VNNI nor AMX" in str(fastlora.coverage(model))
+CPUS = {
+    "vnni": (True, False, BF16, ""),
+    "neither": (False, False, BF16, "no VNNI"),
+    "amx": (True, True, BF16, "by AMX"),
+    "amx-f32": (False, True, F32, ""),
+}
 
 
-@pytest.mark.parametrize("has_vnni", [True, False])
-def test_this_cpu_is_asked(monkeypatch, has_vnni):
+@pytest.mark.parametrize(("vnni", "amx", "dtype", "warning"), CPUS.values(), ids=CPUS)
+def test_a_cpu_that_is_slow_in_8_bits_gets_a_warning(monkeypatch, vnni, amx, dtype, warning):
     monkeypatch.undo()
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert int8._has_int8_products() == has_vnni
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    model = layer_model(dtype=dtype)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fastlora.optimize(model, **ALL)
+    assert [warning in str(one.message) for one in found] == [True] * bool(warning)
+    assert not warning or warning in str(fastlora.coverage(model))
 
 
 def trains(model):
