@@ -11,7 +11,7 @@ same x share xq, and their parts of dx are summed before the rotation.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def rounded(x: Tensor) -> Rounded:
 
 
 def linear_in_8_bits(
-    x: Rounded, base: Base[Quantized], dtype: torch.dtype, into: Tensor | None = None
+    x: Rounded, base: Base[Any], dtype: torch.dtype, into: Tensor | None = None
 ) -> Tensor:
     """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one."""
     (codes, scale), bias = base.weight.tensors, base.bias

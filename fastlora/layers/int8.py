@@ -42,7 +42,8 @@ class Int8Linear(nn.Module):
 
 def dense_linear(layer: Any) -> nn.Linear:
     """An ``nn.Linear`` with the values and the bias of an ``Int8Linear``, in its dtype."""
-    weight = read(layer).weight
+    packed: Any = read(layer)
+    weight = packed.weight
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weight.dense(weight.dtype), requires_grad=False)
     dense.bias = layer.bias

@@ -35,7 +35,7 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
         )
     module = "bitsandbytes.nn" if kind == "nf4" else "torchao.quantization"
     need = f"{name} can't be packed as {kind} without {package}"
-    theirs = optional(module, need, "quantized") if package else None
+    theirs: Any = optional(module, need, "quantized") if package else None
     if linear.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
     if kind == "int8":

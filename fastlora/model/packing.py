@@ -212,17 +212,15 @@ def _chosen(
     named = {plain_name(name): module for name, module in model.named_modules()}
     # read_module gives no reason against modules that are supported experts.
     experts = {name: module for name, module in named.items() if not read_module(module).reason}
-    if modules is None and kind == "int8":
-        linear = all_linear(model)
-        dense = {name: module for name, module in named.items() if name in linear}
-        if dense := {name: module for name, module in dense.items() if type(module) is nn.Linear}:
-            return dense
-        raise ValueError("the model has no dense linear layers: name modules to pack")
     if modules is None:
+        what = "experts that fastlora knows"
         dense = {name: module for name, module in experts.items() if not packed_names(module)}
+        if kind == "int8":
+            what, names = "linear layers", all_linear(model)
+            dense = {n: named[n] for n in named if n in names and type(named[n]) is nn.Linear}
         if dense:
             return dense
-        raise ValueError("the model has no dense experts that fastlora knows: name modules to pack")
+        raise ValueError(f"the model has no dense {what}: name modules to pack")
     if not isinstance(modules, str | Sequence | Set):
         raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     chosen: dict[str, nn.Module] = {}

@@ -375,8 +375,8 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 def numbers_in(model: nn.Module) -> int:
     """The number of parameters; a packed weight counts with its dense shape."""
     packed = [m.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)]
-    int8 = [layer.codes for layer in model.modules() if isinstance(layer, Int8Linear)]
-    packed += [codes.numel() for codes in int8 if codes is not None]  # None: merged, and dense
+    int8: list[Any] = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    packed += [layer.codes.numel() for layer in int8 if layer.codes is not None]
     return sum(packed) + sum(parameter.numel() for parameter in model.parameters())
 
 

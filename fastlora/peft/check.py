@@ -245,7 +245,9 @@ def check(
             layers = [layer for _, layer in peft_layers(inner)]
             in_8_bits = [layer for layer in layers if isinstance(layer.base_layer, Int8Linear)]
             if in_8_bits:
-                dense = {layer: dense_linear(layer.base_layer) for layer in in_8_bits}
+                dense: dict[Any, nn.Module] = {
+                    layer: dense_linear(layer.base_layer) for layer in in_8_bits
+                }
                 exact = alone = _exact_run(model, batch, dense)
         dtype = coarsest_dtype(inner, judge.dtypes)
     if in_8_bits and not any(isinstance(layer.base_layer, Int8Linear) for layer in in_8_bits):

@@ -47,11 +47,11 @@ class FastLinear(Fast, nn.Module):
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
         with dense_base(self):
-            super().merge(*args, **kwargs)
+            super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
         with dense_base(self):
-            super().unmerge()
+            super().unmerge()  # type: ignore[misc]
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""

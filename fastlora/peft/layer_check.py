@@ -298,18 +298,18 @@ def _wide_twin(
     if module in made:
         return made[module]
     packed: Any = quantized_weight(module)
+    other: Any
     is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside)
     if is_packed and runs_in_8_bits(x, packed.weight):
         other = made[module] = _Int8Twin(packed.weight, inside)
-        parameters = {"bias": module.bias}
     elif is_packed:
         weight = packed.weight.dense(packed.compute_dtype or inside)
         other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
         other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        parameters = {"bias": getattr(module, "bias", None)}
     else:
         other = made[module] = twin(module, plain_class_of(module))
-        parameters = module._parameters
+    bias: Any = getattr(module, "bias", None)
+    parameters = {"bias": bias} if is_packed else module._parameters
     for name, p in parameters.items():
         if p is not None:
             p = nn.Parameter(p.detach().to(dtype), p.requires_grad) if p.is_floating_point() else p
