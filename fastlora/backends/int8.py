@@ -106,14 +106,10 @@ def _scaled(
 
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
-    if not left.is_cpu:  # torch's own refuses few rows, odd sizes and rows that lie apart there
-        return sums_in_float32(left, right)
-    return torch._int_mm(left, right, out=matrix_like(use, like, torch.int32))
-
-
-def sums_in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """:func:`int_product` on any device."""
-    out = torch.zeros(len(left), right.shape[1], dtype=torch.int32, device=left.device)
+    out = matrix_like(use, like, torch.int32)
+    if left.is_cpu:
+        return torch._int_mm(left, right, out=out)
+    out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart there
     for part in _slices(len(right), _EXACT):
         out += torch.mm(left[:, part].float(), right[part].float()).int()
     return out

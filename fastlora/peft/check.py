@@ -18,13 +18,13 @@ from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
-from ..layers.int8 import Int8Linear, dense_linear
+from ..layers.int8 import Int8Linear
 from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from ..settings import is_number
 from ..text import shown
-from .int8 import using_bases
+from .int8 import dense_bases, use_bases
 from .optimize import peft_layers, while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT
@@ -242,15 +242,10 @@ def check(
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-            layers = [layer for _, layer in peft_layers(inner)]
-            in_8_bits = [layer for layer in layers if isinstance(layer.base_layer, Int8Linear)]
-            if in_8_bits:
-                dense: dict[Any, nn.Module] = {
-                    layer: dense_linear(layer.base_layer) for layer in in_8_bits
-                }
+            if dense := dense_bases(peft_layers(inner)):
                 exact = alone = _exact_run(model, batch, dense)
         dtype = coarsest_dtype(inner, judge.dtypes)
-    if in_8_bits and not any(isinstance(layer.base_layer, Int8Linear) for layer in in_8_bits):
+    if dense and not dense_bases(peft_layers(inner)):
         with shared_masks(inner), _filled(model):  # the model has its original weights again
             exact = _exact_run(model, batch, {})
     if tolerance is None:
@@ -279,8 +274,12 @@ def _exact_run(model: nn.Module, batch: Any, bases: dict[Any, nn.Module]) -> "_R
     inner = unwrap(model)
     modules = list(inner.modules())
     classes = own_heads(modules) | own_classes(modules)
-    with changed_classes(classes), using_bases(bases), undisturbed(inner):
-        return _run(model, batch)
+    before = use_bases(bases)
+    try:
+        with changed_classes(classes), undisturbed(inner):
+            return _run(model, batch)
+    finally:
+        use_bases(before)
 
 
 def _rounding(run: "_Run | None", exact: "_Run | None") -> Rounding | None:

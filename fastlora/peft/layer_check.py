@@ -27,6 +27,8 @@ from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..formats.rotated_int8 import quantize_rows, rotate
 from ..layers.classes import changed_classes, twin
+from ..layers.frozen import matrix_of
+from ..layers.int8 import Int8Linear
 from ..layers.members import plain_class_of
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
@@ -301,7 +303,8 @@ def _wide_twin(
     other: Any
     is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside)
     if is_packed and runs_in_8_bits(x, packed.weight):
-        other = made[module] = _Int8Twin(packed.weight, inside)
+        other = made[module] = _Int8Twin(packed.weight)
+        other.inside = inside
     elif is_packed:
         weight = packed.weight.dense(packed.compute_dtype or inside)
         other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
@@ -321,18 +324,14 @@ def _wide_twin(
     return other
 
 
-class _Int8Twin(nn.Module):
-    """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype.
+class _Int8Twin(Int8Linear):
+    """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype."""
 
-    ``inside``: the call's dtype.  x is rotated in it.
-    """
-
-    def __init__(self, weight: Any, inside: torch.dtype) -> None:
-        super().__init__()
-        self.packed, self.inside = weight, inside
+    inside: torch.dtype  # the call's dtype.  x is rotated in it
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Int8Product.apply(x, *self.packed.tensors, self.inside)
+        packed: Any = matrix_of(self, Int8Linear)
+        y = _Int8Product.apply(x, *packed.tensors, self.inside)
         return y if self.bias is None else y + self.bias
 
 

@@ -30,7 +30,7 @@ from ..report import (
 )
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
-from .int8 import check_base, converted, give_back_dense, int8_bases, use_bases
+from .int8 import check_base, give_back_dense, int8_bases, least_of, mark, notes_of, use_bases
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
@@ -71,8 +71,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
-    others = *wrapping_notes(layers), *mixed_notes(layers), *converted(unwrap(model)).notes
-    said = (*first, *notes, *others)
+    others = wrapping_notes(layers) + mixed_notes(layers)
+    said = (*first, *notes, *others, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
 
 
@@ -177,14 +177,15 @@ def while_optimized(
 ) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
-    before = converted(checked(model))
+    before = least_of(checked(model))
     report, replaced, bases = _change(model, False, switches, base, int8_from)
     try:
         yield report
     finally:
         change_classes(replaced)
+        use_bases(bases)
         if base is not None:
-            use_bases(checked(model), bases, before)
+            mark(checked(model), before)
 
 
 def _change(
@@ -212,9 +213,8 @@ def _change(
 
         classes = fast_classes(inner.modules())
         if base is not None:
-            bases, record = int8_bases(inner, layers, classes, int8_from)
-            dense = {layer: layer.base_layer for layer in bases}
-            use_bases(inner, bases, record)
+            dense = use_bases(int8_bases(inner, layers, classes, int8_from))
+            mark(inner, int8_from)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()
@@ -222,6 +222,7 @@ def _change(
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         replaced = change_classes(classes)
+        notes_of(inner, layers, warns=base is not None)
         if switches["loss"]:  # a lazy head is derived from the head's new class
             replaced = change_classes(head_classes(inner)) | replaced
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")

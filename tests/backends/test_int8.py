@@ -89,10 +89,17 @@ def test_the_largest_sums_don_t_overflow():
         assert torch.allclose(columns_of_dx, torch.full_like(columns_of_dx, 127.0 * rows))
 
 
+class OnAnotherDevice(torch.Tensor):
+    """A tensor that says that it isn't on a CPU."""
+
+    is_cpu = False
+
+
 def test_a_product_on_other_devices_is_exact():
     left = torch.randint(-127, 128, (5, 3000), dtype=torch.int8)
     right = torch.randint(-127, 128, (3000, 7), dtype=torch.int8)
-    found = backend.sums_in_float32(left, right)
+    other = left.as_subclass(OnAnotherDevice)
+    found = backend.int_product(other, right, "sums", torch.empty(5, 7))
     assert torch.equal(found.long(), left.long() @ right.long())
 
 

@@ -91,8 +91,7 @@ def test_a_model_trains_and_its_blocks_are_fused(dtype):
         "14 quantized: rotated int8",
         "2 of 2 gated MLPs as one block",
         "loss without logits",
-        "the weights of 14 layers are rounded to 8 bits, by up to 0.",
-        "restore and merges give the rounded weights",
+        "the weights of 14 layers are rounded to 8 bits: restore and merges give the rounded",
     ):
         assert line in report
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -181,7 +180,7 @@ REFUSED = {
     hooked: "it is merged, or a hook acts on its base",
     parametrized: "its base is a Parametrized",
     on_meta: "its weight is on meta or sharded",
-    infinite: "the weight has infinities or NaN",
+    infinite: "its weight has infinities or NaN",
     merged: "it is merged",
 }
 
