@@ -61,7 +61,7 @@ def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]
         return []
     dense: dict[str, list[str]] = {}
     for name, _, reason in _dense_layers(model, layers, (), least):
-        dense.setdefault(reason, []).append(name)
+        dense.setdefault(reason or "optimize would convert it now", []).append(name)
     notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
     bases = [layer.base_layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
     slow = next(filter(None, map(_why_slow, bases)), "")
@@ -147,7 +147,7 @@ def mark(model: nn.Module, least: int | None) -> None:
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
     """Give each layer a dense base with the values of its 8-bit one."""
     for _, layer in layers:
-        vars(layer).pop(_KEPT, None)
+        layer.__dict__.pop(_KEPT, None)
     use_bases(dense_bases(layers))
     model.__dict__.pop(_FROM, None)
 
@@ -162,9 +162,9 @@ def dense_bases(layers: Layers) -> dict[Any, nn.Module]:
 def dense_base(layer: Any) -> Iterator[None]:
     """Inside, the layer's base isn't in 8 bits.  It stays dense if the layer is merged then."""
     if before := use_bases(dense_bases([("", layer)])):
-        vars(layer)[_KEPT] = before[layer]
+        layer.__dict__[_KEPT] = before[layer]
     try:
         yield
     finally:
-        if not layer.merged and _KEPT in vars(layer):
-            layer.base_layer = vars(layer).pop(_KEPT).to(layer.base_layer.weight.device)
+        if not layer.merged and _KEPT in layer.__dict__:
+            layer.base_layer = layer.__dict__.pop(_KEPT).to(layer.base_layer.weight.device)
