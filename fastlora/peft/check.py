@@ -285,14 +285,16 @@ def _exact_run(model: nn.Module, batch: Any, bases: dict[Any, nn.Module]) -> "_R
 def _rounding(run: "_Run | None", exact: "_Run | None") -> Rounding | None:
     if run is None or exact is None:
         return None
-    one, other = (
-        torch.cat([each.gradients[name].double().flatten() for name in sorted(exact.gradients)])
-        for each in (run, exact)
-    )
+    dot = ours = theirs = 0.0  # of all gradients as vectors: their product, and their squares
+    for name, gradient in exact.gradients.items():
+        one, other = run.gradients[name].double(), gradient.double()
+        dot += float((one * other).sum())
+        ours, theirs = ours + float(one.square().sum()), theirs + float(other.square().sum())
     loss = float(run.loss["loss"] - exact.loss["loss"])
-    size = max(float(other.norm()), torch.finfo(torch.float64).tiny)
-    cosine = float(torch.nn.functional.cosine_similarity(one, other, 0)) if one.numel() else 1.0
-    return Rounding(loss, float((one - other).norm()) / size, cosine)
+    if not ours * theirs:  # no gradients
+        return Rounding(loss, 0.0, 1.0)
+    error = max(0.0, ours + theirs - 2 * dot)
+    return Rounding(loss, math.sqrt(error / theirs), dot / math.sqrt(ours * theirs))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def int8_bases(
 
 
 def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]:
-    """Notes for the report on a converted model; with ``warns``, those that matter as warnings."""
+    """Notes for the report on a converted model.  ``warns``: also warn of slow layers, or none."""
     least = least_of(model)
     if least is None:
         return []
@@ -142,6 +142,8 @@ def least_of(model: nn.Module) -> int | None:
 def mark(model: nn.Module, least: int | None) -> None:
     """Make :func:`least_of` return this."""
     model.__dict__[_FROM] = least
+    if least is None:
+        del model.__dict__[_FROM]
 
 
 def give_back_dense(model: nn.Module, layers: Layers) -> None:

@@ -378,9 +378,10 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_check_states_the_rounding(dtype):
     model = llama(dtype, lora_dropout=0.1).train()
-    before = snapshot(model)
+    before, entries = snapshot(model), {*vars(model)}
     found = fastlora.check(model, batch(), **ALL)
-    assert snapshot(model)["classes"] == before["classes"]
+    assert_untouched(model, before)
+    assert {*vars(model)} == entries
     assert found, str(found)
     assert len(found.layers) == 10
     assert 0 < found.int8_weights.gradients < found.rounding.gradients < 0.2
@@ -389,6 +390,10 @@ def test_check_states_the_rounding(dtype):
     lines = str(found).splitlines()
     (line,) = [i for i, line in enumerate(lines) if "rounding to 8 bits, beside exact" in line]
     assert "rounding of the weights only: loss" in lines[line + 1]
+    with torch.no_grad():
+        assert (
+            fastlora.check(model, batch(), **ALL).rounding.cosine == 1.0
+        )  # there are no gradients
     fastlora.optimize(model, **ALL)
     alone = fastlora.check(model, batch())
     assert alone
