@@ -45,6 +45,7 @@ class Call:
     packed: str = ""  # gemm_lowrank: the kind of codes of a packed q
     segments: int = 0  # how many segments the rows are cut into; 0: not cut
     low_rank: bool = False  # weight_grad: also computes the low-rank part of dx
+    int8: bool = False  # project: also rounds x to 8 bits; gemm_lowrank: multiplies 8 bits
 
     @property
     def product(self) -> str:
@@ -170,6 +171,8 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     """The rows of the target's table for this kind of call: configs in the order of preference."""
     if call.packed:
         kernel = "packed"
+    elif call.int8:
+        kernel += " of int8"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
     elif call.low_rank:
@@ -269,10 +272,11 @@ def chunks(*groups: Sequence | None) -> Iterator[tuple]:
 
     A list that is None is None in every launch.
     """
-    if len(groups[0]) <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
+    most = max([len(group) for group in groups if group is not None])
+    if most <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return
-    for first in range(0, len(groups[0]), MAX_PROJECTIONS):
+    for first in range(0, most, MAX_PROJECTIONS):
         part = slice(first, first + MAX_PROJECTIONS)
         yield tuple(None if group is None else group[part] for group in groups)
 
