@@ -107,7 +107,9 @@ def rotate_tile(b_tile, b_hadamard, i_column, columns, PRECISION: tl.constexpr):
     b_sum = tl.zeros((ROWS * COLUMNS // 64, 64), tl.float32)
     if b_tile.dtype != b_hadamard.dtype:
         b_upper = cast(b_blocks, b_hadamard.dtype)
-        b_sum = dot(cast(b_blocks - b_upper.to(tl.float32), b_hadamard.dtype), b_hadamard, b_sum, PRECISION)
+        b_sum = dot(
+            cast(b_blocks - b_upper.to(tl.float32), b_hadamard.dtype), b_hadamard, b_sum, PRECISION
+        )
         b_blocks = b_upper
     b_rotated = dot(b_blocks, b_hadamard, b_sum, PRECISION).reshape(ROWS, COLUMNS)
     is_rotated = i_column + tl.arange(0, COLUMNS) < columns // 64 * 64

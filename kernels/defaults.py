@@ -53,9 +53,7 @@ _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x
 # From compilation: larger tiles spill in the epilogue, which has a second sum for the rotation.
 _INT8 = "128x128x64-w8-s4 128x64x64-w4-s4 64x64x128-w4-s3 16x64x128-w4-s3"
 _INT8_32 = "64x64x64-w4-s3 16x64x128-w4-s3"  # of float32 x
-_HOPPER_INT8 = (
-    "128x128x128-w8-s4-tma 128x64x128-w4-s4-tma 64x64x128-w4-s4-tma 16x64x128-w4-s3"
-)
+_HOPPER_INT8 = "128x128x128-w8-s4-tma 128x64x128-w4-s4-tma 64x64x128-w4-s4-tma 16x64x128-w4-s3"
 _ROUNDED = "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3"
 _ROUNDED_32 = "32x64-w4-s3 16x64-w4-s2"
 # The low-rank term without a base product has no main loop and waits for memory, so several small

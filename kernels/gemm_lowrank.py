@@ -86,7 +86,7 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
     p_u_bytes = size_of(*p) + (size_of(*u) if a is None else 0)
     q_v_bytes, old_out_bytes = size_of(*q, *v), size_of(out) if arguments["ADD"] else 0
     scales = packed_work(arguments)  # (bytes counted once, bytes as all tiles load them)
-    row_scales, column_scales = arguments["scales"] or ((), None)  # of int8
+    row_scales, column_scales = arguments["scales"]  # of int8
     p_u_bytes, q_v_bytes = p_u_bytes + size_of(*row_scales), q_v_bytes + size_of(column_scales)
     small, small_by_tiles = small_operand_bytes(arguments, m_tiles * n_tiles, n_tiles)
     return Work(
@@ -189,7 +189,9 @@ def masked_low_rank_tile(
 ):  # fmt: skip
     """The tile of keep ∘ (U V) at (i_m, i_n), in a sum of its own: each term has another mask."""
     b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    b_low = low_rank_tile(u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION)
+    b_low = low_rank_tile(
+        u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+    )
     # keep [BM, BN], from the same seed as in the forward
     keep = keep_tile(tl.load(seed), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
     return tl.where(keep, b_low, 0.0)  # [BM, BN]
@@ -261,14 +263,13 @@ def gemm_lowrank_kernel(
     With segments (``ends``): Q_i [segments, K_i, N], V_i [segments, R_i, N], bias [segments, N].  A
     row uses the matrices of its segment; rows without a segment get zero.  PACKING, unless None:
     Q_i is packed, q_i has its codes and ``q_operands`` its scales and tables (packed.py).  With
-    ``scales`` (row scales, column scales), P_i and Q_i are int8 (:class:`Scales`).
+    row scales in ``scales`` (row scales, column scales), P_i and Q_i are int8 (:class:`Scales`).
     """
     # One argument for each P_i and Q_i: Triton's launcher finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
     # OUT's dtype.  P and Q have the same, unless they are int8.
-    dtype: tl.constexpr = (
-        out.dtype if DESCRIPTORS and ends is None else out.dtype.element_ty
-    )
+    dtype: tl.constexpr = out.dtype if DESCRIPTORS and ends is None else out.dtype.element_ty
+    is_int8: tl.constexpr = len(scales[0]) > 0
     # The number of tiles of rows, and of columns.  With segments, the first is an upper bound,
     # because each segment may end with a partly filled tile (segments.py).
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
@@ -318,7 +319,7 @@ def gemm_lowrank_kernel(
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
             b_sum = b_out
-            if scales is not None:
+            if is_int8:  # sums of only this product, which has its own scales
                 b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             # The compiler pipelines this loop: loads run num_stages - 1 steps ahead of products.
             for i_k in range(0, depth, BLOCK_K):
@@ -338,17 +339,15 @@ def gemm_lowrank_kernel(
                     )  # [BK, BR]
                     # [BM, BR] += [BM, BK] @ [BK, BR]
                     b_u_sum = dot(b_p, cast(b_a, dtype), b_u_sum, PRECISION)
-            if scales is None:
-                b_out = b_sum
-            else:
-                b_out += scaled_sum(
+            if is_int8:
+                b_sum = b_out + scaled_sum(
                     b_sum, scales[0][i], scales[1], i_m, i_n, rows, N, BLOCK_M, BLOCK_N
                 )
-        if scales is not None:
-            if scales[1] is None:
-                # In bfloat16 in two parts, unless the products of this launch are exact or TF32.
-                b_hadamard = hadamard_matrix(tl.float32 if dtype == tl.float32 else tl.bfloat16)
-                b_out = rotate_tile(b_out, b_hadamard, i_n, N, PRECISION)
+            b_out = b_sum
+        if is_int8 and scales[1] is None:
+            # For a 16-bit OUT, its float32 sums are multiplied in bfloat16, in two parts.
+            b_hadamard = hadamard_matrix(tl.float32 if dtype == tl.float32 else tl.bfloat16)
+            b_out = rotate_tile(b_out, b_hadamard, i_n, N, PRECISION)
 
         # 3. After the main loop: b_out += Σ_i U_i V_i, for y h Bᵀ.  These terms have no mask, so
         # they go into the same accumulator, and U_i is needed only now.
@@ -470,7 +469,7 @@ def gemm_lowrank(
             **{f"p{i}": operand for i, operand in enumerate([*p_operands, *absent])},
             **{f"q{i}": operand for i, operand in enumerate([*q_operands, *absent])},
             "q_operands": () if packed is None else tuple(each.operands for each in q),
-            "scales": None if scales is None else (tuple(its_row_scales), column_scales),
+            "scales": (tuple(its_row_scales or ()), column_scales),
             "a": a, "u": tuple(u), "v": tuple(v), "bias": bias, "out": out_operand,
             "seeds": launch_seeds, **segment_arguments(ends),
             "M": M, "N": N, "K": tuple(each.shape[1] for each in p), "R": tuple(ranks),

@@ -5,8 +5,8 @@ is dy, V_i is lora_b, there is no mask, and U_i is dh.  A product is thin if its
 few columns, here R_i (the rank).  Then reading X takes most of the time, so one pass over X serves
 all projections of a group.
 
-Where the base product is of 8 bits, the launch also rounds X to int8 (:class:`Rounded`), in a second
-pass over the rows that L2 still has.
+Where the base product is of 8 bits, the launch also rounds X to int8 (:class:`Rounded`), in a
+second pass over the rows that L2 still has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -229,24 +229,40 @@ def project_kernel(
             plane = planes[i] + i_split.to(tl.int64) * M * R[i]
             store_tile(plane, b_u, i_m, i_r, end, R[i], R[i], 1)
     if codes is not None:
-        if i_r == 0:  # of the programs with these rows, one rounds them
-            # Rows below 2⁻¹⁰⁰ count as that, so that 127 / largest is finite.
-            b_bits = tl.maximum(tl.max(b_largest, 1), 27 << 23)
-            b_most = b_bits.to(tl.float32, bitcast=True)  # [BM]
-            o_m = i_m + tl.arange(0, BLOCK_M)
-            tl.store(row_scales + o_m, tl.div_rn(b_most, 127.0), mask=o_m < end)
-            b_inverse = tl.div_rn(127.0, b_most)[:, None]
-            for i_k in range(0, K, BLOCK_K):
-                b_x = load_tile(
-                    x, i_m, i_k, end, K, x_strides[0], x_strides[1], BLOCK_M, BLOCK_K
-                )  # [BM, BK]
-                b_number = numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION)
-                # Adding 1.5 · 2²³ rounds to an integer, ties to even, in the lower bits.  The
-                # minimum keeps the compiler from fusing both into one multiply-add, which rounds
-                # only once.
-                b_number = tl.minimum(b_number * b_inverse, 127.0) + 12582912.0
-                b_code = b_number.to(tl.int32, bitcast=True) - 0x4B400000
-                store_tile(codes, b_code, i_m, i_k, end, K, K, 1)
+        round_rows(
+            x, codes, row_scales, column_factors, b_largest, b_hadamard, i_m, i_r, end, K,
+            x_strides, BLOCK_M, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def round_rows(
+    x, codes, row_scales, column_factors, b_largest, b_hadamard, i_m, i_r, end, K, x_strides,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The second pass of ``project_kernel``, in the first of the programs with these rows.
+
+    ``b_largest``: the bits of the largest magnitudes in the first pass, [BM, BK].
+    """
+    if i_r == 0:
+        # Rows below 2⁻¹⁰⁰ count as that, so that 127 / largest is finite.
+        b_bits = tl.maximum(tl.max(b_largest, 1), 27 << 23)
+        b_most = b_bits.to(tl.float32, bitcast=True)  # [BM]
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        tl.store(row_scales + o_m, tl.div_rn(b_most, 127.0), mask=o_m < end)
+        b_inverse = tl.div_rn(127.0, b_most)[:, None]
+        for i_k in range(0, K, BLOCK_K):
+            b_x = load_tile(
+                x, i_m, i_k, end, K, x_strides[0], x_strides[1], BLOCK_M, BLOCK_K
+            )  # [BM, BK]
+            b_number = numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION)
+            # Adding 1.5 · 2²³ rounds to an integer, ties to even, in the lower bits.  The minimum
+            # keeps the compiler from fusing both into one multiply-add, which rounds only once.
+            b_number = tl.minimum(b_number * b_inverse, 127.0) + 12582912.0
+            b_code = b_number.to(tl.int32, bitcast=True) - 0x4B400000
+            store_tile(codes, b_code, i_m, i_k, end, K, K, 1)
 
 
 @triton.jit

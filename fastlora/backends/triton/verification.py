@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import cache as files
 from ...formats.format import Quantized
+from ...formats.rotated_int8 import BLOCK, LARGEST, RotatedInt8, rotate
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
@@ -65,7 +66,13 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 # step gets a definite result once.  Integers, such as the classes of a loss, and packed weights
 # aren't replaced.  If a packed weight is zero or not finite, the call runs on PyTorch and its
 # kernels stay unverified, which costs a dense weight each call.
-_ROWS, _FACTOR, _KEPT = "rows", "factor", "kept"
+#
+# The x of 8-bit products ("exact") becomes numbers whose rotation and rounding to 8 bits are exact
+# in any order, so that the integer sums are equal bit for bit.  The caller's own numbers may be
+# rounded to another code if the sums of the rotation have another order.  A result then differs by
+# one step.
+_ROWS, _FACTOR, _KEPT, _EXACT = "rows", "factor", "kept", "exact"
+_STEP = 2.0**-8  # the rounding that one code of a row explains, relative to the row's results
 
 
 class State(str):
@@ -319,7 +326,8 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
         )
         for layout in layouts
     ]
-    return [_ROWS, *flatten(outputs, layouts)]
+    is_int8 = any([isinstance(layout.format, RotatedInt8) for layout in layouts])
+    return [_EXACT if is_int8 else _ROWS, *flatten(outputs, layouts)]
 
 
 def _probe_of_call(call: Call, count: int) -> Call:
@@ -376,7 +384,8 @@ def _verified(
                 results = by_kernels(tensors)
             if fault is None or isinstance(results, State):
                 return right
-            fault = fault or compared(by_torch, tensors, roles, results, right)
+            step = _STEP if _EXACT in roles else 0.0
+            fault = fault or compared(by_torch, tensors, roles, results, right, step)
         except torch.OutOfMemoryError:
             _refuse(trial)
             _warn(
@@ -430,8 +439,24 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
             spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
+            if role == _EXACT:
+                _alike(tensor, memories[place]).copy_(_exact_rows(*tensor.shape, generator))
         made.append(_alike(tensor, memories[place]))
     return made
+
+
+def _exact_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Rows whose rotation and rounding to 8 bits are exact in every dtype and order of sums.
+
+    Rotated, a row has one number in each block: a code times 2⁻⁴.  The largest code is 127.
+    """
+    options: Any = {"generator": generator, "device": generator.device}
+    codes = torch.randint(-LARGEST, LARGEST + 1, (rows, columns), **options).float()
+    row, column = (torch.arange(n, device=generator.device) for n in (rows, columns))
+    is_rest = column >= columns // BLOCK * BLOCK  # not rotated
+    kept = (column % BLOCK == (row[:, None] + column // BLOCK) % BLOCK) | is_rest
+    codes.mul_(kept).scatter_(1, kept.int().argmax(1, keepdim=True), LARGEST)
+    return rotate(codes).mul_(2.0**-4)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -469,8 +494,12 @@ def compared(
     roles: Sequence[str],
     results: Sequence,
     right: Sequence,
+    step: float = 0.0,
 ) -> str:
-    """The fault of the kernels' results, or "".  PyTorch's own errors set the allowed error."""
+    """The fault of the kernels' results, or "".  PyTorch's own errors set the allowed error.
+
+    ``step``: a relative error to allow, if the rounding of x's dtype is smaller.
+    """
     x = tensors[0]
     assert x is not None
     try:  # PyTorch's results in a wider dtype stand for the exact ones
@@ -490,7 +519,8 @@ def compared(
                 return f"{name} is missing"
         elif its.numel():
             wide = None if truth is None else _as_matrix(truth[i])
-            share = _worst(_as_matrix(ours), _as_matrix(its), wide, torch.finfo(x.dtype).eps)
+            eps = max(step, torch.finfo(x.dtype).eps)
+            share = _worst(_as_matrix(ours), _as_matrix(its), wide, eps)
             if not share <= 1:
                 shape = f"{name}, {list(its.shape)}"
                 return f"{shape}, has an error of {share:.3g} times what rounding explains"
