@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     ):
         add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=what)
     add("--loss", action="store_true", help="compute the loss without logits")
+    add("--base", choices=("int8",), help="round frozen weights to 8 bits, and multiply in 8 bits")
     add(
         "-m", dest="is_module", action="store_true", help="the program is a module, as in python -m"
     )

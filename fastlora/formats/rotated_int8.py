@@ -3,19 +3,23 @@
 Blocks of 64 input features are multiplied by a Hadamard matrix, so that no feature is much larger
 than the others of its row.  Then each row of the weight, and in a call each row of x, is rounded to
 8 bits with one scale.  The rotations of x and of the weight cancel in x weightᵀ.
+
+Also fastlora's layer with such a weight, ``layers.int8.Int8Linear``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time
+from ..foreign import is_class
 from .arithmetic import place_for
 from .format import Expected, Format, Quantized, name_of
+from .vendor import PackedLayer, checked
 
 BLOCK = 64  # features in one block of the rotation
 LARGEST = 127  # the largest code; -128 isn't used
@@ -32,7 +36,7 @@ class RotatedInt8(Format):
     """weight = rotate(codes · scale), computed in float32 and rounded once to out's dtype.
 
     codes int8 [rows, columns], from -127 to 127; scale float32 [rows].  ``compute`` is the dtype of
-    the weight before it was packed.  8-bit products multiply the codes by those of a rotated x:
+    the weight before it was packed.  8-bit products multiply the codes by the codes of a rotated x:
 
     y = (xq codesᵀ) · x's scale · scale      with   xq, x's scale = quantize_rows(rotate(x))
 
@@ -84,12 +88,15 @@ def rotate(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, factor: Tensor | None = None, codes: Tensor | None = None
+    x: Tensor,
+    factor: Tensor | None = None,
+    codes: Tensor | None = None,
+    rotated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
-    In float32, with v = x, or x · factor for a ``factor`` [K], and the largest |v| of each row, at
-    least 2⁻¹⁰⁰:
+    With v = x, x · factor for a ``factor`` [K], or rotate(x) with ``rotated``, and the largest |v|
+    of each row, at least 2⁻¹⁰⁰, it computes in float32:
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
@@ -105,7 +112,9 @@ def quantize_rows(
     for first in range(0, M, step):
         rows = slice(first, first + step)
         values, sizes = buffers[:, : M - first]
-        values.copy_(x[rows]) if factor is None else torch.mul(x[rows], factor, out=values)
+        values.copy_(rotate(x[rows]) if rotated else x[rows])
+        if factor is not None:
+            values.mul_(factor)
         largest = torch.amax(torch.abs(values, out=sizes), 1, out=scale[rows])
         values.mul_((LARGEST / largest.clamp_min_(_NOTHING))[:, None])
         codes[rows].copy_(values.round_())
@@ -123,3 +132,22 @@ def pack_rotated(weight: Tensor) -> Quantized:
         scales.append(quantize_rows(some, codes=codes[rows])[1])
     format = RotatedInt8(N, K, name_of(weight.dtype))
     return Quantized(format, (codes, torch.cat(scales)))
+
+
+# fastlora's layer.
+
+PARTS: tuple[str, ...] = ("codes", "scale", "format")
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, f"{__package__.partition('.')[0]}.layers.int8", "Int8Linear")
+
+
+@checked("its int8 weight is")
+def read(layer: Any) -> PackedLayer:
+    tensors = layer.codes.view(torch.int8), layer.scale.view(torch.float32)
+    return PackedLayer(Quantized(layer.format, tensors))
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    layer.hold(pack_rotated(weight.to(layer.format.dtype)))

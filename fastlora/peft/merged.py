@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
+from ..layers.int8 import Int8Linear
 from ..layers.merging import move
 from ..layers.modules import called, is_sharded
 from ..projection import is_plain
@@ -56,6 +57,8 @@ def why_not_merged(layers: Layers) -> str:
                 "and PEFT's merge misreads that: load the model again, and optimize it before "
                 "the first call"
             )
+        elif isinstance(base, Int8Linear):
+            continue
         elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
             reason = (
                 f"has a base whose {_weight_name(layer)} is no parameter: make a computed one "
@@ -92,8 +95,11 @@ def merge_layer(name: str, layer: Any, undo: ExitStack) -> Any:
     """Merge the layer's active adapters; returns the original weight (:func:`.merge_each`)."""
     base = layer.get_base_layer()
     original = base._parameters[_weight_name(layer)]
-    undo.callback(_noted(base, layer))
-    _use_other_parameters(base)
+    if isinstance(base, Int8Linear):  # the merged layer keeps it, and unmerging puts it back
+        undo.callback(lambda: layer.unmerge() if layer.merged else None)
+    else:
+        undo.callback(_noted(base, layer))
+        _use_other_parameters(base)
     try:
         with torch.no_grad():
             layer.merge(safe_merge=True)
