@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import int8
 import int8_products
 import pytest
 import torch
@@ -81,7 +82,7 @@ def is_int8(output: Output) -> bool:
 
 
 def exact(m: int, k: int, dtype: torch.dtype = BF16, trains: bool = True) -> Tensor:
-    return int8_products.exact_rows(m, k).to(dtype).requires_grad_(trains)
+    return int8.exact(m, k, dtype=dtype).requires_grad_(trains)
 
 
 @pairwise(

@@ -9,7 +9,6 @@ from judge import assert_close
 from kernel_cases import F32, keep_masks, poisoned
 from torch import Tensor
 
-from fastlora.backends.triton.verification import _exact_rows
 from fastlora.formats.format import Quantized
 from fastlora.formats.rotated_int8 import quantize_rows, rotate
 from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
@@ -122,18 +121,13 @@ def is_of_ones(scales: Scales) -> bool:
     return all(bool((each == 1).all()) for each in numbers)
 
 
-def exact_rows(rows: int, columns: int) -> Tensor:
-    """An x whose rotation is exact, so that every backend rounds it to the same codes."""
-    return _exact_rows(rows, columns, torch.Generator().manual_seed(rows))
-
-
 class _Product(torch.autograd.Function):
-    """x weightᵀ by exact integer sums, in float64 or float32; dx from the rounded dy."""
+    """x weightᵀ by exact integer sums; dx from the rounded dy.  x must rotate exactly."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Quantized) -> Tensor:
         ctx.weight, (own, own_scales) = weight, weight.tensors
-        codes, scales = quantize_rows(rotate(x.double()))
+        codes, scales = quantize_rows(x.double(), rotated=True)
         y = (codes.long() @ own.long().T).double() * scales.double()[:, None] * own_scales.double()
         return y.to(x.dtype)
 

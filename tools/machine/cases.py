@@ -17,6 +17,7 @@ import judge
 import oracles
 import packed
 import torch
+from int8 import exact
 from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def _layer(case: Case) -> Results:
     x, is_int8 = matrix("x", M, K, dtype), words.get("weight") == "rotated"
     if is_int8:
         _require_int8()
-        x.copy_(int8_products.exact_rows(M, K))
+        x.copy_(exact(M, K))
     x.requires_grad_("x" in trains)
     group: list[Projection | Output] = []
     for i, (n, r) in enumerate(zip(case.outputs, case.ranks, strict=True)):
