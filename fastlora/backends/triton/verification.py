@@ -67,8 +67,8 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 # aren't replaced.  If a packed weight is zero or not finite, the call runs on PyTorch and its
 # kernels stay unverified, which costs a dense weight each call.
 #
-# The x of 8-bit products ("exact") becomes numbers whose rotation is exact in any order of its sums.
-# Then both backends round it to the same codes, and all integer sums must be equal.  The caller's
+# The x of 8-bit products ("exact") becomes numbers whose rotation is exact in every order of sums.
+# Both backends then round it to the same codes, and all integer sums must be equal.  The caller's
 # own numbers may get another code here and there; a result then differs by one step.
 _ROWS, _FACTOR, _KEPT, _EXACT = "rows", "factor", "kept", "exact"
 _STEP = 2.0**-8  # the rounding that one code of a row explains, relative to the row's results
