@@ -40,7 +40,7 @@ def test_a_group_rounds_x_once(count, dropout, factors):
         check_rounding(random(40, 100, BF16), adapters, column_factors, p=dropout, seeds=seeds)
     rounding = [each for each in records if each.arguments.get("codes") is not None]
     assert len(rounding) == 1
-    assert len(records) == max(1, -(-count // 4))
+    assert sum(each.name == "project" for each in records) == max(1, -(-count // 4))
 
 
 @pytest.mark.parametrize("layout", ["column-major", "every-second-column", "window", "odd"])
