@@ -96,7 +96,8 @@ class Form:
             self.dropout > 0, project=self.also and not self.adds, low_rank=self.adds,
             pointers=bool(self.packed)
             or any(e * (1 if self.int8 else size) % 16 for e in (self.columns, *self.depths)),
-            packed=self.packed.partition(" ")[0], segments=self.segments, int8=self.int8,
+            packed=self.packed.partition(" ")[0], segments=self.segments,
+            int8="" if not self.int8 else "rotated int8" if self.name == "dx" else "int8",
         )  # fmt: skip
 
     @property

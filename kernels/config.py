@@ -45,7 +45,9 @@ class Call:
     packed: str = ""  # gemm_lowrank: the kind of codes of a packed q
     segments: int = 0  # how many segments the rows are cut into; 0: not cut
     low_rank: bool = False  # weight_grad: also computes the low-rank part of dx
-    int8: bool = False  # project: also rounds x to 8 bits; gemm_lowrank: multiplies 8 bits
+    # "int8": project also rounds x to 8 bits, or gemm_lowrank multiplies 8 bits; "rotated int8": it
+    # also rotates its result.
+    int8: str = ""
 
     @property
     def product(self) -> str:
@@ -172,7 +174,7 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     if call.packed:
         kernel = "packed"
     elif call.int8:
-        kernel += " of int8"
+        kernel += f" of {call.int8}"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
     elif call.low_rank:

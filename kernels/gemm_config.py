@@ -46,7 +46,7 @@ class GemmConfig(Config):
         # compilation: two for four projections.
         outs = 1 + call.masked * call.projections // 2
         # Each int8 product has integer sums of its own, beside the float32 sum of all.
-        outs += call.int8 * (call.projections > 1 and not call.masked)
+        outs += bool(call.int8) * (call.projections > 1 and not call.masked)
         if not self.uses_descriptors(call):
             # Addresses also take registers.  If 16 doesn't divide the columns, each element has an
             # address of its own.
@@ -66,6 +66,7 @@ class GemmConfig(Config):
         store = self.block_m * self.block_n * (4 if call.int8 else size)
         step = (self.block_m + self.block_n) * self.block_k * (1 if call.int8 else size)
         step += call.project * self.block_k * r * 4  # A's tile, float32
+        low_rank += 64 * 64 * size * (call.int8 == "rotated int8")  # the rotation's matrix
         if call.packed:  # a buffer for loaded codes, and one to exchange the unpacked numbers
             low_rank += self.block_n * self.block_k * (size + 4)
         if self.uses_descriptors(call) and not call.segments:

@@ -452,7 +452,7 @@ def gemm_lowrank(
             or (not transposed and races_when_turned(target, precision, size))
             or not all(_has_descriptor(each, target) for each in matrices),
             packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
-            int8=scales is not None,
+            int8="" if scales is None else "rotated int8" if column_scales is None else "int8",
         )  # fmt: skip
         tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
         descriptors = tiles.uses_descriptors(call)

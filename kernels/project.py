@@ -85,7 +85,7 @@ class ProjectConfig(ThinConfig):
 
     def sums(self, call: Call) -> int:
         # The masked tile of x; with int8, each column's largest magnitudes and the rotated tile.
-        tiles = (call.masked + 2 * call.int8) * self.block_k
+        tiles = (call.masked + 2 * bool(call.int8)) * self.block_k
         return self.block_m * (call.projections * self.block_r(call) + tiles)
 
     def through_l2(self, call: Call) -> float:
@@ -104,7 +104,7 @@ class ProjectConfig(ThinConfig):
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
         # The matrix of the rotation, and tiles of x that change their layout around its product.
-        rounded += call.int8 * (64 * 64 * size + self.block_m * self.block_k * 4)
+        rounded += bool(call.int8) * (64 * 64 * size + self.block_m * self.block_k * 4)
         main = target.copies(self.stages) * (x + v * 4) + rounded
         return max(main, self.block_m * r * 4) + MARGIN
 
@@ -312,7 +312,7 @@ def project(
         call = Call(
             M, K, max(ranks, default=1), x.element_size(), precision, len(vs),
             launch_seeds is not None, segments=0 if ends is None else len(ends),
-            int8=rounded is not None,
+            int8="" if rounded is None else "int8",
         )  # fmt: skip
         tiles = chosen_config("project", target, call, config)
         block_r = tiles.block_r(call)

@@ -77,7 +77,10 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
     "gemm_lowrank of int8": (
-        ["y 8bit bias", "dx 8bit mask"], ["y 8bit r64", "dx 8bit n3", "dx 8bit n3 mask r64"],
+        ["y 8bit bias"], ["y 8bit r64", "y 8bit f16 r200"],
+    ),
+    "gemm_lowrank of rotated int8": (
+        ["dx 8bit mask", "dx 8bit"], ["dx 8bit n3", "dx 8bit n3 mask r64", "dx 8bit f16 r200"],
     ),
     "project of int8": (["h 8bit mask", "dh 8bit"], ["h 8bit n3", "h 8bit r64 n3 mask"]),
     "packed": (
