@@ -183,7 +183,6 @@ _BLACKWELL = _HOPPER | {
 
 _AMD_PROJECT = _table(ProjectConfig, "64x64-w4-s2 16x128-w4-s2 16x64-w4-s2 16x16-w4-s2")
 _AMD_WEIGHT_GRAD = _table(WeightGradConfig, "64x32-w4-s2 32x32-w4-s2")
-_AMD_INT8 = _table(GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2", "64x64x64-w4-s2")
 _AMD = _AMPERE | {
     "gemm_lowrank": _table(
         GemmConfig,
@@ -191,8 +190,10 @@ _AMD = _AMPERE | {
         "128x64x32-w8-s2 64x64x32-w4-s2 64x32x64-w4-s2 16x64x64-w4-s2",
         "64x64x32-w8-s2 16x32x64-w4-s2",
     ),
-    "gemm_lowrank of int8": _AMD_INT8,
-    "gemm_lowrank of rotated int8": _AMD_INT8,
+    "gemm_lowrank of int8": _table(
+        GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2", "64x64x64-w4-s2"
+    ),
+    "gemm_lowrank of rotated int8": _table(GemmConfig, "64x64x64-w4-s2 16x64x64-w4-s2"),
     "project of int8": _table(ProjectConfig, "32x64-w4-s2 16x64-w4-s2"),
     "packed": _table(GemmConfig, "64x32x64-w4-s2 16x32x128-w4-s2 16x32x64-w4-s2"),
     "lowrank": _table(LowRankConfig, f"64x128-w4-s1 {_LOWRANK}"),

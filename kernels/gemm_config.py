@@ -63,10 +63,11 @@ class GemmConfig(Config):
         if call.masked and size == 4:
             low_rank *= 2  # one copy as loaded, one in the layout that tensor cores read
         # The output's tile passes through shared memory before it is stored.
-        store = self.block_m * self.block_n * (4 if call.int8 else size)
+        is_rotated = call.int8 == "rotated int8"
+        store = self.block_m * self.block_n * (4 if is_rotated else size)
         step = (self.block_m + self.block_n) * self.block_k * (1 if call.int8 else size)
         step += call.project * self.block_k * r * 4  # A's tile, float32
-        low_rank += 64 * 64 * size * (call.int8 == "rotated int8")  # the rotation's matrix
+        low_rank += 64 * 64 * size * is_rotated  # the matrix of the rotation
         if call.packed:  # a buffer for loaded codes, and one to exchange the unpacked numbers
             low_rank += self.block_n * self.block_k * (size + 4)
         if self.uses_descriptors(call) and not call.segments:
