@@ -272,9 +272,9 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
     """The operands of each launch: lists with one entry per projection, cut to MAX_PROJECTIONS.
 
-    A list that is None is None in every launch.
+    The longer of the first two lists counts.  A list that is None is None in every launch.
     """
-    most = max([len(group) for group in groups if group is not None])
+    most = max(len(groups[0]), len(groups[1]))
     if most <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return

@@ -181,19 +181,20 @@ def store_in_halves(out, b_out, i_m, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def masked_low_rank_tile(
-    u, v, seed, threshold, i_m, i_n, rows, columns,
+    u, v, seeds, threshold, i_m, i_n, rows, columns,
+    i: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile of keep ∘ (U V) at (i_m, i_n), in a sum of its own: each term has another mask."""
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in a sum of its own: each term has another mask."""
     b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_low = low_rank_tile(
         u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
     )
-    # keep [BM, BN], from the same seed as in the forward
-    keep = keep_tile(tl.load(seed), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+    # keep_i [BM, BN], from the same seed as in the forward
+    keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
     return tl.where(keep, b_low, 0.0)  # [BM, BN]
 
 
@@ -300,8 +301,8 @@ def gemm_lowrank_kernel(
                 # b_out is zero for the first term, but the addition stays.  Compiled for sm_90
                 # without it, the kernel has a fifth more instructions.
                 b_out += masked_low_rank_tile(
-                    u[i], v_i, seeds + i, threshold, i_m, i_n, rows, columns,
-                    BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
+                    u[i], v_i, seeds, threshold, i_m, i_n, rows, columns,
+                    i, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
                 )  # fmt: skip
             elif LOW_RANK == "prefetched":
                 b_u, b_v = load_u_v_tiles(
@@ -318,7 +319,6 @@ def gemm_lowrank_kernel(
             operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
-            b_sum = b_out
             if is_int8:  # sums of only this product, which has its own scales
                 b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             # The compiler pipelines this loop: loads run num_stages - 1 steps ahead of products.
@@ -331,7 +331,10 @@ def gemm_lowrank_kernel(
                     q[i], operands, tables, i_k, i_n, i_segment, K[i], N, q_strides[i],
                     BLOCK_K, BLOCK_N, Q_TRANSPOSED, DESCRIPTORS, PACKING, dtype,
                 )  # [BK, BN]  # fmt: skip
-                b_sum = dot(b_p, b_q, b_sum, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
+                if is_int8:  # [BM, BN] += [BM, BK] @ [BK, BN]
+                    b_sum = dot(b_p, b_q, b_sum, PRECISION)
+                else:
+                    b_out = dot(b_p, b_q, b_out, PRECISION)
                 # P_0 A, for y x Aᵀ, from the tile of x that is loaded anyway.
                 if LOW_RANK == "projects":
                     b_a = load_tile(
@@ -340,10 +343,9 @@ def gemm_lowrank_kernel(
                     # [BM, BR] += [BM, BK] @ [BK, BR]
                     b_u_sum = dot(b_p, cast(b_a, dtype), b_u_sum, PRECISION)
             if is_int8:
-                b_sum = b_out + scaled_sum(
+                b_out += scaled_sum(
                     b_sum, scales[0][i], scales[1], i_m, i_n, rows, N, BLOCK_M, BLOCK_N
                 )
-            b_out = b_sum
         if is_int8 and scales[1] is None:
             # For a 16-bit OUT, its float32 sums are multiplied in bfloat16, in two parts.
             b_hadamard = hadamard_matrix(tl.float32 if dtype == tl.float32 else tl.bfloat16)
@@ -361,8 +363,8 @@ def gemm_lowrank_kernel(
                 )
             elif LOW_RANK == "masked":
                 b_out += masked_low_rank_tile(
-                    u[i], v_i, seeds + i, threshold, i_m, i_n, rows, columns,
-                    BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
+                    u[i], v_i, seeds, threshold, i_m, i_n, rows, columns,
+                    i, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
                 )  # fmt: skip
             elif LOW_RANK == "projects":
                 # U_0 = factor · P_0 A, for y h = scale · x Aᵀ, rounded as ``project`` rounds h.
@@ -433,8 +435,8 @@ def gemm_lowrank(
     # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     # u, v, p and q are the lists of one launch.
     row_scales, column_scales = scales or (None, None)
-    launches = chunks(us, vs, ps, qs, seeds, row_scales)
-    for i, (u, v, p, q, launch_seeds, its_row_scales) in enumerate(launches):
+    launches = chunks(us, ps, vs, qs, seeds, row_scales)
+    for i, (u, p, v, q, launch_seeds, its_row_scales) in enumerate(launches):
         if not p:  # more adapters than products
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
