@@ -274,7 +274,7 @@ def chunks(*groups: Sequence | None) -> Iterator[tuple]:
 
     The longer of the first two lists counts.  A list that is None is None in every launch.
     """
-    most = max(len(groups[0]), len(groups[1]))
+    most = max(len(group or ()) for group in groups[:2])
     if most <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return
