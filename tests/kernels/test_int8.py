@@ -62,7 +62,7 @@ def test_steps_that_cut_a_rotated_block_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_exact_rows_have_the_format_s_codes_bit_for_bit(dtype, k):
     """Their rotation is exact in any order, so that every backend rounds them to the same codes."""
-    x = _exact_rows(70, k, torch.Generator().manual_seed(3)).to(dtype)
+    x = _exact_rows((70, k), torch.Generator().manual_seed(3)).to(dtype)
     codes, scale = quantize_rows(x.double(), rotated=True)
     rounded = Rounded(torch.empty_like(codes), torch.empty_like(scale))
     project(x, [], [], precision="ieee", rounded=rounded)

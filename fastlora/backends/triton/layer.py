@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
+from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
@@ -156,7 +156,7 @@ def _backward(
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
         if needs_x and is_int8(output.base.weight):  # the launch that rounds dy also makes every dh
-            all_rounded[i] = rounded = rounded_like(dy, output.base.weight.tensors[1])
+            all_rounded[i] = rounded = rounded_like(dy, packed_of(output)[1])
             lora_bs = [adapter.lora_b for adapter in output.adapters]
             factors = [common.factor(adapter) for adapter in output.adapters]
             dhs = kernels.project(dy, lora_bs, factors, precision=precision, rounded=rounded)
@@ -223,7 +223,7 @@ def _y(
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
     if rounded is not None and is_int8(weight):
-        codes, scale = weight.tensors
+        codes, scale = packed_of(output)
         scales = kernels.Scales([rounded.scales], scale)
         operands = y, [rounded.codes], [codes.mT], hs, v
         kernels.gemm_lowrank(*operands, precision=precision, bias=bias, scales=scales)
@@ -336,13 +336,14 @@ def _dx_of_int8(
 ) -> Tensor:
     """dx, with 8-bit products of every rounded dy; torch adds the products of other outputs.
 
-    On some devices int8 is only multiplied fast along contiguous memory.  There, the weight's codes
-    are transposed for this product: a copy for each call costs less time than loads of single
-    bytes, and no memory afterwards.
+    Some devices read int8 fast only along the axis of the sum.  There, each call transposes the
+    weight's codes.  By an estimate, that costs less time than loads of single bytes with 2048 rows
+    or more.  Unlike a second copy of the weight, it takes no memory between calls.
     """
-    pairs = [(r, o.base.weight) for r, o in zip(all_rounded, outputs, strict=True) if r is not None]
-    ps, rows = [r.codes for r, _ in pairs], [r.scales for r, _ in pairs]
-    qs = [weight.tensors[0] for _, weight in pairs]
+    used = [rounded for rounded in all_rounded if rounded is not None]
+    ps, rows = [rounded.codes for rounded in used], [rounded.scales for rounded in used]
+    pairs = zip(all_rounded, outputs, strict=True)
+    qs = [packed_of(output)[0] for rounded, output in pairs if rounded is not None]
     if kernels.target_of(x.device).turns_int8:
         qs = [codes.mT.contiguous().mT for codes in qs]
     u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]

@@ -118,5 +118,6 @@ def of_dense(
 
 def _is_torch_s(layout: Layout, of_experts: bool) -> bool:
     format = layout.format
-    is_dense_or_int8 = format is None or isinstance(format, RotatedInt8)
-    return not is_dense_or_int8 and not has_kernel(format, of_experts)
+    if format is None or isinstance(format, RotatedInt8):
+        return False
+    return not has_kernel(format, of_experts)

@@ -439,16 +439,16 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
             if role == _EXACT:
-                _alike(tensor, memories[place]).copy_(_exact_rows(*tensor.shape, generator))
+                _alike(tensor, memories[place]).copy_(_exact_rows(tensor.shape, generator))
         made.append(_alike(tensor, memories[place]))
     return made
 
 
-def _exact_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def _exact_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Rows of small whole numbers times a power of 2, whose rotation is exact in every dtype."""
     options: Any = {"generator": generator, "device": generator.device}
-    powers = torch.arange(rows, device=generator.device).remainder(4).exp2()
-    return torch.randint(-2, 3, (rows, columns), **options) * powers[:, None]
+    powers = torch.arange(shape[0], device=generator.device).remainder(4).exp2()
+    return torch.randint(-2, 3, tuple(shape), **options) * powers[:, None]
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
