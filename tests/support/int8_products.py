@@ -46,18 +46,18 @@ def check_rounding(
     assert scales[0].isnan()
     assert scales[-1].isnan()
     masks = keep_masks(seeds, x.shape, p, len(adapters))
+    rounds_to = torch.float16 if precision == "tf32" else x.dtype  # TF32 has its mantissa
     for i, (value, a, mask) in enumerate(zip(found, adapters, masks, strict=True)):
         kept, a = torch.where(mask, x, 0), a.to(x.dtype)
         size = 0.5 * kept.double().abs() @ a.double().abs()
         truth = 0.5 * kept.double() @ a.double()
-        assert_close(f"product {i}", value, truth, 0.5 * (kept @ a), size, x.dtype)
+        assert_close(f"product {i}", value, truth, 0.5 * (kept @ a), size, rounds_to)
     codes, scale = quantize_rows(x if factors is not None else rotate(x), factors)
     if factors is not None:
         assert torch.equal(rounded.codes, codes)
         assert torch.equal(rounded.scales, scale)
         return found, rounded
-    # A step of x's dtype in the largest number; TF32 has the mantissa of float16.
-    step = torch.finfo(torch.float16 if precision == "tf32" else x.dtype).eps
+    step = torch.finfo(rounds_to).eps  # of the largest number
     assert ((rounded.scales - scale).abs() <= 4 * step * scale).all()
     away = (rounded.codes.double() - codes.double()).abs()
     assert (away <= 1).all()
