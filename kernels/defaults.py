@@ -54,11 +54,11 @@ _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x
 _ROUNDED = (
     "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3", "32x64-w4-s3 16x64-w4-s2", "32x64-w8-s3 16x64-w8-s2"
 )  # fmt: skip
-_INT8_32 = ("64x64x64-w8-s3 16x64x128-w4-s3", "32x64x64-w4-s3 16x64x128-w4-s3")
+_INT8_32 = ("64x64x64-w8-s3 16x64x128-w4-s3", "32x64x64-w8-s3 16x64x128-w4-s3")
 _INT8 = ("128x128x64-w8-s4 64x64x128-w4-s3 16x64x128-w4-s3", *_INT8_32)
 # From compilation: the rotation's matrix takes 64 registers, and with larger tiles it spills.  On
 # Hopper and newer, it is in shared memory.
-_ROTATED = ("128x64x64-w8-s4 64x64x128-w4-s3 16x64x128-w4-s3", *_INT8_32)
+_ROTATED = ("128x64x64-w8-s4 64x64x128-w8-s3 16x64x128-w4-s3", *_INT8_32)
 _HOPPER_ROTATED = (
     "128x128x128-w8-s4-tma 128x64x128-w8-s4-tma 64x64x128-w4-s4-tma 16x64x128-w4-s3", *_INT8_32
 )  # fmt: skip

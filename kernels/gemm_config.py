@@ -46,7 +46,7 @@ class GemmConfig(Config):
         # compilation: two for four projections.
         outs = 1 + call.masked * call.projections // 2
         # Each int8 product has integer sums of its own, beside the float32 sum of all.
-        outs += bool(call.int8) * (call.projections > 1 and not call.masked)
+        outs += bool(call.int8) * (call.projections > 1)
         if not self.uses_descriptors(call):
             # Addresses also take registers.  If 16 doesn't divide the columns, each element has an
             # address of its own.
