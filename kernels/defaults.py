@@ -52,8 +52,10 @@ _HOPPER_GEMM = (
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
 # Rows of x rounded to int8, and int8 products: of 16-bit x, of float32 x in TF32, and exact.
 _ROUNDED = (
-    "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3", "32x64-w4-s3 16x64-w4-s2", "32x64-w8-s3 16x64-w8-s2"
-)  # fmt: skip
+    "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3",
+    "32x64-w4-s3 16x64-w4-s2 16x64-w4-s2-r64",
+    "32x64-w8-s3 16x64-w8-s2 16x64-w8-s2-r64",
+)
 _INT8_32 = ("64x64x64-w8-s3 16x64x128-w4-s3", "32x64x64-w8-s3 16x64x128-w4-s3")
 _INT8 = ("128x128x64-w8-s4 64x64x128-w4-s3 16x64x128-w4-s3", *_INT8_32)
 # From compilation: the rotation's matrix takes 64 registers, and with larger tiles it spills.  On
@@ -190,11 +192,9 @@ _AMD = _AMPERE | {
         "128x64x32-w8-s2 64x64x32-w4-s2 64x32x64-w4-s2 16x64x64-w4-s2",
         "64x64x32-w8-s2 16x32x64-w4-s2",
     ),
-    "gemm_lowrank of int8": _table(
-        GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2", "64x64x64-w4-s2"
-    ),
+    "gemm_lowrank of int8": _table(GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2"),
     "gemm_lowrank of rotated int8": _table(GemmConfig, "64x64x64-w4-s2 16x64x64-w4-s2"),
-    "project of int8": _table(ProjectConfig, "32x64-w4-s2 16x64-w4-s2"),
+    "project of int8": _table(ProjectConfig, "32x64-w4-s2 16x64-w4-s2 16x64-w4-s2-r64"),
     "packed": _table(GemmConfig, "64x32x64-w4-s2 16x32x128-w4-s2 16x32x64-w4-s2"),
     "lowrank": _table(LowRankConfig, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _LOWRANK),

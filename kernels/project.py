@@ -103,8 +103,8 @@ class ProjectConfig(ThinConfig):
         rounded = v * size + call.masked * n * x
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
-        # The matrix of the rotation, and tiles of x that change their layout around its product.
-        rounded += bool(call.int8) * (64 * 64 * size + self.block_m * self.block_k * 4)
+        if call.int8 and target.kind == "cuda":
+            rounded += 64 * 64 * size  # the matrix of the rotation
         main = target.copies(self.stages) * (x + v * 4) + rounded
         return max(main, self.block_m * r * 4) + MARGIN
 
