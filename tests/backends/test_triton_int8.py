@@ -146,10 +146,6 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(value):
     assert torch.equal(y[~bad], right[~bad])
 
 
-def adapters(n, k, r=3):
-    return tuple(Adapter(p.lora_a, p.lora_b, 0.5) for p in [make_projection(n, k, r, BF16)])
-
-
 def stack_of_two() -> Quantized:
     one, two = (pack_rotated(torch.randn(16, 64)) for _ in range(2))
     tensors = [torch.stack(pair) for pair in zip(one.tensors, two.tensors, strict=True)]
@@ -176,3 +172,32 @@ def test_an_uncovered_call_runs_on_torch_with_a_warning(monkeypatch):
         found.append(fastlora.lora_linears(x, outputs, backend="triton")[0])
     found.append(fastlora.lora_linears(x, outputs, backend="torch")[0])
     assert torch.equal(*found)
+
+
+def test_experts_run_on_torch_with_a_warning(monkeypatch):
+    monkeypatch.setattr(cover, "_said", set())
+    x, stack, found = exact(20, 64, trains=False), stack_of_two(), []
+    lora_a, lora_b = torch.randn(2, 3, 64), torch.randn(2, 16, 3)
+    ends, tensors = torch.tensor([9, 20], dtype=torch.int32), (stack, lora_a, lora_b)
+    with pytest.warns(match="no 8-bit products of experts"):
+        found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="triton"))
+    found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="torch"))
+    assert torch.equal(*found)
+
+
+def test_many_adapters_share_a_base_of_8_bits():
+    """The base product is a frozen layer's."""
+    weight, pairs = (
+        pack_rotated(torch.randn(48, 72)),
+        [(torch.randn(3, 72), torch.randn(48, 3))] * 2,
+    )
+    x, indices = exact(20, 72, F32), torch.arange(20) % 3 - 1
+    lists, found = [list(each) for each in zip(*pairs, strict=True)], []
+    for backend in ("triton", "torch"):
+        with fastlora.use_backend(backend), recorded() as records:
+            y = fastlora.multi_lora_linear(x, weight, *lists, indices)
+            found.append([y, *torch.autograd.grad(y.sum(), x)])
+        names = {each.name for each in records if each.arguments.get("codes") is not None}
+        assert names == ({"project"} if backend == "triton" else set())
+    for ours, its in zip(*found, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4 * float(its.abs().max()))
