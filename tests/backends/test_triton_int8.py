@@ -195,7 +195,7 @@ def test_many_adapters_share_a_base_of_8_bits():
     lists, found = [list(each) for each in zip(*pairs, strict=True)], []
     for backend in ("triton", "torch"):
         with fastlora.use_backend(backend), recorded() as records:
-            y = fastlora.multi_lora_linear(x, weight, *lists, indices)
+            y = fastlora.multi_lora_linear(x, weight, *lists, indices, scales=[0.5, 2.0])
             found.append([y, *torch.autograd.grad(y.sum(), x)])
         names = {each.name for each in records if each.arguments.get("codes") is not None}
         assert names == ({"project"} if backend == "triton" else set())
