@@ -31,7 +31,8 @@ def dot(
     # The interpreter stores bfloat16 as integers, and its tl.dot would multiply these integers.
     if INTERPRETED and b_sum.dtype == tl.float32:
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+    # Triton 3.6 doesn't take the dtype of the result from the sum.
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION, out_dtype=b_sum.dtype)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def matmul(
         in_b = (depth[:, None] < K) & (columns[None, :] < N)
         x = tl.load(a + rows[:, None] * am + depth[None, :] * ak, mask=in_a, other=0.0)
         y = tl.load(b + depth[:, None] * bk + columns[None, :] * bn, mask=in_b, other=0.0)
-        sums = tl.dot(x, y, sums, input_precision=PRECISION)
+        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=SUMS)
     in_c = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(c + rows[:, None] * N + columns[None, :], sums.to(c.dtype.element_ty), mask=in_c)
 
