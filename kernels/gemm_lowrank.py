@@ -435,8 +435,8 @@ def gemm_lowrank(
     # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     # u, v, p and q are the lists of one launch.
     row_scales, column_scales = scales or (None, None)
-    launches = chunks(us, vs, ps, qs, seeds, row_scales)
-    for i, (u, v, p, q, launch_seeds, its_row_scales) in enumerate(launches):
+    launches = chunks(us, ps, vs, qs, seeds, row_scales)
+    for i, (u, p, v, q, launch_seeds, its_row_scales) in enumerate(launches):
         if not p:  # all products are done, and adapters are left
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)

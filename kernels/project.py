@@ -252,7 +252,7 @@ def round_rows(
         b_most = b_bits.to(tl.float32, bitcast=True)  # [BM]
         o_m = i_m + tl.arange(0, BLOCK_M)
         tl.store(row_scales + o_m, tl.div_rn(b_most, 127.0), mask=o_m < end)
-        b_inverse = (tl.div_rn(1.0, b_most) * 127.0)[:, None]  # torch's 127 / largest, bit for bit
+        b_inverse = tl.div_rn(127.0, b_most)[:, None]
         for i_k in range(0, K, BLOCK_K):
             b_x = load_tile(
                 x, i_m, i_k, end, K, x_strides[0], x_strides[1], BLOCK_M, BLOCK_K
