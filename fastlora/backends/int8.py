@@ -11,13 +11,14 @@ same x share xq, and their parts of dx are summed before the rotation.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formats.format import Quantized
-from ..formats.rotated_int8 import LONGEST_SUM, RotatedInt8, quantize_rows, rotate
+from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, RotatedInt8, quantize_rows, rotate
 from ..projection import Base
 from .products import columns_of, matrix_like, rows_of
 
@@ -107,9 +108,19 @@ def _scaled(
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
     out = matrix_like(use, like, torch.int32)
-    if left.is_cpu:
+    if left.is_cpu and _sums_are_exact():
         return torch._int_mm(left, right, out=out)
-    out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart there
+    out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart on a GPU
     for part in _slices(len(right), _EXACT):
         out += torch.mm(left[:, part].float(), right[part].float()).int()
     return out
+
+
+@cache
+def _sums_are_exact() -> bool:
+    """Whether ``torch._int_mm`` is exact on this CPU.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate.
+    """
+    codes = torch.full((32, 64), LARGEST, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 64 * LARGEST**2).all())

@@ -41,6 +41,13 @@ def step(x, output: Output, dy, p: float = 0.0) -> tuple[torch.Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of a rotation's sums, which depends on the number of rows."""
+    eps = 4 * torch.finfo(expected.dtype).eps
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=eps, atol=eps * largest)
+
+
 SHAPES = [*product([1, 2, 7, 16, 17, 33], [64, 100, 192], [1, 48, 65]), (70, 63, 9), (40, 1, 1)]
 
 
@@ -52,8 +59,7 @@ def test_every_sum_is_exact(dtype):
         bias = torch.randn(n)
         y, dx = step(x, Output(Base(weight, bias)), dy)
         assert torch.equal(y, int8.linear(x, weight, bias).to(dtype)), (m, k, n)
-        expected = rotate(int8.before_rotation(dy, weight).to(dtype))
-        torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
+        assert_near(dx, rotate(int8.before_rotation(dy, weight).to(dtype)))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -67,8 +73,7 @@ def test_blocks_change_no_sum(threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, int8.linear(x, weight), rtol=1e-6, atol=1e-6)
-    expected = rotate(int8.before_rotation(dy, weight))
-    torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
+    assert_near(dx, rotate(int8.before_rotation(dy, weight)))
 
 
 def test_the_largest_sums_don_t_overflow():
