@@ -31,6 +31,8 @@ from fastlora.kernels import (
     FOUR_BIT,
     INT8,
     Packed,
+    Rounded,
+    Scales,
     SegmentNumbers,
     dequant,
     dropout_threshold,
@@ -69,6 +71,7 @@ class Form:
     packed: str = ""  # the weights' packing, one of PACKED; "": dense
     segments: int = 0  # the number of segments, of about the same length
     own: bool = False  # each segment is an adapter: its own factor, scale and mask, unsorted rows
+    int8: bool = False  # y and dx multiply int8; h and dh also round x or dy to it
 
     @property
     def kernel(self) -> str:
@@ -92,8 +95,9 @@ class Form:
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
             self.dropout > 0, project=self.also and not self.adds, low_rank=self.adds,
             pointers=bool(self.packed)
-            or any(each * size % 16 for each in (self.columns, *self.depths)),
+            or any(e * (1 if self.int8 else size) % 16 for e in (self.columns, *self.depths)),
             packed=self.packed.partition(" ")[0], segments=self.segments,
+            int8="" if not self.int8 else "rotated int8" if self.name == "dx" else "int8",
         )  # fmt: skip
 
     @property
@@ -101,7 +105,7 @@ class Form:
         words = [self.name, f"m{self.M}", f"n{self.columns}"]
         words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
         words += [f"r{'+'.join(map(str, self.ranks))}"] * bool(self.ranks)
-        words += ["masked" * (self.dropout > 0), self.packed]
+        words += ["masked" * (self.dropout > 0), self.packed, "8bit" * self.int8]
         words += [f"s{self.segments}"] * bool(self.segments) + ["own"] * self.own
         return " ".join(filter(None, words))
 
@@ -127,10 +131,16 @@ class Operands:
             self.numbers = SegmentNumbers(factors, thresholds)
         self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
+        self.scales, self.rounded = None, None
         if form.kernel.endswith("lowrank"):
             self.out = self._random(M, N)
             self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
-            if form.packed:
+            if form.int8:
+                self.ps = [self._codes(M, depth) for depth in form.depths]
+                columns = self._scales(N) if form.name == "y" else None
+                self.scales = Scales([self._scales(M) for _ in form.depths], columns)
+                self.qs = [self._factor(depth, torch.int8) for depth in form.depths]
+            elif form.packed:
                 self.qs = [self._packed(depth) for depth in form.depths]
             else:
                 self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
@@ -138,6 +148,9 @@ class Operands:
             self.a = self._adapter(ranks[0], form.depths[0]).mT if form.also else None
             return
         self.v = self._random(M, N)  # x or dy
+        if form.int8:
+            factors = self._scales(N) if form.name == "dh" else None
+            self.rounded = Rounded(self._codes(M, N), self._scales(M), factors)
         self.b = self._adapter(N, ranks[0]) if form.also and not form.adds else None
         self.vs = [self._adapter(r, N).mT for r in ranks] if form.adds else []
         self.out = self._random(M, N) if form.adds else None
@@ -147,7 +160,8 @@ class Operands:
 
     def tensors(self) -> list[Tensor]:
         """All operands and results."""
-        lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
+        tuples = [*(self.rounded or ()), *(self.scales or ())]
+        lists = [e if isinstance(e, list) else [e] for e in (*vars(self).values(), *tuples)]
         named = [each for found in lists for each in found]
         packed = [t for each in named if isinstance(each, Packed) for t in each.tensors()]
         return packed + [each for each in named if isinstance(each, Tensor)]
@@ -159,7 +173,9 @@ class Operands:
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
         sorted_ = {"order": self.order, "numbers": self.numbers}
         if form.kernel == "project":
-            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared, **sorted_)
+            options = {"rounded": self.rounded, **shared, **sorted_}
+            made = project(self.v, self.adapters, [FACTOR] * len(form.ranks), **options)
+            return [*made, *(self.rounded or ())[:2]]
         if form.kernel == "weight_grad":
             options = {"b": self.b, "factor": FACTOR, **shared, **sorted_}
             also = {"vs": self.vs, "low_rank": self.out}
@@ -169,7 +185,8 @@ class Operands:
             lowrank(self.out, self.us, self.vs, bias=self.bias, add=form.own, **shared, **sorted_)
             return [self.out]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        gemm_lowrank(*operands, bias=self.bias, a=self.a, factor=FACTOR, **shared)
+        options = {"bias": self.bias, "a": self.a, "scales": self.scales, **shared}
+        gemm_lowrank(*operands, factor=FACTOR, **options)
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
@@ -217,6 +234,12 @@ class Operands:
         random = torch.randn(shape, device=self.device)
         return random.mul_(shape[-1] ** -0.25).to(dtype or self.form.dtype)
 
+    def _codes(self, *shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=self.device)
+
+    def _scales(self, count: int) -> Tensor:
+        return torch.rand(count, device=self.device) + 0.5
+
     def _adapter(self, *shape: int) -> Tensor:
         return self._random(*self.banks, *shape, dtype=self.form.adapter_dtype)
 
@@ -237,9 +260,10 @@ class Operands:
 
     def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
         """[depth, columns] for each segment; the weights of y are transposed."""
+        make = self._codes if dtype == torch.int8 else partial(self._random, dtype=dtype)
         if self.form.name.startswith("y"):
-            return self._random(*self.banks, self.form.columns, depth, dtype=dtype).mT
-        return self._random(*self.banks, depth, self.form.columns, dtype=dtype)
+            return make(*self.banks, self.form.columns, depth).mT
+        return make(*self.banks, depth, self.form.columns)
 
 
 # "four-bit nested": QLoRA's usual recipe; "four-bit e2m1": MXFP4.

@@ -53,6 +53,10 @@ def parse_options(description: str) -> Namespace:
     add("--loss", action=BooleanOptionalAction, default=True, help=without)
     add("--optimize", action=BooleanOptionalAction, help=helped)
     add("--checkpointing", action="store_true", help="use transformers' gradient checkpointing")
+    helped = (
+        'add a side: PEFT after fastlora.optimize(model, base="int8"), all its layers in 8 bits'
+    )
+    add("--int8", action="store_true", help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:
         parser.set_defaults(**OF_EXPERTS)
@@ -62,8 +66,11 @@ def parse_options(description: str) -> Namespace:
         stop("--quantized is for linear layers, and --experts already packs experts: choose one")
     if options.experts and options.compare and options.dropout:
         stop("--experts: PEFT has no dropout for experts: use --dropout 0, or add --no-compare")
-    if options.optimize and not options.compare:
-        stop("--optimize speeds up PEFT's layers, and --no-compare leaves PEFT out: choose one")
+    for name in ("optimize", "int8"):
+        if getattr(options, name) and not options.compare:
+            stop(f"--{name} speeds up PEFT's layers, and --no-compare leaves PEFT out: choose one")
+    if options.int8 and options.quantized:
+        stop("--int8 is for dense layers, and --quantized packs them as NF4: choose one")
     # --experts and --quantized compare kinds of weights instead.
     plain = options.compare and not (options.experts or options.quantized)
     options.frozen = plain

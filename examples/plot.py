@@ -14,6 +14,7 @@ STYLES = {  # chosen so that equal curves of all sides stay visible
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
     "PEFT": {"color": "C1", "linestyle": "--", "marker": "x"},
     "optimized": {"color": "C2", "linestyle": ":", "marker": "+"},
+    "int8": {"color": "C5", "linestyle": "--", "marker": "v"},
     "dense": {"color": "C3", "linestyle": "-.", "marker": "s"},
     "GGUF": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
     "MXFP4 experts": {"color": "C3", "linestyle": "-.", "marker": "s"},

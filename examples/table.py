@@ -84,7 +84,8 @@ def in_mib(values: dict[str, int | None], side: str) -> str:
 def name_of(side: str) -> str:
     """A side's name in tables.  A side with the name of its base runs fastlora."""
     known = {"frozen": "frozen", "fastlora": "fastlora", "PEFT": "PEFT"}
-    return (known | {"optimized": "PEFT, optimized"}).get(side, f"fastlora, {side}")
+    known |= {"optimized": "PEFT, optimized", "int8": "PEFT, optimized in 8 bits"}
+    return known.get(side, f"fastlora, {side}")
 
 
 def sweep_table(report: dict) -> str:

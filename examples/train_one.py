@@ -59,6 +59,9 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
         if run.side == "optimized":
             fastlora.optimize(model, loss=run.loss)
             print(fastlora.coverage(model))
+        if run.side == "int8":
+            fastlora.optimize(model, loss=run.loss, base="int8", int8_from=0)
+            print(fastlora.coverage(model))
         return model
     set_seed(run.seed)
     config = fastlora.LoRAConfig(

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     without = "on a CPU, don't speed up layers without an adapter"
     add("--no-frozen-linears", dest="frozen_linears", action="store_false", help=without)
     add("--loss", action="store_true", help="compute the loss without logits")
+    add("--base", choices=("int8",), help="round frozen weights to 8 bits, and multiply in 8 bits")
     add("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
     add("program", nargs=REMAINDER, metavar="SCRIPT", help="a script, and the program's arguments")
     options = vars(parser.parse_args(arguments))

@@ -13,12 +13,12 @@ from .common import dropout_threshold
 from .dequant import dequant
 from .faults import ptxas
 from .gated import gated, gated_backward, why_not_gated
-from .gemm_lowrank import gemm_lowrank, one_launch_pays
+from .gemm_lowrank import Scales, gemm_lowrank, one_launch_pays
 from .launch import Launch, intercept
 from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
 from .plan import Plan, low_rank_pays, plan_for
-from .project import project
+from .project import Rounded, project
 from .row_loss import row_loss
 from .segments import SegmentNumbers
 from .target import TARGETS, target_of, use_target

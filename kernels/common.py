@@ -27,11 +27,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(
     b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED
 ):  # fmt: skip
-    """b_sum + b_left @ b_right, accumulated in float32."""
+    """b_sum + b_left @ b_right, accumulated in float32; in int32 for int8."""
     # The interpreter stores bfloat16 as integers, and its tl.dot would multiply these integers.
-    if INTERPRETED:
+    if INTERPRETED and b_sum.dtype == tl.float32:
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+    # Triton 3.6 doesn't take the dtype of the result from the sum.
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION, out_dtype=b_sum.dtype)
 
 
 @triton.jit
@@ -80,6 +81,40 @@ def load_tile(
             o_row = o_mem  # only for the addresses; ``inside`` is about the sorted rows
         pointers = tile_pointers(source, o_row, o_column, row_stride, column_stride)
         return tl.load(pointers, mask=inside, other=0.0)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+
+
+@triton.jit
+def hadamard_matrix(dtype: tl.constexpr):
+    """Sylvester's matrix [64, 64], divided by 8: symmetric, and its own inverse."""
+    o_entry = tl.arange(0, 64)
+    # An entry's sign is the parity of the bits that its row and its column share.
+    b_parity = o_entry[:, None] & o_entry[None, :]
+    b_parity ^= b_parity >> 4
+    b_parity ^= b_parity >> 2
+    b_parity ^= b_parity >> 1
+    return cast(tl.where(b_parity % 2 == 0, 0.125, -0.125), dtype)
+
+
+@triton.jit
+def rotate_tile(b_tile, b_hadamard, i_column, columns, PRECISION: tl.constexpr):
+    """The tile at column i_column of a matrix, with each block of 64 columns rotated, in float32.
+
+    The matrix's last columns % 64 columns stay.  ``b_hadamard`` is :func:`hadamard_matrix` in the
+    tile's dtype; or in bfloat16 for a float32 tile, which is then multiplied in two parts.
+    """
+    ROWS: tl.constexpr = b_tile.shape[0]
+    COLUMNS: tl.constexpr = b_tile.shape[1]
+    b_blocks = b_tile.reshape(ROWS * COLUMNS // 64, 64)
+    b_sum = tl.zeros((ROWS * COLUMNS // 64, 64), tl.float32)
+    if b_tile.dtype != b_hadamard.dtype:
+        b_upper = cast(b_blocks, b_hadamard.dtype)
+        b_sum = dot(
+            cast(b_blocks - b_upper.to(tl.float32), b_hadamard.dtype), b_hadamard, b_sum, PRECISION
+        )
+        b_blocks = b_upper
+    b_rotated = dot(b_blocks, b_hadamard, b_sum, PRECISION).reshape(ROWS, COLUMNS)
+    is_rotated = i_column + tl.arange(0, COLUMNS) < columns // 64 * 64
+    return tl.where(is_rotated[None, :], b_rotated, b_tile.to(tl.float32))
 
 
 @triton.jit

@@ -45,6 +45,9 @@ class Call:
     packed: str = ""  # gemm_lowrank: the kind of codes of a packed q
     segments: int = 0  # how many segments the rows are cut into; 0: not cut
     low_rank: bool = False  # weight_grad: also computes the low-rank part of dx
+    # "int8": project also rounds x to 8 bits, or gemm_lowrank multiplies 8 bits; "rotated int8": it
+    # also rotates its result.
+    int8: str = ""
 
     @property
     def product(self) -> str:
@@ -170,6 +173,8 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     """The rows of the target's table for this kind of call: configs in the order of preference."""
     if call.packed:
         kernel = "packed"
+    elif call.int8:
+        kernel += f" of {call.int8}"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
     elif call.low_rank:
@@ -267,12 +272,13 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
     """The operands of each launch: lists with one entry per projection, cut to MAX_PROJECTIONS.
 
-    A list that is None is None in every launch.
+    The longer of the first two lists counts.  A list that is None is None in every launch.
     """
-    if len(groups[0]) <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
+    most = max(len(group or ()) for group in groups[:2])
+    if most <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time
         yield groups
         return
-    for first in range(0, len(groups[0]), MAX_PROJECTIONS):
+    for first in range(0, most, MAX_PROJECTIONS):
         part = slice(first, first + MAX_PROJECTIONS)
         yield tuple(None if group is None else group[part] for group in groups)
 

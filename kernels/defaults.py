@@ -50,6 +50,21 @@ _HOPPER_GEMM = (
 # of four, a warp converts half as many codes, and each of the four schedulers has two warps to
 # switch between.
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
+# Rows of x rounded to int8, and int8 products: of 16-bit x, of float32 x in TF32, and exact.
+_ROUNDED = (
+    "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3",
+    "32x64-w4-s3 16x64-w4-s2 16x64-w4-s2-r64",
+    "32x64-w8-s3 16x64-w8-s2 16x64-w8-s2-r64",
+)
+_INT8_32 = ("64x64x64-w8-s3 16x64x128-w4-s3", "32x64x64-w8-s3 16x64x128-w4-s3")
+_INT8 = ("128x128x64-w8-s4 64x64x128-w4-s3 16x64x128-w4-s3", *_INT8_32)
+# From compilation: the rotation's matrix takes 64 registers, and with larger tiles it spills.  On
+# Hopper and newer, it is in shared memory.
+_ROTATED = ("128x64x64-w8-s4 64x64x128-w8-s3 16x64x128-w4-s3", *_INT8_32)
+_HOPPER_ROTATED = (
+    "128x128x128-w8-s4-tma 128x64x128-w8-s4-tma 64x64x128-w4-s4-tma 16x64x128-w4-s3", *_INT8_32
+)  # fmt: skip
+_HOPPER_INT8 = (f"128x256x128-w8-s3-tma {_HOPPER_ROTATED[0]}", *_INT8_32)
 # The low-rank term without a base product has no main loop and waits for memory, so several small
 # programs should share a processor.  From compilation, each KiB of the output takes 80
 # instructions, or 230 with a mask (120 and 288 with 8 warps).  With three masks, it takes 440
@@ -76,6 +91,9 @@ _ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"
 
 _AMPERE = {
     "gemm_lowrank": _table(GemmConfig, *_AMPERE_GEMM),
+    "gemm_lowrank of int8": _table(GemmConfig, *_INT8),
+    "gemm_lowrank of rotated int8": _table(GemmConfig, *_ROTATED),
+    "project of int8": _table(ProjectConfig, *_ROUNDED),
     "packed": _table(GemmConfig, _PACKED, "64x32x32-w4-s3 16x32x32-w4-s3"),
     "lowrank": _table(LowRankConfig, _WIDE_LOWRANK, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _WIDE_LOWRANK, _LOWRANK),
@@ -119,6 +137,8 @@ _A100 = _AMPERE | {
 }
 _HOPPER = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, *_HOPPER_GEMM),
+    "gemm_lowrank of int8": _table(GemmConfig, *_HOPPER_INT8),
+    "gemm_lowrank of rotated int8": _table(GemmConfig, *_HOPPER_ROTATED),
     # In float32 the tiles have 16 rows, because larger tiles fail: faults.unpacks_wrong.
     "packed": _table(GemmConfig, _PACKED, "16x32x32-w4-s3"),
     "project": _table(
@@ -172,6 +192,9 @@ _AMD = _AMPERE | {
         "128x64x32-w8-s2 64x64x32-w4-s2 64x32x64-w4-s2 16x64x64-w4-s2",
         "64x64x32-w8-s2 16x32x64-w4-s2",
     ),
+    "gemm_lowrank of int8": _table(GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2"),
+    "gemm_lowrank of rotated int8": _table(GemmConfig, "64x64x64-w4-s2 16x64x64-w4-s2"),
+    "project of int8": _table(ProjectConfig, "32x64-w4-s2 16x64-w4-s2 16x64-w4-s2-r64"),
     "packed": _table(GemmConfig, "64x32x64-w4-s2 16x32x128-w4-s2 16x32x64-w4-s2"),
     "lowrank": _table(LowRankConfig, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _LOWRANK),
@@ -196,11 +219,15 @@ _GFX950 = {
 }
 # The interpreter's tiles are small, so that small shapes in tests have several tiles.
 _SMALL_GEMM = _table(GemmConfig, "32x32x16-w4-s2-g2-tma")
+_SMALL_INT8 = _table(GemmConfig, "32x64x32-w4-s2-g2-tma")
 _SMALL_LOWRANK = _table(LowRankConfig, "32x32-w4-s1-g2")
 _SMALL_PROJECT = _table(ProjectConfig, "32x32-w4-s2")
 _SMALL_WEIGHT_GRAD = _table(WeightGradConfig, "32x32-w4-s2")
 _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
+    "gemm_lowrank of int8": _SMALL_INT8,
+    "gemm_lowrank of rotated int8": _SMALL_INT8,
+    "project of int8": _table(ProjectConfig, "32x64-w4-s2"),
     "packed": _SMALL_GEMM,
     "lowrank": _SMALL_LOWRANK,
     "lowrank of a masked group": _SMALL_LOWRANK,

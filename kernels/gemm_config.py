@@ -35,7 +35,7 @@ class GemmConfig(Config):
         if call.project:
             return "projects"
         if call.masked:
-            return "before"
+            return "masked" if call.int8 else "before"
         return "prefetched" if loads_at_once(target, call) else "after"
 
     def tiles(self, call: Call) -> int:
@@ -45,6 +45,8 @@ class GemmConfig(Config):
         # Besides the output's sum, a masked group holds products that wait for their masks.  From
         # compilation: two for four projections.
         outs = 1 + call.masked * call.projections // 2
+        # Each int8 product has integer sums of its own, beside the float32 sum of all.
+        outs += bool(call.int8) * (call.projections > 1)
         if not self.uses_descriptors(call):
             # Addresses also take registers.  If 16 doesn't divide the columns, each element has an
             # address of its own.
@@ -61,9 +63,11 @@ class GemmConfig(Config):
         if call.masked and size == 4:
             low_rank *= 2  # one copy as loaded, one in the layout that tensor cores read
         # The output's tile passes through shared memory before it is stored.
-        store = self.block_m * self.block_n * size
-        step = (self.block_m + self.block_n) * self.block_k * size
+        is_rotated = call.int8 == "rotated int8"
+        store = self.block_m * self.block_n * (4 if is_rotated else size)
+        step = (self.block_m + self.block_n) * self.block_k * (1 if call.int8 else size)
         step += call.project * self.block_k * r * 4  # A's tile, float32
+        low_rank += 64 * 64 * size * is_rotated  # the matrix of the rotation
         if call.packed:  # a buffer for loaded codes, and one to exchange the unpacked numbers
             low_rank += self.block_n * self.block_k * (size + 4)
         if self.uses_descriptors(call) and not call.segments:
@@ -75,6 +79,8 @@ class GemmConfig(Config):
     def why_not(self, target: Target, call: Call) -> str:
         if call.packed and call.itemsize == 4 and unpacks_wrong(target, self.block_m):
             return f"Triton fails on a packed weight in float32 with tiles of {self.block_m} rows"
+        if call.int8 and (self.block_n % 64 or self.block_k < 32):
+            return "int8 products have steps of at least 32, and 64 columns are rotated at once"
         return super().why_not(target, call)
 
     def tensor_memory(self, target: Target, call: Call) -> int:

@@ -17,17 +17,29 @@ part of dx, not dy weight.
 
 Inside the kernel, the letters belong to OUT = P Q: OUT is [M, N], and K_i is the depth of product
 i.  So for dx, the kernel's N is the layer's K, and its K_i is the layer's N_i.
+
+P_i and Q_i may be int8, with scales (:class:`Scales`).  Their products are exact sums in int32.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
+from .common import (
+    cast,
+    dot,
+    dropout_threshold,
+    hadamard_matrix,
+    keep_tile,
+    load_tile,
+    rotate_tile,
+    store_tile,
+    tile_of,
+)
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
 from .faults import races_when_turned, small_views_fault
 from .gemm_config import GemmConfig
@@ -44,6 +56,17 @@ from .lowrank import (
 from .packed import Packed, packed_work, tables_of, unpack_tile
 from .segments import segment_arguments, segment_of_tile, small_operand_bytes, strides_of
 from .target import Target, target_of
+
+
+class Scales(NamedTuple):
+    """The scales of int8 operands: a product is rows_i ∘ (P_i Q_i) ∘ columns, in float32.
+
+    All are float32: rows_i [M] for each i, and columns [N].  Without columns (dx), the sum of the
+    products is then rotated, in blocks of 64 columns of OUT.
+    """
+
+    rows: Sequence[Tensor]
+    columns: Tensor | None = None
 
 
 def _work_of(arguments: Mapping[str, Any]) -> Work:
@@ -63,6 +86,8 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
     p_u_bytes = size_of(*p) + (size_of(*u) if a is None else 0)
     q_v_bytes, old_out_bytes = size_of(*q, *v), size_of(out) if arguments["ADD"] else 0
     scales = packed_work(arguments)  # (bytes counted once, bytes as all tiles load them)
+    row_scales, column_scales = arguments["scales"]  # of int8
+    p_u_bytes, q_v_bytes = p_u_bytes + size_of(*row_scales), q_v_bytes + size_of(column_scales)
     small, small_by_tiles = small_operand_bytes(arguments, m_tiles * n_tiles, n_tiles)
     return Work(
         flops=2 * M * N * (sum(depths) + sum(ranks)) + h_flops,
@@ -154,10 +179,43 @@ def store_in_halves(out, b_out, i_m, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
         out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
 
 
+@triton.jit
+def masked_low_rank_tile(
+    u, v, seeds, threshold, i_m, i_n, rows, columns,
+    i: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in a sum of its own: each term has another mask."""
+    b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_low = low_rank_tile(
+        u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+    )
+    # keep_i [BM, BN], from the same seed as in the forward
+    keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(keep, b_low, 0.0)  # [BM, BN]
+
+
+@triton.jit
+def scaled_sum(
+    b_sum, row_scales, column_scales, i_m, i_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The int32 sums of a tile times their scales, in float32 [BM, BN]."""
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    b_row = tl.load(row_scales + o_m, mask=o_m < M, other=0.0)  # [BM]
+    b_scaled = b_sum.to(tl.float32) * b_row[:, None]
+    if column_scales is not None:
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        b_scaled *= tl.load(column_scales + o_n, mask=o_n < N, other=0.0)[None, :]
+    return b_scaled
+
+
 # M changes with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work_of))
 def gemm_lowrank_kernel(
-    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends,
+    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, scales, a, u, v, bias, out, seeds, ends,
     M, N, K, R, factor, threshold, segments,
     p_strides, q_strides, a_strides, v_strides, bias_strides, out_row_stride,
     BLOCK_M: tl.constexpr,
@@ -194,6 +252,8 @@ def gemm_lowrank_kernel(
                   accumulator until it is masked; before it, the main accumulator isn't in use yet
     "prefetched"  load U_i and V_i before the main loop, which hides the wait, and multiply after it
     "after"       load and multiply after the main loop, in steps over the rank
+    "masked"      with dropout and int8 products, whose sums aren't those of OUT: like "before", but
+                  after the main loop
     "projects"    like "after", but the main loop computes U_0 = factor · P_0 A, with A [K_0, R_0],
                   from the tiles of P_0 that it loads anyway.  For y, P_0 is x, A is lora_aᵀ and U_0
                   is h, which is also stored, because the backward reads it
@@ -203,11 +263,14 @@ def gemm_lowrank_kernel(
 
     With segments (``ends``): Q_i [segments, K_i, N], V_i [segments, R_i, N], bias [segments, N].  A
     row uses the matrices of its segment; rows without a segment get zero.  PACKING, unless None:
-    Q_i is packed, q_i has its codes and ``q_operands`` its scales and tables (packed.py).
+    Q_i is packed, q_i has its codes and ``q_operands`` its scales and tables (packed.py).  With
+    row scales in ``scales`` (row scales, column scales), P_i and Q_i are int8 (:class:`Scales`).
     """
     # One argument for each P_i and Q_i: Triton's launcher finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
-    dtype: tl.constexpr = p0.dtype if DESCRIPTORS else p0.dtype.element_ty
+    # OUT's dtype.  P and Q have the same, unless they are int8.
+    dtype: tl.constexpr = out.dtype if DESCRIPTORS and ends is None else out.dtype.element_ty
+    is_int8: tl.constexpr = len(scales[0]) > 0
     # The number of tiles of rows, and of columns.  With segments, the first is an upper bound,
     # because each segment may end with a partly filled tile (segments.py).
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
@@ -235,16 +298,12 @@ def gemm_lowrank_kernel(
         for i in tl.static_range(len(u)):
             v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if LOW_RANK == "before":
-                # U_i V_i in a sum of its own: with several projections, each has another mask.
-                b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                b_low = low_rank_tile(
-                    u[i], v_i, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
-                )
-                # keep_i [BM, BN], from the same seed as in the forward
-                keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 # b_out is zero for the first term, but the addition stays.  Compiled for sm_90
                 # without it, the kernel has a fifth more instructions.
-                b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
+                b_out += masked_low_rank_tile(
+                    u[i], v_i, seeds, threshold, i_m, i_n, rows, columns,
+                    i, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
+                )  # fmt: skip
             elif LOW_RANK == "prefetched":
                 b_u, b_v = load_u_v_tiles(
                     u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
@@ -260,6 +319,8 @@ def gemm_lowrank_kernel(
             operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
+            if is_int8:  # sums of only this product, which has its own scales
+                b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             # The compiler pipelines this loop: loads run num_stages - 1 steps ahead of products.
             for i_k in range(0, depth, BLOCK_K):
                 b_p = load_tile(
@@ -270,7 +331,10 @@ def gemm_lowrank_kernel(
                     q[i], operands, tables, i_k, i_n, i_segment, K[i], N, q_strides[i],
                     BLOCK_K, BLOCK_N, Q_TRANSPOSED, DESCRIPTORS, PACKING, dtype,
                 )  # [BK, BN]  # fmt: skip
-                b_out = dot(b_p, b_q, b_out, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
+                if is_int8:  # [BM, BN] += [BM, BK] @ [BK, BN]
+                    b_sum = dot(b_p, b_q, b_sum, PRECISION)
+                else:
+                    b_out = dot(b_p, b_q, b_out, PRECISION)
                 # P_0 A, for y x Aᵀ, from the tile of x that is loaded anyway.
                 if LOW_RANK == "projects":
                     b_a = load_tile(
@@ -278,6 +342,14 @@ def gemm_lowrank_kernel(
                     )  # [BK, BR]
                     # [BM, BR] += [BM, BK] @ [BK, BR]
                     b_u_sum = dot(b_p, cast(b_a, dtype), b_u_sum, PRECISION)
+            if is_int8:
+                b_out += scaled_sum(
+                    b_sum, scales[0][i], scales[1], i_m, i_n, rows, N, BLOCK_M, BLOCK_N
+                )
+        if is_int8 and scales[1] is None:
+            # For a 16-bit OUT, its float32 sums are multiplied in bfloat16, in two parts.
+            b_hadamard = hadamard_matrix(tl.float32 if dtype == tl.float32 else tl.bfloat16)
+            b_out = rotate_tile(b_out, b_hadamard, i_n, N, PRECISION)
 
         # 3. After the main loop: b_out += Σ_i U_i V_i, for y h Bᵀ.  These terms have no mask, so
         # they go into the same accumulator, and U_i is needed only now.
@@ -289,6 +361,11 @@ def gemm_lowrank_kernel(
                 b_out = low_rank_tile(
                     u[i], v_i, i_m, i_n, rows, columns, b_out, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
+            elif LOW_RANK == "masked":
+                b_out += masked_low_rank_tile(
+                    u[i], v_i, seeds, threshold, i_m, i_n, rows, columns,
+                    i, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
+                )  # fmt: skip
             elif LOW_RANK == "projects":
                 # U_0 = factor · P_0 A, for y h = scale · x Aᵀ, rounded as ``project`` rounds h.
                 b_u = cast(b_u_sum * factor, dtype)  # [BM, BR]
@@ -331,6 +408,7 @@ def gemm_lowrank(
     a: Tensor | None = None,
     factor: float = 1.0,
     ends: Tensor | None = None,
+    scales: Scales | None = None,
     config: GemmConfig | None = None,
     preferred: GemmConfig | None = None,
 ) -> None:
@@ -348,12 +426,17 @@ def gemm_lowrank(
     ``ends`` as in :func:`project`, without ``a``: q_i [E, K_i, N], v_i [E, R_i, N], bias [E, N]; a
     packed q_i has E experts.
 
+    ``scales``, without ``a`` and ``ends``: p_i and q_i are int8, with at most 133,000 columns of
+    p_i.
+
     ``config`` must fit the call; ``preferred`` is used only if it fits.
     """
     target, (M, N) = target_of(out.device), out.shape
     # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     # u, v, p and q are the lists of one launch.
-    for i, (u, v, p, q, launch_seeds) in enumerate(chunks(us, vs, ps, qs, seeds)):
+    row_scales, column_scales = scales or (None, None)
+    launches = chunks(us, ps, vs, qs, seeds, row_scales)
+    for i, (u, p, v, q, launch_seeds, its_row_scales) in enumerate(launches):
         if not p:  # all products are done, and adapters are left
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
@@ -365,12 +448,13 @@ def gemm_lowrank(
         matrices = [] if packed else [*p, *(each.mT if transposed else each for each in q), out]
         adds, size = add or i > 0, out.element_size()
         call = Call(
-            M, N, max(ranks, default=0), size, precision, len(u),
+            M, N, max(ranks, default=0), size, precision, max(len(u), len(p) * bool(scales)),
             masked=launch_seeds is not None, project=a is not None,
             pointers=adds or packed is not None
             or (not transposed and races_when_turned(target, precision, size))
             or not all(_has_descriptor(each, target) for each in matrices),
             packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
+            int8="" if scales is None else "rotated int8" if column_scales is None else "int8",
         )  # fmt: skip
         tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
         descriptors = tiles.uses_descriptors(call)
@@ -387,6 +471,7 @@ def gemm_lowrank(
             **{f"p{i}": operand for i, operand in enumerate([*p_operands, *absent])},
             **{f"q{i}": operand for i, operand in enumerate([*q_operands, *absent])},
             "q_operands": () if packed is None else tuple(each.operands for each in q),
+            "scales": (tuple(its_row_scales or ()), column_scales),
             "a": a, "u": tuple(u), "v": tuple(v), "bias": bias, "out": out_operand,
             "seeds": launch_seeds, **segment_arguments(ends),
             "M": M, "N": N, "K": tuple(each.shape[1] for each in p), "R": tuple(ranks),

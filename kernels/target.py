@@ -33,6 +33,19 @@ class Target:
         """Whether an instruction converts float8 (e4m3)."""
         return isinstance(self.arch, int) and self.arch >= 89
 
+    @property
+    def int8(self) -> bool:
+        """Whether matrix instructions multiply int8; B300's (sm_103) don't."""
+        return self.arch != 103
+
+    @property
+    def turns_int8(self) -> bool:
+        """Whether int8 operands should lie along the axis that the product sums over.
+
+        ``mma.sync`` has no transposed load of bytes, so that Triton would load byte by byte.
+        """
+        return self.kind == "cuda" and self.arch not in (90, 100)
+
     def copies(self, stages: int) -> int:
         """The number of shared-memory buffers of a loop with ``stages`` pipeline stages.
 

@@ -146,7 +146,7 @@ def test_processes_that_the_program_starts_are_included(tmp_path):
     for program in (("program.py",), ("-m", "program")):
         code, printed, error = ended(*RUN, "--no-gated-mlps", "--loss", *program, "x", cwd=tmp_path)
         assert (code, error) == (0, "")
-        settings = {"gated_mlps": False, "frozen_linears": True, "loss": True}
+        settings = {"gated_mlps": False, "frozen_linears": True, "loss": True, "base": None}
         assert printed.splitlines() == [
             f"spawn {(settings, True, ['x'], '__mp_main__')}",
             f"forkserver {(settings, True, ['x'], '__mp_main__')}",

@@ -17,7 +17,7 @@ of D (``_thin``).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import blocks
 from ..projection import Adapter, Base, Output, map_outputs, reads_x
 from .dropout import DropoutMask
+from .int8 import add_dy_in_8_bits, linear_in_8_bits, rounded, runs_in_8_bits
 from .products import (
     SCRATCH,
     add_dy_weight,
@@ -61,10 +62,13 @@ def forward_rows(
     if x.shape[0] == 1:
         # On a CPU torch 2.10 gives wrong products of a bfloat16 row whose elements lie apart.
         x = x.contiguous()
-    ys, hs, dtype = [], [], h_dtype(x.dtype, x.device)
+    ys, hs, dtype, in_8_bits = [], [], h_dtype(x.dtype, x.device), None
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
-        if base.weight is not None:
+        if runs_in_8_bits(x, base.weight):
+            in_8_bits = in_8_bits or rounded(x)  # once for all outputs
+            y = linear_in_8_bits(in_8_bits, base, x.dtype, y)
+        elif base.weight is not None:
             y = base_linear(x, base, y)  # D: [M, K] @ [K, N] + bias
         assert y is not None
         for adapter, mask in zip(adapters, some, strict=True):
@@ -138,9 +142,14 @@ def _backward(
             beta = 1.0  # from here on dx holds a part
         gradients.append(Output(base_gradients(dy, x, output.base, wanted.base), tuple(adapters)))
     if dx is not None:
-        for dy, output, *_ in parts:
-            if dy is not None and output.base.weight is not None:
-                add_dy_weight(dx, dy, output.base.weight, beta)  # [M, N] @ [N, K]
+        pairs = [(dy, output.base.weight) for dy, output, *_ in parts if dy is not None]
+        in_8_bits: Any = [pair for pair in pairs if runs_in_8_bits(*pair)]
+        if in_8_bits:
+            add_dy_in_8_bits(dx, in_8_bits, beta)
+            beta = 1.0
+        for dy, weight in pairs:
+            if weight is not None and not runs_in_8_bits(dy, weight):
+                add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
                 beta = 1.0
         if not beta:  # the loss uses no output
             dx.zero_()

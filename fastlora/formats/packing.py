@@ -1,4 +1,4 @@
-"""Packing of dense weights as NF4, MXFP4, NVFP4 or float8: a matrix, or a stack of experts."""
+"""Packing of dense weights as NF4, MXFP4, NVFP4, float8 or int8: a matrix, or experts' stack."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from .bitsandbytes import FourBit
 from .float8 import Float8
 from .format import Quantized
 from .microscaled import MXFP4, NVFP4, powers_of
+from .rotated_int8 import pack_rotated
 
 # e4m3's largest number and its smallest normal number, and e2m1's largest number.
 _LARGEST, _SMALLEST, _LARGEST_E2M1 = 448.0, 2.0**-6, 6.0
@@ -32,7 +33,8 @@ def pack_weight(weight: Tensor, kind: str) -> Quantized:
       power of two in that number, divided by 4;
     * "nvfp4": as torchao's ``to_nvfp4`` with ``per_tensor_amax_to_scale``;
     * "fp8": e4m3fn with a float32 scale for each 128 × 128, as transformers' ``Fp8Quantize``; the
-      last blocks may have fewer rows and columns.
+      last blocks may have fewer rows and columns;
+    * "int8": :class:`.rotated_int8.RotatedInt8`.
 
     Each number is rounded to the nearest code, ties to even.  One matrix is packed at a time.
     Raises ValueError for another kind or shape, for infinities and NaN, and where blocks don't fill
@@ -150,5 +152,5 @@ def _nf4(weight: Tensor) -> Quantized:
 
 
 KINDS: dict[str, Callable[[Tensor], Quantized]] = {
-    "nf4": _nf4, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "fp8": _fp8,
+    "nf4": _nf4, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "fp8": _fp8, "int8": pack_rotated,
 }  # fmt: skip

@@ -115,7 +115,9 @@ class LoRAQuantized(LoRALayer):
         original: Any = object.__new__(self.plain_class)
         nn.Module.__init__(original)
         for name in self.vendor.PARTS:
-            if hasattr(self, name):
+            if name in self._buffers:
+                original.register_buffer(name, self._buffers[name])
+            elif hasattr(self, name):
                 setattr(original, name, getattr(self, name))
         return original
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..foreign import derived_from
-from ..formats import Vendor, vendor_of
+from ..formats import Vendor, rotated_int8, vendor_of
 from ..layers.experts import PackedWeight, packed_names, read_module
+from ..layers.int8 import Int8Linear
 from ..layers.modules import plain_name
 
 _RECORD = "_fastlora_declared"
@@ -25,8 +26,8 @@ _ATTRIBUTES = (
     QUANTIZER, "quantization_method", "is_quantized", "is_loaded_in_4bit",
     "is_loaded_in_8bit", _CONVERSIONS,
 )  # fmt: skip
-# The quantization_config of a model with experts packed by fastlora.  It has no quant_method, so
-# from_pretrained refuses the checkpoint; otherwise it would initialize the experts randomly.
+# The quantization_config of a model with weights packed by fastlora.  It has no quant_method, so
+# from_pretrained refuses the checkpoint; otherwise it would initialize these weights randomly.
 _OURS = {"packed_by": "fastlora", "load_with": "fastlora.load_packed(model, folder)"}
 # The config's field that names dense modules, by quant_method; otherwise "modules_to_not_convert".
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
@@ -47,7 +48,7 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
 
     * If no weight is packed afterwards, the quantizer and its config are removed.
     * If layers of a quantizer remain, its config names the dense layers.
-    * If experts are packed by fastlora, save_pretrained keeps the model's parameter names, which
+    * If weights are packed by fastlora, save_pretrained keeps the model's parameter names, which
       ``load_packed`` and ``load_state_dict`` read, and config.json makes ``from_pretrained``
       refuse.
     """
@@ -65,8 +66,15 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
 
 def other_vendor(model: nn.Module, vendor: Vendor | None) -> bool:
     """Whether a transformers model has layers of another vendor; its config can name only one."""
-    vendors = {vendor_of(module) for outer in _pretrained(model) for module in outer.modules()}
-    return bool(vendors - {vendor, None})
+    modules = [module for outer in _pretrained(model) for module in outer.modules()]
+    return any(is_vendors(module) and vendor_of(module) is not vendor for module in modules)
+
+
+def is_vendors(module: nn.Module) -> bool:
+    """Whether it is a vendor's packed linear layer, and not fastlora's own."""
+    # A layer with an adapter has another class; its plain class is the vendor's.
+    vendor = vendor_of(module, getattr(module, "plain_class", None))
+    return vendor not in (None, rotated_int8)
 
 
 def _declaration(outer: Any, linear: nn.Module | None) -> _Declared:
@@ -96,7 +104,8 @@ def _declaration(outer: Any, linear: nn.Module | None) -> _Declared:
 def _declare(outer: Any, said: _Declared) -> None:
     """Set the model's attributes and config according to its packed weights."""
     attributes, config = dict(said.attributes), said.config
-    ours = [isinstance(module, PackedWeight) for module in _packed(outer).values()]
+    packed = _packed(outer).values()
+    ours = [isinstance(module, PackedWeight | Int8Linear) for module in packed]
     if all(ours):  # no vendor's layer is left
         # With a quantizer, the conversions were its own, and don't fit a dense checkpoint.
         keeps = {_CONVERSIONS} & attributes.keys() if QUANTIZER not in attributes else set()
@@ -124,7 +133,6 @@ def _packed(model: nn.Module) -> dict[str, nn.Module]:
     """Modules with packed weights: fastlora's, vendors' linear layers and vendors' experts."""
     modules = {}
     for name, module in model.named_modules():
-        # A layer with an adapter has another class; its plain class is the vendor's.
         vendor = vendor_of(module, getattr(module, "plain_class", None))
         is_theirs = vendor is not None and not getattr(module, "is_dense", False)
         is_experts = any(weight in module._parameters for weight in packed_names(module))

@@ -1,4 +1,4 @@
-"""Load packed experts from a checkpoint without making them dense: ``fastlora.load_packed``.
+"""Load packed weights from a checkpoint without making them dense: ``fastlora.load_packed``.
 
 gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 """
@@ -18,19 +18,20 @@ from ..formats.microscaled import MXFP4
 from ..layers.classes import twin
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
+from ..layers.frozen import matrix_of
 from ..layers.modules import called, full_name, some, unwrap
 from ..projection import DTYPES
 from .config import is_inside
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .inject import check_model, check_plain
-from .packed_linears import packed_linears, read_linear
+from .packed_linears import PARTS, packed_linears, read_linear
 from .packing import Packing, PackReport, packed_on_meta
 from .tensors import unfitting
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # suffixes of a weight's name in gpt-oss' files
 # Suffixes of a weight's name that only one of fastlora's kinds has, and that kind.
-_KINDS = {".absmax": "nf4", ".tensor_scale": "nvfp4", ".weight": "fp8"}
+_KINDS = {".absmax": "nf4", ".tensor_scale": "nvfp4", ".weight": "fp8", ".codes": "int8"}
 _ADAPTERS = ("lora_A", "lora_B")
 
 
@@ -61,7 +62,7 @@ class _Stack(NamedTuple):
 
 
 def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
-    """Load a checkpoint with packed experts into a model, on meta or elsewhere, without unpacking.
+    """Load a checkpoint with packed weights into a model, on meta or elsewhere, without unpacking.
 
     ``folder`` holds ``model.safetensors``, or several files and an index.  There are two kinds:
 
@@ -71,7 +72,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
       :func:`fastlora.pack` had packed.
 
     Packed weights become packed weights of the model's experts modules, and packed linear layers
-    become the vendor's layers; none is made dense.  Every other tensor is cast to the dtype of the
+    become packed linear layers; none is made dense.  Every other tensor is cast to the dtype of the
     model's tensor.  Tensors on meta are loaded to the CPU.  Buffers on meta that checkpoints don't
     hold, such as a rotary embedding's, are initialized by the model's ``_init_weights``.
 
@@ -84,7 +85,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     and the bytes that were read.  Raises FileNotFoundError for a folder without a checkpoint, and
     TypeError if ``model`` is not a module or ``folder`` not a path.  Raises ValueError for a
     damaged file, missing or extra keys, other shapes or dtypes, a checkpoint without packed
-    experts, a model with adapters, values too large for a float16 model, and a buffer that
+    weights, a model with adapters, values too large for a float16 model, and a buffer that
     ``_init_weights`` doesn't initialize.  After an error the model is unchanged.
     """
     check_model(model)
@@ -94,9 +95,9 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     adapters = [key for key in stored if key.endswith(_ADAPTERS)]
     stored = {key: one for key, one in stored.items() if not key.endswith(_ADAPTERS)}
     stacks, linears = _stacks(model, stored), packed_linears(model, stored)
-    if not stacks:
+    if not (stacks or linears):
         raise ValueError(
-            f"{path} has no packed experts of this model, neither MXFP4 (…{_BLOCKS}, …{_SCALES}) "
+            f"{path} has no packed weights of this model, neither MXFP4 (…{_BLOCKS}, …{_SCALES}) "
             "nor packed by fastlora.pack: load other checkpoints with from_pretrained"
         )
     wanted = _fitting(model, stored, stacks, linears, path)
@@ -109,7 +110,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
         linear: Any = model.get_submodule(name)
         tensors = {key: stored[key].read(key) for key in keys}
         about = partial(read_metadata, stored[keys[0]].path)
-        layer = read_linear(name, linear, tensors, about, _home(linear.weight))
+        layer = read_linear(name, linear, tensors, about, _home(matrix_of(linear)))
         packing.add_linear(name, linear, layer)
     for key, tensor in wanted.items():
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
@@ -206,7 +207,7 @@ def _fitting(
 
     Raises ValueError unless the checkpoint holds exactly the model's tensors.
     """
-    packed = {*stacks, *[f"{name}.weight" for name in linears]}
+    packed = {*stacks, *[name + part for name in linears for part in PARTS]}
     state = {
         key: tensor
         for key, tensor in model.state_dict(keep_vars=True).items()

@@ -1,4 +1,4 @@
-"""Vendors' packed linear layers: packed from a dense layer, or read from a checkpoint."""
+"""Packed linear layers, vendors' and int8: packed from a dense layer, or read from a file."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,27 +10,39 @@ from torch import Tensor, nn
 
 from ..foreign import optional
 from ..formats import quantized_weight, vendor_of
+from ..formats.format import Quantized, name_of
+from ..formats.packing import pack_weight
+from ..formats.rotated_int8 import RotatedInt8
 from ..layers.classes import twin
+from ..layers.frozen import matrix_of
+from ..layers.int8 import Int8Linear
 from ..layers.members import is_hooked
 from ..layers.modules import called, some
 from .declare import other_vendor
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
+PARTS = (".weight", ".codes", ".scale")  # of a linear layer, dense or packed
+_INT8 = PARTS[1:]
 
 
 def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Module:
-    """The layer that replaces this linear layer, packed by the vendor of the format."""
-    package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
+    """The layer that replaces this linear layer: the format's vendor's, or an ``Int8Linear``."""
+    package = {"nf4": "bitsandbytes", "fp8": "torchao", "int8": ""}.get(kind)
     if package is None:
         raise ValueError(
             f"{name} can't be packed as {kind}: torchao's {kind} linear layers round their input, "
-            "or fastlora can't read them: give nf4 (bitsandbytes) or fp8 (torchao)"
+            "or fastlora can't read them: give nf4 (bitsandbytes), fp8 (torchao) or int8"
         )
     module = "bitsandbytes.nn" if kind == "nf4" else "torchao.quantization"
     need = f"{name} can't be packed as {kind} without {package}"
-    theirs = optional(module, need, "quantized")
+    theirs: Any = optional(module, need, "quantized") if package else None
     if linear.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
+    if kind == "int8":
+        try:
+            return Int8Linear(pack_weight(linear.weight.detach(), kind)).train(linear.training)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be packed as {kind}: {error}") from None
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
@@ -64,10 +76,15 @@ def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]
 
     A bias isn't among them, because it is dense and loads like all other tensors.
     """
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = nn.Linear | Int8Linear
+    layers = {name for name, module in model.named_modules() if isinstance(module, linear)}
     keys = list(keys)
-    marked = {key.removesuffix(end) for key in keys for end in (_FOUR_BIT, _FLOAT8) if end in key}
-    inside = {name: (f"{name}.weight", f"{name}._weight_") for name in marked & layers}
+    ends = _FOUR_BIT, _FLOAT8, _INT8[0]
+    marked = {key.removesuffix(end) for key in keys for end in ends if key.endswith(end)}
+    inside = {
+        name: (f"{name}.weight", f"{name}._weight_", *[name + end for end in _INT8])
+        for name in marked & layers
+    }
     return {
         name: [key for key in keys if key.startswith(starts)] for name, starts in inside.items()
     }
@@ -85,7 +102,14 @@ def read_linear(
     ``tensors``: the layer's tensors in the file, by key; ``about``: returns the file's metadata.
     """
     sizes, kind = (linear.in_features, linear.out_features), "fp8"
-    if name + _FOUR_BIT in tensors:
+    if name + _INT8[0] in tensors:
+        kind = "int8"
+        if len(tensors) != len(_INT8):
+            raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
+        format = RotatedInt8(*sizes[::-1], name_of(matrix_of(linear).dtype))
+        bits = tuple([tensors[name + end].to(device) for end in _INT8])
+        packed: Any = Int8Linear(Quantized(format, bits))
+    elif name + _FOUR_BIT in tensors:
         kind = "nf4"
         theirs: Any = import_module("bitsandbytes.nn")
         packed = theirs.Linear4bit(*sizes, False, device="meta")

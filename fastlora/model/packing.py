@@ -17,10 +17,10 @@ from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.modules import called, full_name, inside_of, owners_of, plain_name, some, unwrap
 from ..text import columns, shown
-from .declare import declared
+from .declare import declared, is_vendors
 from .inject import check_model, check_plain
 from .packed_linears import pack_linear
-from .targets import name_test
+from .targets import all_linear, name_test
 
 _MIB = 2**20
 
@@ -130,7 +130,7 @@ class Packing:
 
         Everything that may fail was done before.
         """
-        with declared(self.model, self._linears.values()):
+        with declared(self.model, filter(is_vendors, self._linears.values())):
             for module, weights in self._experts.items():
                 take_packed(module, weights)
             for linear, layer in self._linears.items():
@@ -145,11 +145,14 @@ class Packing:
 def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
     """Pack dense weights of the model in place, and report each weight's size and error.
 
-    ``kind`` is "nf4", "mxfp4", "nvfp4" or "fp8" (:func:`fastlora.formats.packing.pack_weight`).
+    ``kind`` is "nf4", "mxfp4", "nvfp4", "fp8" or "int8"
+    (:func:`fastlora.formats.packing.pack_weight`).
     ``modules`` names the modules to pack, in the form of PEFT's target_modules: a regular
     expression that matches the whole name, or a list of names or last parts.  None packs every
-    dense experts module of transformers that fastlora supports.  Vendors pack linear layers: "nf4"
-    makes them bitsandbytes' ``Linear4bit``, and "fp8" gives them torchao's ``Float8Tensor``.
+    dense experts module of transformers that fastlora supports; with "int8", it packs every dense
+    linear layer except the output head.  Vendors pack linear layers: "nf4" makes them bitsandbytes'
+    ``Linear4bit``, and "fp8" gives them torchao's ``Float8Tensor``.  "int8" makes them layers of
+    fastlora that multiply in 8 bits, which rounds their inputs also (docs/quantized.md).
 
     All packed weights are made before the first dense one is freed, so a call that fails leaves the
     model unchanged.  On meta, only shapes are packed.
@@ -157,7 +160,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     Raises TypeError if ``model`` is not a module, and ImportError if the vendor's package isn't
     installed.  Raises ValueError for
 
-    * another kind, or another kind than nf4 and fp8 for linear layers;
+    * another kind, or mxfp4 or nvfp4 for linear layers;
     * a name that matches nothing, or a module that is neither experts nor a linear layer;
     * a model with adapters (pack first, then :func:`fastlora.apply_lora`), or under FSDP or DDP;
     * a weight that is tied to a module that isn't packed;
@@ -168,7 +171,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {shown(kind)}, but must be one of {', '.join(KINDS)}")
     check_plain(model)
-    packing, chosen = Packing(model, compares=True), _chosen(model, modules)
+    packing, chosen = Packing(model, compares=True), _chosen(model, kind, modules)
     others = _held_by_others(model, chosen.values())
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
@@ -202,16 +205,22 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     return PackReport(tuple(packing.records))
 
 
-def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def _chosen(
+    model: nn.Module, kind: str, modules: str | Sequence[str] | None
+) -> dict[str, nn.Module]:
     """The modules to pack, by name."""
     named = {plain_name(name): module for name, module in model.named_modules()}
     # read_module gives no reason against modules that are supported experts.
     experts = {name: module for name, module in named.items() if not read_module(module).reason}
     if modules is None:
+        what = "experts that fastlora knows"
         dense = {name: module for name, module in experts.items() if not packed_names(module)}
+        if kind == "int8":
+            what, names = "linear layers", all_linear(model)
+            dense = {n: named[n] for n in named if n in names and type(named[n]) is nn.Linear}
         if dense:
             return dense
-        raise ValueError("the model has no dense experts that fastlora knows: name modules to pack")
+        raise ValueError(f"the model has no dense {what}: name modules to pack")
     if not isinstance(modules, str | Sequence | Set):
         raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     chosen: dict[str, nn.Module] = {}
@@ -226,9 +235,9 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
         name for name in chosen if name not in experts and type(chosen[name]) is not nn.Linear
     ]
     if others:
-        kind = type(chosen[others[0]]).__name__
+        other = type(chosen[others[0]]).__name__
         raise ValueError(
-            f"{some(others)} can't be packed: a {kind} is neither experts that fastlora knows nor "
+            f"{some(others)} can't be packed: a {other} is neither experts that fastlora knows nor "
             "a torch.nn.Linear"
         )
     return chosen

@@ -17,6 +17,7 @@ from ..layers.adapted_weight import Features, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
+from ..layers.int8 import Int8Linear
 from ..layers.modules import called, full_name, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
@@ -374,6 +375,8 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 def numbers_in(model: nn.Module) -> int:
     """The number of parameters; a packed weight counts with its dense shape."""
     packed = [m.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)]
+    int8: list[Any] = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    packed += [layer.codes.numel() for layer in int8 if layer.codes is not None]
     return sum(packed) + sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -18,11 +18,13 @@ from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
+from ..layers.int8 import Int8Linear
 from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from ..settings import is_number
 from ..text import shown
+from .int8 import dense_bases, use_bases
 from .optimize import peft_layers, while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT
@@ -48,6 +50,22 @@ class Difference:
     relative: float
 
 
+class Rounding(NamedTuple):
+    """The differences of a run from a more exact one: of the loss, and of all gradients.
+
+    ``gradients`` is ‖run - exact‖ / ‖exact‖ of all gradients as one vector, ``cosine`` the cosine
+    of both vectors.
+    """
+
+    loss: float
+    gradients: float
+    cosine: float
+
+    def __str__(self) -> str:
+        differences = f"loss {self.loss:+.2g}, all gradients {self.gradients:.3f}"
+        return f"{differences} (cosine {self.cosine:.4f})"
+
+
 @dataclass(frozen=True)
 class Check:
     """The differences between fastlora and PEFT on one batch.  True if rounding explains them.
@@ -66,6 +84,11 @@ class Check:
     dtype: torch.dtype = torch.float32
     filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
     zeros: tuple[str, ...] = ()  # results of layers that were zero, so that they tested nothing
+    # With a base in 8 bits: the fast run beside exact products, with the original weights if
+    # ``base`` was given, else with the rounded ones.  And the rounded weights with exact products
+    # beside the original weights.
+    rounding: Rounding | None = None
+    int8_weights: Rounding | None = None
 
     @property
     def largest(self) -> Difference:
@@ -88,6 +111,10 @@ class Check:
                 lines.append(
                     f"    {len(differences)} {kind}s: up to {worst.relative:.2g}, {worst.name}"
                 )
+        if self.rounding is not None:
+            lines.append(f"  rounding to 8 bits, beside exact products: {self.rounding}")
+        if self.int8_weights is not None:
+            lines.append(f"    rounding of the weights only: {self.int8_weights}")
         if self.dtype in HALF_DTYPES and not self and all(self.layers):
             lines.append(
                 "    every judged layer is right, and 16 bits round much in a deep model: compare "
@@ -131,7 +158,14 @@ class Check:
         return lines
 
 
-def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Check:
+def check(
+    model: nn.Module,
+    batch: Any,
+    *,
+    tolerance: float | None = None,
+    base: str | None = None,
+    int8_from: int = 1024,
+) -> Check:
     """Run ``batch`` through PEFT's forward and through the fast one, and compare all numbers.
 
     ``model`` holds PEFT LoRA layers, optimized or not.  ``batch`` holds the model's inputs: a
@@ -156,6 +190,12 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     as in a new adapter, the check gives it small random numbers, because lora_A's gradient is
     zero otherwise, and puts the zeros back.
 
+    The results of a base in 8 bits (``optimize(model, base="int8")``) are compared with results of
+    the same rounding.  A line of its own states the rounding: how far the loss and all gradients
+    are from PEFT's forward with exact products.  ``base`` and ``int8_from`` are arguments of
+    ``optimize``: a dense model then is in 8 bits during the check, and the line compares it with
+    the original weights.  A second line compares the rounded weights, with exact products.
+
     It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
     and numpy's), lora_B and the layers' classes are put back.  It needs memory for two sets of
     gradients and outputs, a copy of the batch, and one layer in the exact dtype, beside the model.
@@ -171,6 +211,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
+    exact = alone = None
     if isinstance(inner, nn.Module) and not peft_layers(inner) and any(lora_layers(inner)):
         raise ValueError(
             f"check compares PEFT's layers with fastlora's, and the LoRA layers of this "
@@ -181,7 +222,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     with ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
-            report = stack.enter_context(while_optimized(model))
+            report = stack.enter_context(while_optimized(model, base, int8_from))
         from .baseline import shared_masks  # here, because both files import PEFT
         from .layer_check import Judge
 
@@ -201,7 +242,12 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-    dtype = coarsest_dtype(inner, judge.dtypes)
+            if dense := dense_bases(peft_layers(inner)):
+                exact = alone = _exact_run(model, batch, dense)
+        dtype = coarsest_dtype(inner, judge.dtypes)
+    if dense and not dense_bases(peft_layers(inner)):
+        with shared_masks(inner), _filled(model):  # the model has its original weights again
+            exact = _exact_run(model, batch, {})
     if tolerance is None:
         # The largest number in a layer's name is the number of the last block.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
@@ -218,7 +264,37 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         dtype,
         tuple(filled),
         tuple(sorted(judge.zeros)),
+        _rounding(fast, exact),
+        None if alone is exact else _rounding(alone, exact),
     )
+
+
+def _exact_run(model: nn.Module, batch: Any, bases: dict[Any, nn.Module]) -> "_Run":
+    """A run of PEFT's forward with these bases in place of the layers' own."""
+    inner = unwrap(model)
+    modules = list(inner.modules())
+    classes = own_heads(modules) | own_classes(modules)
+    before = use_bases(bases)
+    try:
+        with changed_classes(classes), undisturbed(inner):
+            return _run(model, batch)
+    finally:
+        use_bases(before)
+
+
+def _rounding(run: "_Run | None", exact: "_Run | None") -> Rounding | None:
+    if run is None or exact is None:
+        return None
+    dot = ours = theirs = 0.0  # of all gradients as vectors: their product, and their squares
+    for name, gradient in exact.gradients.items():
+        one, other = run.gradients[name].double(), gradient.double()
+        dot += float((one * other).sum())
+        ours, theirs = ours + float(one.square().sum()), theirs + float(other.square().sum())
+    loss = float(run.loss["loss"] - exact.loss["loss"])
+    if not ours * theirs:  # no gradients
+        return Rounding(loss, 0.0, 1.0)
+    error = max(0.0, ours + theirs - 2 * dot)
+    return Rounding(loss, math.sqrt(error / theirs), dot / math.sqrt(ours * theirs))
 
 
 @contextmanager
@@ -257,6 +333,8 @@ def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.d
     packed = [quantized_weight(module) for module in model.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
     used |= {parameter.dtype for parameter in model.parameters()} | others
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        used.add(torch.bfloat16)  # it has 8 bits also
     return max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
 
 

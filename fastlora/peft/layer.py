@@ -26,6 +26,7 @@ from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
+from .int8 import dense_base
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -43,6 +44,15 @@ class FastLinear(Fast, nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
+        with dense_base(self):
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        with dense_base(self):
+            super().unmerge()  # type: ignore[misc]
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""

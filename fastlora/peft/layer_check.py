@@ -22,9 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..backends import asked_backend, use_backend
+from ..backends.int8 import runs_in_8_bits
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
+from ..formats.rotated_int8 import quantize_rows, rotate
 from ..layers.classes import changed_classes, twin
+from ..layers.frozen import matrix_of
+from ..layers.int8 import Int8Linear
 from ..layers.members import plain_class_of
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
@@ -172,7 +176,7 @@ class Judge:
             peft = call.run(unit, tensors, dy)
             with changed_classes(classes):
                 fast = call.run(unit, tensors, dy)
-        exact_unit = _wide_twin(unit, wide, x.dtype, {})
+        exact_unit = _wide_twin(unit, wide, call.autocast or x.dtype, {})
         for module in exact_unit.modules():
             if isinstance(module, SeededDropout):
                 module.__dict__["rows"] = None if rows is None else (count, rows)
@@ -292,15 +296,20 @@ def _wide_twin(
     """
     if module in made:
         return made[module]
-    packed = quantized_weight(module)
-    if isinstance(packed, PackedLayer):
+    packed: Any = quantized_weight(module)
+    other: Any
+    is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside)
+    if is_packed and runs_in_8_bits(x, packed.weight):
+        other = made[module] = _Int8Twin(packed.weight)
+        other.inside = inside
+    elif is_packed:
         weight = packed.weight.dense(packed.compute_dtype or inside)
         other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
         other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        parameters = {"bias": getattr(module, "bias", None)}
     else:
         other = made[module] = twin(module, plain_class_of(module))
-        parameters = module._parameters
+    bias: Any = getattr(module, "bias", None)
+    parameters = {"bias": bias} if is_packed else module._parameters
     for name, p in parameters.items():
         if p is not None:
             p = nn.Parameter(p.detach().to(dtype), p.requires_grad) if p.is_floating_point() else p
@@ -310,6 +319,34 @@ def _wide_twin(
     for name, child in module._modules.items() if packed is None else ():
         other._modules[name] = None if child is None else _wide_twin(child, dtype, inside, made)
     return other
+
+
+class _Int8Twin(Int8Linear):
+    """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype."""
+
+    inside: torch.dtype  # the call's dtype.  x is rotated in it
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed: Any = matrix_of(self, Int8Linear)
+        y = _Int8Product.apply(x, *packed.tensors, self.inside)
+        return y if self.bias is None else y + self.bias
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, inside: torch.dtype) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.inside, rows = inside, x.reshape(-1, x.shape[-1]).to(inside)
+        xq, of_x = quantize_rows(rotate(rows))
+        weight = codes.to(x.dtype) * scale[:, None]
+        return ((xq.to(x.dtype) * of_x[:, None]) @ weight.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        dq, of_dy = quantize_rows(dy.reshape(-1, dy.shape[-1]).to(ctx.inside), scale)
+        dx = rotate((dq.to(dy.dtype) * of_dy[:, None]) @ codes.to(dy.dtype))
+        return dx.view(*dy.shape[:-1], -1), None, None, None
 
 
 def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
+from ..layers.int8 import Int8Linear
 from ..layers.merging import merge_each, move
 from ..layers.modules import called, is_sharded, owners_of, plain_name
 from ..projection import is_plain
@@ -61,6 +62,8 @@ def why_not_merged(layers: Layers) -> str:
                 "and PEFT's merge misreads that: load the model again, and optimize it before "
                 "the first call"
             )
+        elif isinstance(base, Int8Linear):
+            continue
         elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
             reason = (
                 f"has a base whose {_weight_name(layer)} is no parameter: make a computed one "
@@ -102,9 +105,11 @@ def merge_layer(
     """
     base = layer.get_base_layer()
     original = base._parameters[_weight_name(layer)]
-    put_back = _noted(base, layer)
+    is_int8 = isinstance(base, Int8Linear)  # a merged layer keeps it, and unmerging puts it back
+    put_back = partial(_unmerge, layer) if is_int8 else _noted(base, layer)
     undo.callback(put_back)
-    _use_other_parameters(base, () if safe_merge else (_weight_name(layer), "bias"))
+    if not is_int8:
+        _use_other_parameters(base, () if safe_merge else (_weight_name(layer), "bias"))
     try:
         with torch.no_grad():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -114,6 +119,11 @@ def merge_layer(
         return original
     put_back()  # now, because this frees the copy
     return None
+
+
+def _unmerge(layer: Any) -> None:
+    if layer.merged:
+        layer.unmerge()
 
 
 def merge_adapter(

@@ -30,6 +30,7 @@ from ..report import (
 )
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
+from .int8 import check_base, give_back_dense, int8_bases, least_of, mark, notes_of, use_bases
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
@@ -70,7 +71,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
-    said = (*first, *notes, *wrapping_notes(layers), *mixed_notes(layers))
+    others = wrapping_notes(layers) + mixed_notes(layers)
+    said = (*first, *notes, *others, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
 
 
@@ -117,6 +119,8 @@ def optimize(
     frozen_linears: bool = True,
     gated_mlps: bool = True,
     loss: bool = False,
+    base: str | None = None,
+    int8_from: int = 1024,
 ) -> nn.Module:
     """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and return the model.
 
@@ -138,7 +142,16 @@ def optimize(
     return lazy logits.  ``cross_entropy`` on them needs no memory of their size, and any other
     function gets real logits.  If the head can't do this, a warning gives the reason.
 
-    The results equal PEFT's within rounding.  Dropout draws other masks of the same distribution.
+    ``base`` "int8": round the frozen weights of PEFT's dense layers to 8 bits, in place, and
+    multiply in 8 bits, forward and backward (docs/quantized.md).  The weights need half of the
+    memory of 16 bits, and large layers are faster.  The original weights are lost:
+    :func:`restore`, and a merge, give the rounded ones.  A layer stays dense if its weight trains,
+    is tied or sharded, or if it has fewer than ``int8_from`` input or output features, where 8 bits
+    gain nothing; 0 converts all.  The report gives the reasons.  CPUs without VNNI, and 16-bit
+    models on CPUs with AMX, get a warning, because 8 bits are slower there.
+
+    The results equal PEFT's within rounding; with ``base``, within the rounding to 8 bits.  Dropout
+    draws other masks of the same distribution.
 
     ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  A PEFT older than the
     tested versions also changes nothing, with a warning.  A newer PEFT is sped up, with a warning:
@@ -146,11 +159,12 @@ def optimize(
     gives the reasons.
 
     Raises TypeError if ``model`` isn't a module.  Raises ValueError if the model has no PEFT LoRA
-    layers, if a switch isn't a bool, or if ``FASTLORA_BACKEND`` isn't the name of a backend.  With
-    ``strict``, also raises ValueError, whose text is the report, if a layer would not run fast.  An
-    error leaves the model unchanged.
+    layers, if a switch isn't a bool, if another argument doesn't fit, or if ``FASTLORA_BACKEND``
+    isn't the name of a backend.  With ``strict``, also raises ValueError, whose text is the report,
+    if a layer would not run fast.  An error leaves the model unchanged.
     """
-    report = _change(model, strict, frozen_linears, gated_mlps, loss)[0]
+    switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
+    report = _change(model, strict, switches, base, int8_from)[0]
     nothing_is_fast = len(report.not_fast) == len(report.layers)
     if nothing_is_fast and not why_nothing_changes():
         warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
@@ -158,22 +172,29 @@ def optimize(
 
 
 @contextmanager
-def while_optimized(model: nn.Module) -> Iterator[Coverage]:
+def while_optimized(
+    model: nn.Module, base: str | None = None, int8_from: int = 0
+) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
-    report, replaced = _change(model, False, frozen_linears=True, gated_mlps=True, loss=False)
+    switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
+    before = least_of(checked(model))
+    report, replaced, bases = _change(model, False, switches, base, int8_from)
     try:
         yield report
     finally:
         change_classes(replaced)
+        use_bases(bases)
+        if base is not None:
+            mark(checked(model), before)
 
 
 def _change(
-    model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool, loss: bool
-) -> tuple[Coverage, dict[nn.Module, Any]]:
-    """Optimize the model; returns the report, and the classes that were replaced."""
+    model: nn.Module, strict: bool, switches: dict[str, bool], base: str | None, int8_from: int
+) -> tuple[Coverage, dict[nn.Module, Any], dict[Any, nn.Module]]:
+    """Optimize the model; returns the report, and the classes and bases that were replaced."""
     inner = checked(model)
-    switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
     check_switches(strict=strict, **switches)
+    check_base(base, int8_from)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -186,30 +207,41 @@ def _change(
     if strict and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
     replaced: dict[nn.Module, Any] = {}
+    dense: dict[Any, nn.Module] = {}
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
         classes = fast_classes(inner.modules())
+        if base is not None:
+            dense = use_bases(int8_bases(inner, layers, classes, int8_from))
+            mark(inner, int8_from)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
-        named = inner.named_modules() if frozen_linears else ()
+        named = inner.named_modules() if switches["frozen_linears"] else ()
         classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
-        classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP) if gated_mlps else {}
+        if switches["gated_mlps"]:
+            classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         replaced = change_classes(classes)
-        if loss:  # a lazy head is derived from the head's new class
+        notes_of(inner, layers, warns=base is not None)
+        if switches["loss"]:  # a lazy head is derived from the head's new class
             replaced = change_classes(head_classes(inner)) | replaced
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
-    return replace(report, **fast, loss=cover_head(inner)), replaced
+    if dense:
+        report = cover(model, layers, unreached=reason)
+    return replace(report, **fast, loss=cover_head(inner)), replaced, dense
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
+    Bases in 8 bits become dense, with the rounded values.
     Changes nothing in a model that isn't optimized.  Raises TypeError if ``model`` isn't a module.
     """
-    modules = list(checked(model).modules())
+    inner = checked(model)
+    modules = list(inner.modules())
     change_classes(own_heads(modules) | own_classes(modules))
+    give_back_dense(inner, peft_layers(inner))
     return model
 
 

@@ -17,6 +17,7 @@ from fastlora.backends import torch as torch_backend
 from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
+from fastlora.formats.rotated_int8 import pack_rotated
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
 
@@ -516,3 +517,35 @@ def test_without_memory_for_a_wider_dtype_errors_are_those_of_a_rounding():
     assert verification._worst(its, its, None, 2**-7) == 0
     assert verification._worst(close, its, None, 2**-7) <= 1
     assert verification._worst(its.roll(1, 0), its, None, 2**-7) > 1
+
+
+def int8_group(out=24):
+    ((weight, a, b, bias, scale),) = group(out=out)
+    return [fastlora.Projection(pack_rotated(weight), a, b, bias, scale)]
+
+
+def wrong_code(results, call):
+    """A sum that lacks one product of 1,600."""
+    results[0][5, 7] += results[0].abs().amax() * 2**-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_right_8_bit_products_are_verified_by_one_call(dtype, recwarn, monkeypatch):
+    """Also float32, where the caller's own x is rounded to other codes here and there."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(globals(), "K", 200)
+    for _ in range(2):
+        x = rows(dtype=dtype)
+        found = [t.detach() for t in step(x, int8_group())]
+        assert all(each.isfinite().all() for each in found)
+    assert not recwarn.list
+    assert not faults()
+    assert all(isinstance(call, CapturedCall) for call in replay.calls.values())
+
+
+@pytest.mark.parametrize("change", [tile, one_row_is_nan, swapped, sometimes, wrong_code])
+def test_a_wrong_sum_of_8_bit_products_is_seen(monkeypatch, change):
+    faulty(monkeypatch, change)
+    with pytest.warns(RuntimeWarning, match="PyTorch's operations run instead"):
+        step(rows(), int8_group())
+    assert faults()

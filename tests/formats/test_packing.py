@@ -15,7 +15,7 @@ from fastlora.formats.packing import KINDS, pack_weight, packing_error
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 # The relative errors for normally distributed numbers, as measured.
-ERRORS = {"nf4": 0.091, "mxfp4": 0.112, "nvfp4": 0.095, "fp8": 0.026}
+ERRORS = {"nf4": 0.091, "mxfp4": 0.112, "nvfp4": 0.095, "fp8": 0.026, "int8": 0.0067}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,11 @@ def test_a_weight_is_packed_as_near_as_its_kind_does(kind, dtype):
 @EVERY
 def test_representable_values_are_packed_without_loss(kind):
     once = pack_weight(hard(dtype=torch.bfloat16), kind).dense(torch.float32)
-    assert torch.allclose(pack_weight(once, kind).dense(torch.float32), once, rtol=1e-6, atol=0)
+    again = pack_weight(once, kind).dense(torch.float32)
+    size = once.abs()
+    if kind == "int8":  # rotating twice rounds beside the largest numbers of a row
+        size = size.amax(1, keepdim=True)
+    assert ((again - once).abs() <= 1e-6 * size).all()
 
 
 @EVERY

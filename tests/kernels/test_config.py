@@ -66,6 +66,20 @@ def test_every_call_has_a_default_that_fits(target, kernel):
 
 
 @pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [("gemm_lowrank", "int8"), ("gemm_lowrank", "rotated int8"), ("project", "int8")],
+)
+@every_target
+def test_every_call_of_8_bits_has_a_default_that_fits(target, kernel, kind):
+    for one in calls(target, int8=kind):
+        for pointers in (False, True):
+            call_of = replace(one, pointers=pointers)
+            config = default_config(kernel, target, call_of)
+            assert config is not None, call_of
+            assert config.why_not(target, call_of) == ""
+
+
+@pytest.mark.parametrize(
     ("over", "options"),
     [("dy", {"groups": [1], "masks": [False], "project": True}), ("x", {"low_rank": True})],
 )

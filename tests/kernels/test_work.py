@@ -62,6 +62,12 @@ FORMS: dict[str, Form] = {
     "packed-y-pointers": Form("y", 20, 128, (3,), (128,), packed="four-bit nested"),
     "packed-y-and-h-pointers": Form("y,h", 70, 40, (3,), (192,), bias=True, packed="four-bit"),
     "packed-dx-group-float8-pointers": Form("dx", 20, 70, (3, 4), (150, 24), packed="float8"),
+    "int8-h-ragged": Form("h", 70, 67, (3, 20), dropout=0.1, int8=True),
+    "int8-h-rank-130": Form("h", 40, 130, (130,), int8=True),
+    "int8-dh": Form("dh", 40, 190, (3,), int8=True),
+    "int8-y-aligned": Form("y", 70, 144, (16,), (64,), bias=True, int8=True),
+    "int8-y-ragged-pointers": Form("y", 70, 67, (3,), (37,), int8=True),
+    "int8-dx-group-masked-pointers": Form("dx", 70, 67, (3, 20), (37, 24), dropout=0.1, int8=True),
     "add-to-y": Form("y+", 70, 67, (16,), bias=True),
     "add-to-dx-masked": Form("dx+", 64, 96, (3, 80), dropout=0.1),
     "weight-grad-ragged": Form("dA", 70, 330, (3,)),
@@ -92,7 +98,7 @@ def result(request) -> Result:
     name = request.param
     call = PLANES[name]() if name in PLANES else Operands(FORMS[name], DEVICE)
     config = None
-    if name in FORMS and FORMS[name].kernel == "gemm_lowrank":
+    if name in FORMS and FORMS[name].kernel == "gemm_lowrank" and not FORMS[name].int8:
         config = POINTERS if "pointers" in name else DESCRIPTORS
     with counted_launches() as launches:
         made = call.run(config)

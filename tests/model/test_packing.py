@@ -373,7 +373,7 @@ TORN = {
     "dtype": (_put("_scales", torch.Tensor.char), "_scales of torch.int8, but the model"),
     "codes": (_put("model.norm.weight", lambda old: old.to(torch.float8_e4m3fn)),
               "norm.weight of torch.float8_e4m3fn, but the model's is torch.float32"),
-    "dense": (_edit(_dense), "has no packed experts of this model"),
+    "dense": (_edit(_dense), "has no packed weights of this model"),
 }  # fmt: skip
 
 
@@ -454,7 +454,7 @@ def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
         fastlora.load_packed(model, checkpoint)
     with pytest.raises(ValueError, match=r"doesn.t fit the model: it lacks .*; it has "):
         fastlora.load_packed(mixture("qwen3"), checkpoint)
-    with pytest.raises(ValueError, match="has no packed experts of this model"):
+    with pytest.raises(ValueError, match="has no packed weights of this model"):
         fastlora.load_packed(nn.Linear(2, 2), checkpoint)
     with pytest.raises(TypeError, match="folder is"):
         fastlora.load_packed(mixture(), 3)

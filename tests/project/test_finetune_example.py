@@ -212,6 +212,18 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
         assert numpy.array(packed["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=0.01)
 
 
+def test_a_side_in_8_bits(inputs, tmp_path):
+    options = ("--int8", "--steps", "2", "--batch", "2", "--seq-len", "32", "--no-optimize")
+    code, printed, errors = finetune(*inputs[:4], *options, "--out", tmp_path / "out")
+    assert code == 0, errors
+    assert "PEFT, optimized in 8 bits" in printed
+    results = json.loads((tmp_path / "out" / "loss.json").read_text())["results"]
+    ours, theirs = results["int8"], results["PEFT"]
+    assert ours["weights_resident"] < theirs["weights_resident"]
+    for one, other in zip(ours["held_out_loss"], theirs["held_out_loss"], strict=True):
+        assert one[1] == pytest.approx(other[1], rel=0.01)
+
+
 def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
     model_and_data, out = inputs[:4], tmp_path / "sweep"
     options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)

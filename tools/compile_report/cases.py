@@ -76,6 +76,13 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y bias", "dx mask", "y,h M16"],
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
+    "gemm_lowrank of int8": (
+        ["y 8bit bias"], ["y 8bit r64", "y 8bit f16 r200"],
+    ),
+    "gemm_lowrank of rotated int8": (
+        ["dx 8bit mask", "dx 8bit"], ["dx 8bit n3", "dx 8bit n3 mask r64", "dx 8bit f16 r200"],
+    ),
+    "project of int8": (["h 8bit mask", "dh 8bit"], ["h 8bit n3", "h 8bit r64 n3 mask"]),
     "packed": (
         ["y bias M64 nf4-nested"],
         ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8", "y M64 mxfp4"],
@@ -184,7 +191,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         dropout=0.1 * ("mask" in rest), bias="bias" in rest,
         precision=precision if precision and HARDWARE[target].tf32 else "ieee",
         packed=next((_KINDS[word] for word in rest if word in _KINDS), ""),
-        segments=number.get("s", 0), own="own" in rest,
+        segments=number.get("s", 0), own="own" in rest, int8="8bit" in rest,
     )  # fmt: skip
     others = [word for word in rest if word != dtype]
     return Case(

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import int8_products
 import judge
 import oracles
 import packed
 import torch
+from int8 import exact
 from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
@@ -25,7 +27,8 @@ from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantized
-from fastlora.kernels import dequant
+from fastlora.formats.rotated_int8 import pack_rotated
+from fastlora.kernels import Scales, dequant, target_of
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
 from fastlora.ops.experts import lora_experts, routing_of
@@ -44,6 +47,7 @@ FORMATS = {
     "int8": packed.random_int8,
     "float8-rows": lambda n, k: packed.random_float8(n, k, 1, k, scale=F32),
     "float8-blocks": lambda n, k: packed.random_float8(n, k, 32, 64, scale=F32),
+    "rotated": lambda n, k: pack_rotated(random(n, k)),  # multiplied in 8 bits
     # No kernel reads the following formats; torch unpacks them.
     "float8-e5m2": lambda n, k: packed.random_float8(n, k, 32, 64, "float8_e5m2"),
     "affine": lambda n, k: packed.random_affine(n, k, 1, 32),
@@ -108,7 +112,11 @@ def _layer(case: Case) -> Results:
     def matrix(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return random(rows, columns, dtype, words.get(name, "contiguous"))
 
-    x = matrix("x", M, K, dtype).requires_grad_("x" in trains)
+    x, is_int8 = matrix("x", M, K, dtype), words.get("weight") == "rotated"
+    if is_int8:
+        _require_int8()
+        x.copy_(exact(M, K))
+    x.requires_grad_("x" in trains)
     group: list[Projection | Output] = []
     for i, (n, r) in enumerate(zip(case.outputs, case.ranks, strict=True)):
         make = FORMATS.get(words.get("weight", ""))
@@ -133,7 +141,12 @@ def _layer(case: Case) -> Results:
 
     def textbook(t: dict[str, Tensor]) -> Any:
         x, *flat = t.values()
-        return oracles.lora_linears(x, unflatten(flat, layouts), dropout=case.p, masks=masks)
+        its = unflatten(flat, layouts)
+        if not is_int8:
+            return oracles.lora_linears(x, its, dropout=case.p, masks=masks)
+        pairs = zip(its, outputs, strict=True)
+        its = [own._replace(base=own.base._replace(weight=o.base.weight)) for own, o in pairs]
+        return int8_products.lora_linears(x, its, dropout=case.p, masks=masks)
 
     run = _seeded(lambda: lora_linears(x, group, dropout=case.p))
     return judge.check(run, textbook, leaves, make_dy, rounded)
@@ -307,6 +320,30 @@ def _dequant(case: Case) -> Results:
     return {"weight": out}
 
 
+def _require_int8() -> None:
+    target = target_of(torch.device("cpu"))
+    if not target.int8:
+        raise ValueError(f"8-bit products can't run on sm_{target.arch}")
+
+
+def _int8(case: Case) -> Results:
+    """Rounding of any x, and both products, whose integer sums are exact bit for bit."""
+    _require_int8()
+    (M, K), (n,), dtype = case.sizes, case.outputs, case.dtypes[0]
+    precision = "tf32" if case.dtype == "tf32" else "ieee"
+    x, dy, (r,) = random(M, K, dtype), random(M, n, dtype), case.ranks
+    options = {"precision": precision}
+    (h,), of_x = int8_products.check_rounding(x, [random(K, r)], **options)
+    (dh,), of_dy = int8_products.check_rounding(dy, [random(n, r)], torch.rand(n) + 0.5, **options)
+    weight, (rows, columns) = int8_products.random_codes(n, K), (torch.ones(M), torch.ones(n))
+    out = {"h": h, "x": of_x.codes, "dh": dh, "dy": of_dy.codes}
+    scales = Scales([rows], columns)
+    out["y"] = int8_products.check_product([of_x.codes], [weight.mT], scales, **options)
+    for name, q in {"rows": weight, "turned": weight.mT.contiguous().mT}.items():
+        out[name] = int8_products.check_product([of_dy.codes], [q], Scales([rows]), **options)
+    return out
+
+
 def _sums(case: Case) -> Results:
     """Up to four sums of planes in one launch, with several dtypes."""
     dtypes = (BF16, F32, F16, F32)
@@ -330,7 +367,7 @@ def _loss(case: Case) -> Results:
 
 _CHECKS = {
     "layer": _layer, "experts": _experts, "adapters": _adapters, "mlp": _mlp, "block": _block,
-    "dequant": _dequant, "sums": _sums, "loss": _loss,
+    "dequant": _dequant, "int8": _int8, "sums": _sums, "loss": _loss,
 }  # fmt: skip
 
 
@@ -407,6 +444,15 @@ _ALL = """
 * dequant bf16 37x128x128 weight:{nf4,fp4-nested,mxfp4,nvfp4,int8,float8-rows,float8-blocks}
 * dequant bf16 13x51x51 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
   dequant {f16,f32} {37x128x128,13x51x51} weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
+* int8 bf16 {37x53x75 r3,130x136x192 r16,1x70x64 r8,33x64x640 r150}
+* int8 {f16,f32,tf32} 37x53x75 r3
+  int8 {f16,f32,tf32} {130x136x192 r16,1x70x64 r8,33x64x640 r150}
+* layer {bf16,bf16/f32,f32/bf16} {80x64x128 r8,77x53x75 r3 p0.25 bias} weight:rotated
+* layer bf16/f32 {33x96+64+32x128 r16+16+16 p0.1,20x50+64+33x120 r8+0+70} weight:rotated
+* layer {bf16 1x48x72 r8,bf16 70x520x640 r16 p0.1,tf32 33x96x128 r8 p0.2} weight:rotated
+* layer bf16/f32 70x48x80 r8 weight:rotated {x:column-major,dy:transposed,only:x}
+  layer f16/f32 {80x64x128 r8,33x96+64+32x128 r16+16+16 p0.1,300x260x200 r64} weight:rotated
+  layer {f32,tf32} {33x96+64+32x128 r16+16+16 p0.1,300x260x200 r64 p0.1} weight:rotated
 * sums 0x{1000,1000+64+2048+7}x0
 * loss {bf16 3x5000x0,f16 2x1000x0 z:every-second-row,f32 3x4097x0 z:odd label_smoothing:0.1}
 * loss bf16 3x1027x0 z:window upstream softcap:3 logit_scale:2 label_smoothing:0.1 z_loss:0.01

@@ -1,32 +1,41 @@
 // Tensor cores: mma, and wgmma, which reads its operands when a wait for it ends.  Products are
-// exact; sums are rounded to float32 after each product, in the order of k.
+// exact; sums are rounded to float32 after each product, in the order of k.  Products of int8 have
+// sums in int32.
 #pragma once
 #include "memory.h"
 
-enum Type { F16, BF16, TF32 };
-inline int size_of(s64 type) { return type == TF32 ? 4 : 2; }
+enum Type { F16, BF16, TF32, S8 };
+inline int size_of(s64 type) { return type == S8 ? 1 : type == TF32 ? 4 : 2; }
 inline f32 number(s64 type, u32 bits) {  // tensor cores ignore a float32's low bits
+  if (type == S8) return s8(bits);
   if (type == TF32) return std::bit_cast<f32>(bits & 0xffffe000u);
   return type == BF16 ? f32(std::bit_cast<bf16>(u16(bits))) : f32(std::bit_cast<f16>(u16(bits)));
 }
 
 // A warp's 16 rows of A [16, k], B [k, n], and sums [16, n].
-inline f32 tile_a[16][16], tile_b[16][256], sums[16][256];
+inline f32 tile_a[16][32], tile_b[32][256];
+static union { f32 sums[16][256]; s32 whole[16][256]; u32 sum_bits[16][256]; };
 
-inline void multiply_tiles(int k_size, int n_size) {
+inline void multiply_tiles(s64 type, int k_size, int n_size) {
+  if (type == S8) {
+    for (int row = 0; row < 16; row++)
+      for (int k = 0; k < k_size; k++)
+        for (int n = 0; n < n_size; n++) whole[row][n] += s32(tile_a[row][k] * tile_b[k][n]);
+    return;
+  }
   for (int row = 0; row < 16; row++)
     for (int k = 0; k < k_size; k++)
       for (int n = 0; n < n_size; n++) sums[row][n] += tile_a[row][k] * tile_b[k][n];
   for (auto& row : sums)
     for (int n = 0; n < n_size; n++) row[n] = canonical(row[n]);
 }
-// A register of an operand holds for each lane one float32, or two halves that are adjacent in k:
+// A register of an operand holds for each lane one float32, or halves or bytes adjacent in k:
 // f(row of eight, k, value).
 template <class F> void fragment(s64 type, const u32* slot, F f) {
-  int parts = type == TF32 ? 1 : 2;
+  int size = size_of(type), parts = 4 / size;
   for (int lane = 0; lane < 32; lane++)
     for (int n = 0; n < parts; n++)
-      f(lane / 4, lane % 4 * parts + n, number(type, slot[lane] >> (16 * n)));
+      f(lane / 4, lane % 4 * parts + n, number(type, slot[lane] >> (8 * size * n)));
 }
 inline void read_a(s64 type, const u32* slot, int r) {
   int k0 = 16 / size_of(type) * (r / 2);
@@ -36,12 +45,12 @@ inline void read_b(s64 type, const u32* slot, int r) {
   int k0 = 16 / size_of(type) * r;
   fragment(type, slot, [&](int n, int k, f32 x) { tile_b[k0 + k][n] = x; });
 }
-inline f32& sum_at(int lane, int r) {  // a lane's value of register r of the sums
-  return sums[lane / 4 + 8 * (r / 2 % 2)][8 * (r / 4) + 2 * (lane % 4) + r % 2];
+inline u32& sum_at(int lane, int r) {  // a lane's value of register r of the sums
+  return sum_bits[lane / 4 + 8 * (r / 2 % 2)][8 * (r / 4) + 2 * (lane % 4) + r % 2];
 }
 inline void read_sums(Warp& w, const s64* slots, int count) {
   for (int r = 0; r < count; r++)
-    for (int lane = 0; lane < 32; lane++) sum_at(lane, r) = get<f32>(w.slot(slots[r]), lane);
+    for (int lane = 0; lane < 32; lane++) sum_at(lane, r) = get<u32>(w.slot(slots[r]), lane);
 }
 inline void write_sums(Warp& w, const s64* slots, int count) {
   for (int r = 0; r < count; r++)
@@ -54,7 +63,7 @@ inline void mma(Step& s) {
   for (int r = 0; r < count_a; r++) read_a(s[0], s.slot(6 + r), r);
   for (int r = 0; r < count_b; r++) read_b(s[0], s.slot(6 + count_a + r), r);
   read_sums(s.w, &s.i.operands[6 + count_a + count_b], 4);
-  multiply_tiles(s[1], 8);
+  multiply_tiles(s[0], s[1], 8);
   write_sums(s.w, &s.i.operands[2], 4);
 }
 
@@ -103,13 +112,13 @@ struct Operand {
     });
   }
   void read(Machine& m, f32* to, int row_stride, int k_stride) const {
-    int count = type == TF32 ? 4 : 8, step = rows_lie_together ? row_stride : k_stride;
+    int size = size_of(type), count = 16 / size, step = rows_lie_together ? row_stride : k_stride;
     pieces([&](int row, int k, u32 a) {
       f32* at = to + row * row_stride + k * k_stride;
       u32 words[4];
       memcpy(words, m.bytes(a), 16);
       for (int n = 0; n < count; n++)
-        at[n * step] = number(type, count == 4 ? words[n] : words[n / 2] >> (n % 2 * 16));
+        at[n * step] = number(type, words[n * size / 4] >> (n * size % 4 * 8));
     });
   }
 };
@@ -156,11 +165,11 @@ inline void multiply(Machine& m, Warp& w, Product& product) {
   product.done = true;
   const auto& o = product.instruction->operands;
   for (int r = 0; r < 4 && o[IN_REGISTERS]; r++) read_a(o[TYPE], product.registers[r], r);
-  if (!o[IN_REGISTERS]) operand_a(w, o, product.a).read(m, tile_a[0], 16, 1);
+  if (!o[IN_REGISTERS]) operand_a(w, o, product.a).read(m, tile_a[0], 32, 1);
   operand_b(o, product.b).read(m, tile_b[0], 1, 256);
   memset(sums, 0, sizeof sums);
   if (product.adds) read_sums(w, &o[SUMS], o[N_SIZE] / 2);
-  multiply_tiles(o[K_SIZE], o[N_SIZE]);
+  multiply_tiles(o[TYPE], o[K_SIZE], o[N_SIZE]);
   write_sums(w, &o[SUMS], o[N_SIZE] / 2);
 }
 // The four warps of a group have waited.

@@ -28,18 +28,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def matmul(
     a, b, c, M, N, K, am, ak, bk, bn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """C = A @ B.  A [M, K], B [K, N], C [M, N]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros((BM, BN), SUMS)
     for k in range(0, K, BK):
         depth = k + tl.arange(0, BK)
         in_a = (rows[:, None] < M) & (depth[None, :] < K)
         in_b = (depth[:, None] < K) & (columns[None, :] < N)
         x = tl.load(a + rows[:, None] * am + depth[None, :] * ak, mask=in_a, other=0.0)
         y = tl.load(b + depth[:, None] * bk + columns[None, :] * bn, mask=in_b, other=0.0)
-        sums = tl.dot(x, y, sums, input_precision=PRECISION)
+        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=SUMS)
     in_c = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(c + rows[:, None] * N + columns[None, :], sums.to(c.dtype.element_ty), mask=in_c)
 
@@ -119,11 +120,14 @@ class Case:
 
 
 def _data(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype)
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, S8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 BOUNDS = {(BF16, "ieee"): 1e-2, (F16, "ieee"): 2e-3, (F32, "tf32"): 3e-3, (F32, "ieee"): 1e-6}
+BOUNDS |= {(S8, "ieee"): 0.0}
 # M, N, K, tiles, warps, stages, layouts of A and B: n normal, t transposed
 SHAPES = [
     (70, 52, 97, (64, 32, 32), 4, 3, "nn"), (64, 64, 64, (32, 32, 32), 4, 2, "nt"),
@@ -139,8 +143,8 @@ TMA_SHAPES = [
 ]  # fmt: skip
 BROKEN = (
     "matmul bfloat16 ieee 130x100", "matmul bfloat16 ieee 40x72x520",
-    "matmul float32 tf32 40x72x520", "tma bfloat16 100x72x520", "tma bfloat16 136x136x520",
-    "attention bfloat16",
+    "matmul float32 tf32 40x72x520", "matmul int8 ieee 128x128x128",
+    "tma bfloat16 100x72x520", "tma bfloat16 136x136x520", "attention bfloat16",
 )  # fmt: skip
 
 
@@ -148,10 +152,11 @@ def product(dtype, precision, M, N, K, tiles, warps, stages, layout) -> Case:
     BM, BN, BK = tiles
     a = _data(K, M, dtype=dtype).T if layout[0] == "t" else _data(M, K, dtype=dtype)
     b = _data(N, K, dtype=dtype).T if layout[1] == "t" else _data(K, N, dtype=dtype)
-    c = torch.empty(M, N, dtype=dtype)
+    c = torch.empty(M, N, dtype=torch.int32 if dtype == S8 else dtype)
     arguments = dict(
         a=a, b=b, c=c, M=M, N=N, K=K, am=a.stride(0), ak=a.stride(1), bk=b.stride(0),
         bn=b.stride(1), BM=BM, BN=BN, BK=BK, PRECISION=precision,
+        SUMS=tl.int32 if dtype == S8 else tl.float32,
     )  # fmt: skip
     name = f"matmul {str(dtype)[6:]} {precision} {M}x{N}x{K} {tiles} w{warps} s{stages} {layout}"
     options, truth = dict(num_warps=warps, num_stages=stages), a.double() @ b.double()
@@ -209,7 +214,8 @@ def row_cases() -> Iterator[Case]:
 def cases(arch: int) -> Iterator[Case]:
     for dtype, precision in BOUNDS:
         for shape in SHAPES:
-            yield product(dtype, precision, *shape)
+            if dtype != S8 or (arch != 103 and shape[3][2] >= 32):  # an int8 step has 32 or more
+                yield product(dtype, precision, *shape)
     for dtype in (BF16, F16, F32) if arch >= 90 else ():
         for shape in TMA_SHAPES:
             _, BN, BK = shape[3]

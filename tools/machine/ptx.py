@@ -1,7 +1,7 @@
 """PTX text → a :class:`Program`: the emulator's operations, whose operands are numbers.
 
 ``Program.unknown`` has the unknown instructions with a line of each; a program with any isn't run.
-Not supported: atomics, clusters, integer and fp8 products, local memory, calls.
+Not supported: atomics, clusters, products of fp8 or unsigned integers, local memory, calls.
 """
 
 import re
@@ -33,6 +33,7 @@ NUMBERS = {
     "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3, "": 0, ".trans": 1,
     "32x32b": 0, "16x32bx2": 1, "16x256b": 2,
     "idx": 0, "up": 1, "down": 2, "bfly": 3, "u": 0, "s": 1, "f16": 0, "bf16": 1, "tf32": 2,
+    "s8": 3, "i8": 3,
 }  # fmt: skip
 
 # Opcode, operation ({1} is the pattern's first group), operands of the operation.  An operand is a
@@ -46,6 +47,7 @@ NUMBERS = {
 _SHARED = r"\.shared(?:::cta)?"
 _NUMBER = r"([suf]\d+|bf16)"
 _MMA = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(f16|bf16|tf32)\.\2\.f32"
+_MMA_INT8 = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(?:\.satfinite)?\.s32\.(s8)\.s8\.s32"
 _BULK_LOAD = r"\.shared::(?:cta|cluster)\.global(?:\.tile)?\.mbarrier::complete_tx::bytes"
 _COMMIT = r"\.mbarrier::arrive::one(?:\.shared::(?:cluster|cta))?\.b64"
 TABLE = [
@@ -72,6 +74,7 @@ TABLE = [
     (rf"ldmatrix\.sync\.aligned\.m8n8\.x\d(\.trans)?{_SHARED}\.b16", "ldmatrix", "#1 a1 D0"),
     (rf"stmatrix\.sync\.aligned\.m8n8\.x\d(\.trans)?{_SHARED}\.b16", "stmatrix", "#1 a0 S1"),
     (_MMA, "mma", "#2 #1 D0 S1 S2 S3"),
+    (_MMA_INT8, "mma", "#2 #1 D0 S1 S2 S3"),
     (r"wgmma\.(fence|commit_group)\.sync\.aligned", "wgmma.{1}", ""),
     (r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait_group", "n0"),
     (rf"cp\.async\.c[ag]{_SHARED}\.global", "cp.async", "n2 s3? a0 a1"),
@@ -87,7 +90,7 @@ TABLE = [
     (r"tcgen05\.st\.sync\.aligned\.(\d+x\d+b)\.x\d+\.b32", "tcgen05.st", "#1 a0 - S1"),
     (r"(tcgen05\.wait::(?:ld|st))\.sync\.aligned", "{1}", ""),
     (r"tcgen05\.fence::.*", "nop", ""),
-    (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", "tcgen05.mma", "#1 a0 t1 s2:64 s3 s4"),
+    (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32|i8)", "tcgen05.mma", "#1 a0 t1 s2:64 s3 s4"),
     (rf"tcgen05\.commit\.cta_group::1{_COMMIT}", "tcgen05.commit", "a0"),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit_group", ""),
     (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait_group", "n0"),
@@ -97,7 +100,10 @@ TABLE = [
     (rf"mbarrier\.arrive{_SHARED}\.b64", "mbarrier.arrive", "- a1"),
     (rf"mbarrier\.(?:try|test)_wait\.parity{_SHARED}\.b64", "mbarrier.wait", "d0 s2 a1"),
 ]  # fmt: skip
-_WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.\3"
+_WGMMA = (
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)"
+    r"(?:\.satfinite)?\.(?:f32|s32)\.(f16|bf16|tf32|s8)\.\3"
+)
 
 # Arithmetic: operands whose bits differ from the type's.  The emulator's names use an unsigned type
 # if the sign doesn't matter, and an integer type if only bits are moved.
@@ -390,6 +396,7 @@ class _Decoder:
         """The numbers of wgmma; products.h describes them."""
         sums, a, b, adds, *rest = operands
         in_registers = "{" in a
+        rest = rest or ["1", "1"]  # of integers: no signs, and only one order in memory
         sign_a, sign_b, *major = [self.number(each) for each in rest]
         if (sign_a, sign_b) != (1, 1):
             raise UnknownError("a negative operand")

@@ -3,7 +3,7 @@
 #pragma once
 #include "tensor_memory.h"
 
-// [kind: of 16 bits or TF32, address of the sums, whether A is in tensor memory, its address there
+// [kind: of 16 bits, TF32 or int8, address of the sums, whether A is in tensor memory, its address there
 // or its descriptor, B's descriptor, the instruction's, whether to add].
 enum { KIND, SUMS_AT, A_IN_TENSOR_MEMORY = 4, A_AT, B_AT = 8, HOW, ADDS_TO };
 
@@ -11,11 +11,13 @@ enum { KIND, SUMS_AT, A_IN_TENSOR_MEMORY = 4, A_AT, B_AT = 8, HOW, ADDS_TO };
 inline TensorProduct described(s64 kind, u32 how) {
   TensorProduct p{};
   u32 type_a = how >> 7 & 7, type_b = how >> 10 & 7, sparse = how & 7, saturates = how >> 3 & 1;
-  u32 float32_sums = (how >> 4 & 3) == 1, negated = how >> 13 & 3, shifted = how >> 29;
-  if (sparse || saturates || !float32_sums || negated || shifted || type_a != type_b)
+  u32 sums_type = how >> 4 & 3, negated = how >> 13 & 3, shifted = how >> 29;
+  bool right_sums = sums_type == (kind == S8 ? 2 : 1);  // int32 or float32
+  if (sparse || (saturates && kind != S8) || !right_sums || negated || shifted || type_a != type_b)
     fail("a product of another kind");
-  if (kind == TF32 ? type_a != TF32 : type_a > BF16) fail("a product of another type");
-  p.type = type_a;
+  if (kind == S8 ? type_a != 1 : kind == TF32 ? type_a != TF32 : type_a > BF16)
+    fail("a product of another type");
+  p.type = kind == S8 ? s64(S8) : type_a;
   p.rows_together_a = how >> 15 & 1;
   p.rows_together_b = how >> 16 & 1;
   p.columns = (how >> 17 & 63) * 8;
@@ -95,19 +97,19 @@ inline void run_product(Machine& m, const TensorProduct& p) {
   operand_b(p).read(m, tile_b[0], 1, 256);
   for (int row = 0; row < p.rows; row += 16) {
     auto sum = [&](int r, int n) -> u32& { return word_at(t, lane_of(p, row + r), p.column + n); };
-    if (!p.a_in_tensor_memory) operand_a(p, row, 16).read(m, tile_a[0], 16, 1);
+    if (!p.a_in_tensor_memory) operand_a(p, row, 16).read(m, tile_a[0], 32, 1);
     for (int r = 0; r < 16; r++) {
       for (int k = 0; k < p.depth && p.a_in_tensor_memory; k++) {
-        int in_word = 4 / size_of(p.type);
+        int size = size_of(p.type), in_word = 4 / size;
         u32 word = word_at(t, lane_of(p, row + r), p.column_a + k / in_word);
-        tile_a[r][k] = number(p.type, word >> (16 * (k % in_word)));
+        tile_a[r][k] = number(p.type, word >> (8 * size * (k % in_word)));
       }
       for (int n = 0; n < p.columns; n++)
-        sums[r][n] = p.adds ? std::bit_cast<f32>(sum(r, n)) : 0;
+        sum_bits[r][n] = p.adds ? sum(r, n) : 0;
     }
-    multiply_tiles(p.depth, p.columns);
+    multiply_tiles(p.type, p.depth, p.columns);
     for (int r = 0; r < 16; r++)
-      for (int n = 0; n < p.columns; n++) sum(r, n) = std::bit_cast<u32>(sums[r][n]);
+      for (int n = 0; n < p.columns; n++) sum(r, n) = sum_bits[r][n];
   }
 }
 // Run all products up to the first commit that arrives at this mbarrier; false if there is none.

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
+from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
-from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
+from .packed import (
+    is_int8,
+    is_unpackable,
+    made_dense,
+    needs_torch,
+    of_dense,
+    read_by,
+    rounded_like,
+)
 from .verification import State, run_kernels
 
 
@@ -74,26 +82,33 @@ def _forward(
 
     One launch of ``project`` reads x once and computes h for all adapters of the group; then each
     output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
+    For outputs with 8-bit products, ``project`` also rounds x, once for the group.
     """
     seeds, x, *flat = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
-    in_one_launch = seeds is None and all(
-        plan.fused
-        and len(output.adapters) == 1
-        and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
-        for plan, output in zip(plans, outputs, strict=True)
-        if plan is not None
+    rounded = rounded_like(x) if any([is_int8(o.base.weight) for o in outputs]) else None
+    in_one_launch = (
+        seeds is None
+        and rounded is None
+        and all(
+            plan.fused
+            and len(output.adapters) == 1
+            and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
+            for plan, output in zip(plans, outputs, strict=True)
+            if plan is not None
+        )
     )
     adapters = [adapter for output in outputs for adapter in output.adapters]
     if in_one_launch:  # empty: ``_y`` fills them
         hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
     else:
         factors = [common.factor(adapter) for adapter in adapters]
-        hs = kernels.project(x, [a.lora_a.T for a in adapters], factors, **common._asdict())
+        lora_as, options = [a.lora_a.T for a in adapters], common._asdict()
+        hs = kernels.project(x, lora_as, factors, rounded=rounded, **options)
     ys = [
-        _y(x, output, thin, plan, in_one_launch, precision)
+        _y(x, output, thin, plan, in_one_launch, precision, rounded)
         for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
     ]
     return ys + hs
@@ -127,31 +142,44 @@ def _backward(
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
+    all_rounded: list[kernels.Rounded | None] = [None] * len(outputs)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
     thins, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
-    for dy, output, need, *of_adapters in zip(dys, outputs, needs, thins, own_seeds, strict=True):
+    for i, (dy, output, need, *of_adapters) in enumerate(
+        zip(dys, outputs, needs, thins, own_seeds, strict=True)
+    ):
         if dy is None:  # this output isn't part of the loss
             gradients.append(no_gradients(output))
             continue
         base = base_gradients(dy, x, output.base, need.base)
-        adapters = []
-        for adapter, wanted, h, seed in zip(
-            output.adapters, need.adapters, *of_adapters, strict=True
+        adapters, dhs = [], [None] * len(output.adapters)
+        if needs_x and is_int8(output.base.weight):  # the launch that rounds dy also makes every dh
+            all_rounded[i] = rounded = rounded_like(dy, packed_of(output)[1])
+            lora_bs = [adapter.lora_b for adapter in output.adapters]
+            factors = [common.factor(adapter) for adapter in output.adapters]
+            dhs = kernels.project(dy, lora_bs, factors, precision=precision, rounded=rounded)
+        for adapter, wanted, h, seed, dh in zip(
+            output.adapters, need.adapters, *of_adapters, dhs, strict=True
         ):
             d_adapter = empty_gradients(adapter, wanted)
             # dx and d lora_a both need dh.
-            needs_dh, factor = needs_x or wanted.lora_a, common.factor(adapter)
-            dh = through_lora_b(
+            needs_dh, factor = dh is None and (needs_x or wanted.lora_a), common.factor(adapter)
+            made = through_lora_b(
                 dy, adapter.lora_b, h, d_adapter.lora_b, factor, needs_dh, {"precision": precision}
             )
+            dh = made if dh is None else dh
             adapters.append(d_adapter)
             terms += [] if dh is None else [_Term(adapter, dh, d_adapter.lora_a, seed)]
         gradients.append(Output(base, tuple(adapters)))
     # Every dh exists now.  dx sums over the outputs, and x is read once for all d lora_a.
     trained = [term for term in terms if term.d_lora_a is not None]
-    dx, is_filled = _dx(x, dys, outputs, terms, common) if needs_x else (None, False)
+    dx, is_filled = None, False
+    if any([rounded is not None for rounded in all_rounded]):
+        dx = _dx_of_int8(x, dys, outputs, all_rounded, terms, common)
+    elif needs_x:
+        dx, is_filled = _dx(x, dys, outputs, terms, common)
     if trained and not is_filled:
         _d_lora_a(x, trained, common)
     return [dx, *flatten(gradients, layouts)]
@@ -167,7 +195,9 @@ class _Term(NamedTuple):
 
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
-    """The plan of an output; None without adapters, where torch computes y."""
+    """The plan of an output; None without adapters, where torch computes y (not in 8 bits)."""
+    if is_int8(output.base.weight):
+        return kernels.plan.FUSED
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
@@ -185,12 +215,19 @@ def _y(
     plan: "kernels.Plan | None",
     makes_h: bool,
     precision: str,
+    rounded: "kernels.Rounded | None",
 ) -> Tensor:
     """x weightᵀ + Σ h lora_bᵀ + bias, [M, N].  ``makes_h``: the same launch also fills h [M, r]."""
     (weight, bias), adapters = output
     if plan is None:
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
+    if rounded is not None and is_int8(weight):
+        codes, scale = packed_of(output)
+        scales = kernels.Scales([rounded.scales], scale)
+        operands = y, [rounded.codes], [codes.mT], hs, v
+        kernels.gemm_lowrank(*operands, precision=precision, bias=bias, scales=scales)
+        return y
     if plan.fused:
         unpacks = plan.unpacks and is_unpackable([weight])
         a, factor = None, 1.0
@@ -287,6 +324,37 @@ def _dx(
     for i, (dy, weight) in enumerate(by_torch):
         torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
     return dx, is_filled
+
+
+def _dx_of_int8(
+    x: Tensor,
+    dys: Sequence[Tensor | None],
+    outputs: Sequence[Output[Tensor]],
+    all_rounded: "Sequence[kernels.Rounded | None]",
+    terms: Sequence[_Term],
+    common: Common,
+) -> Tensor:
+    """dx, with 8-bit products of every rounded dy; torch adds the products of other outputs.
+
+    Some devices read int8 fast only along the axis of the sum.  There, each call transposes the
+    weight's codes.  By an estimate, that costs less time than loads of single bytes with 2048 rows
+    or more.  Unlike a second copy of the weight, it takes no memory between calls.
+    """
+    used = [rounded for rounded in all_rounded if rounded is not None]
+    ps, rows = [rounded.codes for rounded in used], [rounded.scales for rounded in used]
+    pairs = zip(all_rounded, outputs, strict=True)
+    qs = [packed_of(output)[0] for rounded, output in pairs if rounded is not None]
+    if kernels.target_of(x.device).turns_int8:
+        qs = [codes.mT.contiguous().mT for codes in qs]
+    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
+    seeds = _join([term.seed for term in terms], common.seeds) if terms else None
+    options = common._replace(seeds=seeds)._asdict()
+    dx = empty_like(x)
+    kernels.gemm_lowrank(dx, ps, qs, u, v, scales=kernels.Scales(rows), **options)
+    for dy, output, rounded in zip(dys, outputs, all_rounded, strict=True):
+        if dy is not None and rounded is None:
+            torch.addmm(dx, dy, read_by(output.base.weight, x), out=dx)
+    return dx
 
 
 def _d_lora_a(

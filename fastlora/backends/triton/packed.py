@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ...formats.format import Format, Quantized
+from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import BackwardCall, Call
 from .cover import LONGEST, kernels
@@ -70,6 +72,17 @@ def read_by(
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
 
 
+def is_int8(weight: Tensor | Quantized) -> bool:
+    """Whether products with this weight are of 8 bits."""
+    return isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
+
+
+def rounded_like(x: Tensor, factors: Tensor | None = None) -> "kernels.Rounded":
+    """Memory for the rows of x (or dy), rounded to 8 bits."""
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    return kernels.Rounded(codes, x.new_empty(len(x), dtype=torch.float32), factors)
+
+
 @lru_cache(maxsize=1024)
 def needs_torch(layouts: tuple[Layout, ...], of_experts: bool = False) -> bool:
     """Whether one of the weights has a format that no kernel reads."""
@@ -104,4 +117,7 @@ def of_dense(
 
 
 def _is_torch_s(layout: Layout, of_experts: bool) -> bool:
-    return layout.format is not None and not has_kernel(layout.format, of_experts)
+    format = layout.format
+    if format is None or isinstance(format, RotatedInt8):
+        return False
+    return not has_kernel(format, of_experts)

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import cache as files
 from ...formats.format import Quantized
+from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
@@ -66,7 +67,12 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 # classes of a loss, and packed weights aren't replaced.  If a packed weight is zero or not finite,
 # the call runs on PyTorch and its kernels stay unverified.  Each such call unpacks the weight, to
 # check it again.
-_ROWS, _FACTOR, _KEPT = "rows", "factor", "kept"
+#
+# The x of 8-bit products ("exact") becomes numbers whose rotation is exact in every order of sums.
+# Both backends then round it to the same codes, and all integer sums must be equal.  The caller's
+# own numbers may get another code here and there; a result then differs by one step.
+_ROWS, _FACTOR, _KEPT, _EXACT = "rows", "factor", "kept", "exact"
+_STEP = 2.0**-8  # the rounding that one code of a row explains, relative to the row's results
 
 
 class State(str):
@@ -328,7 +334,8 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
         )
         for layout in layouts
     ]
-    return [_ROWS, *flatten(outputs, layouts)]
+    is_int8 = any([isinstance(layout.format, RotatedInt8) for layout in layouts])
+    return [_EXACT if is_int8 else _ROWS, *flatten(outputs, layouts)]
 
 
 def _probe_of_call(call: Call, count: int) -> Call:
@@ -385,7 +392,8 @@ def _verified(
                 results = by_kernels(tensors)
             if fault is None or isinstance(results, State):
                 return right
-            fault = fault or compared(by_torch, tensors, roles, results, right)
+            step = _STEP if _EXACT in roles else 0.0
+            fault = fault or compared(by_torch, tensors, roles, results, right, step)
         except torch.OutOfMemoryError:
             _refuse(trial)
             _warn(
@@ -440,8 +448,17 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
             spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
             generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
             memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
+            if role == _EXACT:
+                _alike(tensor, memories[place]).copy_(_exact_rows(tensor.shape, generator))
         made.append(_alike(tensor, memories[place]))
     return made
+
+
+def _exact_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Rows of small whole numbers times a power of 2, whose rotation is exact in every dtype."""
+    options: Any = {"generator": generator, "device": generator.device}
+    powers = torch.arange(shape[0], device=generator.device).remainder(4).exp2()
+    return torch.randint(-2, 3, tuple(shape), **options) * powers[:, None]
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -479,19 +496,27 @@ def compared(
     roles: Sequence[str],
     results: Sequence,
     right: Sequence,
+    step: float = 0.0,
 ) -> str:
     """The fault of the kernels' ``results``, or "".
 
-    ``right``: PyTorch's results.  Their errors determine the allowed errors.
+    ``right``: PyTorch's results.  Their errors determine the allowed errors.  ``step``: a relative
+    error to allow, if the rounding of x's dtype is smaller.
     """
     x = tensors[0]
     assert x is not None
-    try:  # PyTorch's results in a wider dtype count as exact
-        truth = by_torch(
-            [
-                tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
-                for tensor, role in zip(tensors, roles, strict=True)
-            ]
+    # PyTorch's results in a wider dtype count as exact.  (Its float64 isn't of 8 bits.)
+    its_own = _EXACT in roles and x.dtype == torch.float32
+    try:
+        truth = (
+            None
+            if its_own
+            else by_torch(
+                [
+                    tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
+                    for tensor, role in zip(tensors, roles, strict=True)
+                ]
+            )
         )
     except torch.OutOfMemoryError:
         truth = None
@@ -503,7 +528,8 @@ def compared(
                 return f"{name} is missing"
         elif its.numel():
             wide = None if truth is None else _as_matrix(truth[i])
-            share = _worst(_as_matrix(ours), _as_matrix(its), wide, torch.finfo(x.dtype).eps)
+            eps = max(step, torch.finfo(x.dtype).eps)
+            share = _worst(_as_matrix(ours), _as_matrix(its), wide, eps)
             if not share <= 1:
                 shape = f"{name}, {list(its.shape)}"
                 return f"{shape}, has an error of {share:.3g} times what rounding explains"

@@ -1,0 +1,126 @@
+"""The products of the torch backend with a weight of the format ``RotatedInt8``, in 8 bits.
+
+With the weight's ``codes`` [N, K] and ``scale`` [N]:
+
+    xq, s = quantize_rows(rotate(x))         y  = (xq codesᵀ) · s · scale + bias
+    dq, s = quantize_rows(dy · scale)        dx = rotate((dq codes) · s)
+
+The sums in parentheses are exact in int32, and both read the same codes.  Everything after them is
+computed in float32 and rounded once, in blocks of rows that stay in the cache.  Outputs with the
+same x share xq, and their parts of dx are summed before the rotation.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats.format import Quantized
+from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, RotatedInt8, quantize_rows, rotate
+from ..projection import Base
+from .products import columns_of, matrix_like, rows_of
+
+# Elements of the sums that are made at once, 4 bytes each; and elements of a block of them that is
+# scaled at once.
+_SUMS, _AT_ONCE = 2**22, 2**17
+_MOST_ROWS = 4096
+# Sums of as many products of two codes are exact in float32, also on tensor cores (TF32).
+_EXACT = 1024
+
+
+class Rounded(NamedTuple):
+    """Rows of x [M, K], rotated, in 8 bits: ``codes`` int8 [M, K], ``scale`` float32 [M]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
+    """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
+    is_int8 = isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
+    return is_int8 and x.dtype != torch.float64
+
+
+def rounded(x: Tensor) -> Rounded:
+    """x in 8 bits, valid until the next one is made."""
+    return Rounded(*quantize_rows(x, rotated=True, codes=matrix_like("codes", x, torch.int8)))
+
+
+def linear_in_8_bits(
+    x: Rounded, base: Base[Any], dtype: torch.dtype, into: Tensor | None = None
+) -> Tensor:
+    """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one."""
+    (codes, scale), bias = base.weight.tensors, base.bias
+    y = x.scale.new_empty(len(x.scale), len(codes), dtype=dtype) if into is None else into
+    for rows in _slices(len(y), _MOST_ROWS):
+        for columns in _slices(len(codes), _SUMS // (rows.stop - rows.start)):
+            place, matrix = y[rows, columns], codes[columns].t()
+            for some, made in _scaled("y", x.codes[rows], x.scale[rows], matrix, place):
+                made.mul_(scale[columns])
+                place[some] = made if bias is None else made.add_(bias[columns])
+    return y
+
+
+def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta: float) -> None:
+    """dx = beta · dx + Σ dy weight over these pairs (dy [M, N], weight [N, K]), in place."""
+    step = min(_MOST_ROWS, _SUMS // max(dx.shape[1], *[dy.shape[1] for dy, _ in pairs]))
+    for rows in _slices(len(dx), step):
+        parts, place = [], dx[rows]
+        for i, (dy, weight) in enumerate(pairs):
+            (codes, scale), some = weight.tensors, dy[rows]
+            quantized = quantize_rows(some, scale, matrix_like(f"dy {i}", some, torch.int8))
+            parts.append(_scaled(f"dx {i}", *quantized, codes, place))
+        for (some, made), *others in zip(*parts, strict=True):
+            for _, other in others:
+                made.add_(other)
+            into, rotated = place[some], rotate(made.to(dx.dtype))
+            into.add_(rotated) if beta else into.copy_(rotated)
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    for first in range(0, total, step):
+        yield slice(first, min(total, first + step))
+
+
+def _scaled(
+    use: str, codes: Tensor, scale: Tensor, matrix: Tensor, like: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (codes matrix) · scale in float32, a block of rows at a time, each with its slice.
+
+    codes int8 [M, L], scale [M], matrix int8 [L, columns]; ``like`` [M, columns].
+    """
+    # Usually one; several int32 sums of a very long L are added in float32.
+    sums = [
+        int_product(columns_of(codes, part), rows_of(matrix, part), f"{use}, {part.start}", like)
+        for part in _slices(len(matrix), LONGEST_SUM)
+    ]
+    step = _AT_ONCE // like.shape[1] if like.is_cpu else len(like)
+    for rows in _slices(len(like), step):
+        made = matrix_like(use, like[rows], torch.float32).copy_(sums[0][rows])
+        for other in sums[1:]:
+            made.add_(other[rows])
+        yield rows, made.mul_(scale[rows, None])
+
+
+def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
+    """The exact int32 product of two int8 matrices, of the shape of ``like``."""
+    out = matrix_like(use, like, torch.int32)
+    if left.is_cpu and _sums_are_exact():
+        return torch._int_mm(left, right, out=out)
+    out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart on a GPU
+    for part in _slices(len(right), _EXACT):
+        out += torch.mm(left[:, part].float(), right[part].float()).int()
+    return out
+
+
+@cache
+def _sums_are_exact() -> bool:
+    """Whether ``torch._int_mm`` is exact on this CPU.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate.
+    """
+    codes = torch.full((32, 64), LARGEST, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 64 * LARGEST**2).all())

@@ -1,0 +1,154 @@
+"""Rotated int8: 8-bit weights for 8-bit products.
+
+Blocks of 64 input features are multiplied by a Hadamard matrix, so that no feature is much larger
+than the others of its row.  Then each row of the weight, and in a call each row of x, is rounded to
+8 bits with one scale.  The rotations of x and of the weight cancel in x weightᵀ.
+
+Also fastlora's layer with such a weight, ``layers.int8.Int8Linear``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import rows_at_a_time
+from ..foreign import is_class
+from .arithmetic import place_for
+from .format import Expected, Format, Quantized, name_of
+from .vendor import PackedLayer, checked
+
+BLOCK = 64  # features in one block of the rotation
+LARGEST = 127  # the largest code; -128 isn't used
+# Sums of more products could overflow int32: 2³¹ / 127².
+LONGEST_SUM = 133_000
+# The smallest magnitude that counts as a row's largest, so that 127 / it is finite.
+_NOTHING = 2.0**-100
+# Elements that are rounded at once on a CPU: their float32 copy, 512 KiB, stays in a core's cache.
+_AT_ONCE = 2**17
+
+
+@dataclass(frozen=True)
+class RotatedInt8(Format):
+    """weight = rotate(codes · scale), computed in float32 and rounded once to out's dtype.
+
+    codes int8 [rows, columns], from -127 to 127; scale float32 [rows].  ``compute`` is the dtype of
+    the weight before it was packed.  8-bit products multiply the codes by the codes of a rotated x:
+
+    y = (xq codesᵀ) · x's scale · scale      with   xq, x's scale = quantize_rows(rotate(x))
+
+    The sums xq codesᵀ are exact in int32 up to 133,000 products.
+    """
+
+    compute: str
+
+    label: ClassVar[str] = "rotated int8"
+
+    def expected(self) -> Expected:
+        if not getattr(getattr(torch, self.compute, None), "is_floating_point", False):
+            raise ValueError(f"{self.compute} came as the weight's dtype, but must be floating")
+        codes = (self.rows, self.columns), (torch.int8,)
+        return {"codes": codes, "scale": ((self.rows,), (torch.float32,))}
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
+        wide = place_for(out, torch.float32)
+        rotate(wide.copy_(codes).mul_(scale[:, None]), wide)
+        return out if wide is out else out.copy_(wide)
+
+
+@cache
+def hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's matrix [64, 64], divided by 8: symmetric, and its own inverse.  Entries ± 1/8."""
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
+    while len(matrix) < BLOCK:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / BLOCK**0.5
+
+
+def rotate(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [M, K] with each block of 64 columns multiplied by :func:`hadamard`; ``out`` may be x.
+
+    The last K % 64 columns are copied.  Computed in x's dtype; 16-bit sums are made in float32 and
+    rounded once.  A second rotation gives x back within rounding.
+    """
+    whole = x.shape[1] // BLOCK * BLOCK
+    blocks = x[:, :whole].reshape(-1, BLOCK)
+    rotated = torch.mm(blocks, hadamard(x.dtype, x.device)).view(len(x), whole)
+    if out is None and whole == x.shape[1]:
+        return rotated
+    out = torch.empty_like(x) if out is None else out
+    out[:, :whole] = rotated
+    if out is not x:
+        out[:, whole:] = x[:, whole:]
+    return out
+
+
+def quantize_rows(
+    x: Tensor,
+    factor: Tensor | None = None,
+    codes: Tensor | None = None,
+    rotated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
+
+    With v = x, x · factor for a ``factor`` [K], or rotate(x) with ``rotated``, and the largest |v|
+    of each row, at least 2⁻¹⁰⁰, it computes in float32:
+
+        codes = round(v · (127 / largest)), ties to even          scale = largest / 127
+
+    A row with NaN has the scale NaN, and a row with infinity has the scale infinity: the codes of
+    such a row are unspecified, and no product with it is finite.  ``codes``: write them there.
+    """
+    M, K = x.shape
+    codes = torch.empty(M, K, dtype=torch.int8, device=x.device) if codes is None else codes
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    most = scale.new_full((), LARGEST)  # a tensor: torch may divide by a number as a product
+    step = max(1, _AT_ONCE // max(1, K)) if x.is_cpu else max(1, M)
+    buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
+    for first in range(0, M, step):
+        rows = slice(first, first + step)
+        values = buffer[: M - first]
+        values.copy_(rotate(x[rows]) if rotated else x[rows])
+        if factor is not None:
+            values.mul_(factor)
+        # Two passes without a buffer for |v|, which takes 20 % less time.
+        largest = torch.maximum(values.amax(1), values.amin(1).neg_(), out=scale[rows])
+        values.mul_(torch.div(most, largest.clamp_min_(_NOTHING))[:, None])
+        codes[rows].copy_(values.round_())
+    return codes, scale.div_(most)
+
+
+def pack_rotated(weight: Tensor) -> Quantized:
+    """A dense weight [N, K] in this format.  NaN and infinity aren't checked here."""
+    step, (N, K) = rows_at_a_time(weight), weight.shape
+    codes = torch.empty(N, K, dtype=torch.int8, device=weight.device)
+    scales = []
+    for first in range(0, N, step):
+        rows = slice(first, first + step)
+        some = rotate(weight[rows].float())
+        scales.append(quantize_rows(some, codes=codes[rows])[1])
+    format = RotatedInt8(N, K, name_of(weight.dtype))
+    return Quantized(format, (codes, torch.cat(scales)))
+
+
+# fastlora's layer.
+
+PARTS: tuple[str, ...] = ("codes", "scale", "format")
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, f"{__package__.partition('.')[0]}.layers.int8", "Int8Linear")
+
+
+@checked("its int8 weight is")
+def read(layer: Any) -> PackedLayer:
+    tensors = layer.codes.view(torch.int8), layer.scale.view(torch.float32)
+    return PackedLayer(Quantized(layer.format, tensors))
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    layer.hold(pack_rotated(weight.to(layer.format.dtype)))

@@ -1,0 +1,50 @@
+"""Int8Linear: a frozen linear layer whose weight has the format ``RotatedInt8``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantized
+from ..formats.rotated_int8 import read
+from ..ops.functional import lora_linears
+from ..projection import Base, Output
+
+
+class Int8Linear(nn.Module):
+    """x weightᵀ + bias, like ``nn.Linear``, in 8 bits.  x may have any floating dtype.
+
+    ``codes`` [N, K] and ``scale`` [4 N] hold the bits of the format's tensors as uint8, so that
+    casts of the model don't change them.  ``weight`` is None: code that reads it must fail.
+    """
+
+    def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", bias)
+        self.hold(weight)
+
+    def hold(self, weight: Quantized) -> None:
+        """Replace the weight."""
+        self.format = weight.format
+        for name, tensor in zip(weight.format.names, weight.tensors, strict=True):
+            self.register_buffer(name, tensor.detach().view(torch.uint8))
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
+        packed: Any = read(self)
+        return lora_linears(input, (Output(Base(packed.weight, self.bias)),))[0]
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+def dense_linear(layer: Any) -> nn.Linear:
+    """An ``nn.Linear`` with the values and the bias of an ``Int8Linear``, in its dtype."""
+    packed: Any = read(layer)
+    weight = packed.weight
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight.dense(weight.dtype), requires_grad=False)
+    dense.bias = layer.bias
+    return dense.train(layer.training)

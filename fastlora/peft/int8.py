@@ -1,0 +1,172 @@
+"""The base of PEFT's layers in 8 bits: ``optimize(model, base="int8")``.
+
+The bases are converted in place: a layer's ``base_layer`` becomes an ``Int8Linear``.  This file
+imports nothing of PEFT.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.packing import pack_weight
+from ..layers.classes import Fast
+from ..layers.int8 import Int8Linear, dense_linear
+from ..layers.members import is_hooked, plain_class_of, why_not_tensor
+from ..layers.modules import is_sharded, some
+from ..projection import HALF_DTYPES
+from ..settings import is_number
+from ..text import shown
+
+_FROM = "_fastlora_int8_from"  # a converted model's attribute with the call's ``int8_from``
+_KEPT = "_fastlora_int8"  # a merged layer's attribute with its base in 8 bits
+_NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
+# 512 rows of 2048² take 2.3 × the frozen layer's time in 8 bits, 1.4 × in bfloat16 (torch 2.13).
+_AMX = "this CPU multiplies 16 bits by AMX, faster than torch multiplies and rounds to 8 bits"
+Layers = list[tuple[str, Any]]
+
+
+def check_base(base: Any, least: Any) -> None:
+    """Raise ValueError unless these are arguments ``base`` and ``int8_from`` of optimize."""
+    if base not in (None, "int8"):
+        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
+    if not (is_number(least) and least >= 0):
+        raise ValueError(f"int8_from is {shown(least)}, but must be a number of features")
+
+
+def int8_bases(
+    model: nn.Module, layers: Layers, fast: Container[Any], least: int
+) -> dict[Any, nn.Module]:
+    """The base in 8 bits of each layer that can have one.  Changes nothing.
+
+    ``fast``: the layers whose class becomes fast.  ``least``: layers with fewer input or output
+    features stay dense.
+    """
+    found = [layer for _, layer, why in _dense_layers(model, layers, fast, least) if not why]
+    weights = {layer: pack_weight(layer.base_layer.weight.detach(), "int8") for layer in found}
+    return {
+        layer: Int8Linear(weight, layer.base_layer.bias).train(layer.base_layer.training)
+        for layer, weight in weights.items()
+    }
+
+
+def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]:
+    """Notes for the report on a converted model.  ``warns``: also warn of slow layers, or none."""
+    least = least_of(model)
+    if least is None:
+        return []
+    dense: dict[str, list[str]] = {}
+    for name, _, reason in _dense_layers(model, layers, (), least):
+        dense.setdefault(reason or "optimize would convert it now", []).append(name)
+    notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
+    bases = [layer.base_layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
+    slow = next(filter(None, map(_why_slow, bases)), "")
+    text = slow if bases else f"base='int8' has no effect: {'; '.join(notes)}"
+    if warns and text:
+        warnings.warn(text, stacklevel=4)
+    if bases:
+        lost = "restore and merges give the rounded weights"
+        notes.append(f"the weights of {len(bases)} layers are rounded to 8 bits: {lost}")
+    return notes + [slow] * bool(slow)
+
+
+def _dense_layers(
+    model: nn.Module, layers: Layers, fast: Container[Any], least: int
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield each layer that isn't in 8 bits, its name first, and why it can't be; "" if it can."""
+    owners = Counter(_memory_of(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name, layer in layers:
+        base = layer.base_layer
+        if not isinstance(base, Int8Linear):
+            reason = "PEFT's forward runs"
+            if layer in fast or isinstance(layer, Fast):
+                reason = _why_dense(layer, base, least)
+            if not reason and owners[_memory_of(base.weight)] > 1:
+                reason = "its weight is tied to another module's"
+            yield name, layer, reason
+
+
+def _memory_of(parameter: Tensor) -> int:
+    # A meta tensor, which has no memory, counts for itself.
+    return id(parameter) if parameter.is_meta else parameter.untyped_storage().data_ptr()
+
+
+def _why_dense(layer: Any, base: Any, least: int) -> str:
+    if plain_class_of(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}, no torch.nn.Linear"
+    if layer.merged or is_hooked(base) or "forward" in vars(base):
+        return "it is merged, or a hook acts on its base"
+    if getattr(layer, "lora_variant", None):
+        return "its adapter is a variant of LoRA (DoRA, …), which reads the weight"
+    weight: Any = base.weight
+    if reason := why_not_tensor(weight, 2):
+        return f"its weight {reason}"
+    if weight.is_meta or hasattr(weight, "ds_id") or is_sharded(weight):
+        return "its weight is on meta or sharded: optimize before that"
+    if weight.requires_grad:
+        return "its weight trains"
+    if min(weight.shape) < least:
+        return f"fewer than {least} input or output features (int8_from)"
+    finite = bool(torch.linalg.vector_norm(weight.detach(), torch.inf).isfinite())
+    return "" if finite else "its weight has infinities or NaN"
+
+
+def _why_slow(base: Any) -> str:
+    """Why this layer is slower in 8 bits than in its own dtype; "" if it isn't, or is on a GPU."""
+    if not base.codes.is_cpu:
+        return ""
+    known = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("vnni", "amx_tile")]
+    has_vnni, has_amx = (ask() for ask in known)
+    if has_amx and base.format.dtype in HALF_DTYPES:
+        return _AMX
+    return "" if has_vnni or has_amx else _NO_VNNI
+
+
+def use_bases(bases: Mapping[Any, nn.Module]) -> dict[Any, nn.Module]:
+    """Replace the base of each of these layers; returns the replaced ones, which undo it."""
+    before = {layer: layer.base_layer for layer in bases}
+    for layer, base in bases.items():
+        layer.base_layer = base
+    return before
+
+
+def least_of(model: nn.Module) -> int | None:
+    """The ``int8_from`` that the model was converted with; None if it wasn't."""
+    return model.__dict__.get(_FROM)
+
+
+def mark(model: nn.Module, least: int | None) -> None:
+    """Make :func:`least_of` return this."""
+    model.__dict__[_FROM] = least
+    if least is None:
+        del model.__dict__[_FROM]
+
+
+def give_back_dense(model: nn.Module, layers: Layers) -> None:
+    """Give each layer a dense base with the values of its 8-bit one."""
+    for _, layer in layers:
+        layer.__dict__.pop(_KEPT, None)
+    use_bases(dense_bases(layers))
+    model.__dict__.pop(_FROM, None)
+
+
+def dense_bases(layers: Layers) -> dict[Any, nn.Module]:
+    """A dense base with the same values for each layer with an 8-bit one."""
+    int8 = [layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
+    return {layer: dense_linear(layer.base_layer) for layer in int8}
+
+
+@contextmanager
+def dense_base(layer: Any) -> Iterator[None]:
+    """Inside, the layer's base isn't in 8 bits.  It stays dense if the layer is merged then."""
+    if before := use_bases(dense_bases([("", layer)])):
+        layer.__dict__[_KEPT] = before[layer]
+    try:
+        yield
+    finally:
+        if not layer.merged and _KEPT in layer.__dict__:
+            layer.base_layer = layer.__dict__.pop(_KEPT).to(layer.base_layer.weight.device)

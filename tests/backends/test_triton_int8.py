@@ -1,0 +1,205 @@
+"""Layers with 8-bit products on the Triton backend: the oracle's numbers, and uncovered calls."""
+
+from dataclasses import replace
+
+import int8
+import int8_products
+import pytest
+import torch
+from judge import check, make_projection
+from kernel_cases import BF16, F16, F32, recorded
+from marks import DEVICE, pairwise
+from torch import Tensor
+
+import fastlora
+from fastlora.backends.dropout import dropout_mask
+from fastlora.backends.triton import cover
+from fastlora.formats.format import Quantized
+from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
+from fastlora.kernels import replay, target_of, use_target
+from fastlora.ops.run import draw_seed
+from fastlora.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="its truth is computed on a CPU")
+
+DTYPES = {"bf16": (BF16, BF16), "bf16-f32": (BF16, F32), "f16-f32": (F16, F32), "f32": (F32, F32)}
+# (features, ranks, whether it has a bias, whether its weight is packed) of each output
+GROUPS = {
+    "one": [(33, (3,), True, True)],
+    "aligned": [(64, (16,), False, True)],
+    "frozen": [(40, (), True, True)],
+    "three": [(64, (8,), False, True), (33, (70,), True, True), (20, (), False, True)],
+    "two-adapters": [(48, (4, 17), False, True)],
+    "with-dense": [(48, (4,), True, True), (20, (3,), False, False), (24, (), False, False)],
+    "six": [(32, (2,), False, True)] * 6,
+}
+
+
+def group(k: int, outs: list[tuple], dtypes: tuple = (BF16, F32)) -> list[Output]:
+    outputs = []
+    for n, ranks, has_bias, is_packed in outs:
+        made = [make_projection(n, k, r, *dtypes, bias=has_bias) for r in ranks or (1,)]
+        weight = pack_rotated(torch.randn(n, k)) if is_packed else made[0].weight
+        adapters = [Adapter(one.lora_a, one.lora_b, 0.5) for one in made[: len(ranks)]]
+        outputs.append(Output(Base(weight, made[0].bias), tuple(adapters)))
+    return outputs
+
+
+def check_group(
+    x: Tensor, outputs: list[Output], p: float = 0.0, trains: str = "xab"
+) -> dict[str, Tensor]:
+    """Every output and gradient of the Triton backend, with exact integer sums as the truth."""
+    dense = [
+        o._replace(base=Base(o.base.weight.dense(x.dtype), o.base.bias)) if is_int8(o) else o
+        for o in outputs
+    ]
+    layouts = layouts_of(dense)
+    leaves = {"x": x} | {str(i): each for i, each in enumerate(flatten(dense, layouts))}
+    masks = None
+    if p:
+        torch.manual_seed(5)
+        seeds = draw_seed(sum(len(o.adapters) for o in outputs), x.device)
+        masks = [dropout_mask(seed.view(1), tuple(x.shape), p) for seed in seeds]
+
+    def textbook(t: dict) -> tuple:
+        x, *flat = t.values()
+        pairs = zip(unflatten(flat, layouts), outputs, strict=True)
+        its = [
+            own._replace(base=own.base._replace(weight=o.base.weight)) if is_int8(o) else own
+            for own, o in pairs
+        ]
+        return int8_products.lora_linears(x, its, dropout=p, masks=masks)
+
+    def run() -> tuple:
+        torch.manual_seed(5)
+        return fastlora.lora_linears(x, outputs, dropout=p, backend="triton")
+
+    return check(run, textbook, leaves)
+
+
+def is_int8(output: Output) -> bool:
+    return isinstance(output.base.weight, Quantized)
+
+
+def exact(m: int, k: int, dtype: torch.dtype = BF16, trains: bool = True) -> Tensor:
+    return int8.exact(m, k, dtype=dtype).requires_grad_(trains)
+
+
+@pairwise(
+    {
+        "name": {name: name for name in GROUPS},
+        "dtypes": DTYPES,
+        "size": {"one-row": (1, 72), "ragged": (37, 75), "aligned": (40, 128)},
+        "dropout": [0.0, 0.3],
+    }
+)
+def test_every_output_and_gradient(name, dtypes, size, dropout):
+    outputs = group(size[1], GROUPS[name], dtypes)
+    has_adapters = any(output.adapters for output in outputs)
+    check_group(exact(*size, dtypes[0]), outputs, dropout if has_adapters else 0.0)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
+def test_dx_reads_transposed_codes_where_the_device_needs_them(turned):
+    x, outputs = exact(37, 75), group(75, GROUPS["three"])
+    arch = 80 if turned else 90
+    target = replace(target_of(x.device), kind="cuda", arch=arch)
+    assert target.turns_int8 is turned
+    replay.calls.clear()
+    with use_target(target), recorded() as records:
+        check_group(x, outputs, 0.2)
+    y, *_, dx = [each for each in records if each.name == "gemm_lowrank"]
+    assert y.arguments["Q_TRANSPOSED"]
+    assert dx.arguments["Q_TRANSPOSED"] is turned
+
+
+def test_a_layer_takes_one_launch_to_round_x_and_one_to_round_dy():
+    x, outputs = exact(37, 75), group(75, GROUPS["three"])
+    with recorded() as records:
+        check_group(x, outputs)
+    rounding = [each for each in records if each.arguments.get("codes") is not None]
+    assert len(rounding) == 1 + len(outputs)
+    assert {each.name for each in records} <= {
+        "project",
+        "gemm_lowrank",
+        "weight_grad",
+        "sum_planes",
+    }
+
+
+@pytest.mark.parametrize("trains", ["x", "ab", "a", "b"])
+def test_only_the_gradients_that_are_asked_for(trains):
+    x, outputs = exact(37, 75, trains="x" in trains), group(75, GROUPS["one"])
+    ((base, (adapter,)),) = outputs
+    a, b = (each.detach().requires_grad_("ab"[i] in trains) for i, each in enumerate(adapter[:2]))
+    check_group(x, [Output(Base(base.weight, base.bias.detach()), (Adapter(a, b, 0.5),))])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_spoils_no_other_row(value):
+    outputs, bad = group(75, GROUPS["one"]), torch.zeros(37, dtype=torch.bool)
+    x, bad[3] = exact(37, 75, trains=False), True
+    (right,) = fastlora.lora_linears(x, outputs, backend="triton")
+    x[3, 7] = value
+    (y,) = fastlora.lora_linears(x, outputs, backend="triton")
+    assert torch.equal(~y.isfinite().any(1), bad)
+    assert torch.equal(y[~bad], right[~bad])
+
+
+def stack_of_two() -> Quantized:
+    one, two = (pack_rotated(torch.randn(16, 64)) for _ in range(2))
+    tensors = [torch.stack(pair) for pair in zip(one.tensors, two.tensors, strict=True)]
+    return Quantized(one.format, tuple(tensors))
+
+
+def test_calls_that_no_kernel_covers_give_a_reason():
+    device, weight = torch.device("cpu"), pack_rotated(torch.randn(16, 64))
+    why = lambda weight: cover.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731
+    assert why(weight) == ""
+    assert "experts" in why(stack_of_two())
+    long = Quantized(RotatedInt8(1, LONGEST_SUM + 1, "float32"), weight.tensors)
+    assert "133000 products" in why(long)
+    with use_target(replace(target_of(device), arch=103)):
+        assert "int8" in why(weight)
+
+
+def test_an_uncovered_call_runs_on_torch_with_a_warning(monkeypatch):
+    """As torch computes it, bit for bit."""
+    monkeypatch.setattr(cover, "_said", set())
+    x, outputs, found = exact(37, 75), group(75, GROUPS["one"]), []
+    replay.calls.clear()
+    with use_target(replace(target_of(x.device), arch=103)), pytest.warns(match="no int8"):
+        found.append(fastlora.lora_linears(x, outputs, backend="triton")[0])
+    found.append(fastlora.lora_linears(x, outputs, backend="torch")[0])
+    assert torch.equal(*found)
+
+
+def test_experts_run_on_torch_with_a_warning(monkeypatch):
+    monkeypatch.setattr(cover, "_said", set())
+    x, stack, found = exact(20, 64, trains=False), stack_of_two(), []
+    lora_a, lora_b = torch.randn(2, 3, 64), torch.randn(2, 16, 3)
+    ends, tensors = torch.tensor([9, 20], dtype=torch.int32), (stack, lora_a, lora_b)
+    with pytest.warns(match="no 8-bit products of experts"):
+        found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="triton"))
+    found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="torch"))
+    assert torch.equal(*found)
+
+
+def test_many_adapters_share_a_base_of_8_bits():
+    """The base product is a frozen layer's."""
+    weight, pairs = (
+        pack_rotated(torch.randn(48, 72)),
+        [(torch.randn(3, 72), torch.randn(48, 3))] * 2,
+    )
+    x, indices = exact(20, 72, F32), torch.arange(20) % 3 - 1
+    lists, found = [list(each) for each in zip(*pairs, strict=True)], []
+    for backend in ("triton", "torch"):
+        with fastlora.use_backend(backend), recorded() as records:
+            y = fastlora.multi_lora_linear(x, weight, *lists, indices, scales=[0.5, 2.0])
+            found.append([y, *torch.autograd.grad(y.sum(), x)])
+        names = {each.name for each in records if each.arguments.get("codes") is not None}
+        assert names == ({"project"} if backend == "triton" else set())
+    for ours, its in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours, its, rtol=1e-4, atol=1e-4 * float(its.detach().abs().max())
+        )

@@ -1,0 +1,203 @@
+"""8-bit products: rows rounded by project, exact integer sums by gemm_lowrank."""
+
+import pytest
+import torch
+from int8_products import check_product, check_rounding, random_codes
+from kernel_cases import BF16, DEVICE, F16, F32, draw_seeds, poisoned, random, recorded
+from marks import pairwise
+
+from fastlora.backends.triton.verification import _exact_rows
+from fastlora.formats.rotated_int8 import quantize_rows, rotate
+from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
+from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.project import ProjectConfig
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="its truth is computed on a CPU"),
+]
+
+DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
+
+
+@pairwise({"m": [1, 2, 33, 70], "k": [1, 63, 64, 65, 200, 256], "dtype": DTYPES})
+def test_x_is_rotated_and_rounded(m, k, dtype):
+    check_rounding(random(m, k, dtype), [random(k, 3)])
+
+
+@pairwise({"m": [1, 33], "n": [1, 64, 100], "dtype": DTYPES, "count": [0, 1, 2]})
+def test_dy_times_factors_is_rounded(m, n, dtype, count):
+    check_rounding(random(m, n, dtype), [random(n, 5)] * count, torch.rand(n) + 0.01)
+
+
+@pairwise({"count": [0, 1, 3, 5], "dropout": [0.0, 0.4], "factors": {"x": False, "dy": True}})
+def test_a_group_rounds_x_once(count, dropout, factors):
+    """Ranks above 128 take several programs for the same rows; one of them rounds the rows."""
+    adapters = [random(100, (3, 150, 16, 70, 1)[i], F32) for i in range(count)]
+    seeds = draw_seeds(count) if dropout and count else None
+    column_factors = torch.rand(100) if factors else None
+    with recorded() as records:
+        check_rounding(random(40, 100, BF16), adapters, column_factors, p=dropout, seeds=seeds)
+    rounding = [each for each in records if each.arguments.get("codes") is not None]
+    assert len(rounding) == 1
+    assert sum(each.name == "project" for each in records) == max(1, -(-count // 4))
+
+
+@pytest.mark.parametrize("layout", ["column-major", "every-second-column", "window", "odd"])
+def test_x_of_any_strides(layout):
+    check_rounding(random(40, 136, BF16, layout), [random(136, 3)])
+
+
+@pytest.mark.parametrize("config", [ProjectConfig(16, 64, 4, 2), ProjectConfig(16, 128, 4, 2)])
+def test_any_tile_of_x(config):
+    check_rounding(random(35, 330, BF16), [random(330, 20)], config=config)
+
+
+def test_steps_that_cut_a_rotated_block_are_refused():
+    with pytest.raises(ValueError, match="steps of 32 columns"):
+        check_rounding(random(35, 64), config=ProjectConfig(16, 32, 4, 2))
+
+
+@pytest.mark.parametrize("k", [5, 64, 200])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_exact_rows_have_the_format_s_codes_bit_for_bit(dtype, k):
+    """Their rotation is exact in any order, so that every backend rounds them to the same codes."""
+    x = _exact_rows((70, k), torch.Generator().manual_seed(3)).to(dtype)
+    codes, scale = quantize_rows(x.double(), rotated=True)
+    rounded = Rounded(torch.empty_like(codes), torch.empty_like(scale))
+    project(x, [], [], precision="ieee", rounded=rounded)
+    assert torch.equal(rounded.codes, codes)
+    assert torch.equal(rounded.scales, scale)
+
+
+@pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_has_such_a_scale_and_the_others_keep_theirs(value, factors):
+    """The last columns aren't rotated; columns before them spread the value over their block."""
+    x = random(40, 96, BF16)
+    x[3, 7], x[20, 90] = value, value
+    rounded = Rounded(random_codes(40, 96), poisoned(40), factors)
+    project(x, [], [], precision="ieee", rounded=rounded)
+    bad = torch.zeros(40, dtype=torch.bool)
+    bad[[3, 20]] = True
+    assert torch.equal(~rounded.scales.isfinite(), bad)
+    codes, scales = quantize_rows(x if factors is not None else rotate(x), factors)
+    assert (rounded.codes[~bad].int() - codes[~bad].int()).abs().max() <= (factors is None)
+    torch.testing.assert_close(rounded.scales[~bad], scales[~bad], rtol=0.01, atol=0)
+    # A product with these codes isn't finite in the bad rows, and finite in the others.
+    out, q = poisoned(40, 64, dtype=BF16), random_codes(64, 96).mT
+    scales = Scales([rounded.scales], torch.ones(64))
+    gemm_lowrank(out, [rounded.codes], [q], [], [], precision="ieee", scales=scales)
+    assert torch.equal(~out.isfinite().any(1), bad)
+    assert torch.equal(~out.isfinite().all(1), bad)
+
+
+@pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
+def test_a_row_of_zeros_has_codes_of_zero(factors):
+    x = random(20, 96, BF16)
+    x[4], x[5] = 0, 1e-38
+    rounded = Rounded(random_codes(20, 96), poisoned(20), factors)
+    project(x, [], [], precision="ieee", rounded=rounded)
+    _, scales = quantize_rows(x if factors is not None else rotate(x), factors)
+    assert not rounded.codes[4:6].any()
+    assert torch.equal(rounded.scales[4:6], scales[4:6])
+
+
+def test_halves_are_rounded_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5]])
+    rounded = Rounded(random_codes(1, 8), poisoned(1), torch.ones(8))
+    project(x, [], [], precision="ieee", rounded=rounded)
+    assert rounded.codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 4]]
+
+
+def ones(*sizes: int) -> list[torch.Tensor]:
+    return [torch.ones(size) for size in sizes]
+
+
+@pairwise({"m": [1, 17, 70], "n": [1, 33, 100], "k": [1, 31, 100, 1000]})
+def test_sums_are_exact_bit_for_bit(m, n, k):
+    """y: float32 represents every sum of up to 1000 products."""
+    p, q = random_codes(m, k), random_codes(n, k).mT
+    out = poisoned(m, n)
+    scales = Scales(ones(m), *ones(n))
+    gemm_lowrank(out, [p], [q], [], [], precision="ieee", scales=scales)
+    assert torch.equal(out.long(), p.long() @ q.long())
+
+
+def test_the_largest_sums_are_exact():
+    p = torch.full((3, 1040), 127, dtype=torch.int8)
+    out, scales = poisoned(3, 64), Scales(ones(3), *ones(64))
+    gemm_lowrank(out, [p], [-p[:1].expand(64, -1).mT], [], [], precision="ieee", scales=scales)
+    assert (out == -1040 * 127**2).all()
+
+
+@pairwise(
+    {
+        "m": [1, 40],
+        "n": [5, 64, 100, 130],
+        "depths": {"one": (70,), "three": (20, 33, 40)},
+        "turned": {"rows": False, "columns": True},
+    }
+)
+def test_a_rotated_sum_is_exact_bit_for_bit(m, n, depths, turned):
+    """dx: the rotation of these sums is exact in float32."""
+    ps, qs = [random_codes(m, k) for k in depths], [random_codes(k, n) for k in depths]
+    out = poisoned(m, n)
+    its_qs = [q.mT.contiguous().mT for q in qs] if turned else qs
+    scales = Scales(ones(*[m] * len(ps)))
+    gemm_lowrank(out, ps, its_qs, [], [], precision="ieee", scales=scales)
+    sums = sum(p.long() @ q.long() for p, q in zip(ps, qs, strict=True))
+    assert torch.equal(out.double(), rotate(sums.double()))
+
+
+def operands(m, n, depths, ranks, dtype, of_y):
+    ps, qs = [random_codes(m, k) for k in depths], [random_codes(n, k) for k in depths]
+    scales = Scales([torch.rand(m) / 127 for _ in ps], torch.rand(n) / 127 if of_y else None)
+    qs = [q.mT if of_y else q.mT.contiguous() for q in qs]
+    return ps, qs, scales, [random(m, r, dtype) for r in ranks], [random(r, n, F32) for r in ranks]
+
+
+TILES = {
+    "small": GemmConfig(16, 64, 32, warps=4, stages=2, group=3),
+    "wide": GemmConfig(32, 128, 64, warps=4, stages=2, descriptors=True),
+}
+
+
+@pairwise(
+    {
+        "dtype": DTYPES,
+        "of_y": {"y": True, "dx": False},
+        "masked": {"plain": False, "masked": True},
+        "ranks": {"none": (), "one": (3,), "two": (70, 16)},
+        "size": {"ragged": (37, 90, 53), "aligned": (40, 144, 64)},
+        "tile": TILES,
+        "bias": {"": False, "bias": True},
+    }
+)
+def test_scales_low_rank_term_and_bias(dtype, of_y, masked, ranks, size, tile, bias):
+    (m, n, k), count = size, len(ranks)
+    depths = (k,) if of_y else (k, k + 16)
+    seeds = draw_seeds(count) if masked and count else None
+    b = random(1, n, F32)[0] if bias else None
+    given = operands(m, n, depths, ranks, dtype, of_y)
+    p = 0.4 if seeds is not None else 0.0
+    check_product(*given, dtype=dtype, bias=b, p=p, seeds=seeds, config=tile)
+
+
+@pytest.mark.parametrize("count", [0, 2, 6])
+def test_more_products_than_a_launch_takes(count):
+    """Frozen layers have no adapter, so there may be more products than low-rank terms."""
+    check_product(*operands(20, 70, (20,) * 6, (3,) * count, F32, False))
+
+
+def test_int8_operands_of_aligned_rows_are_loaded_by_descriptors():
+    given = operands(40, 144, (64,), (3,), BF16, True)
+    with recorded() as records:
+        check_product(*given, dtype=BF16)
+        check_product(*operands(40, 144, (72,), (3,), BF16, True), dtype=BF16)
+    assert [each.arguments["DESCRIPTORS"] for each in records] == [True, False]
+
+
+def test_tiles_that_cut_a_rotated_block_are_refused():
+    with pytest.raises(ValueError, match="64 columns"):
+        check_product(*operands(8, 64, (32,), (), F32, False), config=GemmConfig(16, 32, 32, 4, 2))

@@ -1,0 +1,217 @@
+"""fastlora.pack(model, "int8"): linear layers in 8 bits, their adapters, merges and files."""
+
+import copy
+
+import pytest
+import torch
+from models import assert_near, numbers, refused, tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.formats import quantized_weight
+from fastlora.layers.int8 import Int8Linear
+from fastlora.model.targets import numbers_in
+
+F32, BF16 = torch.float32, torch.bfloat16
+ONE = "model.safetensors"
+
+
+def model(dtype=F32, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama(dtype, hidden_size=128, intermediate_size=192, **settings)
+
+
+def layers(of: nn.Module) -> list[str]:
+    return [name for name, m in of.named_modules() if isinstance(m, Int8Linear)]
+
+
+def dense(of: nn.Module) -> nn.Module:
+    """A dense copy with the packed values."""
+    other = copy.deepcopy(of)
+    for name in layers(of):
+        packed = quantized_weight(of.get_submodule(name)).weight
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = nn.Parameter(packed.dense(packed.dtype), requires_grad=False)
+        parent, _, last = name.rpartition(".")
+        setattr(other.get_submodule(parent), last, linear)
+    return other
+
+
+IDS = torch.arange(20)[None]
+
+
+def logits(of: nn.Module) -> torch.Tensor:
+    return of(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_every_linear_layer_but_the_head_is_packed(dtype):
+    packed = model(dtype)
+    before, count = logits(packed), numbers_in(packed)
+    report = fastlora.pack(packed, "int8")
+    assert len(report.weights) == len(layers(packed)) == 14
+    assert type(packed.lm_head) is nn.Linear
+    assert all(w.format == "rotated int8" and 0.001 < w.error < 0.02 for w in report.weights)
+    assert report.after < report.before / (2 if dtype == BF16 else 4) * 1.05
+    assert numbers_in(packed) == count
+    assert_near([logits(packed)], [before], 0.05)
+    assert_near([logits(packed)], [logits(dense(packed))], 0.03)
+
+
+def test_named_layers_and_the_head():
+    packed = model()
+    fastlora.pack(packed, "int8", ["lm_head", "q_proj"])
+    assert len(layers(packed)) == 3
+    fastlora.apply_lora(packed, LoRAConfig(target_modules=["v_proj"]), loss=True)
+    assert "loss without logits: lm_head" in str(fastlora.coverage(packed))
+    loss = packed.train()(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_gated_mlps_and_adapters_train():
+    packed = model()
+    fastlora.pack(packed, "int8")
+    exact = dense(packed)
+    config = LoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    for each in (packed, exact):
+        torch.manual_seed(3)
+        fastlora.apply_lora(each, config)
+    report = str(fastlora.coverage(packed))
+    assert "14 of 14 layers fast" in report
+    assert "14 quantized: rotated int8" in report
+    assert "2 of 2 gated MLPs as one block" in report
+    found, expected = [], []
+    for each, into in ((packed, found), (exact, expected)):
+        loss = each(input_ids=IDS, labels=IDS).loss
+        trained = [p for p in each.parameters() if p.requires_grad]
+        into += [loss, *torch.autograd.grad(loss, trained)]
+    assert_near(found, expected, 0.15)
+    fastlora.remove_lora(packed)
+    assert len(layers(packed)) == 14
+
+
+def adapted(dtype=F32, bias=True) -> nn.Module:
+    torch.manual_seed(0)
+    packed = nn.Sequential(nn.Linear(128, 96, bias, dtype=dtype))
+    fastlora.pack(packed, "int8", ["0"])
+    config = LoRAConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    return fastlora.apply_lora(packed, config).eval()
+
+
+def test_a_merge_rounds_again_and_unmerge_is_exact():
+    merged, x = adapted(), torch.randn(5, 128)
+    y, state = merged(x), {k: v.clone() for k, v in merged.state_dict().items()}
+    with pytest.warns(UserWarning, match="quantized again"):
+        fastlora.merge_lora(merged)
+    assert_near([merged(x)], [y], 0.03)
+    merged.to(BF16).to(F32)
+    fastlora.unmerge_lora(merged)
+    for key in ("0.codes", "0.scale"):
+        assert torch.equal(merged.state_dict()[key], state[key])
+    assert_near([merged(x)], [y], 0.03)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merge_that_leaves_it_dense(bias):
+    merged, x = adapted(bias=bias), torch.randn(5, 128)
+    y = merged(x)
+    fastlora.merge_lora(merged, requantize=False)
+    assert_near([merged(x)], [y], 0.02)
+    fastlora.unmerge_lora(merged)
+    assert torch.equal(merged(x), y)
+    fastlora.merge_lora(merged, requantize=False)
+    fastlora.remove_lora(merged)
+    assert type(merged[0]) is nn.Linear
+    assert {*merged.state_dict()} == {"0.weight", *["0.bias"] * bias}
+    assert_near([merged(x)], [y], 0.02)
+
+
+def test_files_of_adapters(tmp_path):
+    packed, other, x = adapted(), adapted(), torch.randn(5, 128)
+    with torch.no_grad():
+        packed[0].lora_B.mul_(2)
+    fastlora.save_adapter(packed, tmp_path)
+    fastlora.load_adapter(fastlora.remove_lora(other), tmp_path)
+    assert torch.equal(other(x), packed(x))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_checkpoint(tmp_path, dtype, device):
+    config = model(attention_bias=True).config
+    packed = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    fastlora.pack(packed, "int8")
+    packed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device(device):
+        other = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    report = fastlora.load_packed(other, tmp_path)
+    assert len(report.weights) == len(layers(other)) == 14
+    assert torch.equal(logits(other), logits(packed))
+    fastlora.load_packed(other, tmp_path)
+    assert torch.equal(logits(other), logits(packed))
+
+
+def cut(state, name):
+    return state | {name: state[name][:4].clone()}
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+TORN = {
+    "codes": (cut, "q_proj.codes", r"q_proj can't be packed as int8: its int8 weight is broken"),
+    "scale": (cut, "q_proj.scale", r"q_proj can't be packed as int8: its int8 weight is broken"),
+    "no-scale": (without, "q_proj.scale", r"the file has only \S+q_proj\.codes of"),
+}
+
+
+@pytest.mark.parametrize(("tear", "last", "message"), TORN.values(), ids=TORN)
+def test_a_torn_checkpoint_is_refused(tmp_path, tear, last, message):
+    packed = model()
+    fastlora.pack(packed, "int8")
+    packed.save_pretrained(tmp_path)
+    name = f"model.layers.1.self_attn.{last}"
+    save_file(tear(load_file(tmp_path / ONE), name), tmp_path / ONE, {"format": "pt"})
+    other = model()
+    with refused(other, message):
+        fastlora.load_packed(other, tmp_path)
+
+
+def test_packing_refuses_what_it_can_t_round():
+    packed = model(tie_word_embeddings=True)
+    with refused(packed, "lm_head can't be packed: it is compiled, or tied"):
+        fastlora.pack(packed, "int8", ["lm_head"])
+    with torch.no_grad():
+        packed.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    with refused(packed, "up_proj can't be packed as int8: the weight has infinities or NaN"):
+        fastlora.pack(packed, "int8")
+    with torch.device("meta"):
+        empty = tiny_llama()
+    with pytest.raises(ValueError, match="on meta"):
+        fastlora.pack(empty, "int8")
+    with pytest.raises(ValueError, match="no dense linear layers"):
+        fastlora.pack(nn.ReLU(), "int8")
+    packed = model()
+    fastlora.pack(packed, "int8")
+    with refused(packed, "no dense linear layers"):
+        fastlora.pack(packed, "int8")
+
+
+def test_reading_the_weight_fails_loudly():
+    packed = adapted()
+    fastlora.remove_lora(packed)
+    with pytest.raises(AttributeError):
+        packed[0].weight.data.add_(1)
+    broken = copy.deepcopy(packed)
+    broken[0].scale = broken[0].scale[:8]
+    assert "its int8 weight is broken" in quantized_weight(broken[0])
+    assert "Int8Linear(in_features=128, out_features=96, bias=True)" in str(packed)
+    assert numbers(packed, torch.randn(3, 128))[0].shape == (3, 96)

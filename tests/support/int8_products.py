@@ -1,0 +1,153 @@
+"""8-bit products by the kernels, checked: rounding of x and dy, integer sums, rotation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import oracles
+import torch
+from judge import assert_close
+from kernel_cases import F32, keep_masks, poisoned
+from torch import Tensor
+
+from fastlora.formats.format import Quantized
+from fastlora.formats.rotated_int8 import quantize_rows, rotate
+from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
+from fastlora.projection import Base, Output
+
+GUARD = -128  # no code
+
+
+def random_codes(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def check_rounding(
+    x: Tensor,
+    adapters: Sequence[Tensor] = (),
+    factors: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seeds: Tensor | None = None,
+    precision: str = "ieee",
+    config: object = None,
+) -> tuple[list[Tensor], Rounded]:
+    """Round x in the launch that computes each x a; memory around the codes stays unwritten.
+
+    With factors, codes and scales have the format's bits.  Rotated, they are near, because sums
+    over 64 numbers are rounded in another order.
+    """
+    M, K = x.shape
+    memory, scales = torch.full((M + 2, K), GUARD, dtype=torch.int8), poisoned(M + 2)
+    rounded = Rounded(memory[1:-1], scales[1:-1], factors)
+    options = {"dropout": p, "seeds": seeds, "precision": precision, "config": config}
+    found = project(x, adapters, [0.5] * len(adapters), rounded=rounded, **options)
+    assert (memory[0] == GUARD).all()
+    assert (memory[-1] == GUARD).all()
+    assert scales[0].isnan()
+    assert scales[-1].isnan()
+    masks = keep_masks(seeds, x.shape, p, len(adapters))
+    rounds_to = torch.float16 if precision == "tf32" else x.dtype  # TF32 has its mantissa
+    for i, (value, a, mask) in enumerate(zip(found, adapters, masks, strict=True)):
+        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
+        size = 0.5 * kept.double().abs() @ a.double().abs()
+        truth = 0.5 * kept.double() @ a.double()
+        assert_close(f"product {i}", value, truth, 0.5 * (kept @ a), size, rounds_to)
+    codes, scale = quantize_rows(x if factors is not None else rotate(x), factors)
+    if factors is not None:
+        assert torch.equal(rounded.codes, codes)
+        assert torch.equal(rounded.scales, scale)
+        return found, rounded
+    step = torch.finfo(rounds_to).eps  # of the largest number
+    assert ((rounded.scales - scale).abs() <= 4 * step * scale).all()
+    away = (rounded.codes.double() - codes.double()).abs()
+    assert (away <= 1).all()
+    assert away.mean() <= 0.02 + 64 * step * (precision == "tf32")
+    return found, rounded
+
+
+def check_product(
+    ps: Sequence[Tensor],
+    qs: Sequence[Tensor],
+    scales: Scales,
+    us: Sequence[Tensor] = (),
+    vs: Sequence[Tensor] = (),
+    *,
+    dtype: torch.dtype = F32,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seeds: Tensor | None = None,
+    precision: str = "ieee",
+    config: object = None,
+) -> Tensor:
+    """Compare a product of int8 with its exact integer sums, scaled (and rotated) in float64."""
+    M, N = len(ps[0]), qs[0].shape[1]
+    memory = poisoned(M + 4, N, dtype=dtype)
+    options = {"bias": bias, "dropout": p, "seeds": seeds, "precision": precision}
+    gemm_lowrank(memory[2:-2], ps, qs, us, vs, scales=scales, config=config, **options)
+    assert memory[:2].isnan().all()
+    assert memory[-2:].isnan().all()
+    masks = keep_masks(seeds, (M, N), p, len(us))
+
+    def formula(wide: torch.dtype, absolute: bool = False) -> Tensor:
+        def of(tensor: Tensor) -> Tensor:
+            return tensor.abs() if absolute else tensor
+
+        total = torch.zeros(M, N, dtype=wide)
+        for left, right, rows in zip(ps, qs, scales.rows, strict=True):
+            sums = left.long() @ right.long()  # exact
+            scaled = of(sums).to(wide) * rows.to(wide)[:, None]
+            total += scaled if scales.columns is None else scaled * scales.columns.to(wide)
+        if scales.columns is None:
+            total = (
+                total.abs().amax(1, keepdim=True).expand_as(total) if absolute else rotate(total)
+            )
+        for left, right, mask in zip(us, vs, masks, strict=True):
+            term = of(left.to(wide)) @ of(right.to(dtype).to(wide))
+            total = total + torch.where(mask, term, 0)
+        return total if bias is None else total + of(bias.to(dtype).to(wide))
+
+    truth, size = formula(torch.float64), formula(torch.float64, absolute=True)
+    # float32, rounded to dtype; TF32 rotates in float16's mantissa
+    eager = formula(torch.float32).to(dtype)
+    rounded = torch.float16 if precision == "tf32" and scales.columns is None else dtype
+    assert_close("out", memory[2:-2], truth, eager, size, rounded)
+    if dtype == F32 and not us and bias is None and precision == "ieee" and is_of_ones(scales):
+        assert torch.equal(memory[2:-2].double(), truth)
+    return memory[2:-2]
+
+
+def is_of_ones(scales: Scales) -> bool:
+    numbers = [*scales.rows, *(() if scales.columns is None else (scales.columns,))]
+    return all(bool((each == 1).all()) for each in numbers)
+
+
+class _Product(torch.autograd.Function):
+    """x weightᵀ by exact integer sums; dx from the rounded dy.  x must rotate exactly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Quantized) -> Tensor:
+        ctx.weight, (own, own_scales) = weight, weight.tensors
+        codes, scales = quantize_rows(x.double(), rotated=True)
+        y = (codes.long() @ own.long().T).double() * scales.double()[:, None] * own_scales.double()
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        own, own_scales = ctx.weight.tensors
+        codes, scales = quantize_rows(dy, own_scales)
+        dx = rotate((codes.long() @ own.long()).double() * scales.double()[:, None])
+        return dx.to(dy.dtype), None
+
+
+def lora_linears(x: Tensor, outputs: Sequence[Output], **options: Any) -> tuple[Tensor, ...]:
+    """The oracle, with the base products of packed weights in 8 bits."""
+    packed = [output.base.weight for output in outputs]
+    dense = [
+        torch.zeros(tuple(w.shape), dtype=x.dtype) if isinstance(w, Quantized) else w
+        for w in packed
+    ]
+    pairs = zip(dense, outputs, strict=True)
+    adapted = [Output(Base(w, output.base.bias), output.adapters) for w, output in pairs]
+    ys = oracles.lora_linears(x, adapted, **options)
+    pairs = zip(ys, packed, strict=True)
+    return tuple([y + _Product.apply(x, w) if isinstance(w, Quantized) else y for y, w in pairs])
