@@ -103,7 +103,7 @@ class ProjectConfig(ThinConfig):
         rounded = v * size + call.masked * n * x
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
-        if call.int8 and target.kind == "cuda":
+        if call.int8:
             rounded += 64 * 64 * size  # the matrix of the rotation
         main = target.copies(self.stages) * (x + v * 4) + rounded
         return max(main, self.block_m * r * 4) + MARGIN

@@ -122,5 +122,5 @@ def _sums_are_exact() -> bool:
 
     Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate.
     """
-    codes = torch.full((32, 64), LARGEST, dtype=torch.int8)
+    codes = torch.full((32, 64), LARGEST, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(codes, codes.t()) == 64 * LARGEST**2).all())

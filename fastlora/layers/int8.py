@@ -44,7 +44,8 @@ def dense_linear(layer: Any) -> nn.Linear:
     """An ``nn.Linear`` with the values and the bias of an ``Int8Linear``, in its dtype."""
     packed: Any = read(layer)
     weight = packed.weight
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    sizes = layer.in_features, layer.out_features
+    dense = nn.Linear(*sizes, bias=False, device="meta", dtype=weight.dtype)
     dense.weight = nn.Parameter(weight.dense(weight.dtype), requires_grad=False)
     dense.bias = layer.bias
     return dense.train(layer.training)

@@ -298,7 +298,7 @@ def _wide_twin(
         return made[module]
     packed: Any = quantized_weight(module)
     other: Any
-    is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside)
+    is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside, device="cpu")
     if is_packed and runs_in_8_bits(x, packed.weight):
         other = made[module] = _Int8Twin(packed.weight)
         other.inside = inside

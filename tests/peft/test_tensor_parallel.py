@@ -231,7 +231,7 @@ def test_check(ranks, folder_of):
 
 def test_merging_is_refused(ranks, folder_of):
     for ours, theirs in ranks(2).run(worker.merge, folder_of()):
-        assert "q_proj is sharded over ranks: sample from the model as it is" in ours
+        assert "q_proj is sharded over ranks" in ours
         assert "DTensor" in theirs
 
 

@@ -457,7 +457,8 @@ def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tenso
 def _exact_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Rows of small whole numbers times a power of 2, whose rotation is exact in every dtype."""
     options: Any = {"generator": generator, "device": generator.device}
-    powers = torch.arange(shape[0], device=generator.device).remainder(4).exp2()
+    rows = torch.arange(shape[0], dtype=torch.float32, device=generator.device)
+    powers = rows.remainder(4).exp2()
     return torch.randint(-2, 3, tuple(shape), **options) * powers[:, None]
 
 
