@@ -56,13 +56,12 @@ SPILLS = {
 }
 if VERSION < (3, 7):
     SPILLS["sm_90 dx 128x256x64-w8-s3-tma bf16 mask"] = 0, 72
+    SPILLS["sm_100 y 128x256x128-w8-s3 bf16 8bit bias"] = 11, 64
+    SPILLS["sm_100 h 32x64-w8-s3 f32-ieee 8bit mask"] = 72, 192
+    SPILLS["sm_100 h 64x64-w8-s4 f32-ieee n3 mask"] = 107, 312
 if (3, 7) <= VERSION < (3, 9):
     SPILLS["sm_100 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
     SPILLS["sm_120 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
-if VERSION < (3, 7):  # known, but how much they spill isn't recorded
-    for case in ("y 128x256x128-w8-s3 bf16 8bit bias", "h 32x64-w8-s3 f32-ieee 8bit mask",
-                 "h 64x64-w8-s4 f32-ieee n3 mask"):  # fmt: skip
-        SPILLS[f"sm_100 {case}"] = 10**6, 10**6
 if (3, 8) <= VERSION < (3, 9):
     SPILLS["sm_100 dx+ default bf16 r64 n3 mask"] = 0, 112
     SPILLS["sm_100 dx+ 64x128-w4-s1 bf16 n3 mask"] = 0, 112
