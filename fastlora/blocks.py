@@ -26,6 +26,13 @@ def block_of_rows(device: torch.device, columns: int) -> int:
     return max(1, (SMALLEST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
 
 
+def slices(total: int, step: int) -> Iterator[slice]:
+    """Slices of ``step`` numbers, at least 1, that cover ``total``; the last may be shorter."""
+    step = max(1, step)
+    for first in range(0, total, step):
+        yield slice(first, min(first + step, total))
+
+
 class Source(Protocol):
     """A matrix whose rows can be read in any dtype: a dense tensor, or a quantized weight."""
 

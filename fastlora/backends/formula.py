@@ -330,9 +330,8 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
         yield 0, x, *others
         return
     step = blocks.rows_at_a_time(x)
-    for first in range(0, len(x), step):
-        rows = slice(first, first + step)
-        yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+    for rows in blocks.slices(len(x), step):
+        yield rows.start, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
 
 
 def from_row(masks: Masks, first: int) -> Masks:

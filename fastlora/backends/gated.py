@@ -12,7 +12,7 @@ of rows that stay in the cache, so act(gate) is never allocated as a whole.
 CONTRIBUTING.md lists the places that another activation needs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..blocks import rows_at_a_time
+from ..blocks import rows_at_a_time, slices
 from .products import cast
 from .protocol import GatedProduct
 
@@ -72,7 +72,7 @@ def gated(product: GatedProduct) -> Tensor:
     gate, up, activation, wide = product
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     apply, act = ACTIVATIONS[activation].apply, _scratch(gate, wide) if wide else None
-    for rows in _blocks(gate):
+    for rows in slices(len(gate), rows_at_a_time(gate)):
         out = y[rows] if act is None else act[: rows.stop - rows.start]
         apply(cast(gate[rows], out.dtype), out)
         out.mul_(up[rows])
@@ -86,7 +86,7 @@ def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tens
     gate, up, activation, wide = product
     _, apply, differentiate = ACTIVATIONS[activation]
     act = _scratch(gate, wide)
-    for rows in _blocks(gate):
+    for rows in slices(len(gate), rows_at_a_time(gate)):
         some = act[: rows.stop - rows.start]
         its_gate, its_dy = cast(gate[rows], act.dtype), cast(dy[rows], act.dtype)
         apply(its_gate, some)
@@ -103,9 +103,3 @@ def _scratch(gate: Tensor, wide: bool) -> Tensor:
     rows = gate[: rows_at_a_time(gate)]
     dtype = torch.float32 if wide else gate.dtype
     return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    step = rows_at_a_time(matrix)
-    for first in range(0, len(matrix), step):
-        yield slice(first, min(first + step, len(matrix)))

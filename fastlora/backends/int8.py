@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks import slices
 from ..formats.format import Quantized
-from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, RotatedInt8, quantize_rows, rotate
+from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quantize_rows, rotate
 from ..projection import Base
 from .products import columns_of, matrix_like, rows_of
 
@@ -39,8 +40,7 @@ class Rounded(NamedTuple):
 
 def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
     """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
-    is_int8 = isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
-    return is_int8 and x.dtype != torch.float64
+    return is_rotated_int8(weight) and x.dtype != torch.float64
 
 
 def rounded(x: Tensor) -> Rounded:
@@ -54,8 +54,8 @@ def linear_in_8_bits(
     """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one."""
     (codes, scale), bias = base.weight.tensors, base.bias
     y = x.scale.new_empty(len(x.scale), len(codes), dtype=dtype) if into is None else into
-    for rows in _slices(len(y), _MOST_ROWS):
-        for columns in _slices(len(codes), _SUMS // (rows.stop - rows.start)):
+    for rows in slices(len(y), _MOST_ROWS):
+        for columns in slices(len(codes), _SUMS // (rows.stop - rows.start)):
             place, matrix = y[rows, columns], codes[columns].t()
             for some, made in _scaled("y", x.codes[rows], x.scale[rows], matrix, place):
                 made.mul_(scale[columns])
@@ -66,7 +66,7 @@ def linear_in_8_bits(
 def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta: float) -> None:
     """dx = beta · dx + Σ dy weight over these pairs (dy [M, N], weight [N, K]), in place."""
     step = min(_MOST_ROWS, _SUMS // max(dx.shape[1], *[dy.shape[1] for dy, _ in pairs]))
-    for rows in _slices(len(dx), step):
+    for rows in slices(len(dx), step):
         parts, place = [], dx[rows]
         for i, (dy, weight) in enumerate(pairs):
             (codes, scale), some = weight.tensors, dy[rows]
@@ -79,12 +79,6 @@ def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta
             into.add_(rotated) if beta else into.copy_(rotated)
 
 
-def _slices(total: int, step: int) -> Iterator[slice]:
-    step = max(1, step)
-    for first in range(0, total, step):
-        yield slice(first, min(total, first + step))
-
-
 def _scaled(
     use: str, codes: Tensor, scale: Tensor, matrix: Tensor, like: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -95,10 +89,10 @@ def _scaled(
     # Usually one; several int32 sums of a very long L are added in float32.
     sums = [
         int_product(columns_of(codes, part), rows_of(matrix, part), f"{use}, {part.start}", like)
-        for part in _slices(len(matrix), LONGEST_SUM)
+        for part in slices(len(matrix), LONGEST_SUM)
     ]
     step = _AT_ONCE // like.shape[1] if like.is_cpu else len(like)
-    for rows in _slices(len(like), step):
+    for rows in slices(len(like), step):
         made = matrix_like(use, like[rows], torch.float32).copy_(sums[0][rows])
         for other in sums[1:]:
             made.add_(other[rows])
@@ -111,7 +105,7 @@ def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     if left.is_cpu and _sums_are_exact():
         return torch._int_mm(left, right, out=out)
     out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart on a GPU
-    for part in _slices(len(right), _EXACT):
+    for part in slices(len(right), _EXACT):
         out += torch.mm(left[:, part].float(), right[part].float()).int()
     return out
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..blocks import slices
 from ..projection import Output
 from .dropout import DropoutMask
 from .formula import OutputBackward, added, backward_rows, forward_rows, from_row, no_gradients
@@ -54,9 +55,8 @@ def loss_of_rows(
     total = no_gradients(output)
     step = _rows_of_chunk(M, V, x)
     buffer = x.new_empty(min(step, M), V)
-    for first in range(0, M, step):
-        rows = slice(first, min(M, first + step))
-        x_rows, of_rows = x[rows], from_row([masks], first)
+    for rows in slices(M, step):
+        x_rows, of_rows = x[rows], from_row([masks], rows.start)
         (z,), hs = forward_rows(x_rows, [output], of_rows, [buffer[: len(x_rows)]])
         row_upstream = None if upstream is None else upstream[rows]
         row_loss(LossRows(z, target[rows], losses[rows], settings, row_upstream, wants))

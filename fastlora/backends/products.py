@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..blocks import Dense, Source, source_of, widened
+from ..blocks import Dense, Source, slices, source_of, widened
 from ..formats.format import Quantized
 from ..projection import HALF_DTYPES, Base, Output
 
@@ -146,7 +146,7 @@ def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
     """The slices of x's rows that a wide call of these outputs computes one after another."""
     widths = [base.weight.shape[0] for base, _ in outputs if base.weight is not None]
     step = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS // max(x.shape[1], *widths, 1)))
-    return [slice(first, first + step) for first in range(0, x.shape[0], step)]
+    return [*slices(x.shape[0], step)]
 
 
 def rows_of(tensor, rows: slice):

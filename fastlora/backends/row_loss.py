@@ -5,6 +5,7 @@
 
 import torch
 
+from ..blocks import slices
 from .products import SCRATCH
 from .protocol import LossRows
 
@@ -16,9 +17,9 @@ _BLOCK = 2**21
 def row_loss(rows: LossRows) -> None:
     """See :meth:`Backend.row_loss`; computed block by block, so that each stays in the L2 cache."""
     z, count = rows.z, len(rows.z)
-    step = max(1, _BLOCK // (z.shape[1] * rows.losses.element_size()) if z.is_cpu else count)
-    for first in range(0, count, step):
-        _block_loss(rows.part(slice(first, first + step)))
+    step = _BLOCK // (z.shape[1] * rows.losses.element_size()) if z.is_cpu else count
+    for some in slices(count, step):
+        _block_loss(rows.part(some))
 
 
 def _block_loss(rows: LossRows) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..blocks import slices
+
 # Elements per piece of a 16-bit output: the float32 copy of a piece is 1 MiB and stays in cache.
 _AT_ONCE = 2**18
 
@@ -24,9 +26,8 @@ def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     # Through float32: torch's product takes 2 × the time in float16, 4 to 8 × with mixed dtypes.
     step = max(1, _AT_ONCE // out[0].numel())
     wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
-    for first in range(0, len(out), step):
-        rows = slice(first, first + step)
-        some = wide[: len(out) - first].copy_(codes[rows])
+    for rows in slices(len(out), step):
+        some = wide[: rows.stop - rows.start].copy_(codes[rows])
         out[rows].copy_(some.mul_(scale if len(scale) == 1 else scale[rows]))
     return out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..blocks import slices
 from .arithmetic import place_for, scales_of, widen
 from .format import Coding, Expected, Format
 
@@ -104,9 +105,7 @@ class NVFP4(_E2M1):
 
 def _write(packed: Tensor, scale: Tensor, block: int, out: Tensor, wide: torch.dtype) -> Tensor:
     """Write codes · scales of their blocks, computed in the dtype ``wide``, to ``out``."""
-    step = max(1, _AT_ONCE // out.shape[1])
-    for first in range(0, len(out), step):
-        rows = slice(first, first + step)
+    for rows in slices(len(out), _AT_ONCE // out.shape[1]):
         some = out[rows]
         values = place_for(some, wide)
         values.copy_(_halves(packed[rows]))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import rows_at_a_time
+from ..blocks import rows_at_a_time, slices
 from ..foreign import is_class
 from .arithmetic import place_for
 from .format import Expected, Format, Quantized, name_of
@@ -58,6 +58,11 @@ class RotatedInt8(Format):
         wide = place_for(out, torch.float32)
         rotate(wide.copy_(codes).mul_(scale[:, None]), wide)
         return out if wide is out else out.copy_(wide)
+
+
+def is_rotated_int8(weight: Tensor | Quantized) -> bool:
+    """Whether a weight has this format."""
+    return isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
 
 
 @cache
@@ -107,11 +112,10 @@ def quantize_rows(
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device) if codes is None else codes
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     most = scale.new_full((), LARGEST)  # a tensor: torch may divide by a number as a product
-    step = max(1, _AT_ONCE // max(1, K)) if x.is_cpu else max(1, M)
+    step = max(1, _AT_ONCE // max(1, K) if x.is_cpu else M)
     buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
-    for first in range(0, M, step):
-        rows = slice(first, first + step)
-        values = buffer[: M - first]
+    for rows in slices(M, step):
+        values = buffer[: rows.stop - rows.start]
         values.copy_(rotate(x[rows]) if rotated else x[rows])
         if factor is not None:
             values.mul_(factor)
@@ -124,11 +128,10 @@ def quantize_rows(
 
 def pack_rotated(weight: Tensor) -> Quantized:
     """A dense weight [N, K] in this format.  NaN and infinity aren't checked here."""
-    step, (N, K) = rows_at_a_time(weight), weight.shape
+    N, K = weight.shape
     codes = torch.empty(N, K, dtype=torch.int8, device=weight.device)
     scales = []
-    for first in range(0, N, step):
-        rows = slice(first, first + step)
+    for rows in slices(N, rows_at_a_time(weight)):
         some = rotate(weight[rows].float())
         scales.append(quantize_rows(some, codes=codes[rows])[1])
     format = RotatedInt8(N, K, name_of(weight.dtype))

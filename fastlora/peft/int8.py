@@ -141,9 +141,10 @@ def least_of(model: nn.Module) -> int | None:
 
 def mark(model: nn.Module, least: int | None) -> None:
     """Make :func:`least_of` return this."""
-    model.__dict__[_FROM] = least
     if least is None:
-        del model.__dict__[_FROM]
+        model.__dict__.pop(_FROM, None)
+    else:
+        model.__dict__[_FROM] = least
 
 
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
@@ -151,7 +152,7 @@ def give_back_dense(model: nn.Module, layers: Layers) -> None:
     for _, layer in layers:
         layer.__dict__.pop(_KEPT, None)
     use_bases(dense_bases(layers))
-    model.__dict__.pop(_FROM, None)
+    mark(model, None)
 
 
 def dense_bases(layers: Layers) -> dict[Any, nn.Module]:

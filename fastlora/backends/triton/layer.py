@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...formats.rotated_int8 import is_rotated_int8
 from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
 from .packed import (
-    is_int8,
     is_unpackable,
     made_dense,
     needs_torch,
@@ -88,7 +88,7 @@ def _forward(
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
-    rounded = rounded_like(x) if any([is_int8(o.base.weight) for o in outputs]) else None
+    rounded = rounded_like(x) if any([is_rotated_int8(o.base.weight) for o in outputs]) else None
     in_one_launch = (
         seeds is None
         and rounded is None
@@ -155,7 +155,9 @@ def _backward(
             continue
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
-        if needs_x and is_int8(output.base.weight):  # the launch that rounds dy also makes every dh
+        if needs_x and is_rotated_int8(
+            output.base.weight
+        ):  # the launch that rounds dy also makes every dh
             all_rounded[i] = rounded = rounded_like(dy, packed_of(output)[1])
             lora_bs = [adapter.lora_b for adapter in output.adapters]
             factors = [common.factor(adapter) for adapter in output.adapters]
@@ -196,7 +198,7 @@ class _Term(NamedTuple):
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
     """The plan of an output; None without adapters, where torch computes y (not in 8 bits)."""
-    if is_int8(output.base.weight):
+    if is_rotated_int8(output.base.weight):
         return kernels.plan.FUSED
     if not output.adapters:
         return None
@@ -222,7 +224,7 @@ def _y(
     if plan is None:
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
-    if rounded is not None and is_int8(weight):
+    if rounded is not None and is_rotated_int8(weight):
         codes, scale = packed_of(output)
         scales = kernels.Scales([rounded.scales], scale)
         operands = y, [rounded.codes], [codes.mT], hs, v

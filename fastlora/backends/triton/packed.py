@@ -72,11 +72,6 @@ def read_by(
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
 
 
-def is_int8(weight: Tensor | Quantized) -> bool:
-    """Whether products with this weight are of 8 bits."""
-    return isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
-
-
 def rounded_like(x: Tensor, factors: Tensor | None = None) -> "kernels.Rounded":
     """Memory for the rows of x (or dy), rounded to 8 bits."""
     codes = x.new_empty(x.shape, dtype=torch.int8)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...blocks import slices
 from ...projection import Base, Output
 from .. import torch as torch_backend
 from ..protocol import LossRows, LossSettings
@@ -20,8 +21,7 @@ def row_loss(rows: LossRows) -> None:
     """See :meth:`fastlora.backends.protocol.Backend.row_loss`."""
     made = _by_kernel(rows)
     if made is UNVERIFIED:
-        for first in range(0, len(rows.z), _FEW):
-            few = rows.part(slice(first, first + _FEW))
+        for few in map(rows.part, slices(len(rows.z), _FEW)):
             filled = [few.losses, few.z] if few.gradient else [few.losses]
             tensors: list[Any] = [few.z, few.target, few.upstream, *filled]
             runs = partial(_on_tensors, _by_kernel, few), partial(_on_tensors, _by_torch, few)

@@ -507,20 +507,15 @@ def compared(
     x = tensors[0]
     assert x is not None
     # PyTorch's results in a wider dtype count as exact.  (Its float64 isn't of 8 bits.)
-    its_own = _EXACT in roles and x.dtype == torch.float32
-    try:
-        truth = (
-            None
-            if its_own
-            else by_torch(
+    has_exact, truth = x.dtype != torch.float32 or _EXACT not in roles, None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        if has_exact:
+            truth = by_torch(
                 [
                     tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
                     for tensor, role in zip(tensors, roles, strict=True)
                 ]
             )
-        )
-    except torch.OutOfMemoryError:
-        truth = None
     for i, (ours, its) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
         if ours is None or its is None:  # a gradient that is zero may be left out
