@@ -222,7 +222,8 @@ def _change(
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         replaced = change_classes(classes)
-        notes_of(inner, layers, warns=base is not None)
+        if base is not None:
+            notes_of(inner, layers, warns=True)
         if switches["loss"]:  # a lazy head is derived from the head's new class
             replaced = change_classes(head_classes(inner)) | replaced
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
