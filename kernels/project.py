@@ -104,7 +104,9 @@ class ProjectConfig(ThinConfig):
         if size == 2 and not target.descriptors:
             rounded = call.masked * x
         if call.int8:
-            rounded += 64 * 64 * size  # the matrix of the rotation
+            rotation = 64 * 64 * size
+            # For AMD, the compiler gives this matrix the same memory as the copies.
+            rounded = max(rounded, rotation) if target.kind == "hip" else rounded + rotation
         main = target.copies(self.stages) * (x + v * 4) + rounded
         return max(main, self.block_m * r * 4) + MARGIN
 
