@@ -28,6 +28,8 @@ def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer", because another model would take too long."""
     apart = {"layer by layer": partial(_adapted, gated_mlps=False)} if case.block == "mlp" else {}
     fast = _over_packed if case.kind in PACKS else partial(_adapted, gated_mlps=True)
+    if case.in_8_bits:
+        apart, fast = {"peft, optimized": fast}, partial(fast, base="int8")
     adapted = {"peft": _adapted, **apart, "fastlora": fast}
     return {"frozen": _frozen, **adapted}
 
@@ -110,19 +112,22 @@ class Projections(nn.Module):
 
 
 class Step(nn.Module):
-    """The loss of a Qwen3 for two rows of tokens, or for their embeddings."""
+    """The loss of a Qwen3 or Llama for two rows of tokens, or for their embeddings."""
 
     def __init__(self, case: Case) -> None:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         super().__init__()
-        config = Qwen3Config(
+        is_llama = case.in_8_bits
+        config = AutoConfig.for_model(
+            "llama" if is_llama else "qwen3",
             vocab_size=99 if case.tiny else _VOCABULARY, hidden_size=case.K,
             intermediate_size=case.inner, num_hidden_layers=case.layers,
-            num_attention_heads=16, num_key_value_heads=8, head_dim=8 if case.tiny else 128,
+            num_attention_heads=32 if is_llama else 16, num_key_value_heads=8,
+            head_dim=8 if case.tiny else 64 if is_llama else 128,
             tie_word_embeddings=True, use_cache=False,
         )  # fmt: skip
-        self.model = Qwen3ForCausalLM(config)
+        self.model = AutoModelForCausalLM.from_config(config)
         ids = torch.randint(0, config.vocab_size, (2, case.M // 2))
         self.register_buffer("ids", ids)
         self.from_x = True
@@ -145,9 +150,10 @@ def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def _adapted(
-    case: Case, tensors: Tensors, dropout: float, gated_mlps: bool | None = None
-) -> Contestant:
-    """PEFT's block, optimized if ``gated_mlps`` isn't None.
+    case: Case, tensors: Tensors, dropout: float, gated_mlps: bool | None = None,
+    **options: object,
+) -> Contestant:  # fmt: skip
+    """PEFT's block, optimized with ``gated_mlps`` and the ``options``, if that isn't None.
 
     A step's backward ends at the first adapter.  A step trains and clips the gradients' norm.  The
     learning rate is 0, so all steps start from the same values.
@@ -166,7 +172,7 @@ def _adapted(
     if isinstance(module, Routed):
         module.weights.requires_grad_()
     if gated_mlps is not None:
-        fastlora.optimize(module, strict=True, gated_mlps=gated_mlps)
+        fastlora.optimize(module, strict=True, gated_mlps=gated_mlps, **options)
     if not isinstance(module, Step):
         return Contestant(module)
     module.from_x = False

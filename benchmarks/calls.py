@@ -22,7 +22,7 @@ from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import Target, use_target
 
 from .forms import Form, Operands
-from .judge import checked
+from .judge import TOLERANCE, checked
 from .measure import digits
 from .tree import last_error
 
@@ -102,7 +102,7 @@ def loss_reached(form: Form, device: torch.device) -> dict:
         try:
             z.copy_(leaf.detach())
             run()
-            checked(zip([losses, z], truths, strict=True), form.dtype)
+            checked(zip([losses, z], truths, strict=True), TOLERANCE[form.dtype])
             calls[name] = run
         except Exception:
             failures[name] = last_error()
@@ -131,7 +131,7 @@ def _timed(
         try:
             for tensor in call():
                 tensor.fill_(float("nan"))  # so elements that no kernel writes fail the check
-            checked(zip(call(), truth, strict=True), form.dtype)
+            checked(zip(call(), truth, strict=True), TOLERANCE[form.dtype])
             calls[name] = call
         except Exception:
             failures[name] = last_error()

@@ -24,7 +24,8 @@ class Case:
     ``table`` is the row's table in the report, and selects the contestants (``lineup.py``).
     ``kind`` is the kind of PEFT's layers: lora, dora, or two-adapters, both active.  In the table
     "quantized" it is a kind of the makers in ``tests/support``.  In the table "mixed", x has one
-    sequence for each of ``ADAPTERS``.
+    sequence for each of ``ADAPTERS``.  In the table "8 bits", and in a step of this kind,
+    fastlora's base products are of 8 bits.
 
     ``BLOCKS`` are larger than a layer: experts, mlp (gated), all projections of a Llama layer, or
     step (of a model's training).  Each is a table, or a kind in the table "host".  An MLP, or an
@@ -77,6 +78,10 @@ class Case:
     def by_peft(self) -> bool:
         """Whether all are PEFT's modules, some of them optimized; the oracle is PEFT in float64."""
         return self.table == "optimized" or self.is_block
+
+    @property
+    def in_8_bits(self) -> bool:
+        return "8 bits" in (self.table, self.kind)
 
     @property
     def has_peak(self) -> bool:
@@ -187,7 +192,7 @@ def cpu_cases() -> list[Case]:
                 cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
     for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
-    return [*cases, *_blocks(), *_quantized()]
+    return [*cases, *_blocks(), *_quantized(), *_in_8_bits()]
 
 
 def _quantized() -> Iterator[Case]:
@@ -200,6 +205,18 @@ def _quantized() -> Iterator[Case]:
         for M, limit in ((64, 1.05), (2048, 0.85)):
             yield replace(case, M=M, limits=(peak, ("both", "fastlora/peft", limit)))
         yield replace(case, dtype=BF16, adapter_dtype=BF16, limits=(peak,))
+
+
+def _in_8_bits() -> Iterator[Case]:
+    """Layers, and a step of four layers of Llama 3.2 1B's shapes, for a CPU with VNNI."""
+    yield Case(34, 64, (80,), 8, BF16, F32, 0.1, "quick-8-bits", "8 bits")
+    for M, K, limit in ((512, 2048, 0.84), (512, 4096, 0.64), (4096, 1024, 1.0)):
+        for dropout in DROPOUTS:
+            limits = (("both", "fastlora/frozen", limit),)
+            yield Case(M, K, (K,), 16, BF16, F32, dropout, "8-bits", "8 bits", limits=limits)
+    limits = ("both", "fastlora/frozen", 0.8), ("both", "fastlora/peft", 0.55)
+    step = Case(512, 2048, (2048,), 16, BF16, F32, 0.05, "llama3.2-1b-8-bits", "step", "8 bits")
+    yield replace(step, limits=limits, inner=8192, layers=4)
 
 
 def _blocks() -> Iterator[Case]:

@@ -117,11 +117,13 @@ def fastlora_layer(
     return make
 
 
-def peft_layer(optimized: bool = False) -> Maker:
-    """PEFT's layers, also after :func:`fastlora.optimize`."""
+def peft_layer(optimized: bool = False, **options: object) -> Maker:
+    """PEFT's layers, also after :func:`fastlora.optimize` with these options."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         group = peft_group(case, tensors, dropout, optimized)
+        if options:
+            fastlora.optimize(group, strict=True, int8_from=0, **options)
         return _contestant(list(group.layers), own_mask=True)
 
     return make

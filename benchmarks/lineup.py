@@ -45,6 +45,8 @@ def makers_for(case: Case) -> dict[str, Maker]:
     if case.table == "mixed":
         of_peft = {"peft": peft_batch(), "peft, optimized": peft_batch(optimized=True)}
         return {"frozen": frozen, "single calls": single_calls, **of_peft, "fastlora": at_once}
+    if case.table == "8 bits":
+        return {"frozen": frozen, **peft, "fastlora": peft_layer(optimized=True, base="int8")}
     if case.table == "few":
         return {"frozen": frozen, **peft, "fastlora": fastlora_layer()}
     if case.table not in ("gpu", "host"):
