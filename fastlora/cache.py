@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def cache_folder() -> Path:
     """``FASTLORA_CACHE``, or fastlora's folder in the user's cache; it may not exist yet."""
-    chosen = os.environ.get("FASTLORA_CACHE")
-    if chosen:
+    if chosen := os.environ.get("FASTLORA_CACHE"):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "fastlora"
@@ -22,16 +21,11 @@ def write(path: Path, text: str) -> bool:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+            whole = Path(folder, path.name)
+            whole.write_text(text, encoding="utf-8")
+            os.replace(whole, path)
     except OSError:
-        return False
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         return False
     return True
 

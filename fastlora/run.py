@@ -78,12 +78,8 @@ def _run_script(name: str) -> None:
     except OSError as error:
         print(f"{sys.executable}: can't open {error.filename!r}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    names = vars(_new_main())
-    names |= {
-        "__file__": path,
-        "__cached__": None,
-        "__loader__": SourceFileLoader("__main__", path),
-    }
+    names, loader = vars(_new_main()), SourceFileLoader("__main__", path)
+    names.update(__file__=path, __cached__=None, __loader__=loader)
     exec(compile(source, path, "exec", dont_inherit=True), names)
 
 

@@ -62,8 +62,7 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
 
     def __enter__(self) -> nn.Module:
-        reason = why_not_merged(self._peft)
-        if reason:
+        if reason := why_not_merged(self._peft):
             raise ValueError(reason)
         model, to_cpu = self.model, self.keep == "cpu"
         with ExitStack() as stack:

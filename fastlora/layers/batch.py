@@ -51,12 +51,8 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
             )
         draw = torch.Generator().manual_seed(_SEED)
         how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
-        loss = torch.stack(
-            [
-                (value * torch.randn(value.shape, **how).to(value)).sum()
-                for value in outputs.values()
-            ]
-        )
+        sums = [(y * torch.randn(y.shape, **how).to(y)).sum() for y in outputs.values()]
+        loss = torch.stack(sums)
     return loss.sum(), outputs
 
 

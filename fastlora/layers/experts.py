@@ -24,14 +24,7 @@ from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from .adapted_weight import Features
-from .members import (
-    activation_of,
-    defined_in,
-    is_hooked,
-    plain_class_of,
-    tensor_of,
-    why_patched,
-)
+from .members import activation_of, defined_in, is_hooked, plain_class_of, tensor_of, why_patched
 
 _INTERFACE = "transformers.integrations.moe"
 _SETTINGS = {
@@ -316,17 +309,9 @@ def run_experts(
     dropout: float = 0.0,
 ) -> Tensor:
     """Run the call as one node, or with autograd's operations.  :func:`takes` must allow it."""
-    x, index, weights = args
+    one_node, autocasts = experts.repeats and not _is_watched(), experts.autocasts
     return lora_experts(
-        x,
-        index,
-        weights,
-        up,
-        down,
-        experts.activate,
-        dropout=dropout,
-        one_node=experts.repeats and not _is_watched(),
-        autocasts=experts.autocasts,
+        *args, up, down, experts.activate, dropout=dropout, one_node=one_node, autocasts=autocasts
     )
 
 

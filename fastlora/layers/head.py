@@ -60,8 +60,7 @@ def _merged_in(head: Any) -> list[str]:
 
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     """The lazy class of the model's head, and of copies that train.  Warns if it can't be lazy."""
-    reason = why_no_lazy_head(model)
-    if reason:
+    if reason := why_no_lazy_head(model):
         text = f"loss=True has no effect, the loss computes logits: {reason}"
         warnings.warn(text, stacklevel=4)
         return {}

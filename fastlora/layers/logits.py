@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from ..backends import Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
@@ -364,11 +365,7 @@ class LazyLogitsFunction(Function):
 
     @staticmethod
     def forward(
-        ctx,
-        make: Callable[[], LazyLogits],
-        recipe: Recipe,
-        parent: LazyLogits | None,
-        *tensors: Tensor,
+        ctx, make: Callable[[], Any], recipe: Recipe, parent: LazyLogits | None, *tensors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -430,13 +427,7 @@ class LinkFunction(_FirstFunction):
 
 def _real(tree: Any) -> Any:
     """These arguments with an ordinary tensor in place of each lazy one."""
-    if isinstance(tree, LazyLogits):
-        return tree.elements()
-    if type(tree) in (list, tuple):
-        return type(tree)(_real(each) for each in tree)
-    if type(tree) is dict:
-        return {name: _real(each) for name, each in tree.items()}
-    return tree
+    return tree_map_only(LazyLogits, LazyLogits.elements, tree)
 
 
 # Properties and methods that need no elements, so the tensor itself answers.

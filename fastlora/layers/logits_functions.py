@@ -232,9 +232,8 @@ def _reshape(lazy: LazyLogits, *shape: Any, change: Any = Tensor.reshape) -> Any
 
 @_handles(Tensor.flatten, torch.flatten)
 def _flatten(lazy: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if None in (_row_dim(lazy, start_dim), _row_dim(lazy, end_dim)):
-        return NotImplemented
-    return _rows(lazy, lambda x: x.flatten(start_dim, end_dim))
+    has_rows_only = None not in (_row_dim(lazy, start_dim), _row_dim(lazy, end_dim))
+    return _rows(lazy, lambda x: x.flatten(start_dim, end_dim)) if has_rows_only else NotImplemented
 
 
 @_handles(Tensor.unsqueeze, torch.unsqueeze)
@@ -248,9 +247,7 @@ def _unsqueeze(lazy: LazyLogits, dim: int) -> Any:
 @_handles(Tensor.squeeze, torch.squeeze)
 def _squeeze(lazy: LazyLogits, *dim: Any) -> Any:
     place = _row_dim(lazy, dim[0]) if len(dim) == 1 else None
-    if place is None:
-        return NotImplemented
-    return _rows(lazy, lambda x: x.squeeze(place))
+    return NotImplemented if place is None else _rows(lazy, lambda x: x.squeeze(place))
 
 
 @_handles(Tensor.__getitem__)
@@ -344,12 +341,10 @@ def _loss(
     settings = recipe.settings()
     if settings is None or isinstance(target, LazyLogits) or not isinstance(target, Tensor):
         return NotImplemented
-    if target.dtype != torch.int64 or target.device != lazy.device:
+    if (target.dtype, target.device, target.shape) != (torch.int64, lazy.device, lazy.shape[:-1]):
         return NotImplemented
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
-    if target.shape != lazy.shape[:-1]:
-        return NotImplemented
     lazy.call.check()
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
