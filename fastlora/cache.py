@@ -1,7 +1,7 @@
 """The user's cache folder: tuning results and the like; it can be deleted at any time."""
 
-import contextlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,11 +33,8 @@ def write(path: Path, text: str) -> bool:
 def read(folder: Path, pattern: str) -> dict[Path, str]:
     """The texts of the matching files; unreadable files are left out."""
     texts: dict[Path, str] = {}
-    try:
-        paths = sorted(folder.glob(pattern)) if folder.is_dir() else []
-    except OSError:
-        return texts
-    for path in paths:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            texts[path] = path.read_text(encoding="utf-8")
+    with suppress(OSError):
+        for path in sorted(folder.glob(pattern)):
+            with suppress(OSError, UnicodeDecodeError):
+                texts[path] = path.read_text(encoding="utf-8")
     return texts

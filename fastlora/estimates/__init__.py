@@ -15,11 +15,10 @@ from ..clock import HostClock, timed
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
-from ..layers.modules import unwrap
+from ..layers.modules import embeddings_of, unwrap
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
 from ..model.inject import check_model, check_plain
-from ..model.targets import embeddings_of
 from ..model.tensors import text_config
 from ..settings import check_switches
 from ..text import shown

@@ -165,6 +165,8 @@ def read_frozen(linear: nn.Module) -> Record:
     """Read a linear layer without an adapter: a part of a gated MLP, or a model's head."""
     if is_hooked(linear):
         return Record(WATCHED)
+    if "parametrizations" in linear._modules:
+        return Record("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__

@@ -14,7 +14,7 @@ been changed in place since the head's call, the use raises RuntimeError.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -307,12 +307,10 @@ class LazyLogits(Tensor):
         is_lazy = isinstance(first, LazyLogits) and first.call.can_stay_lazy()
         if handler is not None and is_lazy and first.has_its_gradient():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
-            try:
+            with suppress(TypeError):  # arguments that the handler doesn't take
                 made = handler(first, *args[1:], **rest)
-            except TypeError:  # arguments that the handler doesn't take
-                made = NotImplemented
-            if made is not NotImplemented:
-                return made
+                if made is not NotImplemented:
+                    return made
         made = func(*_real(args), **_real(kwargs))
         for given in (*args, *kwargs.values()):
             if isinstance(given, LazyLogits):

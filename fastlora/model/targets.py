@@ -18,7 +18,7 @@ from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.int8 import Int8Linear
-from ..layers.modules import called, full_name, plain_name, some
+from ..layers.modules import called, embeddings_of, full_name, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
@@ -394,13 +394,3 @@ def is_like_linear(module: nn.Module) -> bool:
     kind = type(module)
     is_named = kind.__name__ == "Conv1D" or "linear" in kind.__name__.lower()
     return is_named and not kind.__module__.startswith("torch.nn.") and not any(module.children())
-
-
-def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
-    """The "input" or "output" embeddings of a transformers model; None if it has none."""
-    get = getattr(model, f"get_{which}_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except NotImplementedError:
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..layers.adapted_weight import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
-from ..layers.modules import called, full_name, lora_layers, plain_name, some
+from ..layers.modules import called, embeddings_of, full_name, lora_layers, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, is_inside
 from .files import PREFIX, Planned, name_of, read_tensors
-from .targets import Targets, embeddings_of, find_targets, modules_to_save, trained_biases
+from .targets import Targets, find_targets, modules_to_save, trained_biases
 
 if TYPE_CHECKING:
     from .inject import Injection
