@@ -193,7 +193,7 @@ def check_planned(
 def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]:
     """Shape and dtype of every lora_A and lora_B that the config implies, under PEFT's keys."""
     experts = [name for name, target in targets.items() if target.parameter]
-    planned = {}
+    planned: dict[str, Planned] = {}
     for name, keys in pairs_of(targets, experts).items():
         shapes = targets[name].features.shapes(config.rank_of(name))
         pair = [Planned(shape, targets[name].dtype()) for shape in shapes]
