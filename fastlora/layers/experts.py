@@ -309,9 +309,17 @@ def run_experts(
     dropout: float = 0.0,
 ) -> Tensor:
     """Run the call as one node, or with autograd's operations.  :func:`takes` must allow it."""
-    one_node, autocasts = experts.repeats and not _is_watched(), experts.autocasts
+    x, index, weights = args
     return lora_experts(
-        *args, up, down, experts.activate, dropout=dropout, one_node=one_node, autocasts=autocasts
+        x,
+        index,
+        weights,
+        up,
+        down,
+        experts.activate,
+        dropout=dropout,
+        one_node=experts.repeats and not _is_watched(),
+        autocasts=experts.autocasts,
     )
 
 
