@@ -6,7 +6,6 @@ Data passes through four folders: layers (``layers``), ops (``ops``), backends (
 Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``peft`` speeds up PEFT's
 models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
 
-
 The first use of a name imports torch and the rest of fastlora.  If torch is imported already, then
 ``import fastlora`` does so at once.
 """

@@ -4,7 +4,8 @@ import json
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,28 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
-    doctor = commands.add_parser(
-        "doctor",
-        help=what,
-        description=f"Prints {what}. Exits with 1 if something is broken.",
-        allow_abbrev=False,
-    )
-    add = doctor.add_argument
-    add("--json", action="store_true", help="print JSON")
-    add(
-        "--shape", type=_shape, metavar="M,K,N", help="also show how a call of this shape would run"
-    )
-    add("--r", type=_rank, help="rank of the call's adapter (16)")
-    add("--dtype", type=_dtype, help="dtype of its x and weight (bfloat16)")
-    add("--dropout", type=_probability, metavar="P", help="dropout of its adapter (0)")
-    add("--target", type=_target, help="a GPU to plan for, such as sm_90 or H100")
+    add_command = partial(_command, commands)
+    doctor = _add_doctor(add_command)
     commands.add_parser("run", help=WHAT)
-    _add_tune(commands)
-    _add_adapters(commands)
-    _add_path(commands)
+    _add_tune(add_command)
+    _add_adapters(add_command)
+    path = add_command("path", "print the path of the file that a trainer loads as a plugin")
+    path.add_argument("trainer", choices=_PLUGINS, help="ms-swift")
     options = vars(parser.parse_args(arguments))
-    command = options.pop("command")
+    command, run = options.pop("command"), options.pop("run", None)
     if not command:
         parser.print_help()
         return 0
@@ -71,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "path":
         print(_PLUGINS[options["trainer"]])
         return 0
-    run, plot = options.pop("run"), options.pop("plot", None)
+    plot = options.pop("plot", None)
     output = options.get("output") or options.get("path")
     try:
         report = run(**options)
@@ -87,6 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if loads else 1
 
 
+def _command(commands: Any, name: str, what: str, run: Callable | None = None) -> ArgumentParser:
+    """Add a command.  ``run``: takes its options as arguments, and returns a report to print."""
+    parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
 def _written(output: str | None) -> str:
     if not output:
         return "nothing was written: --rank R --output FOLDER writes the adapter at a lower rank"
@@ -94,6 +89,20 @@ def _written(output: str | None) -> str:
     size = sum(file.stat().st_size for file in files or [Path(output)])
     how = "" if files else f": llama-cli -m BASE.gguf --lora {output}"
     return f"written: {output} ({size / 2**20:.1f} MiB){how}"
+
+
+def _add_doctor(add_command: Callable[..., ArgumentParser]) -> ArgumentParser:
+    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
+    doctor = add_command("doctor", what)
+    doctor.description = f"Prints {what}. Exits with 1 if something is broken."
+    add, shape = doctor.add_argument, "also show how a call of this shape would run"
+    add("--json", action="store_true", help="print JSON")
+    add("--shape", type=_shape, metavar="M,K,N", help=shape)
+    add("--r", type=_rank, help="rank of the call's adapter (16)")
+    add("--dtype", type=_dtype, help="dtype of its x and weight (bfloat16)")
+    add("--dropout", type=_probability, metavar="P", help="dropout of its adapter (0)")
+    add("--target", type=_target, help="a GPU to plan for, such as sm_90 or H100")
+    return doctor
 
 
 def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
@@ -110,26 +119,15 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
     return 1 if report.broken else 0
 
 
-def _add_tune(commands: Any) -> None:
+def _add_tune(add_command: Callable[..., ArgumentParser]) -> None:
     from .tuning import command as tune
 
     what = "measure which plans and tiles are fastest on this GPU, and use them from now on"
-    parser = commands.add_parser("tune", help=what, description=what, allow_abbrev=False)
-    parser.set_defaults(run=tune)
-    add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a model of transformers: a folder, or a name in its cache",
-    )
-    add(
-        "--shape",
-        type=_shape,
-        action="append",
-        metavar="M,K,N",
-        help="instead of a model: a layer; can be repeated",
-    )
+    add = add_command("tune", what, tune).add_argument
+    model = "a model of transformers: a folder, or a name in its cache"
+    shape = "instead of a model: a layer; can be repeated"
+    add("model", nargs="?", metavar="MODEL", help=model)
+    add("--shape", type=_shape, action="append", metavar="M,K,N", help=shape)
     add("--tokens", type=_count, help="tokens in a model's step: batch size times length (4096)")
     add("--r", type=_rank, default=16, help="rank of the adapters (%(default)s)")
     add("--dtype", type=_dtype, help="dtype of x and weights (the model's, or bfloat16)")
@@ -137,27 +135,20 @@ def _add_tune(commands: Any) -> None:
     add("--seconds", type=float, default=120.0, help="time limit, roughly (%(default)g)")
 
 
-def _add_adapters(commands: Any) -> None:
+def _add_adapters(add_command: Callable[..., ArgumentParser]) -> None:
     """Add the commands on saved PEFT adapters.  Their options are the functions' arguments."""
     from .adapters.combine import combine_adapters
     from .adapters.llama_cpp import export_gguf
     from .adapters.resize import resize_adapter
     from .adapters.serving import SERVERS, check_adapter
 
-    parsers = []
-    for name, run, what in (
-        (
-            "resize",
-            resize_adapter,
-            "show how many ranks an adapter uses, or cut it to a lower rank",
-        ),
-        ("combine", combine_adapters, "write the weighted sum of several adapters as one adapter"),
-        ("export-gguf", export_gguf, "write an adapter as a file for llama.cpp"),
-        ("check-adapter", check_adapter, "say which parts of an adapter a server doesn't load"),
-    ):
-        parsers.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
-        parsers[-1].set_defaults(run=run)
-    resize, combine, export, check = parsers
+    what = "show how many ranks an adapter uses, or cut it to a lower rank"
+    resize = add_command("resize", what, resize_adapter)
+    what = "write the weighted sum of several adapters as one adapter"
+    combine = add_command("combine", what, combine_adapters)
+    export = add_command("export-gguf", "write an adapter as a file for llama.cpp", export_gguf)
+    what = "say which parts of an adapter a server doesn't load"
+    check = add_command("check-adapter", what, check_adapter)
     resize.add_argument("adapter", metavar="FOLDER")
     resize.add_argument("--energy", type=float, help="share of the squared singular values to keep")
     resize.add_argument("--output", metavar="FOLDER", help="folder for the cut adapter")
@@ -169,9 +160,8 @@ def _add_adapters(commands: Any) -> None:
         each.add_argument("--rank", type=_rank, help="largest rank of each layer")
     export.add_argument("folder", metavar="FOLDER")
     export.add_argument("path", metavar="FILE")
-    export.add_argument(
-        "--model-config", metavar="FOLDER", required=True, help="folder of the base model"
-    )
+    base = "folder of the base model"
+    export.add_argument("--model-config", metavar="FOLDER", required=True, help=base)
     export.add_argument("--dtype", default="f32", help="f32, f16 or q8_0 (%(default)s)")
     check.add_argument("folder", metavar="FOLDER")
     check.add_argument("--for", dest="server", choices=SERVERS, required=True, help="the server")
@@ -180,32 +170,22 @@ def _add_adapters(commands: Any) -> None:
     check.add_argument("--max-lora-rank", type=_rank, metavar="R", help="the server's option")
 
 
-def _add_path(commands: Any) -> None:
-    what = "print the path of the file that a trainer loads as a plugin"
-    parser = commands.add_parser("path", help=what, description=what, allow_abbrev=False)
-    parser.add_argument("trainer", choices=_PLUGINS, help="ms-swift")
-
-
 def _shape(text: str) -> tuple[int, int, int]:
     sizes = [_whole(part) for part in text.split(",")]
     if len(sizes) != 3 or 0 in sizes:
         raise ArgumentTypeError(
             f"{text!r} isn't M,K,N: give rows, in_features and out_features, such as 4096,2048,2048"
         )
-    m, k, n = sizes
-    return m, k, n
+    return sizes[0], sizes[1], sizes[2]
 
 
-def _rank(text: str) -> int:
+def _rank(text: str, what: str = "rank") -> int:
     if not _whole(text):
-        raise ArgumentTypeError(f"{text!r} isn't a rank: give a whole number of at least 1")
+        raise ArgumentTypeError(f"{text!r} isn't a {what}: give a whole number of at least 1")
     return _whole(text)
 
 
-def _count(text: str) -> int:
-    if not _whole(text):
-        raise ArgumentTypeError(f"{text!r} isn't a number of tokens: give at least 1")
-    return _whole(text)
+_count = partial(_rank, what="number of tokens")
 
 
 def _whole(text: str) -> int:

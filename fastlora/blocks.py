@@ -78,13 +78,10 @@ def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     A block is valid until the next one is read, because all blocks share the buffer.
     """
-    step, total = buffer.shape[0], source.shape[0]
-    for first in range(0, total, step):
-        count = min(step, total - first)
-        yield (
-            slice(first, first + count),
-            source.read(first, buffer if count == step else buffer[:count]),
-        )
+    step = buffer.shape[0]
+    for rows in slices(source.shape[0], step):
+        count = rows.stop - rows.start
+        yield rows, source.read(rows.start, buffer if count == step else buffer[:count])
 
 
 def buffer_for(matrix: Tensor | Source, dtype: torch.dtype) -> Tensor:

@@ -71,13 +71,19 @@ def check_x(x: Tensor) -> None:
         raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise TypeError if ``tensor`` is no tensor, and ValueError if it is uninitialized (lazy)."""
+def check_tensor(name: str, tensor: object, x: Tensor | None = None) -> None:
+    """Raise TypeError if ``tensor`` is no tensor, and ValueError if it is uninitialized (lazy).
+
+    With a plain ``x`` also TypeError for a FakeTensor, which is a null pointer for kernels.  torch
+    may accept other classes beside x.
+    """
     if not isinstance(tensor, Tensor):
         expected = "a tensor or None" if name == "bias" else "a tensor"
         raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
     if is_lazy(tensor):
         raise ValueError(f"{name} has no shape yet: call its lazy module once to initialize it")
+    if x is not None and type(tensor).__name__ == "FakeTensor" and is_plain(x):
+        raise TypeError(why_not_mixed(name, tensor, x))
 
 
 def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
@@ -108,10 +114,7 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
                 check_tensor(name, tensor)
             continue
         if not is_plain(tensor):
-            check_tensor(name, tensor)
-            # torch may accept other classes.  But a FakeTensor is a null pointer for kernels.
-            if type(tensor).__name__ == "FakeTensor" and is_plain(x):
-                raise TypeError(why_not_mixed(name, tensor, x))
+            check_tensor(name, tensor, x)
         if tensor.device != device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
@@ -211,9 +214,7 @@ def _check_adapter(features: int, weight: Sequence[int], adapter: Adapter, name:
 
 def _check_ends(x: Tensor, experts: int, ends: Tensor) -> None:
     if not is_plain(ends):
-        check_tensor("offsets", ends)
-        if type(ends).__name__ == "FakeTensor" and is_plain(x):
-            raise TypeError(why_not_mixed("offsets", ends, x))
+        check_tensor("offsets", ends, x)
     if ends.dtype != torch.int32 or ends.layout is not torch.strided or ends.is_nested:
         raise TypeError(
             f"offsets has dtype {ends.dtype} and layout {ends.layout}, but must be dense and "

@@ -1,7 +1,7 @@
 """The records of a call: bases, adapters and outputs; and the flat list of their tensors."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import starmap
+from itertools import islice, starmap
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -139,12 +139,8 @@ def _packed(format: Format, parts: list) -> Any:
 
 def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]:
     """A flat list with one value per adapter (an h, a seed), cut into one list per output."""
-    flat, parts, first = list(values), [], 0
-    for output in outputs:
-        last = first + len(output.adapters)
-        parts.append(flat[first:last])
-        first = last
-    return parts
+    rest = iter(values)
+    return [list(islice(rest, len(output.adapters))) for output in outputs]
 
 
 def map_outputs(function: Callable[..., Any], first: Output, *others: Output) -> Output[Any]:

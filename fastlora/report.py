@@ -100,8 +100,7 @@ class Coverage:
     def counts(self) -> str:
         """The number of fast layers, and their share of the parameters if not all are fast."""
         text = f"{len(self.fast)} of {len(self.layers)} layers fast"
-        sharded = len(self.layers) - len(self.fast) - len(self.not_fast)
-        if sharded:
+        if sharded := len(self.layers) - len(self.fast) - len(self.not_fast):
             text += f", {sharded} sharded"
         if self.fast and self.not_fast and any(layer.parameters for layer in self.layers):
             text += f", {_percent(self.share)} of the adapted parameters"

@@ -51,29 +51,20 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
     from_environment()
     sys.argv = program
-    _run_module(program[0], os.getcwd()) if is_module else _run_script(program[0])
+    try:
+        _run_module(program[0], os.getcwd()) if is_module else _run_script(program[0])
+    except BaseException as error:
+        _leave_out_this_file(error)
+        raise
     return 0
-
-
-class _AbsentError(Exception):
-    """No module has the name that follows ``-m``, or the module can't be run."""
 
 
 def _run_module(name: str, folder: str) -> None:
     """Run a module as ``python -m`` does, with this folder at the start of ``sys.path``."""
     _set_path(folder)
-    own = sys.modules.pop("__main__")  # so that runpy can't find it in place of the module
-    try:
-        _, spec, code = runpy._get_module_details(name, _AbsentError)  # type: ignore[attr-defined]
-    except _AbsentError as error:
-        sys.exit(f"{sys.executable}: {error}")
-    except BaseException as error:  # the import of the module's package failed
-        _leave_out_this_file(error)
-        raise
-    if name != own.__name__:
-        sys.argv[0] = spec.origin
-    names = {"__file__": spec.origin, "__cached__": spec.cached, "__loader__": spec.loader}
-    _run(code, **names, __package__=spec.parent, __spec__=spec)
+    _new_main()
+    is_named = name != "__main__"  # otherwise sys.argv[0] stays the folder or zip file
+    runpy._run_module_as_main(name, is_named)  # type: ignore[attr-defined]
 
 
 def _run_script(name: str) -> None:
@@ -87,7 +78,9 @@ def _run_script(name: str) -> None:
     except OSError as error:
         print(f"{sys.executable}: can't open {error.filename!r}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    _run(source, __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+    names, loader = vars(_new_main()), SourceFileLoader("__main__", path)
+    names.update(__file__=path, __cached__=None, __loader__=loader)
+    exec(compile(source, path, "exec", dont_inherit=True), names)
 
 
 def _set_path(folder: str) -> None:
@@ -96,18 +89,11 @@ def _set_path(folder: str) -> None:
         sys.path[0] = folder
 
 
-def _run(code: Any, **attributes: Any) -> None:
-    """Execute code, or a script's source, as a module ``__main__`` with these attributes."""
-    main = ModuleType("__main__")
-    vars(main).update(__builtins__=builtins, **attributes)
-    sys.modules["__main__"] = main
-    try:
-        if isinstance(code, bytes):
-            code = compile(code, attributes["__file__"], "exec", dont_inherit=True)
-        exec(code, vars(main))
-    except BaseException as error:
-        _leave_out_this_file(error)
-        raise
+def _new_main() -> ModuleType:
+    """An empty module in place of ``__main__``, which is this command."""
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    vars(main)["__builtins__"] = builtins
+    return main
 
 
 def _leave_out_this_file(error: BaseException) -> None:

@@ -53,7 +53,9 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         if not self._own and not self._peft:
             raise ValueError(f"the model has {NO_LAYERS}")
         weights = [layer.weight for _, layer in self._own] + adapted_weights(self._peft)
-        self.bytes = sum(_bytes(weight) for weight in weights)
+        # The bytes of merged copies.  A packed weight is packed again.
+        plain = [(w,) if isinstance(w, Tensor) else w.tensors for w in weights]
+        self.bytes = sum(tensor.nbytes for tensors in plain for tensor in tensors)
         self._inside = ExitStack()
 
     def __str__(self) -> str:
@@ -62,8 +64,7 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
 
     def __enter__(self) -> nn.Module:
-        reason = why_not_merged(self._peft)
-        if reason:
+        if reason := why_not_merged(self._peft):
             raise ValueError(reason)
         model, to_cpu = self.model, self.keep == "cpu"
         with ExitStack() as stack:
@@ -76,9 +77,3 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
 
     def __exit__(self, *error: Any) -> None:
         self._inside.close()
-
-
-def _bytes(weight: Any) -> int:
-    """The bytes of a merged copy: of a plain weight, or of a packed one, which is packed again."""
-    tensors = (weight,) if isinstance(weight, Tensor) else weight.tensors
-    return sum(tensor.nbytes for tensor in tensors)

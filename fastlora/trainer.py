@@ -247,8 +247,7 @@ class MergedSampling(TrainerCallback):
         _restore(inner)
         # TRL's asynchronous trainers have a server, and no switch.
         if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
-            reason = why_not_sent(model)
-            if reason:
+            if reason := why_not_sent(model):
                 raise ValueError(reason)
             self._merge(None, inner)  # raises here, before the first step, if it can't merge
             _restore(inner)

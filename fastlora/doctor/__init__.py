@@ -24,10 +24,7 @@ from .machine import devices_here, hardware, installation, one_line, settings, v
 # the epsilon of TF32, because a GPU may multiply float32 in TF32.
 TOLERANCES = {torch.float32: 2**-8, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 _M, _K, _N, _R = 33, 40, 24, 4
-_PLAIN: dict[str, Any] = {
-    "dtype": torch.float32,
-    "device": "cpu",
-}  # so that torch's defaults don't matter
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _SMALL: dict[str, dict[str, Any]] = {  # settings that another version of PEFT may read differently
     "LoRA": {},
     "with dropout and rsLoRA": {"lora_dropout": 0.5, "use_rslora": True},
@@ -138,11 +135,8 @@ def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
 
 def _products(devices: list[torch.device]) -> dict[str, str]:
     """Whether each device multiplies 16-bit dtypes fast."""
-    words = [
-        f"{name_of(dtype)} {'slow, so products run in float32' if is_slow(dtype) else 'fast'}"
-        for dtype in HALF_DTYPES
-    ]
-    entries = {"cpu": ", ".join(words)}
+    speed = {True: "slow, so products run in float32", False: "fast"}
+    entries = {"cpu": ", ".join(f"{name_of(d)} {speed[is_slow(d)]}" for d in HALF_DTYPES)}
     if devices[-1].type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
         entries["cuda"] = f"bfloat16 {'fast' if has else 'emulated'}, float16 fast"

@@ -86,10 +86,8 @@ def versions(broken: list[str]) -> dict[str, str]:
             entries[name] = "not installed" if missing else "can't be imported"
             if not missing:
                 broken.append(f"{name} is installed, but can't be imported: {one_line(error)}")
-    has_hopper = any(
-        torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
-    )
-    entries["triton"] += note_of_triton(entries["triton"], has_hopper)
+    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    entries["triton"] += note_of_triton(entries["triton"], any(major == 9 for major, _ in gpus))
     others = {name: version_of(name) for name in _OTHERS}
     entries["others"] = ", ".join(f"{name} {number}" for name, number in others.items() if number)
     return entries
@@ -118,17 +116,16 @@ def note_of_triton(version: str, has_hopper: bool) -> str:
 
 def installation() -> dict[str, str]:
     package = __package__.partition(".")[0]
-    specs = {name: find_spec(name) for name in (package, f"{package}.kernels")}
-    places = {
-        name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
-        for name, spec in specs.items()
-    }
+    kernels = f"{package}.kernels"
+    found = {name: find_spec(name) for name in (package, kernels, "kernels")}
+    origins = {name: spec.origin if spec else None for name, spec in found.items()}
+    top = origins.pop("kernels")
+    places = {k: str(Path(each).parent) if each else "missing" for k, each in origins.items()}
     # In a clone, "kernels" is this repository's folder, but others expect Hugging Face's package.
-    top, ours = find_spec("kernels"), specs[f"{package}.kernels"]
-    if top and ours and top.origin == ours.origin:
+    if top and top == origins[kernels]:
         places["in a clone"] = (
-            f"{places[f'{package}.kernels']} hides Hugging Face's package kernels: run Python in "
-            "another folder, or with -P from Python 3.11 on"
+            f"{places[kernels]} hides Hugging Face's package kernels: run Python in another "
+            "folder, or with -P from Python 3.11 on"
         )
     others = namesakes()
     return places | ({f"another {package}": others} if others else {})

@@ -15,16 +15,14 @@ from ..clock import HostClock, timed
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
-from ..layers.members import plain_class_of
-from ..layers.modules import unwrap
+from ..layers.modules import embeddings_of, unwrap
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
 from ..model.inject import check_model, check_plain
-from ..model.targets import embeddings_of
 from ..model.tensors import text_config
 from ..settings import check_switches
 from ..text import shown
-from .count import Estimate, count_adapter, count_frozen
+from .count import Estimate, count_adapter, count_frozen, tensors_of
 from .savings import adapted, savings_of
 
 RANKS = (8, 16, 64, 256)
@@ -115,7 +113,7 @@ def _measured(
     if device.type == "meta":
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
     configs = [replace(config, r=cost.r) for cost in estimate.rank_costs]
-    ways: dict[str, Any] = {"": {}} | savings_of(model)
+    ways: dict[str, Any] = {"": {}} | savings_of(model)  # "" has no saving
     say = progress or (lambda line: None)
     with undisturbed(model), in_mode(model, training=True):
 
@@ -192,14 +190,7 @@ def step_seconds(model: nn.Module, batch: Any) -> float:
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:
     """Bytes that autograd saves for the backward, without parameters, buffers, packed weights."""
-    layers = [quantized_weight(module, plain_class_of(module)) for module in model.modules()]
-    weights = [layer.weight for layer in layers if isinstance(layer, PackedLayer)]
-    packed = [tensor for weight in weights for tensor in weight.tensors]
-    of_model = {
-        storage.data_ptr()
-        for tensor in (*model.parameters(), *model.buffers(), *packed)
-        for storage in _storages(tensor)
-    }
+    of_model = {each.data_ptr() for tensor in tensors_of(model) for each in _storages(tensor)}
     waiting: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..formats.bitsandbytes import FourBit
 from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
+from ..layers.members import plain_class_of
 from ..model.config import LoRAConfig
 from ..model.files import Planned, size_of
 from ..model.targets import all_linear, find_targets, modules_to_save
@@ -187,13 +188,18 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
     )
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and the tensors inside vendors' packed weights."""
+    weights = [weight for _, weight in _matrices(model.modules())]
+    packed = [
+        each for weight in weights if not isinstance(weight, Tensor) for each in weight.tensors
+    ]
+    return [*model.parameters(), *model.buffers(), *packed]
+
+
 def _resident_bytes(model: nn.Module) -> int:
-    """Bytes of the storages of all tensors, with the tensors inside vendors' packed weights."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
-    for _, weight in _matrices(model.modules()):
-        if not isinstance(weight, Tensor):
-            tensors += weight.tensors
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    """Bytes of the storages of all tensors."""
+    storages = [tensor.untyped_storage() for tensor in tensors_of(model) if is_plain(tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -260,9 +266,10 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
     return weights
 
 
-def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
+def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
     """Every linear layer and its weight, which may be packed."""
     for module in modules:
-        packed = isinstance(quantized_weight(module), PackedLayer)
+        kind = plain_class_of(module)  # an adapted layer has another class
+        packed = isinstance(quantized_weight(module, kind), PackedLayer)
         if packed or not why_not_class(type(module)):
-            yield module, matrix_of(module)
+            yield module, matrix_of(module, kind)

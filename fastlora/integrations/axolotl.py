@@ -54,8 +54,7 @@ class FastLoRAPlugin(BasePlugin):
         return [MergedSampling()] if cfg.get(_MERGED) else []
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        theirs = [key for key in _KERNELS if cfg.get(key)]
-        if theirs:
+        if theirs := [key for key in _KERNELS if cfg.get(key)]:
             _LOG.warning(
                 "axolotl's own kernels are on, so fastlora changes nothing: remove %s from the "
                 "YAML to run fastlora",

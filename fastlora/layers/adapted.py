@@ -15,7 +15,7 @@ from ..backends import Call
 from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter, Base, Output
-from .adapted_weight import AdaptedWeight, Features, scaling_of
+from .adapted_weight import AdaptedWeight, Features, Pair, scaling_of
 from .classes import change_class
 from .guards import Record, Recorder, call_recorded
 from .members import tensor_of
@@ -101,11 +101,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         return self.out_features, self.in_features
 
     def attach_adapter(
-        self,
-        adapter: tuple[nn.Parameter, nn.Parameter],
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
+        self, adapter: Pair, lora_alpha: float, lora_dropout: float, use_rslora: bool
     ) -> None:
         """Add lora_A and lora_B, and freeze weight and bias.  Checks nothing."""
         self.requires_grad_(False)
@@ -153,8 +149,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         return Output(Base(weight, bias), (Adapter(lora_a, lora_b, self.scaling),))
 
     def check_weight(self, name: str) -> None:
-        reason = why_weight_is_fixed(self, self.weight_name)
-        if reason:
+        if reason := why_weight_is_fixed(self, self.weight_name):
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
     @property

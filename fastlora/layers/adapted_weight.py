@@ -15,6 +15,7 @@ from ..text import shown
 from .members import tensor_of
 from .merging import add_product
 
+Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 # The end of errors about a tensor on the meta device.
 UNLOADED = (
     "without numbers: load it, or take accelerate's offload away first "
@@ -150,10 +151,9 @@ class AdaptedWeight:
         return 0.0
 
     def unmerge(self) -> None:
-        """Put the original weight back: the same bits, and tied again if it was tied."""
-        if not self.can_unmerge:
-            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        self.adapted_module.put_back(self.adapted_name)
+        """Put the original weight back, if there is one: the same bits, and tied as before."""
+        if self.can_unmerge:
+            self.adapted_module.put_back(self.adapted_name)
 
     @property
     def merged(self) -> bool:
@@ -182,7 +182,7 @@ def new_adapter(
     init_lora_weights: bool | str = True,
     dtype: torch.dtype | None = None,
     features: Features | None = None,
-) -> tuple[nn.Parameter, nn.Parameter]:
+) -> Pair:
     """New lora_A and lora_B for a weight [out, in], or for a weight of these ``features``.
 
     They have the weight's dtype, or ``dtype``.  ``init_lora_weights``: True (lora_A

@@ -51,12 +51,8 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
             )
         draw = torch.Generator().manual_seed(_SEED)
         how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
-        loss = torch.stack(
-            [
-                (value * torch.randn(value.shape, **how).to(value)).sum()
-                for value in outputs.values()
-            ]
-        )
+        sums = [(y * torch.randn(y.shape, **how).to(y)).sum() for y in outputs.values()]
+        loss = torch.stack(sums)
     return loss.sum(), outputs
 
 
@@ -74,7 +70,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         )
     # Gradients with copies of their values: under DDP they are views of its buckets, which the runs
     # overwrite.
-    gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
+    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in parameters]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     numpy, state = sys.modules.get("numpy"), random.getstate()  # some models draw numbers from both
     numpy_state = None if numpy is None else numpy.random.get_state()
@@ -88,10 +84,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
             with torch.no_grad():
-                for parameter in parameters:
-                    parameter.grad = None
-                for parameter, gradient, value in gradients:
-                    parameter.grad = gradient.copy_(value)
+                for parameter, saved in zip(parameters, gradients, strict=True):
+                    parameter.grad = None if saved is None else saved[0].copy_(saved[1])
 
 
 @contextmanager

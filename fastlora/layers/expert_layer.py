@@ -19,7 +19,7 @@ from ..formats.format import Quantized
 from ..ops.dispatch import why_composite
 from ..projection import Adapter, Base, Output
 from .adapted import Adapted, refuse_training, run_with
-from .adapted_weight import AdaptedWeight, Features, scaling_of
+from .adapted_weight import AdaptedWeight, Features, Pair, scaling_of
 from .classes import change_class, class_over
 from .experts import (
     ADDED,
@@ -139,12 +139,7 @@ class LoRAExperts(Adapted):
     lora_dropout = 0.0
 
     def attach_adapter(
-        self,
-        adapter: tuple[nn.Parameter, nn.Parameter],
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        name: str,
+        self, adapter: Pair, lora_alpha: float, lora_dropout: float, use_rslora: bool, name: str
     ) -> None:
         """Add lora_A and lora_B for this weight.  Checks nothing.
 
@@ -185,10 +180,9 @@ class LoRAExperts(Adapted):
 
     def read(self) -> Experts:
         """How a call computes, or the reason why the module's own forward must run."""
-        experts = read_module(self)
         if "parametrizations" in self._modules:
             return Experts("its weights are parametrized")
-        return experts
+        return read_module(self)
 
     def _output(self, name: str, experts: Experts) -> Output[Any]:
         """The weight as [E, out, in], its bias, and its adapter unless that is merged."""
@@ -275,8 +269,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     experts = read_module(module)
     if experts.reason:
         return experts.reason
-    other = next((name for name in names if name not in experts.names), "")
-    if other:
+    if other := next((name for name in names if name not in experts.names), ""):
         return f"{other} is no weight of its experts ({', '.join(experts.names)})"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"

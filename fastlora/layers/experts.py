@@ -24,14 +24,7 @@ from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from .adapted_weight import Features
-from .members import (
-    activation_of,
-    defined_in,
-    is_hooked,
-    plain_class_of,
-    tensor_of,
-    why_patched,
-)
+from .members import activation_of, defined_in, is_hooked, plain_class_of, tensor_of, why_patched
 
 _INTERFACE = "transformers.integrations.moe"
 _SETTINGS = {

@@ -22,14 +22,7 @@ from ..projection import HALF_DTYPES, Base, Output
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .classes import Fast
 from .guards import Record, fits
-from .members import (
-    is_hooked,
-    plain_class_of,
-    tensor_of,
-    why_not_part,
-    why_not_tensor,
-    why_patched,
-)
+from .members import is_hooked, plain_class_of, tensor_of, why_not_part, why_not_tensor, why_patched
 
 WATCHED = "a hook watches, or something replaces, its calls"
 
@@ -103,16 +96,14 @@ def why_not_base(layer: nn.Module) -> str:
     reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.PARTS[0])
     if reason:
         return reason
-    name = own_name(layer)
-    if name:
+    if name := own_name(layer):
         return f"it has a {name!r} of its own, a name that a LoRA layer needs: rename that"
     for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name, None)
         is_part = type(tensor).__name__ in _PLAIN_IN_CALLS
         if tensor is None and name == "weight":
             return "it has no weight"
-        reason = why_not_tensor(tensor, ndim, is_part)
-        if reason:
+        if reason := why_not_tensor(tensor, ndim, is_part):
             return f"its {name} {reason}: fastlora takes dense floating tensors"
         if tensor is not None and 0 in tensor.shape and not is_part:
             return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
@@ -124,14 +115,11 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
 
     ``kind``: the layer's class before it got an adapter, if it has one.
     """
-    kind = type(linear) if kind is None else kind
+    kind = kind or type(linear)
     quantized: Any = quantized_weight(linear, kind)
-    if isinstance(quantized, PackedLayer):
-        weight: Any = quantized.weight
-        return weight
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if is_conv1d(kind) else weight
+    is_packed = isinstance(quantized, PackedLayer)
+    weight: Any = quantized.weight if is_packed else linear.weight
+    return weight.t() if is_conv1d(kind) and not is_packed else weight
 
 
 def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:
@@ -141,6 +129,7 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     describes a quantized layer.  ``adapted``: whether the layer is an adapter's base; the reason
     then says "its base".  Hooks aren't checked here.
     """
+    # Words of the reasons: the layer, its weight, and a prefix of the weight.
     it, name, of = "it", "its weight", ""
     if adapted:
         it, name, of = "its base", "its base layer", "the weight of "

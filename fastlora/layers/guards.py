@@ -423,9 +423,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     """
     if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
         return False
-    if x.device != weight.device:
-        return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.device != weight.device or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
     if isinstance(weight, Quantized):
         return x.dtype in DTYPES

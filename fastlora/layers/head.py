@@ -28,7 +28,7 @@ from .frozen import read_frozen
 from .guards import Record, fits
 from .logits_functions import lazy_logits
 from .members import is_hooked, under, why_patched
-from .modules import has_sharded, parts_of_fsdp, plain_name
+from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 
 _PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train
 _PEFT_LORA = ("peft.tuners.lora.layer", "LoraLayer")
@@ -60,8 +60,7 @@ def _merged_in(head: Any) -> list[str]:
 
 def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     """The lazy class of the model's head, and of copies that train.  Warns if it can't be lazy."""
-    reason = why_no_lazy_head(model)
-    if reason:
+    if reason := why_no_lazy_head(model):
         text = f"loss=True has no effect, the loss computes logits: {reason}"
         warnings.warn(text, stacklevel=4)
         return {}
@@ -119,16 +118,10 @@ def cover_head(model: nn.Module) -> str:
 
 def heads_of(model: nn.Module) -> list[nn.Module]:
     """The modules that compute the logits: the head, and copies of it that PEFT trains in full."""
-    try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return []
-    if not isinstance(head, nn.Module):
-        return []
+    head: Any = embeddings_of(model, "output")
     if derived_from(type(head), *_PEFT_COPIES):
-        wrapper: Any = head
-        return [wrapper.original_module, *wrapper.modules_to_save.values()]
-    return [head]
+        return [head.original_module, *head.modules_to_save.values()]
+    return [] if head is None else [head]
 
 
 def _why_not_head(head: nn.Module) -> str:

@@ -14,7 +14,7 @@ been changed in place since the head's call, the use raises RuntimeError.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from ..backends import Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
@@ -306,12 +307,10 @@ class LazyLogits(Tensor):
         is_lazy = isinstance(first, LazyLogits) and first.call.can_stay_lazy()
         if handler is not None and is_lazy and first.has_its_gradient():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
-            try:
+            with suppress(TypeError):  # arguments that the handler doesn't take
                 made = handler(first, *args[1:], **rest)
-            except TypeError:  # arguments that the handler doesn't take
-                made = NotImplemented
-            if made is not NotImplemented:
-                return made
+                if made is not NotImplemented:
+                    return made
         made = func(*_real(args), **_real(kwargs))
         for given in (*args, *kwargs.values()):
             if isinstance(given, LazyLogits):
@@ -364,11 +363,7 @@ class LazyLogitsFunction(Function):
 
     @staticmethod
     def forward(
-        ctx,
-        make: Callable[[], LazyLogits],
-        recipe: Recipe,
-        parent: LazyLogits | None,
-        *tensors: Tensor,
+        ctx, make: Callable[[], Any], recipe: Recipe, parent: LazyLogits | None, *tensors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -430,13 +425,7 @@ class LinkFunction(_FirstFunction):
 
 def _real(tree: Any) -> Any:
     """These arguments with an ordinary tensor in place of each lazy one."""
-    if isinstance(tree, LazyLogits):
-        return tree.elements()
-    if type(tree) in (list, tuple):
-        return type(tree)(_real(each) for each in tree)
-    if type(tree) is dict:
-        return {name: _real(each) for name, each in tree.items()}
-    return tree
+    return tree_map_only(LazyLogits, LazyLogits.elements, tree)
 
 
 # Properties and methods that need no elements, so the tensor itself answers.

@@ -1,7 +1,8 @@
 """The functions of torch that take lazy logits without computing their elements.
 
 A handler gets a lazy tensor and the other arguments of the function.  It returns a lazy tensor with
-another recipe, or the result of a loss, or NotImplemented if the function needs elements.
+another recipe, or the result of a loss, or NotImplemented if the function needs elements.  A call
+with an argument that its handler doesn't take (``out=`` …) also needs elements.
 
 ``cross_entropy``, ``nll_loss``, and ``log_softmax`` followed by ``gather`` or ``sum``, run
 :func:`fastlora.ops.loss.head_loss`.
@@ -85,15 +86,15 @@ def _number(value: Any) -> float | None:
 
 
 @_handles(Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, torch.multiply)
-def _mul(lazy: LazyLogits, other: Any, **options: Any) -> Any:
+def _mul(lazy: LazyLogits, other: Any) -> Any:
     factor = _number(other)
-    return NotImplemented if factor is None or options else _step(lazy, "mul", factor)
+    return NotImplemented if factor is None else _step(lazy, "mul", factor)
 
 
 @_handles(Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide)
-def _div(lazy: LazyLogits, other: Any, **options: Any) -> Any:
+def _div(lazy: LazyLogits, other: Any) -> Any:
     divisor = _number(other)
-    return NotImplemented if not divisor or options else _step(lazy, "mul", 1.0 / divisor)
+    return NotImplemented if not divisor else _step(lazy, "mul", 1.0 / divisor)
 
 
 @_handles(Tensor.neg, Tensor.__neg__, torch.neg)
@@ -111,10 +112,10 @@ def _tanh(lazy: LazyLogits) -> Any:
 
 
 @_handles(Tensor.add, Tensor.__add__, torch.add)
-def _add(lazy: LazyLogits, row: Any, **options: Any) -> Any:
+def _add(lazy: LazyLogits, row: Any) -> Any:
     """Add a frozen row [V] to the head's bias: BART's final_logits_bias."""
     recipe, V = lazy.recipe, lazy.shape[-1]
-    if options or not isinstance(row, Tensor) or isinstance(row, LazyLogits) or recipe.steps:
+    if not isinstance(row, Tensor) or isinstance(row, LazyLogits) or recipe.steps:
         return NotImplemented
     if row.requires_grad or row.numel() != V or row.shape[-1:] != (V,) or row.dim() > lazy.dim():
         return NotImplemented
@@ -149,30 +150,27 @@ def _double(lazy: LazyLogits, **_: Any) -> Any:
 
 
 @_handles(Tensor.to)
-def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    kwargs.pop("non_blocking", None)
-    if kwargs.keys() - {"dtype", "device"}:
-        return NotImplemented
-    dtype = None
-    for value in (*args, *kwargs.values()):
+def _to(
+    lazy: LazyLogits, *args: Any, dtype: Any = None, device: Any = None, non_blocking: Any = None
+) -> Any:
+    wanted = None
+    for value in (*args, dtype, device):
         if isinstance(value, torch.dtype):
-            dtype = value
+            wanted = value
         elif isinstance(value, Tensor):
             if value.device != lazy.device:
                 return NotImplemented
-            dtype = value.dtype
+            wanted = value.dtype
         elif isinstance(value, str | torch.device):
             if torch.device(value) != lazy.device:
                 return NotImplemented
         elif value is not None and value is not False:
             return NotImplemented
-    return lazy if dtype is None else _cast(lazy, dtype)
+    return lazy if wanted is None else _cast(lazy, wanted)
 
 
 @_handles(Tensor.contiguous)
-def _contiguous(lazy: LazyLogits, **options: Any) -> Any:
-    if options:
-        return NotImplemented
+def _contiguous(lazy: LazyLogits) -> Any:
     has_all_columns = lazy.shape[-1] == lazy.call.recipe.shape[-1]
     return (_rows if has_all_columns else _contiguous_step)(lazy, Tensor.contiguous)
 
@@ -232,9 +230,8 @@ def _reshape(lazy: LazyLogits, *shape: Any, change: Any = Tensor.reshape) -> Any
 
 @_handles(Tensor.flatten, torch.flatten)
 def _flatten(lazy: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if None in (_row_dim(lazy, start_dim), _row_dim(lazy, end_dim)):
-        return NotImplemented
-    return _rows(lazy, lambda x: x.flatten(start_dim, end_dim))
+    has_rows_only = None not in (_row_dim(lazy, start_dim), _row_dim(lazy, end_dim))
+    return _rows(lazy, lambda x: x.flatten(start_dim, end_dim)) if has_rows_only else NotImplemented
 
 
 @_handles(Tensor.unsqueeze, torch.unsqueeze)
@@ -248,9 +245,7 @@ def _unsqueeze(lazy: LazyLogits, dim: int) -> Any:
 @_handles(Tensor.squeeze, torch.squeeze)
 def _squeeze(lazy: LazyLogits, *dim: Any) -> Any:
     place = _row_dim(lazy, dim[0]) if len(dim) == 1 else None
-    if place is None:
-        return NotImplemented
-    return _rows(lazy, lambda x: x.squeeze(place))
+    return NotImplemented if place is None else _rows(lazy, lambda x: x.squeeze(place))
 
 
 @_handles(Tensor.__getitem__)
@@ -344,12 +339,10 @@ def _loss(
     settings = recipe.settings()
     if settings is None or isinstance(target, LazyLogits) or not isinstance(target, Tensor):
         return NotImplemented
-    if target.dtype != torch.int64 or target.device != lazy.device:
+    if (target.dtype, target.device, target.shape) != (torch.int64, lazy.device, lazy.shape[:-1]):
         return NotImplemented
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
-    if target.shape != lazy.shape[:-1]:
-        return NotImplemented
     lazy.call.check()
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
@@ -378,10 +371,10 @@ for _function in (functional.cross_entropy, functional.nll_loss):
 
 
 @_handles(Tensor.gather, torch.gather)
-def _gather(lazy: LazyLogits, dim: int, index: Any, **options: Any) -> Any:
+def _gather(lazy: LazyLogits, dim: int, index: Any) -> Any:
     """log_softmax(…).gather(-1, index): the log-probability of each target."""
     recipe, shape = lazy.recipe, (*lazy.shape[:-1], 1)
-    if options or not recipe.is_logprob or not _is_last(lazy, dim):
+    if not recipe.is_logprob or not _is_last(lazy, dim):
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != shape:
         return NotImplemented

@@ -142,9 +142,9 @@ def _guard(module: nn.Module) -> None:
 def _acts_as_its_class(module: nn.Module) -> bool:
     """Whether the forward in this module's ``__dict__`` computes the same as its class's.
 
-    Three do.  accelerate's and ms-swift's move inputs to the weight's device, which the fast path
-    requires anyway.  And when accelerate removes its hook, it leaves the class's own forward on the
-    instance.
+    Three kinds of forwards do.  accelerate's and ms-swift's forwards only move inputs to the
+    weight's device, which the fast path requires anyway.  The third kind is the class's own forward
+    on the instance: accelerate leaves it there when it removes its hook.
     """
     forward = module.__dict__["forward"]
     if "forward_origin" in module.__dict__:

@@ -130,16 +130,15 @@ class GatedMLP(Fast, nn.Module):
             return Record(WATCHED)
         if linear.merged:
             return Record("it is merged")
-        record = linear.read()
-        return record if linear.training else record._replace(dropouts=(0.0,))
+        return linear.read_head()  # a head's dropout also depends on the mode
 
 
 _RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
 
 
 class _Dtypes(NamedTuple):
-    inside: torch.dtype  # a layer computes in this dtype
-    outside: torch.dtype  # and its output has this one
+    inside: torch.dtype  # the dtype of a layer's computation
+    outside: torch.dtype  # the dtype of its output
 
 
 def _dtypes_of_all(x: Tensor, record: Record) -> _Dtypes | None:

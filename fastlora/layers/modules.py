@@ -111,6 +111,15 @@ def parts_of_fsdp(module: Any) -> list[Any]:
     return [part for group in groups if group is not None for part in group.fsdp_params]
 
 
+def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a transformers model; None if it has none."""
+    try:
+        embedding = getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def some(names: Sequence[str]) -> str:
     """The first three names and the number of others, as text of a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

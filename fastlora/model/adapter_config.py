@@ -114,10 +114,8 @@ def as_config(config: object) -> LoRAConfig:
 def _from_live_peft(config: Any) -> LoRAConfig:
     """The LoRAConfig of a ``peft.LoraConfig``.  Raises ValueError for an unsupported setting."""
     source = f"the peft.{type(config).__name__}"
-    values = {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in config.to_dict().items()
-    }
+    settings = config.to_dict().items()
+    values = {name: each.value if isinstance(each, Enum) else each for name, each in settings}
     ours = _ours(values, source, "Use PEFT, and fastlora.optimize on its model")
     if ours.get("target_modules") is None and not ours.get("target_parameters"):
         raise ValueError(
@@ -140,19 +138,11 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
             f"{source} has peft_type {values['peft_type']!r}, and fastlora has only 'LORA'. "
             f"{what_else}"
         )
+    foreign = sorted(values.keys() - _OURS - _SILENT - _INIT_ONLY)
     # Unknown settings of a newer PEFT pass if they are off: None, False or empty.
-    foreign = {
-        name: value
-        for name, value in values.items()
-        if not (
-            name in _OURS | _SILENT | _INIT_ONLY
-            or value is None
-            or value is False
-            or value in ("", [], {})
-        )
-    }
-    if foreign:
-        settings = ", ".join(f"{name}={shown(value)}" for name, value in sorted(foreign.items()))
+    on = [n for n in foreign if not (values[n] in (None, "", [], {}) or values[n] is False)]
+    if on:
+        settings = ", ".join(f"{name}={shown(values[name])}" for name in on)
         raise ValueError(
             f"{source} has settings that fastlora doesn't support: {settings}. {what_else}"
         )

@@ -93,10 +93,8 @@ def save_adapter(
     # fan_in_fan_out: with Conv1D and Linear layers in one model, PEFT saves the last layer's.
     settings = to_peft(config, source, fan_in_fan_out=is_conv1d(last.plain_class))
     # Cloned, because safetensors refuses two keys (of tied parameters) that share memory.
-    values = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+    how = torch.contiguous_format
+    values = {key: each.detach().cpu().clone(memory_format=how) for key, each in tensors.items()}
     write_adapter(path, settings, values)
 
 
@@ -172,8 +170,7 @@ def _warn(model: nn.Module, changed: list[str], tensors: Mapping[str, Tensor], p
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     # isfinite isn't implemented for 8-bit floats.
     wide = {key: one.float() if one.itemsize == 1 else one for key, one in floating.items()}
-    bad = [key for key, tensor in wide.items() if not tensor.isfinite().all()]
-    if bad:
+    if bad := [key for key, tensor in wide.items() if not tensor.isfinite().all()]:
         warnings.warn(
             f"{path} has NaN or infinity in {some(bad)}, which was loaded unchanged: the adapter "
             "is broken",
@@ -209,7 +206,7 @@ def spell_out(
     chosen_here = targets is None or is_all_linear(targets)
     if not (as_weights or chosen_here or (rewritten and isinstance(targets, str))):
         return config
-    modules = [name for name in dense if name not in as_weights]
+    modules, alpha = [name for name in dense if name not in as_weights], config.lora_alpha
     return replace(
         config,
         target_modules=short_targets(model, modules),
@@ -217,9 +214,7 @@ def spell_out(
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern=_with_weights(config.rank_pattern, config.rank_of, config.r, as_weights),
-        alpha_pattern=_with_weights(
-            config.alpha_pattern, config.alpha_of, config.lora_alpha, as_weights
-        ),
+        alpha_pattern=_with_weights(config.alpha_pattern, config.alpha_of, alpha, as_weights),
     )
 
 
@@ -241,8 +236,6 @@ def _with_weights(
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """The last parts of the layers' names; the whole names if a last part is ambiguous."""
     layers = set(layers)
-    last_parts = {name.rpartition(".")[2] for name in layers}
-    same_ending = {
-        name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts
-    }
-    return sorted(last_parts if same_ending == layers else layers)
+    ends = {name.rpartition(".")[2] for name in layers}
+    matches = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if matches == layers else layers)

@@ -130,9 +130,8 @@ class LoRAConfig:
                     "but must be a whole number from 0 on or a list of them"
                 )
             object.__setattr__(self, "layers_to_transform", tuple(numbers) or None)
-        object.__setattr__(
-            self, "layers_pattern", (pattern,) if isinstance(pattern, str) else pattern
-        )
+        if isinstance(pattern, str):
+            object.__setattr__(self, "layers_pattern", (pattern,))
         self._check_names("layers_pattern", or_pattern=False)
         for name in self.layers_pattern or ():
             compile_pattern(name)

@@ -54,8 +54,7 @@ def check_folder(folder: str | os.PathLike) -> Path:
 
 def check_files(folder: Path) -> None:
     """Raise FileNotFoundError unless both files exist; the message suggests the right folder."""
-    missing = [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
+    if missing := [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{missing[0]} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}."
             f"{_hint(folder)}"
@@ -79,8 +78,7 @@ def _hint(folder: Path) -> str:
             f"with PEFT: PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(…)."
         )
     adapters = (path.parent for path in folder.glob(f"*/{CONFIG}"))
-    inside = sorted(path.name for path in adapters if not is_scratch(path))
-    if inside:
+    if inside := sorted(path.name for path in adapters if not is_scratch(path)):
         return f" The adapters are in its subfolders ({', '.join(inside[:5])}): give one of these."
     if any((folder / name).is_file() for name in _WHOLE_MODELS):
         return " The folder holds a whole model: load it with from_pretrained."

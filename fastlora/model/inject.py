@@ -151,7 +151,7 @@ def inject(
     saved = modules_to_save(model, config, every_name=every_name)
     targets = find_targets(model, config, saved, every_name=every_name)
     _check(model, targets, saved, wrapped)
-    # For each target: its module, its new class, and the arguments of ``attach_adapter``.
+    # One triple for each target: module, new class, arguments of ``attach_adapter``.
     changes: list[tuple[Any, Any, list[Any]]] = []
     for name, target in targets.items():
         adapter = target.new_adapter(name, config, wide_adapters)

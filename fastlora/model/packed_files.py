@@ -151,8 +151,7 @@ def _stored_in(folder: Path) -> dict[str, _Stored]:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} doesn't exist, but {_INDEX} names it")
         headers = {name: read_header(folder / name) for name in names}
-        torn = [key for key, name in places.items() if key not in headers[str(name)]]
-        if torn:
+        if torn := [key for key, name in places.items() if key not in headers[str(name)]]:
             raise ValueError(f"{folder / _INDEX} names {some(torn)}, but its file lacks it")
         return {k: _Stored(folder / n, headers[n][k]) for k, n in places.items()}
     if (folder / _WHOLE).is_file():
@@ -174,8 +173,7 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
             ends = {key.removeprefix(name) for key in stored if parameter and key.startswith(name)}
             is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
             if is_gpt_oss or any(end.startswith(".") for end in ends):
-                reason = why_not_experts(module, names)
-                if reason:
+                if reason := why_not_experts(module, names):
                     raise ValueError(f"{name} can't be packed: {reason}")
                 kind = next((kind for end, kind in _KINDS.items() if end in ends), "mxfp4")
                 stacks[name] = _stack(name, module, parameter, kind, is_gpt_oss)
@@ -247,9 +245,8 @@ def _missing_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor
         copied = twin(module, type(module))
         for n, parameter in module._parameters.items():
             copied._parameters[n] = None if parameter is None else parameter.to("meta")
-        copied._buffers |= {
-            n: torch.full_like(b, _unmade(b), device="cpu") for n, b in lost.items()
-        }
+        for n, b in lost.items():
+            copied._buffers[n] = torch.full_like(b, _unmade(b), device="cpu")
         getattr(model, "_init_weights", lambda module: None)(copied)
         for n in lost:
             value = copied._buffers[n]

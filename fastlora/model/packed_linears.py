@@ -81,13 +81,11 @@ def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]
     keys = list(keys)
     ends = _FOUR_BIT, _FLOAT8, _INT8[0]
     marked = {key.removesuffix(end) for key in keys for end in ends if key.endswith(end)}
-    inside = {
-        name: (f"{name}.weight", f"{name}._weight_", *[name + end for end in _INT8])
-        for name in marked & layers
-    }
-    return {
-        name: [key for key in keys if key.startswith(starts)] for name, starts in inside.items()
-    }
+    found = {}
+    for name in marked & layers:
+        starts = f"{name}.weight", f"{name}._weight_", *[name + end for end in _INT8]
+        found[name] = [key for key in keys if key.startswith(starts)]
+    return found
 
 
 def read_linear(

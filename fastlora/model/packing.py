@@ -191,13 +191,10 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
         if not names:
             packing.add_linear(name, module, pack_linear(model, called(name), module, kind))
         for parameter in names:
-            where, dense = full_name(name, parameter), stack_in(module, parameter)
+            where, dense = full_name(name, parameter), stack_in(module, parameter).detach()
             try:
-                weight = (
-                    packed_on_meta(dense.shape, kind)
-                    if dense.is_meta
-                    else pack_weight(dense.detach(), kind)
-                )
+                on_meta = dense.is_meta
+                weight = packed_on_meta(dense.shape, kind) if on_meta else pack_weight(dense, kind)
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
             packing.add_weight(where, module, parameter, weight)

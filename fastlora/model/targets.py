@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import LoRALayer
-from ..layers.adapted_weight import Features, new_adapter, wide_dtype
+from ..layers.adapted_weight import Features, Pair, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, packed_names, parameter_names, weight_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.int8 import Int8Linear
-from ..layers.modules import called, full_name, plain_name, some
+from ..layers.modules import called, embeddings_of, full_name, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
-Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
@@ -93,8 +92,7 @@ def find_targets(
     # Everything matched; now refuse what can't be a base.
     around = bypassed(model)
     for name, module in matched.items():
-        reason = why_not_base(module)
-        if reason:
+        if reason := why_not_base(module):
             foreign = why_not_class(type(module)) and (
                 is_like_linear(module) or _weight_is_named(module, name, config)
             )
@@ -156,8 +154,7 @@ def _find_experts(
     targets = {}
     for owner, parameters in by_module.items():
         module = model.get_submodule(owner)
-        reason = why_not_experts(module, parameters)
-        if reason:
+        if reason := why_not_experts(module, parameters):
             raise ValueError(
                 f"target_parameters names {parameters[0]} of {called(owner)}, which can't take an "
                 f"adapter: it isn't a linear layer's weight, and as experts {reason}"
@@ -182,10 +179,8 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
                 places.setdefault(child, []).append((parent, full_name(outer, key)))
     # A module in full counts with everything inside it; places within it are one place.
     whole = [model.get_submodule(name) for name in saved]
-    for top, inside in [
-        *((module, {module}) for module in adapted),
-        *((module, set(module.modules())) for module in whole),
-    ]:
+    groups = [(module, {module}) for module in adapted]
+    for top, inside in [*groups, *((module, set(module.modules())) for module in whole)]:
         for module in inside:
             names = [name for parent, name in places.get(module, ()) if parent not in inside]
             # The top module has one place outside of itself; modules inside it must have none.
@@ -308,13 +303,9 @@ def _attention_projections(model: nn.Module) -> set[str]:
             "target_modules is None, which means the attention projections of a transformers "
             f"model, but a {type(model).__name__} isn't one: name the layers. {could_match(model)}"
         )
-    linear = all_linear(model)
-    inside = [
-        name
-        for name, module in model.named_modules()
-        if name and "attention" in type(module).__name__.lower()
-    ]
-    return {name for name in linear if any(is_inside(name, outer) for outer in inside)}
+    classes = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+    outers = [name for name, kind in classes.items() if name and "attention" in kind]
+    return {n for n in all_linear(model) if any(is_inside(n, outer) for outer in outers)}
 
 
 USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."
@@ -348,11 +339,8 @@ def bypassed(model: nn.Module) -> dict[str, str]:
 
 def could_match(model: nn.Module) -> str:
     """A text that lists possible targets (last parts of names, with counts) and obstacles."""
-    names = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if not why_not_base(module)
-    )
+    fitting = [name for name, module in model.named_modules() if not why_not_base(module)]
+    names = Counter(name.rpartition(".")[2] for name in fitting)
     in_the_way = "; ".join(_obstacles(model))
     why = f" These can't be adapted: {in_the_way}. {USE_PEFT}" if in_the_way else ""
     if not names:
@@ -406,13 +394,3 @@ def is_like_linear(module: nn.Module) -> bool:
     kind = type(module)
     is_named = kind.__name__ == "Conv1D" or "linear" in kind.__name__.lower()
     return is_named and not kind.__module__.startswith("torch.nn.") and not any(module.children())
-
-
-def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
-    """The "input" or "output" embeddings of a transformers model; None if it has none."""
-    get = getattr(model, f"get_{which}_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except NotImplementedError:
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None

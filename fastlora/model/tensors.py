@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..layers.adapted_weight import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
-from ..layers.modules import called, full_name, lora_layers, plain_name, some
+from ..layers.modules import called, embeddings_of, full_name, lora_layers, plain_name, some
 from ..text import shown
 from .config import LoRAConfig, is_inside
 from .files import PREFIX, Planned, name_of, read_tensors
-from .targets import Targets, embeddings_of, find_targets, modules_to_save, trained_biases
+from .targets import Targets, find_targets, modules_to_save, trained_biases
 
 if TYPE_CHECKING:
     from .inject import Injection
@@ -149,17 +149,13 @@ def read_fitting(
     """Read the file's tensors.  Raises ValueError if they don't fit the model."""
     wanted = adapter_tensors(model, injection)
     embeddings = embedding_tensors(model, injection.saved_modules, injection.layers)
-    brought = {
-        key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
-    }
+    brought = {k: each for k, each in embeddings.items() if k in stored and k not in wanted}
     here = wanted | brought
     # With bias="all", PEFT writes a bias of a block that is at two places under both names.
     named = dict(model.named_parameters(remove_duplicate=False))
     ours = set(map(id, here.values()))
-    again = {
-        key for key in stored if id(named.get(name_of(key).replace(".base_layer.", "."))) in ours
-    }
-    stored = {key: there for key, there in stored.items() if key in here or key not in again}
+    plain = {key: name_of(key).replace(".base_layer.", ".") for key in stored}
+    stored = {k: v for k, v in stored.items() if k in here or id(named.get(plain[k])) not in ours}
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
     # A tied tensor has several keys, and the file must have equal values under them.
@@ -197,13 +193,12 @@ def check_planned(
 def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]:
     """Shape and dtype of every lora_A and lora_B that the config implies, under PEFT's keys."""
     experts = [name for name, target in targets.items() if target.parameter]
-    return {
-        key: Planned(shape, targets[name].dtype())
-        for name, keys in pairs_of(targets, experts).items()
-        for key, shape in zip(
-            keys, targets[name].features.shapes(config.rank_of(name)), strict=True
-        )
-    }
+    planned: dict[str, Planned] = {}
+    for name, keys in pairs_of(targets, experts).items():
+        shapes = targets[name].features.shapes(config.rank_of(name))
+        pair = [Planned(shape, targets[name].dtype()) for shape in shapes]
+        planned |= dict(zip(keys, pair, strict=True))
+    return planned
 
 
 def check_layers(model: nn.Module, config: LoRAConfig) -> None:
@@ -245,10 +240,7 @@ def unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> s
 
 
 def _check_stored(
-    wanted: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, Planned],
-    path: Path,
-    extra: list[str],
+    wanted: Mapping[str, tuple], stored: Mapping[str, Planned], path: Path, extra: list[str]
 ) -> None:
     """Raise ValueError unless the file has the wanted keys and shapes, and ``extra`` is empty."""
     missing = [key for key in wanted if key not in stored]

@@ -82,8 +82,7 @@ def _own(model: nn.Module) -> Iterator[_Layer]:
 
 
 def _of_peft(model: nn.Module) -> Iterator[_Layer]:
-    layers = peft_layers(model)
-    if layers:
+    if layers := peft_layers(model):
         from ..peft.records import outputs_of  # imported late, because it imports PEFT
 
         yield from outputs_of(layers)
