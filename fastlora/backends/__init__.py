@@ -20,18 +20,8 @@ from ..projection import Output
 from ..text import shown
 from .protocol import Backend, BackwardCall, Call, GatedProduct
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackwardCall",
-    "Call",
-    "GatedProduct",
-    "asked_backend",
-    "backend_name",
-    "find_backend",
-    "planned_backend",
-    "use_backend",
-]
+# The layers above take these records from here.
+__all__ = ["Backend", "BackwardCall", "Call", "GatedProduct"]
 
 if TYPE_CHECKING:  # the type checker compares every backend with the interface
     from . import torch as _torch

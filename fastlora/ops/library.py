@@ -23,7 +23,7 @@ from ..formats.format import Quantized, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from ..rows import Many, Numbers, Rows, rows_on
 from .dispatch import autocast_off
-from .node import run_backward, run_forward, stand_in, to_save
+from .node import run_backward, run_forward, to_save
 from .norm import norm_of_rows, wide_dtype
 
 find_backend("torch")  # imports it now: during compilation its constants would be fake tensors
@@ -190,7 +190,8 @@ def _backward(ctx, dys, _):
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
     settings = ctx.settings._replace(**dict(zip(_TENSOR_SETTINGS, setting_tensors, strict=True)))
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
+    # No needed gradient reads an x that wasn't saved, but the op takes a tensor of its shape.
+    x = tensors[0].new_empty(ctx.shape, dtype=ctx.dtype) if x is None else x
     hs = [x.new_empty(0) if h is None else h for h in hs]  # the schema has no optional list items
     op = torch.ops.fastlora.lora_linears_backward
     asked = iter(op(dys, x, tensors, hs, needs, *settings))

@@ -197,9 +197,8 @@ class Judge:
                 _rows_of(each[name], of_rows) if name in each else None for each in (fast, peft)
             ]
             for measure in _measures(name, found, truth, base.get(name), torch.finfo(dtype).eps):
-                before = of_layer.get(measure.name)
-                if before is None or measure.excess > before.excess:
-                    of_layer[measure.name] = measure
+                before = of_layer.get(measure.name, measure)
+                of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
 
 class _Probe(torch.autograd.Function):

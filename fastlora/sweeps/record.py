@@ -186,11 +186,8 @@ class Sweep:
                 "name": outcome.trial.name,
                 "learning_rate": outcome.trial.learning_rate,
                 "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
-                "parameters": outcome.parameters,
-                "bytes": outcome.bytes,
+                **{name: value for name, value in vars(outcome).items() if name != "trial"},
                 "losses": [(step, _finite(loss)) for step, loss in outcome.losses],
-                "seconds": outcome.seconds,
-                "steps": outcome.steps,
                 "effective_rank": _finite(outcome.effective_rank),
             }
             for outcome in self.outcomes

@@ -188,15 +188,13 @@ class Training:
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.  Raises ValueError if they don't fit the model."""
         for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
-            if {n: p.shape for n, p in parameters.items()} != {
-                n: a.shape for n, a in saved.items()
-            }:
+            shapes, known = ({n: t.shape for n, t in each.items()} for each in (parameters, saved))
+            if shapes != known:
                 raise ValueError(
                     "the sweep to resume is of another model: give that model, another output_dir, "
                     "or replace=True instead of resume"
                 )
-        with torch.no_grad():
-            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+            with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)

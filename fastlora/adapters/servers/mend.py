@@ -66,10 +66,8 @@ def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
             scale = found[0].scale or 1.0
             lora_a = torch.cat([each.lora_a for each in found], 1)
             blocks = [each.lora_b[0] * (each.scale / scale) for each in found]
-            pairs[module + whole] = (
-                Adapter(lora_a, torch.block_diag(*blocks)[None], scale),
-                dtypes[0],
-            )
+            lora_b = torch.block_diag(*blocks)[None]
+            pairs[module + whole] = Adapter(lora_a, lora_b, scale), dtypes[0]
 
 
 def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, dict[str, Tensor]]:
