@@ -97,14 +97,12 @@ def call_registered(
 ) -> tuple[Tensor, ...]:
     """Every output's y, computed by the registered op through torch's dispatcher."""
     layouts = layouts_of(outputs)
-    formats = ""
-    if any([layout.format is not None for layout in layouts]):
-        formats = "\n".join(["" if one.format is None else one.format.text for one in layouts])
+    formats = "\n".join(["" if each.format is None else each.format.text for each in layouts])
     settings = _Settings(
         [layout.has_bias for layout in layouts],
         [len(layout.scales) for layout in layouts],
         [float(scale) for layout in layouts for scale in layout.scales],
-        formats,
+        formats if formats.strip() else "",
         float(dropout),
         seeds,
         backend,

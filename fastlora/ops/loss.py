@@ -23,7 +23,7 @@ from ..checks import check_call, check_tensor
 from ..projection import Adapter, Base, Layout, Output, flatten, is_plain, layouts_of, unflatten
 from ..settings import is_number
 from ..text import shown
-from .composite import run_composite, torch_s_dropout
+from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import Function, as_matrix
 from .run import draw_seed
@@ -199,7 +199,7 @@ def _composite(
     head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
     """The loss by torch's own operations, which form the logits."""
-    (z,) = run_composite(head.x, [head.output], torch_s_dropout(head.dropout))
+    (z,) = run_composite(head.x, [head.output], torch_dropout(head.dropout))
     smoothing, softcap, logit_scale, z_loss = settings
     s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
     if softcap is not None:
