@@ -47,7 +47,7 @@ class DropoutMask:
         self.row_keys, self.column_keys = _keys(seed, shape)
 
     def of_rows(self, rows: Tensor | slice) -> "DropoutMask":
-        """The mask of these rows, int64 [count] in any order or a slice."""
+        """The mask of these rows: a slice, or int64 [count] in any order."""
         chosen = copy(self)
         chosen.row_keys = self.row_keys[rows]
         return chosen

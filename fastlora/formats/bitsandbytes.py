@@ -238,8 +238,8 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # A weight that FSDP has replaced lacks quant_storage, and FSDP doesn't cast bytes.
-    known = [getattr(each, "quant_storage", None) for each in (weight, layer)]
-    storage = known[0] or known[1] or weight.dtype
+    storage = getattr(weight, "quant_storage", None) or getattr(layer, "quant_storage", None)
+    storage = storage or weight.dtype
     if storage.is_floating_point and weight.dtype != storage:
         return (
             f"its packed numbers, stored as {storage}, were cast to {weight.dtype}: make "

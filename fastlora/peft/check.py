@@ -124,9 +124,8 @@ class Check:
 
     def _layer_lines(self) -> list[str]:
         expected = [one.name for one in self.coverage.layers if one.runs_adapter]
-        units = tuple(
-            f"{layer.name}." for layer in self.layers
-        )  # layers, and gated MLPs with theirs
+        # A judged gated MLP judges the layers inside of it.
+        units = tuple([f"{layer.name}." for layer in self.layers])
         missing = [name for name in expected if not f"{name}.".startswith(units)]
         judged = f"{len(expected) - len(missing)} of {len(expected)} fast layers"
         wrong = [layer for layer in self.layers if not layer]

@@ -299,18 +299,13 @@ class Training:
         save(state, folder)
 
     def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
-        return tuple(
-            Outcome(
-                trial,
-                sum(tensor.numel() for tensor in state.adapters[i].values()),
-                sum(tensor.nbytes for tensor in state.adapters[i].values()),
-                tuple([(step, loss) for step, loss in state.losses[i]]),
-                state.seconds[i],
-                state.steps[i],
-                ranks[i],
-            )
-            for i, trial in enumerate(self.trials)
-        )
+        outcomes = []
+        for i, trial in enumerate(self.trials):
+            tensors = state.adapters[i].values()
+            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
+            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
+            outcomes.append(Outcome(trial, parameters, size, *its))
+        return tuple(outcomes)
 
 
 def _logits(output: Any) -> Tensor:
