@@ -119,8 +119,8 @@ def _stacked(
 
 def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any]:
     """The settings of the sum that may differ from the first adapter's."""
-    fields: dict[str, Any] = {"use_rslora": False}
-    fields["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
+    dropout = min(each.config.lora_dropout for each in adapters)
+    fields: dict[str, Any] = {"use_rslora": False, "lora_dropout": dropout}
     for field in _ALIKE:
         values = [each.settings.get(field) for each in adapters]
         values = [sorted(value) if isinstance(value, list) else value for value in values]

@@ -18,20 +18,10 @@ import torch as pytorch  # here `torch` is the backend
 
 from ..projection import Output
 from ..text import shown
-from .protocol import Backend, BackwardCall, Call, GatedProduct
-
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackwardCall",
-    "Call",
-    "GatedProduct",
-    "asked_backend",
-    "backend_name",
-    "find_backend",
-    "planned_backend",
-    "use_backend",
-]
+from .protocol import Backend as Backend
+from .protocol import BackwardCall as BackwardCall
+from .protocol import Call as Call
+from .protocol import GatedProduct as GatedProduct
 
 if TYPE_CHECKING:  # the type checker compares every backend with the interface
     from . import torch as _torch

@@ -46,16 +46,10 @@ class DropoutMask:
         self.p, self.least = p, _least(p)
         self.row_keys, self.column_keys = _keys(seed, shape)
 
-    def from_row(self, start: int) -> "DropoutMask":
-        """The same mask without the rows before ``start``."""
-        rest = copy(self)
-        rest.row_keys = self.row_keys[start:]
-        return rest
-
-    def of_rows(self, numbers: Tensor) -> "DropoutMask":
-        """The mask of these rows, int64 [count], in their order."""
+    def of_rows(self, rows: Tensor | slice) -> "DropoutMask":
+        """The mask of these rows: a slice, or int64 [count] in any order."""
         chosen = copy(self)
-        chosen.row_keys = self.row_keys[numbers]
+        chosen.row_keys = self.row_keys[rows]
         return chosen
 
     def rows(self, first: int, count: int) -> Tensor:
@@ -147,5 +141,4 @@ def _hash(numbers: Tensor) -> Tensor:
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], that a seed (int64, one element) makes."""
-    row_keys, column_keys = _keys(seed, shape)
-    return row_keys * column_keys >= _least(p) << 16
+    return DropoutMask(seed, shape, p).rows(0, shape[0])

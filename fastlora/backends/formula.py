@@ -338,7 +338,8 @@ def from_row(masks: Masks, first: int) -> Masks:
     """All masks without the rows before ``first``."""
     if first == 0:
         return masks
-    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
+    rest = slice(first, None)
+    return [[None if mask is None else mask.of_rows(rest) for mask in some] for some in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:

@@ -225,9 +225,8 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: floa
 def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
     """:func:`add_dy_weight` for a 16-bit dx: a float32 sum of the blocks' products."""
     columns = dx.shape[1]
-    step = max(1, _SUMMED // columns)
-    for first in range(0, dx.shape[0], step):
-        some, dy_rows = dx[first : first + step], dy[first : first + step]
+    for block in slices(dx.shape[0], _SUMMED // columns):
+        some, dy_rows = dx[block], dy[block]
         total = SCRATCH.take("total", len(some), columns)
         total.copy_(some) if beta else total.zero_()
         product = SCRATCH.take("product", len(some), columns, some.dtype)

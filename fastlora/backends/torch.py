@@ -26,27 +26,16 @@ from torch import Tensor
 
 from ..projection import Adapter, Base, Output, flatten, per_adapter, reads_x, unflatten
 from ..rows import NO_BASE, Rows, take
-from .dropout import DropoutMask, dropout_mask
+from .dropout import DropoutMask
+from .dropout import dropout_mask as dropout_mask
 from .formula import Masks, OutputBackward, backward_rows, forward_rows, from_row
-from .gated import gated, gated_backward
-from .products import h_dtype
+from .gated import gated as gated
+from .gated import gated_backward as gated_backward
+from .products import h_dtype as h_dtype
 from .protocol import BackwardCall, Call
-from .row_loss import row_loss
+from .row_loss import row_loss as row_loss
 
 HANDS_TO = ""  # no other backend, because this one covers every call
-
-__all__ = [
-    "HANDS_TO",
-    "backward",
-    "dropout_mask",
-    "forward",
-    "gated",
-    "gated_backward",
-    "h_dtype",
-    "row_loss",
-    "takes_experts_in_turn",
-    "why_not",
-]
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:

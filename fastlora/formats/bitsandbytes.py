@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..blocks import slices
 from ..foreign import derived_from, is_dtensor
 from .format import FLOATS, Coding, Expected, Format, Quantized, of_rows
 from .torchao import Affine
@@ -76,16 +77,12 @@ class FourBit(Format):
         count = self.rows * self.columns
         blocks = -(-count // self.block)
         wide, narrow = (torch.float32,), (torch.uint8,)
-        packed = ((count + 1) // 2,), narrow
-        if not self.nested:
-            return {"packed": packed, "absmax": ((blocks,), wide)}
-        return {
-            "packed": packed,
-            "absmax": ((blocks,), narrow),
-            "absmax2": ((-(-blocks // self.nested),), wide),
-            "code2": ((256,), wide),
-            "offset": ((), wide),
-        }
+        absmax = (blocks,), narrow if self.nested else wide
+        expected: Expected = {"packed": (((count + 1) // 2,), narrow), "absmax": absmax}
+        if self.nested:
+            absmax2 = (-(-blocks // self.nested),), wide
+            expected |= {"absmax2": absmax2, "code2": ((256,), wide), "offset": ((), wide)}
+        return expected
 
     def make(
         self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
@@ -107,11 +104,9 @@ class FourBit(Format):
         return op(some, absmax, block, self.kind, (count, columns), dtype)
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        columns, at_once = self.columns, max(1, _AT_ONCE // self.columns)
-        for start in range(0, len(out), at_once):
-            some = out[start : start + at_once]
-            begin = (first + start) * columns
-            self._make(tensors, begin, begin + some.numel(), some)
+        for rows in slices(len(out), _AT_ONCE // self.columns):
+            begin, end = (first + rows.start) * self.columns, (first + rows.stop) * self.columns
+            self._make(tensors, begin, end, out[rows])
         return out
 
     def _make(self, tensors: Sequence[Tensor], begin: int, end: int, out: Tensor) -> None:
@@ -243,9 +238,8 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # A weight that FSDP has replaced lacks quant_storage, and FSDP doesn't cast bytes.
-    storage = getattr(weight, "quant_storage", None) or getattr(
-        layer, "quant_storage", weight.dtype
-    )
+    storage = getattr(weight, "quant_storage", None) or getattr(layer, "quant_storage", None)
+    storage = storage or weight.dtype
     if storage.is_floating_point and weight.dtype != storage:
         return (
             f"its packed numbers, stored as {storage}, were cast to {weight.dtype}: make "

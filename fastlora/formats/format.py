@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
-from ..blocks import rows_at_a_time
+from ..blocks import rows_at_a_time, slices
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name: shape and dtypes
@@ -212,9 +212,8 @@ class Quantized(NamedTuple):
             if made is not None:
                 return made.contiguous()
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
-            step = rows_at_a_time(out)
-            for first in range(0, len(out), step):
-                self.format.read(self.tensors, first, out[first : first + step])
+            for rows in slices(len(out), rows_at_a_time(out)):
+                self.format.read(self.tensors, rows.start, out[rows])
         return out
 
 

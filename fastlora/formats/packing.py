@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import buffer_for, rows_at_a_time, widened
+from ..blocks import buffer_for, rows_at_a_time, slices, widened
 from ..foreign import optional
 from .bitsandbytes import FourBit
 from .float8 import Float8
@@ -83,8 +83,7 @@ def _matrices(weight: Tensor) -> Tensor:
 def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The tensors that ``pack`` returns for the weight in float32, a block of rows at a time."""
     step = max(1, rows_at_a_time(weight) // _FLOAT8_BLOCK) * _FLOAT8_BLOCK
-    some = [weight[first : first + step] for first in range(0, len(weight), step)]
-    parts = [pack(rows.float().contiguous()) for rows in some]
+    parts = [pack(weight[rows].float().contiguous()) for rows in slices(len(weight), step)]
     return tuple([torch.cat(each) for each in zip(*parts, strict=True)])
 
 

@@ -80,7 +80,7 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
     return torch.add(y, linear(thin, lora_b.to(wide)), alpha=scale).to(y.dtype)
 
 
-def torch_s_dropout(p: float, rows: Rows | None = None) -> Drop:
+def torch_dropout(p: float, rows: Rows | None = None) -> Drop:
     """torch's dropout with probability p; with many adapters, with each adapter's probability."""
     probabilities = None if rows is None or rows.numbers is None else rows.numbers.dropouts
 

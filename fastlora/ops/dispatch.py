@@ -29,8 +29,7 @@ def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
 
     ``is_cut``: whether a tensor holds the ends of segments, as with experts and many adapters.
     """
-    reason = why_composite(x)
-    if reason:
+    if reason := why_composite(x):
         return COMPOSITE, reason
     if torch.compiler.is_compiling():
         return OP, "it is compiled"

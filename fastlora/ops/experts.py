@@ -211,18 +211,14 @@ class _Pass(NamedTuple):
 
     def products(self, part: Part) -> tuple[_Product, _Product]:
         """The products of up and down for a part."""
-        call, split = self.node.call, self.node.split
+        call, split, products = self.node.call, self.node.split, []
         tensors = [tensor[part.experts] for tensor in self.inputs[2:]]
-        up, down = (
-            _Product(
-                flat,
-                None if self.seeds is None or not layout.scales else self.seeds[i : i + 1],
-                call._replace(layouts=(layout,), rows=part.segments),
-            )
-            for i, (flat, layout) in enumerate(
-                zip((tensors[:split], tensors[split:]), call.layouts, strict=True)
-            )
-        )
+        for i, layout in enumerate(call.layouts):
+            flat = tensors[split:] if i else tensors[:split]
+            seed = None if self.seeds is None or not layout.scales else self.seeds[i : i + 1]
+            its_call = call._replace(layouts=(layout,), rows=part.segments)
+            products.append(_Product(flat, seed, its_call))
+        up, down = products
         return up, down
 
     def forward(self) -> tuple[Tensor, list[Tensor]]:

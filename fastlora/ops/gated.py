@@ -36,44 +36,11 @@ from .node import (
     by_composite,
     run_backward,
     run_forward,
-    stand_in,
     to_save,
 )
 from .run import draw_seed
 
 _ARGUMENTS = 2  # of the node before gate: seeds, call
-
-
-def gated_mlp(
-    x: Tensor,
-    gate: Output[Tensor],
-    up: Output[Tensor],
-    down: Output[Tensor],
-    activation: str,
-    *,
-    dropout: float = 0.0,
-    down_dropout: float = 0.0,
-    wide: bool = False,
-) -> Tensor:
-    """y = down(act(gate(x)) ∘ up(x)), [..., N].
-
-    :func:`fastlora.ops.dispatch.follows` must be true for x.
-
-    Shapes: x [..., K]; the weights of gate and up [I, K]; the weight of down [N, I].
-    :func:`fastlora.lora_linear` describes the dtypes.  Each weight may be packed; its dense copy
-    lives only during a product.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
-
-    ``dropout`` acts on the adapters of gate and up, ``down_dropout`` on the adapters of down.  The
-    masks equal the masks of three separate calls, in the order gate, up, down.  ``wide``: for a
-    16-bit x, compute the activation, the product and their gradients in float32, as modules do
-    whose layers return float32.  Each result is then rounded to 16 bits for the next product.
-
-    Gradients of gradients are correct, but not fast.
-
-    Raises the errors of :func:`fastlora.lora_linear`, and ValueError for an unknown activation, or
-    if the weights of gate and up have different shapes.
-    """
-    return gated_call(x, gate, up, down, activation, dropout, down_dropout, wide)[0]
 
 
 class GatedCall(NamedTuple):
@@ -92,14 +59,30 @@ def gated_call(
     up: Output[Tensor],
     down: Output[Tensor],
     activation: str,
-    dropout: float,
-    down_dropout: float,
-    wide: bool,
+    dropout: float = 0.0,
+    down_dropout: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, GatedCall | None]:
-    """The result of :func:`gated_mlp`, and a record for :func:`run_gated`.
+    """y = down(act(gate(x)) ∘ up(x)), [..., N].
 
-    The record is None if autocast is on or the call has no key.  Otherwise it serves all calls of
-    this kind.
+    :func:`fastlora.ops.dispatch.follows` must be true for x.
+
+    Shapes: x [..., K]; the weights of gate and up [I, K]; the weight of down [N, I].
+    :func:`fastlora.lora_linear` describes the dtypes.  Each weight may be packed; its dense copy
+    lives only during a product.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
+
+    ``dropout`` acts on the adapters of gate and up, ``down_dropout`` on the adapters of down.  The
+    masks equal the masks of three separate calls, in the order gate, up, down.  ``wide``: for a
+    16-bit x, compute the activation, the product and their gradients in float32, as modules do
+    whose layers return float32.  Each result is then rounded to 16 bits for the next product.
+
+    Gradients of gradients are correct, but not fast.
+
+    Also returns a record, which serves all calls of this kind by :func:`run_gated`.  It is None if
+    autocast is on or the call has no key.
+
+    Raises the errors of :func:`fastlora.lora_linear`, and ValueError for an unknown activation, or
+    if the weights of gate and up have different shapes.
     """
     rates = dropout, type(dropout), down_dropout, type(down_dropout)
     key, inputs = key_of_outputs(x, (gate, up, down), (GatedCall, *rates, activation, wide))
@@ -198,10 +181,9 @@ class GatedLinearFunction(Function):
         if ctx.reads_product:  # for the gradient of a lora_a or of the weight
             product = last.backend.gated(middle)
         else:
-            product = stand_in(gate, middle.gate.shape, gate.dtype)
-        d_gate, *rest = run_backward(
-            BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
-        )
+            product = gate.new_empty(middle.gate.shape)  # not read
+        given = BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
+        d_gate, *rest = run_backward(given)
         if d_gate is None:
             return (*nothing, None, None, *rest)
         # d_gate overwrites the gradient of the product, and d_up the recomputed product.

@@ -23,7 +23,7 @@ from ..formats.format import Quantized, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from ..rows import Many, Numbers, Rows, rows_on
 from .dispatch import autocast_off
-from .node import run_backward, run_forward, stand_in, to_save
+from .node import run_backward, run_forward, to_save
 from .norm import norm_of_rows, wide_dtype
 
 find_backend("torch")  # imports it now: during compilation its constants would be fake tensors
@@ -97,14 +97,12 @@ def call_registered(
 ) -> tuple[Tensor, ...]:
     """Every output's y, computed by the registered op through torch's dispatcher."""
     layouts = layouts_of(outputs)
-    formats = ""
-    if any([layout.format is not None for layout in layouts]):
-        formats = "\n".join(["" if one.format is None else one.format.text for one in layouts])
+    formats = "\n".join(["" if each.format is None else each.format.text for each in layouts])
     settings = _Settings(
         [layout.has_bias for layout in layouts],
         [len(layout.scales) for layout in layouts],
         [float(scale) for layout in layouts for scale in layout.scales],
-        formats,
+        formats if formats.strip() else "",
         float(dropout),
         seeds,
         backend,
@@ -190,7 +188,8 @@ def _backward(ctx, dys, _):
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
     settings = ctx.settings._replace(**dict(zip(_TENSOR_SETTINGS, setting_tensors, strict=True)))
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
+    # No needed gradient reads an x that wasn't saved, but the op takes a tensor of its shape.
+    x = tensors[0].new_empty(ctx.shape, dtype=ctx.dtype) if x is None else x
     hs = [x.new_empty(0) if h is None else h for h in hs]  # the schema has no optional list items
     op = torch.ops.fastlora.lora_linears_backward
     asked = iter(op(dys, x, tensors, hs, needs, *settings))

@@ -20,19 +20,10 @@ from ..backends.dropout import DropoutMask
 from ..backends.loss import loss_of_rows
 from ..backends.protocol import LossSettings
 from ..checks import check_call, check_tensor
-from ..projection import (
-    Adapter,
-    Base,
-    Layout,
-    Output,
-    flatten,
-    is_plain,
-    layouts_of,
-    unflatten,
-)
+from ..projection import Adapter, Base, Layout, Output, flatten, is_plain, layouts_of, unflatten
 from ..settings import is_number
 from ..text import shown
-from .composite import run_composite, torch_s_dropout
+from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import Function, as_matrix
 from .run import draw_seed
@@ -121,7 +112,12 @@ def linear_cross_entropy(
     ``torch.nn.functional.linear_cross_entropy``.  Its ``linear_weight`` and ``linear_bias`` are
     ``weight`` and ``bias`` here, and there are no class weights.
     """
-    output = _output(weight, bias, lora_a, lora_b, scale)
+    output = Output(Base(weight, bias))
+    if lora_a is not None and lora_b is not None:
+        output = Output(output.base, (Adapter(lora_a, lora_b, scale),))
+    elif lora_a is not None or lora_b is not None:
+        absent = "lora_a" if lora_a is None else "lora_b"
+        raise ValueError(f"{absent} is None, but an adapter has both: give lora_a and lora_b")
     settings = LossSettings(label_smoothing, softcap, logit_scale, z_loss)
     for name, tensor in (("x", x), ("target", target)):
         if not is_plain(tensor):
@@ -167,17 +163,6 @@ def token_logprobs(
     )  # fmt: skip
 
 
-def _output(
-    weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
-) -> Output[Tensor]:
-    if lora_a is None and lora_b is None:
-        return Output(Base(weight, bias))
-    if lora_a is None or lora_b is None:
-        absent = "lora_a" if lora_a is None else "lora_b"
-        raise ValueError(f"{absent} is None, but an adapter has both: give lora_a and lora_b")
-    return Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
-
-
 def _check_loss(
     x: Tensor, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> None:
@@ -214,7 +199,7 @@ def _composite(
     head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
     """The loss by torch's own operations, which form the logits."""
-    (z,) = run_composite(head.x, [head.output], torch_s_dropout(head.dropout))
+    (z,) = run_composite(head.x, [head.output], torch_dropout(head.dropout))
     smoothing, softcap, logit_scale, z_loss = settings
     s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
     if softcap is not None:
@@ -321,11 +306,10 @@ class LinearCrossEntropyFunction(Function):
         call, saved = ctx.call, ctx.saved_tensors
         if ctx.later:
             of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
-            *saved, target = saved
+            *inputs, target = saved
+            call, needs = call._replace(target=target), ctx.needs_input_grad[1:]
             with autocast_off(upstream.device.type):
-                _, found = call._replace(target=target).losses(
-                    saved, ctx.needs_input_grad[1:], of_rows
-                )
+                _, found = call.losses(inputs, needs, of_rows)
             pairs = zip(found, ctx.dtypes, strict=True)
             return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
         if not len(call.target):  # copies, because autograd may accumulate in place

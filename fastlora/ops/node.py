@@ -76,14 +76,6 @@ def _is_read(
     return reads_x(wanted), reads_h
 
 
-def stand_in(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor with x's shape and dtype, to pass in place of an x that isn't read.
-
-    ``weight`` is on the device of x.
-    """
-    return weight.new_empty(shape, dtype=dtype)
-
-
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K], with dense rows or dense columns.
 
@@ -227,7 +219,7 @@ class LoRALinearFunction(Function):
             return (*nothing, *[None] * len(needs))
         has_x = inputs[0] is not None
         if not has_x:  # no needed gradient reads x, but backends take a tensor of its shape
-            inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
+            inputs[0] = inputs[1].new_empty(ctx.shape, dtype=ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = _zeros_for(inputs[0], needs[0], hs)

@@ -14,7 +14,7 @@ from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
-from .composite import run_composite, torch_s_dropout
+from .composite import run_composite, torch_dropout
 from .dispatch import (
     COMPOSITE,
     OP,
@@ -50,7 +50,7 @@ def run_checked(
     try:
         path, _ = path_of(x, rows is not None)
         if path == COMPOSITE and rows is None:  # autocast acts on its operations itself
-            return run_composite(x, outputs, torch_s_dropout(dropout)), None
+            return run_composite(x, outputs, torch_dropout(dropout)), None
         if autocast_is_on(x.device.type):
             x, outputs = autocast_inputs(x, outputs)
         with autocast_off(x.device.type):
@@ -63,7 +63,7 @@ def run_checked(
             if isinstance(rows, Many):
                 rows = rows.on(x.device, outputs[0].adapters)
             if path == COMPOSITE:
-                return run_composite(x, outputs, torch_s_dropout(dropout, rows), rows), None
+                return run_composite(x, outputs, torch_dropout(dropout, rows), rows), None
             if rows is not None and x.is_cpu:
                 # Here, because wrong ends must raise before seeds are drawn.
                 rows = rows._replace(shares=rows.shares_of(len(x)))
@@ -77,8 +77,7 @@ def run_checked(
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
-        reason = why_torch_refuses(x, outputs)
-        if reason:
+        if reason := why_torch_refuses(x, outputs):
             raise TypeError(reason) from error
         raise
 
@@ -143,8 +142,7 @@ def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     for name, tensor in (("x", x), *named):
         if tensor is None:
             continue
-        reason = why_not_mixed(name, tensor, x)
-        if reason:
+        if reason := why_not_mixed(name, tensor, x):
             return reason
         if tensor.is_inference() and torch.is_grad_enabled():
             return (

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -125,12 +124,9 @@ class Check:
 
     def _layer_lines(self) -> list[str]:
         expected = [one.name for one in self.coverage.layers if one.runs_adapter]
-        units = [layer.name for layer in self.layers]
-        missing = [
-            name
-            for name in expected
-            if not any(name == unit or name.startswith(f"{unit}.") for unit in units)
-        ]
+        # A judged gated MLP judges the layers inside of it.
+        units = tuple([f"{layer.name}." for layer in self.layers])
+        missing = [name for name in expected if not f"{name}.".startswith(units)]
         judged = f"{len(expected) - len(missing)} of {len(expected)} fast layers"
         wrong = [layer for layer in self.layers if not layer]
         lines = [
@@ -354,9 +350,9 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     loss, outputs = loss_and_outputs(call(model, batch))
     if loss.requires_grad:
         loss.backward()
-    inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    named = chain(inner.named_parameters(), ((f"input {i}", x) for i, x in enumerate(inputs)))
-    gradients = {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None}
+    inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    named = dict(inner.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
+    gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
     return _Run({"loss": loss.detach()}, outputs, gradients)
 
 
@@ -372,7 +368,7 @@ def _fresh(value: Any) -> Any:
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
     differences = []
-    for name in {**peft, **fast}:
+    for name in peft | fast:
         one, other, relative = fast.get(name), peft.get(name), float("inf")
         if one is not None and other is not None and one.shape == other.shape:
             size, distance = other.double().norm(), (one.double() - other.double()).norm()

@@ -130,8 +130,7 @@ def _read_output(
     bias = base._parameters.get(f"{name}_bias") if experts.has_bias else None
     if weight is None or (experts.has_bias and bias is None):
         return "its weight or bias is no parameter"
-    reason = why_not_tensor(weight, 3) or why_not_tensor(bias, 2)
-    if reason:
+    if reason := why_not_tensor(weight, 3) or why_not_tensor(bias, 2):
         return f"one of its tensors {reason}"
     if experts.transposed:
         weight = weight.mT

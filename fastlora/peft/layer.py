@@ -172,9 +172,8 @@ def why_not_swapped(layer: nn.Module) -> str:
 def fast_classes(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
     """The fast class of each supported layer of PEFT that doesn't have it yet."""
     layers = [layer for layer in modules if not isinstance(layer, Fast)]
-    return {
-        layer: fast_kinds()[under(type(layer))] for layer in layers if not why_not_swapped(layer)
-    }
+    kinds = fast_kinds()
+    return {layer: kinds[under(type(layer))] for layer in layers if not why_not_swapped(layer)}
 
 
 class PeftGatedMLP(mlp.GatedMLP):

@@ -197,9 +197,8 @@ class Judge:
                 _rows_of(each[name], of_rows) if name in each else None for each in (fast, peft)
             ]
             for measure in _measures(name, found, truth, base.get(name), torch.finfo(dtype).eps):
-                before = of_layer.get(measure.name)
-                if before is None or measure.excess > before.excess:
-                    of_layer[measure.name] = measure
+                before = of_layer.get(measure.name, measure)
+                of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
 
 class _Probe(torch.autograd.Function):
@@ -405,8 +404,8 @@ def _share_of(error: Tensor, part: Tensor) -> tuple[float, float]:
 
     Rounding errors in one row or column may be correlated, because all its elements depend on one
     rounded number, such as an element of h.  So the deviation is estimated in three ways: from
-    single elements, from sums of rows, and from sums of columns.  The largest estimate counts.  The
-    share is subtracted before.
+    single elements, from sums of rows, and from sums of columns, each after the share is
+    subtracted.  The largest estimate counts.
     """
     columns = part.shape[-1] if part.dim() else 1
     error, part = error.reshape(-1, columns), part.reshape(-1, columns)

@@ -136,8 +136,7 @@ def merge_adapter(
     """
     model._check_merge_allowed()
     layers = _tuner_layers(model.model)
-    reason = why_not_merged(layers)
-    if reason:
+    if reason := why_not_merged(layers):
         raise ValueError(reason)
     merge = partial(merge_layer, safe_merge=safe_merge, adapter_names=adapter_names)
     return merge_each(model, layers, merge, to_cpu)

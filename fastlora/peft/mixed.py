@@ -127,10 +127,8 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
             reason = read(layer, names, mixed=True).reason if len(names) > 1 else ""
             if reason:
                 reasons.setdefault(reason, []).append(name)
-    return tuple(
-        f"mixed batches (adapter_names) stay PEFT's in {len(found)}: {some(found)}: {reason}"
-        for reason, found in reasons.items()
-    )
+    what = "mixed batches (adapter_names) stay PEFT's in"
+    return tuple(f"{what} {len(n)}: {some(n)}: {reason}" for reason, n in reasons.items())
 
 
 class LoraModel(Fast, PeftModel):
@@ -171,9 +169,8 @@ def _carried(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     before = {m: m.__dict__[_CHECKPOINT] for m in model.modules() if _CHECKPOINT in m.__dict__}
     for module, checkpoint in before.items():
-        module.__dict__[_CHECKPOINT] = partial(
-            _checkpointed, checkpoint, partial(_named, module, names)
-        )
+        run = partial(_named, module, names)
+        module.__dict__[_CHECKPOINT] = partial(_checkpointed, checkpoint, run)
     try:
         yield
     finally:

@@ -57,8 +57,7 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     notes = left_out_notes(model)
     if not layers:
         return Coverage((), notes)
-    version = why_not_peft()
-    if version:
+    if version := why_not_peft():
         unread = []
         for name, layer in layers:  # this reads as little of an unknown PEFT as possible
             shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)

@@ -69,8 +69,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
     """
     if not layer.cast_input_dtype_enabled:
         return Record("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
-    patched = why_patched(plain_class_of(layer))
-    if patched:
+    if patched := why_patched(plain_class_of(layer)):
         return Record(patched)
     base, reason, part = layer._modules["base_layer"], "", None
     if is_hooked(base):
@@ -143,8 +142,7 @@ def _read_variant(
     if name is None:
         return "", None
     variant = layer.lora_variant[name]
-    patched = why_patched(DoraLinearVariant)
-    if patched:
+    if patched := why_patched(DoraLinearVariant):
         return patched, None
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
@@ -200,8 +198,7 @@ def _why_hooked(module: nn.Module, name: str) -> str:
     weight = module._parameters.get("weight")
     if weight is not None and is_dtensor(weight):
         return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
-    patched = why_patched(type(module))
-    if patched:
+    if patched := why_patched(type(module)):
         return f"{name} is a {type(module).__name__} ({patched})"
     return f"a hook watches, or something replaces, the calls of {name}"
 

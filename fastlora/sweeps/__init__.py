@@ -27,20 +27,10 @@ from ..model.files import check_folder, write_whole
 from ..model.inject import apply_lora, check_model, check_plain, remove_lora
 from ..settings import check_switches
 from ..text import shown
+from . import record
 from .fingerprint import check_same, of_base, of_batches
 from .layer import attached
-from .record import (
-    ADAPTERS,
-    BEST,
-    FILE,
-    TABLE,
-    State,
-    Sweep,
-    curves,
-    delete_adapter,
-    earlier,
-    set_random_state,
-)
+from .record import State, Sweep
 from .training import Feed, Loss, Training, as_batch, causal_loss, counted, drawing
 from .trial import Options, Trial, as_trials
 
@@ -116,7 +106,7 @@ def sweep(
     )
     options.check(len(trials))
     settings = {"trials": [trial.plain for trial in trials], **options._asdict()}
-    state = earlier(folder, settings, resume=resume, replace=replace)
+    state = record.earlier(folder, settings, resume=resume, replace=replace)
     with drawing(torch.Generator("cpu").manual_seed(seed)):
         held_out = [as_batch(batch) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
@@ -126,7 +116,7 @@ def sweep(
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
     fingerprints = {"base": of_base(inner), "eval_data": of_batches(held_out)}
     before = state.fingerprints if state else {}
-    check_same(before, fingerprints, folder / FILE)
+    check_same(before, fingerprints, folder / record.FILE)
     norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
         run = Training(inner, trials, parts, options, loss, held_out, replace)
@@ -136,9 +126,9 @@ def sweep(
                 norm.eval()
             # Skipping batches may draw random numbers, so the random state is set afterwards.
             feed = Feed(data, seed, state.batches, options.batches(len(trials)))
-            check_same(before, {"data": feed.fingerprint}, folder / FILE)
+            check_same(before, {"data": feed.fingerprint}, folder / record.FILE)
             state.fingerprints = fingerprints | {"data": feed.fingerprint}
-            set_random_state(state.random)
+            record.set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
     return _finish(run, state, folder)
 
@@ -158,18 +148,18 @@ def _check(data: object, eval_data: object, loss: object) -> None:
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
     """Write the final files: adapters, the table and the picture."""
     ranks = [
-        _write(run.model, trial, adapters, folder / ADAPTERS / trial.name)
+        _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
         for adapters, trial in zip(state.adapters, run.trials, strict=True)
     ]
     sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
-        delete_adapter(folder / BEST)
+        record.delete_adapter(folder / record.BEST)
     else:
         best = sweep.outcomes.index(sweep.best)
-        _write(run.model, run.trials[best], state.adapters[best], folder / BEST)
+        _write(run.model, run.trials[best], state.adapters[best], folder / record.BEST)
     numbers = (json.dumps(sweep.as_dict(), indent=2) + "\n").encode()
-    write_whole(folder, {TABLE: numbers} | curves(sweep))
+    write_whole(folder, {record.TABLE: numbers} | record.curves(sweep))
     return sweep
 
 

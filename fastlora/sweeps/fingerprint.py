@@ -104,11 +104,9 @@ def _some_of_a_row(layer: nn.Module) -> list[float]:
     # Reading needs grad mode where an earlier call in evaluation has rearranged the packed weight.
     with torch.enable_grad():
         packed = quantized_weight(layer)
-    if (
-        not isinstance(packed, PackedLayer)
-        or not packed.is_whole
-        or packed.weight.device.type == "meta"
-    ):
+    if not isinstance(packed, PackedLayer) or not packed.is_whole:
+        return []
+    if packed.weight.device.type == "meta":
         return []
     rows, columns = packed.weight.shape
     out = torch.empty(1, columns, dtype=torch.float32, device=packed.weight.device)

@@ -15,7 +15,7 @@ from ..layers.modules import some
 from ..model.files import CONFIG, WEIGHTS, read_json, write_whole
 from ..text import columns, shown
 from .fingerprint import Fingerprint
-from .trial import Trial, is_folder_s
+from .trial import Trial, can_name_folder
 
 FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
 ADAPTERS, BEST = "adapters", "best"
@@ -122,7 +122,7 @@ def _names(folder: Path) -> set[str]:
     for read in (lambda: _read(folder / FILE).settings, lambda: read_json(folder / TABLE)):
         with suppress(OSError, ValueError, LookupError, TypeError):
             names += [trial["name"] for trial in read()["trials"]]
-    return set(filter(is_folder_s, names))
+    return set(filter(can_name_folder, names))
 
 
 def random_state() -> list[Tensor]:
@@ -186,11 +186,8 @@ class Sweep:
                 "name": outcome.trial.name,
                 "learning_rate": outcome.trial.learning_rate,
                 "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
-                "parameters": outcome.parameters,
-                "bytes": outcome.bytes,
+                **{name: value for name, value in vars(outcome).items() if name != "trial"},
                 "losses": [(step, _finite(loss)) for step, loss in outcome.losses],
-                "seconds": outcome.seconds,
-                "steps": outcome.steps,
                 "effective_rank": _finite(outcome.effective_rank),
             }
             for outcome in self.outcomes

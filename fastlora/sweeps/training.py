@@ -188,15 +188,13 @@ class Training:
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.  Raises ValueError if they don't fit the model."""
         for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
-            if {n: p.shape for n, p in parameters.items()} != {
-                n: a.shape for n, a in saved.items()
-            }:
+            shapes, known = ({n: t.shape for n, t in each.items()} for each in (parameters, saved))
+            if shapes != known:
                 raise ValueError(
                     "the sweep to resume is of another model: give that model, another output_dir, "
                     "or replace=True instead of resume"
                 )
-        with torch.no_grad():
-            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+            with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)
@@ -301,18 +299,13 @@ class Training:
         save(state, folder)
 
     def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
-        return tuple(
-            Outcome(
-                trial,
-                sum(tensor.numel() for tensor in state.adapters[i].values()),
-                sum(tensor.nbytes for tensor in state.adapters[i].values()),
-                tuple([(step, loss) for step, loss in state.losses[i]]),
-                state.seconds[i],
-                state.steps[i],
-                ranks[i],
-            )
-            for i, trial in enumerate(self.trials)
-        )
+        outcomes = []
+        for i, trial in enumerate(self.trials):
+            tensors = state.adapters[i].values()
+            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
+            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
+            outcomes.append(Outcome(trial, parameters, size, *its))
+        return tuple(outcomes)
 
 
 def _logits(output: Any) -> Tensor:

@@ -70,7 +70,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             f"configs[{number}] trains more than adapters of linear layers, but trials share all "
             "other parameters: leave out bias, modules_to_save and target_parameters"
         )
-    if not is_folder_s(name):
+    if not can_name_folder(name):
         raise ValueError(f"configs[{number}] is called {shown(name)}, which can't name a folder")
     if len(name.encode()) > _LONGEST:
         raise ValueError(
@@ -80,7 +80,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
     return Trial(name, config, float(rate))
 
 
-def is_folder_s(name: object) -> bool:
+def can_name_folder(name: object) -> bool:
     """Whether it can name a folder, and can't lead out of the parent folder."""
     return isinstance(name, str) and bool(re.fullmatch(r"(?!\.)[\w.,=+-]+", name))
 

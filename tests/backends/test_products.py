@@ -88,7 +88,7 @@ def test_closer_to_the_truth_than_torch_s_own_product(monkeypatch, dtype):
 
 
 @half_dtypes
-def test_one_row_s_forward_is_torch_s(monkeypatch, dtype):
+def test_one_row_s_forward_is_for_torch(monkeypatch, dtype):
     x, projection = make_x(1, 12, dtype=dtype), make_projection(9, 12, 3, dtype, torch.float32)
     ys = []
     for forced in (False, True):

@@ -1,4 +1,4 @@
-"""gated_mlp against three calls of layers, and the tensors it saves (numbers: test_numbers.py)."""
+"""gated_call against three calls of layers, and the tensors it saves (numbers: test_numbers.py)."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 import fastlora
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.ops.dispatch import follows
-from fastlora.ops.gated import gated_mlp
+from fastlora.ops.gated import gated_call
 from fastlora.projection import Output, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
@@ -41,7 +41,7 @@ def test_dropouts_of_their_own():
     x, outputs = make_x(9, K), make_mlp()
     for dropout, down_dropout in ((0.0, 0.5), (0.5, 0.0)):
         torch.manual_seed(3)
-        found = gated_mlp(x, *outputs, "silu", dropout=dropout, down_dropout=down_dropout)
+        found, _ = gated_call(x, *outputs, "silu", dropout, down_dropout)
         torch.manual_seed(3)
         gate, up = (fastlora.lora_linears(x, [o], dropout=dropout)[0] for o in outputs[:2])
         product = functional.silu(gate) * up
@@ -53,7 +53,7 @@ def test_dropouts_of_their_own():
 def test_without_an_adapter_nothing_is_drawn():
     x, outputs = make_x(9, K), make_mlp(adapted="")
     state = torch.get_rng_state()
-    gated_mlp(x, *outputs, "silu", dropout=0.5, down_dropout=0.5)
+    gated_call(x, *outputs, "silu", dropout=0.5, down_dropout=0.5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -66,7 +66,7 @@ def test_gradients_of_gradients(activation):
     def call(x, *tensors):
         torch.manual_seed(3)
         its = unflatten(tensors, layouts)
-        return gated_mlp(x, *its, activation, dropout=0.3, down_dropout=0.3)
+        return gated_call(x, *its, activation, dropout=0.3, down_dropout=0.3)[0]
 
     assert torch.autograd.gradcheck(call, (x, *flat), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, *flat), fast_mode=True)
@@ -74,7 +74,7 @@ def test_gradients_of_gradients(activation):
 
 def test_many_gradients_at_once():
     x, outputs = make_x(3, K), make_mlp()
-    y = gated_mlp(x, *outputs, "silu")
+    y, _ = gated_call(x, *outputs, "silu")
     dys = torch.randn(4, *y.shape)
     wanted = list(leaves_of(x, outputs).values())
     found = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
@@ -91,7 +91,7 @@ def test_tensors_saved_for_backward(p):
     rows, outputs = 64, make_mlp()
     x = make_x(rows, K)
     flat = flatten(outputs, layouts_of(outputs))
-    run = lambda: gated_mlp(x, *outputs, "silu", dropout=p, down_dropout=p)  # noqa: E731
+    run = lambda: gated_call(x, *outputs, "silu", dropout=p, down_dropout=p)[0]  # noqa: E731
     found = sum(saved_bytes(run, flat).values())
     hs, seeds = 4 * rows * (3 + 8 + 5), 24 if p else 0
     assert found == 4 * rows * (K + 2 * HIDDEN) + hs + seeds
@@ -102,7 +102,7 @@ def test_tensors_saved_for_backward(p):
 def test_a_frozen_gated_mlp_saves_only_gate_and_up():
     x, outputs = make_x(64, K), make_mlp(adapted="")
     flat = flatten(outputs, layouts_of(outputs))
-    found = sum(saved_bytes(lambda: gated_mlp(x, *outputs, "silu"), flat).values())
+    found = sum(saved_bytes(lambda: gated_call(x, *outputs, "silu")[0], flat).values())
     assert found == 2 * 4 * 64 * HIDDEN
 
 
@@ -129,15 +129,15 @@ ERRORS = {
 def test_inputs_that_do_not_fit_are_refused(make, error, message):
     outputs, activation = make()
     with pytest.raises(error, match=message):
-        gated_mlp(make_x(5, K), *outputs, activation)
+        gated_call(make_x(5, K), *outputs, activation)
 
 
 @pytest.mark.parametrize("name", ["dropout", "down_dropout"])
 def test_a_bool_dropout_does_not_match_the_cache_key_of_a_number(name):
     x, outputs = make_x(5, K), make_mlp()
-    gated_mlp(x, *outputs, "silu", **{name: 0.0})
+    gated_call(x, *outputs, "silu", **{name: 0.0})
     with pytest.raises(ValueError, match="dropout is False"):
-        gated_mlp(x, *outputs, "silu", **{name: False})
+        gated_call(x, *outputs, "silu", **{name: False})
 
 
 def test_calls_that_need_a_node():

@@ -33,7 +33,7 @@ from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
 from fastlora.ops import few_rows, kinds
 from fastlora.ops.dora import dora_linear
-from fastlora.ops.gated import gated_mlp
+from fastlora.ops.gated import gated_call
 from fastlora.ops.run import draw_seed
 from fastlora.projection import HALF_DTYPES, Adapter, Base, Output
 
@@ -301,7 +301,9 @@ def _gated(case: Case) -> Made:
             p = 1 - (1 - p) ** 2
         return oracles.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
 
-    run = partial(gated_mlp, x, *outputs, activation, dropout=case.p, down_dropout=case.p)
+    def run():
+        return gated_call(x, *outputs, activation, dropout=case.p, down_dropout=case.p)[0]
+
     pairs = zip(outputs, shapes, strict=True)
     masks = [((case.M, k), case.p) for output, (_, k) in pairs for _ in output.adapters]
     return Made(run, textbook, masks, [n])

@@ -79,9 +79,8 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     items = [Item(name, "", value) for name, value in settings.items()]
     if isinstance(targets := settings.setdefault("target_modules", None), list):
         items += [Item(str(name), "target", None) for name in targets]
-    items += [
-        _item(key, header, config) for key, header in files.read_header(path / WEIGHTS).items()
-    ]
+    header = files.read_header(path / WEIGHTS)
+    items += [_item(key, planned, config) for key, planned in header.items()]
     pairs: dict[str, dict[str, Item]] = {}
     for item in items:
         if item.kind in PAIRED.split():
@@ -90,6 +89,7 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     counts = [count for each in _COUNTS if isinstance(count := base.get(each), int)]
     experts = max([0, *counts, *(int(n) + 1 for _, n in numbers)])
     layers = Counter(module for module, _ in numbers)
+    # A complete module has gate, up and down of each expert.
     incomplete = {module for module, count in layers.items() if count < 3 * experts}
     return Facts(path, settings, config, items, pairs, base, incomplete, max_lora_rank)
 

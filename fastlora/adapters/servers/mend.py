@@ -51,11 +51,12 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
 
 def _split(name: str, stack: Adapter[Tensor], kind: str) -> dict[str, Adapter[Tensor]]:
     """The layers of single experts that a stack of all experts holds."""
-    return {
-        "{1}.{0}.{2}".format(i, *part.rsplit(".", 1)): Adapter(lora_a[None], b[None], stack.scale)
-        for part, lora_b in parts_of(name, stack.lora_b, {"model_type": kind}).items()
-        for i, (lora_a, b) in enumerate(zip(stack.lora_a, lora_b, strict=True))
-    }
+    layers = {}
+    for part, lora_b in parts_of(name, stack.lora_b, {"model_type": kind}).items():
+        module, last = part.rsplit(".", 1)
+        for i, (a, b) in enumerate(zip(stack.lora_a, lora_b, strict=True)):
+            layers[f"{module}.{i}.{last}"] = Adapter(a[None], b[None], stack.scale)
+    return layers
 
 
 def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
@@ -66,10 +67,8 @@ def _fuse(pairs: _Pairs, whole: str, parts: list[str]) -> None:
             scale = found[0].scale or 1.0
             lora_a = torch.cat([each.lora_a for each in found], 1)
             blocks = [each.lora_b[0] * (each.scale / scale) for each in found]
-            pairs[module + whole] = (
-                Adapter(lora_a, torch.block_diag(*blocks)[None], scale),
-                dtypes[0],
-            )
+            lora_b = torch.block_diag(*blocks)[None]
+            pairs[module + whole] = Adapter(lora_a, lora_b, scale), dtypes[0]
 
 
 def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, dict[str, Tensor]]:

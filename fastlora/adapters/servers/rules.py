@@ -21,7 +21,8 @@ _STACKED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 def has_other_rank(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether the tensor's rank isn't the config's."""
     r, shape = facts.config.rank_of(item.name), item.value.shape
-    own_r = [*shape, 0, 0][item.side == "B"]  # in a stack, r times E
+    dim = 1 if item.side == "B" else 0  # lora_A [r, in], lora_B [out, r]; in a stack, r times E
+    own_r = shape[dim] if dim < len(shape) else 0
     return own_r % r > 0 if item.kind == "stack" else own_r != r
 
 

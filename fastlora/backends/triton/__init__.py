@@ -10,33 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dropout import dropout_mask
+from ..dropout import dropout_mask as dropout_mask
 from ..protocol import BackwardCall, Call
-from . import experts, layer, many, measured, verification
-from .cover import TARGETS, why_not, without_launching
-from .gated import gated, gated_backward
-from .row_loss import row_loss
-from .verification import State, environment, read_records
+from . import experts, layer, many, verification
+from . import measured as measured
+from .cover import TARGETS as TARGETS
+from .cover import why_not as why_not
+from .cover import without_launching as without_launching
+from .gated import gated as gated
+from .gated import gated_backward as gated_backward
+from .row_loss import row_loss as row_loss
+from .verification import State
+from .verification import environment as environment
+from .verification import read_records as read_records
 
 HANDS_TO = "torch"
-
-__all__ = [
-    "HANDS_TO",
-    "TARGETS",
-    "backward",
-    "dropout_mask",
-    "environment",
-    "forward",
-    "gated",
-    "gated_backward",
-    "h_dtype",
-    "measured",
-    "read_records",
-    "row_loss",
-    "takes_experts_in_turn",
-    "why_not",
-    "without_launching",
-]
 
 
 def forward(

@@ -20,14 +20,7 @@ from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapt
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
-from .packed import (
-    is_unpackable,
-    made_dense,
-    needs_torch,
-    of_dense,
-    read_by,
-    rounded_like,
-)
+from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded_like
 from .verification import State, run_kernels
 
 

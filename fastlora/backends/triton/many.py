@@ -10,7 +10,7 @@ already are slices of one tensor (a bank) aren't copied.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -209,9 +209,7 @@ def _bank(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     if whole:
         return torch.stack([part.contiguous() for part in parts])
     # Unlike shapes: copy into zeros, in a dtype that holds all parts.
-    dtype = first.dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
+    dtype = reduce(torch.promote_types, [part.dtype for part in parts])
     bank = first.new_zeros(len(parts), *shape, dtype=dtype)
     places = [bank[i, : len(p), : p.shape[1]] for i, p in enumerate(parts)]
     torch._foreach_copy_(places, list(parts))

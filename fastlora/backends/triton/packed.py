@@ -81,7 +81,7 @@ def rounded_like(x: Tensor, factors: Tensor | None = None) -> "kernels.Rounded":
 @lru_cache(maxsize=1024)
 def needs_torch(layouts: tuple[Layout, ...], of_experts: bool = False) -> bool:
     """Whether one of the weights has a format that no kernel reads."""
-    return any(_is_torch_s(layout, of_experts) for layout in layouts)
+    return any(_is_for_torch(layout, of_experts) for layout in layouts)
 
 
 def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call]:
@@ -90,7 +90,7 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
     outputs, layouts = [], []
     of_experts = call.rows is not None and not call.rows.shares_base
     for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
-        if _is_torch_s(layout, of_experts) and isinstance(base.weight, Quantized):
+        if _is_for_torch(layout, of_experts) and isinstance(base.weight, Quantized):
             base, layout = Base(base.weight.dense(x.dtype), base.bias), layout._replace(format=None)
         outputs.append(Output(base, adapters))
         layouts.append(layout)
@@ -111,7 +111,7 @@ def of_dense(
     return [dx, *flatten(unflatten(gradients, call.layouts), layouts)]
 
 
-def _is_torch_s(layout: Layout, of_experts: bool) -> bool:
+def _is_for_torch(layout: Layout, of_experts: bool) -> bool:
     format = layout.format
     if format is None or isinstance(format, RotatedInt8):
         return False

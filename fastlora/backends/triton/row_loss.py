@@ -43,8 +43,10 @@ def _by_torch(rows: LossRows) -> list:
 def _on_tensors(
     run: Callable[[LossRows], list | State], rows: LossRows, tensors: Sequence
 ) -> list | State:
-    """Call ``run`` with these tensors in ``rows``: z, target, upstream, losses and, if asked for,
-    the gradient.  If the gradient is a tensor other than z, z keeps its elements.
+    """Call ``run`` with these tensors in place of those in ``rows``.
+
+    They are z, target, upstream, losses and, if ``rows.gradient``, the memory of the gradient.  The
+    gradient overwrites z where that memory is z; otherwise z is copied there first, and stays.
     """
     z, target, upstream, losses, *gradients = tensors
     for gradient in gradients:

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import cache as files
+from ...blocks import slices
 from ...formats.format import Quantized
 from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
@@ -507,15 +508,11 @@ def compared(
     x = tensors[0]
     assert x is not None
     # PyTorch's results in a wider dtype count as exact.  (Its float64 isn't of 8 bits.)
-    has_exact, truth = x.dtype != torch.float32 or _EXACT not in roles, None
-    with contextlib.suppress(torch.OutOfMemoryError):
-        if has_exact:
-            truth = by_torch(
-                [
-                    tensor if tensor is None or role == _KEPT else tensor.to(_WIDE[x.dtype])
-                    for tensor, role in zip(tensors, roles, strict=True)
-                ]
-            )
+    truth, pairs = None, zip(tensors, roles, strict=True)
+    if x.dtype != torch.float32 or _EXACT not in roles:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            wide = _WIDE[x.dtype]
+            truth = by_torch([t if t is None or role == _KEPT else t.to(wide) for t, role in pairs])
     for i, (ours, its) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
         if ours is None or its is None:  # a gradient that is zero may be left out
@@ -523,9 +520,9 @@ def compared(
             if made is not None and torch.count_nonzero(made):
                 return f"{name} is missing"
         elif its.numel():
-            wide = None if truth is None else _as_matrix(truth[i])
+            exact = None if truth is None else _as_matrix(truth[i])
             eps = max(step, torch.finfo(x.dtype).eps)
-            share = _worst(_as_matrix(ours), _as_matrix(its), wide, eps)
+            share = _worst(_as_matrix(ours), _as_matrix(its), exact, eps)
             if not share <= 1:
                 shape = f"{name}, {list(its.shape)}"
                 return f"{shape}, has an error of {share:.3g} times what rounding explains"
@@ -567,9 +564,8 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
     """Yield blocks of rows of all matrices, in float64.  Whole matrices would take more memory."""
-    step = max(1, _BLOCK // matrices[0].shape[1])
-    for first in range(0, len(matrices[0]), step):
-        yield [matrix[first : first + step].double() for matrix in matrices]
+    for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
+        yield [matrix[rows].double() for matrix in matrices]
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
