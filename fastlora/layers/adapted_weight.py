@@ -151,9 +151,10 @@ class AdaptedWeight:
         return 0.0
 
     def unmerge(self) -> None:
-        """Put the original weight back, if there is one: the same bits, and tied as before."""
-        if self.can_unmerge:
-            self.adapted_module.put_back(self.adapted_name)
+        """Put the original weight back: the same bits, and tied again if it was tied."""
+        if not self.can_unmerge:
+            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
+        self.adapted_module.put_back(self.adapted_name)
 
     @property
     def merged(self) -> bool:

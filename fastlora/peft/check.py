@@ -301,26 +301,26 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     tensor in between.  So does a lora_B without data.
     """
     held = inside_of(model, FULLY_SHARDED, FSDP)
-    found = {
-        name: layer.lora_B[adapter].weight
+    found = [
+        (name, layer.lora_B[adapter].weight)
         for name, layer in peft_layers(unwrap(model))
         for adapter in layer.active_adapters
         if adapter in layer.lora_B and layer.lora_B[adapter] not in held
-    }
-    zero = {
-        name: (up, up.detach().clone())
-        for name, up in found.items()
+    ]
+    zero = [
+        (name, up, up.detach().clone())
+        for name, up in found
         if up.is_floating_point() and not (is_sharded(up) or up.is_meta or up.any())
-    }
+    ]
     draw = torch.Generator("cpu").manual_seed(0)
     try:
         # By .data, so that a graph of the user that has saved lora_B stays valid.
-        for up, _ in zero.values():
+        for _, up, _ in zero:
             how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
             up.data.copy_(_STD * torch.randn(up.shape, **how))
-        yield [*zero]
+        yield [*dict.fromkeys(name for name, _, _ in zero)]
     finally:
-        for up, before in zero.values():
+        for _, up, before in zero:
             up.data.copy_(before)
 
 
