@@ -32,6 +32,7 @@ from ..layers.int8 import Int8Linear
 from ..layers.members import plain_class_of
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
+from ..ops.dispatch import autocast_dtype
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
@@ -173,7 +174,8 @@ class Judge:
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
         # In PEFT's run fastlora's own 8-bit product would hide the faults of that product.
-        twins = {each: _Int8Twin for each in unit.modules() if isinstance(each, Int8Linear)}
+        int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
+        twins = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
         with call.surroundings(x):
             with changed_classes(twins):
                 peft = call.run(unit, tensors, dy)
@@ -331,6 +333,7 @@ class _Int8Twin(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed: Any = matrix_of(self, Int8Linear)
+        x = x.to(autocast_dtype(x) or x.dtype)
         y = _Int8Product.apply(x, *packed.tensors, self.inside or x.dtype)
         return y if self.bias is None else y + self.bias
 
