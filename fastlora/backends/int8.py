@@ -98,8 +98,8 @@ def _scaled(
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
     out = matrix_like(use, like, torch.int32)
-    # torch's own is wrong for a transposed column, whose strides are those of a row.  On a GPU it
-    # refuses few rows, odd sizes and rows that lie apart.
+    # torch's own gives wrong sums if ``right`` is a transposed column, because torch misreads its
+    # strides (torch 2.13).  On a GPU it refuses few rows, odd sizes and rows that lie apart.
     if left.is_cpu and len(right) > 1 and _sums_are_exact():
         return torch._int_mm(left, right, out=out)
     out.zero_()

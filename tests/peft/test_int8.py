@@ -188,7 +188,7 @@ def test_a_layer_that_can_t_be_rounded_stays_as_it_is(change, reason):
 
 
 def test_layers_beside_others():
-    """Beside one without features, one of torchao's, and one whose weight is in the same memory."""
+    """A layer without features, torchao's tensors, and weights that are parts of one tensor."""
     sizes = (128, 96), (96, 0), (0, 128), (128, 96)
     linears = [nn.Linear(*each) for each in sizes]
     memory = torch.cat([linears[0].weight.detach(), linears[3].weight.detach()])
