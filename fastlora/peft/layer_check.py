@@ -175,7 +175,7 @@ class Judge:
         classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
         # In PEFT's run fastlora's own 8-bit product would hide the faults of that product.
         int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
-        twins = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
+        twins: Any = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
         with call.surroundings(x):
             with changed_classes(twins):
                 peft = call.run(unit, tensors, dy)

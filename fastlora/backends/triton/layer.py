@@ -143,7 +143,7 @@ def _backward(
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
-    others: list[tuple[Tensor, Any]] = []
+    by_torch: list[tuple[Tensor, Any]] = []
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
@@ -155,7 +155,7 @@ def _backward(
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
         if not is_rotated_int8(output.base.weight):
-            others.append((dy, output.base.weight))
+            by_torch.append((dy, output.base.weight))
         elif needs_x:  # the launch that rounds dy also makes every dh
             codes, scale = packed_of(output)
             rounded = rounded_like(dy, scale)
@@ -180,7 +180,7 @@ def _backward(
     trained = [term for term in terms if term.d_lora_a is not None]
     dx, is_filled = None, False
     if all_rounded:
-        dx = _dx_of_int8(x, all_rounded, others, terms, common)
+        dx = _dx_of_int8(x, all_rounded, by_torch, terms, common)
     elif needs_x:
         dx, is_filled = _dx(x, dys, outputs, terms, common)
     if trained and not is_filled:
@@ -332,7 +332,7 @@ def _dx(
 def _dx_of_int8(
     x: Tensor,
     all_rounded: "Sequence[tuple[kernels.Rounded, Tensor]]",
-    others: Sequence[tuple[Tensor, Any]],
+    by_torch: Sequence[tuple[Tensor, Any]],
     terms: Sequence[_Term],
     common: Common,
 ) -> Tensor:
@@ -350,7 +350,7 @@ def _dx_of_int8(
     options = common._replace(seeds=seeds)._asdict()
     dx = empty_like(x)
     kernels.gemm_lowrank(dx, ps, qs, u, v, scales=kernels.Scales(rows), **options)
-    for dy, weight in others:
+    for dy, weight in by_torch:
         torch.addmm(dx, dy, read_by(weight, x), out=dx)
     return dx
 
