@@ -12,7 +12,7 @@ same x share xq, and their parts of dx are summed before the rotation.
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,33 +31,29 @@ _MOST_ROWS = 4096
 _EXACT = 1024
 
 
-class Rounded(NamedTuple):
-    """Rows of x [M, K], rotated, in 8 bits: ``codes`` int8 [M, K], ``scale`` float32 [M]."""
-
-    codes: Tensor
-    scale: Tensor
-
-
 def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
     """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
     return is_rotated_int8(weight) and x.dtype != torch.float64
 
 
-def rounded(x: Tensor) -> Rounded:
-    """x in 8 bits, valid until the next one is made."""
-    return Rounded(*quantize_rows(x, rotated=True, codes=matrix_like("codes", x, torch.int8)))
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes and the scale of x, rotated and in 8 bits; valid until the next ones are made."""
+    return quantize_rows(x, rotated=True, codes=matrix_like("codes", x, torch.int8))
 
 
 def linear_in_8_bits(
-    x: Rounded, base: Base[Any], dtype: torch.dtype, into: Tensor | None = None
+    x: tuple[Tensor, Tensor], base: Base[Any], dtype: torch.dtype, into: Tensor | None = None
 ) -> Tensor:
-    """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one."""
-    (codes, scale), bias = base.weight.tensors, base.bias
-    y = x.scale.new_empty(len(x.scale), len(codes), dtype=dtype) if into is None else into
+    """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one.
+
+    x as :func:`rounded` returns it.
+    """
+    (xq, x_scale), (codes, scale), bias = x, base.weight.tensors, base.bias
+    y = x_scale.new_empty(len(xq), len(codes), dtype=dtype) if into is None else into
     for rows in slices(len(y), _MOST_ROWS):
         for columns in slices(len(codes), _SUMS // (rows.stop - rows.start)):
             place, matrix = y[rows, columns], codes[columns].t()
-            for some, made in _scaled("y", x.codes[rows], x.scale[rows], matrix, place):
+            for some, made in _scaled("y", xq[rows], x_scale[rows], matrix, place):
                 made.mul_(scale[columns])
                 place[some] = made if bias is None else made.add_(bias[columns])
     return y
@@ -102,9 +98,11 @@ def _scaled(
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
     out = matrix_like(use, like, torch.int32)
-    if left.is_cpu and _sums_are_exact():
+    # torch's own gives wrong sums if ``right`` is a transposed column, because torch misreads its
+    # strides (torch 2.13).  On a GPU it refuses few rows, odd sizes and rows that lie apart.
+    if left.is_cpu and len(right) > 1 and _sums_are_exact():
         return torch._int_mm(left, right, out=out)
-    out.zero_()  # torch's own refuses few rows, odd sizes and rows that lie apart on a GPU
+    out.zero_()
     for part in slices(len(right), _EXACT):
         out += torch.mm(left[:, part].float(), right[part].float()).int()
     return out

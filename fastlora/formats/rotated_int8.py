@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time, slices
 from ..foreign import is_class
-from .arithmetic import place_for
 from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked
 
@@ -55,9 +54,7 @@ class RotatedInt8(Format):
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
-        wide = place_for(out, torch.float32)
-        rotate(wide.copy_(codes).mul_(scale[:, None]), wide)
-        return out if wide is out else out.copy_(wide)
+        return out.copy_(rotate(codes.float().mul_(scale[:, None])))
 
 
 def is_rotated_int8(weight: Tensor | Quantized) -> bool:
@@ -74,8 +71,8 @@ def hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix / BLOCK**0.5
 
 
-def rotate(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [M, K] with each block of 64 columns multiplied by :func:`hadamard`; ``out`` may be x.
+def rotate(x: Tensor) -> Tensor:
+    """x [M, K] with each block of 64 columns multiplied by :func:`hadamard`.
 
     The last K % 64 columns are copied.  Computed in x's dtype; 16-bit sums are made in float32 and
     rounded once.  A second rotation gives x back within rounding.
@@ -83,13 +80,7 @@ def rotate(x: Tensor, out: Tensor | None = None) -> Tensor:
     whole = x.shape[1] // BLOCK * BLOCK
     blocks = x[:, :whole].reshape(-1, BLOCK)
     rotated = torch.mm(blocks, hadamard(x.dtype, x.device)).view(len(x), whole)
-    if out is None and whole == x.shape[1]:
-        return rotated
-    out = torch.empty_like(x) if out is None else out
-    out[:, :whole] = rotated
-    if out is not x:
-        out[:, whole:] = x[:, whole:]
-    return out
+    return rotated if whole == x.shape[1] else torch.cat([rotated, x[:, whole:]], 1)
 
 
 def quantize_rows(

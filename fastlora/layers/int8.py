@@ -1,11 +1,13 @@
 """Int8Linear: a frozen linear layer whose weight has the format ``RotatedInt8``."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats.format import Quantized
+from ..formats.format import Quantized, name_of
+from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import read
 from ..ops.functional import lora_linears
 from ..projection import Base, Output
@@ -15,7 +17,8 @@ class Int8Linear(nn.Module):
     """x weightᵀ + bias, like ``nn.Linear``, in 8 bits.  x may have any floating dtype.
 
     ``codes`` [N, K] and ``scale`` [4 N] hold the bits of the format's tensors as uint8, so that
-    casts of the model don't change them.  ``weight`` is None: code that reads it must fail.
+    casts of the model change only the dtype in the format, which a dense weight gets (merges,
+    ``restore``).  ``weight`` is None: code that reads it must fail.
     """
 
     def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:
@@ -31,6 +34,12 @@ class Int8Linear(nn.Module):
         for name, tensor in zip(weight.format.names, weight.tensors, strict=True):
             self.register_buffer(name, tensor.detach().view(torch.uint8))
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self.format.dtype, device="cpu")).dtype
+        self.format = replace(self.format, compute=name_of(dtype))
+        return self
+
     def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
         packed: Any = read(self)
         return lora_linears(input, (Output(Base(packed.weight, self.bias)),))[0]
@@ -38,6 +47,15 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+def int8_linear(linear: Any) -> Int8Linear:
+    """An ``Int8Linear`` with the rounded weight of an ``nn.Linear``, and its bias.
+
+    Raises the errors of :func:`pack_weight`.
+    """
+    weight = pack_weight(linear.weight.detach(), "int8")
+    return Int8Linear(weight, linear.bias).train(linear.training)
 
 
 def dense_linear(layer: Any) -> nn.Linear:

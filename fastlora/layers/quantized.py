@@ -79,7 +79,7 @@ class LoRAQuantized(LoRALayer):
         weight: Any = packed.weight
         beside = [t.dtype for t in (getattr(self, self.weight_name), self.bias) if t is not None]
         said = (around, packed.compute_dtype, *beside)
-        dtype = next((dtype for dtype in said if dtype in DTYPES), torch.float32)
+        dtype = next((dtype for dtype in said if dtype in DTYPES), weight.dtype)
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         return add_product(weight, *self._factors(), self.scaling, merged)
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from ..foreign import optional
 from ..formats import quantized_weight, vendor_of
 from ..formats.format import Quantized, name_of
-from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import RotatedInt8
 from ..layers.classes import twin
 from ..layers.frozen import matrix_of
-from ..layers.int8 import Int8Linear
+from ..layers.int8 import Int8Linear, int8_linear
 from ..layers.members import is_hooked
 from ..layers.modules import called, some
 from .declare import other_vendor
@@ -40,7 +39,7 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
         raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
     if kind == "int8":
         try:
-            return Int8Linear(pack_weight(linear.weight.detach(), kind)).train(linear.training)
+            return int8_linear(linear)
         except ValueError as error:
             raise ValueError(f"{name} can't be packed as {kind}: {error}") from None
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent

@@ -241,9 +241,9 @@ def check(
             if dense := dense_bases(peft_layers(inner)):
                 exact = alone = _exact_run(model, batch, dense)
         dtype = coarsest_dtype(inner, judge.dtypes)
-    if dense and not dense_bases(peft_layers(inner)):
+    if dense and base is not None:
         with shared_masks(inner), _filled(model):  # the model has its original weights again
-            exact = _exact_run(model, batch, {})
+            exact = _exact_run(model, batch, dense_bases(peft_layers(inner)))
     if tolerance is None:
         # The largest number in a layer's name is the number of the last block.
         parts = [part for layer in report.layers for part in layer.name.split(".")]

@@ -5,19 +5,17 @@ imports nothing of PEFT.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..formats.packing import pack_weight
 from ..layers.classes import Fast
-from ..layers.int8 import Int8Linear, dense_linear
+from ..layers.int8 import Int8Linear, dense_linear, int8_linear
 from ..layers.members import is_hooked, plain_class_of, why_not_tensor
-from ..layers.modules import is_sharded, some
+from ..layers.modules import is_sharded, owners_of, some
 from ..projection import HALF_DTYPES
 from ..settings import is_number
 from ..text import shown
@@ -47,11 +45,7 @@ def int8_bases(
     features stay dense.
     """
     found = [layer for _, layer, why in _dense_layers(model, layers, fast, least) if not why]
-    weights = {layer: pack_weight(layer.base_layer.weight.detach(), "int8") for layer in found}
-    return {
-        layer: Int8Linear(weight, layer.base_layer.bias).train(layer.base_layer.training)
-        for layer, weight in weights.items()
-    }
+    return {layer: int8_linear(layer.base_layer) for layer in found}
 
 
 def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]:
@@ -78,21 +72,16 @@ def _dense_layers(
     model: nn.Module, layers: Layers, fast: Container[Any], least: int
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield each layer that isn't in 8 bits, its name first, and why it can't be; "" if it can."""
-    owners = Counter(_memory_of(p) for m in model.modules() for p in m.parameters(recurse=False))
+    owners = owners_of(model)
     for name, layer in layers:
         base = layer.base_layer
         if not isinstance(base, Int8Linear):
             reason = "PEFT's forward runs"
             if layer in fast or isinstance(layer, Fast):
                 reason = _why_dense(layer, base, least)
-            if not reason and owners[_memory_of(base.weight)] > 1:
+            if not reason and owners[id(base.weight)] > 1:
                 reason = "its weight is tied to another module's"
             yield name, layer, reason
-
-
-def _memory_of(parameter: Tensor) -> int:
-    # A meta tensor, which has no memory, counts for itself.
-    return id(parameter) if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
 def _why_dense(layer: Any, base: Any, least: int) -> str:
@@ -109,8 +98,8 @@ def _why_dense(layer: Any, base: Any, least: int) -> str:
         return "its weight is on meta or sharded: optimize before that"
     if weight.requires_grad:
         return "its weight trains"
-    if min(weight.shape) < least:
-        return f"fewer than {least} input or output features (int8_from)"
+    if min(weight.shape) < max(1, least):
+        return f"fewer than {max(1, least)} input or output features (int8_from)"
     finite = bool(torch.linalg.vector_norm(weight.detach(), torch.inf).isfinite())
     return "" if finite else "its weight has infinities or NaN"
 
@@ -170,4 +159,4 @@ def dense_base(layer: Any) -> Iterator[None]:
         yield
     finally:
         if not layer.merged and _KEPT in layer.__dict__:
-            layer.base_layer = layer.__dict__.pop(_KEPT).to(layer.base_layer.weight.device)
+            layer.base_layer = layer.__dict__.pop(_KEPT).to(layer.base_layer.weight)

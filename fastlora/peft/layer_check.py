@@ -32,6 +32,7 @@ from ..layers.int8 import Int8Linear
 from ..layers.members import plain_class_of
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
+from ..ops.dispatch import autocast_dtype
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
@@ -172,8 +173,12 @@ class Judge:
         if dy is not None and dy.any():
             dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
+        # In PEFT's run fastlora's own 8-bit product would hide the faults of that product.
+        int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
+        twins: Any = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
         with call.surroundings(x):
-            peft = call.run(unit, tensors, dy)
+            with changed_classes(twins):
+                peft = call.run(unit, tensors, dy)
             with changed_classes(classes):
                 fast = call.run(unit, tensors, dy)
         exact_unit = _wide_twin(unit, wide, call.autocast or x.dtype, {})
@@ -323,11 +328,12 @@ def _wide_twin(
 class _Int8Twin(Int8Linear):
     """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype."""
 
-    inside: torch.dtype  # the call's dtype.  x is rotated in it
+    inside: torch.dtype | None = None  # the call's dtype, if x has a wider one.  x is rotated in it
 
     def forward(self, x: Tensor) -> Tensor:
         packed: Any = matrix_of(self, Int8Linear)
-        y = _Int8Product.apply(x, *packed.tensors, self.inside)
+        x = x.to(autocast_dtype(x) or x.dtype)
+        y = _Int8Product.apply(x, *packed.tensors, self.inside or x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -337,15 +343,17 @@ class _Int8Product(torch.autograd.Function):
         ctx.save_for_backward(codes, scale)
         ctx.inside, rows = inside, x.reshape(-1, x.shape[-1]).to(inside)
         xq, of_x = quantize_rows(rotate(rows))
-        weight = codes.to(x.dtype) * scale[:, None]
-        return ((xq.to(x.dtype) * of_x[:, None]) @ weight.T).view(*x.shape[:-1], -1)
+        weight, wide = codes * scale[:, None], torch.promote_types(x.dtype, torch.float32)
+        y = (xq.to(wide) * of_x[:, None]) @ weight.T.to(wide)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = ctx.saved_tensors
         dq, of_dy = quantize_rows(dy.reshape(-1, dy.shape[-1]).to(ctx.inside), scale)
-        dx = rotate((dq.to(dy.dtype) * of_dy[:, None]) @ codes.to(dy.dtype))
-        return dx.view(*dy.shape[:-1], -1), None, None, None
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dx = rotate((dq.to(wide) * of_dy[:, None]) @ codes.to(wide))
+        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None, None, None
 
 
 def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,20 +2,23 @@
 
 from itertools import product
 
+import call_kinds
 import int8
 import pytest
 import torch
 from int8 import exact, random_weight
-from judge import make_projection
 
 import fastlora
 from fastlora.backends import int8 as backend
 from fastlora.backends import products
+from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
-from fastlora.formats.rotated_int8 import rotate
-from fastlora.projection import Adapter, Base, Output
+from fastlora.formats.rotated_int8 import RotatedInt8, rotate
+from fastlora.ops.dora import dora_linear, dora_norm
+from fastlora.projection import Base, Output
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +36,15 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(backend, "LONGEST_SUM", 48)
 
 
-def step(x, output: Output, dy, p: float = 0.0) -> tuple[torch.Tensor, ...]:
-    """y and the gradients of x and of each adapter."""
+def linear(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return fastlora.lora_linears(x, [Output(Base(weight, bias))])[0]
+
+
+def step(x, weight: Quantized, dy, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and dx."""
     x = x.detach().requires_grad_()
-    y = fastlora.lora_linears(x, [output], dropout=p)[0]
-    leaves = [x, *[t for a in output.adapters for t in a[:2]]]
-    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+    y = linear(x, weight, bias)
+    return y.detach(), *torch.autograd.grad(y, x, dy)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -48,16 +54,17 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=eps, atol=eps * largest)
 
 
-SHAPES = [*product([1, 2, 7, 16, 17, 33], [64, 100, 192], [1, 48, 65]), (70, 63, 9), (40, 1, 1)]
+SHAPES = [*product([1, 2, 7, 16, 17, 33], [64, 100, 192], [1, 48, 65]), (70, 63, 9)]
+SHAPES += [(40, 1, 1), (7, 1, 33), (33, 65, 2)]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@dtypes
 def test_every_sum_is_exact(dtype):
     torch.manual_seed(0)
     for m, k, n in SHAPES:
         x, dy, weight = exact(m, k, dtype=dtype), exact(m, n, dtype=dtype), random_weight(n, k)
         bias = torch.randn(n)
-        y, dx = step(x, Output(Base(weight, bias)), dy)
+        y, dx = step(x, weight, dy, bias)
         assert torch.equal(y, int8.linear(x, weight, bias).to(dtype)), (m, k, n)
         assert_near(dx, rotate(int8.before_rotation(dy, weight).to(dtype)))
 
@@ -69,29 +76,21 @@ def test_blocks_change_no_sum(threads):
     torch.set_num_threads(threads)
     try:
         x, dy, weight = exact(70, 130), exact(70, 90), random_weight(90, 130)
-        y, dx = step(x, Output(Base(weight)), dy)
+        y, dx = step(x, weight, dy)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, int8.linear(x, weight), rtol=1e-6, atol=1e-6)
     assert_near(dx, rotate(int8.before_rotation(dy, weight)))
 
 
-def test_the_largest_sums_don_t_overflow():
+@pytest.mark.parametrize(("n", "k"), [(3, 140_000), (140_000, 3)])
+def test_the_largest_sums_don_t_overflow(n, k):
     """Contractions of 140,000 in both directions: a head's vocabulary, for example."""
-    k = n = 140_000
-    for rows, columns in ((3, k), (n, 3)):
-        codes = torch.full((rows, columns), 127, dtype=torch.int8)
-        weight = random_weight(rows, columns)
-        weight = weight._replace(tensors=(codes, torch.ones(rows)))
-        # K isn't rotated where a block holds one 1: the last columns, or less than 64.
-        x = torch.zeros(17, columns)
-        x[:, columns // 64 * 64 :] = 1.0
-        x[:, : columns // 64 * 64 : 64] = 8.0
-        y, dx = step(x, Output(Base(weight)), torch.ones(17, rows))
-        whole = columns // 64 * 64 + columns % 64
-        assert torch.allclose(y, torch.full_like(y, 127.0 * whole))
-        columns_of_dx = dx if columns < 64 else dx[:, columns // 64 * 64 :]
-        assert torch.allclose(columns_of_dx, torch.full_like(columns_of_dx, 127.0 * rows))
+    codes = torch.full((n, k), 127, dtype=torch.int8)
+    weight = Quantized(RotatedInt8(n, k, "float32"), (codes, torch.ones(n)))
+    y, dx = step(rotate(torch.ones(17, k)), weight, torch.ones(17, n))
+    torch.testing.assert_close(y, torch.full_like(y, 127.0 * k))
+    torch.testing.assert_close(dx, rotate(torch.full_like(dx, 127.0 * n)))
 
 
 class OnAnotherDevice(torch.Tensor):
@@ -111,19 +110,12 @@ def test_a_product_on_other_devices_is_exact():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_isn_t_finite_stays_alone(value):
     x, weight, dy = exact(20, 128), random_weight(48, 128), exact(20, 48)
-    output = Output(Base(weight))
-    expected = step(x, output, dy)
+    expected = step(x, weight, dy)
     x[3, 5], dy[7, 2] = value, value
-    for found, truth, row in zip(step(x, output, dy), expected, (3, 7), strict=True):
+    for found, truth, row in zip(step(x, weight, dy), expected, (3, 7), strict=True):
         assert not found[row].isfinite().any()
         others = [i for i in range(20) if i != row]
         assert torch.equal(found[others], truth[others])
-
-
-@pytest.fixture(params=[True, False], ids=["wide", "native"])
-def wide(request, monkeypatch):
-    """Both paths for 16-bit products on a CPU, independent of this CPU."""
-    monkeypatch.setattr(products, "FORCED", request.param)
 
 
 def relative(found, truth) -> float:
@@ -131,28 +123,29 @@ def relative(found, truth) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-@pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@dtypes
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "native"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_a_call_is_near_that_of_the_dense_weight(dtype, p):
+@pytest.mark.parametrize("name", ["layer", "group", "experts", "bank", "adapters"])
+def test_calls_are_near_those_of_the_dense_weight(monkeypatch, name, p, wide, dtype):
+    """The gradients of adapters and biases are exact: x and dy aren't rounded for them."""
+    monkeypatch.setattr(products, "FORCED", wide)  # both paths for 16 bits, whatever this CPU has
+    monkeypatch.setattr(call_kinds, "K", 192)
     torch.manual_seed(0)
-    k, n = 192, 96
-    one = make_projection(n, k, 4, dtype, F32, bias=True)
-    bias = one.bias.detach().float()
-    packed = pack_weight(one.weight, "int8")
-    twice = (2 * one.lora_a).detach().requires_grad_()
-    adapters = Adapter(one.lora_a, one.lora_b, 0.5), Adapter(twice, one.lora_b, 0.25)
-    x, dy = torch.randn(3, 40, k).to(dtype), torch.randn(3, 40, n).to(dtype)
-    found, expected = [], []
-    for into, weight in ((found, packed), (expected, packed.dense(dtype))):
+    kind, found = call_kinds.made(name, dtype, F32), []
+    weights = {n: t for n, t in kind.tensors.items() if n.startswith("weight")}
+    packed = {n: pack_weight(t, "int8") for n, t in weights.items()}
+    leaves = {n: t for n, t in kind.tensors.items() if n not in packed}
+    for each in (packed, {n: weight.dense(dtype) for n, weight in packed.items()}):
         torch.manual_seed(1)
-        into += step(x, Output(Base(weight, bias), adapters), dy, p)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert one.shape == other.shape
-        assert relative(one, other) < 0.02
-    for one, other in zip(found[2:], expected[2:], strict=True):  # x and dy aren't rounded for them
-        assert relative(one, other) < (1e-6 if dtype == F32 else 1e-2)
+        y = kind.call(*(kind.tensors | each).values(), dropout=p)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        gradients = torch.autograd.grad(y, leaves.values(), dy)
+        found.append({"y": y} | dict(zip(leaves, gradients, strict=True)))
+    for n, one, other in zip(found[0], *(each.values() for each in found), strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        is_exact, rounding = n not in ("y", "x"), 1e-6 if dtype == F32 else 1e-2
+        assert relative(one, other) < (rounding if is_exact else 0.03), n
 
 
 def test_x_is_rounded_once_for_all_outputs(monkeypatch):
@@ -164,83 +157,40 @@ def test_x_is_rounded_once_for_all_outputs(monkeypatch):
 
     monkeypatch.setattr(backend, "quantize_rows", noted)
     x, sizes = torch.randn(40, 128, requires_grad=True), (64, 32, 96)
-    outputs = [Output(Base(random_weight(n, 128))) for n in sizes]
-    ys = fastlora.lora_linears(x, outputs)
+    weights = [random_weight(n, 128) for n in sizes]
+    ys = fastlora.lora_linears(x, [Output(Base(weight)) for weight in weights])
     assert rows == [128]
     (dx,) = torch.autograd.grad(sum(y.sum() for y in ys), x)
     assert rows == [128, *sizes]
-    apart = [step(x, output, torch.ones(40, n)) for output, n in zip(outputs, sizes, strict=True)]
+    apart = [step(x, weight, torch.ones(40, len(weight.tensors[1]))) for weight in weights]
     assert all(torch.equal(y, part[0]) for y, part in zip(ys, apart, strict=True))
     torch.testing.assert_close(dx, sum(part[1] for part in apart), rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_of_x():
-    weight = random_weight(48, 128)
-    run = lambda x: fastlora.lora_linears(x, [Output(Base(weight))])[0]  # noqa: E731
-    x = exact(20, 128)
-    y = run(x)
-    assert torch.equal(run(x[3]), y[3])
-    assert run(x[:0]).shape == (0, 48)
-    assert torch.equal(run(x.view(2, 2, 5, 128)), y.view(2, 2, 5, 48))
-    assert torch.equal(run(x.T.contiguous().T), y)
-    assert torch.equal(run(x.repeat(1, 2)[:, :128]), y)
-    assert torch.equal(run(x[::2]), y[::2])
-    assert torch.equal(run(x[:1].expand(5, 128)), y[:1].expand(5, 48))
+    weight, x = random_weight(48, 128), exact(20, 128)
+    y = linear(x, weight)
+    assert torch.equal(linear(x[3], weight), y[3])
+    assert linear(x[:0], weight).shape == (0, 48)
+    assert torch.equal(linear(x.view(2, 2, 5, 128), weight), y.view(2, 2, 5, 48))
+    assert torch.equal(linear(x.T.contiguous().T, weight), y)
+    assert torch.equal(linear(x.repeat(1, 2)[:, :128], weight), y)
+    assert torch.equal(linear(x[::2], weight), y[::2])
+    assert torch.equal(linear(x[:1].expand(5, 128), weight), y[:1].expand(5, 48))
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(linear(x, weight), linear(x.bfloat16(), weight))
 
 
 def test_float64_transforms_and_second_gradients_use_the_dense_weight():
-    weight = random_weight(48, 128)
+    weight, x = random_weight(48, 128), torch.randn(20, 128, dtype=torch.float64)
     dense = weight.dense(torch.float64)
-    x = torch.randn(20, 128, dtype=torch.float64, requires_grad=True)
-    output = Output(Base(weight))
-    y = fastlora.lora_linears(x, [output])[0]
+    y, dx = step(x, weight, torch.ones(20, 48, dtype=torch.float64))
     torch.testing.assert_close(y, x @ dense.T)
-    (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, dense.sum(0).expand(20, 128))
-    small = x.detach().float()
-    mapped = torch.func.vmap(lambda row: fastlora.lora_linears(row, [output])[0])(small)
+    small, run = x.float(), lambda row: linear(row, weight)
+    mapped, jacobian = torch.func.vmap(run)(small), torch.func.jacrev(run)(small[0])
     torch.testing.assert_close(mapped, small @ dense.float().T, rtol=1e-4, atol=1e-4)
-    jacobian = torch.func.jacrev(lambda row: fastlora.lora_linears(row, [output])[0])(small[0])
     torch.testing.assert_close(jacobian, dense.float(), rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_and_under_autocast():
-    weight, x = random_weight(64, 128), exact(20, 128)
-
-    def run(x):
-        return fastlora.lora_linears(x, [Output(Base(weight))])[0]
-
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(run, backend="aot_eager")(x), run(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = run(x)
-    assert y.dtype == BF16
-    assert torch.equal(y, run(x.bfloat16()))
-
-
-def test_many_adapters_share_a_base_in_8_bits():
-    weight, x = pack_weight(torch.randn(48, 128), "int8"), torch.randn(6, 128)
-    lora_a, lora_b = torch.randn(2, 4, 128), torch.randn(2, 48, 4)
-    indices = torch.tensor([0, 1, -1, 1, 0, 0])
-    how = {"scales": [0.5, 0.25]}
-    found = fastlora.multi_lora_linear(x, weight, lora_a, lora_b, indices, **how)
-    dense = weight.dense(F32)
-    expected = fastlora.multi_lora_linear(x, dense, lora_a, lora_b, indices, **how)
-    assert relative(found, expected) < 0.02
-
-
-def test_experts_in_8_bits():
-    stack = torch.randn(3, 48, 128)
-    weight, x = pack_weight(stack, "int8"), torch.randn(20, 128, requires_grad=True)
-    lora_a, lora_b = torch.randn(3, 4, 128), torch.randn(3, 48, 4)
-    ends = torch.tensor([7, 7, 20], dtype=torch.int32)
-    ys = [
-        fastlora.grouped_lora_linear(x, each, lora_a, lora_b, ends)
-        for each in (weight, weight.dense(F32))
-    ]
-    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in ys]
-    assert relative(*ys) < 0.02
-    assert relative(*gradients) < 0.03
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -248,27 +198,21 @@ def test_the_loss_of_a_head_in_8_bits(p):
     torch.manual_seed(0)
     weight, x = pack_weight(torch.randn(300, 128) / 10, "int8"), torch.randn(50, 128)
     lora_a, lora_b = torch.randn(4, 128), torch.randn(300, 4) / 10
-    target = torch.randint(0, 300, (50,))
-    found = []
+    target, found = torch.randint(0, 300, (50,)), []
     for each in (weight, weight.dense(F32)):
         torch.manual_seed(1)
-        leaves = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
-        loss = fastlora.linear_cross_entropy(
-            leaves[0], each, target, lora_a=leaves[1], lora_b=leaves[2], dropout=p
-        )
+        x, a, b = leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
+        loss = fastlora.linear_cross_entropy(x, each, target, lora_a=a, lora_b=b, dropout=p)
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     assert all(relative(one, other) < 0.03 for one, other in zip(*found, strict=True))
 
 
 def test_dora_over_a_base_in_8_bits():
-    from fastlora.ops.dora import dora_linear, dora_norm
-
     weight, x = pack_weight(torch.randn(48, 128), "int8"), torch.randn(20, 128)
     lora_a, lora_b = torch.randn(4, 128) / 10, torch.randn(48, 4) / 10
-    magnitude = torch.rand(48) + 1
-    ys = [
-        dora_linear(x, each, lora_a, lora_b, magnitude, bias=None, scale=0.5,
-                    drop=None, norm=dora_norm(each, lora_a, lora_b, 0.5))
-        for each in (weight, weight.dense(F32))
-    ]  # fmt: skip
+    how, magnitude = {"bias": None, "scale": 0.5, "drop": None}, torch.rand(48) + 1
+    ys = []
+    for each in (weight, weight.dense(F32)):
+        norm = dora_norm(each, lora_a, lora_b, 0.5)
+        ys.append(dora_linear(x, each, lora_a, lora_b, magnitude, norm=norm, **how))
     assert relative(*ys) < 0.02

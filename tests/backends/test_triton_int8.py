@@ -1,11 +1,12 @@
 """Layers with 8-bit products on the Triton backend: the oracle's numbers, and uncovered calls."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import int8
-import int8_products
 import pytest
 import torch
+from int8_products import lora_linears, over
 from judge import check, make_projection
 from kernel_cases import BF16, F16, F32, recorded
 from marks import DEVICE, pairwise
@@ -15,6 +16,7 @@ import fastlora
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.triton import cover
 from fastlora.formats.format import Quantized
+from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
 from fastlora.kernels import replay, target_of, use_target
 from fastlora.ops.run import draw_seed
@@ -45,14 +47,12 @@ def group(k: int, outs: list[tuple], dtypes: tuple = (BF16, F32)) -> list[Output
     return outputs
 
 
-def check_group(
-    x: Tensor, outputs: list[Output], p: float = 0.0, trains: str = "xab"
-) -> dict[str, Tensor]:
+def check_group(x: Tensor, outputs: list[Output], p: float = 0.0) -> dict[str, Tensor]:
     """Every output and gradient of the Triton backend, with exact integer sums as the truth."""
-    dense = [
-        o._replace(base=Base(o.base.weight.dense(x.dtype), o.base.bias)) if is_int8(o) else o
-        for o in outputs
-    ]
+    weights = [output.base.weight for output in outputs]
+    is_packed = [isinstance(weight, Quantized) for weight in weights]
+    pairs = zip(weights, is_packed, strict=True)
+    dense = over([w.dense(x.dtype) if packed else w for w, packed in pairs], outputs)
     layouts = layouts_of(dense)
     leaves = {"x": x} | {str(i): each for i, each in enumerate(flatten(dense, layouts))}
     masks = None
@@ -63,22 +63,16 @@ def check_group(
 
     def textbook(t: dict) -> tuple:
         x, *flat = t.values()
-        pairs = zip(unflatten(flat, layouts), outputs, strict=True)
-        its = [
-            own._replace(base=own.base._replace(weight=o.base.weight)) if is_int8(o) else own
-            for own, o in pairs
-        ]
-        return int8_products.lora_linears(x, its, dropout=p, masks=masks)
+        own = unflatten(flat, layouts)
+        each = zip(weights, is_packed, own, strict=True)
+        its = over([weight if packed else o.base.weight for weight, packed, o in each], own)
+        return lora_linears(x, its, dropout=p, masks=masks)
 
     def run() -> tuple:
         torch.manual_seed(5)
         return fastlora.lora_linears(x, outputs, dropout=p, backend="triton")
 
     return check(run, textbook, leaves)
-
-
-def is_int8(output: Output) -> bool:
-    return isinstance(output.base.weight, Quantized)
 
 
 def exact(m: int, k: int, dtype: torch.dtype = BF16, trains: bool = True) -> Tensor:
@@ -119,12 +113,8 @@ def test_a_layer_takes_one_launch_to_round_x_and_one_to_round_dy():
         check_group(x, outputs)
     rounding = [each for each in records if each.arguments.get("codes") is not None]
     assert len(rounding) == 1 + len(outputs)
-    assert {each.name for each in records} <= {
-        "project",
-        "gemm_lowrank",
-        "weight_grad",
-        "sum_planes",
-    }
+    names = {"project", "gemm_lowrank", "weight_grad", "sum_planes"}
+    assert {each.name for each in records} <= names
 
 
 @pytest.mark.parametrize("trains", ["x", "ab", "a", "b"])
@@ -146,53 +136,50 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(value):
     assert torch.equal(y[~bad], right[~bad])
 
 
-def stack_of_two() -> Quantized:
-    one, two = (pack_rotated(torch.randn(16, 64)) for _ in range(2))
-    tensors = [torch.stack(pair) for pair in zip(one.tensors, two.tensors, strict=True)]
-    return Quantized(one.format, tuple(tensors))
-
-
 def test_calls_that_no_kernel_covers_give_a_reason():
     device, weight = torch.device("cpu"), pack_rotated(torch.randn(16, 64))
     why = lambda weight: cover.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731
     assert why(weight) == ""
-    assert "experts" in why(stack_of_two())
     long = Quantized(RotatedInt8(1, LONGEST_SUM + 1, "float32"), weight.tensors)
     assert "133000 products" in why(long)
     with use_target(replace(target_of(device), arch=103)):
         assert "int8" in why(weight)
 
 
-def test_an_uncovered_call_runs_on_torch_with_a_warning(monkeypatch):
+def linear(x: Tensor) -> Callable:
+    """A call with 8-bit products."""
+    outputs = group(64, GROUPS["one"])
+    return lambda backend: fastlora.lora_linears(x, outputs, backend=backend)[0]
+
+
+def experts(x: Tensor) -> Callable:
+    """A call of experts with 8-bit weights."""
+    weight = pack_weight(torch.randn(2, 16, 64), "int8")
+    tensors = weight, torch.randn(2, 3, 64), torch.randn(2, 16, 3)
+    ends = torch.tensor([9, 20], dtype=torch.int32)
+    return lambda backend: fastlora.grouped_lora_linear(x, *tensors, ends, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(linear, "no int8"), (experts, "the Triton kernels have no 8-bit products of experts")],
+)
+def test_an_uncovered_call_runs_on_torch_with_a_warning(monkeypatch, make, reason):
     """As torch computes it, bit for bit."""
     monkeypatch.setattr(cover, "_said", set())
-    x, outputs, found = exact(37, 75), group(75, GROUPS["one"]), []
+    x = exact(20, 64, trains=False)
+    call = make(x)
     replay.calls.clear()
-    with use_target(replace(target_of(x.device), arch=103)), pytest.warns(match="no int8"):
-        found.append(fastlora.lora_linears(x, outputs, backend="triton")[0])
-    found.append(fastlora.lora_linears(x, outputs, backend="torch")[0])
-    assert torch.equal(*found)
-
-
-def test_experts_run_on_torch_with_a_warning(monkeypatch):
-    monkeypatch.setattr(cover, "_said", set())
-    x, stack, found = exact(20, 64, trains=False), stack_of_two(), []
-    lora_a, lora_b = torch.randn(2, 3, 64), torch.randn(2, 16, 3)
-    ends, tensors = torch.tensor([9, 20], dtype=torch.int32), (stack, lora_a, lora_b)
-    with pytest.warns(match="no 8-bit products of experts"):
-        found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="triton"))
-    found.append(fastlora.grouped_lora_linear(x, *tensors, ends, backend="torch"))
-    assert torch.equal(*found)
+    with use_target(replace(target_of(x.device), arch=103)), pytest.warns(match=reason):
+        found = call("triton")
+    assert torch.equal(found, call("torch"))
 
 
 def test_many_adapters_share_a_base_of_8_bits():
     """The base product is a frozen layer's."""
-    weight, pairs = (
-        pack_rotated(torch.randn(48, 72)),
-        [(torch.randn(3, 72), torch.randn(48, 3))] * 2,
-    )
+    weight, pair = pack_rotated(torch.randn(48, 72)), (torch.randn(3, 72), torch.randn(48, 3))
     x, indices = exact(20, 72, F32), torch.arange(20) % 3 - 1
-    lists, found = [list(each) for each in zip(*pairs, strict=True)], []
+    lists, found = [[each] * 2 for each in pair], []
     for backend in ("triton", "torch"):
         with fastlora.use_backend(backend), recorded() as records:
             y = fastlora.multi_lora_linear(x, weight, *lists, indices, scales=[0.5, 2.0])
@@ -200,6 +187,5 @@ def test_many_adapters_share_a_base_of_8_bits():
         names = {each.name for each in records if each.arguments.get("codes") is not None}
         assert names == ({"project"} if backend == "triton" else set())
     for ours, its in zip(*found, strict=True):
-        torch.testing.assert_close(
-            ours, its, rtol=1e-4, atol=1e-4 * float(its.detach().abs().max())
-        )
+        largest = float(its.detach().abs().max())
+        torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4 * largest)

@@ -58,77 +58,84 @@ def test_steps_that_cut_a_rotated_block_are_refused():
         check_rounding(random(35, 64), config=ProjectConfig(16, 32, 4, 2))
 
 
+def by_format(x, factors=None):
+    return quantize_rows(x, factors, rotated=factors is None)
+
+
+def by_kernel(x, factors=None):
+    rounded = Rounded(random_codes(*x.shape), poisoned(len(x)), factors)
+    project(x, [], [], precision="ieee", rounded=rounded)
+    return rounded.codes, rounded.scales
+
+
 @pytest.mark.parametrize("k", [5, 64, 200])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_exact_rows_have_the_format_s_codes_bit_for_bit(dtype, k):
     """Their rotation is exact in any order, so that every backend rounds them to the same codes."""
     x = _exact_rows((70, k), torch.Generator().manual_seed(3)).to(dtype)
-    codes, scale = quantize_rows(x.double(), rotated=True)
-    rounded = Rounded(torch.empty_like(codes), torch.empty_like(scale))
-    project(x, [], [], precision="ieee", rounded=rounded)
-    assert torch.equal(rounded.codes, codes)
-    assert torch.equal(rounded.scales, scale)
+    assert all(map(torch.equal, by_kernel(x), by_format(x.double())))
 
 
-@pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
+both = pytest.mark.parametrize("quantize", [by_format, by_kernel])
+x_and_dy = pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
+
+
+@both
+@x_and_dy
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_has_such_a_scale_and_the_others_keep_theirs(value, factors):
+def test_a_row_that_is_not_finite_has_such_a_scale_and_the_others_keep_theirs(
+    quantize, value, factors
+):
     """The last columns aren't rotated; columns before them spread the value over their block."""
-    x = random(40, 96, BF16)
-    x[3, 7], x[20, 90] = value, value
-    rounded = Rounded(random_codes(40, 96), poisoned(40), factors)
-    project(x, [], [], precision="ieee", rounded=rounded)
-    bad = torch.zeros(40, dtype=torch.bool)
-    bad[[3, 20]] = True
-    assert torch.equal(~rounded.scales.isfinite(), bad)
-    codes, scales = quantize_rows(x if factors is not None else rotate(x), factors)
-    assert (rounded.codes[~bad].int() - codes[~bad].int()).abs().max() <= (factors is None)
-    torch.testing.assert_close(rounded.scales[~bad], scales[~bad], rtol=0.01, atol=0)
+    x, bad = random(40, 96, BF16), torch.zeros(40, dtype=torch.bool)
+    expected = [each.clone() for each in quantize(x, factors)]
+    x[3, 7], x[20, 90], bad[[3, 20]] = value, value, True
+    codes, scales = quantize(x, factors)
+    assert torch.equal(~scales.isfinite(), bad)
+    assert torch.equal(codes[~bad], expected[0][~bad])
+    assert torch.equal(scales[~bad], expected[1][~bad])
     # A product with these codes isn't finite in the bad rows, and finite in the others.
-    out, q = poisoned(40, 64, dtype=BF16), random_codes(64, 96).mT
-    scales = Scales([rounded.scales], torch.ones(64))
-    gemm_lowrank(out, [rounded.codes], [q], [], [], precision="ieee", scales=scales)
+    out, q, columns = poisoned(40, 64, dtype=BF16), random_codes(64, 96).mT, torch.ones(64)
+    gemm_lowrank(out, [codes], [q], [], [], precision="ieee", scales=Scales([scales], columns))
     assert torch.equal(~out.isfinite().any(1), bad)
     assert torch.equal(~out.isfinite().all(1), bad)
 
 
-@pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
-def test_a_row_of_zeros_has_codes_of_zero(factors):
+@both
+@x_and_dy
+def test_a_row_of_zeros_has_codes_of_zero(quantize, factors):
     x = random(20, 96, BF16)
     x[4], x[5] = 0, 1e-38
-    rounded = Rounded(random_codes(20, 96), poisoned(20), factors)
-    project(x, [], [], precision="ieee", rounded=rounded)
-    _, scales = quantize_rows(x if factors is not None else rotate(x), factors)
-    assert not rounded.codes[4:6].any()
-    assert torch.equal(rounded.scales[4:6], scales[4:6])
+    codes, scales = quantize(x, factors)
+    assert not codes[4:6].any()
+    assert (scales[4:6] == torch.tensor(2.0**-100) / 127).all()
 
 
-def test_halves_are_rounded_to_even():
+@both
+def test_halves_are_rounded_to_even(quantize):
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5]])
-    rounded = Rounded(random_codes(1, 8), poisoned(1), torch.ones(8))
-    project(x, [], [], precision="ieee", rounded=rounded)
-    assert rounded.codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 4]]
+    assert quantize(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, 4]]
 
 
-def ones(*sizes: int) -> list[torch.Tensor]:
-    return [torch.ones(size) for size in sizes]
+def product(ps, qs, n: int, columns: bool = True) -> torch.Tensor:
+    """The product in float32, with all scales 1."""
+    m = len(ps[0])
+    out, scales = poisoned(m, n), [torch.ones(m) for _ in ps]
+    scales = Scales(scales, torch.ones(n) if columns else None)
+    gemm_lowrank(out, ps, qs, [], [], precision="ieee", scales=scales)
+    return out
 
 
 @pairwise({"m": [1, 17, 70], "n": [1, 33, 100], "k": [1, 31, 100, 1000]})
 def test_sums_are_exact_bit_for_bit(m, n, k):
     """y: float32 represents every sum of up to 1000 products."""
     p, q = random_codes(m, k), random_codes(n, k).mT
-    out = poisoned(m, n)
-    scales = Scales(ones(m), *ones(n))
-    gemm_lowrank(out, [p], [q], [], [], precision="ieee", scales=scales)
-    assert torch.equal(out.long(), p.long() @ q.long())
+    assert torch.equal(product([p], [q], n).long(), p.long() @ q.long())
 
 
 def test_the_largest_sums_are_exact():
     p = torch.full((3, 1040), 127, dtype=torch.int8)
-    out, scales = poisoned(3, 64), Scales(ones(3), *ones(64))
-    gemm_lowrank(out, [p], [-p[:1].expand(64, -1).mT], [], [], precision="ieee", scales=scales)
-    assert (out == -1040 * 127**2).all()
+    assert (product([p], [-p[:1].expand(64, -1).mT], 64) == -1040 * 127**2).all()
 
 
 @pairwise(
@@ -142,10 +149,8 @@ def test_the_largest_sums_are_exact():
 def test_a_rotated_sum_is_exact_bit_for_bit(m, n, depths, turned):
     """dx: the rotation of these sums is exact in float32."""
     ps, qs = [random_codes(m, k) for k in depths], [random_codes(k, n) for k in depths]
-    out = poisoned(m, n)
     its_qs = [q.mT.contiguous().mT for q in qs] if turned else qs
-    scales = Scales(ones(*[m] * len(ps)))
-    gemm_lowrank(out, ps, its_qs, [], [], precision="ieee", scales=scales)
+    out = product(ps, its_qs, n, columns=False)
     sums = sum(p.long() @ q.long() for p, q in zip(ps, qs, strict=True))
     assert torch.equal(out.double(), rotate(sums.double()))
 

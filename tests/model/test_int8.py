@@ -102,32 +102,24 @@ def adapted(dtype=F32, bias=True) -> nn.Module:
     return fastlora.apply_lora(packed, config).eval()
 
 
-def test_a_merge_rounds_again_and_unmerge_is_exact():
-    merged, x = adapted(), torch.randn(5, 128)
-    y, state = merged(x), {k: v.clone() for k, v in merged.state_dict().items()}
-    with pytest.warns(UserWarning, match="quantized again"):
-        fastlora.merge_lora(merged)
-    assert_near([merged(x)], [y], 0.03)
-    merged.to(BF16).to(F32)
-    fastlora.unmerge_lora(merged)
-    for key in ("0.codes", "0.scale"):
-        assert torch.equal(merged.state_dict()[key], state[key])
-    assert_near([merged(x)], [y], 0.03)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_merge_that_leaves_it_dense(bias):
-    merged, x = adapted(bias=bias), torch.randn(5, 128)
+def test_a_merge_without_a_bias_and_a_cast_of_the_model():
+    merged, x = adapted(bias=False), torch.randn(5, 128)
     y = merged(x)
     fastlora.merge_lora(merged, requantize=False)
     assert_near([merged(x)], [y], 0.02)
     fastlora.unmerge_lora(merged)
     assert torch.equal(merged(x), y)
-    fastlora.merge_lora(merged, requantize=False)
+    with pytest.warns(UserWarning, match="quantized again"):
+        fastlora.merge_lora(merged)
+    merged.to(BF16).to(F32)
+    fastlora.unmerge_lora(merged)
+    assert_near([merged(x)], [y], 0.03)
+    fastlora.merge_lora(merged.to(BF16), requantize=False)
+    assert merged(x.bfloat16()).dtype == BF16
     fastlora.remove_lora(merged)
     assert type(merged[0]) is nn.Linear
-    assert {*merged.state_dict()} == {"0.weight", *["0.bias"] * bias}
-    assert_near([merged(x)], [y], 0.02)
+    assert {*merged.state_dict()} == {"0.weight"}
+    assert_near([merged(x.bfloat16())], [y], 0.02)
 
 
 def test_files_of_adapters(tmp_path):
@@ -186,9 +178,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path, tear, last, message):
 
 
 def test_packing_refuses_what_it_can_t_round():
-    packed = model(tie_word_embeddings=True)
-    with refused(packed, "lm_head can't be packed: it is compiled, or tied"):
-        fastlora.pack(packed, "int8", ["lm_head"])
+    packed = model()
     with torch.no_grad():
         packed.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
     with refused(packed, "up_proj can't be packed as int8: the weight has infinities or NaN"):

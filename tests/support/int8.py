@@ -28,27 +28,28 @@ def rounded(x: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     return codes.astype(numpy.int64), largest / numpy.float32(127)
 
 
-def product(codes, scale, matrix) -> numpy.ndarray:
-    """(codes matrix) · scale of each row: the sums in int64, then in float32."""
+def product(codes, scale, matrix, wide) -> numpy.ndarray:
+    """(codes matrix) · scale of each row: the sums in int64, then in the dtype ``wide``."""
     sums = codes.astype(numpy.int64) @ matrix.astype(numpy.int64)
-    return sums.astype(numpy.float32) * scale[:, None]
+    return sums.astype(wide) * scale.astype(wide)[:, None]
 
 
 def of_tensor(x: Tensor) -> numpy.ndarray:
     return x.detach().float().numpy()
 
 
-def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
-    """y in float32.  x must rotate exactly (:func:`exact`)."""
+def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, wide=numpy.float32) -> Tensor:
+    """y in the dtype ``wide``.  x must rotate exactly (:func:`exact`)."""
     codes, scale = (tensor.numpy() for tensor in weight.tensors)
-    y = product(*rounded(rotated(of_tensor(x)).astype(numpy.float32)), codes.T) * scale
+    xq = rounded(rotated(of_tensor(x)).astype(numpy.float32))
+    y = product(*xq, codes.T, wide) * scale.astype(wide)
     return torch.from_numpy(y if bias is None else y + of_tensor(bias))
 
 
-def before_rotation(dy: Tensor, weight: Quantized) -> Tensor:
-    """The part of dx whose rotation is dx, in float32."""
+def before_rotation(dy: Tensor, weight: Quantized, wide=numpy.float32) -> Tensor:
+    """The part of dx whose rotation is dx, in the dtype ``wide``."""
     codes, scale = (tensor.numpy() for tensor in weight.tensors)
-    return torch.from_numpy(product(*rounded(of_tensor(dy) * scale), codes))
+    return torch.from_numpy(product(*rounded(of_tensor(dy) * scale), codes, wide))
 
 
 def exact(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import int8
+import numpy
 import oracles
 import torch
 from judge import assert_close
@@ -126,28 +128,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Quantized) -> Tensor:
-        ctx.weight, (own, own_scales) = weight, weight.tensors
-        codes, scales = quantize_rows(x.double(), rotated=True)
-        y = (codes.long() @ own.long().T).double() * scales.double()[:, None] * own_scales.double()
-        return y.to(x.dtype)
+        ctx.weight = weight
+        return int8.linear(x, weight, wide=numpy.float64).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        own, own_scales = ctx.weight.tensors
-        codes, scales = quantize_rows(dy, own_scales)
-        dx = rotate((codes.long() @ own.long()).double() * scales.double()[:, None])
-        return dx.to(dy.dtype), None
+        dx = int8.rotated(int8.before_rotation(dy, ctx.weight, numpy.float64).numpy())
+        return torch.from_numpy(dx).to(dy.dtype), None
+
+
+def over(weights: Sequence, outputs: Sequence[Output]) -> list[Output]:
+    """The outputs with these base weights."""
+    pairs = zip(weights, outputs, strict=True)
+    return [o._replace(base=Base(weight, o.base.bias)) for weight, o in pairs]
 
 
 def lora_linears(x: Tensor, outputs: Sequence[Output], **options: Any) -> tuple[Tensor, ...]:
     """The oracle, with the base products of packed weights in 8 bits."""
-    packed = [output.base.weight for output in outputs]
-    dense = [
-        torch.zeros(tuple(w.shape), dtype=x.dtype) if isinstance(w, Quantized) else w
-        for w in packed
-    ]
-    pairs = zip(dense, outputs, strict=True)
-    adapted = [Output(Base(w, output.base.bias), output.adapters) for w, output in pairs]
-    ys = oracles.lora_linears(x, adapted, **options)
-    pairs = zip(ys, packed, strict=True)
-    return tuple([y + _Product.apply(x, w) if isinstance(w, Quantized) else y for y, w in pairs])
+    weights = [output.base.weight for output in outputs]
+    dense = [w.dense(x.dtype).zero_() if isinstance(w, Quantized) else w for w in weights]
+    ys = zip(oracles.lora_linears(x, over(dense, outputs), **options), weights, strict=True)
+    return tuple([y + _Product.apply(x, w) if isinstance(w, Quantized) else y for y, w in ys])

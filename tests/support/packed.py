@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import int8
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
+from fastlora.formats.rotated_int8 import RotatedInt8
 from fastlora.formats.torchao import Affine, Int4Groups
 
 NEEDS_5 = "needs transformers 5"
@@ -45,6 +47,13 @@ def random_int8(n: int, k: int):
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     format = Affine(n, k, 8, 1, k, factor=1.0 / 127.0)
     return Quantized(format, (codes, torch.rand(n, 1) + 0.5))
+
+
+def random_rotated_int8(n: int, k: int):
+    """The scales are powers of 2, so that the sums of the rotation are exact."""
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scale = torch.randint(-9, -3, (n,)).float().exp2()
+    return Quantized(RotatedInt8(n, k, "bfloat16"), (codes, scale))
 
 
 def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=torch.float32):
@@ -155,6 +164,9 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
             scale = torch.pow(2.0, scale.int() - 127)
         scale = scale.float() * of_tensor[0] if of_tensor else scale.float()
         return torch.tensor(E2M1)[codes] * scale.repeat_interleave(format.block, 1)
+    if isinstance(format, RotatedInt8):
+        codes, scale = tensors
+        return torch.from_numpy(int8.rotated((codes * scale[:, None]).numpy())).float()
     if isinstance(format, Hqq):
         packed, scale, zero = tensors
         # a word holds one code of each of several groups, the first in its highest bits
@@ -214,6 +226,8 @@ MAKERS: dict[str, Callable[[], Quantized]] = {
     "nf4-odd": lambda: random_four_bit(11, 13, block=32, nested=3),
     "nf4-many-parts": lambda: random_four_bit(300, 1024, nested=256),
     "int8": lambda: random_int8(13, 21),
+    "rotated-int8": lambda: random_rotated_int8(9, 192),
+    "rotated-int8-odd": lambda: random_rotated_int8(7, 100),
     "int4-groups": lambda: random_int4(12, 32, 8),
     "int4-bf16": lambda: random_int4(9, 32, 16, torch.bfloat16),
     "affine-groups": lambda: random_affine(12, 32, 1, 8),

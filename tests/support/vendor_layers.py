@@ -9,6 +9,8 @@ from packed import NEEDS_5, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
+from fastlora.layers.int8 import int8_linear
+
 try:
     from transformers.integrations.gguf.utils import GgufLinear
 except ImportError:
@@ -117,6 +119,10 @@ def repack(layer: nn.Module) -> None:
     weight.data, weight.quant_state = packed_for_cpu(weight.data, weight.quant_state)
 
 
+def _rotated_int8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    return int8_linear(nn.Linear(k, n, dtype=dtype))
+
+
 # Kind of layer: the function that makes it from (k, n, dtype).
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
@@ -131,9 +137,10 @@ _MAKERS = {
     "torchao-int4-packed": _int4,
     "hqq": _hqq,
     "gptq": _gptq,
+    "rotated-int8": _rotated_int8,
 }
-# Without "torchao-rounding", whose layers give no gradient.
-KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
+# Without "torchao-rounding", whose layers give no gradient, and fastlora's own.
+KINDS = [kind for kind in _MAKERS if kind not in ("torchao-rounding", "rotated-int8")]
 BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 

@@ -135,23 +135,24 @@ def _backward(
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
-    all_rounded: list[kernels.Rounded | None] = [None] * len(outputs)
+    all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
+    by_torch: list[tuple[Tensor, Any]] = []
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
     thins, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
-    for i, (dy, output, need, *of_adapters) in enumerate(
-        zip(dys, outputs, needs, thins, own_seeds, strict=True)
-    ):
+    for dy, output, need, *of_adapters in zip(dys, outputs, needs, thins, own_seeds, strict=True):
         if dy is None:  # this output isn't part of the loss
             gradients.append(no_gradients(output))
             continue
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
-        if needs_x and is_rotated_int8(
-            output.base.weight
-        ):  # the launch that rounds dy also makes every dh
-            all_rounded[i] = rounded = rounded_like(dy, packed_of(output)[1])
+        if not is_rotated_int8(output.base.weight):
+            by_torch.append((dy, output.base.weight))
+        elif needs_x:  # the launch that rounds dy also makes every dh
+            codes, scale = packed_of(output)
+            rounded = rounded_like(dy, scale)
+            all_rounded.append((rounded, codes))
             lora_bs = [adapter.lora_b for adapter in output.adapters]
             factors = [common.factor(adapter) for adapter in output.adapters]
             dhs = kernels.project(dy, lora_bs, factors, precision=precision, rounded=rounded)
@@ -171,8 +172,8 @@ def _backward(
     # Every dh exists now.  dx sums over the outputs, and x is read once for all d lora_a.
     trained = [term for term in terms if term.d_lora_a is not None]
     dx, is_filled = None, False
-    if any([rounded is not None for rounded in all_rounded]):
-        dx = _dx_of_int8(x, dys, outputs, all_rounded, terms, common)
+    if all_rounded:
+        dx = _dx_of_int8(x, all_rounded, by_torch, terms, common)
     elif needs_x:
         dx, is_filled = _dx(x, dys, outputs, terms, common)
     if trained and not is_filled:
@@ -323,32 +324,27 @@ def _dx(
 
 def _dx_of_int8(
     x: Tensor,
-    dys: Sequence[Tensor | None],
-    outputs: Sequence[Output[Tensor]],
-    all_rounded: "Sequence[kernels.Rounded | None]",
+    all_rounded: "Sequence[tuple[kernels.Rounded, Tensor]]",
+    by_torch: Sequence[tuple[Tensor, Any]],
     terms: Sequence[_Term],
     common: Common,
 ) -> Tensor:
-    """dx, with 8-bit products of every rounded dy; torch adds the products of other outputs.
+    """dx: 8-bit products of each rounded dy with its codes; torch adds each other dy weight.
 
     Some devices read int8 fast only along the axis of the sum.  There, each call transposes the
     weight's codes.  By an estimate, that costs less time than loads of single bytes with 2048 rows
     or more.  Unlike a second copy of the weight, it takes no memory between calls.
     """
-    used = [rounded for rounded in all_rounded if rounded is not None]
-    ps, rows = [rounded.codes for rounded in used], [rounded.scales for rounded in used]
-    pairs = zip(all_rounded, outputs, strict=True)
-    qs = [packed_of(output)[0] for rounded, output in pairs if rounded is not None]
-    if kernels.target_of(x.device).turns_int8:
-        qs = [codes.mT.contiguous().mT for codes in qs]
+    turns = kernels.target_of(x.device).turns_int8
+    ps, rows = [each.codes for each, _ in all_rounded], [each.scales for each, _ in all_rounded]
+    qs = [codes.mT.contiguous().mT if turns else codes for _, codes in all_rounded]
     u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
     seeds = _join([term.seed for term in terms], common.seeds) if terms else None
     options = common._replace(seeds=seeds)._asdict()
     dx = empty_like(x)
     kernels.gemm_lowrank(dx, ps, qs, u, v, scales=kernels.Scales(rows), **options)
-    for dy, output, rounded in zip(dys, outputs, all_rounded, strict=True):
-        if dy is not None and rounded is None:
-            torch.addmm(dx, dy, read_by(output.base.weight, x), out=dx)
+    for dy, weight in by_torch:
+        torch.addmm(dx, dy, read_by(weight, x), out=dx)
     return dx
 
 
