@@ -97,10 +97,7 @@ def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
 @pytest.mark.parametrize("targets", [["up"], ["up", "down"]], ids="-".join)
 def test_few_rows_with_gradients_beside_a_bias(targets, names, mixed_calls):
     """x needs no gradient, and all samples may have one adapter, whose rows are the whole of y."""
-    base = Mlp()
-    base.up = nn.Linear(base.up.in_features, base.up.out_features)
-    base.down = nn.Linear(base.down.in_features, base.down.out_features)
-    theirs = many(base, targets).double()
+    theirs = many(Mlp(), targets).double()
     ours = optimized(theirs)
     for model in (theirs, ours):
         model(rows(), adapter_names=names).sum().backward()
@@ -198,7 +195,7 @@ def test_a_call_that_fails_leaves_no_names_behind():
 
 
 def test_a_call_caches_no_fake_tensors():
-    model = optimized(mlp()).eval()
+    model = optimized(mlp())
     mixed._kept_mapping.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(rows()), adapter_names=NAMES)
