@@ -4,7 +4,6 @@ Each model is saved as users save it and loaded again: the logits are equal, or 
 to do.
 """
 
-import copy
 import json
 from pathlib import Path
 
@@ -112,12 +111,6 @@ def test_load_packed_reads_files_of_other_save_functions(tmp_path):
         loaded = empty(tmp_path / folder)
         fastlora.load_packed(loaded, tmp_path / folder)
         assert torch.equal(logits(loaded), expected)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other = mixture("mixtral", "nvfp4")
-    for buffer in other.buffers():
-        buffer.zero_()
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(logits(copy.deepcopy(model)), expected)
 
 
 @packed

@@ -41,18 +41,6 @@ def test_a_tied_target_stays_tied():
     assert model.head.lora_A.shape == (8, 8)
 
 
-def test_identity_hooks_and_keys_stay():
-    model, calls = Mlp(), []
-    before = model.up
-    keys = set(model.state_dict())
-    model.up.register_forward_hook(lambda *_: calls.append(1))
-    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
-    model(torch.randn(2, 8))
-    assert model.up is before
-    assert calls == [1]
-    assert set(model.state_dict()) - keys == {"up.lora_A", "up.lora_B"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_adapter_dtypes(dtype):
     config = LoRAConfig(target_modules=["up"])
@@ -117,10 +105,8 @@ def test_a_submodule_called_module_is_no_wrapper():
 def test_print_trainable_parameters(capsys):
     model = fastlora.apply_lora(Mlp(), LoRAConfig(r=2, target_modules=["up"]))
     fastlora.print_trainable_parameters(model)
-    assert (
-        capsys.readouterr().out
-        == "trainable params: 40 || all params: 304 || trainable%: 13.1579\n"
-    )
+    printed = capsys.readouterr().out
+    assert printed == "trainable params: 40 || all params: 304 || trainable%: 13.1579\n"
 
 
 class Stateful(nn.Linear):

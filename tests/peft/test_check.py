@@ -81,6 +81,7 @@ def test_a_wrong_number_is_found(monkeypatch, part):
     assert not found
     assert found.largest.relative > 5e-3
     assert "NOT the same" in str(found)
+    assert not any(one for one in found.layers if "self_attn" in one.name)
     if part == "lora_b":
         assert found.loss.relative < 1e-5
         assert "lora_B" in found.largest.name

@@ -129,10 +129,8 @@ def test_files_and_merging_are_peft_s(tmp_path):
     again = peft.PeftModel.from_pretrained(base_model("qwen3"), tmp_path)
     for name, tensor in peft.get_peft_model_state_dict(again).items():
         assert torch.equal(tensor, peft.get_peft_model_state_dict(theirs)[name])
-    merged = copy.deepcopy(theirs).merge_and_unload()
-    assert torch.equal(
-        optimized(theirs).merge_and_unload()(input_ids=IDS).logits, merged(input_ids=IDS).logits
-    )
+    merged = [model.merge_and_unload()(input_ids=IDS).logits for model in (ours, theirs)]
+    assert torch.equal(*merged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -197,16 +195,9 @@ class Layer(nn.Module):
 
 
 def layer_of(kind: type[nn.Module] = Qwen3MoeExperts, implementation: str = "eager") -> nn.Module:
-    config = Qwen3MoeConfig(
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INNER,
-        intermediate_size=INNER,
-        num_experts=EXPERTS,
-        num_local_experts=EXPERTS,
-        hidden_act="silu",
-        swiglu_alpha=1.7,
-        swiglu_limit=7.0,
-    )
+    sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": INNER, "intermediate_size": INNER}
+    sizes |= {"num_experts": EXPERTS, "num_local_experts": EXPERTS}
+    config = Qwen3MoeConfig(**sizes, hidden_act="silu", swiglu_alpha=1.7, swiglu_limit=7.0)
     config._experts_implementation = implementation
     layer = Layer(kind(config))
     for parameter in layer.parameters():
@@ -233,11 +224,9 @@ def results(model: nn.Module, call: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def assert_peft_s(model: nn.Module, reason: str) -> None:
-    ours = copy.deepcopy(model)
-    assert {layer.reason for layer in fastlora.coverage(fastlora.optimize(ours)).not_fast} == {
-        reason
-    }
-    call = routing()
+    ours, call = copy.deepcopy(model), routing()
+    report = fastlora.coverage(fastlora.optimize(ours))
+    assert {layer.reason for layer in report.not_fast} == {reason}
     for found, expected in zip(results(ours, call), results(model, call), strict=True):
         assert torch.equal(found, expected)
 
@@ -323,6 +312,5 @@ def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
     proxy = getattr(peft_layer, "_LoraFactorsProxy", peft_layer._LoraParameterProxy)
     plain = proxy.forward
     monkeypatch.setattr(proxy, "forward", lambda self, weight: plain(self, weight) + 1)
-    assert_peft_s(
-        layer_of(), "something watches, or replaces, how PEFT adds an adapter to experts' weights"
-    )
+    reason = "something watches, or replaces, how PEFT adds an adapter to experts' weights"
+    assert_peft_s(layer_of(), reason)

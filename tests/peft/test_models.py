@@ -12,7 +12,6 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.state import AcceleratorState
 from judge import saved_bytes
 from models import counted_blocks, tiny_llama
 from peft_llama import (
@@ -21,12 +20,10 @@ from peft_llama import (
     NOT_REENTRANT,
     REENTRANT,
     ROUNDING,
-    STEPS,
     adamw,
     gradients,
     llama,
     logits,
-    result,
     train,
     trained,
 )
@@ -155,42 +152,6 @@ def test_an_optimizer_s_step_inside_of_backward():
         return {name: p.detach() for name, p in trained(model).items()}
 
     assert_runs_the_same(run, llama(), fast=3 * LAYERS, tolerance=ROUNDING)
-
-
-def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict[str, Tensor]:
-    """Losses and adapter; ``when`` says when the model is optimized."""
-    AcceleratorState._reset_state(True)
-    accelerator = accelerate.Accelerator(cpu=True, **settings)
-    if when == "before":
-        fastlora.optimize(model)
-    model, optimizer = accelerator.prepare(model, adamw(trained(model).values()))
-    if when == "after":
-        fastlora.optimize(model)
-    torch.manual_seed(7)
-    losses = []
-    with shared_masks(model.train()):
-        for _ in range(STEPS):
-            with accelerator.accumulate(model):
-                loss = model(**DATA).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-    return result(model, losses)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_accelerate_prepares_before_or_after(when):
-    theirs = llama()
-    ours = copy.deepcopy(theirs)
-
-    def train(model):
-        moment = when if model is ours else "never"
-        return train_accelerated(model, moment, gradient_accumulation_steps=2)
-
-    assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
 
 
 def base_layers(model: nn.Module) -> list[nn.Module]:
