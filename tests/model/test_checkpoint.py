@@ -67,9 +67,8 @@ def test_tied_modules_to_save(tmp_path, saved):
 
 
 def test_file_metadata_and_dtype(tmp_path):
-    fastlora.save_adapter(
-        fastlora.apply_lora(Mlp().bfloat16(), LoRAConfig(target_modules=["up"])), tmp_path
-    )
+    model = fastlora.apply_lora(Mlp().bfloat16(), LoRAConfig(target_modules=["up"]))
+    fastlora.save_adapter(model, tmp_path)
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert file.get_tensor("base_model.model.up.lora_A.weight").dtype == torch.float32

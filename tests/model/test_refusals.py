@@ -278,7 +278,7 @@ FOLDERS = {
         "adapter_model.bin, a pickle.* PeftModel.from_pretrained",
     ),
     "subfolders": (several, r"in its subfolders \(first, second\): give one of these"),
-    "whole-model": (tiny_llama().save_pretrained, "holds a whole model: load it with from_pretr"),
+    "whole-model": (lambda f: tiny_llama().save_pretrained(f), "holds a whole model: load it with"),
     "empty": (lambda folder: None, "an adapter's folder holds"),
     "no-folder": (lambda folder: folder.rmdir(), "an adapter's folder holds"),
     "file": (lambda folder: [folder.rmdir(), folder.touch()], "Give the folder, not a file"),
