@@ -191,10 +191,11 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
     for found in two.run(run, 2, **settings):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            # DDP gives zeros where autograd gives None.
-            pair = [torch.zeros(()) if dx is None else dx for dx in (found[name], value)]
-            pair = torch.broadcast_tensors(*pair)
-            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
+            pair = found[name], value
+            if any(gradient is None for gradient in pair):  # DDP gives zeros in their place
+                assert not any(gradient is not None and gradient.any() for gradient in pair), name
+            else:
+                torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
 
 
 BITSANDBYTES = pytest.mark.skipif(
@@ -272,9 +273,6 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert all(found[key].equal(value) for key, value in expected.items())
 
 
-LOADED = ("biases", "modules-to-save", "embeddings")
-
-
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("what", mixed.OWN)
 def test_a_sharded_model_s_adapter_is_saved_whole_and_loaded(two, kind, what, tmp_path):
@@ -287,7 +285,7 @@ def test_a_sharded_model_s_adapter_is_saved_whole_and_loaded(two, kind, what, tm
     assert_equal(tensors_in(sharded), tensors_in(alone))
     configs = [(folder / "adapter_config.json").read_text() for folder in (sharded, alone)]
     assert configs[0] == configs[1]
-    if kind == "fsdp2" and what in LOADED:
+    if kind == "fsdp2" and what in ("biases", "modules-to-save", "embeddings"):
         two.run(mixed.load_and_save, str(alone), str(again), what)
         assert_equal(tensors_in(again), tensors_in(alone))
 

@@ -77,11 +77,12 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 # The q and o projections have a bias; up and down have none.
-LAYER_NAMES = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+NAMES = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "up": "mlp.up_proj"}
+NAMES |= {"down": "mlp.down_proj"}
 DTYPES = {"f32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 1e-2)}
 
 
-@pairwise({"name": LAYER_NAMES, "size": [2, 4], "p": [0.0, 0.3], "dtype,tolerance": DTYPES})
+@pairwise({"name": NAMES, "size": [2, 4], "p": [0.0, 0.3], "dtype,tolerance": DTYPES})
 def test_a_layer_has_the_numbers_of_one_rank(size, name, dtype, p, tolerance, ranks, folder_of):
     """The output of the last of two calls, and the gradients that both accumulate."""
     folder = folder_of(dropout=p)
@@ -98,7 +99,7 @@ def test_a_layer_has_the_numbers_of_one_rank(size, name, dtype, p, tolerance, ra
     assert_parts(found, name, y, [x, weights.lora_a, weights.lora_b], tolerance)
 
 
-@pytest.mark.parametrize(("name", "size"), zip(LAYER_NAMES, (2, 4, 4, 2), strict=True))
+@pytest.mark.parametrize(("name", "size"), zip(NAMES.values(), (2, 4, 4, 2), strict=True))
 def test_gradients_of_gradients(size, name, ranks, folder_of):
     weights, x, dy = inputs_of(folder_of(), name, torch.float32)
     found = ranks(size).run(worker.run_twice, folder_of(), name, x, dy)
