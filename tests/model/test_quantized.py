@@ -124,7 +124,7 @@ def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
     if kind in BITSANDBYTES:
         with torch.no_grad():
             layer.eval()(x)
-    # A 4-bit layer alone tells the dtype that it computes in.
+    # A 4-bit layer knows the dtype that it computes in, so no other parameter has to tell it.
     others = [] if kind in ("nf4", "fp4") else [nn.LayerNorm(K, dtype=dtype)]
     model = nn.Sequential(*others, layer).eval()
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=[str(len(others))]))
