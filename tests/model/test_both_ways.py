@@ -164,38 +164,33 @@ for tied in (False, True):
     make = partial(with_new_tokens, tied)
     for name, case in of(make, TOKENS, NEW_TOKENS, ROUGH, False).items():
         CASES[f"new-tokens-{name}{'-tied' * tied}"] = case
+X, IDS = torch.randn(3, 8), torch.arange(12)[None]
 CASES |= {
-    "places-all-biases": Case(  # PEFT's file has the biases of a block once for each of its places
-        partial(seeded, Places), torch.randn(3, 8), UP | {"bias": "all"}, {}, False
-    ),
+    # PEFT's file has the biases of a block once for each of its places.
+    "places-all-biases": Case(partial(seeded, Places), X, UP | {"bias": "all"}, {}, False),
     "tied-module-to-save": Case(
         partial(seeded, Tied), torch.arange(5),
         {"target_modules": ["mix"], "modules_to_save": ["head"]},
     ),
     "classifier": Case(
-        partial(seeded, bert), torch.arange(5)[None],
-        {"task_type": "SEQ_CLS", "target_modules": ["query"]},
+        partial(seeded, bert), IDS[:, :5], {"task_type": "SEQ_CLS", "target_modules": ["query"]},
     ),
     "gpt2": Case(
         partial(seeded, gpt2), TOKENS, {"target_modules": "all-linear", "bias": "lora_only"}, ROUGH
     ),
-    "conv1d-last": Case(
-        partial(seeded, conv1d_and_linear, 1), torch.randn(3, 8), {"target_modules": ["0", "1"]}
-    ),
-    "linear-last": Case(
-        partial(seeded, conv1d_and_linear, -1), torch.randn(3, 8), {"target_modules": ["0", "1"]}
-    ),
     "qwen3_moe-regex": Case(
-        partial(seeded, mixture, "qwen3_moe"), torch.arange(12)[None],
+        partial(seeded, mixture, "qwen3_moe"), IDS,
         {"target_modules": r"model\.layers\.0\..*(q_proj|down_proj)"}, ROUGH, False,
     ),
 }  # fmt: skip
+for name, order in (("conv1d-last", 1), ("linear-last", -1)):
+    make = partial(seeded, conv1d_and_linear, order)
+    CASES[name] = Case(make, X, {"target_modules": ["0", "1"]})
 for kind in MIXTURES:
-    make, ids = partial(seeded, mixture, kind), torch.arange(12)[None]
-    CASES[f"{kind}-patterns"] = Case(make, ids, PATTERNS, ROUGH, False)
-for kind in ("qwen3_moe", "deepseek_v3"):
     make, one = partial(seeded, mixture, kind), {"target_modules": ["down_proj"]}
-    CASES[f"{kind}-one-projection"] = Case(make, torch.arange(12)[None], one, ROUGH, False)
+    CASES[f"{kind}-patterns"] = Case(make, IDS, PATTERNS, ROUGH, False)
+    if kind in ("qwen3_moe", "deepseek_v3"):
+        CASES[f"{kind}-one-projection"] = Case(make, IDS, one, ROUGH, False)
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters on the experts of own models: PEFT's numbers and files, merging, calling conventions."""
+"""Adapters on the experts and routers of own models: PEFT's numbers and files, merging, calls."""
 
 import copy
 import json
@@ -175,56 +175,41 @@ def test_another_implementation_gets_the_sums(monkeypatch):
     assert_untouched(model.eval(), before)
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "message"),
-    [
-        ("gpt-oss", ["gate_up_proj_bias"], "gate_up_proj_bias is no weight of its experts"),
-        (
-            "qwen3",
-            ["norm.weight"],
-            "Qwen3MoeRMSNorm, no torch.nn.Linear. .*make the adapter with PEFT",
-        ),
-        ("gpt-oss", ["self_attn.sinks"], "as experts its forward isn't that of transformers'"),
-        ("qwen3", ["experts.gate_up"], "'experts.gate_up', which matches no parameter"),
-        ("qwen3", ["experts.down_proj", "mlp.experts"], "'mlp.experts', which matches no"),
-    ],
-)
-def test_parameters_that_are_no_expert_weights_are_refused(name, targets, message):
-    model = base_model(name)
-    with refused(model, message):
-        fastlora.apply_lora(model, LoRAConfig(target_parameters=targets))
-
-
-def replace_the_forward(experts):
-    experts.forward = lambda *args: None
-
-
-def parametrize(experts):
-    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
-
-
-def take_a_name(experts):
-    experts.lora_dropout = 0.1
-
-
 def leave_one(experts):
     experts.down_proj = nn.Parameter(experts.down_proj[:1])
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:1])
 
 
-CHANGES = {
-    replace_the_forward: "its forward was replaced on the instance",
-    parametrize: "its weights are parametrized",
-    take_a_name: "it has a 'lora_dropout' of its own",
-    leave_one: "it has only one expert",
+REFUSED = {  # targets of gpt-oss's or of qwen3's model, and the error message
+    "gpt-oss gate_up_proj_bias": "gate_up_proj_bias is no weight of its experts",
+    "gpt-oss self_attn.sinks": "as experts its forward isn't that of transformers'",
+    "qwen3 norm.weight": "Qwen3MoeRMSNorm, no torch.nn.Linear. .*make the adapter with PEFT",
+    "qwen3 experts.gate_up": "'experts.gate_up', which matches no parameter",
+    "qwen3 experts.down_proj mlp.experts": "'mlp.experts', which matches no",
+}
+CHANGES = {  # changes of the experts, after which qwen3's can't have adapters
+    "its forward was replaced on the instance": lambda one: setattr(one, "forward", print),
+    "its weights are parametrized": lambda experts: nn.utils.parametrize.register_parametrization(
+        experts, "down_proj", nn.Identity()
+    ),
+    "it has a 'lora_dropout' of its own": lambda one: setattr(one, "lora_dropout", 0.1),
+    "it has only one expert": leave_one,
 }
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_experts_that_can_t_have_adapters(change):
+@pytest.mark.parametrize("case", REFUSED)
+def test_parameters_that_are_no_expert_weights_are_refused(case):
+    name, *targets = case.split()
+    model = base_model(name)
+    with refused(model, REFUSED[case]):
+        fastlora.apply_lora(model, LoRAConfig(target_parameters=targets))
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_experts_that_can_t_have_adapters(message):
     model = base_model()
-    change(experts_of(model))
-    with refused(model, CHANGES[change]):
+    CHANGES[message](experts_of(model))
+    with refused(model, message):
         fastlora.apply_lora(model, LoRAConfig(target_parameters=["experts.gate_up_proj"]))
 
 
@@ -285,3 +270,84 @@ def test_all_linear_says_that_it_passed_over_experts():
     assert "model.layers.1.mlp.experts" in message
     assert "PEFT" in message
     assert found[0].filename == __file__
+
+
+# Routers, which PEFT's "all-linear" adapts.
+
+ROUTERS = {
+    "qwen3": ("qwen3", "gate", torch.float32),
+    "deepseek-bf16": ("deepseek", "gate", torch.bfloat16),
+    # It has a bias, and PEFT's "all-linear" doesn't adapt it.
+    "gpt-oss": ("gpt-oss", "router", torch.float32),
+}
+
+
+def plain(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return base_model(name).to(dtype).eval()
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    """The gradients of the routers' adapters, by their names."""
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    named = {
+        name.replace(".default.weight", "").removeprefix("base_model.model."): parameter.grad
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and "expert" not in name
+    }
+    return [named[name] for name in sorted(named)]
+
+
+@pytest.mark.parametrize(("name", "router", "dtype"), ROUTERS.values(), ids=ROUTERS)
+def test_peft_s_file_both_ways_and_merged(name, router, dtype, tmp_path):
+    settings = {"r": 2, "target_modules": "all-linear"}
+    if name == "gpt-oss":
+        settings["target_parameters"] = ["router.weight"]
+    theirs = randomize(peft.get_peft_model(plain(name, dtype), peft.LoraConfig(**settings))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = fastlora.load_adapter(plain(name, dtype), tmp_path / "theirs").eval()
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    y = theirs(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+    if dtype == torch.float32:
+        for our, their in zip(gradients(ours), gradients(theirs), strict=True):
+            torch.testing.assert_close(our, their, **close)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(plain(name, dtype), tmp_path / "ours")
+    torch.testing.assert_close(again(IDS).logits, y, **close)
+    layer = ours.model.layers[0].mlp.get_submodule(router)
+    before = layer.weight
+    fastlora.merge_lora(ours)
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+    assert fastlora.unmerge_lora(ours).model.layers[0].mlp.get_submodule(router).weight is before
+    fastlora.remove_lora(fastlora.merge_lora(ours))
+    assert type(layer) is type(plain(name).model.layers[0].mlp.get_submodule(router))
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+
+
+def test_it_is_reported_as_a_router():
+    model = own_model(target_parameters=["gate.weight"])
+    assert len(model(IDS, output_router_logits=True).router_logits) == 2
+    report = fastlora.coverage(model)
+    gates = [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    assert [layer.name for layer in report.not_fast] == gates
+    assert f"2 not fast: {', '.join(gates)}: a router's own" in str(report)
+    with pytest.raises(RuntimeError, match="merged, so its adapter would get no gradient"):
+        fastlora.merge_lora(model).train()(IDS)
+
+
+def test_dropout_and_shared_batches_are_refused_for_routers(tmp_path):
+    model = plain("qwen3")
+    with refused(model, r"gate is a router \(Qwen3MoeTopKRouter\), whose adapter can't have drop"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["gate"], lora_dropout=0.1))
+    batch = {"input_ids": IDS, "labels": IDS}
+    configs = [{"target_modules": ["gate"], "learning_rate": 0.1}]
+    with refused(model, "gate is a router, and trials can't share a batch"):
+        fastlora.sweep(model, configs, [batch], eval_data=[batch], steps=1, output_dir=tmp_path)
+
+
+def test_optimize_names_the_owner_of_a_parameter():
+    config = peft.LoraConfig(target_modules=[], target_parameters=["gate.weight", "q_proj.weight"])
+    report = str(fastlora.coverage(fastlora.optimize(peft.get_peft_model(plain("qwen3"), config))))
+    assert "mlp.gate: it is on a router, to whose weight PEFT adds lora_B lora_A" in report
+    assert "q_proj: it is on a matrix of a Linear, to whose weight" in report

@@ -105,26 +105,23 @@ def test_temporary_files_of_a_running_process_are_kept(adapter, tmp_path, monkey
 def test_old_temporary_files_of_another_machine_are_removed(age, goes, tmp_path):
     """Locks of another machine may be invisible here.  Version 0.2.0 made folders without locks."""
     for name in (".fastlora-elsewhere-abcdefgh", ".fastlora-abcdefgh"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / WEIGHTS).write_bytes(b"half")
-        for path in (tmp_path / name / WEIGHTS, tmp_path / name):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / CONFIG).write_text("{}")
+        for path in (folder / CONFIG, folder):
             os.utime(path, (time.time() - age,) * 2)
+    with pytest.raises(FileNotFoundError) as caught:
+        fastlora.load_adapter(llama(), tmp_path)
+    assert "subfolders" not in str(caught.value)  # it lists no leftover as an adapter
     write_whole(tmp_path, {"one": b"1"})
     assert len(scratch_in(tmp_path)) == (0 if goes else 2)
 
 
 def test_files_and_links_with_a_temporary_folder_s_name_are_kept(tmp_path):
     (tmp_path / "precious").mkdir()
-    (tmp_path / f"{files._SCRATCH}{files._HOST}link").symlink_to(tmp_path / "precious")
-    (tmp_path / f"{files._SCRATCH}{files._HOST}file").write_text("mine")
+    name = f"{files._SCRATCH}{files._HOST}"
+    (tmp_path / f"{name}link").symlink_to(tmp_path / "precious")
+    (tmp_path / f"{name}file").write_text("mine")
     before = sorted(os.listdir(tmp_path))
     write_whole(tmp_path, {})
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_a_leftover_is_not_listed_as_an_adapter(tmp_path):
-    (tmp_path / ".fastlora-abcdefgh").mkdir()
-    (tmp_path / ".fastlora-abcdefgh" / CONFIG).write_text("{}")
-    with pytest.raises(FileNotFoundError) as caught:
-        fastlora.load_adapter(llama(), tmp_path)
-    assert "subfolders" not in str(caught.value)

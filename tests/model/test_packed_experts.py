@@ -10,7 +10,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import assert_untouched, snapshot
+from models import refused
 from moe_models import IDS, MODELS, base_model, experts_of, logits, parameters_of, train
 from packed_experts import (
     SIZES,
@@ -87,9 +87,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     assert ("quantized: " in str(report)) == bool(bits)
     expected = logits(ours)
     fastlora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(
-        copy.deepcopy(base), tmp_path / "ours", is_trainable=True
-    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours", is_trainable=True)
     close(logits(theirs), expected)
     theirs.save_pretrained(tmp_path / "theirs")
     for side in ("ours", "theirs"):
@@ -107,12 +105,9 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
 
 def test_class_names_show_packing_and_adapters():
     model = packed_model("qwen3", "mxfp4")
-    names = [type(experts_of(model)).__name__]
-    adapted(model, "qwen3")
-    names.append(type(experts_of(model)).__name__)
-    fastlora.remove_lora(model)
-    names.append(type(experts_of(model)).__name__)
-    assert names == ["PackedQwen3MoeExperts", "LoRAQwen3MoeExperts", "PackedQwen3MoeExperts"]
+    assert type(experts_of(model)).__name__ == "PackedQwen3MoeExperts"
+    assert type(experts_of(adapted(model))).__name__ == "LoRAQwen3MoeExperts"
+    assert type(experts_of(fastlora.remove_lora(model))).__name__ == "PackedQwen3MoeExperts"
 
 
 @pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "blocks of fp8"])
@@ -295,11 +290,9 @@ def test_packed_modules_don_t_train_in_full(make, name):
     if name == "lm_head":
         bnb = pytest.importorskip("bitsandbytes")
         model.lm_head = bnb.nn.Linear4bit(32, 100, bias=False, quant_type="nf4").to("cpu")
-    before = snapshot(model)
     config = LoRAConfig(target_modules=["q_proj"], modules_to_save=[name])
-    with pytest.raises(ValueError, match=f"{name} can't train in full: it has packed weights"):
+    with refused(model, f"{name} can't train in full: it has packed weights"):
         fastlora.apply_lora(model, config)
-    assert_untouched(model, before)
 
 
 def test_packed_parameters_are_counted(capsys):
@@ -315,32 +308,23 @@ def test_broken_or_foreign_packed_experts_are_refused():
     experts = experts_of(model)
     config = LoRAConfig(target_parameters=["experts.gate_up_proj"])
     good = experts.gate_up_proj_scale_inv
-    for scale in (good[:, :3], good.half().double(), good[:2]):
+    short, unlike = good[:, :3], good[:, :, :1]  # without blocks, ``unlike`` has no 16 rows each
+    for scale, size in ((short, 16), (good.half().double(), 16), (good[:2], 16), (unlike, None)):
         experts.gate_up_proj_scale_inv = nn.Parameter(scale.contiguous())
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="gate_up_proj is broken: "):
+        experts.block_size = size and (size, size)
+        with refused(model, "gate_up_proj is broken: "):
             fastlora.apply_lora(model, config)
-        assert_untouched(model, before)
-    experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :, :1].contiguous())
-    experts.block_size = None  # so the blocks don't have 16 rows
-    with pytest.raises(ValueError, match="gate_up_proj is broken: "):
-        fastlora.apply_lora(model, config)
     experts.gate_up_proj_scale_inv, experts.block_size = good, (16, 16)
     fastlora.apply_lora(model, config)
-    experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :3].contiguous())
+    experts.gate_up_proj_scale_inv = nn.Parameter(short.contiguous())
     (broken, *_) = fastlora.coverage(model).not_fast
     assert "is broken" in broken.reason
     with pytest.raises(ValueError, match="FP8Experts can't be read: its gate_up_proj is broken"):
         logits(model)
     swizzled = base_model("gpt-oss", **SIZES)
     swizzled.model.layers[1].mlp.experts = Mxfp4GptOssExperts(swizzled.config)
-    before = snapshot(swizzled)
-    with pytest.raises(
-        ValueError,
-        match=r"the layout of a GPU kernel: load the checkpoint with fastlora\.load_packed",
-    ):
+    with refused(swizzled, r"the layout of a GPU kernel: .* with fastlora\.load_packed"):
         fastlora.apply_lora(swizzled, config)
-    assert_untouched(swizzled, before)
     twice = adapted(packed_model("qwen3", "mxfp4"))
     with pytest.raises(ValueError, match="has an adapter already"):
         fastlora.apply_lora(twice, config)

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import assert_untouched, blocks, counted_blocks, snapshot, tiny_llama
+from models import blocks, counted_blocks, tiny_llama
 from peft_llama import DATA, ROUNDING, gradients
 from peft_models import adapted, assert_same, optimized
 from torch import nn
@@ -39,12 +39,9 @@ def test_layers_without_an_adapter_and_with_several(settings):
     assert_same(found, gradients(theirs), ROUNDING)
 
 
-def test_restore_and_the_end_of_with_give_them_back():
+def test_the_switch_and_the_end_of_with():
+    """tests/test_there_and_back.py tests that restore changes everything back."""
     model = model_of()
-    before = snapshot(model)
-    fastlora.optimize(model)
-    assert len(blocks(model)) == 2
-    assert_untouched(fastlora.restore(model), dict(before))
     with pytest.raises(ValueError, match="gated_mlps is None, but must be True or False"):
         fastlora.optimize(model, gated_mlps=None)
     fastlora.optimize(model, gated_mlps=False)
@@ -53,19 +50,6 @@ def test_restore_and_the_end_of_with_give_them_back():
     with while_optimized(model):
         assert len(blocks(model)) == 2
     assert not blocks(model)
-    assert_untouched(fastlora.restore(model), before)
-
-
-def disabled(model):
-    model.base_model.disable_adapter_layers()
-
-
-def merged(model):
-    model.merge_adapter()
-
-
-def one_merged(model):
-    mlps(model)[0].up_proj.merge()
 
 
 def hook_on_lora_a(model):
@@ -76,25 +60,26 @@ def hook_on_a_layer(model):
     mlps(model)[0].gate_proj.register_forward_hook(lambda layer, x, y: y * 2)
 
 
-def other_adapter(model):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+def other_adapter(model, **settings):
     torch.manual_seed(11)
-    model.add_adapter("other", config)
-    model.set_adapter("other")
+    model.add_adapter("other", peft.LoraConfig(init_lora_weights=False, **settings))
+    model.double().set_adapter("other")
+
+
+def q_proj(model):
+    other_adapter(model, target_modules=["q_proj"])
 
 
 def dora(model):
-    torch.manual_seed(11)
-    config = peft.LoraConfig(use_dora=True, target_modules=["gate_proj"])
-    model.add_adapter("dora", config)
-    model.double().set_adapter("dora")
+    other_adapter(model, target_modules=["gate_proj"], use_dora=True)
 
 
+IDLE = "its adapter is merged, disabled or not active"
 LEFT = {  # Values: the change, how many blocks still run fused, and the first block's reason
-    "disabled": (disabled, 0, "its gate_proj: its adapter is merged, disabled or not active"),
-    "merged": (merged, 0, "its gate_proj: its adapter is merged, disabled or not active"),
-    "one-merged": (one_merged, 1, "its up_proj: its adapter is merged, disabled or not active"),
-    "other-adapter": (other_adapter, 0, "its adapter is merged, disabled or not active"),
+    "disabled": (lambda m: m.base_model.disable_adapter_layers(), 0, f"its gate_proj: {IDLE}"),
+    "merged": (lambda model: model.merge_adapter(), 0, f"its gate_proj: {IDLE}"),
+    "one-merged": (lambda model: mlps(model)[0].up_proj.merge(), 1, f"its up_proj: {IDLE}"),
+    "other-adapter": (q_proj, 0, IDLE),
     "dora": (dora, 0, "its gate_proj: it is DoRA"),
     "hook-lora_A": (hook_on_lora_a, 1, "its down_proj: a hook watches, or something replaces"),
     "hook-layer": (hook_on_a_layer, 1, "its gate_proj: a hook watches"),
@@ -118,13 +103,10 @@ def test_a_block_under_fsdp2_s_class():
     kind = type(mlps(model_of())[0])
     fsdp = torch.distributed.fsdp.FSDPModule
     for before in (True, False):
-        model = model_of()
+        model = optimized(model_of()) if before else model_of()
         mlp = mlps(model)[0]
-        if before:
-            fastlora.optimize(model)
         mlp.__class__ = type(f"FSDP{kind.__name__}", (fsdp, type(mlp)), {})
-        if not before:
-            fastlora.optimize(model)
+        fastlora.optimize(model)
         assert len(blocks(model)) == 2
         with counted_blocks() as calls:
             gradients(model)

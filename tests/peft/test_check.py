@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from marks import pairwise
 from models import Mlp, tiny_llama
 from peft_models import BATCH, adapted, qwen3
 from torch import nn
@@ -80,24 +81,10 @@ def test_a_wrong_number_is_found(monkeypatch, part):
     assert not found
     assert found.largest.relative > 5e-3
     assert "NOT the same" in str(found)
+    assert not any(one for one in found.layers if "self_attn" in one.name)
     if part == "lora_b":
         assert found.loss.relative < 1e-5
         assert "lora_B" in found.largest.name
-
-
-def test_a_wrong_layer_is_named(monkeypatch):
-    model = llama()
-    culprit = model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight
-    run = fast_linear.fast_forward
-
-    def wrong(x, reading):
-        is_culprit = reading.output.adapters[0].lora_b is culprit
-        return (broken(run, "lora_b") if is_culprit else run)(x, reading)
-
-    monkeypatch.setattr(fast_linear, "fast_forward", wrong)
-    found = fastlora.check(model, batch())
-    (wrong_layer,) = (d.name for d in found.layers if d.relative > 1e-3)
-    assert wrong_layer.endswith("layers.1.self_attn.v_proj")
 
 
 def test_one_number_that_is_none_is_the_largest_difference():
@@ -248,16 +235,20 @@ def with_scale(monkeypatch, culprit, factor: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_right_model_of_30_layers_passes_on_ten_seeds(dtype):
-    for seed in range(10):
+def test_a_right_model_of_30_layers_passes_on_four_seeds(dtype):
+    for seed in range(4):
         found = fastlora.check(deep(dtype, seed).to(dtype), batch())
         assert found, str(found)
         assert "60 of 60 fast layers judged, all right" in str(found)
 
 
-@pytest.mark.parametrize("factor", [1.02, 0.98])
-@pytest.mark.parametrize("path", ["self_attn.q_proj", "mlp.down_proj"])
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+@pairwise(
+    {
+        "factor": [1.02, 0.98],
+        "path": ["self_attn.q_proj", "mlp.down_proj"],
+        "adapters": [torch.float32, torch.bfloat16],
+    }
+)
 def test_two_percent_in_one_of_30_layers_is_found_in_bfloat16(monkeypatch, adapters, path, factor):
     model = deep(torch.bfloat16).to(adapters)
     for parameter in model.parameters():

@@ -23,7 +23,6 @@ from peft_models import (
     up,
     write_adapter,
 )
-from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,13 +137,12 @@ def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
     assert vars(up(ours)).keys() - set(_PLACES) == vars(up(theirs)).keys()
     assert isinstance(up(ours), lora.Linear)
     assert type(up(ours)).__name__ == type(up(theirs)).__name__
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours.save_pretrained(tmp_path / "ours")
-    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
-    assert "adapter_model.safetensors" in names
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
-    for name in names:
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    files = []
+    for number, model in enumerate((ours, theirs)):
+        model.save_pretrained(tmp_path / f"{number}")
+        files.append({p.name: p.read_bytes() for p in (tmp_path / f"{number}").iterdir()})
+    assert "adapter_model.safetensors" in files[0]
+    assert files[0] == files[1]
     ours, theirs = ours.merge_and_unload(), theirs.merge_and_unload()
     assert repr(ours) == repr(theirs)
     assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
@@ -185,23 +183,17 @@ def test_dora_caches_are_used_and_cleared_as_peft_s_are():
     assert not torch.equal(got[2], got[3])  # a stale norm differs from a fresh one
 
 
-def test_dora_of_one_vector_has_peft_s_shape():
-    """PEFT's gain is [1, out], so x [in] gives an output of that shape."""
-    theirs = mlp(use_dora=True)
-    assert_same(up(optimized(theirs))(inputs()[0, 0]), up(theirs)(inputs()[0, 0]), ROUNDING)
+def test_dora_of_one_vector_and_of_dropout_in_evaluation_is_peft_s():
+    """PEFT's gain is [1, out], so x [in] gives an output of that shape.
 
-
-def test_dora_drops_in_a_training_layer_only():
-    """A dropout in training mode inside an evaluation-mode layer (Monte Carlo dropout) has no
-    effect in PEFT's DoRA layer.
+    A dropout in training mode inside an evaluation-mode layer (Monte Carlo dropout) has no effect.
     """
     theirs = mlp(use_dora=True, lora_dropout=0.5)
     ours = optimized(theirs)
     for model in (theirs, ours):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.train()
-    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
+        up(model).lora_dropout.train()
+    for x in (inputs(), inputs()[0, 0]):
+        assert_same(up(ours)(x), up(theirs)(x), ROUNDING)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -231,21 +223,22 @@ def loss_of(model):
     return loss
 
 
+def per_sample_gradients(model):
+    gradient = torch.func.grad(loss_of(model))
+    return torch.func.vmap(gradient, in_dims=(None, 0))(trained(model), inputs())
+
+
 def forward_mode(model):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
 
 
-def call_and_unit_gradients(model):
-    """y, the tensors that require gradients, and one dy for each element of y."""
+def batched_gradients(model):
     x = inputs()[0].requires_grad_()
     y = model(x)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
     dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    return y, [x, *(p for p in model.parameters() if p.requires_grad)], dys
-
-
-def batched_gradients(model):
-    return torch.autograd.grad(*call_and_unit_gradients(model), is_grads_batched=True)
+    return torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
 
 
 def export(model):
@@ -270,9 +263,7 @@ TRANSFORMS = {
     "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
     "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
     "vmap": lambda model: torch.func.vmap(model)(inputs()),
-    "per-sample-gradients": lambda model: torch.func.vmap(
-        torch.func.grad(loss_of(model)), in_dims=(None, 0)
-    )(trained(model), inputs()),
+    "per-sample-gradients": per_sample_gradients,
     "forward-mode": forward_mode,
     "batched-gradients": batched_gradients,
     "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),

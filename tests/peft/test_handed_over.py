@@ -121,6 +121,10 @@ def to(part: str, cls: type) -> Callable:
     return of(part, lambda module: setattr(module, "__class__", cls))
 
 
+def parametrized(part: str, name: str) -> Callable:
+    return of(part, lambda m: parametrize.register_parametrization(m, name, Negated()))
+
+
 def dropout(module: nn.Module) -> Callable:
     return lambda layer: layer.lora_dropout.update({"default": module})
 
@@ -141,7 +145,8 @@ ACTING = {
     "backward-pre-hook": hook("register_full_backward_pre_hook", lambda _, dy: (dy[0] * 2,)),
     "forward": with_forward,
 }
-NAMES = {"base": "base layer", "lora_A": "lora_A", "lora_B": "lora_B", "dropout": "dropout"}
+NAMES = {part: f"the calls of its {part}" for part in ("lora_A", "lora_B")}
+NAMES |= {"base": "the calls of its base layer", "dropout": "its dropout"}
 # Changes after which the call is still fast.
 FAST = {
     "scaling-tensor": scaling(torch.tensor(0.25)),
@@ -165,35 +170,18 @@ PEFT_S = {  # Each value: the change, and the report's reason; "" if the reason 
     "lora-float64": (weight("lora_A", 4, K, dtype=torch.float64), "its lora_A is torch.float64"),
     "bias-lora_A": (weight("lora_A", 4, name="bias"), "its lora_A has a bias"),
     "class-base": (to("base", Doubled), "its base is a Doubled, no torch.nn.Linear"),
-    "call-base": (
-        to("base", DoubledCall),
-        "its base layer is a DoubledCall (DoubledCall.__call__ isn't torch.nn.Module's)",
-    ),
+    "call-base": (to("base", DoubledCall), "DoubledCall.__call__ isn't torch.nn.Module's"),
     "class-lora_A": (to("lora_A", Doubled), "its lora_A is a Doubled, no torch.nn.Linear"),
     "inside-another": (
         lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
         "its base is a Sequential",
     ),
-    "parametrized-base": (
-        of("base", lambda m: parametrize.register_parametrization(m, "bias", Negated())),
-        "its base is parametrized",
-    ),
-    "parametrized-lora_B": (
-        of("lora_B", lambda m: parametrize.register_parametrization(m, "weight", Negated())),
-        "its lora_B is a ParametrizedLinear",
-    ),
+    "parametrized-base": (parametrized("base", "bias"), "its base is parametrized"),
+    "parametrized-lora_B": (parametrized("lora_B", "weight"), "its lora_B is a ParametrizedLinear"),
     "dropout-class": (dropout(Fives()), "something replaces, its dropout"),
     "dropout-of-all": (dropout(nn.Dropout(1.0)), "its dropout drops everything"),
     "dropout-in-place": (dropout(nn.Dropout(0.5, inplace=True)), "changes the input in place"),
     "casting-off": (casting_off, "disable_input_dtype_casting"),
-    **{
-        f"{name}-{part}": (
-            of(part, act),
-            f"something replaces, {'' if part == 'dropout' else 'the calls of '}its {called}",
-        )
-        for name, act in ACTING.items()
-        for part, called in NAMES.items()
-    },
     # Other shapes: PEFT broadcasts, or raises its own error.
     "a-other-in": (weight("lora_A", 4, 7), "its lora_A has shape (4, 7), not (4, 8)"),
     "a-other-rank": (weight("lora_A", 2, K), "its lora_B has shape (6, 4), not (6, 2)"),
@@ -203,6 +191,9 @@ PEFT_S = {  # Each value: the change, and the report's reason; "" if the reason 
     "bias-broadcast": (weight("base", 1, name="bias"), "its base's bias has shape (1,)"),
     "lora-bias-broadcast": (weight("lora_B", 1, name="bias"), "its lora_B's bias has shape"),
 }
+for part, named in NAMES.items():
+    for name, act in ACTING.items():
+        PEFT_S[f"{name}-{part}"] = of(part, act), f"something replaces, {named}"
 DORA = {
     "hook-magnitude": (of("magnitude", ACTING["hook"]), "its DoRA magnitude"),
     "magnitude-broadcast": (weight("magnitude", 1), "its DoRA magnitude has shape (1,)"),
@@ -308,6 +299,10 @@ def under_autocast(x: Tensor) -> Callable:
     return call
 
 
+def nested(layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(n, K) for n in (3, 5)], layout=layout)
+
+
 CALLS = {
     "too-few": lambda layer: layer(torch.randn(4, 7)),
     "one": lambda layer: layer(torch.randn(4, 1)),
@@ -325,12 +320,8 @@ CALLS = {
     "autocast-whole-numbers": under_autocast(torch.ones(2, K, dtype=torch.long)),
     "autocast-other-dtype": under_autocast(torch.ones(2, K).double()),
     "autocast-complex": under_autocast(torch.ones(2, K, dtype=torch.complex64)),
-    "nested": lambda layer: layer(
-        torch.nested.nested_tensor([torch.ones(n, K) for n in (3, 5)], layout=torch.jagged)
-    ).to_padded_tensor(0.0),
-    "nested-strided": lambda layer: layer(
-        torch.nested.nested_tensor([torch.ones(n, K) for n in (3, 5)])
-    ).to_padded_tensor(0.0),
+    "nested": lambda layer: layer(nested(torch.jagged)).to_padded_tensor(0.0),
+    "nested-strided": lambda layer: layer(nested(torch.strided)).to_padded_tensor(0.0),
     "names-too-few": lambda layer: layer(inputs(), adapter_names=["default"]),
 }
 

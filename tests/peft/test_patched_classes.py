@@ -44,24 +44,17 @@ class Routed(nn.Module):
 
 
 def experts() -> nn.Module:
-    config = MixtralConfig(
-        hidden_size=K, intermediate_size=N, num_local_experts=4, num_experts_per_tok=2
-    )
+    sizes = {"hidden_size": K, "intermediate_size": N}
+    config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
     model = Routed(modeling_mixtral.MixtralExperts(config))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return adapted(
-        model, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-    )
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    return adapted(model, target_modules=[], target_parameters=names)
 
 
 def several() -> nn.Module:
     return adapted(nn.Sequential(nn.Linear(K, N)), ("default", "other"), target_modules=["0"])
-
-
-def routed() -> tuple[torch.Tensor, ...]:
-    index = torch.arange(64 * 2).view(64, 2) % 4
-    return rows(), index, torch.rand(64, 2)
 
 
 def rows(count: int = 64) -> torch.Tensor:
@@ -73,7 +66,7 @@ def call(model: nn.Module, **named) -> list[torch.Tensor]:
     torch.manual_seed(1)
     model.zero_grad()
     if isinstance(getattr(model.base_model.model, "experts", None), nn.Module):
-        y = model(*routed())
+        y = model(rows(), torch.arange(128).view(64, 2) % 4, torch.rand(64, 2))
     else:
         y = model(rows(len((named or FEW)["adapter_names"])), **named)
     y.square().mean().backward()
@@ -99,10 +92,8 @@ CASES = {  # the patched class, and a model
     "experts": (modeling_mixtral.MixtralExperts, experts),
     "experts' activation": (activations.SiLUActivation, experts),
 }
-for act in (
-    *(activations.SiLUActivation, activations.ReLUSquaredActivation, activations.GELUActivation),
-    *(activations.GELUTanh, nn.SiLU, nn.GELU, nn.ReLU),
-):
+OF_TRANSFORMERS = ("SiLUActivation", "ReLUSquaredActivation", "GELUActivation", "GELUTanh")
+for act in (*(getattr(activations, n) for n in OF_TRANSFORMERS), nn.SiLU, nn.GELU, nn.ReLU):
     CASES[f"{act.__module__}.{act.__name__}"] = act, lambda act=act: gated(act())
 if BITSANDBYTES:
     import bitsandbytes
@@ -184,7 +175,6 @@ def test_a_frozen_linear_layer_runs_a_forward_that_is_replaced(monkeypatch):
     torch.testing.assert_close(model(x), theirs(x))
     patch(monkeypatch, nn.Linear)
     torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=0)
-    monkeypatch.undo()
 
 
 def test_a_forward_that_torch_compiles_is_the_library_s(monkeypatch):
