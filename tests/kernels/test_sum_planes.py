@@ -11,18 +11,21 @@ def planes(*shape):
     return torch.randn(*shape).to(DEVICE)
 
 
-SIZES = [(1,), (7,), (1023,), (1024,), (1025,), (40, 60)]
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("size", [1, 7, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_sum(count, size, dtype):
+    parts, out = planes(count, size), poisoned(size, dtype=dtype)
+    sum_planes([parts], [out])
+    torch.testing.assert_close(out, parts.double().sum(0).to(dtype))
 
 
-@pytest.mark.parametrize("dtypes", [[each] for each in (F32, BF16, F16)] + [[F32, BF16, F16]])
-@pytest.mark.parametrize("sizes", [*([each] for each in SIZES), SIZES], ids=str)
-def test_one_sum_and_several_of_different_sizes_and_dtypes_in_one_launch(sizes, dtypes):
-    for counts in ([1], [2], [5], [3, 2, 4, 1]):
-        parts = [planes(counts[i % len(counts)], *size) for i, size in enumerate(sizes)]
-        outs = [poisoned(*s, dtype=dtypes[i % len(dtypes)]) for i, s in enumerate(sizes)]
-        sum_planes(parts, outs)
-        for part, out in zip(parts, outs, strict=True):
-            torch.testing.assert_close(out, part.double().sum(0).to(out.dtype))
+def test_several_of_different_sizes_and_dtypes_in_one_launch():
+    parts = [planes(3, 5, 7), planes(2, 1025), planes(4, 1), planes(1, 40, 60)]
+    outs = [poisoned(5, 7), poisoned(1025, dtype=BF16), poisoned(1, dtype=F16), poisoned(40, 60)]
+    sum_planes(parts, outs)
+    for part, out in zip(parts, outs, strict=True):
+        torch.testing.assert_close(out, part.double().sum(0).to(out.dtype))
 
 
 def test_planes_are_added_in_order():
