@@ -34,7 +34,6 @@ VERSION = tuple(map(int, re.search(r"__version__ = '(\d+)\.(\d+)", _SOURCE.read_
 
 TARGETS = [name for name in REPORTED if name != "sm_86"]
 FAMILY = {name: family for family in FAMILIES for name in family}
-BOTH_HALVES = [case for half in (0, 1) for case in half_of_cases(TARGETS, half)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +47,12 @@ def report(tmp_path_factory) -> list[dict]:
         "-m", "tools.compile_report", *chosen, "--target", *TARGETS, "--json", path
     )
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.fixture(scope="module")
+def halves() -> list:
+    """The cases of both halves."""
+    return [case for half in (0, 1) for case in half_of_cases(TARGETS, half)]
 
 
 def families_of(rows) -> set[tuple[str, ...]]:
@@ -181,9 +186,9 @@ def test_a_config_with_descriptors_uses_them_but_for_adding_and_turning(report):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids="-".join)
-def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(family):
+def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(family, halves):
     """For the targets of each family together.  No loop of any form spills (see above)."""
-    found = [each for each in BOTH_HALVES if each.target in family and each.form]
+    found = [each for each in halves if each.target in family and each.form]
     of_experts = [each for each in found if each.form.segments]
     assert {each.form.name for each in of_experts} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
     assert {each.form.own for each in of_experts} == {False, True}
@@ -211,14 +216,14 @@ def test_the_kernel_of_a_loss_spills_nothing_in_any_form(report):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids="-".join)
-def test_every_default_config_is_in_a_half(family):
+def test_every_default_config_is_in_a_half(family, halves):
     """Also every call without form: gated MLPs, packed weights and losses.
 
     Two exceptions: rows that fit no form because of sm_80's shared memory, and a compiler fault
     (faults.py).
     """
     targets = [name for name in family if name in TARGETS]
-    chosen = [case for case in BOTH_HALVES if case.target in targets]
+    chosen = [case for case in halves if case.target in targets]
     words = [
         {case.name.partition(" ")[2] for case in each if case.other}
         for each in (chosen, other_cases(targets[0]))
