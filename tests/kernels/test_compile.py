@@ -224,11 +224,7 @@ def test_every_default_config_is_in_a_half(family, halves):
     """
     targets = [name for name in family if name in TARGETS]
     chosen = [case for case in halves if case.target in targets]
-    words = [
-        {case.name.partition(" ")[2] for case in each if case.other}
-        for each in (chosen, other_cases(targets[0]))
-    ]
-    assert words[0] == words[1]
+    assert sum(case.form is None for case in chosen) == len(other_cases(targets[0]))
     compiled = {
         case.config or default_config(case.form.kernel, HARDWARE[case.target], case.form.call)
         for case in chosen
