@@ -33,6 +33,7 @@ RANKS = [1, 16, 17, 64, 65, 129, 512]
 ELEMENTS = [(2, "ieee"), (4, "ieee"), (4, "tf32")]
 NVIDIA = ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 GROUPS = range(1, MAX_PROJECTIONS + 1)
+TF32 = {"itemsize": 4, "precision": "tf32"}
 
 
 def calls(target, elements=ELEMENTS, groups=GROUPS, masks=(False, True), **options):
@@ -145,48 +146,27 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
         (GemmConfig(128, 256, 32, 8, 2), "sm_100", call(projections=2), "tensor memory"),
         (WeightGradConfig(32, 32, 4, 2), "sm_90", call(r=129, project=True), "rank 129"),
         (WeightGradConfig(32, 512, 8, 3), "sm_90", call(project=True), "races"),
-        (
-            WeightGradConfig(32, 64, 4, 2),
-            "sm_90",
-            call(itemsize=4, precision="tf32", project=True),
-            "races",
-        ),
+        (WeightGradConfig(32, 64, 4, 2), "sm_90", call(**TF32, project=True), "races"),
         (WeightGradConfig(32, 32, 8, 4, 256), "sm_90", call(r=64, low_rank=True), "races"),
-        (
-            WeightGradConfig(32, 32, 4, 3),
-            "sm_90",
-            call(r=33, itemsize=4, precision="tf32", low_rank=True),
-            "races",
-        ),
-        (
-            GemmConfig(64, 32, 32, 4, 3),
-            "sm_90",
-            call(itemsize=4, precision="tf32", packed="four-bit"),
-            "packed weight in float32",
-        ),
+        (WeightGradConfig(32, 32, 4, 3), "sm_90", call(r=33, **TF32, low_rank=True), "races"),
+        (GemmConfig(64, 32, 32, 4, 3), "sm_90", call(**TF32, packed="four-bit"), "packed weight"),
         (GemmConfig(64, 64, 64, 4, 2), "gfx950", call(), "miscompiles"),
+        # One pass may take few rows where no wgmma reads on: 64 rows, rank 32, masked, float32, one
+        # product, mma.sync, tensor memory.
+        (WeightGradConfig(64, 32, 8, 3), "sm_90", call(r=64, low_rank=True), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=32, low_rank=True), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, low_rank=True, masked=True), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, itemsize=4, low_rank=True), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_80", call(r=64, low_rank=True), ""),
+        (WeightGradConfig(32, 32, 8, 4), "sm_100", call(r=64, low_rank=True), ""),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_configs_that_cannot_run_are_refused_with_a_reason(config, name, one, reason):
-    assert reason in config.why_not(TARGETS[name], one)
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "one"),
-    [
-        (WeightGradConfig(64, 32, 8, 3), "sm_90", call(r=64, low_rank=True)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=32, low_rank=True)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, low_rank=True, masked=True)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, itemsize=4, low_rank=True)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_80", call(r=64, low_rank=True)),
-        (WeightGradConfig(32, 32, 8, 4), "sm_100", call(r=64, low_rank=True)),
-    ],
-    ids=["64-rows", "r32", "masked", "float32", "one-product", "mma", "tcgen05"],
-)
-def test_one_pass_takes_few_rows_where_no_wgmma_reads_on(config, name, one):
-    assert config.why_not(TARGETS[name], one) == ""
+    found = config.why_not(TARGETS[name], one)
+    assert reason in found
+    assert bool(found) == bool(reason)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy as Policy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.backends import find_backend
@@ -60,12 +59,6 @@ def run(kind, p: float = 0.0, seed: int = 3, around=lambda call, *tensors: call(
 
 def assert_same(first, second) -> None:
     assert all(map(torch.equal, first, second))
-
-
-@dropping_or_not
-def test_the_same_bits_again(name, p):
-    kind = made(name)
-    assert_same(run(kind, p), run(kind, p))
 
 
 @on_backends(triton=WAYS, p=[0.4, 0.0], dtype=[BF16, BF16, F16, F16])
@@ -163,14 +156,6 @@ def test_the_registered_op(backend, name, p):
     opcheck(torch.ops.fastlora.lora_linears_backward.default, backward)
 
 
-@one_by_triton
-def test_under_a_counter_of_flops(name):
-    kind = made(name)
-    with FlopCounterMode(display=False):
-        counted = run(kind)
-    assert_same(run(kind), counted)
-
-
 def assert_compiled_is_the_same(name, compiler):
     torch.compiler.reset()
     kind = made(name, torch.bfloat16, torch.float32)
@@ -185,7 +170,7 @@ def test_compiled_whole(name):
     assert_compiled_is_the_same(name, "aot_eager")
 
 
-@on_backends(["group", "experts", "bank"])  # the other kinds use the same op
+@on_backends(["group", "bank"])  # the other kinds use the same op, with fewer arguments
 def test_compiled_by_inductor(name):
     assert_compiled_is_the_same(name, "inductor")
 

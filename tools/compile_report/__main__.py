@@ -24,7 +24,7 @@ import triton
 from benchmarks.report import align
 from fastlora.kernels.config import default_config
 
-from .cases import HARDWARE, REPORTED, Case, cases, cases_in_turn, launches, other_cases
+from .cases import HARDWARE, REPORTED, Case, cases, half_of_cases, launches, other_cases
 from .machine_code import compile_launch
 
 _WITHOUT_FORM = {
@@ -76,20 +76,18 @@ def main() -> None:
     parser.add_argument(
         "--brief", action="store_true", help="fewer forms: most configs in only one"
     )
-    parser.add_argument(
-        "--turns",
-        action="store_true",
-        help="brief, and each config that several GPUs share for only one of them",
-    )
+    parser.add_argument("--half", type=int, choices=(0, 1), help="half of these, for GPUs in turn")
     arguments = parser.parse_args()
-    if arguments.turns:
-        chosen = cases_in_turn(arguments.target)
+    if arguments.half is not None:
+        chosen = half_of_cases(arguments.target, arguments.half)
     else:
         chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
         chosen += [case for name in arguments.target for case in other_cases(name)]
     launches(chosen[0])  # imports modules, so that the pool's processes don't have to
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [*pool.map(partial(rows_of, by_ptx=arguments.turns), chosen, chunksize=4)]
+        found = [
+            *pool.map(partial(rows_of, by_ptx=arguments.half is not None), chosen, chunksize=4)
+        ]
     rows = [row for each in found for row in each]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:

@@ -166,15 +166,24 @@ def other_cases(target: str) -> list[Case]:
     return found
 
 
-def cases_in_turn(targets: Sequence[str]) -> list[Case]:
-    """Brief cases; a case of several targets of a family is compiled for one of them, in turn."""
+def half_of_cases(targets: Sequence[str], half: int) -> list[Case]:
+    """Every second brief case: half 0 or half 1.
+
+    A case of several targets of a family is compiled for one of them, in turn.
+    """
     alike: dict[tuple, list[Case]] = {}
     for target in targets:
         family = next(each for each in FAMILIES if target in each)
         for case in cases(target, brief=True) + other_cases(target):
             words = case.name.removeprefix(target)
             alike.setdefault((family, words), []).append(case)
-    return [same[turn % len(same)] for turn, same in enumerate(alike.values())]
+    found = []
+    for turn, ((family, _), same) in enumerate(alike.items()):
+        # When all targets had their turn, the next cases are of the other half.  Families begin
+        # with different halves, so that each half has forms of all kinds.
+        if (turn // len(same) + FAMILIES.index(family)) % 2 == half:
+            found.append(same[turn % len(same)])
+    return found
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

@@ -134,7 +134,7 @@ def with_checks(row: dict, lines: list[str], group: list[str]) -> None:
 def run_triton(session: nox.Session, version: str) -> None:
     """The tests of machine code and of launches, with a Triton beside this environment's torch."""
     session.chdir(ROOT)
-    session.env["FASTLORA_COMPILE_TRITON"] = str(installed(version))
+    session.env.update(FASTLORA_COMPILE_TRITON=str(installed(version)), FASTLORA_COMPILE_ALL="1")
     row = [", ".join(torch.rpartition(".")[0] for torch, own in TORCH.items() if own == version)]
     for file in ("tests/kernels/test_compile.py", "tests/kernels/test_host.py"):
         lines = lines_of(session, sys.executable, "-m", "pytest", "-q", "-n", "0", file)
