@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
-import pytest
 import torch
 import transformers
 from models import Mlp, noted_blocks, noted_calls, randomize, tiny_llama
@@ -144,8 +144,8 @@ def counted_calls() -> Iterator[list[Tensor]]:
         calls.extend(x for output in outputs if output.adapters)
 
     of_layers = noted_calls(fast_linear, lambda layer, x: calls.append(x))
-    with pytest.MonkeyPatch.context() as patch, noted_blocks(note), of_layers:
-        patch.setattr(fast_experts, "lora_experts", recorded_experts)
+    of_experts = mock.patch.object(fast_experts, "lora_experts", recorded_experts)
+    with of_layers, of_experts, noted_blocks(note):
         yield calls
 
 
@@ -223,6 +223,8 @@ def by_peft(folder, model=None, **settings):
     """Write an adapter made by PEFT into the folder."""
     torch.manual_seed(4)
     theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
+    # The model card, README.md, would take a third of the time.
+    theirs.create_or_update_model_card = lambda folder: None
     randomize(theirs).save_pretrained(folder)
     return folder
 
@@ -239,6 +241,12 @@ def changes(folder, base=llama) -> dict[str, torch.Tensor]:
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
+
+
+def assert_changes(found: dict, wanted: dict, tolerance: float = 1e-6) -> None:
+    """Compare the results of two calls of :func:`changes`."""
+    assert found.keys() == wanted.keys()
+    assert all(relative(found[name], wanted[name]) < tolerance for name in wanted)
 
 
 def cut(whole: torch.Tensor, r: int) -> torch.Tensor:
