@@ -19,7 +19,6 @@ from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
 from fastlora.estimates import frozen
-from fastlora.estimates.count import RankCost
 
 
 class Net(nn.Module):
@@ -196,16 +195,15 @@ def growth(model: nn.Module, batch: dict) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-IDS_OF_GROWTH = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
-GROWING = {"input_ids": IDS_OF_GROWTH, "labels": IDS_OF_GROWTH, "use_cache": False}
-
-
 @cache
-def estimated(dropout: float) -> tuple[nn.Module, fastlora.LoRAConfig, RankCost]:
+def estimated(dropout: float) -> tuple:
+    """A model, its adapters' settings, a batch, and the cost of a step with them."""
+    ids = torch.randint(0, 256, (2, 64))
     model = tiny_llama(num_hidden_layers=4, vocab_size=256)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     config = fastlora.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
-    found = fastlora.estimate(model, [4], config=config, batch=GROWING, rounds=1)
-    return model, config, found.rank_costs[0]
+    found = fastlora.estimate(model, [4], config=config, batch=batch, rounds=1)
+    return model, config, batch, found.rank_costs[0]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -214,7 +212,7 @@ def estimated(dropout: float) -> tuple[nn.Module, fastlora.LoRAConfig, RankCost]
     "way", ["", "lora_A frozen", "loss without logits", "gradient checkpointing", "all of these"]
 )
 def test_kept_bytes_are_the_growth_of_a_forward(way, dropout):
-    base, config, cost = estimated(dropout)
+    base, config, batch, cost = estimated(dropout)
     kept = cost.kept_with[way] if way else cost.kept_bytes
     whole, model = way == "all of these", copy.deepcopy(base).train()
     fastlora.apply_lora(model, config, loss=whole or way == "loss without logits")
@@ -222,13 +220,13 @@ def test_kept_bytes_are_the_growth_of_a_forward(way, dropout):
         for module in model.modules():
             if isinstance(module, fastlora.LoRALinear):
                 module.lora_A.requires_grad_(False)
-    expected = IDS_OF_GROWTH.numel() * kept
+    expected = batch["input_ids"].numel() * kept
     if whole or way == "gradient checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Each block holds a random state, and all blocks share the rotary embeddings.
         expected += 4 * torch.get_rng_state().nbytes + 2 * 64 * 16 * 4
-    growth(model, GROWING)  # the first call makes records of the modules
-    assert growth(model, GROWING) == pytest.approx(expected, rel=0.02)
+    growth(model, batch)  # the first call makes records of the modules
+    assert growth(model, batch) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_savings_of_a_model():

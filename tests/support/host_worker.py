@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import cuda_standin
 import torch
@@ -44,14 +44,11 @@ STANDARD = {
 }
 
 
-# The arguments passed to Triton's C launcher, and the arguments each tensor map was encoded from.
+# The arguments passed to Triton's C launcher.
 _launches: list[tuple] | None = None
-_maps: dict[int, "_Map"] = {}
-
-
-class _Map(NamedTuple):
-    settings: tuple  # the arguments it was encoded from, the address first
-    made: Any  # Triton's object, kept alive so that its id stays unique
+# The arguments each tensor map was encoded from (the address first), and the map itself, which
+# stays alive so that its id stays unique.
+_maps: dict[int, tuple[tuple, Any]] = {}
 
 
 def watch() -> None:
@@ -147,7 +144,7 @@ def _watching_maps(encode: Callable) -> Callable:
     def watched(*settings: Any) -> Any:
         made = encode(*settings)
         if _launches is not None:
-            _maps[id(made)] = _Map(settings, made)
+            _maps[id(made)] = settings, made
         return made
 
     return watched

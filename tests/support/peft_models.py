@@ -116,7 +116,13 @@ def other_config(**settings) -> peft.LoraConfig:
 
 def write_adapter(folder: Path, **settings) -> Path:
     """Write the files of an adapter for a float64 Mlp."""
-    mlp(**settings).save_pretrained(folder)
+    return save(mlp(**settings), folder)
+
+
+def save(model: peft.PeftModel, folder: Path) -> Path:
+    """Write an adapter's files without README.md, which would take a third of the time."""
+    model.create_or_update_model_card = lambda folder: None
+    model.save_pretrained(folder)
     return folder
 
 
@@ -223,10 +229,7 @@ def by_peft(folder, model=None, **settings):
     """Write an adapter made by PEFT into the folder."""
     torch.manual_seed(4)
     theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
-    # The model card, README.md, would take a third of the time.
-    theirs.create_or_update_model_card = lambda folder: None
-    randomize(theirs).save_pretrained(folder)
-    return folder
+    return save(randomize(theirs), folder)
 
 
 def changes(folder, base=llama) -> dict[str, torch.Tensor]:
