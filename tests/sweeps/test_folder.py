@@ -95,7 +95,7 @@ OTHER = {
 
 @pytest.fixture(scope="module", params=[broken_off, swept], ids=lambda begin: begin.__name__)
 def begun(request, tmp_path_factory):
-    """The folder of a sweep that was broken off, or has ended.  It must stay as it is."""
+    """The folder of a sweep that was broken off, or has ended.  Tests must not change it."""
     folder = tmp_path_factory.mktemp("begun")
     request.param(folder)
     return folder
