@@ -6,8 +6,8 @@ import pickle
 import threading
 import weakref
 
-import head_worker
 import peft
+import peft_worker
 import pytest
 import torch
 from models import randomize, tiny_llama
@@ -528,7 +528,9 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
 def test_ddp_synchronizes_the_gradients_of_a_lazy_head(two, settings):
-    ours, theirs = (two.run(head_worker.steps, "ddp", loss, **settings) for loss in (True, False))
+    ours, theirs = (
+        two.run(peft_worker.lazy_steps, "ddp", loss, **settings) for loss in (True, False)
+    )
     for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
         assert fused
         assert losses == pytest.approx(losses_, rel=1e-5)
@@ -538,7 +540,7 @@ def test_ddp_synchronizes_the_gradients_of_a_lazy_head(two, settings):
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 def test_a_sharded_head_computes_its_logits(two, kind):
-    ours, theirs = (two.run(head_worker.steps, kind, loss) for loss in (True, False))
+    ours, theirs = (two.run(peft_worker.lazy_steps, kind, loss) for loss in (True, False))
     for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
         assert not fused
         assert losses == pytest.approx(losses_, rel=1e-5)

@@ -1,12 +1,14 @@
 """check_adapter: each server's verdicts on small adapters, and mends that compute the same."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from moe_models import base_model, parameters_of
-from peft_models import by_peft, change_tensors, changes, llama, relative
+from marks import pairwise
+from moe_models import parameters_of, parts_of, seeded_model
+from peft_models import assert_changes, by_peft, change_tensors, changes, llama
 from process import run_python
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -217,20 +219,17 @@ def changes_of(folder):
     return changes(folder, base)
 
 
-def assert_same(found, wanted, tolerance=2e-7):
-    assert found.keys() == wanted.keys()
-    assert all(relative(found[name], wanted[name]) < tolerance for name in wanted)
-
-
+assert_same = partial(assert_changes, tolerance=2e-7)
 UNEVEN = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"], "r": 6,
     "rank_pattern": {"layers.1.mlp.down_proj": 4}, "alpha_pattern": {"q_proj": 5, "v_proj": -3},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("use_rslora", [False, True], ids=["", "rslora"])
-@pytest.mark.parametrize("server", SERVERS)
+@pairwise({
+    "server": {name: name for name in SERVERS}, "use_rslora": {"": False, "rslora": True},
+    "dtype": {"f32": torch.float32, "bf16": torch.bfloat16},
+})  # fmt: skip
 def test_ranks_and_scales_are_folded(server, use_rslora, dtype, tmp_path):
     folder = by_peft(tmp_path / "adapter", **UNEVEN, use_rslora=use_rslora)
     change_tensors(folder, lambda ts: ts.update((k, t.to(dtype)) for k, t in [*ts.items()]))
@@ -252,10 +251,7 @@ def test_ranks_and_scales_are_folded(server, use_rslora, dtype, tmp_path):
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "gpt-oss"])
 def test_stacks_of_experts_are_split(family, server, tmp_path):
-    def base():
-        torch.manual_seed(3)
-        return base_model(family)
-
+    base = partial(seeded_model, family)
     folder = by_peft(
         tmp_path / "adapter", base(), r=3, lora_alpha=5, target_modules=["o_proj"],
         target_parameters=parameters_of(family), rank_pattern={"experts.down_proj": 2},
@@ -267,21 +263,18 @@ def test_stacks_of_experts_are_split(family, server, tmp_path):
     if server == "peft" or (server, family) == ("vllm", "gpt-oss"):  # it reads stacks
         assert_same(changes(tmp_path / "new", base), wanted)
         return
-    block, names = "mlp", ("gate_proj", "up_proj", "down_proj")
+    block, names = "mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     if family == "mixtral" and server != "sglang":
-        block, names = "block_sparse_moe", ("w1", "w3", "w2")
+        block, names = "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}
     experts = {}
     for name, change in wanted.items():
         module, _, last = name.replace(".mlp.", f".{block}.").rpartition(".")
         if last == "weight":
             experts[name] = change
             continue
-        change = change.mT if family == "gpt-oss" else change  # [E, in, out]
-        parts = [change]
-        if last == "gate_up_proj":
-            parts = (change[:, ::2], change[:, 1::2]) if family == "gpt-oss" else change.chunk(2, 1)
-        for part, each in zip(names if parts[1:] else names[2:], parts, strict=False):
-            experts |= {f"{module}.{i}.{part}.weight": own for i, own in enumerate(each)}
+        for part, each in parts_of(family, last, change).items():
+            whole = f"{module}.{{}}.{names[part]}.weight"
+            experts |= {whole.format(i): own for i, own in enumerate(each)}
     assert_same(changes_of(tmp_path / "new"), experts)
 
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from models import Mlp
-from moe_models import base_model, parameters_of
-from peft_models import by_peft, change_config, change_tensors, changes, cut, llama, relative
+from moe_models import parameters_of, seeded_model
+from peft_models import assert_changes, by_peft, change_config, change_tensors, changes, cut, llama
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -44,9 +44,7 @@ def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
         key.split(".")[-3]: x.dtype for key, x in load_file(tmp_path / "sum" / WEIGHTS).items()
     }
     assert kinds == {"q_proj": torch.float64, "up_proj": torch.float64, "o_proj": torch.float32}
-    wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
-    assert wanted.keys() == found.keys()
-    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+    assert_changes(changes(tmp_path / "sum"), summed(folders, WEIGHTS_OF_EACH))
     ranks = {one.name: (one.r, one.r_after) for one in report.layers}
     assert ranks["model.layers.0.self_attn.q_proj"] == (6, 6)
     assert ranks["model.layers.1.self_attn.q_proj"] == (9, 9)
@@ -56,28 +54,23 @@ def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
 def test_a_sum_that_is_cut_is_the_best_of_its_rank(folders, tmp_path):
     folders = [folders[1], folders[0], folders[2]]  # the adapter with rsLoRA comes first
     report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum", rank=4)
-    wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
     assert {one.r_after for one in report.layers} == {3, 4}
-    for name, whole in wanted.items():
-        assert relative(found[name], cut(whole, 4)) < 1e-6
+    wanted = {name: cut(whole, 4) for name, whole in summed(folders, WEIGHTS_OF_EACH).items()}
+    assert_changes(changes(tmp_path / "sum"), wanted)
 
 
 def test_adapters_on_one_and_on_both_expert_weights_are_summed(tmp_path):
-    def base():
-        torch.manual_seed(3)
-        return base_model()
-
     both, last = parameters_of("qwen3"), "experts.down_proj"
     settings = {"target_modules": ["q_proj"], "r": 2}
     folders = [
-        by_peft(tmp_path / "c", base(), **settings, lora_dropout=0.1),  # experts can't have dropout
-        by_peft(tmp_path / "a", base(), **settings, target_parameters=[last]),
-        by_peft(tmp_path / "b", base(), **settings, target_parameters=both),
+        # experts can't have dropout
+        by_peft(tmp_path / "c", seeded_model(), **settings, lora_dropout=0.1),
+        by_peft(tmp_path / "a", seeded_model(), **settings, target_parameters=[last]),
+        by_peft(tmp_path / "b", seeded_model(), **settings, target_parameters=both),
     ]
     fastlora.combine_adapters(folders, [1, 1, 0.5], tmp_path / "sum")
-    wanted, found = summed(folders, [1, 1, 0.5], base), changes(tmp_path / "sum", base)
-    assert wanted.keys() == found.keys()
-    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+    wanted = summed(folders, [1, 1, 0.5], seeded_model)
+    assert_changes(changes(tmp_path / "sum", seeded_model), wanted)
 
 
 def test_modules_to_save_must_be_the_same(tmp_path):
@@ -118,8 +111,8 @@ def test_a_name_that_ends_others_is_its_own(tmp_path):
         change_config(folder, base_model_name_or_path="one/base")
     fastlora.combine_adapters(folders, [1, 2], tmp_path / "sum")
     wanted, found = summed(folders, [1, 2], base), changes(tmp_path / "sum", base)
-    assert found.keys() == wanted.keys() == {"q.weight", "layers.0.q.weight"}
-    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+    assert found.keys() == {"q.weight", "layers.0.q.weight"}
+    assert_changes(found, wanted)
     own = fastlora.load_adapter(base(), tmp_path / "sum")
     assert len(fastlora.coverage(own).layers) == 2
 
@@ -136,11 +129,7 @@ def test_a_head_s_adapter_and_none_are_summed(tmp_path):
     by_peft(both[0], target_modules=["q_proj", "lm_head"])
     by_peft(both[1], target_modules=["q_proj"])
     fastlora.combine_adapters(both, [1, 0.5], tmp_path / "sum")
-    first, second, found = (changes(each) for each in (*both, tmp_path / "sum"))
-    assert found.keys() == first.keys()
-    for name, change in found.items():
-        wanted = first[name] + 0.5 * second.get(name, torch.zeros(()))
-        assert relative(change, wanted) < 1e-6, name
+    assert_changes(changes(tmp_path / "sum"), summed(both, [1, 0.5]))
 
 
 def test_one_base_may_be_spelled_in_two_ways(folders, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import re
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -29,14 +30,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.last(self.first(x).sin())
-
-
-def tiny_model(**more) -> transformers.PreTrainedModel:
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=8, **more,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def tiny_gpt2() -> nn.Module:
@@ -159,9 +152,9 @@ def test_the_size_in_nf4_is_the_packed_model_s():
 
 def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_so():
     packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    expected = fastlora.estimate(tiny_model(), [2], rounds=0)
+    expected = fastlora.estimate(tiny_llama(), [2], rounds=0)
     with torch.device("meta"):
-        found = fastlora.estimate(tiny_model(**packed), [2], rounds=0)
+        found = fastlora.estimate(tiny_llama(**packed), [2], rounds=0)
     assert found.rank_costs == expected.rank_costs
     assert (expected.notes, "nothing was measured" in str(found)) == ((), True)
     assert "quantized (bitsandbytes), but it is dense here" in str(found)
@@ -202,25 +195,32 @@ def growth(model: nn.Module, batch: dict) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
+@cache
+def estimated(dropout: float) -> tuple:
+    """A model, its adapters' settings, a batch, and the cost of a step with them."""
+    ids = torch.randint(0, 256, (2, 64))
+    model = tiny_llama(num_hidden_layers=4, vocab_size=256)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    config = fastlora.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+    found = fastlora.estimate(model, [4], config=config, batch=batch, rounds=1)
+    return model, config, batch, found.rank_costs[0]
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "way", ["", "lora_A frozen", "loss without logits", "gradient checkpointing", "all of these"]
 )
 def test_kept_bytes_are_the_growth_of_a_forward(way, dropout):
-    model = tiny_llama(num_hidden_layers=4, vocab_size=256)
-    ids = torch.randint(0, 256, (2, 64))
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
-    config = fastlora.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
-    cost = fastlora.estimate(model, [4], config=config, batch=batch, rounds=1).rank_costs[0]
+    base, config, batch, cost = estimated(dropout)
     kept = cost.kept_with[way] if way else cost.kept_bytes
-    whole = way == "all of these"
-    fastlora.apply_lora(model.train(), config, loss=whole or way == "loss without logits")
+    whole, model = way == "all of these", copy.deepcopy(base).train()
+    fastlora.apply_lora(model, config, loss=whole or way == "loss without logits")
     if whole or way == "lora_A frozen":
         for module in model.modules():
             if isinstance(module, fastlora.LoRALinear):
                 module.lora_A.requires_grad_(False)
-    expected = ids.numel() * kept
+    expected = batch["input_ids"].numel() * kept
     if whole or way == "gradient checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Each block holds a random state, and all blocks share the rotary embeddings.
@@ -258,7 +258,7 @@ def test_a_model_of_few_positions_gets_as_many_tokens():
 
 
 def test_the_model_is_unchanged():
-    model = tiny_model()
+    model = tiny_llama(num_hidden_layers=1).train()
     model.lm_head.weight = model.model.embed_tokens.weight
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.eval()

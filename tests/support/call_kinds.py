@@ -4,6 +4,7 @@ A record holds the tensors of a call, the call itself, and a float64 oracle of t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import oracles
@@ -48,16 +49,19 @@ def _make(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, own: torch.dty
     return made
 
 
+def _both(name: str, run: Callable[..., Tensor]) -> list[Callable[..., Tensor]]:
+    """A kind's call and its truth: ``run`` with fastlora's and the oracles' function."""
+    return [partial(run, getattr(place, name)) for place in (fastlora, oracles)]
+
+
 def layer(dtype: torch.dtype, own: torch.dtype) -> Kind:
     shapes = {"x": (ROWS, K), "weight": (N, K), "a": (4, K), "b": (N, 4), "bias": (N,)}
 
-    def call(x, weight, a, b, bias, **options):
-        return fastlora.lora_linear(x, weight, a, b, bias=bias, scale=0.5, **options)
+    def run(function, x, weight, a, b, bias, **options):
+        return function(x, weight, a, b, bias=bias, scale=0.5, **options)
 
-    def truth(x, weight, a, b, bias):
-        return oracles.lora_linear(x, weight, a, b, bias=bias, scale=0.5)
-
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1)
+    both = _both("lora_linear", run)
+    return Kind(_make(shapes, dtype, own), *both, ("x", "weight"), (4,), 1)
 
 
 def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -75,14 +79,11 @@ def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
             Output(Base(weight2)),
         ]
 
-    def call(x, *tensors, **options):
-        return torch.cat(fastlora.lora_linears(x, outputs(*tensors), **options), -1)
+    def run(function, x, *tensors, **options):
+        return torch.cat(function(x, outputs(*tensors), **options), -1)
 
-    def truth(x, *tensors):
-        return torch.cat(oracles.lora_linears(x, outputs(*tensors)), -1)
-
-    cast = ("x", "weight", "weight1", "weight2")
-    return Kind(_make(shapes, dtype, own), call, truth, cast, (4, 2, 3), 3)
+    both, cast = _both("lora_linears", run), ("x", "weight", "weight1", "weight2")
+    return Kind(_make(shapes, dtype, own), *both, cast, (4, 2, 3), 3)
 
 
 def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -90,15 +91,11 @@ def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
         "x": (ROWS, K), "weight": (3, N, K), "a": (3, 4, K), "b": (3, N, 4), "bias": (3, N),
     }  # fmt: skip
 
-    def call(x, weight, a, b, bias, offsets=ENDS, **options):
-        return fastlora.grouped_lora_linear(
-            x, weight, a, b, offsets, bias=bias, scale=0.5, **options
-        )
+    def run(function, x, weight, a, b, bias, offsets=ENDS, **options):
+        return function(x, weight, a, b, offsets, bias=bias, scale=0.5, **options)
 
-    def truth(x, weight, a, b, bias):
-        return oracles.grouped_lora_linear(x, weight, a, b, ENDS, bias=bias, scale=0.5)
-
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1, (ENDS,))
+    both = _both("grouped_lora_linear", run)
+    return Kind(_make(shapes, dtype, own), *both, ("x", "weight"), (4,), 1, (ENDS,))
 
 
 def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -108,14 +105,11 @@ def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
     }  # fmt: skip
     numbers = {"scales": [0.5, 1.0, -2.0], "ranks": list(RANKS)}
 
-    def call(x, weight, a, b, bias, indices=INDICES, **options):
-        options = numbers | options
-        return fastlora.multi_lora_linear(x, weight, a, b, indices, bias=bias, **options)
+    def run(function, x, weight, a, b, bias, indices=INDICES, **options):
+        return function(x, weight, a, b, indices, bias=bias, **numbers | options)
 
-    def truth(x, weight, a, b, bias):
-        return oracles.multi_lora_linear(x, weight, a, b, INDICES, bias=bias, **numbers)
-
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
+    both = _both("multi_lora_linear", run)
+    return Kind(_make(shapes, dtype, own), *both, ("x", "weight"), (5,), 3)
 
 
 def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -125,15 +119,12 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
     shapes |= {f"b{i}": (N, r) for i, r in enumerate(RANKS)}
     numbers = {"scales": [0.5, 1.0, -2.0]}
 
-    def call(x, weight, bias, *ab, indices=INDICES, **options):
-        pairs, options = (list(ab[:3]), list(ab[3:])), numbers | options
-        return fastlora.multi_lora_linear(x, weight, *pairs, indices, bias=bias, **options)
-
-    def truth(x, weight, bias, *ab):
+    def run(function, x, weight, bias, *ab, indices=INDICES, **options):
         pairs = list(ab[:3]), list(ab[3:])
-        return oracles.multi_lora_linear(x, weight, *pairs, INDICES, bias=bias, **numbers)
+        return function(x, weight, *pairs, indices, bias=bias, **numbers | options)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
+    both = _both("multi_lora_linear", run)
+    return Kind(_make(shapes, dtype, own), *both, ("x", "weight"), (5,), 3)
 
 
 def _over(weight: Quantized, kind: Kind) -> Kind:

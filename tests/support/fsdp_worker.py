@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +9,9 @@ import peft
 import peft_worker as training
 import torch
 import torch.distributed as dist
-from models import Mlp, counted_blocks, randomize, tiny_llama
+from models import TRAINED, Mlp, counted_blocks, randomize, tiny_llama
 from moe_models import IDS, base_model, parameters_of
-from peft_worker import Zero3, flat, shard, split
+from peft_worker import Zero3, error_of, flat, shard, split
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -52,12 +51,9 @@ def report_by_peft_s_policy() -> str:
 LATE = peft.LoraConfig(r=2, target_modules=["q_proj"])
 
 
-def replicated(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def attached_last(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    wrapped = wrap(tiny_llama())
+def attached_last(wrap: Callable[..., nn.Module], **group: Any) -> nn.Module:
+    """An adapter in a model that is wrapped already; ``group``: the ranks, if not all."""
+    wrapped = wrap(tiny_llama(), **group)
     peft.inject_adapter_in_model(LATE, getattr(wrapped, "module", wrapped))
     return wrapped
 
@@ -82,20 +78,14 @@ def head_left_over() -> nn.Module:
     return model
 
 
-def zero3_last() -> nn.Module:
-    engine = Zero3(tiny_llama())
-    peft.inject_adapter_in_model(LATE, engine.module)
-    return engine
-
-
 # Models with trainable parameters that no wrapper synchronizes; the notes must name them.
 LEFT_OUT = {
     "fsdp2": lambda: attached_last(shard),
     "fsdp2-second-adapter": lambda: one_more(training.peft_model()),
     "fsdp2-head": head_left_over,
     "fsdp1": lambda: attached_last(flat),
-    "ddp": lambda: attached_last(replicated),
-    "zero3": zero3_last,
+    "ddp": lambda: attached_last(DistributedDataParallel),
+    "zero3": lambda: attached_last(Zero3),
 }
 
 
@@ -106,24 +96,11 @@ def called(model: nn.Module) -> nn.Module:
     return model
 
 
-def alone(wrap: Callable[..., nn.Module], **group: Any) -> nn.Module:
-    """A model that is sharded or replicated over this rank only."""
-    model = wrap(tiny_llama(), **group)
-    peft.inject_adapter_in_model(LATE, getattr(model, "module", model))
-    return model
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
-
-
 def with_own_sync(model: nn.Module) -> nn.Module:
     """Adapters that FSDP2 is told to ignore; a hook averages their gradients."""
     adapters = {p for p in model.parameters() if p.requires_grad}
     for parameter in adapters:
-        parameter.register_post_accumulate_grad_hook(lambda p: torch.distributed.all_reduce(p.grad))
+        parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
     return shard(model, ignored_params=adapters)
 
 
@@ -136,35 +113,33 @@ def ignored_by_fsdp1(model: nn.Module) -> nn.Module:
 def ignored_by_ddp(model: nn.Module) -> nn.Module:
     names = [name for name, p in model.named_parameters() if "q_proj.lora_" in name]
     model._ddp_params_and_buffers_to_ignore = names
-    return replicated(model)
+    return DistributedDataParallel(model)
 
 
 def of_one_rank() -> Any:
     """A process group of this rank only.  All ranks must create all groups in the same order."""
-    groups = [torch.distributed.new_group([rank]) for rank in range(2)]
-    return groups[torch.distributed.get_rank()]
-
-
-def mesh_of_one() -> DeviceMesh:
-    return DeviceMesh.from_group(of_one_rank(), "cpu")
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    return groups[dist.get_rank()]
 
 
 # Models without such parameters.
 TAKEN = {
     "fsdp2": lambda: shard(training.peft_model()),
     "fsdp2-after-a-call": lambda: called(shard(with_head())),
-    "fsdp2-frozen": lambda: frozen(attached_last(shard)),
+    "fsdp2-frozen": lambda: attached_last(shard).requires_grad_(False),
     "fsdp2-own-sync": lambda: with_own_sync(training.peft_model()),
-    "fsdp2-one-rank": lambda: alone(shard, mesh=mesh_of_one()),
+    "fsdp2-one-rank": lambda: attached_last(
+        shard, mesh=DeviceMesh.from_group(of_one_rank(), "cpu")
+    ),
     "fsdp1": lambda: flat(training.peft_model()),
     "fsdp1-by-peft-s-policy": lambda: flat(training.peft_model(), "adapters"),
     "fsdp1-told-to-ignore": lambda: ignored_by_fsdp1(training.peft_model()),
-    "ddp": lambda: replicated(training.peft_model()),
+    "ddp": lambda: DistributedDataParallel(training.peft_model()),
     "ddp-told-to-ignore": lambda: ignored_by_ddp(training.peft_model()),
-    "ddp-one-rank": lambda: alone(nn.parallel.DistributedDataParallel, process_group=of_one_rank()),
+    "ddp-one-rank": lambda: attached_last(DistributedDataParallel, process_group=of_one_rank()),
     "zero3": lambda: Zero3(training.peft_model()),
     "tensor-parallel": lambda: split(
-        training.peft_model(), init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        training.peft_model(), init_device_mesh("cpu", (dist.get_world_size(),))
     ),
     "no-wrapper": training.peft_model,
 }
@@ -173,24 +148,15 @@ TAKEN = {
 def notes(kind: str, table: str) -> list[str]:
     """Notes on parameters that are not synchronized, from optimize, coverage and check."""
     model = {"left out": LEFT_OUT, "taken": TAKEN}[table][kind]()
-    texts = [
-        "\n".join(fastlora.coverage(fastlora.optimize(model)).notes),
-        "\n".join(fastlora.coverage(model).notes),
-    ]
+    reports = fastlora.coverage(fastlora.optimize(model)), fastlora.coverage(model)
     ids = training.batch()
-    try:
-        texts.append(str(fastlora.check(model, {"input_ids": ids, "labels": ids})))
-    except ValueError as error:  # no layer is fast, for example under ZeRO-3
-        texts.append(str(error))
-    return texts
+    # check raises an error if no layer is fast, for example under ZeRO-3
+    checked = error_of(fastlora.check, model, {"input_ids": ids, "labels": ids})
+    return [*("\n".join(report.notes) for report in reports), checked]
 
 
 # Settings of own models; "frozen" and "embeddings" are treated where they are used.
-OWN = {
-    "adapters": {},
-    "biases": {"bias": "lora_only"},
-    "all-biases": {"bias": "all"},
-    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+OWN = TRAINED | {
     "a-block-to-save": {"modules_to_save": ["layers.1"]},  # FSDP shards this block by itself
     "frozen": {},
     "embeddings": {},
@@ -213,7 +179,7 @@ def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
     model = (flat if kind == "fsdp1" else shard)(own_model(what))
     step(model)
     fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
-    torch.distributed.barrier()
+    dist.barrier()
     assert json.loads(Path(folder, "adapter_config.json").read_text())["r"] == 4
     report = fastlora.coverage(model)
     return str(report), [layer.name for layer in report.layers]
@@ -222,11 +188,7 @@ def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
 def save_under_zero3(folder: str) -> str:
     model = own_model("adapters")
     Zero3(model)
-    try:
-        fastlora.save_adapter(model, folder)
-    except ValueError as error:
-        return str(error)
-    return "saved"
+    return error_of(fastlora.save_adapter, model, folder)
 
 
 def load_and_save(folder: str, to: str, what: str) -> None:
@@ -240,24 +202,19 @@ def load_and_save(folder: str, to: str, what: str) -> None:
     fastlora.load_adapter(model, folder)
     model.reshard()
     fastlora.save_adapter(model, to, save_embedding_layers=what == "embeddings")
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def refusals() -> list[str]:
     """Errors for changes that FSDP2 and DDP would not notice: new adapters, and other weights."""
     config = fastlora.LoRAConfig(target_modules=["q_proj", "lm_head"])
     adapted, *plain = shard(own_model("adapters")), shard(tiny_llama()), tiny_llama()
-    plain[1] = nn.parallel.DistributedDataParallel(plain[1])
-    found = []
+    plain[1] = DistributedDataParallel(plain[1])
     with torch.no_grad():
         for model in (adapted, *plain):
             model(input_ids=training.batch())
-    calls = [partial(fastlora.apply_lora, model, config) for model in plain]
-    for call in (partial(fastlora.merge_lora, adapted), *calls):
-        try:
-            call()
-        except ValueError as error:
-            found.append(str(error))
+    found = [error_of(fastlora.merge_lora, adapted)]
+    found += [error_of(fastlora.apply_lora, model, config) for model in plain]
     assert not any("lora" in name for m in plain for name, _ in m.named_parameters())
     return found
 
@@ -384,7 +341,5 @@ def quantized_sharded(
 
 def quantized_cast() -> str:
     """The error when FSDP casts a layer's packed values to another dtype."""
-    try:
-        return quantized_sharded("own", torch.bfloat16, "model", torch.float16).report
-    except ValueError as error:
-        return str(error)
+    settings = "own", torch.bfloat16, "model", torch.float16
+    return error_of(quantized_sharded, *settings)

@@ -7,12 +7,12 @@ It runs in a process of its own and prints JSON: the result of each function in 
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from random import Random
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import cuda_standin
 import torch
@@ -20,7 +20,7 @@ from judge import LAYOUTS
 from packed import random_float8, random_four_bit, random_int8
 from torch import Tensor
 
-from fastlora.projection import Adapter, Base, Output
+from fastlora.projection import Adapter, Base, Output, flatten, layouts_of
 
 RANDOM_LAYERS = 30
 _ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)
@@ -44,14 +44,11 @@ STANDARD = {
 }
 
 
-# The arguments passed to Triton's C launcher, and the arguments each tensor map was encoded from.
+# The arguments passed to Triton's C launcher.
 _launches: list[tuple] | None = None
-_maps: dict[int, "_Map"] = {}
-
-
-class _Map(NamedTuple):
-    settings: tuple  # the arguments it was encoded from, the address first
-    made: Any  # Triton's object, kept alive so that its id stays unique
+# The arguments each tensor map was encoded from (the address first), and the map itself, which
+# stays alive so that its id stays unique.
+_maps: dict[int, tuple[tuple, Any]] = {}
 
 
 def watch() -> None:
@@ -101,43 +98,37 @@ def differences_of(
     if len(ordinary) != len(replayed):
         return [f"{len(ordinary)} launches, {len(replayed)} in the replay"]
     known = {one.data_ptr(): two.data_ptr() for one, two in pairs}
-    found: list[str] = []
-    for i, (one, two) in enumerate(zip(ordinary, replayed, strict=True)):
-        _compare(one, two, known, f"launch {i}", found)
-    return found
+    return [
+        f"launch {i}, argument {j}: {one!r}, and {two!r}"
+        for i, launches in enumerate(zip(ordinary, replayed, strict=True))
+        for j, (one, two) in enumerate(zip(*launches, strict=True))
+        if not _agree(one, two, known)
+    ]
 
 
-def _compare(one: Any, two: Any, known: dict[int, int], where: str, found: list[str]) -> None:
-    if isinstance(one, Tensor):
-        _compare_addresses(one.data_ptr(), two, known, where, found)
-    elif id(one) in _maps:
+def _agree(one: Any, two: Any, known: dict[int, int]) -> bool:
+    """Whether a replay may pass ``two`` in the place of ``one``."""
+    if isinstance(one, Tensor):  # a replay passes its address
+        return _agree_on_address(one.data_ptr(), two, known)
+    if id(one) in _maps:
         if id(two) not in _maps:
-            found.append(f"{where}: a tensor map, and {two!r}")
-            return
+            return False
         (address, *settings), (its_address, *its_settings) = _maps[id(one)][0], _maps[id(two)][0]
-        _compare_addresses(address, its_address, known, where, found)
-        _compare(settings, its_settings, known, f"{where}, map", found)
-    elif isinstance(one, (tuple, list)):
-        if not isinstance(two, (tuple, list)) or len(one) != len(two):
-            found.append(f"{where}: {one!r}, and {two!r}")
-            return
-        for i, (each, other) in enumerate(zip(one, two, strict=True)):
-            _compare(each, other, known, f"{where}.{i}", found)
+        same_place = _agree_on_address(address, its_address, known)
+        return same_place and _agree(settings, its_settings, known)
+    if isinstance(one, (tuple, list)):
+        of_one_length = isinstance(two, (tuple, list)) and len(one) == len(two)
+        return of_one_length and all(_agree(*each, known) for each in zip(one, two, strict=True))
     # both stand for hooks, and no hook is set
-    elif type(one).__name__ in ("HookChain", "LazyDict"):
-        if two is not None:
-            found.append(f"{where}: {one!r}, and {two!r}")
-    elif type(one) is not type(two) or one != two:
-        found.append(f"{where}: {one!r}, and {two!r}")
+    if type(one).__name__ in ("HookChain", "LazyDict"):
+        return two is None
+    return type(one) is type(two) and one == two
 
 
-def _compare_addresses(
-    one: int, two: Any, known: dict[int, int], where: str, found: list[str]
-) -> None:
+def _agree_on_address(one: int, two: Any, known: dict[int, int]) -> bool:
     if type(two) is not int:
-        found.append(f"{where}: an address, and {two!r}")
-    elif (known[one] != two) if one in known else (one % 16 != two % 16 or (not one) != (not two)):
-        found.append(f"{where}: the address {one}, and {two}")
+        return False
+    return known[one] == two if one in known else (one % 16, not one) == (two % 16, not two)
 
 
 def _watching(launch: Callable) -> Callable:
@@ -153,7 +144,7 @@ def _watching_maps(encode: Callable) -> Callable:
     def watched(*settings: Any) -> Any:
         made = encode(*settings)
         if _launches is not None:
-            _maps[id(made)] = _Map(settings, made)
+            _maps[id(made)] = settings, made
         return made
 
     return watched
@@ -163,7 +154,7 @@ def by_plan(name: str | None) -> AbstractContextManager:
     """Use the plan of this name from plan.py, or the default for None."""
     from fastlora.kernels import plan
 
-    return plan.use_plan(getattr(plan, name)) if name else nullcontext()
+    return plan.use_plan(getattr(plan, name) if name else None)
 
 
 def step(
@@ -287,28 +278,21 @@ def replays() -> dict:
         plan = ("IN_PLACE", "FUSED", None)[seed % 3] if seed < RANDOM_LAYERS else None
 
         torch.set_float32_matmul_precision(("highest", "high")[seed % 2])
+        leaves = [tensor for tensor in layer.tensors if tensor.requires_grad]
 
-        def call(layer=layer, plan=plan) -> list[torch.Tensor]:
+        def call(layer=layer, plan=plan, leaves=leaves) -> list[Tensor]:
             torch.manual_seed(1)
             with by_plan(plan):
                 ys = fastlora.lora_linears(
                     layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
                 )
-                gradients = torch.autograd.grad(ys, layer.leaves, layer.dys) if layer.leaves else []
-            inputs = [*layer.dys, layer.x, *(t for o in layer.outputs for t in tensors_of(o))]
-            return [*inputs, *ys, *gradients]
+                gradients = torch.autograd.grad(ys, leaves, layer.dys) if leaves else []
+            return [*layer.dys, *layer.tensors, *ys, *gradients]
 
         count, _, found = both_ways(call)
         compared += count
         differences += [f"seed {seed}, {plan}: {each}" for each in found]
     return {"compared": compared, "differences": differences}
-
-
-def tensors_of(output) -> list[torch.Tensor]:
-    (weight, bias), adapters = output
-    found = [weight] if isinstance(weight, torch.Tensor) else [*weight.tensors]
-    found += [] if bias is None else [bias]
-    return [*found, *(tensor for adapter in adapters for tensor in adapter[:2])]
 
 
 def unloaded() -> list[str]:
@@ -338,13 +322,8 @@ class RandomLayer:
     dropout: float
 
     @property
-    def leaves(self) -> list[Tensor]:
-        """The tensors that need a gradient."""
-        tensors = [self.x]
-        for base, adapters in self.outputs:
-            tensors += [base.bias] * (base.bias is not None)
-            tensors += [tensor for adapter in adapters for tensor in adapter[:2]]
-        return [tensor for tensor in tensors if tensor.requires_grad]
+    def tensors(self) -> list[Tensor]:
+        return [self.x, *flatten(self.outputs, layouts_of(self.outputs))]
 
 
 def random_layer(seed: int) -> RandomLayer:
@@ -394,19 +373,11 @@ def packed_layers() -> list[RandomLayer]:
     ):
         for rows, columns in ((16, 512), (200, 512), (16, 200)):
             x = torch.empty(rows, columns, dtype=torch.bfloat16, requires_grad=True)
-            outputs = [
-                Output(
-                    Base(make(width, columns)),
-                    (
-                        Adapter(
-                            torch.empty(8, columns, requires_grad=True),
-                            torch.empty(width, 8, requires_grad=True),
-                            2.0,
-                        ),
-                    ),
-                )
-                for width in widths
-            ]
+            outputs = []
+            for width in widths:
+                shapes = (8, columns), (width, 8)
+                pair = [torch.empty(shape, requires_grad=True) for shape in shapes]
+                outputs.append(Output(Base(make(width, columns)), (Adapter(*pair, 2.0),)))
             dys = [torch.empty(rows, width, dtype=x.dtype) for width in widths]
             layers.append(RandomLayer(x, outputs, dys, 0.1 * (len(widths) > 1)))
     return layers

@@ -44,21 +44,29 @@ LAYOUTS = {
 }
 
 
-def make_projection(
+def _make_layer(
+    lead: tuple[int, ...],
     n: int,
     k: int,
     r: int,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype | None = None,
     bias: bool = False,
-) -> Projection:
-    """Random tensors.  All require gradients except the base weight."""
-    weight, lora_a, lora_b = (
-        torch.randn(size, dtype=torch.float64) for size in ((n, k), (r, k), (n, r))
-    )
-    lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in (lora_a, lora_b))
-    shift = torch.randn(n).to(dtype).requires_grad_() if bias else None
-    return Projection(weight.to(dtype), lora_a, lora_b, shift, 0.75)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A random weight, lora_a, lora_b and bias, with more axes of the sizes ``lead`` in front.
+
+    All require gradients except the base weight.
+    """
+    shapes = (*lead, n, k), (*lead, r, k), (*lead, n, r)
+    weight, *pair = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in pair)
+    shift = torch.randn(*lead, n).to(dtype).requires_grad_() if bias else None
+    return weight.to(dtype), lora_a, lora_b, shift
+
+
+def make_projection(*sizes_and_dtypes: Any, **bias: bool) -> Projection:
+    """A layer made from n, k, r, its dtype, its adapter's dtype (or None), and ``bias``."""
+    return Projection(*_make_layer((), *sizes_and_dtypes, **bias), 0.75)
 
 
 def make_outputs(
@@ -106,21 +114,9 @@ class Experts(NamedTuple):
     bias: Tensor | None = None
 
 
-def make_experts(
-    experts: int,
-    n: int,
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype | None = None,
-    bias: bool = False,
-) -> Experts:
-    """Random tensors.  All require gradients except the base weight."""
-    shapes = (experts, n, k), (experts, r, k), (experts, n, r)
-    weight, lora_a, lora_b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in (lora_a, lora_b))
-    shift = torch.randn(experts, n).to(dtype).requires_grad_() if bias else None
-    return Experts(weight.to(dtype), lora_a, lora_b, shift)
+def make_experts(experts: int, *sizes_and_dtypes: Any, **bias: bool) -> Experts:
+    """Like :func:`make_projection`, for several experts."""
+    return Experts(*_make_layer((experts,), *sizes_and_dtypes, **bias))
 
 
 def make_rows(rows: int, k: int, dtype: torch.dtype) -> Tensor:

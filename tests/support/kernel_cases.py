@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -168,15 +169,8 @@ def counted_launches() -> Iterator[list[Counted]]:
         "create_atomic_rmw": no_atomics,
         "create_atomic_cas": no_atomics,
     }
-    before = {name: getattr(InterpreterBuilder, name) for name in replaced}
-    for name, function in replaced.items():
-        setattr(InterpreterBuilder, name, function)
-    try:
-        with intercept(handler):
-            yield launches
-    finally:
-        for name, function in before.items():
-            setattr(InterpreterBuilder, name, function)
+    with mock.patch.multiple(InterpreterBuilder, **replaced), intercept(handler):
+        yield launches
 
 
 def buffers_of(made: CapturedCall) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes | heads | settings)).to(dtype).eval()
+
+
+# Settings of an adapter of a tiny Llama, by the other things that they train.
+TRAINED: dict[str, dict] = {
+    "adapters": {},
+    "biases": {"bias": "lora_only"},
+    "all-biases": {"bias": "all"},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+}
 
 
 class Mlp(nn.Module):
@@ -168,8 +178,7 @@ def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
                 note(module, x)
         return y
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "call_recorded", noted)
+    with mock.patch.object(place, "call_recorded", noted):
         yield
 
 
@@ -209,6 +218,5 @@ def counted_frozen_calls() -> Iterator[list[Tensor]]:
     def note(x, outputs):
         calls.extend(x for output in outputs if not output.adapters)
 
-    with pytest.MonkeyPatch.context() as patch, noted_blocks(note):
-        patch.setattr(frozen, "lora_linears", recorded)
+    with noted_blocks(note), mock.patch.object(frozen, "lora_linears", recorded):
         yield calls

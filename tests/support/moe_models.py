@@ -51,6 +51,21 @@ def base_model(name: str = "qwen3", implementation: str = "eager", **changes) ->
     return kind._from_config(config, experts_implementation=implementation)
 
 
+def seeded_model(name: str = "qwen3") -> nn.Module:
+    """The same model with the same weights in every call."""
+    torch.manual_seed(3)
+    return base_model(name)
+
+
+def parts_of(name: str, weight: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A value of a stacked weight, as values of gate and up, or of down: each [E, out, in]."""
+    value = value.mT if name == "gpt-oss" else value  # gate and up alternate in its columns
+    if weight == "down_proj":
+        return {"down": value}
+    both = (value[:, ::2], value[:, 1::2]) if name == "gpt-oss" else value.chunk(2, 1)
+    return dict(zip(("gate", "up"), both, strict=True))
+
+
 def parameters_of(name: str) -> list[str]:
     """The last parts of the names of the experts' weights."""
     return [f"experts.{MODELS[name][2]}", "experts.down_proj"]

@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import fastlora
 from fastlora.backends import find_backend
+from fastlora.layers.logits import LazyLogits
 from fastlora.peft.baseline import shared_masks
 from fastlora.report import LayerCoverage
 
@@ -53,10 +54,11 @@ class Record:
     external: frozenset[str] = frozenset()
 
 
-def base_model() -> nn.Module:
+def base_model(**settings) -> nn.Module:
     """The same model with the same weights in every process."""
     torch.manual_seed(1)
-    model = tiny_llama(hidden_size=32, intermediate_size=48, attention_bias=True)
+    sizes = {"hidden_size": 32, "intermediate_size": 48} | settings
+    model = tiny_llama(**sizes, attention_bias=True)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
@@ -86,11 +88,6 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def adapter_modules(model: nn.Module) -> list[nn.Module]:
-    halves = [half for layer in lora_layers(model) for half in (layer.lora_A, layer.lora_B)]
-    return [part for half in halves for part in half.values()]
-
-
 def batch() -> Tensor:
     return torch.randint(0, 100, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -98,6 +95,14 @@ def batch() -> Tensor:
 def own_part() -> Tensor:
     """This rank's rows of the batch."""
     return batch().chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def error_of(call: Callable, *arguments, kind: type[Exception] = ValueError) -> str:
+    """The text of the error of this kind that a call raises; if it raises none, of its result."""
+    try:
+        return str(call(*arguments))
+    except kind as error:
+        return str(error)
 
 
 class Engine:
@@ -263,7 +268,12 @@ UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "blocks": lambda model: [],
     "lora-layers": lora_layers,
     "base-layers": lambda model: [layer.base_layer for layer in lora_layers(model)],
-    "adapters": adapter_modules,
+    "adapters": lambda model: [
+        part
+        for layer in lora_layers(model)
+        for half in (layer.lora_A, layer.lora_B)
+        for part in half.values()
+    ],
 }
 
 
@@ -324,10 +334,7 @@ def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
 def fsdp2_checked() -> str:
     """The text of ``check``'s result, or of its error."""
     ids = own_part()
-    try:
-        return str(fastlora.check(shard(peft_model()), {"input_ids": ids, "labels": ids}))
-    except ValueError as error:
-        return str(error)
+    return error_of(fastlora.check, shard(peft_model()), {"input_ids": ids, "labels": ids})
 
 
 def flat(model: nn.Module, units: str = "blocks") -> nn.Module:
@@ -363,6 +370,27 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         layer = f"base_model.model.model.layers.*.{parent}.{name}"
         plan |= {f"{layer}.base_layer": style(), f"{layer}.lora_{half}.default": style()}
     return parallelize_module(model, mesh, plan)
+
+
+def lazy_steps(wrap: str, loss: bool, **settings) -> tuple[list[float], dict[str, Tensor], bool]:
+    """Two steps of a model with an adapter on its head.
+
+    Returns the losses, the gradients of the last step, and whether logits were lazy.
+    """
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(tiny_llama(hidden_size=32, intermediate_size=48), config)
+    model = fastlora.optimize(randomize(model).train(), loss=loss)
+    kinds = {"fsdp1": flat, "fsdp2": shard, "ddp": DistributedDataParallel}
+    wrapped = kinds[wrap](model, **settings)
+    ids, losses = own_part(), []
+    for _ in range(2):
+        wrapped.zero_grad()
+        out = wrapped(input_ids=ids, labels=ids)
+        out.loss.backward()
+        losses.append(float(out.loss.detach()))
+    found = {} if wrap == "fsdp1" else {name: whole(p.grad) for name, p in trained(model)}
+    return losses, found, isinstance(out.logits, LazyLogits) and out.logits.call.logits is None
 
 
 class Zero3(nn.Module):

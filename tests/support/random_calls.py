@@ -456,7 +456,7 @@ def _check(case: Case) -> None:
     longest = max(max(tensor.shape, default=1) for tensor in case.leaves.values())
     truth = _textbook(case, made, masks, dys, Tensor.double)
     eager = _textbook(case, made, masks, dys)
-    change = torch.square if gated else abs
+    change = (lambda value: value * value) if gated else abs
     size = _textbook(case, made, masks, dys, lambda tensor: change(tensor.double()), change)
     # An overflow in PyTorch, or a row of norm 0 in DoRA, leaves gradients without a valid
     # reference.
@@ -521,15 +521,12 @@ def _textbook(
     }
     dtype = convert(torch.empty(0, dtype=case.compute)).dtype
     cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
-    number = (lambda scale: scale * scale) if change is torch.square else change
-    ys = _as_tuple(made.textbook(cast, masks or None, number))
+    ys = _as_tuple(made.textbook(cast, masks or None, change))
+    found = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     converted_dys = [None if dy is None else convert(dy) for dy in dys]
-    gradients = _gradients(ys, converted_dys, leaves)
-    zeros = {f"d_{name}": leaf for name, leaf in leaves.items()}
-    return {f"y{i}": y.detach() for i, y in enumerate(ys)} | {
-        name: torch.zeros_like(zeros[name]) if value is None else value
-        for name, value in gradients.items()
-    }
+    for name, value in _gradients(ys, converted_dys, leaves).items():
+        found[name] = torch.zeros_like(leaves[name[2:]]) if value is None else value
+    return found
 
 
 def _as_tuple(ys: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

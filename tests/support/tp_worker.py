@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import torch.distributed as dist
-from models import randomize, tiny_llama
+from models import randomize
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft_worker import ROWWISE, TARGETS, counted, trained, whole
+from peft_worker import ROWWISE, TARGETS, base_model, counted, error_of, trained, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -30,12 +30,7 @@ def save(folder: Path, dropout: float = 0.0, wide: int = 48, second: bool = Fals
     ``wide``: the intermediate size.  ``second``: also write another adapter.  ``settings``: of the
     LoRA config.
     """
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_key_value_heads": 4, "intermediate_size": wide}
-    base = tiny_llama(**sizes, attention_bias=True)
-    for name, parameter in base.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
+    base = base_model(num_key_value_heads=4, intermediate_size=wide)
     base.save_pretrained(folder / "base")
     model = peft.get_peft_model(base, config(dropout, **settings))
     if second:
@@ -200,13 +195,9 @@ def check(folder: Path) -> str:
 
 def merge(folder: Path) -> list[str]:
     """The errors of fastlora's merge and of PEFT's."""
-    model, errors = load(folder), []
-    for how in (lambda: fastlora.merged(model).__enter__(), model.merge_adapter):
-        try:
-            how()
-        except (ValueError, RuntimeError) as error:
-            errors.append(str(error))
-    return errors
+    model = load(folder)
+    theirs = error_of(model.merge_adapter, kind=RuntimeError)
+    return [error_of(fastlora.merged(model).__enter__), theirs]
 
 
 def is_whole(name: str) -> bool:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantized
 
 import fastlora
+from fastlora.sweeps.record import PICTURE, curves
 from fastlora.sweeps.training import Feed, causal_loss, joined
 from fastlora.sweeps.trial import Options
 
@@ -93,8 +94,15 @@ def saved(folder) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_alone(found: torch.Tensor, expected: dict) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+def assert_alone(folder, expected: dict) -> None:
+    torch.testing.assert_close(saved(folder), expected, rtol=1e-3, atol=1e-5)
+
+
+def assert_each_alone(base: nn.Module, configs: list[dict], folder, found) -> None:
+    """Each trial's adapter is the one of its separate training."""
+    for config, outcome in zip(configs, found.outcomes, strict=True):
+        expected = alone(copy.deepcopy(base), config)
+        assert_alone(folder / "adapters" / outcome.trial.name, expected)
 
 
 def test_each_trial_equals_its_separate_training(base, model, tmp_path):
@@ -105,7 +113,7 @@ def test_each_trial_equals_its_separate_training(base, model, tmp_path):
     for config, outcome in zip(CONFIGS, found.outcomes, strict=True):
         own = copy.deepcopy(base)
         expected = alone(own, config)
-        assert_alone(saved(tmp_path / "adapters" / outcome.trial.name), expected)
+        assert_alone(tmp_path / "adapters" / outcome.trial.name, expected)
         with torch.no_grad():
             losses = [own.eval()(**batch).loss.item() for batch in HELD_OUT]
         assert outcome.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
@@ -120,7 +128,8 @@ def test_each_trial_equals_its_separate_training(base, model, tmp_path):
     assert found.best.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
     assert config["r"] == found.best.trial.config.r
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / PICTURE).read_bytes() == b"a picture"
+    assert curves(found)[PICTURE].startswith(b"\x89PNG")
     lines = str(found).splitlines()
     assert lines[1].startswith(found.best.trial.name)
     assert lines[1].split()[2] == f"{found.best.effective_rank:.1f}"
@@ -150,7 +159,7 @@ def test_halving_gives_rows_to_the_remaining_trials(base, model, tmp_path, loss)
     assert {o.trial.name for o in found.outcomes if o.steps > 2} == set(kept)
     config = CONFIGS[found.outcomes.index(found.best)]
     expected = alone(copy.deepcopy(base), config, (1, 1, 2, 2, 4, 4), data, loss)
-    assert_alone(saved(tmp_path / "best"), expected)
+    assert_alone(tmp_path / "best", expected)
 
 
 def test_a_diverging_trial_spoils_no_other(model, tmp_path):
@@ -401,9 +410,7 @@ def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # experts that "all-linear" leaves out
         found = swept(model, tmp_path, configs)
-        for config, outcome in zip(configs, found.outcomes, strict=True):
-            expected = alone(copy.deepcopy(base), config)
-            assert_alone(saved(tmp_path / "adapters" / outcome.trial.name), expected)
+        assert_each_alone(base, configs, tmp_path, found)
 
 
 class Routed(nn.Module):
@@ -453,7 +460,7 @@ def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
         found = swept(model, tmp_path, [config, config | {"r": 3}])
     torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     expected = alone(base, config)
-    assert_alone(saved(tmp_path / "adapters" / found.outcomes[0].trial.name), expected)
+    assert_alone(tmp_path / "adapters" / found.outcomes[0].trial.name, expected)
     with pytest.raises(ValueError, match="norm would mix trials"):
         swept(Routed(tracked=False), tmp_path / "untracked", [config])
     # its rows may belong to any trial
@@ -499,8 +506,6 @@ def test_layers_of_other_classes(tmp_path):
     configs = [{"r": r, "learning_rate": 1e-3} | targets for r in (2, 3)]
     base, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     found = swept(model, tmp_path, configs)
-    for config, outcome in zip(configs, found.outcomes, strict=True):
-        expected = alone(copy.deepcopy(base), config)
-        assert_alone(saved(tmp_path / "adapters" / outcome.trial.name), expected)
+    assert_each_alone(base, configs, tmp_path, found)
     assert [type(layer) for layer in model.modules()] == [type(layer) for layer in base.modules()]
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -49,22 +48,26 @@ def gpu(monkeypatch, tmp_path):
 @pytest.fixture
 def timed(monkeypatch):
     """The plans that were timed and how often; ``of(plan)`` is the time of each."""
-
-    class Timed:
-        steps: ClassVar[list] = []
-        rounds: ClassVar[list] = []
-        of = staticmethod(lambda plan: 1.0)
+    found = SimpleNamespace(steps=[], rounds=[], of=lambda plan: 0.5 if plan == IN_PLACE else 1.0)
 
     def medians(clock, steps, rounds):
         if rounds == 1:  # the warm-up
-            Timed.steps.append(list(steps))
+            found.steps.append(list(steps))
         else:
-            Timed.rounds.append(rounds)
-        return {name: Timed.of(name) for name in steps}
+            found.rounds.append(rounds)
+        return {name: found.of(name) for name in steps}
 
-    Timed.steps, Timed.rounds = [], []
     monkeypatch.setattr(tuning, "medians", medians)
-    return Timed
+    return found
+
+
+@pytest.fixture(params=[verification.OFF, verification.FIRST])
+def mode(request, monkeypatch):
+    """When the results of new kernels are compared."""
+    monkeypatch.setattr(verification, "_CHOSEN", request.param)
+    monkeypatch.setattr(verification, "_records", {})
+    monkeypatch.setattr(verification, "REPEATS", 2)
+    return request.param
 
 
 def tuned(p=0.0, **settings):
@@ -158,7 +161,6 @@ def test_a_plan_that_is_hardly_faster_does_not_replace_the_default(timed):
 
 
 def test_a_later_call_adds_to_the_file_and_replaces_what_it_measured_again(timed, tmp_path):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     tuned()
     timed.of = lambda plan: 0.5 if plan == FUSED else 1.0
     tuned(p=0.5)
@@ -195,11 +197,9 @@ def the_second_result(results):
         (verification.FIRST, one_row_unwritten),
         (verification.FIRST, the_second_result),
     ],
+    indirect=["mode"],
 )
 def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
-    monkeypatch.setattr(verification, "_CHOSEN", mode)
-    monkeypatch.setattr(verification, "_records", {})
-    monkeypatch.setattr(verification, "REPEATS", 2)
 
     def spoil(plan, results):
         results = list(results)
@@ -218,11 +218,7 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
     assert found.notes[0].startswith(f"{PRODUCTS[0]}, fused, 32x32x16, 4 warps, 3 stages, group 2")
 
 
-@pytest.mark.parametrize("mode", [verification.OFF, verification.FIRST])
 def test_plans_that_do_not_compile_are_dropped(timed, monkeypatch, mode, recwarn):
-    monkeypatch.setattr(verification, "_CHOSEN", mode)
-    monkeypatch.setattr(verification, "_records", {})
-    monkeypatch.setattr(verification, "REPEATS", 2)
     real = kernels.capture_call
 
     def capture(*call):
@@ -290,7 +286,6 @@ def test_an_infinite_time_limit(timed, seconds):
 
 
 def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     tuned()
     before, model = files(tmp_path), adapt(tiny_llama(num_hidden_layers=1), r=R)
     model.train()
@@ -327,7 +322,6 @@ def test_random_numbers_are_drawn_as_without_it(timed):
 
 def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", os.devnull)
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     found = tuned()
     assert found.path == ""
     assert found.notes == (
@@ -393,7 +387,6 @@ def test_files_with_other_contents_are_ignored(text):
 
 
 def test_tuning_replaces_a_file_that_is_not_used(timed):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     loaded("{")
     tuned()
     assert planned() == IN_PLACE
@@ -410,7 +403,6 @@ def test_a_folder_that_can_not_be_read_has_no_files(monkeypatch):
 
 
 def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(timed, tmp_path):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     tuned()
     found = json.loads(files(tmp_path)["A-GPU.json"])
     rows = [row | {"device": "Another"} | of_tiles() for row in found["rows"]]
@@ -436,7 +428,6 @@ def test_doctor_reports_the_measurements(timed, monkeypatch):
 
 
 def test_the_command_prints_the_table_with_a_bar(timed, capsys, tmp_path):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     assert main([*COMMAND, "--seconds", "30"]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[0] == f"on {GPU}"
