@@ -4,6 +4,7 @@ A maker builds a contestant on the tensors of a case, which all contestants shar
 public names of fastlora, so that another commit's fastlora also works (``compare.py``).
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -139,14 +140,29 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def peft_group(
-    case: Case, tensors: Tensors, dropout: float, optimized: bool,
-    base: Group | None = None, known: dict | None = None,
-) -> Group:  # fmt: skip
-    """PEFT's layers, in training mode, on these weights or a ``base``; optionally optimized.
+def quantized_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A layer with a quantized base, after :func:`fastlora.apply_lora`."""
+    group = base_group(case, tensors)
+    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+    fastlora.apply_lora(group, fastlora.LoRAConfig(target_modules=r"layers\.\d+", **settings))
+    layer = group.train().layers[0]
+    layer.lora_A, layer.lora_B = tensors.adapters[case.adapter_dtype][0]
+    return Contestant(layer)
 
-    ``known`` maps classes that PEFT doesn't know to PEFT's layers.  DoRA's magnitude differs from
-    the norm, because otherwise it would have no effect.
+
+def base_group(case: Case, tensors: Tensors) -> Group:
+    """The frozen layers: dense, or a copy of the quantized layer, marked as transformers does."""
+    if tensors.base is None:
+        return Group(linears(tensors.weights))
+    group = Group([copy.deepcopy(tensors.base)])
+    group.is_loaded_in_8bit, group.is_loaded_in_4bit = case.kind == "int8", case.kind == "nf4"
+    return group
+
+
+def peft_group(case: Case, tensors: Tensors, dropout: float, optimized: bool) -> Group:
+    """PEFT's layers, in training mode, optionally optimized.
+
+    DoRA's magnitude differs from the norm, because otherwise it would have no effect.
     """
     import peft
 
@@ -156,8 +172,11 @@ def peft_group(
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
         target_modules=r"layers\.\d+",
     )  # fmt: skip
-    config._register_custom_module(known or {})
-    base = base or Group(linears(tensors.weights))
+    if case.table == "quantized":
+        from transformers.integrations.gguf.utils import GgufLinear
+
+        config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
+    base = base_group(case, tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, config, names[0], autocast_adapter_dtype=False).train()
