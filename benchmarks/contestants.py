@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,29 +104,22 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def fastlora_layer(
-    adapter_dtype: torch.dtype | None = None,
+    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Maker:
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-        pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
-        layers = []
-        for base, pair in zip(linears(tensors.weights), pairs, strict=True):
-            layers.append(fastlora.LoRALinear.from_linear(base, **settings))
-            layers[-1].lora_A, layers[-1].lora_B = pair
-        return _contestant(layers, FusedGroup, chosen=chosen)
-
-    return make
+) -> Contestant:  # fmt: skip
+    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+    pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
+    layers = []
+    for base, pair in zip(linears(tensors.weights), pairs, strict=True):
+        layers.append(fastlora.LoRALinear.from_linear(base, **settings))
+        layers[-1].lora_A, layers[-1].lora_B = pair
+    return _contestant(layers, FusedGroup, chosen=chosen)
 
 
-def peft_layer(optimized: bool = False) -> Maker:
+def peft_layer(case: Case, tensors: Tensors, dropout: float, optimized: bool = False) -> Contestant:
     """PEFT's layers, also after :func:`fastlora.optimize`."""
-
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        group = peft_group(case, tensors, dropout, optimized)
-        return _contestant(list(group.layers), own_mask=True)
-
-    return make
+    group = peft_group(case, tensors, dropout, optimized)
+    return _contestant(list(group.layers), own_mask=True)
 
 
 def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
@@ -216,9 +210,8 @@ def at_once(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     mapping = fastlora.AdapterMapping(list(range(ADAPTERS)), ADAPTERS)
 
     def run(x: Tensor) -> Tensor:
-        return fastlora.multi_lora_linear(
-            x, tensors.weights[0], lora_a, lora_b, mapping, scales=scales, dropout=dropout
-        )
+        operands = x, tensors.weights[0], lora_a, lora_b, mapping
+        return fastlora.multi_lora_linear(*operands, scales=scales, dropout=dropout)
 
     return Contestant(Mixed(run, case, tensors))
 
@@ -237,19 +230,11 @@ def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     return Contestant(Mixed(run, case, tensors), own_mask=True)
 
 
-def peft_batch(optimized: bool = False) -> Maker:
+def peft_batch(case: Case, tensors: Tensors, dropout: float, optimized: bool = False) -> Contestant:
     """PEFT's layer, called with ``adapter_names``; it loops over them.
 
     In training, PEFT's model refuses this call, but the layer accepts it.
     """
-
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        (layer,) = peft_group(case, tensors, dropout, optimized).layers
-        names = list(layer.lora_A)
-
-        def run(x: Tensor) -> Tensor:
-            return layer(x, adapter_names=names)
-
-        return Contestant(Mixed(run, case, tensors), own_mask=True)
-
-    return make
+    (layer,) = peft_group(case, tensors, dropout, optimized).layers
+    run = partial(layer, adapter_names=list(layer.lora_A))
+    return Contestant(Mixed(run, case, tensors), own_mask=True)

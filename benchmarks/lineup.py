@@ -26,31 +26,33 @@ def _by_plan(name: str) -> Iterator[None]:
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """Makers by name: first the frozen layer, the baseline of all; fastlora last."""
-    peft = {"peft": peft_layer(), "peft, optimized": peft_layer(optimized=True)}
+    peft = {"peft": peft_layer, "peft, optimized": partial(peft_layer, optimized=True)}
     if case.block:
         return blocks.makers_for(case)
     if case.table == "quantized":  # no quantized layer can be faster than the dequantized weight
         own = {"fastlora": contestants.quantized_layer}
-        return {"frozen": frozen, "dense base": fastlora_layer(), **peft, **own}
+        return {"frozen": frozen, "dense base": fastlora_layer, **peft, **own}
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
     if case.table == "mixed":
         apart = {"single calls": contestants.single_calls}
-        of_peft = {"peft": peft_batch(), "peft, optimized": peft_batch(optimized=True)}
+        of_peft = {"peft": peft_batch, "peft, optimized": partial(peft_batch, optimized=True)}
         return {"frozen": frozen, **apart, **of_peft, "fastlora": contestants.at_once}
     if case.table == "few":
-        return {"frozen": frozen, **peft, "fastlora": fastlora_layer()}
+        return {"frozen": frozen, **peft, "fastlora": fastlora_layer}
     if case.table not in ("gpu", "host"):
-        same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
-        return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
+        same_dtype = (
+            {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)} if case.mixed else {}
+        )
+        return {"frozen": frozen, **same_dtype, "peft": peft_layer, "fastlora": fastlora_layer}
     return {
         "frozen": frozen,
-        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
-        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
-        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
+        "fused": partial(fastlora_layer, chosen=partial(_by_plan, "FUSED")),
+        "in place": partial(fastlora_layer, chosen=partial(_by_plan, "IN_PLACE")),
+        "torch backend": partial(fastlora_layer, chosen=partial(fastlora.use_backend, "torch")),
         **peft,
         **({"merged": contestants.merged} if case.decodes else {}),
-        "fastlora": fastlora_layer(),
+        "fastlora": fastlora_layer,
     }
 
 

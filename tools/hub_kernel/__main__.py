@@ -42,7 +42,10 @@ rocm_archs = {json.dumps(ARCHS["rocm"])}
 def write(folder: Path) -> None:
     """Write the package.  Raises FileExistsError if the folder already has one."""
     module, upstream = NAME.replace("-", "_"), os.getenv("FASTLORA_REPOSITORY", "").rstrip("/")
-    files = _files()
+    # kernels/, and layers.py with autograd, which imports the launchers and so comes last.
+    files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
+    files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
+    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
     for place in ("torch-ext/" + module, *(f"build/torch-{each}" for each in ARCHS)):
         (folder / place).mkdir(parents=True)
         for name, text in files.items():
@@ -61,21 +64,8 @@ def write(folder: Path) -> None:
         (folder / "build" / f"torch-{backend}" / "metadata.json").write_text(text)
     named = f'upstream = "{upstream}"\n' if upstream else ""
     (folder / "build.toml").write_text(_BUILD.format(upstream=named))
-    for name in ("flake.nix", "CARD.md", "tests", "benchmarks"):
-        place, ignored = PACKAGE / name, shutil.ignore_patterns("__pycache__")
-        if place.is_dir():
-            shutil.copytree(place, folder / name, ignore=ignored)
-        else:
-            shutil.copy(place, folder)
-
-
-def _files() -> dict[str, bytes]:
-    """The module's files by name: kernels/, and layers.py with autograd."""
-    files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
-    files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
-    # Last, because it imports the launchers from here.
-    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
-    return files
+    others = shutil.ignore_patterns("layers.py", "__pycache__")
+    shutil.copytree(PACKAGE, folder, ignore=others, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
