@@ -41,10 +41,9 @@ def makers_for(case: Case) -> dict[str, Maker]:
     if case.table == "few":
         return {"frozen": frozen, **peft, "fastlora": fastlora_layer}
     if case.table not in ("gpu", "host"):
-        same_dtype = (
-            {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)} if case.mixed else {}
-        )
-        return {"frozen": frozen, **same_dtype, "peft": peft_layer, "fastlora": fastlora_layer}
+        same_dtype = {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)}
+        others = same_dtype if case.mixed else {}
+        return {"frozen": frozen, **others, "peft": peft_layer, "fastlora": fastlora_layer}
     return {
         "frozen": frozen,
         "fused": partial(fastlora_layer, chosen=partial(_by_plan, "FUSED")),
