@@ -325,7 +325,7 @@ def judge_all(names: dict[str, str], jobs: int) -> Iterator[tuple[str, Outcome]]
 
 
 def _outcome(child: BaseProcess, pipe: Connection) -> Outcome:
-    """What a child told before it ended; a child that still runs is late, and is ended."""
+    """The outcome that a child sent.  A child that still runs is late, and is ended."""
     is_late, told = child.is_alive(), []
     child.kill()
     child.join()
