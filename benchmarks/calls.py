@@ -41,12 +41,10 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
     """
     target, operands, launch_works = target_of(device), Operands(form, device), []
     default = default_config(form.kernel, target, form.call)
-    configs = candidates(form.kernel, target, form.call)[:most]
-    tried = {str(config): config for config in configs}
+    tried = {str(each): each for each in candidates(form.kernel, target, form.call)[:most]}
     if pool:  # keep the configs that compile in time
-        errors = compile_ahead(
-            pool, _SECONDS, _compile, [(form, target, each) for each in tried.values()]
-        )
+        asked = [(form, target, each) for each in tried.values()]
+        errors = compile_ahead(pool, _SECONDS, _compile, asked)
         tried = {str(config): config for (*_, config), error in errors.items() if not error}
     our_calls = {name: partial(operands.run, config) for name, config in tried.items()}
     if form.depths:
@@ -64,16 +62,11 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
         work = dict.fromkeys(our_calls, sum(each.loaded + each.stored for each in launch_works))
         work["copy"] = 2 * source.nbytes
     # Time all calls, and keep the fastest, the best of our configs, the default, and torch's.
-    seconds, failures = _timed(operands, our_calls, torch_calls)
+    seconds, failures = _timed(form, device, operands.truth(), our_calls, torch_calls)
     best = min(tried.keys() & seconds, key=seconds.__getitem__, default="none ran")
     kept = {*sorted(seconds, key=seconds.__getitem__)[:_KEPT], best, str(default)}
-    kept = [name for name in seconds if name in kept or name not in tried]
-    row = {
-        "table": "calls", "id": form.id, "seconds": {name: seconds[name] for name in kept},
-        "rates": {name: digits(work[name] / seconds[name] / 1e12) for name in kept},
-        "tried": len(tried), "failures": dict([*failures.items()][:_KEPT]),
-        "default": str(default), "best": best,
-    }  # fmt: skip
+    shown = {name: each for name, each in seconds.items() if name in kept or name not in tried}
+    row = _row(form, shown, work, failures, str(default), best, len(tried))
     if form.depths:
         is_fused = seconds.get(best, math.inf) < seconds.get("in place", math.inf)
         plan = Plan(True, tried[best]) if is_fused else Plan(False)
@@ -90,53 +83,59 @@ def loss_reached(form: Form, device: torch.device) -> dict:
     """
     z = torch.randn(form.M, form.columns, device=device).to(form.dtype)
     target = torch.arange(form.M, device=device) % form.columns
-    losses, leaf, failures = torch.empty(form.M, device=device), z.double().requires_grad_(), {}
+    losses, leaf = torch.empty(form.M, device=device), z.double().requires_grad_()
     truth = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     truths = [truth.detach(), *torch.autograd.grad(truth.sum(), leaf)]
-    work = {"copy": 2 * z.nbytes}
-    calls: dict[str, Callable] = {"copy": partial(torch.empty_like(z).copy_, z.clone())}
-    for name in ("torch", "triton"):
-        rows = LossRows(z, target, losses, LossSettings(), gradient=True)
-        run = partial(find_backend(name).row_loss, rows)
-        work[name] = 2 * z.nbytes + target.nbytes + losses.nbytes
-        try:
-            z.copy_(leaf.detach())
-            run()
-            checked(zip([losses, z], truths, strict=True), TOLERANCE[form.dtype])
-            calls[name] = run
-        except Exception:
-            failures[name] = last_error()
-            wait_for(device)  # raises if the device is lost, and ends the run
-    rounds = _ROUNDS if device.type == "cuda" else 1
-    seconds = {
-        name: digits(each) for name, each in medians(clock_for(device), calls, rounds).items()
-    }
+    rows = LossRows(z, target, losses, LossSettings(), gradient=True)
+
+    def run(backend: str) -> list[torch.Tensor]:
+        find_backend(backend).row_loss(rows)
+        return [losses, z]
+
+    our_calls = {name: partial(run, name) for name in ("torch", "triton")}
+    copy = {"copy": partial(torch.empty_like(z).copy_, z.clone())}
+    work = dict.fromkeys(our_calls, 2 * z.nbytes + target.nbytes + losses.nbytes)
+    # The gradient replaces the logits, so each call needs them again.
+    restore = partial(z.copy_, leaf.detach())
+    seconds, failures = _timed(form, device, truths, our_calls, copy, restore)
+    return _row(form, seconds, work | {"copy": 2 * z.nbytes}, failures, "triton", "triton")
+
+
+def _row(
+    form: Form, seconds: dict, work: dict, failures: dict, default: str, best: str, tried: int = 1
+) -> dict:
+    """``work``: the FLOPs or bytes of each call."""
     return {
         "table": "calls", "id": form.id, "seconds": seconds,
         "rates": {name: digits(work[name] / seconds[name] / 1e12) for name in seconds},
-        "tried": 1, "failures": failures, "default": "triton", "best": "triton",
+        "tried": tried, "failures": dict([*failures.items()][:_KEPT]),
+        "default": default, "best": best,
     }  # fmt: skip
 
 
 def _timed(
-    operands: Operands, our_calls: dict[str, Callable], torch_calls: dict[str, Callable]
-) -> tuple:
-    """(the median seconds of each correct call, the error of each failed one of our calls)."""
-    form, device, truth = operands.form, operands.device, operands.truth()
-    clock, calls, failures = clock_for(device), dict(torch_calls), {}
+    form: Form, device: torch.device, truth: Sequence[torch.Tensor],
+    our_calls: dict[str, Callable], torch_calls: dict[str, Callable],
+    restore: Callable = lambda: None,
+) -> tuple:  # fmt: skip
+    """(the median seconds of each correct call, the error of each failed one of our calls).
+
+    ``restore`` writes the inputs that a call overwrites.
+    """
+    calls, failures = dict(torch_calls), {}
     for name, call in our_calls.items():
-        print(
-            f"{form.id}: {name}", file=sys.stderr
-        )  # so the log names the call that kills a process
+        # So the log names the call that kills a process.
+        print(f"{form.id}: {name}", file=sys.stderr)
         try:
             for tensor in call():
                 tensor.fill_(float("nan"))  # so elements that no kernel writes fail the check
+            restore()
             checked(zip(call(), truth, strict=True), TOLERANCE[form.dtype])
             calls[name] = call
         except Exception:
             failures[name] = last_error()
             wait_for(device)  # raises if the device is lost, and ends the run
-    seconds = medians(clock, calls, _ROUNDS if device.type == "cuda" else 1)
+    seconds = medians(clock_for(device), calls, _ROUNDS if device.type == "cuda" else 1)
     return {name: digits(each) for name, each in seconds.items()}, failures
 
 

@@ -8,9 +8,8 @@ import torch
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
-SAME_DTYPE = (
-    "fastlora, same dtype"  # fastlora with adapters in x's dtype, where the others' are float32
-)
+# fastlora with adapters in x's dtype, where the others' are float32
+SAME_DTYPE = "fastlora, same dtype"
 DECODE = 16
 ADAPTERS = 8  # in a mixed batch, with one sequence each
 BLOCKS = ("experts", "mlp", "projections", "step")
@@ -52,7 +51,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        parts = [self.name] * bool(self.name) + [self.block] * self.is_block
+        parts = [each for each in (self.name, self.block) if each]
         parts += [self.kind] * (self.table in ("optimized", "quantized") or self.kind in PACKS)
         parts += [f"{self.M}x{self.K}x{self.inner or '+'.join(map(str, self.outputs))}"]
         parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
@@ -71,13 +70,9 @@ class Case:
         return name if name in BLOCKS else ""
 
     @property
-    def is_block(self) -> bool:
-        return bool(self.block)
-
-    @property
     def by_peft(self) -> bool:
         """Whether all are PEFT's modules, some of them optimized; the oracle is PEFT in float64."""
-        return self.table == "optimized" or self.is_block
+        return self.table == "optimized" or bool(self.block)
 
     @property
     def in_8_bits(self) -> bool:
@@ -86,7 +81,7 @@ class Case:
     @property
     def has_peak(self) -> bool:
         """Whether a step's peak memory is measured, in addition to the memory that is saved."""
-        return self.table == "quantized" or self.is_block
+        return self.table == "quantized" or bool(self.block)
 
     @property
     def decodes(self) -> bool:
@@ -119,11 +114,9 @@ class Case:
     def _usual_targets(self) -> list[tuple[str, str, float]]:
         if self.decodes:
             return [("graph", "fastlora/merged", 1.03)]
-        if self.has_peak:
+        if self.has_peak:  # ``limits`` has the targets of blocks and quantized bases
             return []
         if self.table == "host":
-            if self.is_block:
-                return []
             limit = 0.65 if len(self.outputs) == 1 else 0.45
             return [("modeled", "fastlora/peft", limit), ("modeled", "peft, optimized/peft", 0.75)]
         if self.table == "mixed":

@@ -27,16 +27,12 @@ from .measure import in_turn, row_of, step_of, threads_for
 from .tree import ROOT, Worker
 
 
-class UnknownRefError(pytest.UsageError):
-    """The repository has no such commit."""
-
-
 def check_ref(ref: str) -> None:
-    """Raise UnknownRefError with git's message, unless ``ref`` names a commit."""
+    """Raise UsageError with git's message, unless ``ref`` names a commit."""
     command = ["git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
-        raise UnknownRefError(f"{ref!r} is no commit of {ROOT}. {found.stderr.strip()}".strip())
+        raise pytest.UsageError(f"{ref!r} is no commit of {ROOT}. {found.stderr.strip()}".strip())
 
 
 @dataclass

@@ -20,9 +20,8 @@ _ROWS = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastlora").addoption
     option("--device", choices=("cpu", "cuda"), default="cpu", help="the device to measure")
-    option(
-        "--release", action="store_true", help="measure and save this release's rows (releases.py)"
-    )
+    release = "measure and save this release's rows (releases.py)"
+    option("--release", action="store_true", help=release)
     option("--host", action="store_true", help="the host's time for a GPU, without a GPU (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
     seconds = "seconds for the rounds of a row; more on a shared machine"
@@ -39,9 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.host:
         if config.option.base is not None:
-            raise pytest.UsageError(
-                "--host doesn't support --base: run it in each of the two commits"
-            )
+            why = "--host doesn't support --base: run it in each of the two commits"
+            raise pytest.UsageError(why)
         import cuda_standin
 
         cuda_standin.install()

@@ -4,10 +4,12 @@ A maker builds a contestant on the tensors of a case, which all contestants shar
 public names of fastlora, so that another commit's fastlora also works (``compare.py``).
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,31 +104,26 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def fastlora_layer(
-    adapter_dtype: torch.dtype | None = None,
+    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Maker:
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-        pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
-        layers = []
-        for base, pair in zip(linears(tensors.weights), pairs, strict=True):
-            layers.append(fastlora.LoRALinear.from_linear(base, **settings))
-            layers[-1].lora_A, layers[-1].lora_B = pair
-        return _contestant(layers, FusedGroup, chosen=chosen)
-
-    return make
+) -> Contestant:  # fmt: skip
+    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+    pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
+    layers = []
+    for base, pair in zip(linears(tensors.weights), pairs, strict=True):
+        layers.append(fastlora.LoRALinear.from_linear(base, **settings))
+        layers[-1].lora_A, layers[-1].lora_B = pair
+    return _contestant(layers, FusedGroup, chosen=chosen)
 
 
-def peft_layer(optimized: bool = False, **options: object) -> Maker:
+def peft_layer(
+    case: Case, tensors: Tensors, dropout: float, optimized: bool = False, **options: object
+) -> Contestant:
     """PEFT's layers, also after :func:`fastlora.optimize` with these options."""
-
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        group = peft_group(case, tensors, dropout, optimized)
-        if options:
-            fastlora.optimize(group, strict=True, int8_from=0, **options)
-        return _contestant(list(group.layers), own_mask=True)
-
-    return make
+    group = peft_group(case, tensors, dropout, optimized)
+    if options:
+        fastlora.optimize(group, strict=True, int8_from=0, **options)
+    return _contestant(list(group.layers), own_mask=True)
 
 
 def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
@@ -141,14 +138,29 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def peft_group(
-    case: Case, tensors: Tensors, dropout: float, optimized: bool,
-    base: Group | None = None, known: dict | None = None,
-) -> Group:  # fmt: skip
-    """PEFT's layers, in training mode, on these weights or a ``base``; optionally optimized.
+def quantized_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A layer with a quantized base, after :func:`fastlora.apply_lora`."""
+    group = base_group(case, tensors)
+    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+    fastlora.apply_lora(group, fastlora.LoRAConfig(target_modules=r"layers\.\d+", **settings))
+    layer = group.train().layers[0]
+    layer.lora_A, layer.lora_B = tensors.adapters[case.adapter_dtype][0]
+    return Contestant(layer)
 
-    ``known`` maps classes that PEFT doesn't know to PEFT's layers.  DoRA's magnitude differs from
-    the norm, because otherwise it would have no effect.
+
+def base_group(case: Case, tensors: Tensors) -> Group:
+    """The frozen layers: dense, or a copy of the quantized layer, marked as transformers does."""
+    if tensors.base is None:
+        return Group(linears(tensors.weights))
+    group = Group([copy.deepcopy(tensors.base)])
+    group.is_loaded_in_8bit, group.is_loaded_in_4bit = case.kind == "int8", case.kind == "nf4"
+    return group
+
+
+def peft_group(case: Case, tensors: Tensors, dropout: float, optimized: bool) -> Group:
+    """PEFT's layers, in training mode, optionally optimized.
+
+    DoRA's magnitude differs from the norm, because otherwise it would have no effect.
     """
     import peft
 
@@ -158,8 +170,11 @@ def peft_group(
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
         target_modules=r"layers\.\d+",
     )  # fmt: skip
-    config._register_custom_module(known or {})
-    base = base or Group(linears(tensors.weights))
+    if case.table == "quantized":
+        from transformers.integrations.gguf.utils import GgufLinear
+
+        config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
+    base = base_group(case, tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, config, names[0], autocast_adapter_dtype=False).train()
@@ -199,9 +214,8 @@ def at_once(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     mapping = fastlora.AdapterMapping(list(range(ADAPTERS)), ADAPTERS)
 
     def run(x: Tensor) -> Tensor:
-        return fastlora.multi_lora_linear(
-            x, tensors.weights[0], lora_a, lora_b, mapping, scales=scales, dropout=dropout
-        )
+        operands = x, tensors.weights[0], lora_a, lora_b, mapping
+        return fastlora.multi_lora_linear(*operands, scales=scales, dropout=dropout)
 
     return Contestant(Mixed(run, case, tensors))
 
@@ -220,19 +234,11 @@ def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     return Contestant(Mixed(run, case, tensors), own_mask=True)
 
 
-def peft_batch(optimized: bool = False) -> Maker:
+def peft_batch(case: Case, tensors: Tensors, dropout: float, optimized: bool = False) -> Contestant:
     """PEFT's layer, called with ``adapter_names``; it loops over them.
 
     In training, PEFT's model refuses this call, but the layer accepts it.
     """
-
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        (layer,) = peft_group(case, tensors, dropout, optimized).layers
-        names = list(layer.lora_A)
-
-        def run(x: Tensor) -> Tensor:
-            return layer(x, adapter_names=names)
-
-        return Contestant(Mixed(run, case, tensors), own_mask=True)
-
-    return make
+    (layer,) = peft_group(case, tensors, dropout, optimized).layers
+    run = partial(layer, adapter_names=list(layer.lora_A))
+    return Contestant(Mixed(run, case, tensors), own_mask=True)

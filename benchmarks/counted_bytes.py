@@ -17,14 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
 from fastlora.backends.protocol import BackwardCall, Call
-from fastlora.formats.format import Quantized
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.projection import Layout
 from fastlora.rows import Rows
 
-MIB = 2**20
 # torch's operations that move no bytes.
 FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like")
 
@@ -69,15 +67,14 @@ PEFT = (
     f"x W -> y, {DROPOUT}, xd A -> h, h B -> l, l -> l, y l -> y",
     f"{PEFT_BACKWARD}, {DROPOUT_BACKWARD}, dx dxd -> dx",
 )
+WIDE = {"plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32}
 # A row is the passes of a forward and of a backward, or the settings of fastlora's call.
 ROWS: dict[str, tuple[str, str] | dict] = {
     "frozen layer, no adapter": ("x W -> y", "dy W -> dx"),
     "minimum: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
     "fastlora, fused": {"plan": FUSED},
     "fastlora, fused, dropout": {"plan": FUSED, "dropout": 0.1},
-    "fastlora, fused, float32 adapters, dropout": {
-        "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
-    },
+    "fastlora, fused, float32 adapters, dropout": WIDE,
     "fastlora, in place, dropout": {"plan": IN_PLACE, "dropout": 0.1},
     "LoRAFusion, dropout": (
         f"{DROPOUT}, xd A -> h, x W h B -> y",
@@ -124,10 +121,8 @@ EXPERT_ROWS: dict[str, tuple[str, str] | dict] = {
     "frozen experts": ROWS["frozen layer, no adapter"],
     "minimum of experts: all inputs and results once": ROWS["minimum: all inputs and results once"],
     "fastlora experts, fused": {"plan": FUSED},
-    "fastlora experts, fused, float32 adapters, dropout": {
-        "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
-    },
-}  # fmt: skip
+    "fastlora experts, fused, float32 adapters, dropout": WIDE,
+}
 
 
 def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
@@ -146,13 +141,9 @@ def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
 
 def bytes_of_fastlora(
     shape: Shape, plan: Plan, *, dropout: float = 0.0, projections: int = 1,
-    adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
-    packed: Quantized | None = None,
+    adapter_dtype: torch.dtype = torch.bfloat16,
 ) -> Bytes:  # fmt: skip
-    """The bytes of a forward and a backward with gradients of x and of the adapters.
-
-    ``packed`` is the weight, whose tensors have no data.
-    """
+    """The bytes of a forward and a backward on sm_90, with gradients of x and of the adapters."""
     banks = [shape.experts] if shape.experts else []
     with torch.device("meta"):
         x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
@@ -161,12 +152,10 @@ def bytes_of_fastlora(
         lora_b = torch.empty(*banks, shape.N, shape.r, dtype=adapter_dtype)
         rows = Rows(torch.empty(shape.experts, dtype=torch.int32)) if shape.experts else None
         seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
-    weights = [weight] if packed is None else [*packed.tensors]
-    inputs = [x, *[*weights, lora_a, lora_b] * projections]
-    needs = [True, *[*[False] * len(weights), True, True] * projections]
-    layout = Layout(False, (1.0,), None if packed is None else packed.format)
-    call = Call((layout,) * projections, dropout, backend, rows)
-    with use_target(TARGETS[target]), use_plan(plan):
+    inputs = [x, *[weight, lora_a, lora_b] * projections]
+    needs = [True, *[False, True, True] * projections]
+    call = Call((Layout(False, (1.0,), None),) * projections, dropout, backend, rows)
+    with use_target(TARGETS["sm_90"]), use_plan(plan):
         with _Counter() as forward, intercept(forward.add_launch):
             ys, hs = backend.forward(inputs, seeds, call)
         with _Counter() as backward, intercept(backward.add_launch):
@@ -200,10 +189,6 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def counted(row: tuple[str, str] | dict, shape: Shape) -> Bytes:
-    return bytes_of_fastlora(shape, **row) if isinstance(row, dict) else bytes_of_passes(row, shape)
-
-
 def table() -> str:
     """The Markdown table.  Each block of rows is compared with its first row, the frozen layers."""
     lines = [
@@ -211,12 +196,13 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for rows, shape in ((ROWS, Shape()), (GROUP_ROWS, Shape()), (EXPERT_ROWS, EXPERTS)):
-        found = {name: counted(row, shape) for name, row in rows.items()}
-        frozen = next(iter(found.values()))
-        for name, row in found.items():
-            cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]
-            cells += ["–" if row.partial is None else f"{row.partial / MIB:.1f}"]
-            lines.append(f"| {name} | {' | '.join(cells)} | {row.both / frozen.both:.2f} |")
+        frozen = bytes_of_passes(next(iter(rows.values())), shape)
+        for name, row in rows.items():
+            is_ours = isinstance(row, dict)
+            count = bytes_of_fastlora(shape, **row) if is_ours else bytes_of_passes(row, shape)
+            cells = [f"{each / 2**20:.1f}" for each in (count.forward, count.backward)]
+            cells += ["–" if count.partial is None else f"{count.partial / 2**20:.1f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} | {count.both / frozen.both:.2f} |")
     return "\n".join(lines)
 
 

@@ -191,18 +191,16 @@ class Operands:
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
         """y and dx in place: torch's product is added to the adapter's part."""
-        form, us, shared = self.form, self.us, {"precision": self.form.precision}
-        if self.a is not None:
-            us = project(self.ps[0], [self.a], [FACTOR], **shared)
-        shared |= {"dropout": form.dropout, "seeds": self.seeds, "bias": self.bias}
-        low_rank = partial(lowrank, self.out, us, self.vs, **shared)
+        shared = {"precision": self.form.precision, "dropout": self.form.dropout}
+        shared |= {"seeds": self.seeds, "bias": self.bias}
+        low_rank = partial(lowrank, self.out, self.us, self.vs, **shared)
         if adapter_first:
             low_rank()
         for i, (p, q) in enumerate(zip(self.ps, self.qs, strict=True)):
             torch.addmm(self.out, p, q, beta=float(adapter_first or i > 0), out=self.out)
         if not adapter_first:
             low_rank(add=True)
-        return [self.out, *(us if form.also else [])]
+        return [self.out]
 
     def truth(self) -> list[Tensor]:
         """The expected float64 results of :meth:`run`, if the call has no segments."""

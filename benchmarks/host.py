@@ -36,7 +36,7 @@ def measure(case: Case, seconds: float) -> dict:
     kernels: dict[str, list[int]] = {}
     # Without "peft, optimized" in a group: autograd would add up the layers' dx of real size on the
     # CPU, and that time isn't the host's.
-    real = REAL[1:] if len(case.outputs) > 1 and not case.is_block else REAL
+    real = REAL[1:] if len(case.outputs) > 1 and not case.block else REAL
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, inner=8)
     with fastlora.use_backend("triton"), threads_for(case):
         for each, names in ((small, TINY), (case, real)):

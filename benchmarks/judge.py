@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 
-import oracles
 import torch
 from torch import Tensor, nn
 
@@ -93,6 +92,8 @@ class Judge:
 
 def _truth_of_a_mixed_batch(wide: Tensors) -> list[Tensor]:
     """The expected y, and gradients of x and of every adapter; each adapter has one sequence."""
+    import oracles  # late: tests/support isn't on the path of every program that measures
+
     pairs = wide.adapters[torch.float64]
     indices = torch.arange(len(pairs)).repeat_interleave(len(wide.x) // len(pairs))
     lora_a, lora_b = map(list, zip(*pairs, strict=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,19 +10,9 @@ from torch import Tensor, nn
 
 import fastlora
 
-from . import blocks, quantized
+from . import blocks, contestants
 from .cases import ADAPTERS, SAME_DTYPE, Case
-from .contestants import (
-    Maker,
-    Tensors,
-    at_once,
-    fastlora_layer,
-    frozen,
-    merged,
-    peft_batch,
-    peft_layer,
-    single_calls,
-)
+from .contestants import Maker, Tensors, fastlora_layer, frozen, peft_batch, peft_layer
 
 
 @contextmanager
@@ -35,36 +26,40 @@ def _by_plan(name: str) -> Iterator[None]:
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """Makers by name: first the frozen layer, the baseline of all; fastlora last."""
-    peft = {"peft": peft_layer(), "peft, optimized": peft_layer(optimized=True)}
-    if case.is_block:
+    peft = {"peft": peft_layer, "peft, optimized": partial(peft_layer, optimized=True)}
+    if case.block:
         return blocks.makers_for(case)
-    if case.table == "quantized":
-        return quantized.makers()
+    if case.table == "quantized":  # no quantized layer can be faster than the dequantized weight
+        own = {"fastlora": contestants.quantized_layer}
+        return {"frozen": frozen, "dense base": fastlora_layer, **peft, **own}
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
     if case.table == "mixed":
-        of_peft = {"peft": peft_batch(), "peft, optimized": peft_batch(optimized=True)}
-        return {"frozen": frozen, "single calls": single_calls, **of_peft, "fastlora": at_once}
+        apart = {"single calls": contestants.single_calls}
+        of_peft = {"peft": peft_batch, "peft, optimized": partial(peft_batch, optimized=True)}
+        return {"frozen": frozen, **apart, **of_peft, "fastlora": contestants.at_once}
     if case.table == "8 bits":
-        return {"frozen": frozen, **peft, "fastlora": peft_layer(optimized=True, base="int8")}
+        in_8_bits = partial(peft_layer, optimized=True, base="int8")
+        return {"frozen": frozen, **peft, "fastlora": in_8_bits}
     if case.table == "few":
-        return {"frozen": frozen, **peft, "fastlora": fastlora_layer()}
+        return {"frozen": frozen, **peft, "fastlora": fastlora_layer}
     if case.table not in ("gpu", "host"):
-        same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
-        return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
+        same_dtype = {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)}
+        others = same_dtype if case.mixed else {}
+        return {"frozen": frozen, **others, "peft": peft_layer, "fastlora": fastlora_layer}
     return {
         "frozen": frozen,
-        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
-        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
-        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
+        "fused": partial(fastlora_layer, chosen=partial(_by_plan, "FUSED")),
+        "in place": partial(fastlora_layer, chosen=partial(_by_plan, "IN_PLACE")),
+        "torch backend": partial(fastlora_layer, chosen=partial(fastlora.use_backend, "torch")),
         **peft,
-        **({"merged": merged} if case.decodes else {}),
-        "fastlora": fastlora_layer(),
+        **({"merged": contestants.merged} if case.decodes else {}),
+        "fastlora": fastlora_layer,
     }
 
 
 def make_tensors(case: Case, device: torch.device) -> Tensors:
-    if case.is_block:
+    if case.block:
         return blocks.make_tensors(case, device)
     torch.manual_seed(0)
 
@@ -84,4 +79,20 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
         adapters={torch.float32: wide, case.dtype: pairs},
     )
-    return quantized.with_base(case, tensors) if case.table == "quantized" else tensors
+    return _quantized(case, tensors) if case.table == "quantized" else tensors
+
+
+def _quantized(case: Case, tensors: Tensors) -> Tensors:
+    """The tensors with a vendor's layer, and with its dequantized weight as weight.
+
+    Skips the row without that vendor.
+    """
+    from vendor_layers import quantized
+
+    from fastlora.formats import quantized_weight
+
+    torch.manual_seed(0)
+    layer = quantized(case.kind, case.K, *case.outputs, case.dtype)
+    layer.bias = None
+    weight = quantized_weight(layer).weight.dense(case.dtype)
+    return replace(tensors, weights=(nn.Parameter(weight, requires_grad=False),), base=layer)

@@ -46,13 +46,13 @@ def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[flo
     return of_release
 
 
-def _order(path: Path) -> tuple:
-    version, when = re.fullmatch(r"release-([\d.]+)-([\d-]+)", path.stem).groups()
-    return path.parent.name, _numbers(version), when
+def _order(path: Path) -> tuple[str, list[int]]:
+    """The folder, and the numbers of the file's version and date."""
+    return path.parent.name, _numbers(path.stem)
 
 
 def _numbers(version: str) -> list[int]:
-    return [*map(int, version.split("."))]
+    return [*map(int, re.findall(r"\d+", version))]
 
 
 def table(folder: Path = RESULTS) -> str:

@@ -166,9 +166,8 @@ def _brief_of_blocks(rows: list[dict]) -> str:
     """Times as ratios to the frozen block's, and MiB: saved, and at the peak of a step."""
     names = list(dict.fromkeys(name for row in rows for name in row["peak"]))
     shown = [_SHORT.get(name, name) for name in names]
-    lines = [
-        ("", *(f"{name}: time" for name in shown), *(f"saved, peak: {name}" for name in shown))
-    ]
+    head = [f"{name}: time" for name in shown] + [f"saved, peak: {name}" for name in shown]
+    lines = [("", *head)]
     for row in rows:
         both, line = row["ratios"]["both"] | {"frozen/frozen": [1, 1, 1]}, [row["id"]]
         line += [_median(both, f"{name}/frozen").removesuffix(".000") for name in names]

@@ -8,13 +8,12 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import fastlora
-from fastlora.doctor.machine import processor_flags, processor_name
+from fastlora.doctor.machine import processor_flags, processor_name, version_of
 
 FOLDER = Path(__file__).parent / "results"
 _ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
@@ -28,8 +27,9 @@ def describe_machine(device: torch.device) -> dict:
         "device": f"cpu-{_slug(cpu)}-{threads}-cores", "cpu": cpu, "threads": threads,
         "amx_bf16": "amx_bf16" in flags, "avx512_bf16": "avx512_bf16" in flags,
         "kept_to": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-        "fastlora": fastlora.__version__, "torch": torch.__version__, "peft": _version("peft"),
-        "triton": _version("triton"), "python": platform.python_version(),
+        "fastlora": fastlora.__version__, "torch": torch.__version__,
+        "peft": version_of("peft") or None, "triton": version_of("triton") or None,
+        "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
@@ -59,8 +59,3 @@ def write_results(path: Path, machine: dict, arguments: Sequence[str], rows: lis
 def _slug(name: str) -> str:
     name = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor)\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-def _version(name: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(name)

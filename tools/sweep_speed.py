@@ -13,28 +13,18 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fastlora
+from benchmarks.blocks import Step
+from benchmarks.cases import cpu_cases
 from benchmarks.measure import in_turn, row_of
 from benchmarks.report import text
 from benchmarks.results import describe_machine, results_path, write_results
 
 ROUNDS, STEPS, SWEEP, RUNS = 5, 2, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]
-LIMITS = {
-    16: 0.6,
-    256: 1.0,
-}  # of the ratio of the sweep's time to the runs', by tokens for each configuration
-
-
-def make_model() -> torch.nn.Module:
-    config = Qwen3Config(
-        vocab_size=21760, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+# Limits of the ratio of the sweep's time to the runs', by tokens for each configuration.
+LIMITS = {16: 0.6, 256: 1.0}
 
 
 def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
@@ -54,7 +44,9 @@ def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: d
 
 
 def measure(model: torch.nn.Module, tokens: int) -> dict:
-    ids = torch.randint(0, 21760, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)
+    )
     batch = {"input_ids": ids, "labels": ids}
 
     def runs() -> dict[str, float]:
@@ -72,7 +64,9 @@ def measure(model: torch.nn.Module, tokens: int) -> dict:
 
 
 def main() -> None:
-    machine, model = describe_machine(torch.device("cpu")), make_model().train()
+    machine = describe_machine(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Step(next(case for case in cpu_cases() if case.id.startswith("qwen3-0.6b-step"))).model
     rows = [measure(model, tokens) for tokens in map(int, sys.argv[1:] or ["16", "256"])]
     write_results(results_path(machine, name="sweep"), machine, [], rows)
     print(text(rows))

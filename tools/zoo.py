@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -149,9 +150,8 @@ def tiny_model(name: str, model_type: str, sizes: dict[str, int]) -> Any:
         raise SkippedError(f"has {count / 1e6:.0f} million parameters at least")
     same_seed()
     model = kind(config).float().train()
-    for (
-        parameter
-    ) in model.parameters():  # some classes don't initialize all parameters, or set them to zero
+    # Some classes don't initialize all parameters, or set them to zero.
+    for parameter in model.parameters():
         largest = parameter.abs().max()
         if not largest < 1e3 or (parameter.dim() > 1 and not largest):
             nn.init.normal_(parameter, std=0.05)
@@ -292,10 +292,8 @@ def judge(name: str, model_type: str, begin: Any = lambda: None) -> Outcome:
 
 
 def _shown(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (
-        text[:160] if isinstance(error, SkippedError) else f"{type(error).__name__}: {text[:120]}"
-    )
+    kind = "" if isinstance(error, SkippedError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:120]
 
 
 def _child(pipe: Connection, name: str, model_type: str) -> None:
@@ -317,28 +315,29 @@ def judge_all(names: dict[str, str], jobs: int) -> Iterator[tuple[str, Outcome]]
             ours, theirs = context.Pipe()
             child = context.Process(target=_child, args=(theirs, name, model_type), daemon=True)
             child.start()
-            theirs.close()
-            running[name] = child, ours, time.monotonic(), False
-        wait([pipe for _, pipe, *_ in running.values()], timeout=1.0)
-        for name, (child, pipe, started, has_begun) in [*running.items()]:
-            outcome, is_late = None, time.monotonic() - started > SECONDS
-            try:
-                while outcome is None and pipe.poll():
-                    outcome = pipe.recv()
-                    has_begun = has_begun or outcome is None
-            except EOFError:
-                child.join()
-                crash = f"its process ended with {child.exitcode}"
-                outcome = Outcome("WRONG" if has_begun else "not run", crash)
-            if outcome is None and is_late:
-                with_what = "with a lazy head" if has_begun else "without a lazy head"
-                outcome = Outcome("not run", f"takes more than {SECONDS} s, {with_what}")
-            running[name] = child, pipe, started, has_begun
-            if outcome is not None:
-                child.kill()
-                child.join()
+            # Both ends stay open, because reading from a pipe that a child closed raises an error.
+            running[name] = child, ours, theirs, time.monotonic() + SECONDS
+        wait([child.sentinel for child, *_ in running.values()], timeout=1.0)
+        for name, (child, ours, _, end) in [*running.items()]:
+            if not child.is_alive() or time.monotonic() > end:
+                yield name, _outcome(child, ours)
                 del running[name]
-                yield name, outcome
+
+
+def _outcome(child: BaseProcess, pipe: Connection) -> Outcome:
+    """The outcome that a child sent.  A child that still runs is late, and is ended."""
+    is_late, told = child.is_alive(), []
+    child.kill()
+    child.join()
+    while pipe.poll():
+        told.append(pipe.recv())
+    if told and told[-1]:
+        return told[-1]
+    if is_late:
+        with_what = "with a lazy head" if told else "without a lazy head"
+        return Outcome("not run", f"takes more than {SECONDS} s, {with_what}")
+    crash = f"its process ended with {child.exitcode}"
+    return Outcome("WRONG" if told else "not run", crash)
 
 
 def main() -> int:

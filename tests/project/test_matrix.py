@@ -47,7 +47,6 @@ def test_a_failing_check_is_recorded_in_its_cell(monkeypatch, tmp_path, told, sa
     results = tmp_path / "matrix.json"
     results.write_text('{"cells": {}, "triton": {}}')
     monkeypatch.setattr(noxfile, "RESULTS", results)
-    monkeypatch.setattr(noxfile, "PAGES", [])
     lines = [json.dumps({"checks": ["doctor", "files"], "versions": {}})]
     lines += [json.dumps({"check": name, "outcome": outcome}) for name, outcome in told.items()]
     (tmp_path / "environment").mkdir()

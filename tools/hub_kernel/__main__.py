@@ -12,37 +12,30 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 KERNELS, PACKAGE = Path(__file__).parents[2] / "kernels", Path(__file__).parent / "package"
-NAME, VERSION = "fastlora-kernels", 0  # the Hub's number for a version that may still change
-_LICENSE = "Apache-2.0"
-# Architectures whose compiled code is tested; the emulator also runs NVIDIA's.
-ARCHS = {
-    "cuda": ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"],
-    "rocm": ["gfx942"],
-}
-# kernels 0.17 reads underscores here, although its documentation differs.
-_BUILD = f"""\
-[general]
-name = "{NAME}"
-version = {VERSION}
-edition = 5
-license = "{_LICENSE}"
-backends = {json.dumps([*ARCHS])}
-{{upstream}}
-[torch-noarch]
-cuda_capabilities = {json.dumps(ARCHS["cuda"])}
-rocm_archs = {json.dumps(ARCHS["rocm"])}
-"""
+BUILD = (PACKAGE / "build.toml").read_text()
+# Its strings, numbers and lists are also JSON.  kernels 0.17 reads underscores in its names,
+# although the documentation differs.  Version 0 is the Hub's number for a version that may still
+# change.  The architectures are those whose compiled code is tested.
+_SETTINGS = {name: json.loads(value) for name, value in re.findall("(.+) = (.+)", BUILD)}
+ARCHS = {"cuda": _SETTINGS["cuda_capabilities"], "rocm": _SETTINGS["rocm_archs"]}
 
 
 def write(folder: Path) -> None:
     """Write the package.  Raises FileExistsError if the folder already has one."""
-    module, upstream = NAME.replace("-", "_"), os.getenv("FASTLORA_REPOSITORY", "").rstrip("/")
-    files = _files()
+    named = {name: _SETTINGS[name] for name in ("name", "version", "license")}
+    module = named["name"].replace("-", "_")
+    if upstream := os.getenv("FASTLORA_REPOSITORY", "").rstrip("/"):
+        named["upstream"] = upstream
+    # kernels/, and layers.py with autograd, which imports the launchers and so comes last.
+    files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
+    files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
+    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
     for place in ("torch-ext/" + module, *(f"build/torch-{each}" for each in ARCHS)):
         (folder / place).mkdir(parents=True)
         for name, text in files.items():
@@ -52,30 +45,17 @@ def write(folder: Path) -> None:
     listed = {name: base64.b64encode(digest).decode() for name, digest in digests.items()}
     for backend, archs in ARCHS.items():
         metadata = {
-            "id": f"_{module}_{backend}_{whole}", "name": NAME, "version": VERSION,
-            "license": _LICENSE, **({"upstream": upstream} if upstream else {}),
+            "id": f"_{module}_{backend}_{whole}", **named,
             "python-depends": [], "backend": {"type": backend, "archs": archs},
             "digest": {"algorithm": "sha256", "files": listed},
         }  # fmt: skip
         text = json.dumps(metadata, indent=2) + "\n"
         (folder / "build" / f"torch-{backend}" / "metadata.json").write_text(text)
-    named = f'upstream = "{upstream}"\n' if upstream else ""
-    (folder / "build.toml").write_text(_BUILD.format(upstream=named))
-    for name in ("flake.nix", "CARD.md", "tests", "benchmarks"):
-        place, ignored = PACKAGE / name, shutil.ignore_patterns("__pycache__")
-        if place.is_dir():
-            shutil.copytree(place, folder / name, ignore=ignored)
-        else:
-            shutil.copy(place, folder)
-
-
-def _files() -> dict[str, bytes]:
-    """The module's files by name: kernels/, and layers.py with autograd."""
-    files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
-    files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
-    # Last, because it imports the launchers from here.
-    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
-    return files
+    others = shutil.ignore_patterns("layers.py", "__pycache__")
+    shutil.copytree(PACKAGE, folder, ignore=others, dirs_exist_ok=True)
+    if upstream:
+        text = BUILD.replace("\n\n", f'\nupstream = "{upstream}"\n\n')
+        (folder / "build.toml").write_text(text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import fastlora
 from fastlora.backends.dropout import dropout_mask
-from fastlora.doctor.machine import processor_name
+from fastlora.doctor.machine import processor_name, version_of
 from fastlora.ops.run import draw_seed
 from fastlora.trainer import AdapterTrainer
 
@@ -39,13 +39,6 @@ BATCH = {"input_ids": torch.arange(18).view(2, 9), "labels": torch.arange(18).vi
 
 class SkippedError(Exception):
     """The reason why a check can't run here."""
-
-
-def version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "–"
 
 
 def doctor() -> None:
@@ -59,7 +52,7 @@ def doctor() -> None:
 def op(backend: str) -> None:
     """A layer with dropout and a bias: its output and every gradient equal the oracle's."""
     new = tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
-    if backend == "triton" and version_of("triton") == "–":
+    if backend == "triton" and not version_of("triton"):
         raise SkippedError("no Triton here")
     if backend == "triton" and version_of("triton").startswith("3.6.") and new:
         raise SkippedError("Triton 3.6's interpreter needs NumPy before 2.4")
@@ -202,7 +195,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "Trainer, PEFT": lambda: trained(Trainer),
     "Trainer, own": lambda: trained(AdapterTrainer),
 }
-if version_of("trl") != "–":
+if version_of("trl"):
     CHECKS["Trainer, TRL"] = trained_by_trl
 if "compiled" in sys.argv:
     targets = ("sm_80", "sm_90", "gfx942")
@@ -223,7 +216,8 @@ def outcome(check: Callable[[], None]) -> str:
 
 if __name__ == "__main__":
     chosen = [name for name in CHECKS if name in sys.argv] or [*CHECKS]
-    found = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+    found = {name: version_of(name) or "–" for name in PACKAGES}
+    found = {"Python": platform.python_version(), **found}
     head = {"checks": chosen, "processor": processor_name(), "versions": found}
     print(json.dumps(head), flush=True)
     failed = False

@@ -8,8 +8,9 @@
     make matrix ARGS="-s triton-3.7.1"
 
 Each cell is an environment of its own, and ``cell.py`` runs there.  The results go into
-benchmarks/results/matrix.json, beside the results of the other sessions, and from there
-into docs/.  nox skips a cell if its Python isn't installed.
+benchmarks/results/matrix.json, beside the results of the other sessions.  From there,
+``tests/support/pages.py`` writes the tables of docs/.  nox skips a cell if its Python isn't
+installed.
 """
 
 import json
@@ -27,11 +28,10 @@ from nox.command import CommandFailed
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from matrix.clone import copy_of_clone
-from matrix.table import rewrite, said
+from matrix.table import said
 from matrix.tritons import TORCH, VERSIONS, installed
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "docs" / "install.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
 NEWEST = ""  # the registry's version on the day
 nox.options.envdir = str(ROOT / ".cache" / "nox")
@@ -144,15 +144,13 @@ def run_triton(session: nox.Session, version: str) -> None:
 
 
 def write(kind: str, name: str, row: dict | list) -> None:
-    """A line for each row of the results, in the order of the sessions; and the tables."""
+    """A line for each row of the results, in the order of the sessions."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     results[kind][name] = row
     order = [cell.name for cell in CELLS] if kind == "cells" else VERSIONS
     results[kind] = {each: results[kind][each] for each in order if each in results[kind]}
     text = json.dumps(results).replace('{"asked"', '\n{"asked"').replace("]], ", "]],\n")
     RESULTS.write_text(f"{text}\n", encoding="utf-8")
-    for page in PAGES:
-        rewrite(page)
 
 
 def finish(session: nox.Session, text: str, passed: bool) -> None:

@@ -5,7 +5,6 @@ versions) or ``triton``.  This file needs no package.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -13,9 +12,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from report import pipes
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("Python", "torch", "triton", "peft", "transformers", "numpy", "accelerate", "trl")
-_TABLES = re.compile(r"(<!-- tools/matrix/table\.py (\S+) (\w+) -->\n\n).*?\n(?=\n|\Z)", re.S)
 
 
 def said(row: dict) -> str:
@@ -45,21 +42,8 @@ def cells(results: dict) -> str:
 
 def triton(results: dict) -> str:
     """A line for each Triton, with the tests that passed."""
-    lines = [("Triton", "pinned by torch", "compiled", "launched")]
-    for version, row in results["triton"].items():
-        lines.append((version, *row))
-    return pipes(lines)
-
-
-def rewrite(page: Path) -> None:
-    """Rewrite a page's tables below comments with this command, from the current results."""
-
-    def new(match: re.Match) -> str:
-        results = json.loads((ROOT / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}{globals()[match[3]](results)}\n"
-
-    text = page.read_text(encoding="utf-8")
-    page.write_text(_TABLES.sub(new, text), encoding="utf-8")
+    head = ("Triton", "pinned by torch", "compiled", "launched")
+    return pipes([head, *((version, *row) for version, row in results["triton"].items())])
 
 
 if __name__ == "__main__":
