@@ -227,7 +227,7 @@ def own_function(z):
 
         @staticmethod
         def backward(ctx, g):
-            return g * 2.0
+            return g * 3.0  # another gradient than the forward's
 
     return Double.apply(z)
 
@@ -361,6 +361,8 @@ z.double() is z ; z.requires_grad_() ; z.requires_grad_(False) ; z.detach_() ; z
 z.data.mul_(3) ; z.detach().mul_(3) ; pickle.loads(pickle.dumps(z.detach())) ;
 copy.deepcopy(z.detach()) ; copy.deepcopy(z) ; copy.copy(z) ; pickle.loads(pickle.dumps(z)) ;
 saved(z) ; hooked(z) ; retained(z) ; twice(z) ; second_order(z) ; own_function(z) ;
+functional.cross_entropy(*flat(own_function(z))) ;
+functional.cross_entropy(*flat(own_function(z).mul_(2.0))) ; z[:0].split(2) ;
 torch.from_dlpack(z.detach()) ; torch.func.grad(lambda x: (x * z).sum())(like(z)) ;
 torch.func.grad(lambda y: y.square().sum())(z.detach()) ; torch.vmap(lambda row: row.sum())(z) ;
 torch.func.vmap(lambda row: row * 2)(z) ; torch.func.jacrev(lambda y: y.sum(-1))(z.detach()) ;
@@ -401,7 +403,9 @@ d = z[[0]]; d.zero_() ; d = z.float().double(); d.zero_() ; d = z.view(-1, z.sha
 d = z[None]; d.add_(1) ; d = z.flatten(0, -2); d.add_(1) ; d = z.log_softmax(-1); z.mul_(2); y = d ;
 d = z.log_softmax(-1); e = -d; d.mul_(2); y = e ; l = z.exp().sum(); z.mul_(2); y = y + l ;
 d = z * 1; d.zero_() ; d = z / 1; d.zero_() ; d = z.clone(); d[0] = 0; y = d ;
-d = z.tanh(); d.mul_(2); y = d ; z.swapaxes_(0, -1) ; z.unsqueeze_(0) ; z.t_() ; z.squeeze_() ;
+d = z.tanh(); d.mul_(2); y = d ; d = draw(z.shape[-1]); y = z + d; d.zero_() ;
+d = torch.tensor([0, 1]); y = z[d]; d.zero_() ;
+z.swapaxes_(0, -1) ; z.unsqueeze_(0) ; z.t_() ; z.squeeze_() ;
 z.data = like(z) ; z = z.detach(); z.requires_grad_(); y = z * 2; y.sum().backward(); y = z.grad ;
 torch.no_grad().__enter__(); z.mul_(2); torch.set_grad_enabled(True) ;
 z.mul_(draw(1).requires_grad_()) ; z.index_fill_(-1, torch.tensor([0]), 0) ;
@@ -448,14 +452,9 @@ def observe(kind: str, state, function, is_lazy: bool):
         found = torch.autograd.grad(total, trained, allow_unused=True)
     except Exception as raised:
         found = (f"backward: {type(raised).__name__}",)
-    kept = [leaf.grad for leaf in leaves.values()]
-    return error, same, needs, [_value(part) for part in [*parts, *found, *kept]]
-
-
-def _value(part):
-    if not isinstance(part, Tensor):
-        return part
-    return part.detach().clone()
+    every = [*parts, *found, *(leaf.grad for leaf in leaves.values())]
+    values = [part.detach().clone() if isinstance(part, Tensor) else part for part in every]
+    return error, same, needs, values
 
 
 def _equal(found, wanted) -> bool:
