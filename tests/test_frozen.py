@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from models import (
     Mlp,
     Tied,
@@ -20,7 +19,7 @@ from models import (
     tiny_llama,
 )
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 import fastlora
 from fastlora import LoRAConfig
@@ -191,31 +190,6 @@ def test_copies_are_fast_and_can_be_restored_separately(again):
     assert own_classes([other]) == {}
     assert type(other) is nn.Linear
     assert type(layer) is frozen.Linear
-
-
-def test_given_back_with_accelerate_s_hook_on_it():
-    layer, x = taken(), x_of(4)
-    add_hook_to_module(layer, ModelHook())
-    with counted_frozen_calls() as calls:
-        layer(x)
-        assert len(calls) == 1
-        change_classes(own_classes([layer]))
-        layer(x)
-    assert len(calls) == 1
-
-
-def test_given_back_with_a_parametrization_on_it():
-    layer, x = taken(), x_of(4)
-    parametrizations.weight_norm(layer)
-    with counted_frozen_calls() as calls:
-        expected = layer(x)
-        change_classes(own_classes([layer]))
-        assert torch.equal(layer(x), expected)
-    assert calls == []
-    assert parametrize.is_parametrized(layer)
-    assert not isinstance(layer, frozen.Linear)
-    parametrize.remove_parametrizations(layer, "weight")
-    assert type(layer) is nn.Linear
 
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])

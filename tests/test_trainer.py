@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from models import randomize, refused
+from pages import tiny_tokenizer
 from peft_models import assert_same
 from process import Ranks
 from safetensors import safe_open
@@ -132,13 +133,10 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path, caplog):
 
 @pytest.fixture
 def words():
-    """A tokenizer that knows the words w0 to w19."""
-    tokenizers = pytest.importorskip("tokenizers")
-    numbers = {f"w{i}": i for i in range(VOCABULARY)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="w0"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="w0", eos_token="w1", unk_token="w2"
-    )
+    """A tokenizer that can pad."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def test_a_checkpoint_has_the_files_of_trainer_s_for_a_peft_model(words, tmp_path):

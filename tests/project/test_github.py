@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import fastlora
-from fastlora.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"
@@ -17,20 +16,11 @@ def read(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
-def test_commands_and_names_in_the_forms_exist(capsys):
+def test_names_in_the_forms_exist():
     texts = "\n".join(path.read_text() for path in GITHUB.rglob("*TEMPLATE*/*.yml"))
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    commands = re.findall(r"python -m fastlora (\w+)", texts)
-    assert set(commands) == {"doctor"}
-    assert "doctor" in capsys.readouterr().out
+    assert set(re.findall(r"python -m fastlora (\w+)", texts)) == {"doctor"}
     names = set(re.findall(r"fastlora\.(\w+)", texts))
     assert {"check", "coverage", "optimize"} <= names <= set(fastlora.__all__)
-    for file in re.findall(r"python ((?:\w+/)+\w+\.py)", texts):
-        assert (ROOT / file).exists()
-    sources = "\n".join(path.read_text() for path in (ROOT / "fastlora").rglob("*.py"))
-    for variable in set(re.findall(r"FASTLORA_\w+", texts)):
-        assert f'"{variable}"' in sources
 
 
 def test_the_citation_is_of_this_version():

@@ -68,7 +68,7 @@ print(json.dumps(found))
 # Programs of one warp that store rows of 32 numbers.
 INSTRUCTIONS = """
 import torch
-from tools.machine.memory import Fault, Kernel, Memory
+from tools.machine.memory import Kernel, Memory
 HEAD = '''.visible .entry one(.param .u64 .ptr .global p0) .reqntid 32
 { .reg .b16 %h<3>; .reg .b32 %r<19>; .reg .b64 %rd<9>;
 ld.param.u64 %rd1, [p0]; mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2;
@@ -88,32 +88,12 @@ mul.rn.f32 %r7, %r6, %r4; mov.b32 %r8, %r2;
 st.global.b32 [%rd3], %r3; st.global.b32 [%rd3+128], %r5; st.global.b32 [%rd3+256], %r7;
 st.global.b32 [%rd3+384], %r8; ret; }
 '''
-TENSOR_MEMORY = '''
-mov.u32 %r2, 1024; shl.b32 %r3, %r1, 3; add.u32 %r4, %r3, 1; add.u32 %r5, %r3, 2;
-add.u32 %r6, %r3, 3; add.u32 %r7, %r3, 4; add.u32 %r8, %r3, 5; add.u32 %r9, %r3, 6;
-add.u32 %r10, %r3, 7;
-tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r2], 32; ld.shared.b32 %r11, [%r2];
-tcgen05.st.sync.aligned.32x32b.x8.b32 [%r11], {%r3, %r4, %r5, %r6, %r7, %r8, %r9, %r10};
-tcgen05.wait::st.sync.aligned;
-tcgen05.ld.sync.aligned.16x256b.x1.b32 {%r12, %r13, %r14, %r15}, [%r11];
-tcgen05.wait::ld.sync.aligned;
-tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r11, 32;
-st.global.b32 [%rd3], %r12; st.global.b32 [%rd3+128], %r13; st.global.b32 [%rd3+256], %r14;
-st.global.b32 [%rd3+384], %r15; ret; }
-'''
-def ran(body, dtype, lost=None):
-    lines = [line for line in body.split(";") if lost is None or lost not in line]
+def ran(body, dtype):
     out = torch.zeros(5, 32, dtype=dtype)
-    kernel = Kernel(HEAD + ";".join(lines), 16)
+    kernel = Kernel(HEAD + body, 16)
     result = kernel.launch((1,), out.data_ptr().to_bytes(8, "little"), Memory([out]))
     return out.tolist(), sorted({each.kind for each in result.findings})
 found = {"blackwell": ran(BLACKWELL, torch.float32), "nans": ran(NANS, torch.int32)}
-for lost in (None, "wait::st", "wait::ld"):
-    found[str(lost)] = ran(TENSOR_MEMORY, torch.int32, lost)
-try:
-    ran(TENSOR_MEMORY, torch.int32, "dealloc")
-except Fault as fault:
-    found["dealloc"] = str(fault)
 print(json.dumps(found))
 """
 # One pass over x with the default tiles of sm_90, launched as in a call.
@@ -140,7 +120,7 @@ WAITS = {
     100: {"wait at an mbarrier": ("fault", "RAW", "WAR"), "commit": ("fault",),
           "wait for tensor memory's loads": ("WAR",),
           "wait for tensor memory's stores": ("in flight",), "proxy fence": ("no proxy",)},
-    120: {"barrier": ("RAW", "WAR", "WAW"), "wait for copies": ("in flight",)},
+    120: {},  # the instructions that wait are those of 80
 }  # fmt: skip
 
 
@@ -213,9 +193,8 @@ def test_float32_operations_give_one_nan_pattern(answers):
 
 
 def test_blackwell_s_instructions_follow_the_ptx_manual(answers):
-    """Pairs of float32, sums with 16 bits, the maximum of a warp, and layouts of tensor memory."""
-    found = answers["instructions"]
-    (pair, other, plus, fused, largest), _ = found["blackwell"]
+    """Pairs of float32, sums with 16 bits, and the maximum of a warp."""
+    (pair, other, plus, fused, largest), _ = answers["instructions"]["blackwell"]
     lanes = range(32)
     assert (pair, other) == ([n * n + n for n in lanes], [6] * 32)
     assert (plus, fused, largest) == (
@@ -223,10 +202,3 @@ def test_blackwell_s_instructions_follow_the_ptx_manual(answers):
         [n + 2.25 for n in lanes],
         [31] * 32,
     )
-    rows, findings = found["None"]  # row n holds 8 n to 8 n + 7
-    assert not findings
-    assert rows[0] == [8 * (n // 4) + 2 * (n % 4) for n in lanes]
-    assert rows[1:4] == [[n + more for n in rows[0]] for more in (1, 64, 65)]
-    assert found["wait::st"][1] == ["in flight"]
-    assert found["wait::ld"][1] == ["WAR", "early load"]
-    assert "never given back" in found["dealloc"]

@@ -115,15 +115,6 @@ def test_a_block_of_the_readme_runs_by_itself(i, as_on_the_hub):
     run(code, f"README.md, block {i}", {} if is_complete else names_for(README))
 
 
-def test_the_readme_has_a_complete_script():
-    scripts = [code for code in blocks_of(README, "python") if "from_pretrained" in code]
-    assert len(scripts) == 1
-    assert all(
-        step in scripts[0]
-        for step in ("get_peft_model(", "fastlora.optimize(", ".backward()", ".save_pretrained(")
-    )
-
-
 def test_few_blocks_are_not_run():
     blocks = [code for page in WITH_CODE for code in blocks_of(page, "python")]
     assert len(blocks) >= 25
@@ -254,26 +245,6 @@ def test_they_are_short():
     assert sum(len(page.read_text().split()) for page in DOCS) <= 24950
 
 
-def test_the_first_screen_of_the_readme_has_badges_and_a_picture():
-    """The badges show the workflow's state, and the versions of pyproject.toml."""
-    head = README.read_text().partition("\n## ")[0]
-    *badges, picture = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", head)
-    assert picture == "docs/demo.png"
-    workflow, *shields = badges
-    assert (ROOT / ".github" / workflow.removeprefix("../../actions/")).parent.exists()
-    project = (ROOT / "pyproject.toml").read_text()
-    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
-    torch_from = re.search(r'"torch>=([\d.]+)"', project)[1]
-    tested = re.search(r"tests run with PEFT ([\d.]+) to ([\d.]+)\. ", PROSE[ROOT / "docs/peft.md"])
-    shown = " ".join(shields)
-    for text in (
-        f"/python-{pythons[0]}_to_{pythons[-1]}-",
-        f"/pytorch-%E2%89%A5_{torch_from}-",
-        f"/peft-{tested[1]}_to_{tested[2]}-",
-    ):
-        assert text in shown
-
-
 @pytest.mark.parametrize(
     ("page", "pattern", "numbers"),
     SENTENCES,
@@ -331,10 +302,3 @@ def test_the_design_has_the_floors():
     exec(re.search(r"^FLOORS = \(.*?^\)", code, re.M | re.S)[0], scope)
     held = {(n, part) for n, parts in enumerate(scope["FLOORS"]) for part in parts}
     assert {(n, part) for n, part in held if part not in ("version", "__init__", "table")} == named
-
-
-def test_one_version_of_ruff():
-    files = [ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]
-    versions = [re.findall(r"ruff==([\d.]+)", file.read_text()) for file in files]
-    assert all(versions)
-    assert len({version for found in versions for version in found}) == 1

@@ -217,34 +217,21 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 HEADS = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
-JOINT = HEADS | {"joint_attention_dim": 32}
+FLUX = {"joint_attention_dim": 32, "num_single_layers": 1, "pooled_projection_dim": 32}
 TEXTS, TIME = {"encoder_hidden_states": draw(2, 5, 32)}, {"timestep": torch.tensor([0.3, 0.7])}
-POOLED, ROPE = {"pooled_projections": draw(2, 32)}, {"axes_dims_rope": (4, 6, 6)}
 IDS = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
 TO = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 DIFFUSION = {
     "flux": (
         "FluxTransformer2DModel",
-        JOINT | ROPE | {"in_channels": 16, "num_single_layers": 1, "pooled_projection_dim": 32},
-        TEXTS | TIME | POOLED | IDS | {"hidden_states": draw(2, 16, 16)},
+        HEADS | FLUX | {"in_channels": 16, "axes_dims_rope": (4, 6, 6)},
+        TEXTS | TIME | IDS | {"hidden_states": draw(2, 16, 16), "pooled_projections": draw(2, 32)},
     ),
     "wan": (
         "WanTransformer3DModel",
         HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 32}
         | {"ffn_dim": 48, "patch_size": (1, 2, 2), "rope_max_seq_len": 32},
         TEXTS | TIME | {"hidden_states": draw(2, 4, 2, 8, 8)},
-    ),
-    "qwen-image": (
-        "QwenImageTransformer2DModel",
-        JOINT | ROPE | {"in_channels": 16, "out_channels": 4},
-        TEXTS | TIME | {"hidden_states": draw(2, 16, 16), "img_shapes": [[(1, 4, 4)]] * 2}
-        | {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long)},
-    ),
-    "sd3": (
-        "SD3Transformer2DModel",
-        JOINT | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
-        | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "num_layers": 2},
-        TEXTS | TIME | POOLED | {"hidden_states": draw(2, 4, 8, 8)},
     ),
     "unet": (
         "UNet2DConditionModel",
