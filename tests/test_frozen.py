@@ -91,15 +91,11 @@ class Louder(nn.Linear):
     """Another class with the same forward."""
 
 
-def replaced():
+def changed(name, value):
     layer = linear()
-    layer.forward = lambda x: x
-    return layer
-
-
-def with_other_bias():
-    layer = linear()
-    layer.bias.data = layer.bias.data.float()
+    if isinstance(value, torch.Tensor):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(layer, name, value)
     return layer
 
 
@@ -114,20 +110,14 @@ LEFT = {
     "float64": lambda: linear(torch.float64),
     "trains": lambda: linear().requires_grad_(True),
     "meta": lambda: linear(device="meta"),
-    "replaced-forward": replaced,
+    "replaced-forward": lambda: changed("forward", lambda x: x),
     "parametrized": lambda: parametrizations.weight_norm(linear()),
-    "float32-bias": with_other_bias,
+    "float32-bias": lambda: changed("bias", torch.zeros(40)),
     "inference": inferred,
     "empty": lambda: nn.Linear(96, 0, dtype=torch.bfloat16).requires_grad_(False),
-    "sparse": lambda: linear_with(linear().weight.to_sparse()),
+    "sparse": lambda: changed("weight", linear().weight.to_sparse()),
     "no-linear": lambda: nn.LayerNorm(96, dtype=torch.bfloat16).requires_grad_(False),
 }
-
-
-def linear_with(weight):
-    layer = linear()
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 @pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)

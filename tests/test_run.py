@@ -120,12 +120,6 @@ def test_wrong_arguments(arguments, tmp_path):
     assert "usage: python -m fastlora run [options] (SCRIPT | -m MODULE)" in error
 
 
-def test_help_names_every_option(tmp_path):
-    _, printed, _ = ended(*RUN, "--help", cwd=tmp_path)
-    for name in ("--no-gated-mlps", "--no-frozen-linears", "torchrun … -m fastlora run train.py"):
-        assert name in " ".join(printed.split())
-
-
 CHILDREN = """
 import multiprocessing, os, subprocess, sys
 
