@@ -137,14 +137,13 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path
     assert not any(torch.equal(*pair) for pair in zip(got, start, strict=True))
 
 
-@pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "float8"])
-def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
-    if trainer is Trainer and kind in UNSAVED:
+def test_trainer_loads_the_best_one_at_the_end(kind, folder, tmp_path):
+    if kind in UNSAVED:
         pytest.skip("Trainer refuses this base (tested below)")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 1}
     best |= {"greater_is_better": True}  # so that it isn't the last
-    run = trainer_for(adapted(kind, folder), tmp_path, trainer, **EVALUATED | best)
+    run = trainer_for(adapted(kind, folder), tmp_path, Trainer, **EVALUATED | best)
     run.train()
     assert run.state.best_global_step == 1
     assert run.evaluate()["eval_loss"] == run.state.best_metric

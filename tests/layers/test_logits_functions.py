@@ -1,6 +1,6 @@
 """Lazy logits act as ordinary ones: torch's functions give equal values, gradients and errors.
 
-The functions are those of ``torch.overrides`` and a table of expressions.  After each one, the
+The functions come from ``torch.overrides`` and from a table of expressions.  After each one, the
 logits, a copy and a view that were made before it are read as well, so that a write to memory
 shows.
 """
@@ -397,7 +397,7 @@ def expressions() -> dict:
 
 
 def observe(kind: str, state, function, is_lazy: bool):
-    """What the function returns or raises, the logits afterwards, and all gradients."""
+    """The function's error and results, the logits afterwards, and all gradients."""
     leaves = leaves_of(kind)
     root = logits_of(leaves, is_lazy)
     assert isinstance(root, LazyLogits) is is_lazy
@@ -439,7 +439,7 @@ def _equal(found, wanted) -> bool:
         if not (wanted.is_floating_point() or wanted.is_complex()):
             return torch.equal(found, wanted)
         largest = wanted.abs().nan_to_num(0.0, 0.0).amax().item() if wanted.numel() else 0.0
-        absolute = tolerance * max(1.0, largest)  # sums of large numbers round as these do
+        absolute = tolerance * max(1.0, largest)  # a sum of large numbers rounds like them
         return torch.allclose(found, wanted, tolerance, absolute, equal_nan=True)
     if isinstance(wanted, np.ndarray | float):
         return np.allclose(found, wanted, 1e-12, 1e-12, equal_nan=True)

@@ -120,7 +120,7 @@ WAITS = {
     100: {"wait at an mbarrier": ("fault", "RAW", "WAR"), "commit": ("fault",),
           "wait for tensor memory's loads": ("WAR",),
           "wait for tensor memory's stores": ("in flight",), "proxy fence": ("no proxy",)},
-    120: {},  # the instructions that wait are those of 80
+    120: {},  # it waits by the same instructions as 80
 }  # fmt: skip
 
 
