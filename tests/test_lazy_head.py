@@ -166,6 +166,28 @@ def old_logits(model: nn.Module) -> torch.Tensor:
     return (logprobs(model(input_ids=IDS).logits) - logprobs(old)).exp().mean()
 
 
+class Reverse(torch.autograd.Function):
+    """The identity with a reversed gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def reversed_logits(model: nn.Module) -> torch.Tensor:
+    rows = Reverse.apply(model(input_ids=IDS).logits).flatten(0, 1)
+    return functional.cross_entropy(rows, IDS.flatten())
+
+
+def written_reversed_logits(model: nn.Module) -> torch.Tensor:
+    rows = Reverse.apply(model(input_ids=IDS).logits).mul_(2.0).flatten(0, 1)
+    return functional.cross_entropy(rows, IDS.flatten())
+
+
 def checkpointed_head(model: nn.Module) -> torch.Tensor:
     hidden = model.base_model.model.model(IDS).last_hidden_state
     head = model.get_output_embeddings()
@@ -186,7 +208,10 @@ def logits_without_adapters(model: nn.Module) -> torch.Tensor:
         return logits.square().mean()
 
 
-LOSSES = [old_logits, checkpointed_head, loss_without_adapters, logits_without_adapters]
+LOSSES = [
+    old_logits, reversed_logits, written_reversed_logits, checkpointed_head,
+    loss_without_adapters, logits_without_adapters,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_of", LOSSES)

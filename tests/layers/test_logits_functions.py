@@ -227,7 +227,7 @@ def own_function(z):
 
         @staticmethod
         def backward(ctx, g):
-            return g * 3.0  # another gradient than the forward's
+            return g * 2.0
 
     return Double.apply(z)
 
@@ -335,8 +335,7 @@ z.reshape(-1, z.shape[-1]).mul_(2) ; z.contiguous() is z ; z.double() is z ; z.r
 z.requires_grad_(False) ; z.detach_() ; z.data ; z.data.mul_(3) ; z.detach().mul_(3) ;
 pickle.loads(pickle.dumps(z.detach())) ; copy.deepcopy(z.detach()) ; copy.deepcopy(z) ;
 copy.copy(z) ; pickle.loads(pickle.dumps(z)) ; saved(z) ; hooked(z) ; retained(z) ; twice(z) ;
-second_order(z) ; own_function(z) ; functional.cross_entropy(*flat(own_function(z))) ;
-functional.cross_entropy(*flat(own_function(z).mul_(2.0))) ; z[:0].split(2) ;
+second_order(z) ; own_function(z) ; z[:0].split(2) ;
 torch.from_dlpack(z.detach()) ; torch.func.grad(lambda x: (x * z).sum())(like(z)) ;
 torch.func.grad(lambda y: y.square().sum())(z.detach()) ; torch.vmap(lambda row: row.sum())(z) ;
 torch.func.jvp(torch.sin, (z.detach(),), (like(z),)) ;
@@ -374,7 +373,7 @@ d = z[None]; d.add_(1) ; d = z.flatten(0, -2); d.add_(1) ; d = z.log_softmax(-1)
 d = z.log_softmax(-1); e = -d; d.mul_(2); y = e ; l = z.exp().sum(); z.mul_(2); y = y + l ;
 d = z * 1; d.zero_() ; d = z / 1; d.zero_() ; d = z.clone(); d[0] = 0; y = d ;
 d = z.tanh(); d.mul_(2); y = d ; d = draw(z.shape[-1]); y = z + d; d.zero_() ;
-d = torch.tensor([0, 1]); y = z[d]; d.zero_() ;
+d = torch.tensor([0, 1]); y = z.detach()[d]; d.zero_() ;
 z.swapaxes_(0, -1) ; z.unsqueeze_(0) ; z.t_() ; z.squeeze_() ;
 z.data = like(z) ; z = z.detach(); z.requires_grad_(); y = z * 2; y.sum().backward(); y = z.grad ;
 torch.no_grad().__enter__(); z.mul_(2); torch.set_grad_enabled(True) ;
