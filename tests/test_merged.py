@@ -206,17 +206,12 @@ def buffered(linear: nn.Linear) -> None:
     linear.register_buffer("weight", weight)
 
 
-def attention() -> nn.Module:
-    return nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
-
-
 FIXED = "down has a base whose weight is no parameter"
 REFUSED = {
     "pruned": (lambda: with_base(lambda m: prune.random_unstructured(m, "weight", 0.5)), FIXED),
     "weight_norm": (lambda: with_base(nn.utils.weight_norm), FIXED),
     "parametrized": (lambda: with_base(nn.utils.parametrizations.weight_norm), FIXED),
     "buffer": (lambda: with_base(buffered), FIXED),
-    "attention": (lambda: adapted(attention(), target_modules=["a"]), "MultiheadAttention"),
     "no layers": (lambda: nn.Linear(2, 2), "no LoRA layers"),
     "NaN": (lambda: broken(KINDS["peft"]()), "down can't be merged: NaN"),
     "own NaN": (lambda: broken(KINDS["own"]()), "NaN"),
@@ -236,6 +231,13 @@ def test_a_refused_model_is_unchanged(name):
     for n, p in bits.items():
         torch.testing.assert_close(model.get_parameter(n), p, rtol=0, atol=0, equal_nan=True)
     assert not any(getattr(m, "merged", False) for m in model.modules())
+
+
+def test_attention_modules_that_peft_s_merge_changes_are_refused():
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    model = adapted(attention, target_modules=["a"])
+    with pytest.raises(ValueError, match="MultiheadAttention"), fastlora.merged(model):
+        pytest.fail("the block was entered")
 
 
 def test_a_merged_model_and_bad_arguments_are_refused():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gguf_models import write_model
 from pages import save_tiny_model
+from safetensors.torch import save_file
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 WORDS = ["a", "layer", "keeps", "its", "weight", "and", "bias", "while", "the", "adapter", "learns"]
@@ -153,7 +154,8 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(tmp_path, monkeypatch):
     expected = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )
-    expected.save_pretrained(tmp_path)  # the example reads the dense parameters there
+    expected.config.save_pretrained(tmp_path)
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")  # for the dense parameters
     packed = quantized.model_of_gguf(SimpleNamespace(model=str(tmp_path), dtype="float32"))
     assert {layer.ggml_type for layer in packed.modules() if hasattr(layer, "ggml_type")} == {3}
     torch.testing.assert_close(packed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
