@@ -2,6 +2,7 @@
 
 import gc
 import getpass
+import logging
 import os
 import sys
 import tempfile
@@ -90,6 +91,13 @@ def node(monkeypatch):
     """Calls of few rows also use the node."""
     monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", 0)
     monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+
+
+@pytest.fixture
+def log(caplog):
+    """A function that returns the level and the text of each line of fastlora's log."""
+    caplog.set_level(logging.INFO, "fastlora")
+    return lambda: [(r.levelname, r.message) for r in caplog.records if r.name == "fastlora"]
 
 
 @pytest.fixture

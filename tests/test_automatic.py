@@ -1,10 +1,9 @@
 """``fastlora.auto()``: models that PEFT injects adapters into are optimized, in any program."""
 
 import json
-import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import peft
@@ -31,17 +30,6 @@ def _off_afterwards() -> Iterator[None]:
     assert BaseTuner.inject_adapter is THEIRS
 
 
-@pytest.fixture
-def lines(caplog) -> Callable[[], list[tuple[str, str]]]:
-    """A function that returns the level and the text of each line of fastlora's log."""
-    caplog.set_level(logging.INFO, "fastlora")
-
-    def read() -> list[tuple[str, str]]:
-        return [(r.levelname, r.message) for r in caplog.records if r.name == "fastlora"]
-
-    return read
-
-
 def model_of(config: peft.PeftConfig | None = None, **settings) -> peft.PeftModel:
     torch.manual_seed(0)
     return peft.get_peft_model(tiny_llama(), config or peft.LoraConfig(**CONFIG | settings))
@@ -51,22 +39,22 @@ def is_fast(model: torch.nn.Module) -> bool:
     return bool((report := fastlora.coverage(model)).layers) and not report.not_fast
 
 
-def test_a_model_of_peft_is_optimized_and_one_line_says_so(lines):
+def test_a_model_of_peft_is_optimized_and_one_line_says_so(log):
     fastlora.auto()
     model = model_of()
-    assert lines() == [("INFO", SAID)]
+    assert log() == [("INFO", SAID)]
     assert is_fast(model)
     expected = fastlora.restore(model_of())(IDS).logits
     torch.testing.assert_close(model(IDS).logits, expected)
 
 
-def test_the_line_says_how_the_loss_runs(lines):
+def test_the_line_says_how_the_loss_runs(log):
     fastlora.auto(loss=True)
     model_of()
     base = tiny_llama()
     base.lm_head = torch.nn.Sequential(base.lm_head)
     peft.get_peft_model(base, peft.LoraConfig(**CONFIG))
-    texts = [text for _, text in lines()]
+    texts = [text for _, text in log()]
     assert texts[0].endswith("; loss without logits: lm_head")
     assert texts[1].endswith("; loss with logits: the head: it is a Sequential, no torch.nn.Linear")
 
@@ -95,7 +83,7 @@ def test_off_restores_peft_s_function_and_leaves_optimized_models():
     assert not is_fast(model_of())
 
 
-def test_a_wrapper_around_ours_stays_and_no_model_is_optimized_twice(lines, monkeypatch):
+def test_a_wrapper_around_ours_stays_and_no_model_is_optimized_twice(log, monkeypatch):
     fastlora.auto()
     ours = BaseTuner.inject_adapter
 
@@ -105,11 +93,11 @@ def test_a_wrapper_around_ours_stays_and_no_model_is_optimized_twice(lines, monk
     monkeypatch.setattr(BaseTuner, "inject_adapter", another)
     fastlora.auto(False)
     assert not is_fast(model_of())
-    assert lines() == []
+    assert log() == []
     fastlora.auto()
     assert BaseTuner.inject_adapter is another
     assert is_fast(model_of())
-    assert len(lines()) == 1
+    assert len(log()) == 1
     monkeypatch.undo()  # back to ours, which the fixture removes
 
 
@@ -131,7 +119,7 @@ def test_an_adapter_that_is_injected_later_is_fast_also():
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path, lines):
+def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path, log):
     saved = randomize(model_of(), 0.1)
     saved.save_pretrained(tmp_path)
     fastlora.auto()
@@ -143,22 +131,22 @@ def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path,
     torch.testing.assert_close(loaded(IDS).logits, saved(IDS).logits)
     # Adapters on the meta device can't be judged when they are injected.
     said = "14 LoRA layers; " if low_cpu_mem_usage else SAID
-    ((level, text),) = lines()
+    ((level, text),) = log()
     assert level == "INFO"
     assert text.startswith(said)
 
 
-def test_an_error_of_optimize_is_a_warning_and_the_model_is_peft_s(lines, monkeypatch):
+def test_an_error_of_optimize_is_a_warning_and_the_model_is_peft_s(log, monkeypatch):
     fastlora.auto(gated_mlps="yes")
     model = model_of()
-    ((level, text),) = lines()
+    ((level, text),) = log()
     assert level == "WARNING"
     assert text.startswith("this model isn't optimized: ValueError: gated_mlps is 'yes', but must")
     kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
     assert "fastlora" not in kinds
 
 
-def test_a_warning_of_optimize_ends_no_program_that_makes_warnings_errors(monkeypatch, lines):
+def test_a_warning_of_optimize_ends_no_program_that_makes_warnings_errors(monkeypatch, log):
     monkeypatch.setattr("fastlora.peft._NEWEST", (0, 1))
     fastlora.auto()
     with warnings.catch_warnings():
@@ -167,31 +155,31 @@ def test_a_warning_of_optimize_ends_no_program_that_makes_warnings_errors(monkey
     assert is_fast(model)
 
 
-def test_no_fast_layer_is_a_warning_with_the_reason(lines):
+def test_no_fast_layer_is_a_warning_with_the_reason(log):
     fastlora.auto()
     model_of(target_modules=["embed_tokens"])
-    ((level, text),) = lines()
+    ((level, text),) = log()
     assert level == "WARNING"
     assert text.startswith("0 of 1 layers fast; 1 in PEFT's forward: ")
     assert "\n" not in text
 
 
-def test_other_tuners_are_left_alone(lines):
+def test_other_tuners_are_left_alone(log):
     fastlora.auto()
     model_of(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     model_of(peft.LoHaConfig(target_modules=["k_proj"]))
-    assert lines() == []
+    assert log() == []
 
 
-def test_a_rank_behind_the_first_logs_nothing_and_disabled_is_no_warning(lines, monkeypatch):
+def test_a_rank_behind_the_first_logs_nothing_and_disabled_is_no_warning(log, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     fastlora.auto()
     assert is_fast(model_of())
-    assert lines() == []
+    assert log() == []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
     assert not is_fast(model_of())
-    ((level, text),) = lines()
+    ((level, text),) = log()
     assert level == "INFO"
     assert "FASTLORA_DISABLE is set" in text
 

@@ -45,15 +45,9 @@ class Called(nn.Linear):
         return 2 * super().__call__(x)
 
 
-class Measured(nn.Linear):
-    @property
-    def r(self):
-        return len(self.weight)
-
-
-class Merging(nn.Linear):
-    def unmerge(self):
-        raise AssertionError("never called")
+def with_member(**members) -> nn.Linear:
+    """A layer of a subclass of nn.Linear with these members."""
+    return type("Own", (nn.Linear,), members)(6, 6)
 
 
 def with_attribute(linear: nn.Linear) -> nn.Linear:
@@ -174,8 +168,8 @@ def test_a_layer_that_fsdp2_has_already():
 
 
 OWN_NAMES = {
-    "property": (lambda: Measured(6, 6), "r"),
-    "method": (lambda: Merging(6, 6), "unmerge"),
+    "property": (lambda: with_member(r=property(lambda layer: 6)), "r"),
+    "method": (lambda: with_member(unmerge=lambda layer: None), "unmerge"),
     "attribute": (lambda: with_attribute(nn.Linear(6, 6)), "scaling"),
 }
 

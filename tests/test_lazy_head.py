@@ -3,8 +3,8 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import peft_worker
@@ -188,13 +188,6 @@ def written_reversed_logits(model: nn.Module) -> torch.Tensor:
     return functional.cross_entropy(rows, IDS.flatten())
 
 
-def changed_row(model: nn.Module) -> torch.Tensor:
-    row = torch.arange(100.0) / 9
-    moved = model(input_ids=IDS).logits + row
-    row.zero_()
-    return functional.cross_entropy(moved.flatten(0, 1), IDS.flatten())
-
-
 def checkpointed_head(model: nn.Module) -> torch.Tensor:
     hidden = model.base_model.model.model(IDS).last_hidden_state
     head = model.get_output_embeddings()
@@ -216,7 +209,7 @@ def logits_without_adapters(model: nn.Module) -> torch.Tensor:
 
 
 LOSSES = [
-    old_logits, reversed_logits, written_reversed_logits, changed_row, checkpointed_head,
+    old_logits, reversed_logits, written_reversed_logits, checkpointed_head,
     loss_without_adapters, logits_without_adapters,
 ]  # fmt: skip
 
@@ -230,18 +223,6 @@ def test_gradients_around_lazy_logits(loss_of):
         named = model.named_parameters()
         found.append({name: p.grad for name, p in named if p.grad is not None})
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-
-
-def test_an_index_that_changes_after_its_use_has_no_effect():
-    logits, index = fastlora.optimize(peft_model(), loss=True)(**DATA).logits, torch.tensor([1, 2])
-    chosen = logits[:, index]
-    index += 3
-    torch.testing.assert_close(chosen.detach() + 0.0, logits.elements()[:, 1:3].detach())
-
-
-def test_a_split_of_no_rows_has_one_part():
-    (part,) = fastlora.optimize(peft_model(), loss=True)(**DATA).logits[:0].split(2)
-    assert part.shape == (0, 9, 100)
 
 
 def test_logits_of_inference_mode_give_a_loss():
@@ -333,23 +314,12 @@ def test_a_dora_head_keeps_its_logits():
     assert type(step(model)[2]) is torch.Tensor
 
 
-class OwnHead(nn.Module):
-    """A head that is no linear layer."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = linear.weight
-
-    def forward(self, x):
-        return 2.0 * functional.linear(x, self.weight)
-
-
 def test_a_head_of_another_class_is_left_alone_with_a_warning():
     model = peft_model()
-    model.base_model.model.lm_head = OwnHead(model.get_output_embeddings())
-    with pytest.warns(UserWarning, match=r"loss=True has no effect.*it is a OwnHead, no torch"):
+    model.base_model.model.lm_head = nn.Sequential(model.get_output_embeddings())
+    with pytest.warns(UserWarning, match=r"loss=True has no effect.*it is a Sequential, no torch"):
         fastlora.optimize(model, loss=True)
-    assert type(model.get_output_embeddings()) is OwnHead
+    assert type(model.get_output_embeddings()) is nn.Sequential
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="returns no module"):
         fastlora.apply_lora(
@@ -400,7 +370,7 @@ def test_generation_gives_the_same_tokens(autocast):
 def test_gradient_checkpointing(reentrant):
     models = [
         fastlora.optimize(peft_model("adapted", lora_dropout=0.1), loss=loss)
-        for loss in (0 > 1, True)
+        for loss in (False, True)
     ]
     for model in models:
         settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -424,13 +394,8 @@ def test_a_copy_and_a_pickle_stay_lazy():
 
 def test_threads_share_one_computation_of_the_logits():
     logits = fastlora.optimize(peft_model(), loss=True)(**DATA).logits
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(logits.elements())) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
+    with ThreadPoolExecutor(8) as threads:
+        found = [*threads.map(lambda _: logits.elements(), range(8))]
     assert all(each is found[0] for each in found)
 
 
@@ -480,14 +445,12 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 TRAININGS = {
-    "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 2},
+    "accumulation": {"gradient_accumulation_steps": 2} | EVALUATED,
     "autocast": {"bf16": True},
-    "label-smoothing": {"label_smoothing_factor": 0.1},
-    "checkpointing": {"gradient_checkpointing": True},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 3},
-    "loss-only": {"eval_strategy": "steps", "eval_steps": 3, "prediction_loss_only": True},
+    "label-smoothing": {"label_smoothing_factor": 0.1, "gradient_checkpointing": True},
+    "loss-only": {"prediction_loss_only": True} | EVALUATED,
 }
 
 
@@ -526,22 +489,24 @@ def two(tmp_path_factory):
     ranks.close()
 
 
-@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
-def test_ddp_synchronizes_the_gradients_of_a_lazy_head(two, settings):
+WRAPPERS = [
+    ("ddp", {}),
+    ("ddp", {"find_unused_parameters": True}),
+    ("ddp", {"static_graph": True}),
+    ("fsdp1", {}),
+    ("fsdp2", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), WRAPPERS, ids=str)
+def test_ranks_train_a_lazy_head_as_the_standard_one(two, kind, settings):
+    """DDP synchronizes the gradients of a fused loss; a sharded head computes its logits."""
     ours, theirs = (
-        two.run(peft_worker.lazy_steps, "ddp", loss, **settings) for loss in (True, False)
+        two.run(peft_worker.lazy_steps, kind, loss, **settings) for loss in (True, False)
     )
     for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
-        assert fused
+        assert fused == (kind == "ddp")
         assert losses == pytest.approx(losses_, rel=1e-5)
         torch.testing.assert_close(gradients, gradients_, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(ours[0][1], ours[1][1])  # the same on both ranks
-
-
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_a_sharded_head_computes_its_logits(two, kind):
-    ours, theirs = (two.run(peft_worker.lazy_steps, kind, loss) for loss in (True, False))
-    for (losses, gradients, fused), (losses_, gradients_, _) in zip(ours, theirs, strict=True):
-        assert not fused
-        assert losses == pytest.approx(losses_, rel=1e-5)
-        torch.testing.assert_close(gradients, gradients_, rtol=1e-4, atol=1e-6)
+    if kind == "ddp":
+        torch.testing.assert_close(ours[0][1], ours[1][1])  # the same on both ranks

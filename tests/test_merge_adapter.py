@@ -75,16 +75,12 @@ class Synchronize(transformers.TrainerCallback):
         model.unmerge_adapter()
 
 
-SWITCHES = {"use_vllm": True, "vllm_server_base_url": "http://localhost:8000"}
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_merges_in_training_leave_the_bits_also_after_an_error(switch, tmp_path):
+def test_merges_in_training_leave_the_bits_also_after_an_error(tmp_path):
     model, _ = both()
     fastlora.optimize(model)
     sync = Synchronize()
     trainer = trainer_for(model, tmp_path, Trainer, gradient_checkpointing=True)
-    setattr(trainer.args, switch, SWITCHES[switch])
+    trainer.args.use_vllm = True
     sampling = MergedSampling()
     for callback in (sampling, sync):
         trainer.add_callback(callback)
@@ -289,6 +285,9 @@ def test_without_vllm_the_merges_are_peft_s_and_with_it_generate_is():
     sampling.on_train_begin(None, None, None, model=model)
     assert are_peft_s(model)
     assert "generate" in vars(model)
-    sampling.on_train_begin(VLLM, None, None, model=model)
-    assert not are_peft_s(model)
-    assert "generate" not in vars(model)
+    server = types.SimpleNamespace(vllm_server_base_url="http://localhost:8000")
+    for arguments in (VLLM, server):
+        sampling.on_train_begin(arguments, None, None, model=model)
+        assert not are_peft_s(model)
+        assert "generate" not in vars(model)
+        sampling.put_back()

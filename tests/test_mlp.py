@@ -341,20 +341,6 @@ def test_a_hook_on_all_modules():
     assert block.reason == "a hook on all modules is registered"
 
 
-def test_a_forward_that_is_replaced_on_the_class_later(monkeypatch):
-    model = adapted()
-    plain = layer_by_layer(model)
-    with counted_blocks() as calls:
-        results(model)
-    assert calls  # and the block's record is cached
-    monkeypatch.setattr(Gated, "forward", Scaled.forward)
-    with counted_blocks() as calls:
-        found = results(model)
-    assert not calls
-    assert_same(found, results(plain))
-    assert "unknown to fastlora" in fastlora.coverage(model).gated_mlps[0].reason
-
-
 def test_a_forward_that_is_replaced_on_the_instance():
     module = Gated()
     module.forward = types.MethodType(Scaled.forward, module)

@@ -15,16 +15,16 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from gguf_models import INNER, WIDTH, write_model
 from models import randomize, tiny_llama
 from packed import NEEDS_5
 from torch import nn
-from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for, write_gguf
+from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for
 from transformers import Trainer
 
 import fastlora
 from fastlora.trainer import AdapterTrainer
 
-WIDTH, INNER = 64, 96
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "vocab_size": VOCABULARY}
 _OLD = transformers.__version__.startswith("4.")
 _QUANTIZERS = "transformers.quantizers.quantizer"
@@ -63,7 +63,7 @@ def _gguf(folder: Path, packed: bool) -> nn.Module:
     """A model from a GGUF file: LFM2's blocks stay packed in transformers, Llama's become dense."""
     pytest.importorskip("gguf", reason="gguf isn't installed")
     module = pytest.importorskip(f"{_QUANTIZERS}_gguf", reason=NEEDS_5)
-    _write_gguf(folder, "lfm2" if packed else "llama")
+    write_model(folder, "lfm2" if packed else "llama")
     kernel = SimpleNamespace(supports=lambda kind: True)  # it is never called on a CPU
     with mock.patch.object(module, "get_gguf_kernel", return_value=kernel):
         config = transformers.GgufConfig(dequantize=False)
@@ -73,35 +73,6 @@ def _gguf(folder: Path, packed: bool) -> nn.Module:
 def _load(folder: Path, config, device_map="cpu", **settings) -> nn.Module:
     settings |= {"dtype": torch.float32, "device_map": device_map, "quantization_config": config}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
-
-
-def _write_gguf(folder: Path, arch: str) -> None:
-    """Write a model of this architecture, with its linear layers in Q8_0."""
-    torch.manual_seed(1)
-    sizes = {
-        "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": INNER,
-        "block_count": 2, "head_count": 4, "head_count_kv": [2, 2] if arch == "lfm2" else 2,
-        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4,
-        "token_list": [f"w{i}" for i in range(VOCABULARY)],
-    }  # fmt: skip
-    shapes = {
-        "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH),
-        "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH),
-        "ffn_down": (WIDTH, INNER), "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
-    }  # fmt: skip
-    whole = {"token_embd": (VOCABULARY, WIDTH)}
-    if arch == "lfm2":
-        sizes["shortconv_l_cache"] = 3
-        shapes |= {"attn_q_norm": (WIDTH // 4,), "attn_k_norm": (WIDTH // 4,)}
-        whole["token_embd_norm"] = (WIDTH,)
-    else:
-        whole |= {"output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH)}
-    tensors = {}
-    blocks = {f"blk.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
-    for name, shape in (whole | blocks).items():
-        kind = "Q8_0" if len(shape) == 2 and name in blocks else "F32"
-        tensors[f"{name}.weight"] = torch.randn(shape) * 0.1 + ("norm" in name), kind
-    write_gguf(folder / "model.gguf", arch, sizes, tensors)
 
 
 _FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -166,14 +137,13 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path
     assert not any(torch.equal(*pair) for pair in zip(got, start, strict=True))
 
 
-@pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "float8"])
-def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
-    if trainer is Trainer and kind in UNSAVED:
+def test_trainer_loads_the_best_one_at_the_end(kind, folder, tmp_path):
+    if kind in UNSAVED:
         pytest.skip("Trainer refuses this base (tested below)")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 1}
     best |= {"greater_is_better": True}  # so that it isn't the last
-    run = trainer_for(adapted(kind, folder), tmp_path, trainer, **EVALUATED | best)
+    run = trainer_for(adapted(kind, folder), tmp_path, Trainer, **EVALUATED | best)
     run.train()
     assert run.state.best_global_step == 1
     assert run.evaluate()["eval_loss"] == run.state.best_metric

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -13,8 +12,9 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
-from trainer_runs import write_gguf
+from gguf_models import write_model
+from pages import save_tiny_model
+from safetensors.torch import save_file
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 WORDS = ["a", "layer", "keeps", "its", "weight", "and", "bias", "while", "the", "adapter", "learns"]
@@ -25,26 +25,14 @@ TEMPORARY = (".finetune-*", ".fastlora-*", "*.tmp", "*.partial")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Options for a random Llama of two layers, with a tokenizer of words, and for a text."""
-    transformers = pytest.importorskip("transformers", reason="the example uses transformers")
+    """Options for a random Llama of two layers, and for a text."""
     for package in ("accelerate", "matplotlib", "peft", "tqdm"):
         pytest.importorskip(package, reason=f"the example uses {package}")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *sorted(set(WORDS))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "tiny-llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": len(vocabulary)}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, **layers, bos_token_id=1, eos_token_id=2)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "tiny-llama")
+    save_tiny_model(folder)
     (folder / "text.txt").write_text(TEXT)
-    return ["--model", folder / "tiny-llama", "--data", folder / "text.txt", *FAST]
+    model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    return ["--model", model, "--data", folder / "text.txt", *FAST]
 
 
 @pytest.fixture(scope="module")
@@ -150,46 +138,27 @@ def test_the_last_sentence_is_the_results(compared, monkeypatch):
     assert said(0.97, [0.9, 1.1], None, numpy.nan) == f"fastlora, compared with PEFT: {noise}"
 
 
-def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
+def test_a_llama_s_gguf_is_trained_as_it_lies(tmp_path, monkeypatch):
     """llama.cpp stores the rows of q and k in another order; the logits agree with
     transformers'.
     """
-    gguf = pytest.importorskip("gguf", reason="--quantized reads GGUF")
+    pytest.importorskip("gguf", reason="--quantized reads GGUF")
     layers = "transformers.integrations.gguf.dequant"
     pytest.importorskip(layers, reason="an older transformers has no layer for GGUF's blocks")
     from transformers import AutoModelForCausalLM
 
     monkeypatch.syspath_prepend(SCRIPT.parent)
     quantized = importlib.import_module("quantized")
-    folder = tmp_path / "llama"
-    shutil.copytree(inputs[1], folder)
-    write_llama(gguf, folder, heads=4)
-    run = SimpleNamespace(model=str(folder), dtype="float32")
+    write_model(tmp_path, "llama", "Q4_1")
     ids = torch.arange(32)[None] % 12  # transformers loads a kernel from the Hub for fewer rows
     expected = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="tiny.gguf", dtype=torch.float32
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )
-    packed = quantized.model_of_gguf(run)
+    expected.config.save_pretrained(tmp_path)
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")  # for the dense parameters
+    packed = quantized.model_of_gguf(SimpleNamespace(model=str(tmp_path), dtype="float32"))
     assert {layer.ggml_type for layer in packed.modules() if hasattr(layer, "ggml_type")} == {3}
     torch.testing.assert_close(packed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def write_llama(gguf, folder, heads):
-    """Write the folder's Llama as llama.cpp does, with its linear layers in Q4_1."""
-    config, tensors = json.loads((folder / "config.json").read_text()), {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    sizes = {
-        "block_count": config["num_hidden_layers"], "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"], "head_count": heads,
-        "head_count_kv": heads, "layer_norm_rms_eps": config["rms_norm_eps"],
-        "context_length": config["max_position_embeddings"], "vocab_size": config["vocab_size"],
-    }  # fmt: skip
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if "q_proj" in name or "k_proj" in name:
-            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-        kind = "Q4_1" if weight.dim() == 2 and "layers" in name else "F32"
-        tensors[names.get_name(name, try_suffixes=(".weight",))] = weight, kind
-    write_gguf(folder / "tiny.gguf", "llama", sizes, tensors)
 
 
 def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):

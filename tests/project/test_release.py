@@ -1,4 +1,4 @@
-"""A release: its notes, tag and conda recipe; and a foreign module with this package's name."""
+"""A release: its notes, tag, conda recipe and citation; and a module with this package's name."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from process import run_python
 
+from fastlora import public
 from fastlora.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +92,27 @@ def test_a_module_beside_the_package_is_one_line_at_the_import(folder):
     assert text.endswith("pip uninstall fastlora")
     assert "\n" not in text
     assert line == 3  # the line of the user's import
+
+
+def test_names_in_the_forms_exist():
+    forms = (ROOT / ".github").rglob("*TEMPLATE*/*.yml")
+    texts = "\n".join(path.read_text() for path in forms)
+    assert set(re.findall(r"python -m fastlora (\w+)", texts)) == {"doctor"}
+    names = set(re.findall(r"fastlora\.(\w+)", texts))
+    assert {"check", "coverage", "optimize"} <= names <= set(public.__all__)
+
+
+def test_the_citation_is_of_this_version():
+    """Its date equals the date in CHANGELOG.md's heading, if the heading has one."""
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    required = {"cff-version", "message", "title", "authors"}
+    known = required | {"abstract", "type", "license", "version", "date-released", "keywords"}
+    assert required <= citation.keys() <= known
+    assert citation["version"] == __version__
+    text, number = (ROOT / "CHANGELOG.md").read_text(), re.escape(__version__)
+    heading = re.search(rf"^## \[?{number}\]?(?:\W+(\d{{4}}-\d\d-\d\d))?$", text, re.M)
+    assert heading
+    assert citation.get("date-released") == heading[1]
+    assert f'license = "{citation["license"]}"' in PROJECT
+    assert all(f'"{word}"' in PROJECT for word in citation["keywords"])
