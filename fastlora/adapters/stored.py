@@ -112,6 +112,11 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
                 f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
                 "but both must be floating-point"
             )
+        if max(len(a), len(b)) > 2:
+            raise ValueError(
+                f"{path / WEIGHTS} has lora_A {a} for {called(name)}: fastlora reads no adapters "
+                "of convolutions"
+            )
         # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
         fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):

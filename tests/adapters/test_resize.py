@@ -304,6 +304,10 @@ BROKEN = {
         lambda f: change_tensors(f, lambda t: t.update({B: torch.ones(64, 7)})),
         r"lora_A \(6, 64\) and lora_B \(64, 7\) for model.layers.0.self_attn.q_proj",
     ),
+    "convolution": (
+        lambda f: change_tensors(f, lambda t: t.update({A: torch.ones(6, 64, 3, 3)})),
+        "q_proj: fastlora reads no adapters of convolutions",
+    ),
     "large": (
         lambda f: change_tensors(f, lambda t: t.update({A: t[A].double() * 1e308})),
         "q_proj has a product that is too large for float64",

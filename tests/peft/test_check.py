@@ -288,6 +288,18 @@ def test_in_a_new_adapter_lora_a_is_tested(monkeypatch, dtype):
     assert before == [(id(up), up._version, up.signbit().tolist(), up.tolist()) for up in ups]
 
 
+def test_lora_b_of_every_active_adapter_is_filled():
+    model = mlp()
+    model.add_adapter("b", peft.LoraConfig(target_modules=["up"]))
+    model.base_model.set_adapter(["default", "b"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    found = fastlora.check(model, torch.randn(5, 8))
+    assert len(found.filled) == 1
+    assert not found.zeros
+
+
 def test_results_that_are_zero_are_named():
     model = llama()
     for name, parameter in model.named_parameters():
