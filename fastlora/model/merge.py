@@ -80,7 +80,7 @@ def merge_in_turn(
     errors = {}
 
     def merge(name: str, layer: AdaptedWeight, undo: ExitStack) -> Any:
-        undo.callback(layer.unmerge)
+        undo.callback(_unmerge, layer)
         merged = layer.merged_weight(torch.float32 if layer in packed else dense)
         error = layer.use_merged(merged, keep_base, requantize)
         if layer in packed:
@@ -98,6 +98,11 @@ def merge_in_turn(
             stacklevel=3,
         )
     return undo
+
+
+def _unmerge(layer: AdaptedWeight) -> None:
+    if layer.can_unmerge:
+        layer.unmerge()
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:

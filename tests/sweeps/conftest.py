@@ -4,11 +4,10 @@ from unittest import mock
 
 import pytest
 
-from fastlora import sweeps
-from fastlora.sweeps.record import PICTURE
+from fastlora.sweeps import record
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_pictures():
-    with mock.patch.object(sweeps, "curves", return_value={PICTURE: b"a picture"}):
+    with mock.patch.object(record, "curves", return_value={record.PICTURE: b"a picture"}):
         yield
