@@ -20,8 +20,8 @@ from .lineup import makers_for
 # limit of bfloat16 allows four roundings of at most 2⁻⁸ (h, the base product, the sum, a group's
 # next sum); sums in tensor cores add 3e-5.  float32 products here don't use them (docs/maths.md).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-# For 8-bit products: of a layer, and of all gradients of a step.
-_IN_8_BITS, _STEP_IN_8_BITS = 2e-2, 0.25
+# The limits of rows in 8 bits: of a layer, and of all gradients of a step.
+_IN_8_BITS, _IN_16_BITS = (2e-2, 0.2), (TOLERANCE[torch.bfloat16], 0.1)
 _SEED = 1234
 
 
@@ -54,8 +54,9 @@ class Judge:
             self._truths[key] = self._truth(*key)
         # An inference has only outputs, and the frozen layer has no adapter.
         tolerance = TOLERANCE[self.case.dtype]
-        if name == "fastlora" and self.case.in_8_bits:
-            tolerance = _STEP_IN_8_BITS if self.case.is_block else _IN_8_BITS
+        if self.case.in_8_bits:
+            of_layer, of_step = _IN_8_BITS if name == "fastlora" else _IN_16_BITS
+            tolerance = of_step if self.case.block else of_layer
         return checked(zip(found, self._truths[key], strict=False), tolerance)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
