@@ -466,8 +466,8 @@ def difference(kind: str, state, function) -> str:
 def pairs(count: int) -> dict:
     """Random pairs of expressions, the second one applied to the first one's result."""
     chosen = random.Random(1)
-    # After a write, some gradients differ.  An autograd Function of lazy logits raises (see the last
-    # test).  torch refuses the gradient of rows that unbind or split made before the write.
+    # After a write, some gradients differ.  An autograd Function of lazy logits raises (see the
+    # last test).  torch refuses the gradient of rows that unbind or split made before the write.
     without = ("own_function", "vmap", "unbind", "split", "[*z]", "zip(z")
     table = {t: f for t, f in expressions().items() if not any(each in t for each in without)}
 
