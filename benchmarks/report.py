@@ -45,7 +45,8 @@ def text(rows: list[dict]) -> str:
 
 def heading(machine: dict) -> str:
     bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
-    bf16 = f"limited to {machine['kept_to']}: no" if machine.get("kept_to") else bf16
+    if kept_to := machine.get("kept_to"):
+        bf16 = f"limited to {kept_to}: {'AVX512' if 'BF16' in kept_to else 'no'}"
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
     versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
     return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
