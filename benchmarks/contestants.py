@@ -119,10 +119,10 @@ def fastlora_layer(
 def peft_layer(
     case: Case, tensors: Tensors, dropout: float, optimized: bool = False, **options: object
 ) -> Contestant:
-    """PEFT's layers, also after :func:`fastlora.optimize` with these options."""
+    """PEFT's layers, also after :func:`fastlora.optimize`, by default or with these options."""
     group = peft_group(case, tensors, dropout, optimized)
     if options:
-        fastlora.optimize(group, strict=True, int8_from=0, **options)
+        fastlora.optimize(group, strict=True, **options)
     return _contestant(list(group.layers), own_mask=True)
 
 

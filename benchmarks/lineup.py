@@ -39,7 +39,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         of_peft = {"peft": peft_batch, "peft, optimized": partial(peft_batch, optimized=True)}
         return {"frozen": frozen, **apart, **of_peft, "fastlora": contestants.at_once}
     if case.table == "8 bits":
-        in_8_bits = partial(peft_layer, optimized=True, base="int8")
+        in_8_bits = partial(peft_layer, base="int8", int8_from=0)
         return {"frozen": frozen, **peft, "fastlora": in_8_bits}
     if case.table == "few":
         return {"frozen": frozen, **peft, "fastlora": fastlora_layer}

@@ -131,6 +131,10 @@ class LoRALayer(AdaptedWeight, Adapted):
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
         if self.merged:
             return Record("its adapter is merged")
+        return self.read_in_mode()
+
+    def read_in_mode(self) -> Record:
+        """The record, without dropout in evaluation."""
         record = self.read()
         return record if self.training else record._replace(dropouts=(0.0,))
 

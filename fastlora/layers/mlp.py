@@ -130,7 +130,7 @@ class GatedMLP(Fast, nn.Module):
             return Record(WATCHED)
         if linear.merged:
             return Record("it is merged")
-        return linear.read_head()  # a head's dropout also depends on the mode
+        return linear.read_in_mode()
 
 
 _RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)

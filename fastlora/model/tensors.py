@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -240,7 +240,7 @@ def unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> s
 
 
 def _check_stored(
-    wanted: Mapping[str, tuple], stored: Mapping[str, Planned], path: Path, extra: list[str]
+    wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Planned], path: Path, extra: list[str]
 ) -> None:
     """Raise ValueError unless the file has the wanted keys and shapes, and ``extra`` is empty."""
     missing = [key for key in wanted if key not in stored]

@@ -97,12 +97,12 @@ def call_registered(
 ) -> tuple[Tensor, ...]:
     """Every output's y, computed by the registered op through torch's dispatcher."""
     layouts = layouts_of(outputs)
-    formats = "\n".join(["" if each.format is None else each.format.text for each in layouts])
+    formats = ["" if layout.format is None else layout.format.text for layout in layouts]
     settings = _Settings(
         [layout.has_bias for layout in layouts],
         [len(layout.scales) for layout in layouts],
         [float(scale) for layout in layouts for scale in layout.scales],
-        formats if formats.strip() else "",
+        "\n".join(formats) if any(formats) else "",
         float(dropout),
         seeds,
         backend,

@@ -194,7 +194,8 @@ class Training:
                     "the sweep to resume is of another model: give that model, another output_dir, "
                     "or replace=True instead of resume"
                 )
-            with torch.no_grad():
+        with torch.no_grad():  # nothing is written before all shapes fit
+            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import int8
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
-from fastlora.formats.rotated_int8 import RotatedInt8
 from fastlora.formats.torchao import Affine, Int4Groups
 
 NEEDS_5 = "needs transformers 5"
@@ -51,6 +49,8 @@ def random_int8(n: int, k: int):
 
 def random_rotated_int8(n: int, k: int):
     """The scales are powers of 2, so that the sums of the rotation are exact."""
+    from fastlora.formats.rotated_int8 import RotatedInt8  # late: benchmarks use an older fastlora
+
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     scale = torch.randint(-9, -3, (n,)).float().exp2()
     return Quantized(RotatedInt8(n, k, "bfloat16"), (codes, scale))
@@ -144,6 +144,10 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
 
     ``dtype`` matters only where the format itself computes in it.
     """
+    import int8  # late, as in random_rotated_int8
+
+    from fastlora.formats.rotated_int8 import RotatedInt8
+
     format, tensors = weight
     wide = torch.promote_types(dtype, torch.float32)
     # Each branch returns [rows, columns].  Formats differ in how a tensor stores several codes.

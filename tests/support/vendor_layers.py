@@ -9,8 +9,6 @@ from packed import NEEDS_5, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from fastlora.layers.int8 import int8_linear
-
 try:
     from transformers.integrations.gguf.utils import GgufLinear
 except ImportError:
@@ -120,6 +118,8 @@ def repack(layer: nn.Module) -> None:
 
 
 def _rotated_int8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    from fastlora.layers.int8 import int8_linear  # late: benchmarks also use an older fastlora
+
     return int8_linear(nn.Linear(k, n, dtype=dtype))
 
 
