@@ -30,8 +30,8 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, Sequence) else model(batch)
 
 
-def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """A model's loss, and its other floating tensors by key or by number.
+def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
+    """A model's loss, its other floating tensors by key or by number, and whether it has a loss.
 
     The loss is the sum of the output's ``loss``.  Without one it is a random linear combination of
     all outputs, with the same coefficients each time.  Raises ValueError for an output without a
@@ -52,8 +52,8 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         draw = torch.Generator().manual_seed(_SEED)
         how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
         sums = [(y * torch.randn(y.shape, **how).to(y)).sum() for y in outputs.values()]
-        loss = torch.stack(sums)
-    return loss.sum(), outputs
+        return torch.stack(sums).sum(), outputs, False
+    return loss.sum(), outputs, True
 
 
 @contextmanager

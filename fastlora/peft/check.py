@@ -166,8 +166,9 @@ def check(
 
     ``model`` holds PEFT LoRA layers, optimized or not.  ``batch`` holds the model's inputs: a
     mapping (keyword arguments), a tuple or list (arguments), or one tensor.  Both runs start with
-    the same random state and use the same dropout masks.  The loss is the output's ``loss``, or a
-    fixed random combination of all outputs if there is none.
+    the same random state and use the same dropout masks.  The loss is the output's ``loss``.  If
+    there is none, it is a fixed random combination of all outputs, and its difference is relative
+    to the norm of all outputs.
 
     Each fast LoRA layer, and each gated MLP, runs three times on the inputs and the output's
     gradient of the model's own run: by fastlora, by PEFT, and by PEFT in float32 (float64 for a
@@ -251,7 +252,7 @@ def check(
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
         tolerance = TOLERANCES[dtype] * deeper
     return Check(
-        _differences(fast.loss, peft.loss)[0],
+        _differences(fast.loss, peft.loss, peft.loss_size)[0],
         _differences(fast.outputs, peft.outputs),
         _differences(fast.gradients, peft.gradients),
         judge.layers,
@@ -340,6 +341,7 @@ class _Run(NamedTuple):
     loss: dict[str, Tensor]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    loss_size: float  # an error of the loss is relative to it
 
 
 def _run(model: nn.Module, batch: Any) -> _Run:
@@ -347,13 +349,16 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     seed_all()
     inner.zero_grad()
     batch = tree_map(_fresh, dict(batch) if isinstance(batch, Mapping) else batch)
-    loss, outputs = loss_and_outputs(call(model, batch))
+    loss, outputs, has_loss = loss_and_outputs(call(model, batch))
     if loss.requires_grad:
         loss.backward()
     inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     named = dict(inner.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
     gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-    return _Run({"loss": loss.detach()}, outputs, gradients)
+    # A random loss may be near 0.  The norm of all outputs is its standard deviation.
+    sizes = [loss] if has_loss else [y.double().norm() for y in outputs.values()]
+    size = math.hypot(*map(float, sizes))
+    return _Run({"loss": loss.detach()}, outputs, gradients, size)
 
 
 def _fresh(value: Any) -> Any:
@@ -366,13 +371,16 @@ def _fresh(value: Any) -> Any:
         return value
 
 
-def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
+def _differences(
+    fast: dict[str, Tensor], peft: dict[str, Tensor], size: float | None = None
+) -> tuple[Difference, ...]:
+    """``size``: what differences are relative to, in place of PEFT's norm."""
     differences = []
     for name in peft | fast:
         one, other, relative = fast.get(name), peft.get(name), float("inf")
         if one is not None and other is not None and one.shape == other.shape:
-            size, distance = other.double().norm(), (one.double() - other.double()).norm()
-            relative = (distance / size).item() if distance else 0.0
+            norm, distance = other.double().norm(), (one.double() - other.double()).norm()
+            relative = (distance / (norm if size is None else size)).item() if distance else 0.0
         differences.append(Difference(name, relative))
     return tuple(differences)
 

@@ -15,6 +15,7 @@ from peft_models import BATCH, adapted, qwen3
 from torch import nn
 
 import fastlora
+from fastlora.layers.batch import loss_and_outputs
 from fastlora.ops import run as ops_run
 from fastlora.peft import baseline, layer_check
 from fastlora.peft import layer as fast_linear
@@ -43,6 +44,28 @@ def test_a_model_passes(settings):
     text = str(found)
     assert text.startswith("fastlora (14 of 14 layers fast) and PEFT: the same within rounding")
     assert "14 of 14 fast layers judged, all right" in text
+
+
+class Balanced(Mlp):
+    """Adds a constant to its output, so that the random loss is 0 but for rounding."""
+
+    shift = 0.0
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
+
+
+def test_a_random_loss_near_zero_is_no_difference():
+    model, x = adapted(Balanced(), target_modules=["up", "down"]), torch.randn(3, 8)
+    with torch.no_grad():
+        y = model(x)
+        loss, coefficients = torch.func.vjp(lambda y: loss_and_outputs(y)[0], y)
+        (coefficients,) = coefficients(torch.ones(()))
+        model.base_model.model.shift = -coefficients * loss / coefficients.square().sum()
+        assert abs(loss_and_outputs(model(x))[0]) < 1e-5
+    found = fastlora.check(model, x)
+    assert found
+    assert found.loss.relative < 1e-5
 
 
 class Reader(Mlp):
