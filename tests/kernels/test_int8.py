@@ -26,6 +26,8 @@ DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
         "k": [1, 63, 64, 65, 136, 330],
         "dtype": DTYPES,
         "layout": ["contiguous", "column-major", "every-second-column", "window", "odd"],
+        "of": {"x": False, "dy": True},
+        "count": [0, 1, 2],
         "config": {
             "": None,
             "64": ProjectConfig(16, 64, 4, 2),
@@ -33,13 +35,10 @@ DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
         },
     }
 )
-def test_x_is_rotated_and_rounded(m, k, dtype, layout, config):
-    check_rounding(random(m, k, dtype, layout), [random(k, 20)], config=config)
-
-
-@pairwise({"m": [1, 33], "n": [1, 64, 100], "dtype": DTYPES, "count": [0, 1, 2]})
-def test_dy_times_factors_is_rounded(m, n, dtype, count):
-    check_rounding(random(m, n, dtype), [random(n, 5)] * count, torch.rand(n) + 0.01)
+def test_rows_are_rounded(m, k, dtype, layout, of, count, config):
+    """x after its rotation, or dy times factors."""
+    factors = torch.rand(k) + 0.01 if of else None
+    check_rounding(random(m, k, dtype, layout), [random(k, 20)] * count, factors, config=config)
 
 
 @pairwise({"count": [0, 1, 3, 5], "dropout": [0.0, 0.4], "factors": {"x": False, "dy": True}})

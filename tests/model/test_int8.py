@@ -89,10 +89,6 @@ def adapted(dtype=F32, bias=True) -> nn.Module:
 def test_a_merge_without_a_bias_and_a_cast_of_the_model():
     merged, x = adapted(bias=False), torch.randn(5, 128)
     y = merged(x)
-    fastlora.merge_lora(merged, requantize=False)
-    assert_near([merged(x)], [y], 0.02)
-    fastlora.unmerge_lora(merged)
-    assert torch.equal(merged(x), y)
     with pytest.warns(UserWarning, match="quantized again"):
         fastlora.merge_lora(merged)
     merged.to(BF16).to(F32)
