@@ -53,6 +53,13 @@ def test_every_linear_layer_but_the_head_is_packed(dtype):
     assert numbers_in(packed) == count
     assert_near([logits(packed)], [before], 0.05)
     assert_near([logits(packed)], [logits(dense(packed))], 0.03)
+    fastlora.apply_lora(packed, LoRAConfig(target_modules="all-linear"))
+    report = str(fastlora.coverage(packed))
+    assert "14 of 14 layers fast" in report
+    assert "14 quantized: rotated int8" in report
+    assert "2 of 2 gated MLPs as one block" in report
+    fastlora.remove_lora(packed)
+    assert len(layers(packed)) == 14
 
 
 def test_named_layers_and_the_head():
@@ -64,18 +71,6 @@ def test_named_layers_and_the_head():
     loss = packed.train()(input_ids=IDS, labels=IDS).loss
     loss.backward()
     assert torch.isfinite(loss)
-
-
-def test_adapters_are_fast_and_go():
-    packed = model()
-    fastlora.pack(packed, "int8")
-    fastlora.apply_lora(packed, LoRAConfig(target_modules="all-linear"))
-    report = str(fastlora.coverage(packed))
-    assert "14 of 14 layers fast" in report
-    assert "14 quantized: rotated int8" in report
-    assert "2 of 2 gated MLPs as one block" in report
-    fastlora.remove_lora(packed)
-    assert len(layers(packed)) == 14
 
 
 def adapted(dtype=F32, bias=True) -> nn.Module:
