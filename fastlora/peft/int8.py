@@ -76,7 +76,7 @@ def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]
     dense: dict[str, list[str]] = {}
     for name, layer in layers:
         if not isinstance(layer.base_layer, Int8Linear):
-            dense.setdefault(reasons.get(name, "it is merged, or is new"), []).append(name)
+            dense.setdefault(reasons.get(name, "it is merged, or was added later"), []).append(name)
     notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
     slow = next(filter(None, map(_why_slow, bases)), "")
     text = slow if bases else f"base='int8' has no effect: {'; '.join(notes)}"

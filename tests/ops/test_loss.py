@@ -157,7 +157,7 @@ def test_16_bits_are_as_exact_as_the_standard_loss(dtype, wide, monkeypatch):
 @pytest.mark.parametrize("make", [random_four_bit, random_int8, random_rotated_int8])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_packed_head(make, p):
-    """The result is that of the dense weight which the codes stand for."""
+    """The result equals that with the dense weight."""
     sizes = (5, 64), (4, 64), (24, 4)
     x, a, b = leaves = [torch.randn(size).div(8).requires_grad_() for size in sizes]
     weight, found = make(24, 64), []
