@@ -120,8 +120,9 @@ def quantize_rows(
 
 def pack_rotated(weight: Tensor) -> Quantized:
     """A dense weight [N, K] in this format.  NaN and infinity aren't checked here."""
+    (N, K), dtype = weight.shape, name_of(weight.dtype)
     tensors = packed_by_rows(weight, partial(quantize_rows, rotated=True))
-    return Quantized(RotatedInt8(*weight.shape, name_of(weight.dtype)), tensors)
+    return Quantized(RotatedInt8(N, K, dtype), tensors)
 
 
 # fastlora's layer.
