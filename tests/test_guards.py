@@ -157,9 +157,10 @@ def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
     assert not torch.equal(after, before)
 
 
-def test_packed_numbers_that_change_in_place_are_read_again():
+@pytest.mark.parametrize(("kind", "name"), [("gguf-q8_0", "weight"), ("rotated-int8", "codes")])
+def test_packed_numbers_that_change_in_place_are_read_again(kind, name):
     """A record may depend on them, for example on the order of a GPTQ layer's columns."""
-    (layer,) = adapt(nn.Sequential(quantized("gguf-q8_0", 256, 32)), target_modules=["0"])
+    (layer,) = adapt(nn.Sequential(quantized(kind, 256, 32)), target_modules=["0"])
 
     def found():
         return guards.record_of(layer, adapted._RECORDER)[1]
@@ -167,5 +168,5 @@ def test_packed_numbers_that_change_in_place_are_read_again():
     assert isinstance(found(), guards.Record)
     assert isinstance(found(), list)
     with torch.no_grad():
-        layer.weight.add_(0)
+        getattr(layer, name).add_(0)
     assert isinstance(found(), guards.Record)

@@ -21,6 +21,7 @@ IN, HIDDEN, ROWS, R = 64, 128, 40, 3
 # GGUF's wider blocks don't fit these sizes, and PEFT has no layer for torchao's packed int4.
 LEFT_OUT = ("gguf-q4_k", "torchao-int4-packed")
 KINDS = [kind for kind in (*BITSANDBYTES, *KINDS) if kind not in LEFT_OUT]
+ROTATED = "rotated-int8"  # fastlora's own
 
 
 def frozen(kinds, compute=torch.float32) -> nn.Module:
@@ -68,7 +69,8 @@ def by_layers(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 MIXED = ("nf4", "dense", "gguf-q8_0")
-CASES = [*[(kinds, own) for kinds in (*KINDS, MIXED)], ("nf4", optimized), (MIXED, optimized)]
+CASES = [(kinds, own) for kinds in (*KINDS, ROTATED, MIXED)]
+CASES += [("nf4", optimized), (MIXED, optimized)]
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,10 @@ if __name__ == "__main__":
 def test_processes_that_the_program_starts_are_included(tmp_path):
     (tmp_path / "program.py").write_text(CHILDREN)
     for program in (("program.py",), ("-m", "program")):
-        code, printed, error = ended(*RUN, "--no-gated-mlps", "--loss", *program, "x", cwd=tmp_path)
+        options = "--no-gated-mlps", "--loss", "--base", "int8"
+        code, printed, error = ended(*RUN, *options, *program, "x", cwd=tmp_path)
         assert (code, error) == (0, "")
-        settings = {"gated_mlps": False, "frozen_linears": True, "loss": True, "base": None}
+        settings = {"gated_mlps": False, "frozen_linears": True, "loss": True, "base": "int8"}
         assert printed.splitlines() == [
             f"spawn {(settings, True, ['x'], '__mp_main__')}",
             f"forkserver {(settings, True, ['x'], '__mp_main__')}",

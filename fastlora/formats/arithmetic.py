@@ -1,9 +1,11 @@
 """Arithmetic of formats: conversion of codes and products with scales, in cache-sized pieces."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..blocks import slices
+from ..blocks import rows_at_a_time, slices
 
 # Elements per piece of a 16-bit output: the float32 copy of a piece is 1 MiB and stays in cache.
 _AT_ONCE = 2**18
@@ -57,6 +59,18 @@ def _has_nan(codes: Tensor) -> bool:
         return False
     signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
     return signed.amax().item() == 127 or unsigned.amax().item() == 255
+
+
+def packed_by_rows(
+    weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]], multiple: int = 1
+) -> tuple[Tensor, ...]:
+    """The tensors that ``pack`` returns for the weight in float32, a block of rows at a time.
+
+    Each block but the last has a multiple of ``multiple`` rows.
+    """
+    step = max(1, rows_at_a_time(weight) // multiple) * multiple
+    parts = [pack(weight[rows].float().contiguous()) for rows in slices(len(weight), step)]
+    return tuple([torch.cat(each) for each in zip(*parts, strict=True)])
 
 
 def scales_of(values: Tensor, scale: Tensor, factor: float) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import buffer_for, rows_at_a_time, slices, widened
+from ..blocks import buffer_for, widened
 from ..foreign import optional
+from .arithmetic import packed_by_rows
 from .bitsandbytes import FourBit
 from .float8 import Float8
 from .format import Quantized
@@ -80,13 +81,6 @@ def _matrices(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 3 else weight[None]
 
 
-def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The tensors that ``pack`` returns for the weight in float32, a block of rows at a time."""
-    step = max(1, rows_at_a_time(weight) // _FLOAT8_BLOCK) * _FLOAT8_BLOCK
-    parts = [pack(weight[rows].float().contiguous()) for rows in slices(len(weight), step)]
-    return tuple([torch.cat(each) for each in zip(*parts, strict=True)])
-
-
 def _e2m1(values: Tensor) -> Tensor:
     """Codes of values [n, blocks, block], two in a byte -> uint8 [n, columns / 2]."""
     bounds = torch.tensor(_BOUNDS, dtype=torch.float32, device=values.device)
@@ -107,7 +101,7 @@ def _mxfp4(weight: Tensor) -> Quantized:
         scale = ((largest.view(torch.int32) + 2**21) >> 23).sub_(2).clamp_(0, 252).byte()
         return _e2m1(blocks * powers_of(254 - scale)[..., None]), scale
 
-    return Quantized(format, _by_rows(weight, pack))
+    return Quantized(format, packed_by_rows(weight, pack))
 
 
 def _nvfp4(weight: Tensor) -> Quantized:
@@ -122,7 +116,7 @@ def _nvfp4(weight: Tensor) -> Quantized:
         scale = scale.clamp_(_SMALLEST, _LARGEST).to(torch.float8_e4m3fn)
         return _e2m1(blocks * (1.0 / tensor_scale / scale.float())[..., None]), scale
 
-    return Quantized(format, (*_by_rows(weight, pack), tensor_scale))
+    return Quantized(format, (*packed_by_rows(weight, pack), tensor_scale))
 
 
 def _fp8(weight: Tensor) -> Quantized:
@@ -138,7 +132,7 @@ def _fp8(weight: Tensor) -> Quantized:
         return codes[: len(rows), :K].contiguous(), 1.0 / factor
 
     format = Float8(N, K, "float8_e4m3fn", side, side)
-    return Quantized(format, _by_rows(weight, pack))
+    return Quantized(format, packed_by_rows(weight, pack, side))
 
 
 def _nf4(weight: Tensor) -> Quantized:

@@ -9,14 +9,15 @@ Also fastlora's layer with such a weight, ``layers.int8.Int8Linear``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import rows_at_a_time, slices
+from ..blocks import slices
 from ..foreign import is_class
+from .arithmetic import packed_by_rows
 from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked
 
@@ -119,14 +120,9 @@ def quantize_rows(
 
 def pack_rotated(weight: Tensor) -> Quantized:
     """A dense weight [N, K] in this format.  NaN and infinity aren't checked here."""
-    N, K = weight.shape
-    codes = torch.empty(N, K, dtype=torch.int8, device=weight.device)
-    scales = []
-    for rows in slices(N, rows_at_a_time(weight)):
-        some = rotate(weight[rows].float())
-        scales.append(quantize_rows(some, codes=codes[rows])[1])
-    format = RotatedInt8(N, K, name_of(weight.dtype))
-    return Quantized(format, (codes, torch.cat(scales)))
+    (N, K), dtype = weight.shape, name_of(weight.dtype)
+    tensors = packed_by_rows(weight, partial(quantize_rows, rotated=True))
+    return Quantized(RotatedInt8(N, K, dtype), tensors)
 
 
 # fastlora's layer.

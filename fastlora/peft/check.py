@@ -208,7 +208,6 @@ def check(
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
-    exact = alone = None
     if isinstance(inner, nn.Module) and not peft_layers(inner) and any(lora_layers(inner)):
         raise ValueError(
             f"check compares PEFT's layers with fastlora's, and the LoRA layers of this "
@@ -239,12 +238,12 @@ def check(
                 torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
             ):
                 peft = _run(model, batch)
-            if dense := dense_bases(peft_layers(inner)):
-                exact = alone = _exact_run(model, batch, dense)
+            is_int8 = any(isinstance(one.base_layer, Int8Linear) for _, one in peft_layers(inner))
+            exact = alone = _exact_run(model, batch) if is_int8 else None
         dtype = coarsest_dtype(inner, judge.dtypes)
-    if dense and base is not None:
+    if is_int8 and base is not None:
         with shared_masks(inner), _filled(model):  # the model has its original weights again
-            exact = _exact_run(model, batch, dense_bases(peft_layers(inner)))
+            exact = _exact_run(model, batch)
     if tolerance is None:
         # The largest number in a layer's name is the number of the last block.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
@@ -266,27 +265,27 @@ def check(
     )
 
 
-def _exact_run(model: nn.Module, batch: Any, bases: dict[Any, nn.Module]) -> "_Run":
-    """A run of PEFT's forward with these bases in place of the layers' own."""
+def _exact_run(model: nn.Module, batch: Any) -> "_Run":
+    """A run of PEFT's forward with exact products: with dense bases in place of those in 8 bits."""
     inner = unwrap(model)
     modules = list(inner.modules())
-    classes = own_heads(modules) | own_classes(modules)
-    before = use_bases(bases)
-    try:
-        with changed_classes(classes), undisturbed(inner):
-            return _run(model, batch)
-    finally:
-        use_bases(before)
+    with ExitStack() as undo:
+        undo.callback(use_bases, use_bases(dense_bases(peft_layers(inner))))
+        undo.enter_context(changed_classes(own_heads(modules) | own_classes(modules)))
+        undo.enter_context(undisturbed(inner))
+        return _run(model, batch)
 
 
 def _rounding(run: "_Run | None", exact: "_Run | None") -> Rounding | None:
     if run is None or exact is None:
         return None
-    dot = ours = theirs = 0.0  # of all gradients as vectors: their product, and their squares
-    for name, gradient in exact.gradients.items():
-        one, other = run.gradients[name].double(), gradient.double()
-        dot += float((one * other).sum())
-        ours, theirs = ours + float(one.square().sum()), theirs + float(other.square().sum())
+
+    def product(left: _Run, right: _Run) -> float:
+        """The dot product of all gradients as one vector."""
+        pairs = [(left.gradients[name], right.gradients[name]) for name in exact.gradients]
+        return sum(float((one.double() * other.double()).sum()) for one, other in pairs)
+
+    dot, ours, theirs = product(run, exact), product(run, run), product(exact, exact)
     loss = float(run.loss["loss"] - exact.loss["loss"])
     if not ours * theirs:  # no gradients
         return Rounding(loss, 0.0, 1.0)

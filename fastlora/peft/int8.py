@@ -6,7 +6,7 @@ imports nothing of PEFT.
 
 import warnings
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from ..projection import HALF_DTYPES
 from ..settings import is_number
 from ..text import shown
 
-_FROM = "_fastlora_int8_from"  # a converted model's attribute with the call's ``int8_from``
+# A converted model's attribute: for each layer that stayed dense, by its name, the reason.
+_REASONS = "_fastlora_int8_reasons"
 _KEPT = "_fastlora_int8"  # a merged layer's attribute with its base in 8 bits
 _NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
 # 512 rows of 2048² take 2.3 × the frozen layer's time in 8 bits, 1.4 × in bfloat16 (torch 2.13).
@@ -36,52 +37,55 @@ def check_base(base: Any, least: Any) -> None:
         raise ValueError(f"int8_from is {shown(least)}, but must be a number of features")
 
 
-def int8_bases(
-    model: nn.Module, layers: Layers, fast: Container[Any], least: int
-) -> dict[Any, nn.Module]:
-    """The base in 8 bits of each layer that can have one.  Changes nothing.
+def convert(
+    model: nn.Module, layers: Layers, fast: Container[Any], least: int, undo: ExitStack
+) -> None:
+    """Give each layer that can have one a base in 8 bits; closing ``undo`` gives the old ones back.
 
     ``fast``: the layers whose class becomes fast.  ``least``: layers with fewer input or output
     features stay dense.
     """
-    found = [layer for _, layer, why in _dense_layers(model, layers, fast, least) if not why]
-    return {layer: int8_linear(layer.base_layer) for layer in found}
+    owners = owners_of(model)
+    bases: dict[Any, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, layer in layers:
+        base = layer.base_layer
+        if isinstance(base, Int8Linear):
+            continue
+        reason = "PEFT's forward runs"
+        if layer in fast or isinstance(layer, Fast):
+            reason = _why_dense(layer, base, least)
+        if not reason and owners[id(base.weight)] > 1:
+            reason = "its weight is tied to another module's"
+        if reason:
+            reasons[name] = reason
+        else:
+            bases[layer] = int8_linear(base)
+    undo.callback(_set_reasons, model, model.__dict__.get(_REASONS))
+    undo.callback(use_bases, use_bases(bases))
+    _set_reasons(model, reasons)
+    notes_of(model, layers, warns=True)
 
 
 def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]:
     """Notes for the report on a converted model.  ``warns``: also warn of slow layers, or none."""
-    least = least_of(model)
-    if least is None:
+    reasons = model.__dict__.get(_REASONS)
+    if reasons is None:
         return []
-    dense: dict[str, list[str]] = {}
-    for name, _, reason in _dense_layers(model, layers, (), least):
-        dense.setdefault(reason or "optimize would convert it now", []).append(name)
-    notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
     bases = [layer.base_layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
+    dense: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if not isinstance(layer.base_layer, Int8Linear):
+            dense.setdefault(reasons.get(name, "it is merged, or was added later"), []).append(name)
+    notes = [f"{len(n)} not in 8 bits: {some(n)}: {why}" for why, n in dense.items()]
     slow = next(filter(None, map(_why_slow, bases)), "")
     text = slow if bases else f"base='int8' has no effect: {'; '.join(notes)}"
     if warns and text:
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
     if bases:
         lost = "restore and merges give the rounded weights"
         notes.append(f"the weights of {len(bases)} layers are rounded to 8 bits: {lost}")
     return notes + [slow] * bool(slow)
-
-
-def _dense_layers(
-    model: nn.Module, layers: Layers, fast: Container[Any], least: int
-) -> Iterator[tuple[str, Any, str]]:
-    """Yield each layer that isn't in 8 bits, its name first, and why it can't be; "" if it can."""
-    owners = owners_of(model)
-    for name, layer in layers:
-        base = layer.base_layer
-        if not isinstance(base, Int8Linear):
-            reason = "PEFT's forward runs"
-            if layer in fast or isinstance(layer, Fast):
-                reason = _why_dense(layer, base, least)
-            if not reason and owners[id(base.weight)] > 1:
-                reason = "its weight is tied to another module's"
-            yield name, layer, reason
 
 
 def _why_dense(layer: Any, base: Any, least: int) -> str:
@@ -123,17 +127,11 @@ def use_bases(bases: Mapping[Any, nn.Module]) -> dict[Any, nn.Module]:
     return before
 
 
-def least_of(model: nn.Module) -> int | None:
-    """The ``int8_from`` that the model was converted with; None if it wasn't."""
-    return model.__dict__.get(_FROM)
-
-
-def mark(model: nn.Module, least: int | None) -> None:
-    """Make :func:`least_of` return this."""
-    if least is None:
-        model.__dict__.pop(_FROM, None)
+def _set_reasons(model: nn.Module, reasons: dict[str, str] | None) -> None:
+    if reasons is None:
+        model.__dict__.pop(_REASONS, None)
     else:
-        model.__dict__[_FROM] = least
+        model.__dict__[_REASONS] = reasons
 
 
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
@@ -141,7 +139,7 @@ def give_back_dense(model: nn.Module, layers: Layers) -> None:
     for _, layer in layers:
         layer.__dict__.pop(_KEPT, None)
     use_bases(dense_bases(layers))
-    mark(model, None)
+    _set_reasons(model, None)
 
 
 def dense_bases(layers: Layers) -> dict[Any, nn.Module]:

@@ -6,7 +6,7 @@ Importing this file doesn't import PEFT; functions import the modules that need 
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..report import (
 )
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
-from .int8 import check_base, give_back_dense, int8_bases, least_of, mark, notes_of, use_bases
+from .int8 import check_base, convert, give_back_dense, notes_of
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
@@ -176,21 +176,15 @@ def while_optimized(
 ) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
-    before = least_of(checked(model))
-    report, replaced, bases = _change(model, False, switches, base, int8_from)
-    try:
+    report, undo = _change(model, False, switches, base, int8_from)
+    with undo:
         yield report
-    finally:
-        change_classes(replaced)
-        use_bases(bases)
-        if base is not None:
-            mark(checked(model), before)
 
 
 def _change(
     model: nn.Module, strict: bool, switches: dict[str, bool], base: str | None, int8_from: int
-) -> tuple[Coverage, dict[nn.Module, Any], dict[Any, nn.Module]]:
-    """Optimize the model; returns the report, and the classes and bases that were replaced."""
+) -> tuple[Coverage, ExitStack]:
+    """Optimize the model; returns the report, and a stack whose closing undoes the changes."""
     inner = checked(model)
     check_switches(strict=strict, **switches)
     check_base(base, int8_from)
@@ -205,31 +199,26 @@ def _change(
     report = cover(model, layers, unreached=reason)
     if strict and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
-    replaced: dict[nn.Module, Any] = {}
-    dense: dict[Any, nn.Module] = {}
+    undo = ExitStack()
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
         classes = fast_classes(inner.modules())
         if base is not None:
-            dense = use_bases(int8_bases(inner, layers, classes, int8_from))
-            mark(inner, int8_from)
+            convert(inner, layers, classes, int8_from, undo)
+            report = cover(model, layers, unreached=reason)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()
         classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
-        replaced = change_classes(classes)
-        if base is not None:
-            notes_of(inner, layers, warns=True)
+        undo.callback(change_classes, change_classes(classes))
         if switches["loss"]:  # a lazy head is derived from the head's new class
-            replaced = change_classes(head_classes(inner)) | replaced
+            undo.callback(change_classes, change_classes(head_classes(inner)))
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
-    if dense:
-        report = cover(model, layers, unreached=reason)
-    return replace(report, **fast, loss=cover_head(inner)), replaced, dense
+    return replace(report, **fast, loss=cover_head(inner)), undo
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -94,7 +94,7 @@ def test_every_output_and_gradient(name, dtypes, size, dropout):
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
-def test_dx_reads_transposed_codes_where_the_device_needs_them(turned):
+def test_the_launches_and_whether_dx_reads_transposed_codes(turned):
     x, outputs = exact(37, 75), group(75, GROUPS["three"])
     arch = 80 if turned else 90
     target = replace(target_of(x.device), kind="cuda", arch=arch)
@@ -105,12 +105,7 @@ def test_dx_reads_transposed_codes_where_the_device_needs_them(turned):
     y, *_, dx = [each for each in records if each.name == "gemm_lowrank"]
     assert y.arguments["Q_TRANSPOSED"]
     assert dx.arguments["Q_TRANSPOSED"] is turned
-
-
-def test_a_layer_takes_one_launch_to_round_x_and_one_to_round_dy():
-    x, outputs = exact(37, 75), group(75, GROUPS["three"])
-    with recorded() as records:
-        check_group(x, outputs)
+    # One launch rounds x, and one rounds each dy.  No other kernel runs.
     rounding = [each for each in records if each.arguments.get("codes") is not None]
     assert len(rounding) == 1 + len(outputs)
     names = {"project", "gemm_lowrank", "weight_grad", "sum_planes"}
@@ -125,25 +120,12 @@ def test_only_the_gradients_that_are_asked_for(trains):
     check_group(x, [Output(Base(base.weight, base.bias.detach()), (Adapter(a, b, 0.5),))])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_spoils_no_other_row(value):
-    outputs, bad = group(75, GROUPS["one"]), torch.zeros(37, dtype=torch.bool)
-    x, bad[3] = exact(37, 75, trains=False), True
-    (right,) = fastlora.lora_linears(x, outputs, backend="triton")
-    x[3, 7] = value
-    (y,) = fastlora.lora_linears(x, outputs, backend="triton")
-    assert torch.equal(~y.isfinite().any(1), bad)
-    assert torch.equal(y[~bad], right[~bad])
-
-
 def test_calls_that_no_kernel_covers_give_a_reason():
     device, weight = torch.device("cpu"), pack_rotated(torch.randn(16, 64))
     why = lambda weight: cover.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731
     assert why(weight) == ""
     long = Quantized(RotatedInt8(1, LONGEST_SUM + 1, "float32"), weight.tensors)
     assert "133000 products" in why(long)
-    with use_target(replace(target_of(device), arch=103)):
-        assert "int8" in why(weight)
 
 
 def linear(x: Tensor) -> Callable:

@@ -8,7 +8,7 @@ import torch
 from packed import NEEDS_5
 from transformers.integrations import finegrained_fp8 as fp8
 
-from fastlora.formats import packing
+from fastlora.formats import arithmetic
 from fastlora.formats.format import Quantized
 from fastlora.formats.microscaled import E2M1, MXFP4
 from fastlora.formats.packing import KINDS, pack_weight, packing_error
@@ -79,7 +79,7 @@ def test_a_stack_is_each_of_its_experts_packed(kind):
 @EVERY
 def test_a_view_and_a_block_of_rows_at_a_time_change_nothing(kind, monkeypatch):
     expected = pack_weight(hard(400), kind).tensors
-    monkeypatch.setattr(packing, "rows_at_a_time", lambda weight: 150)
+    monkeypatch.setattr(arithmetic, "rows_at_a_time", lambda weight: 150)
     wide = hard(400).repeat_interleave(2, 1)
     assert_same(pack_weight(wide[:, ::2], kind), expected)
     assert_same(pack_weight(hard(400).T.contiguous().T, kind), expected)

@@ -31,15 +31,20 @@ def test_whole_blocks_of_64_are_rotated(columns, dtype):
     assert torch.equal(rotate(x.T.contiguous().T), found)
 
 
-@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("values_of", ["x", "x times factors", "rotated x"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_are_rounded_to_the_nearest_code(monkeypatch, dtype, rotates):
+def test_rows_are_rounded_to_the_nearest_code(monkeypatch, dtype, values_of):
     monkeypatch.setattr(rotated_int8, "_AT_ONCE", 500)  # three rows at a time
     torch.manual_seed(0)
     x = exact(10, 130, dtype=dtype)
     x[3], x[4, 5:] = 0.0, 0.0
+    rotates, factor = values_of == "rotated x", torch.rand(130)
     values = int8.rotated(of_tensor(x)) if rotates else of_tensor(x)
-    codes, scale = quantize_rows(x, rotated=rotates)
+    if values_of == "x times factors":
+        values = values * factor.numpy()
+        codes, scale = quantize_rows(x, factor)
+    else:
+        codes, scale = quantize_rows(x, rotated=rotates)
     expected = int8.rounded(values.astype(numpy.float32))
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
     assert numpy.array_equal(codes.numpy(), expected[0])
@@ -47,14 +52,6 @@ def test_rows_are_rounded_to_the_nearest_code(monkeypatch, dtype, rotates):
     assert not codes[3].any()
     largest = codes.abs().amax(1)
     assert largest[largest != 0].eq(127).all()
-
-
-def test_a_factor_for_each_column():
-    x, factor = torch.randn(5, 70), torch.rand(70)
-    codes, scale = quantize_rows(x.bfloat16(), factor)
-    expected = int8.rounded(of_tensor(x.bfloat16()) * factor.numpy())
-    assert numpy.array_equal(codes.numpy(), expected[0])
-    assert numpy.array_equal(scale.numpy(), expected[1])
 
 
 def test_numbers_of_any_size():

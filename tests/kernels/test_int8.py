@@ -7,7 +7,7 @@ from kernel_cases import BF16, DEVICE, F16, F32, draw_seeds, poisoned, random, r
 from marks import pairwise
 
 from fastlora.backends.triton.verification import _exact_rows
-from fastlora.formats.rotated_int8 import quantize_rows, rotate
+from fastlora.formats.rotated_int8 import quantize_rows
 from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.project import ProjectConfig
@@ -20,14 +20,25 @@ pytestmark = [
 DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
 
 
-@pairwise({"m": [1, 2, 33, 70], "k": [1, 63, 64, 65, 200, 256], "dtype": DTYPES})
-def test_x_is_rotated_and_rounded(m, k, dtype):
-    check_rounding(random(m, k, dtype), [random(k, 3)])
-
-
-@pairwise({"m": [1, 33], "n": [1, 64, 100], "dtype": DTYPES, "count": [0, 1, 2]})
-def test_dy_times_factors_is_rounded(m, n, dtype, count):
-    check_rounding(random(m, n, dtype), [random(n, 5)] * count, torch.rand(n) + 0.01)
+@pairwise(
+    {
+        "m": [1, 2, 33, 70],
+        "k": [1, 63, 64, 65, 136, 330],
+        "dtype": DTYPES,
+        "layout": ["contiguous", "column-major", "every-second-column", "window", "odd"],
+        "of": {"x": False, "dy": True},
+        "count": [0, 1, 2],
+        "config": {
+            "": None,
+            "64": ProjectConfig(16, 64, 4, 2),
+            "128": ProjectConfig(16, 128, 4, 2),
+        },
+    }
+)
+def test_rows_are_rounded(m, k, dtype, layout, of, count, config):
+    """x after its rotation, or dy times factors."""
+    factors = torch.rand(k) + 0.01 if of else None
+    check_rounding(random(m, k, dtype, layout), [random(k, 20)] * count, factors, config=config)
 
 
 @pairwise({"count": [0, 1, 3, 5], "dropout": [0.0, 0.4], "factors": {"x": False, "dy": True}})
@@ -41,16 +52,6 @@ def test_a_group_rounds_x_once(count, dropout, factors):
     rounding = [each for each in records if each.arguments.get("codes") is not None]
     assert len(rounding) == 1
     assert sum(each.name == "project" for each in records) == max(1, -(-count // 4))
-
-
-@pytest.mark.parametrize("layout", ["column-major", "every-second-column", "window", "odd"])
-def test_x_of_any_strides(layout):
-    check_rounding(random(40, 136, BF16, layout), [random(136, 3)])
-
-
-@pytest.mark.parametrize("config", [ProjectConfig(16, 64, 4, 2), ProjectConfig(16, 128, 4, 2)])
-def test_any_tile_of_x(config):
-    check_rounding(random(35, 330, BF16), [random(330, 20)], config=config)
 
 
 def test_steps_that_cut_a_rotated_block_are_refused():
@@ -117,25 +118,21 @@ def test_halves_are_rounded_to_even(quantize):
     assert quantize(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, 4]]
 
 
-def product(ps, qs, n: int, columns: bool = True) -> torch.Tensor:
-    """The product in float32, with all scales 1."""
-    m = len(ps[0])
-    out, scales = poisoned(m, n), [torch.ones(m) for _ in ps]
-    scales = Scales(scales, torch.ones(n) if columns else None)
-    gemm_lowrank(out, ps, qs, [], [], precision="ieee", scales=scales)
-    return out
+def ones(ps, n: int | None) -> Scales:
+    """Scales of 1, with which :func:`check_product` requires equal bits."""
+    return Scales([torch.ones(len(p)) for p in ps], None if n is None else torch.ones(n))
 
 
 @pairwise({"m": [1, 17, 70], "n": [1, 33, 100], "k": [1, 31, 100, 1000]})
 def test_sums_are_exact_bit_for_bit(m, n, k):
     """y: float32 represents every sum of up to 1000 products."""
     p, q = random_codes(m, k), random_codes(n, k).mT
-    assert torch.equal(product([p], [q], n).long(), p.long() @ q.long())
+    check_product([p], [q], ones([p], n))
 
 
 def test_the_largest_sums_are_exact():
     p = torch.full((3, 1040), 127, dtype=torch.int8)
-    assert (product([p], [-p[:1].expand(64, -1).mT], 64) == -1040 * 127**2).all()
+    check_product([p], [-p[:1].expand(64, -1).mT], ones([p], 64))
 
 
 @pairwise(
@@ -149,10 +146,7 @@ def test_the_largest_sums_are_exact():
 def test_a_rotated_sum_is_exact_bit_for_bit(m, n, depths, turned):
     """dx: the rotation of these sums is exact in float32."""
     ps, qs = [random_codes(m, k) for k in depths], [random_codes(k, n) for k in depths]
-    its_qs = [q.mT.contiguous().mT for q in qs] if turned else qs
-    out = product(ps, its_qs, n, columns=False)
-    sums = sum(p.long() @ q.long() for p, q in zip(ps, qs, strict=True))
-    assert torch.equal(out.double(), rotate(sums.double()))
+    check_product(ps, [q.mT.contiguous().mT for q in qs] if turned else qs, ones(ps, None))
 
 
 def operands(m, n, depths, ranks, dtype, of_y):

@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import assert_near, numbers, refused, tiny_llama
-from safetensors.torch import load_file, save_file
+from models import assert_near, numbers, tiny_llama
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.formats import quantized_weight
-from fastlora.layers.int8 import Int8Linear
+from fastlora.layers.int8 import Int8Linear, dense_linear
 from fastlora.model.targets import numbers_in
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -32,11 +30,7 @@ def dense(of: nn.Module) -> nn.Module:
     """A dense copy with the packed values."""
     other = copy.deepcopy(of)
     for name in layers(of):
-        packed = quantized_weight(of.get_submodule(name)).weight
-        linear = nn.Linear(1, 1, bias=False)
-        linear.weight = nn.Parameter(packed.dense(packed.dtype), requires_grad=False)
-        parent, _, last = name.rpartition(".")
-        setattr(other.get_submodule(parent), last, linear)
+        other.set_submodule(name, dense_linear(of.get_submodule(name)))
     return other
 
 
@@ -59,6 +53,13 @@ def test_every_linear_layer_but_the_head_is_packed(dtype):
     assert numbers_in(packed) == count
     assert_near([logits(packed)], [before], 0.05)
     assert_near([logits(packed)], [logits(dense(packed))], 0.03)
+    fastlora.apply_lora(packed, LoRAConfig(target_modules="all-linear"))
+    report = str(fastlora.coverage(packed))
+    assert "14 of 14 layers fast" in report
+    assert "14 quantized: rotated int8" in report
+    assert "2 of 2 gated MLPs as one block" in report
+    fastlora.remove_lora(packed)
+    assert len(layers(packed)) == 14
 
 
 def test_named_layers_and_the_head():
@@ -72,28 +73,6 @@ def test_named_layers_and_the_head():
     assert torch.isfinite(loss)
 
 
-def test_gated_mlps_and_adapters_train():
-    packed = model()
-    fastlora.pack(packed, "int8")
-    exact = dense(packed)
-    config = LoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    for each in (packed, exact):
-        torch.manual_seed(3)
-        fastlora.apply_lora(each, config)
-    report = str(fastlora.coverage(packed))
-    assert "14 of 14 layers fast" in report
-    assert "14 quantized: rotated int8" in report
-    assert "2 of 2 gated MLPs as one block" in report
-    found, expected = [], []
-    for each, into in ((packed, found), (exact, expected)):
-        loss = each(input_ids=IDS, labels=IDS).loss
-        trained = [p for p in each.parameters() if p.requires_grad]
-        into += [loss, *torch.autograd.grad(loss, trained)]
-    assert_near(found, expected, 0.15)
-    fastlora.remove_lora(packed)
-    assert len(layers(packed)) == 14
-
-
 def adapted(dtype=F32, bias=True) -> nn.Module:
     torch.manual_seed(0)
     packed = nn.Sequential(nn.Linear(128, 96, bias, dtype=dtype))
@@ -105,10 +84,6 @@ def adapted(dtype=F32, bias=True) -> nn.Module:
 def test_a_merge_without_a_bias_and_a_cast_of_the_model():
     merged, x = adapted(bias=False), torch.randn(5, 128)
     y = merged(x)
-    fastlora.merge_lora(merged, requantize=False)
-    assert_near([merged(x)], [y], 0.02)
-    fastlora.unmerge_lora(merged)
-    assert torch.equal(merged(x), y)
     with pytest.warns(UserWarning, match="quantized again"):
         fastlora.merge_lora(merged)
     merged.to(BF16).to(F32)
@@ -120,79 +95,6 @@ def test_a_merge_without_a_bias_and_a_cast_of_the_model():
     assert type(merged[0]) is nn.Linear
     assert {*merged.state_dict()} == {"0.weight"}
     assert_near([merged(x.bfloat16())], [y], 0.02)
-
-
-def test_files_of_adapters(tmp_path):
-    packed, other, x = adapted(), adapted(), torch.randn(5, 128)
-    with torch.no_grad():
-        packed[0].lora_B.mul_(2)
-    fastlora.save_adapter(packed, tmp_path)
-    fastlora.load_adapter(fastlora.remove_lora(other), tmp_path)
-    assert torch.equal(other(x), packed(x))
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_checkpoint(tmp_path, dtype, device):
-    config = model(attention_bias=True).config
-    packed = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    fastlora.pack(packed, "int8")
-    packed.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="quant"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    with torch.device(device):
-        other = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    report = fastlora.load_packed(other, tmp_path)
-    assert len(report.weights) == len(layers(other)) == 14
-    assert torch.equal(logits(other), logits(packed))
-    fastlora.load_packed(other, tmp_path)
-    assert torch.equal(logits(other), logits(packed))
-
-
-def cut(state, name):
-    return state | {name: state[name][:4].clone()}
-
-
-def without(state, name):
-    return {key: value for key, value in state.items() if key != name}
-
-
-TORN = {
-    "codes": (cut, "q_proj.codes", r"q_proj can't be packed as int8: its int8 weight is broken"),
-    "scale": (cut, "q_proj.scale", r"q_proj can't be packed as int8: its int8 weight is broken"),
-    "no-scale": (without, "q_proj.scale", r"the file has only \S+q_proj\.codes of"),
-}
-
-
-@pytest.mark.parametrize(("tear", "last", "message"), TORN.values(), ids=TORN)
-def test_a_torn_checkpoint_is_refused(tmp_path, tear, last, message):
-    packed = model()
-    fastlora.pack(packed, "int8")
-    packed.save_pretrained(tmp_path)
-    name = f"model.layers.1.self_attn.{last}"
-    save_file(tear(load_file(tmp_path / ONE), name), tmp_path / ONE, {"format": "pt"})
-    other = model()
-    with refused(other, message):
-        fastlora.load_packed(other, tmp_path)
-
-
-def test_packing_refuses_what_it_can_t_round():
-    packed = model()
-    with torch.no_grad():
-        packed.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
-    with refused(packed, "up_proj can't be packed as int8: the weight has infinities or NaN"):
-        fastlora.pack(packed, "int8")
-    with torch.device("meta"):
-        empty = tiny_llama()
-    with pytest.raises(ValueError, match="on meta"):
-        fastlora.pack(empty, "int8")
-    with pytest.raises(ValueError, match="no dense linear layers"):
-        fastlora.pack(nn.ReLU(), "int8")
-    packed = model()
-    fastlora.pack(packed, "int8")
-    with refused(packed, "no dense linear layers"):
-        fastlora.pack(packed, "int8")
 
 
 def test_reading_the_weight_fails_loudly():

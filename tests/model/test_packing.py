@@ -108,6 +108,8 @@ BEFORE = {  # the change of a model before it is packed, by the case's name
     "adapters": lambda model: fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"])),
     "numbers": lambda model: experts_modules(model)[-1].down_proj.data[3, 1, 2].fill_(math.inf),
     "a head": lambda model: model.lm_head.weight.data[5, 1].fill_(math.inf),
+    "an int8 head": lambda model: model.lm_head.weight.data[5, 1].fill_(math.inf),
+    "no linear": lambda model: fastlora.pack(model, "int8"),
     "again": lambda model: fastlora.pack(model, "nf4"),
     "none": lambda model: fastlora.pack(model, "nf4"),
     "fsdp": _wrap,
@@ -124,6 +126,8 @@ REFUSED = {
     "adapters": ({}, "has an adapter already"),
     "numbers": ({}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
     "a head": (HEAD, "lm_head can.*NaN"),
+    "an int8 head": (HEAD | {"kind": "int8"}, "lm_head can't be packed as int8: .*NaN"),
+    "no linear": ({"kind": "int8"}, "no dense linear layers"),
     "again": ({"modules": ["experts"]}, "packed already"),
     "none": ({}, "no dense experts that fastlora knows"),
     "fsdp": ({}, r"layers\.1\.mlp\.experts can't be packed: FSDP or DDP has it"),
@@ -152,6 +156,8 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with refused(odd, "q_proj can't be packed as fp8 without torchao", ImportError):
         fastlora.pack(odd, "fp8", ["experts", "q_proj"])
+    with pytest.raises(ValueError, match="q_proj can't be packed: it is on meta"):
+        fastlora.pack(odd.to("meta"), "int8")
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         fastlora.pack([], "nf4")
 
@@ -364,29 +370,48 @@ def test_a_torn_checkpoint_is_refused_and_the_model_stays(checkpoint, tmp_path, 
 
 def save_packed(folder, kind) -> None:
     """Save a checkpoint with experts and linear layers packed in this kind."""
-    pytest.importorskip({"nf4": "bitsandbytes", "fp8": "torchao"}[kind])
+    pytest.importorskip({"nf4": "bitsandbytes", "fp8": "torchao", "int8": "torch"}[kind])
     packed = mixture("qwen3")
     fastlora.pack(packed, kind, ["experts", "q_proj"])
     packed.save_pretrained(folder)
 
 
 LAYER = "model.layers.1.self_attn.q_proj"
-CUT = {
+CUT = {  # the kind, the change of the checkpoint, and the error
     "nf4": (
+        "nf4",
         lambda state: state.update({f"{LAYER}.weight.absmax": torch.ones(1)}),
         rf"{LAYER} can't be packed as nf4: .* broken",
     ),
     "fp8": (
+        "fp8",
         lambda state: state.pop(f"{LAYER}._weight_scale"),
         rf"the file has only {LAYER}\._weight_qdata of",
+    ),
+    "int8": (
+        "int8",
+        lambda state: state.pop(f"{LAYER}.scale"),
+        rf"the file has only {LAYER}\.codes of",
+    ),
+    "int8-codes": (
+        "int8",
+        lambda state: state.update({f"{LAYER}.codes": torch.ones(4, 32).byte()}),
+        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
+    ),
+    "int8-scale": (
+        "int8",
+        lambda state: state.update({f"{LAYER}.scale": torch.ones(4).byte()}),
+        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
     ),
 }
 
 
-@pytest.mark.parametrize("kind", CUT)
-def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "change", "words"), CUT.values(), ids=CUT)
+def test_a_linear_layer_whose_tensors_are_cut_is_refused_and_the_model_stays(
+    kind, change, words, tmp_path
+):
     save_packed(tmp_path, kind)
-    (change, words), state = CUT[kind], load_file(tmp_path / ONE)
+    state = load_file(tmp_path / ONE)
     with safe_open(tmp_path / ONE, "pt") as file:
         about = file.metadata()
     change(state)

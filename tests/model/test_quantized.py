@@ -235,12 +235,13 @@ def test_a_layer_that_becomes_unreadable_raises_when_called():
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("kind", ["nf4", "hqq"])
+@pytest.mark.parametrize("kind", ["nf4", "hqq", ROTATED])
 def test_files_of_adapters_and_state_dicts(kind, tmp_path):
     """HQQ's layer has its own state_dict and load_state_dict."""
     model, x = adapted(kind), torch.randn(3, K)
     state, expected = state_of(model), model(x)
-    assert state.keys() >= {"0.W_q" if kind == "hqq" else "0.weight", "0.lora_A", "0.lora_B"}
+    first = {"nf4": "0.weight", "hqq": "0.W_q", ROTATED: "0.codes"}[kind]
+    assert state.keys() >= {first, "0.lora_A", "0.lora_B"}
     fastlora.save_adapter(model, tmp_path)
     if kind == "nf4":  # HQQ's has whole numbers among its tensors
         safetensors.torch.save_file(state, tmp_path / "model.safetensors")

@@ -8,7 +8,8 @@ import itertools
 import oracles
 import pytest
 import torch
-from packed import random_four_bit, random_int8
+from models import assert_near
+from packed import random_four_bit, random_int8, random_rotated_int8
 from torch import Tensor
 from torch.nn import functional
 
@@ -153,16 +154,19 @@ def test_16_bits_are_as_exact_as_the_standard_loss(dtype, wide, monkeypatch):
         assert errors[0] <= 1.1 * errors[1] + 1e-4, errors
 
 
-@pytest.mark.parametrize("make", [random_four_bit, random_int8])
-def test_a_packed_head(make):
-    """The result is that of the dense weight which the codes stand for."""
-    x, target = torch.randn(5, 64, requires_grad=True), torch.arange(5)
-    weight = make(24, 64)
-    found = fastlora.linear_cross_entropy(x, weight, target)
-    dense = fastlora.linear_cross_entropy(x, weight.dense(x.dtype), target)
-    torch.testing.assert_close(found, dense)
-    (one,), (other,) = torch.autograd.grad(found, x), torch.autograd.grad(dense, x)
-    torch.testing.assert_close(one, other)
+@pytest.mark.parametrize("make", [random_four_bit, random_int8, random_rotated_int8])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_packed_head(make, p):
+    """The result equals that with the dense weight."""
+    sizes = (5, 64), (4, 64), (24, 4)
+    x, a, b = leaves = [torch.randn(size).div(8).requires_grad_() for size in sizes]
+    weight, found = make(24, 64), []
+    for each in (weight, weight.dense(x.dtype)):
+        torch.manual_seed(1)
+        how = {"lora_a": a, "lora_b": b, "dropout": p}
+        loss = fastlora.linear_cross_entropy(x, each, torch.arange(5), **how)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert_near(*found, 0.03 if make is random_rotated_int8 else 1e-5)  # x is rounded also
 
 
 def test_token_logprobs_need_no_product_in_the_backward(monkeypatch):

@@ -1,7 +1,6 @@
 """optimize(model, base="int8"): PEFT's layers over a base in 8 bits."""
 
 import copy
-import json
 import pickle
 import warnings
 
@@ -81,8 +80,8 @@ def test_the_numbers_are_near_pefts_with_the_rounded_weight(settings):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_a_model_trains_and_its_blocks_are_fused(dtype):
-    model, ids = llama(dtype, 2).train(), torch.randint(0, 100, (2, 9))
+def test_a_model_is_smaller_and_its_blocks_are_fused(dtype):
+    model = llama(dtype, 2)
     dense = sum(p.nbytes for p in model.parameters())
     fastlora.optimize(model, loss=True, **ALL)
     report = str(fastlora.coverage(model))
@@ -96,15 +95,6 @@ def test_a_model_trains_and_its_blocks_are_fused(dtype):
         assert line in report
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert held < (0.6 if dtype == F32 else 0.8) * dense
-    losses = []
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(3):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[2] < losses[0]
 
 
 def test_small_layers_stay_dense_and_the_report_names_them():
@@ -248,6 +238,7 @@ def test_a_merge_is_pefts_with_the_rounded_weights_and_unmerge_is_exact(safe):
         each.merge_adapter(safe_merge=safe)
     assert torch.equal(layer_of(model).base_layer.weight, layer_of(expected).base_layer.weight)
     assert torch.equal(model(X), expected(X))
+    assert "1 not in 8 bits: base_model.model.0: it is merged" in str(fastlora.coverage(model))
     model.unmerge_adapter()
     assert layer_of(model).base_layer is base
     torch.testing.assert_close(model(X), y, rtol=1e-6, atol=1e-6)
@@ -318,18 +309,6 @@ def test_a_cast_of_the_model_changes_the_dtype_of_dense_weights_only(merged):
     found.append(fastlora.restore(model)(X.bfloat16()))
     assert layer_of(model).base_layer.weight.dtype == BF16
     assert_near(found, [y] * 3, 0.02)
-
-
-def test_calls_reuse_their_record():
-    model = fastlora.optimize(layer_model(), **ALL)
-    y, layer = model(X), layer_of(model)
-    record = vars(layer)["_fastlora_record_followed"]
-    assert record.guard is not None
-    assert torch.equal(model(X), y)
-    assert vars(layer)["_fastlora_record_followed"] is record
-    with torch.no_grad():
-        layer.base_layer.codes.zero_()
-    assert not torch.equal(model(X), y)
 
 
 @pytest.mark.parametrize("way", ["compiled", "transformed", "hooked", "autocast", "rows", "mixed"])
@@ -408,16 +387,7 @@ def test_check_finds_a_wrong_product(monkeypatch, part):
     assert not fastlora.check(layer_model().train(), X.clone().requires_grad_(), **ALL)
 
 
-def test_auto_and_run_pass_it_on(monkeypatch):
-    from fastlora import run
-
-    monkeypatch.setattr(run, "from_environment", lambda: None)
-    monkeypatch.setattr(run, "_run_script", lambda name: None)
-    monkeypatch.setenv("FASTLORA", "")
-    monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr(run.sys, "argv", [])
-    run.main(["--base", "int8", "train.py"])
-    assert json.loads(run.os.environ["FASTLORA"])["base"] == "int8"
+def test_auto_passes_it_on():
     fastlora.auto(**ALL)
     try:
         assert isinstance(layer_of(layer_model()).base_layer, Int8Linear)

@@ -8,7 +8,7 @@ import numpy
 import oracles
 import torch
 from judge import assert_close
-from kernel_cases import F32, keep_masks, poisoned
+from kernel_cases import F32, check_thin, keep_masks, poisoned
 from torch import Tensor
 
 from fastlora.formats.format import Quantized
@@ -49,11 +49,7 @@ def check_rounding(
     assert scales[-1].isnan()
     masks = keep_masks(seeds, x.shape, p, len(adapters))
     rounds_to = torch.float16 if precision == "tf32" else x.dtype  # TF32 has its mantissa
-    for i, (value, a, mask) in enumerate(zip(found, adapters, masks, strict=True)):
-        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
-        size = 0.5 * kept.double().abs() @ a.double().abs()
-        truth = 0.5 * kept.double() @ a.double()
-        assert_close(f"product {i}", value, truth, 0.5 * (kept @ a), size, rounds_to)
+    check_thin(found, x, adapters, [0.5] * len(adapters), masks, rounds_to)
     codes, scale = quantize_rows(x if factors is not None else rotate(x), factors)
     if factors is not None:
         assert torch.equal(rounded.codes, codes)

@@ -4,7 +4,7 @@ It also counts the bytes that a launch really loads and stores in Triton's inter
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from unittest import mock
@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from judge import assert_close
 from marks import DEVICE
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
@@ -59,6 +60,23 @@ def keep_masks(seeds: Tensor | None, shape: tuple[int, int], p: float, count: in
     if seeds is None:
         return [torch.ones(shape, dtype=torch.bool, device=DEVICE)] * count
     return [dropout_mask(seed, shape, p) for seed in seeds]
+
+
+def check_thin(
+    found: Sequence[Tensor],
+    x: Tensor,
+    adapters: Sequence[Tensor],
+    factors: Sequence[float],
+    masks: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Compare every factor · (keep ∘ x) a with float64; ``dtype``: of one rounding of x."""
+    operands = zip(found, adapters, factors, masks, strict=True)
+    for i, (value, a, factor, mask) in enumerate(operands):
+        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
+        truth = factor * (kept.double() @ a.double())
+        size = abs(factor) * (kept.double().abs() @ a.double().abs())
+        assert_close(f"product {i}", value, truth, factor * (kept @ a), size, dtype)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from transformers import FineGrainedFP8Config
 from fastlora.formats.format import Quantized
 from fastlora.layers.expert_layer import take_packed
 from fastlora.layers.experts import dense_weight, packed_names, read_module, weight_in
+from fastlora.layers.frozen import matrix_of
+from fastlora.layers.int8 import Int8Linear
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason=NEEDS_5)
 gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)
@@ -132,10 +134,16 @@ def dense_model(packed: nn.Module, name: str, implementation: str = "eager") -> 
 
 
 def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of every packed weight, as bytes."""
-    return {
-        f"{key}.{name}.{i}": tensor.flatten().view(torch.uint8).clone()
+    """Every tensor of every weight that fastlora packed, as bytes."""
+    weights = {
+        f"{key}.{name}": weight_in(module, name)
         for key, module in model.named_modules()
         for name in packed_names(module)
-        for i, tensor in enumerate(weight_in(module, name).tensors)
+    }
+    int8 = {key: each for key, each in model.named_modules() if isinstance(each, Int8Linear)}
+    weights |= {key: matrix_of(layer) for key, layer in int8.items()}
+    return {
+        f"{key}.{i}": tensor.flatten().view(torch.uint8).clone()
+        for key, weight in weights.items()
+        for i, tensor in enumerate(weight.tensors)
     }

@@ -136,7 +136,6 @@ def _backward(
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
-    by_torch: list[tuple[Tensor, Any]] = []
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
@@ -147,9 +146,8 @@ def _backward(
             continue
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
-        if not is_rotated_int8(output.base.weight):
-            by_torch.append((dy, output.base.weight))
-        elif needs_x:  # the launch that rounds dy also makes every dh
+        if needs_x and is_rotated_int8(output.base.weight):
+            # The launch that rounds dy also makes every dh.
             codes, scale = packed_of(output)
             rounded = rounded_like(dy, scale)
             all_rounded.append((rounded, codes))
@@ -172,10 +170,8 @@ def _backward(
     # Every dh exists now.  dx sums over the outputs, and x is read once for all d lora_a.
     trained = [term for term in terms if term.d_lora_a is not None]
     dx, is_filled = None, False
-    if all_rounded:
-        dx = _dx_of_int8(x, all_rounded, by_torch, terms, common)
-    elif needs_x:
-        dx, is_filled = _dx(x, dys, outputs, terms, common)
+    if needs_x:
+        dx, is_filled = _dx(x, dys, outputs, terms, common, all_rounded)
     if trained and not is_filled:
         _d_lora_a(x, trained, common)
     return [dx, *flatten(gradients, layouts)]
@@ -218,20 +214,18 @@ def _y(
     if plan is None:
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
-    if rounded is not None and is_rotated_int8(weight):
-        codes, scale = packed_of(output)
-        scales = kernels.Scales([rounded.scales], scale)
-        operands = y, [rounded.codes], [codes.mT], hs, v
-        kernels.gemm_lowrank(*operands, precision=precision, bias=bias, scales=scales)
-        return y
     if plan.fused:
-        unpacks = plan.unpacks and is_unpackable([weight])
-        a, factor = None, 1.0
+        p, scales, a, factor = x, None, None, 1.0
+        if rounded is not None and is_rotated_int8(weight):
+            p, (q, scale) = rounded.codes, packed_of(output)
+            scales = kernels.Scales([rounded.scales], scale)
+        else:
+            q = read_by(weight, x, plan.unpacks and is_unpackable([weight]))
         if makes_h:
             a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
         kernels.gemm_lowrank(
-            y, [x], [read_by(weight, x, unpacks).mT], hs, v, precision=precision, bias=bias,
-            a=a, factor=factor, preferred=plan.gemm,
+            y, [p], [q.mT], hs, v, precision=precision, bias=bias,
+            a=a, factor=factor, scales=scales, preferred=plan.gemm,
         )  # fmt: skip
         return y
     # The adapter's part comes first.  torch's addmm then adds its product to y (beta = 1), and
@@ -274,18 +268,30 @@ def _dx(
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
     common: Common,
+    all_rounded: "Sequence[tuple[kernels.Rounded, Tensor]]",
 ) -> tuple[Tensor, bool]:
     """(dx, is_filled): dx = Σ dy weight + Σ mask ∘ (dh lora_a), [M, K].
 
     ``is_filled``: every d lora_a was computed by the same launch as the adapters' part of dx.
+    ``all_rounded``: dy and the weight's codes, of each output with 8-bit products.
     """
-    is_filled = False
-    dx = empty_like(x)
+    dx, is_filled = empty_like(x), False
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
-    fused: list = []
-    if terms:
-        u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
-        seeds = _join([term.seed for term in terms], common.seeds)
+    by_torch = used
+    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
+    seeds = _join([term.seed for term in terms], common.seeds) if terms else None
+    options = common._replace(seeds=seeds)._asdict()
+    if all_rounded:  # one launch: all 8-bit products, and all dh lora_a
+        by_torch = [pair for pair in used if not is_rotated_int8(pair[1].base.weight)]
+        ps, qs = [each.codes for each, _ in all_rounded], [codes for _, codes in all_rounded]
+        if kernels.target_of(x.device).turns_int8:
+            # This device reads int8 fast only along the axis of the sum.  By an estimate, to
+            # transpose the codes in each call costs less time than loads of single bytes with 2048
+            # rows or more.  Unlike a second copy of the weight, it takes no memory between calls.
+            qs = [codes.mT.contiguous().mT for codes in qs]
+        scales = kernels.Scales([each.scales for each, _ in all_rounded])
+        kernels.gemm_lowrank(dx, ps, qs, u, v, scales=scales, **options)
+    elif terms:
         adapted = [(dy, output.base.weight) for dy, output in used if output.adapters]
         weights = [weight for _, weight in adapted]
         unpackable = is_unpackable(weights)
@@ -300,10 +306,8 @@ def _dx(
         # torch's products are better: only one dense weight is in memory at a time.
         are_plain = all([isinstance(weight, Tensor) for weight in weights])
         if plan.fused and (unpacks or len(weights) == 1 or are_plain):
-            fused = adapted
-        options = common._replace(seeds=seeds)._asdict()
-        if fused:
-            ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
+            by_torch = [pair for pair in used if not pair[1].adapters]
+            ps, qs = [dy for dy, _ in adapted], [read_by(w, x, unpacks) for w in weights]
             # One launch: dy weight of all adapted outputs, and all dh lora_a.
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
         # In place, with every d lora_a: one launch of weight_grad reads x once and writes both.
@@ -315,37 +319,12 @@ def _dx(
         else:  # in place: the adapters' part first, as in the forward
             kernels.lowrank(dx, u, v, **options)
     # torch adds the other products, one launch for each output.  The first one overwrites dx (with
-    # beta 0) if the adapters wrote nothing to it.
-    by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
-    for i, (dy, weight) in enumerate(by_torch):
-        torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
+    # beta 0) if nothing was written to it.
+    beta = float(bool(all_rounded or terms))
+    for dy, output in by_torch:
+        torch.addmm(dx, dy, read_by(output.base.weight, x), beta=beta, out=dx)
+        beta = 1.0
     return dx, is_filled
-
-
-def _dx_of_int8(
-    x: Tensor,
-    all_rounded: "Sequence[tuple[kernels.Rounded, Tensor]]",
-    by_torch: Sequence[tuple[Tensor, Any]],
-    terms: Sequence[_Term],
-    common: Common,
-) -> Tensor:
-    """dx: 8-bit products of each rounded dy with its codes; torch adds each other dy weight.
-
-    Some devices read int8 fast only along the axis of the sum.  There, each call transposes the
-    weight's codes.  By an estimate, that costs less time than loads of single bytes with 2048 rows
-    or more.  Unlike a second copy of the weight, it takes no memory between calls.
-    """
-    turns = kernels.target_of(x.device).turns_int8
-    ps, rows = [each.codes for each, _ in all_rounded], [each.scales for each, _ in all_rounded]
-    qs = [codes.mT.contiguous().mT if turns else codes for _, codes in all_rounded]
-    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
-    seeds = _join([term.seed for term in terms], common.seeds) if terms else None
-    options = common._replace(seeds=seeds)._asdict()
-    dx = empty_like(x)
-    kernels.gemm_lowrank(dx, ps, qs, u, v, scales=kernels.Scales(rows), **options)
-    for dy, weight in by_torch:
-        torch.addmm(dx, dy, read_by(weight, x), out=dx)
-    return dx
 
 
 def _d_lora_a(
