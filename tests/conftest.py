@@ -31,6 +31,7 @@ if "FASTLORA_MACHINE" in os.environ:  # before anything imports Triton
 
 from contextlib import nullcontext
 
+import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -40,7 +41,9 @@ from marks import pytest_itemcollected as pytest_itemcollected
 import fastlora
 from fastlora.backends import products
 
-if DEVICE != "cpu":
+if DEVICE == "cpu":
+    interpreter.hasten()
+else:
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
 
 # The same cases in each run.  `--hypothesis-profile=long` tries many others.
