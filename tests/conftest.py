@@ -30,19 +30,27 @@ if "FASTLORA_MACHINE" in os.environ:  # before anything imports Triton
     from machine.plugin import *  # noqa: F403
 
 from contextlib import nullcontext
+from functools import cache
 
-import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from marks import DEVICE, wants_equal_bits
 from marks import pytest_itemcollected as pytest_itemcollected
+from triton.runtime import interpreter
 
 import fastlora
 from fastlora.backends import products
 
 if DEVICE == "cpu":
-    interpreter.hasten()
+    # Each launch, and each call of a device function, would replace triton.language's functions
+    # again, which takes a third of the time.  Here they stay replaced.
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
+    # Each integer operation would be repeated in int64, but an overflow is reported only in debug
+    # mode.
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 else:
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
 
