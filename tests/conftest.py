@@ -49,8 +49,9 @@ if DEVICE == "cpu":
     interpreter._LangPatchScope.restore = lambda scope: None
     # Each integer operation would be repeated in int64, but an overflow is reported only in debug
     # mode.
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    interpreter.interpreter_builder.options = options
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *operands: None
+    # These would keep each seed, and the stack of its call, for a device that isn't here.
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = int
 else:
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
 
