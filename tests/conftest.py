@@ -30,17 +30,29 @@ if "FASTLORA_MACHINE" in os.environ:  # before anything imports Triton
     from machine.plugin import *  # noqa: F403
 
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from marks import DEVICE, wants_equal_bits
 from marks import pytest_itemcollected as pytest_itemcollected
+from triton.runtime import interpreter
 
 import fastlora
 from fastlora.backends import products
 
-if DEVICE != "cpu":
+if DEVICE == "cpu":
+    # Each launch, and each call of a device function, would replace triton.language's functions
+    # again, which takes a third of the time.  Here they stay replaced.
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
+    # Each integer operation would be repeated in int64, but an overflow is reported only in debug
+    # mode.
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *operands: None
+    # These would keep each seed, and the stack of its call, for a device that isn't here.
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = int
+else:
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
 
 # The same cases in each run.  `--hypothesis-profile=long` tries many others.

@@ -10,7 +10,7 @@ import peft
 import peft_worker
 import pytest
 import torch
-from models import randomize, tiny_llama
+from models import Reverse, randomize, tiny_llama
 from process import Ranks
 from torch import nn
 from torch.nn import functional
@@ -164,18 +164,6 @@ def old_logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         old = model(input_ids=IDS).logits
     return (logprobs(model(input_ids=IDS).logits) - logprobs(old)).exp().mean()
-
-
-class Reverse(torch.autograd.Function):
-    """The identity with a reversed gradient."""
-
-    @staticmethod
-    def forward(ctx, z):
-        return z * 1.0
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return -gradient
 
 
 def reversed_logits(model: nn.Module) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from judge import make_projection
 from marks import DEVICE
-from process import run_forked, run_python
+from process import run_forked
 
 import fastlora
 from fastlora.backends.triton import cover
@@ -160,4 +160,4 @@ def test_without_the_package_triton_the_backend_is_an_error():
         "try:\n    fastlora.use_backend('triton').__enter__()\n"
         "except ValueError as error:\n    print(error)"
     )
-    assert "the package triton isn't installed" in run_python("-c", code)
+    assert "the package triton isn't installed" in run_forked(code)

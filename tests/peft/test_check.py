@@ -258,8 +258,8 @@ def with_scale(monkeypatch, culprit, factor: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_right_model_of_30_layers_passes_on_four_seeds(dtype):
-    for seed in range(4):
+def test_a_right_model_of_30_layers_passes_on_two_seeds(dtype):
+    for seed in range(2):
         found = fastlora.check(deep(dtype, seed).to(dtype), batch())
         assert found, str(found)
         assert "60 of 60 fast layers judged, all right" in str(found)

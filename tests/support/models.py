@@ -220,3 +220,15 @@ def counted_frozen_calls() -> Iterator[list[Tensor]]:
 
     with noted_blocks(note), mock.patch.object(frozen, "lora_linears", recorded):
         yield calls
+
+
+class Reverse(torch.autograd.Function):
+    """The identity with a reversed gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
