@@ -6,7 +6,7 @@ Importing this file doesn't import PEFT; functions import the modules that need 
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -163,10 +163,12 @@ def optimize(
     if a layer would not run fast.  An error leaves the model unchanged.
     """
     switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
-    report = _change(model, strict, switches, base, int8_from)[0]
-    nothing_is_fast = len(report.not_fast) == len(report.layers)
-    if nothing_is_fast and not why_nothing_changes():
-        warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+    with ExitStack() as undo:
+        report = _change(model, strict, switches, base, int8_from, undo)
+        nothing_is_fast = len(report.not_fast) == len(report.layers)
+        if nothing_is_fast and not why_nothing_changes():
+            warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+        undo.pop_all()
     return model
 
 
@@ -176,21 +178,22 @@ def while_optimized(
 ) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
-    before = least_of(checked(model))
-    report, replaced, bases = _change(model, False, switches, base, int8_from)
-    try:
-        yield report
-    finally:
-        change_classes(replaced)
-        use_bases(bases)
-        if base is not None:
-            mark(checked(model), before)
+    with ExitStack() as undo:
+        yield _change(model, False, switches, base, int8_from, undo)
 
 
 def _change(
-    model: nn.Module, strict: bool, switches: dict[str, bool], base: str | None, int8_from: int
-) -> tuple[Coverage, dict[nn.Module, Any], dict[Any, nn.Module]]:
-    """Optimize the model; returns the report, and the classes and bases that were replaced."""
+    model: nn.Module,
+    strict: bool,
+    switches: dict[str, bool],
+    base: str | None,
+    int8_from: int,
+    undo: ExitStack,
+) -> Coverage:
+    """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases.
+
+    A warning is an error if Python's filters say so.
+    """
     inner = checked(model)
     check_switches(strict=strict, **switches)
     check_base(base, int8_from)
@@ -205,14 +208,15 @@ def _change(
     report = cover(model, layers, unreached=reason)
     if strict and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
-    replaced: dict[nn.Module, Any] = {}
     dense: dict[Any, nn.Module] = {}
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
         classes = fast_classes(inner.modules())
         if base is not None:
+            undo.callback(mark, inner, least_of(inner))
             dense = use_bases(int8_bases(inner, layers, classes, int8_from))
+            undo.callback(use_bases, dense)
             mark(inner, int8_from)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
@@ -220,16 +224,16 @@ def _change(
         classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
-        replaced = change_classes(classes)
+        undo.callback(change_classes, change_classes(classes))
         if base is not None:
             notes_of(inner, layers, warns=True)
         if switches["loss"]:  # a lazy head is derived from the head's new class
-            replaced = change_classes(head_classes(inner)) | replaced
+            undo.callback(change_classes, change_classes(head_classes(inner)))
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
     if dense:
         report = cover(model, layers, unreached=reason)
-    return replace(report, **fast, loss=cover_head(inner)), replaced, dense
+    return replace(report, **fast, loss=cover_head(inner))
 
 
 def restore(model: nn.Module) -> nn.Module:
