@@ -158,7 +158,14 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
+def broken(state, name):
+    scale = state[name].clone()
+    scale.view(torch.float32)[3] = torch.nan
+    return state | {name: scale}
+
+
 TORN = {
+    "nan": (broken, "q_proj.scale", "q_proj can't be packed: its scales have infinities or NaN"),
     "codes": (cut, "q_proj.codes", r"q_proj can't be packed as int8: its int8 weight is broken"),
     "scale": (cut, "q_proj.scale", r"q_proj can't be packed as int8: its int8 weight is broken"),
     "no-scale": (without, "q_proj.scale", r"the file has only \S+q_proj\.codes of"),

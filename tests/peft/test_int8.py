@@ -297,6 +297,19 @@ def test_a_failing_merge_leaves_the_base_in_8_bits():
     assert layer_of(model).base_layer is base
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
+    model, config = layer_model(), peft.LoraConfig(target_modules=["0"], **settings)
+    fastlora.optimize(model, **ALL)
+    y = model(X)
+    with pytest.raises(ValueError, match=r"is in 8 bits: call fastlora.restore\(model\) before"):
+        model.add_adapter("other", config)
+    assert torch.equal(model(X), y)
+    fastlora.restore(model).add_adapter("another", config)
+    with pytest.raises(TypeError):  # PEFT's own errors stay
+        fastlora.optimize(model, **ALL).base_model.model[0].update_layer()
+
+
 def test_unloading():
     model, expected = in_8_bits(layer_model())
     base, merged = copy.deepcopy(model).unload(), model.merge_and_unload()
