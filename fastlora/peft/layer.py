@@ -51,13 +51,10 @@ class FastLinear(Fast, nn.Module):
         try:
             super().update_layer(*args, **kwargs)  # type: ignore[misc]
         except (AttributeError, TypeError) as error:  # the weight is None
-            if isinstance(self.base_layer, Int8Linear) and "NoneType" in str(error):
-                raise ValueError(
-                    "the adapter's settings (DoRA, PiSSA, …) need the weight of its layer, which "
-                    "is in 8 bits: call fastlora.restore(model) before, which gives the rounded "
-                    "weights"
-                ) from error
-            raise
+            if not isinstance(self.base_layer, Int8Linear) or "NoneType" not in str(error):
+                raise
+            text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
+            raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
 
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""

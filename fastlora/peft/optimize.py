@@ -163,8 +163,8 @@ def optimize(
     if a layer would not run fast.  An error leaves the model unchanged.
     """
     switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
-    with ExitStack() as undo:
-        report = _change(model, strict, switches, base, int8_from, undo)
+    with ExitStack() as undo:  # a warning is an error if Python's filters say so
+        report = _change(model, undo, base, int8_from, strict=strict, **switches)
         nothing_is_fast = len(report.not_fast) == len(report.layers)
         if nothing_is_fast and not why_nothing_changes():
             warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
@@ -179,24 +179,14 @@ def while_optimized(
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
     with ExitStack() as undo:
-        yield _change(model, False, switches, base, int8_from, undo)
+        yield _change(model, undo, base, int8_from, strict=False, **switches)
 
 
-def _change(
-    model: nn.Module,
-    strict: bool,
-    switches: dict[str, bool],
-    base: str | None,
-    int8_from: int,
-    undo: ExitStack,
-) -> Coverage:
-    """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases.
-
-    A warning is an error if Python's filters say so.
-    """
+def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches: bool) -> Coverage:
+    """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases."""
     inner = checked(model)
-    check_switches(strict=strict, **switches)
-    check_base(base, int8_from)
+    check_switches(**switches)
+    check_base(base, least)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -206,7 +196,7 @@ def _change(
     elif untested() and not reason:
         warnings.warn(untested(), stacklevel=3)
     report = cover(model, layers, unreached=reason)
-    if strict and report.not_fast:
+    if switches["strict"] and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
     dense: dict[Any, nn.Module] = {}
     if not reason:
@@ -215,9 +205,9 @@ def _change(
         classes = fast_classes(inner.modules())
         if base is not None:
             undo.callback(mark, inner, least_of(inner))
-            dense = use_bases(int8_bases(inner, layers, classes, int8_from))
+            dense = use_bases(int8_bases(inner, layers, classes, least))
             undo.callback(use_bases, dense)
-            mark(inner, int8_from)
+            mark(inner, least)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()

@@ -165,7 +165,7 @@ def broken(state, name):
 
 
 TORN = {
-    "nan": (broken, "q_proj.scale", "q_proj can't be packed: its scales have infinities or NaN"),
+    "nan": (broken, "q_proj.scale", "q_proj can't be packed: the weight has infinities or NaN"),
     "codes": (cut, "q_proj.codes", r"q_proj can't be packed as int8: its int8 weight is broken"),
     "scale": (cut, "q_proj.scale", r"q_proj can't be packed as int8: its int8 weight is broken"),
     "no-scale": (without, "q_proj.scale", r"the file has only \S+q_proj\.codes of"),
