@@ -22,7 +22,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from ..backends import Call, backend_name, find_backend
@@ -30,7 +29,7 @@ from ..backends.protocol import LossSettings
 from ..ops.composite import run_composite
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
-from ..ops.node import Function, LoRALinearFunction, run_forward
+from ..ops.node import Function, LoRALinearFunction, once_differentiable, run_forward
 from ..projection import flatten, layouts_of, unflatten
 from ..rows import Share
 

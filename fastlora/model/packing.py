@@ -101,18 +101,20 @@ class Packing:
     def add_linear(self, name: str, linear: nn.Module, layer: Any) -> None:
         """Add a vendor's layer; it will share the bias of the layer that it replaces.
 
-        Raises ValueError for infinities and NaN, and if the layer is float16 and a packed value is
-        too large for float16.
+        Raises ValueError for infinities and NaN, also in float32 scales, and if the layer is
+        float16 and a packed value is too large for float16.
         """
         self._linears[linear] = layer
         self._record(name, matrix_of(linear), matrix_of(layer))
 
     def _record(self, name: str, dense: Any, packed: Any) -> None:
-        error = None
+        error, numbers = None, [t for t in packed.tensors if t.dtype == torch.float32]
+        is_finite = all(bool(t.isfinite().all()) for t in numbers if not t.is_meta)
         if self.compares and not dense.is_meta:
             error = packing_error(dense, packed)
-            if not math.isfinite(error):
-                raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+            is_finite = is_finite and math.isfinite(error)
+        if not is_finite:
+            raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
         # Packed values are rounded, so they may exceed float16 where the dense ones don't.
         if dense.dtype == torch.float16 and packed.device.type != "meta":
             parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]

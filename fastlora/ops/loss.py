@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..backends import Backend, backend_name, find_backend
@@ -25,7 +24,7 @@ from ..settings import is_number
 from ..text import shown
 from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import Function, as_matrix
+from .node import Function, as_matrix, once_differentiable
 from .run import draw_seed
 
 REDUCTIONS = ("mean", "sum", "none")

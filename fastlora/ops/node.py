@@ -7,7 +7,8 @@ ARGS=host``, docs/kernels.md).
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +181,23 @@ class Function(torch.autograd.Function):
     def apply(cls, *arguments):
         """Run the node; the arguments must not be dead wrappers."""
         return super(torch.autograd.Function, cls).apply(*arguments)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator for a backward of one gradient, with an error in each second backward.
+
+    torch's own returns constants if the upstream gradient requires no gradient, as at the start of
+    a backward.  A part of the second-order gradients would then be missing without an error.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx, gradient: Tensor | None) -> Any:
+        if gradient is not None and torch.is_grad_enabled():  # create_graph=True
+            gradient = gradient.detach().requires_grad_()
+        return once(ctx, gradient)
+
+    return run
 
 
 class LoRALinearFunction(Function):

@@ -20,6 +20,7 @@ from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import Record, Recorder, call_recorded, fits
+from ..layers.int8 import Int8Linear
 from ..layers.members import is_hooked, is_replaced, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
@@ -44,6 +45,16 @@ class FastLinear(Fast, nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+    def update_layer(self, *args, **kwargs) -> None:
+        """PEFT's.  Raises ValueError for a new adapter that reads a weight in 8 bits."""
+        try:
+            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        except (AttributeError, TypeError) as error:  # the weight is None
+            if not isinstance(self.base_layer, Int8Linear) or "NoneType" not in str(error):
+                raise
+            text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
+            raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
 
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""

@@ -163,10 +163,12 @@ def optimize(
     if a layer would not run fast.  An error leaves the model unchanged.
     """
     switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
-    report = _change(model, strict, switches, base, int8_from)[0]
-    nothing_is_fast = len(report.not_fast) == len(report.layers)
-    if nothing_is_fast and not why_nothing_changes():
-        warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+    with ExitStack() as undo:  # a warning is an error if Python's filters say so
+        report = _change(model, undo, base, int8_from, strict=strict, **switches)
+        nothing_is_fast = len(report.not_fast) == len(report.layers)
+        if nothing_is_fast and not why_nothing_changes():
+            warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+        undo.pop_all()
     return model
 
 
@@ -176,18 +178,15 @@ def while_optimized(
 ) -> Iterator[Coverage]:
     """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
-    report, undo = _change(model, False, switches, base, int8_from)
-    with undo:
-        yield report
+    with ExitStack() as undo:
+        yield _change(model, undo, base, int8_from, strict=False, **switches)
 
 
-def _change(
-    model: nn.Module, strict: bool, switches: dict[str, bool], base: str | None, int8_from: int
-) -> tuple[Coverage, ExitStack]:
-    """Optimize the model; returns the report, and a stack whose closing undoes the changes."""
+def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches: bool) -> Coverage:
+    """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases."""
     inner = checked(model)
-    check_switches(strict=strict, **switches)
-    check_base(base, int8_from)
+    check_switches(**switches)
+    check_base(base, least)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -197,15 +196,14 @@ def _change(
     elif untested() and not reason:
         warnings.warn(untested(), stacklevel=3)
     report = cover(model, layers, unreached=reason)
-    if strict and report.not_fast:
+    if switches["strict"] and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
-    undo = ExitStack()
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
         classes = fast_classes(inner.modules())
         if base is not None:
-            convert(inner, layers, classes, int8_from, undo)
+            convert(inner, layers, classes, least, undo)
             report = cover(model, layers, unreached=reason)
         # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
         # torch's, because the LoRA layer reads their weights.
@@ -218,7 +216,7 @@ def _change(
             undo.callback(change_classes, change_classes(head_classes(inner)))
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
-    return replace(report, **fast, loss=cover_head(inner)), undo
+    return replace(report, **fast, loss=cover_head(inner))
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -403,6 +403,11 @@ CUT = {  # the kind, the change of the checkpoint, and the error
         lambda state: state.update({f"{LAYER}.scale": torch.ones(4).byte()}),
         rf"{LAYER} can't be packed as int8: its int8 weight is broken",
     ),
+    "int8-nan": (
+        "int8",
+        lambda state: state[f"{LAYER}.scale"].view(torch.float32)[3:4].fill_(torch.nan),
+        rf"{LAYER} can't be packed: the weight has infinities or NaN",
+    ),
 }
 
 

@@ -220,6 +220,27 @@ def test_a_failing_call_changes_nothing(monkeypatch):
         fastlora.optimize(model, strict=True, **ALL)
 
 
+def embedding():
+    return adapted(tiny_llama(), target_modules=["embed_tokens"])
+
+
+WARNED = {
+    "no-layer": (llama, {"base": "int8"}, "base='int8' has no effect"),
+    "no-head": (layer_model, ALL | {"loss": True}, "loss=True has no effect"),
+    "no-fast-layer": (embedding, {}, "no layer runs fast"),
+}
+
+
+@pytest.mark.parametrize(("made", "settings", "message"), WARNED.values(), ids=WARNED)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_warning_that_is_an_error_changes_nothing(made, settings, message):
+    model = made()
+    entries = {*vars(model)}
+    with refused(model, message, UserWarning):
+        fastlora.optimize(model, **settings)
+    assert {*vars(model)} == entries
+
+
 def test_restore_gives_the_rounded_weights():
     model, expected = in_8_bits(llama(BF16))
     fastlora.restore(model)
@@ -260,6 +281,19 @@ def test_a_failing_merge_leaves_the_base_in_8_bits():
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert layer_of(model).base_layer is base
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
+    model, config = layer_model(), peft.LoraConfig(target_modules=["0"], **settings)
+    fastlora.optimize(model, **ALL)
+    y = model(X)
+    with pytest.raises(ValueError, match=r"is in 8 bits: call fastlora.restore\(model\) before"):
+        model.add_adapter("other", config)
+    assert torch.equal(model(X), y)
+    fastlora.restore(model).add_adapter("another", config)
+    with pytest.raises(TypeError):  # PEFT's own errors stay
+        fastlora.optimize(model, **ALL).base_model.model[0].update_layer()
 
 
 def test_unloading():
