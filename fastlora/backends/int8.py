@@ -53,7 +53,7 @@ def linear_in_8_bits(
     for rows in slices(len(y), _MOST_ROWS):
         for columns in slices(len(codes), _SUMS // (rows.stop - rows.start)):
             place, matrix = y[rows, columns], codes[columns].t()
-            for some, made in _scaled("y", xq[rows], x_scale[rows], matrix, place):
+            for some, made in _scaled("scaled y", xq[rows], x_scale[rows], matrix, place):
                 made.mul_(scale[columns])
                 place[some] = made if bias is None else made.add_(bias[columns])
     return y
@@ -67,7 +67,7 @@ def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta
         for i, (dy, weight) in enumerate(pairs):
             (codes, scale), some = weight.tensors, dy[rows]
             quantized = quantize_rows(some, scale, matrix_like(f"dy {i}", some, torch.int8))
-            parts.append(_scaled(f"dx {i}", *quantized, codes, place))
+            parts.append(_scaled(f"scaled dx {i}", *quantized, codes, place))
         for (some, made), *others in zip(*parts, strict=True):
             for _, other in others:
                 made.add_(other)

@@ -28,11 +28,14 @@ def torch_backend_only():
         yield
 
 
+# Several blocks in every loop: rows, columns, sums that are scaled at once, long sums.
+BLOCKS = {"_MOST_ROWS": 24, "_SUMS": 24 * 40, "_AT_ONCE": 200, "LONGEST_SUM": 48}
 # Changes of the backend's constants, by the paths that calls take then.
 PATHS = {
     "whole": {},
-    # Several blocks in every loop: rows, columns, sums that are scaled at once, long sums.
-    "blocks": {"_MOST_ROWS": 24, "_SUMS": 24 * 40, "_AT_ONCE": 200, "LONGEST_SUM": 48},
+    "blocks": BLOCKS,
+    # As on a CPU that multiplies 16 bits slowly: x and y are float32 in blocks.
+    "blocks in float32": BLOCKS | {"FORCED": True},
     # As on a GPU, or on a CPU whose integer product saturates.
     "float32 sums": {"_sums_are_exact": lambda: False, "_EXACT": 48},
 }
@@ -64,7 +67,7 @@ SHAPES += [(40, 1, 1), (7, 1, 33), (33, 65, 2)]
 @pytest.mark.parametrize("changes", PATHS.values(), ids=PATHS)
 def test_every_sum_is_exact(monkeypatch, dtype, changes):
     for name, value in changes.items():
-        monkeypatch.setattr(backend, name, value)
+        monkeypatch.setattr(products if name == "FORCED" else backend, name, value)
     torch.manual_seed(0)
     for m, k, n in SHAPES:
         x, dy, weight = exact(m, k, dtype=dtype), exact(m, n, dtype=dtype), random_weight(n, k)

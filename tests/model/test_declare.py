@@ -77,12 +77,14 @@ def test_load_packed_reads_what_save_pretrained_writes(name, kind, tmp_path):
     loaded = empty(tmp_path)
     report = fastlora.load_packed(loaded, tmp_path)
     assert sum(weight.after for weight in report.weights) == sum(map(len, bits.values()))
-    assert torch.equal(logits(loaded), expected)
+    # The bits of torch's products with dense experts may depend on the weight's address.
+    exact = {} if (name, kind) == LINEAR else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(logits(loaded), expected, **exact)
     assert all(torch.equal(one, bits[key]) for key, one in bits_of(loaded).items())
     loaded.save_pretrained(tmp_path / "again")
     for again in (empty(tmp_path / "again"), loaded):
         fastlora.load_packed(again, tmp_path / "again")
-        assert torch.equal(logits(again), expected)
+        torch.testing.assert_close(logits(again), expected, **exact)
 
 
 # Each model and each kind once.
