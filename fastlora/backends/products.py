@@ -78,8 +78,10 @@ def _torch_has(dtype: torch.dtype) -> bool:
 class _Scratch(threading.local):
     """Buffers that a thread keeps between calls, one for each use and dtype.
 
-    Without them each call would get fresh pages from the system, which takes longer than the work
-    in them.
+    All modules share these uses: nested calls with an equal use and dtype get the same memory.
+
+    Without the buffers each call would get fresh pages from the system, which takes longer than the
+    work in them.
     """
 
     def __init__(self) -> None:

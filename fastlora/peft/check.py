@@ -355,8 +355,8 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     named = dict(inner.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
     gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
     # A random loss may be near 0.  The norm of all outputs is its standard deviation.
-    sizes = [loss] if has_loss else [y.double().norm() for y in outputs.values()]
-    size = math.hypot(*map(float, sizes))
+    parts = [loss] if has_loss else outputs.values()
+    size = math.hypot(*[float(part.detach().double().norm()) for part in parts])
     return _Run({"loss": loss.detach()}, outputs, gradients, size)
 
 

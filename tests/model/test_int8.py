@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import assert_near, numbers, tiny_llama
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastlora
 from fastlora import LoRAConfig
@@ -84,6 +85,10 @@ def adapted(dtype=F32, bias=True) -> nn.Module:
 def test_a_merge_without_a_bias_and_a_cast_of_the_model():
     merged, x = adapted(bias=False), torch.randn(5, 128)
     y = merged(x)
+    fastlora.merge_lora(merged, requantize=False)
+    assert_near([merged(x)], [y], 0.02)
+    fastlora.unmerge_lora(merged)
+    assert torch.equal(merged(x), y)
     with pytest.warns(UserWarning, match="quantized again"):
         fastlora.merge_lora(merged)
     merged.to(BF16).to(F32)
@@ -95,6 +100,25 @@ def test_a_merge_without_a_bias_and_a_cast_of_the_model():
     assert type(merged[0]) is nn.Linear
     assert {*merged.state_dict()} == {"0.weight"}
     assert_near([merged(x.bfloat16())], [y], 0.02)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_checkpoint(tmp_path, dtype, device):
+    config = model(attention_bias=True).config
+    packed = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    fastlora.pack(packed, "int8")
+    packed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device(device):
+        other = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    report = fastlora.load_packed(other, tmp_path)
+    assert len(report.weights) == len(layers(other)) == 14
+    assert torch.equal(logits(other), logits(packed))
+    fastlora.load_packed(other, tmp_path)
+    assert torch.equal(logits(other), logits(packed))
 
 
 def test_reading_the_weight_fails_loudly():

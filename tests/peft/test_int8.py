@@ -345,6 +345,18 @@ def test_a_cast_of_the_model_changes_the_dtype_of_dense_weights_only(merged):
     assert_near(found, [y] * 3, 0.02)
 
 
+def test_calls_reuse_their_record():
+    model = fastlora.optimize(layer_model(), **ALL)
+    y, layer = model(X), layer_of(model)
+    record = vars(layer)["_fastlora_record_followed"]
+    assert record.guard is not None
+    assert torch.equal(model(X), y)
+    assert vars(layer)["_fastlora_record_followed"] is record
+    with torch.no_grad():
+        layer.base_layer.codes.zero_()
+    assert not torch.equal(model(X), y)
+
+
 @pytest.mark.parametrize("way", ["compiled", "transformed", "hooked", "autocast", "rows", "mixed"])
 def test_calls_that_aren_t_ordinary(way):
     model, exact = in_8_bits(layer_model(adapters=("default", "other")).eval())
