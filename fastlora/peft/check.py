@@ -250,8 +250,11 @@ def check(
         last = max([int(part) for part in parts if part.isdigit()], default=0)
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
         tolerance = TOLERANCES[dtype] * deeper
+    size = None
+    if not peft.has_loss:  # it may be near 0, and its standard deviation is the outputs' norm
+        size = math.hypot(*[float(y.detach().double().norm()) for y in peft.outputs.values()])
     return Check(
-        _differences(fast.loss, peft.loss, peft.loss_size)[0],
+        _differences(fast.loss, peft.loss, size)[0],
         _differences(fast.outputs, peft.outputs),
         _differences(fast.gradients, peft.gradients),
         judge.layers,
@@ -340,7 +343,7 @@ class _Run(NamedTuple):
     loss: dict[str, Tensor]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    loss_size: float  # an error of the loss is relative to it
+    has_loss: bool  # of the model's own; otherwise it is random
 
 
 def _run(model: nn.Module, batch: Any) -> _Run:
@@ -354,10 +357,7 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     named = dict(inner.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
     gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-    # A random loss may be near 0.  The norm of all outputs is its standard deviation.
-    parts = [loss] if has_loss else outputs.values()
-    size = math.hypot(*[float(part.detach().double().norm()) for part in parts])
-    return _Run({"loss": loss.detach()}, outputs, gradients, size)
+    return _Run({"loss": loss.detach()}, outputs, gradients, has_loss)
 
 
 def _fresh(value: Any) -> Any:
