@@ -82,6 +82,8 @@ if (3, 8) <= VERSION < (3, 9):
     SPILLS["sm_100 dx+ default bf16 r64 n3 mask"] = 0, 112
     SPILLS["sm_100 dx+ 64x128-w4-s1 bf16 n3 mask"] = 0, 112
     SPILLS["sm_100 dx+ 128x128-w8-s1 bf16 n3 mask"] = 0, 96
+if VERSION >= (3, 9):
+    SPILLS["sm_120 h 16x64-w8-s2-r64 f32-ieee 8bit mask"] = 1, 64
 
 
 def spills_no_more(row, code) -> bool:
