@@ -66,8 +66,8 @@ def load_tile(
 
     ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
     With ``i_segment``, the descriptor has one matrix for each segment: [segments, rows, columns].
-    ``o_mem`` [BLOCK_ROWS]: the rows' numbers in memory, where a launch visits rows in sorted order,
-    so that a tile's rows aren't consecutive in memory (segments.py).
+    ``o_mem`` [BLOCK_ROWS]: the rows' numbers in memory.  A launch that visits rows in sorted order
+    needs them, because a tile's rows then aren't consecutive in memory (segments.py).
     """
     if DESCRIPTOR and i_segment is not None:
         return source.load([i_segment, i_row, i_column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
@@ -99,8 +99,9 @@ def hadamard_matrix(dtype: tl.constexpr):
 def rotate_tile(b_tile, b_hadamard, i_column, columns, PRECISION: tl.constexpr):
     """The tile at column i_column of a matrix, with each block of 64 columns rotated, in float32.
 
-    The matrix's last columns % 64 columns stay.  ``b_hadamard`` is :func:`hadamard_matrix` in the
-    tile's dtype; or in bfloat16 for a float32 tile, which is then multiplied in two parts.
+    The last ``columns`` % 64 columns of the matrix aren't rotated.  ``b_hadamard`` is
+    :func:`hadamard_matrix` in the tile's dtype.  For a float32 tile it may be in bfloat16: the tile
+    is then multiplied in two bfloat16 parts, the rounded numbers and what rounding removed.
     """
     ROWS: tl.constexpr = b_tile.shape[0]
     COLUMNS: tl.constexpr = b_tile.shape[1]

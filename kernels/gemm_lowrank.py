@@ -1,24 +1,24 @@
 """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias): a base product and its low-rank term.
 
-This is the layer's formula y = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ bias), with A = lora_a and B =
-lora_b, after ``project`` has computed h = scale · drop(x) Aᵀ.  Then y = x Wᵀ + h Bᵀ: both products
-have the same shape and go into the same float32 accumulator.  dx has the same form, so one kernel
-serves both:
+A layer computes y = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ bias), with A = lora_a and B = lora_b.
+``project`` computes h = scale · drop(x) Aᵀ first, so that y = x Wᵀ + h Bᵀ (+ bias).  Both products
+have y's shape and go into the same float32 accumulator.  dx has the same form, so one kernel serves
+both:
 
     |      | P_i          | Q_i              | U_i           | V_i              | keep_i   |
     |------|--------------|------------------|---------------|------------------|----------|
     | y    | x [M, K]     | weightᵀ [K, N]   | h [M, r]      | lora_bᵀ [r, N]   | -        |
     | dx   | dy_i [M, N_i]| weight_i [N_i, K]| dh_i [M, r_i] | lora_a_i [r_i, K]| the mask |
 
-Here K and N are the layer's input and output features.  y has one product (i = 0), or with several
-adapters several U_i V_i.  dx sums over all projections that read x, because their gradients add up.
-Only dx has a mask: y's mask is already in h, and in the backward the mask multiplies the adapter's
-part of dx, not dy weight.
+Here K and N are the layer's input and output features.  y has one product P_0 Q_0, and a term
+U_i V_i for each active adapter.  dx sums over all projections that read x, because their gradients
+add up.  Only dx has a mask.  For y, dropout is already part of h.  In the backward, the mask
+applies to the adapter's part of dx, and not to dy weight.
 
 Inside the kernel, the letters belong to OUT = P Q: OUT is [M, N], and K_i is the depth of product
 i.  So for dx, the kernel's N is the layer's K, and its K_i is the layer's N_i.
 
-P_i and Q_i may be int8, with scales (:class:`Scales`).  Their products are exact sums in int32.
+P_i and Q_i may be int8, with scales (:class:`Scales`).  Their products are summed exactly in int32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,8 @@ from .target import Target, target_of
 class Scales(NamedTuple):
     """The scales of int8 operands: a product is rows_i ∘ (P_i Q_i) ∘ columns, in float32.
 
-    All are float32: rows_i [M] for each i, and columns [N].  Without columns (dx), the sum of the
+    All are float32: rows_i [M] for each i, and columns [N].  y has columns (the weight's scales).
+    dx has none, because dy is multiplied by these scales before it is rounded; the sum of its
     products is then rotated, in blocks of 64 columns of OUT.
     """
 
@@ -188,7 +189,7 @@ def masked_low_rank_tile(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile of keep_i ∘ (U V) at (i_m, i_n), in a sum of its own: each term has another mask."""
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in its own accumulator, because masks differ."""
     b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_low = low_rank_tile(
         u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
@@ -238,7 +239,7 @@ def gemm_lowrank_kernel(
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The module's
     docstring has a table of these operands in y and in dx.
 
-    A program computes tiles [BM, BN] of OUT.  Each tile has one accumulator and four stages:
+    A program computes tiles [BM, BN] of OUT, each in one accumulator and four stages:
 
         1. before the main loop    the low-rank term, if LOW_RANK is "before"
         2. the main loop           accumulator += P_i Q_i for every i, in steps over K_i
@@ -248,12 +249,12 @@ def gemm_lowrank_kernel(
     LOW_RANK says where the low-rank term Σ_i keep_i ∘ (U_i V_i) is computed.
     ``GemmConfig.low_rank`` chooses one of these:
     "before"      with dropout: load, multiply and mask U_i V_i before the main loop.  The mask
-                  belongs only to this term.  After the main loop, the term would need a second
-                  accumulator until it is masked; before it, the main accumulator isn't in use yet
+                  applies only to this term.  After the main loop, the term would need a second
+                  accumulator until it is masked; before it, the main accumulator is still free
     "prefetched"  load U_i and V_i before the main loop, which hides the wait, and multiply after it
     "after"       load and multiply after the main loop, in steps over the rank
-    "masked"      with dropout and int8 products, whose sums aren't those of OUT: like "before", but
-                  after the main loop
+    "masked"      with dropout and int8 products: like "before", but after the main loop and the
+                  rotation of its sums, because the low-rank term isn't rotated
     "projects"    like "after", but the main loop computes U_0 = factor · P_0 A, with A [K_0, R_0],
                   from the tiles of P_0 that it loads anyway.  For y, P_0 is x, A is lora_aᵀ and U_0
                   is h, which is also stored, because the backward reads it
@@ -268,7 +269,7 @@ def gemm_lowrank_kernel(
     """
     # One argument for each P_i and Q_i: Triton's launcher finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
-    # OUT's dtype.  P and Q have the same, unless they are int8.
+    # OUT's dtype.  P and Q have the same dtype, unless they are int8, or Q is packed.
     dtype: tl.constexpr = out.dtype if DESCRIPTORS and ends is None else out.dtype.element_ty
     is_int8: tl.constexpr = len(scales[0]) > 0
     # The number of tiles of rows, and of columns.  With segments, the first is an upper bound,
@@ -291,7 +292,7 @@ def gemm_lowrank_kernel(
             ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
         )
         # 1. Before the main loop: b_out = Σ_i keep_i ∘ (U_i V_i) with dropout, otherwise 0.
-        # "before" multiplies here, while b_out has no other sums to protect from the mask.
+        # "before" multiplies here, while b_out holds no sums that the mask must not change.
         # "prefetched" only starts the loads of U_i and V_i, which arrive during the main loop.
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
@@ -319,7 +320,7 @@ def gemm_lowrank_kernel(
             operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
-            if is_int8:  # sums of only this product, which has its own scales
+            if is_int8:  # an accumulator for each product, because each has its own scales
                 b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             # The compiler pipelines this loop: loads run num_stages - 1 steps ahead of products.
             for i_k in range(0, depth, BLOCK_K):
@@ -347,7 +348,7 @@ def gemm_lowrank_kernel(
                     b_sum, scales[0][i], scales[1], i_m, i_n, rows, N, BLOCK_M, BLOCK_N
                 )
         if is_int8 and scales[1] is None:
-            # For a 16-bit OUT, its float32 sums are multiplied in bfloat16, in two parts.
+            # For a 16-bit OUT, rotate_tile splits the float32 sums into two bfloat16 parts.
             b_hadamard = hadamard_matrix(tl.float32 if dtype == tl.float32 else tl.bfloat16)
             b_out = rotate_tile(b_out, b_hadamard, i_n, N, PRECISION)
 
@@ -417,7 +418,7 @@ def gemm_lowrank(
     out [M, N] and u_i [M, R_i] are contiguous.  p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
     any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias [N] are cast to it when they
     are loaded.  Without adapters, ``us`` and ``vs`` are empty.  The q_i may be packed, all in the
-    same format (``Packed.is_like``), with ``Packed.lies_in_rows``.
+    same format (``Packed.is_like``), if ``Packed.lies_in_rows`` is true.
 
     With ``dropout``, ``seeds`` (int64) has one seed for each u_i.  With ``a`` [K_0, R_0], the
     launch also fills u_0 with factor · p_0 a; that needs one projection and no dropout, and
@@ -437,7 +438,7 @@ def gemm_lowrank(
     row_scales, column_scales = scales or (None, None)
     launches = chunks(us, ps, vs, qs, seeds, row_scales)
     for i, (u, p, v, q, launch_seeds, its_row_scales) in enumerate(launches):
-        if not p:  # all products are done, and adapters are left
+        if not p:  # earlier launches had all products; adapters are left
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
             continue
@@ -519,9 +520,8 @@ def one_launch_pays(x: Tensor, r: int) -> bool:
     """Whether a forward should compute h inside of :func:`gemm_lowrank`, which saves a launch.
 
     Every tile of columns then computes h again.  With few rows that should cost no time, because
-    the launch waits for the weight's bytes.  It needs r of at most 32, so that the products with
-    lora_a are few beside the base product's.  Both limits are assumptions; no GPU has measured
-    them.
+    the launch waits for the weight's bytes.  With r of at most 32, the product with lora_a has few
+    FLOPs compared with the base product.  Both limits are assumptions; no GPU has measured them.
     """
     return len(x) <= FEW_ROWS and r <= 32
 
@@ -539,6 +539,6 @@ def _has_descriptor(matrix: Tensor, target: Target) -> bool:
         return False
     if matrix.is_contiguous() or not small_views_fault(target):
         return True
-    # The bytes from the first to the last element: small views fault below 128 KiB.
+    # The bytes from the first to the last element: a view of less than 128 KiB may fault.
     axes = zip(matrix.shape, matrix.stride(), strict=True)
     return sum((length - 1) * stride for length, stride in axes) * size >= 2**17

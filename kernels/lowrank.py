@@ -1,8 +1,9 @@
 """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias): the low-rank term without a base product.
 
-Plans "in place" (plan.py) use it, where torch computes the base product.  It writes the term to a
-new output, to which torch's product is then added (a layer), or it adds the term to a product that
-torch wrote (experts, many adapters).
+It serves plans "in place" (plan.py), where torch computes the base product.  In a layer, it writes
+the term to a new output, and torch then adds its product.  For experts and many adapters, torch's
+product comes first, and the kernel adds the term.  :func:`gemm_lowrank` also calls it for adapters
+that are left after the last base product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from .target import Target, target_of
 
 @dataclass(frozen=True)
 class LowRankConfig(Config):
-    """Tiles of :func:`lowrank`: OUT is cut into block_m x block_n.  No loop is pipelined."""
+    """Tiles of :func:`lowrank`: OUT is cut into block_m x block_n.  Loops aren't pipelined."""
 
     block_m: int
     block_n: int
@@ -76,17 +77,17 @@ class LowRankConfig(Config):
 
 
 def rank_step(r: int) -> int:
-    """BLOCK_R where a program also holds a tile of OUT: the whole rank up to 64, then 32 or 16."""
-    # If 16 doesn't divide the rank, Triton may load every element by a pointer of its own.  Steps
-    # of 16 columns limit the registers that these pointers take.
+    """BLOCK_R of a program that holds a tile of OUT: the whole rank up to 64, then 32 or 16."""
+    # If 16 doesn't divide the rank, Triton may use a pointer for each loaded element.  Steps of 16
+    # columns limit the registers that these pointers take.
     return min(max(16, power_of_two(r)), 64 if r <= 64 else 32 if r % 16 == 0 else 16)
 
 
 def loads_at_once(target: Target, call: Call) -> bool:
     """Whether a program loads the tiles of all U and V before it multiplies the first pair.
 
-    Then the loads overlap.  Loaded tiles wait in shared memory on Hopper and newer.  On older
-    devices they wait in registers, where only small ones fit.
+    Then the loads overlap.  On Hopper and newer, loaded tiles wait in shared memory.  On older
+    devices, they wait in registers, where only small tiles fit.
     """
     one_step = call.r <= rank_step(call.r) and not call.masked
     return one_step and (target.descriptors or call.r * call.projections <= 16)
@@ -153,8 +154,8 @@ def low_rank_tile(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
-    # Not pipelined, because there are few steps, and their buffers would be allocated beside the
-    # main loop's.  v[1] is the rank (v_operand).
+    # Not pipelined, because there are few steps, and their buffers would need shared memory in
+    # addition to the main loop's.  v[1] is the rank (v_operand).
     for i_r in tl.range(0, v[1], BLOCK_R, num_stages=1):
         b_u, b_v = load_u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
@@ -200,9 +201,9 @@ def lowrank_kernel(
 ):  # fmt: skip
     """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
-    U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The index i runs over the projections of a
-    group: for y, one; for dx, all that read x.  A program computes one tile of OUT, whose first row
-    and column are i_m and i_n.
+    U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  For y, the index i runs over the adapters of
+    a layer; for dx, over all projections that read x.  A program computes one tile of OUT, whose
+    first row and column are i_m and i_n.
 
     With segments (``ends``): V_i [segments, R_i, N], bias [segments, N].  A row uses the matrices
     of its segment; rows without a segment get zero.  With ``order``, row s of U_i belongs to row
@@ -286,8 +287,8 @@ def lowrank(
 ) -> None:
     """Fill ``out`` with Σ_i keep_i ∘ (u_i v_i) (+ bias), or add that if ``add``.
 
-    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; ``us`` may be empty.  v_i [R_i,
-    N] has any strides.  v_i and bias [N] are cast to that dtype when they are loaded.
+    out [M, N] and u_i [M, R_i] are contiguous and have the same dtype; ``us`` may be empty.  v_i
+    [R_i, N] has any strides.  v_i and bias [N] are cast to out's dtype when they are loaded.
 
     ``ends``, ``order`` and ``numbers`` as in :func:`project`, with v_i [E, R_i, N] and bias [E, N].
     With ``order``, row s of u_i belongs to row order[s] of out.  ``config`` must fit the call.

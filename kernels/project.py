@@ -5,8 +5,8 @@ is dy, V_i is lora_b, there is no mask, and U_i is dh.  A product is thin if its
 few columns, here R_i (the rank).  Then reading X takes most of the time, so one pass over X serves
 all projections of a group.
 
-Where the base product is of 8 bits, the launch also rounds X to int8 (:class:`Rounded`), in a
-second pass over the rows that L2 still has.
+If the base product multiplies int8, the launch also rounds X to int8 (:class:`Rounded`), in a
+second pass over its rows, which the L2 cache still holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,11 +48,10 @@ from .target import Target, target_of
 
 
 class Rounded(NamedTuple):
-    """X [M, K] ≈ codes · scales, where :func:`project` writes its rows rounded to 8 bits.
+    """Tensors that :func:`project` fills with the rows of X [M, K], rounded: X' ≈ codes · scales.
 
-    codes int8 [M, K], contiguous, and scales float32 [M].  Without ``factors``, X's columns are
-    rotated first, in blocks of 64.  With ``factors``, float32 [K], they are multiplied by them
-    instead.
+    codes int8 [M, K], contiguous, and scales float32 [M].  X' is X with its columns multiplied by
+    ``factors``, float32 [K]; without ``factors``, X with its columns rotated, in blocks of 64.
     """
 
     codes: Tensor
@@ -71,8 +70,8 @@ class ProjectConfig(ThinConfig):
     width: int = 128
 
     def why_not(self, target: Target, call: Call) -> str:
-        # A product of 64 rows or more (wgmma) reads the masked tile from registers, which ptxas may
-        # let other code overwrite before (faults.overwrites_operands).
+        # A product of 64 rows or more (wgmma) reads the masked tile from registers.  ptxas may let
+        # other code overwrite them while it still reads (faults.overwrites_operands).
         is_exposed = call.masked and call.product == "tf32" and self.block_m >= 64
         if is_exposed and overwrites_operands(target):
             return f"ptxas before 13.3 miscompiles masked TF32 in tiles of {self.block_m} rows"
@@ -84,7 +83,7 @@ class ProjectConfig(ThinConfig):
         return call.row_tiles(self.block_m)
 
     def sums(self, call: Call) -> int:
-        # The masked tile of x; with int8, each column's largest magnitudes and the rotated tile.
+        # The masked tile of x; with int8, the largest magnitudes [BM, BK] and the rotated tile.
         tiles = (call.masked + 2 * bool(call.int8)) * self.block_k
         return self.block_m * (call.projections * self.block_r(call) + tiles)
 
@@ -117,7 +116,7 @@ _ROUNDED = ("codes", "row_scales", "column_factors")  # the kernel's names for `
 def _work_of(arguments: Mapping[str, Any]) -> Work:
     """The FLOPs and bytes of a launch.  Names that end in ``bytes`` count each element once."""
     x, v, planes = (arguments[name] for name in ("x", "v", "planes"))
-    # count: the number of splits, or 0 where K isn't split.
+    # count: the number of splits, or 0 if K isn't split.
     (M, K), ranks = (arguments["M"], arguments["K"]), arguments["R"]
     segments, r_tiles, count = arguments["segments"], arguments["R_TILES"], len((*planes, ())[0])
     m_tiles, passes = row_tiles(M, arguments["BLOCK_M"], segments), r_tiles * max(1, count)
@@ -165,10 +164,10 @@ def project_kernel(
     order[s] of X.  With ``own_factors`` and ``own_thresholds``, each segment has its own factor,
     seed and threshold (segments.py).
 
-    With CODES int8 [M, K] and ROW_SCALES [M]: the first pass also finds the largest magnitude of
-    each row of X, rotated or times COLUMN_FACTORS [K] (:class:`Rounded`).  A second pass rounds the
-    row: CODES = round(X · 127 / largest), ties to even, and ROW_SCALES = largest / 127, which is
-    NaN or infinite where the row isn't finite.
+    With CODES int8 [M, K] and ROW_SCALES [M]: X' is X rotated, or X times COLUMN_FACTORS [K]
+    (:class:`Rounded`).  The first pass also finds the largest magnitude of each row of X'.  A
+    second pass rounds the row: CODES = round(X' · 127 / largest), ties to even, and ROW_SCALES =
+    largest / 127.  A row with NaN or infinity has the scale NaN or infinity.
     """
     # R_TILES programs share the same rows of X, one for each BLOCK_R columns of U.  They have
     # neighboring numbers, so that they run at the same time and L2 serves X.
@@ -191,8 +190,9 @@ def project_kernel(
     if order is not None:
         o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
     if codes is not None:
-        # The bits of magnitudes, as integers: they have the order of the numbers, with infinity and
-        # NaN above all others.  Each column of a tile has its own, so that no step reduces them.
+        # The bits of magnitudes, as integers.  Integers have the same order as the magnitudes, with
+        # infinity and NaN above all others.  One for each element of a tile, so that only the end
+        # needs a reduction over columns.
         b_largest = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
         b_hadamard = None
         if column_factors is None:
@@ -244,12 +244,12 @@ def round_rows(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The second pass of ``project_kernel``, in the first of the programs with these rows.
+    """The second pass of ``project_kernel``, run by the first of the programs with these rows.
 
     ``b_largest``: the bits of the largest magnitudes in the first pass, [BM, BK].
     """
     if i_r == 0:
-        # Rows below 2⁻¹⁰⁰ count as that, so that 127 / largest is finite.
+        # 2⁻¹⁰⁰ replaces a smaller largest magnitude, so that 127 / largest is finite.
         b_bits = tl.maximum(tl.max(b_largest, 1), 27 << 23)
         b_most = b_bits.to(tl.float32, bitcast=True)  # [BM]
         o_m = i_m + tl.arange(0, BLOCK_M)
@@ -261,7 +261,8 @@ def round_rows(
             )  # [BM, BK]
             b_number = numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION)
             # Adding 1.5 · 2²³ rounds to an integer, ties to even, in the lower bits.  The minimum
-            # keeps the compiler from fusing both into one multiply-add, which rounds only once.
+            # keeps the compiler from fusing product and sum into one operation, which would round
+            # only once.
             b_number = tl.minimum(b_number * b_inverse, 127.0) + 12582912.0
             b_code = b_number.to(tl.int32, bitcast=True) - 0x4B400000
             store_tile(codes, b_code, i_m, i_k, end, K, K, 1)
@@ -269,7 +270,7 @@ def round_rows(
 
 @triton.jit
 def numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION: tl.constexpr):
-    """The numbers that are rounded to 8 bits, float32: x times factors, or rotated in x's dtype."""
+    """The numbers to round to 8 bits, in float32: x times factors, or x rotated in its dtype."""
     if column_factors is None:
         b_number = rotate_tile(b_x, b_hadamard, i_k, K, PRECISION)
         return cast(b_number, b_x.dtype).to(tl.float32)
@@ -304,8 +305,8 @@ def project(
     for each segment, in place of ``factors`` and ``dropout``; then there is one v_i, and ``seeds``
     is [E].
 
-    ``rounded``, without ``ends`` and ``order``: also fill its codes and scales; then ``adapters``
-    may be empty.
+    ``rounded``, only without ``ends`` and ``order``: the call also fills its codes and scales.
+    ``adapters`` may then be empty.
     """
     M, K, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     results: list[Tensor] = []
@@ -323,7 +324,7 @@ def project(
         # A split should load at least four times the bytes that its plane costs.  The plane costs
         # 8 · M · r bytes, because it is written and read.  For each column, a split loads 2 · M
         # bytes of x and 4 · r bytes of V.  So 16 r columns are enough because of x, or 8 M columns
-        # because of V.  A row that is rounded isn't split.
+        # because of V.  A row that is rounded isn't split, because it needs its largest magnitude.
         least = min(16 * call.r, 8 * M) if rounded is None else K
         count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]

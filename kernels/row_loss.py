@@ -1,4 +1,4 @@
-"""Each row's cross-entropy, and its gradient written over the logits."""
+"""The cross-entropy of each row of logits, and its gradient, which overwrites the logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from .common import cast
 from .launch import Launch, Work, launch, size_of, stated
 
 # A program computes one row with 512 threads.  Each thread has 8 columns of a block: one load of
-# 16 bytes, if z has 16 bits.  So many threads for each row mean that few rows run at a time, and L2
-# may still hold a row when its second pass begins.
+# 16 bytes, if z has 16 bits.  With so many threads for a row, few rows run at a time, and the L2
+# cache may still hold a row when its second pass begins.
 _BLOCK, _WARPS = 4096, 16
 
 
@@ -45,7 +45,8 @@ def row_loss_kernel(
     is_column = (i_target >= 0) & (i_target < V)
     # Loaded before the reductions, because another warp may overwrite this logit in pass 2.
     of_target = _logits(tl.load(z + i_target, mask=is_column, other=0.0), logit_scale, softcap)[0]
-    # Pass 1: each lane's largest s so far, Σ exp(s - largest) and Σ s, in float32.
+    # Pass 1: for each of the BLOCK columns of a step, over the steps so far: the largest s,
+    # Σ exp(s - largest) and Σ s, in float32.
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     b_total = tl.zeros((BLOCK,), tl.float32)
@@ -62,12 +63,13 @@ def row_loss_kernel(
     largest = tl.where(is_column, tl.max(b_largest, 0), float("nan"))
     total = tl.sum(b_sum * tl.exp(b_largest - largest), 0)  # Σ exp(s - largest)
     lse = largest + tl.log(total)
-    # Not lse - s_t, because lse has lost digits of log(total) if ``largest`` is large.
+    # Not lse - s_t: if ``largest`` is large, lse = largest + log(total) has lost digits of the log.
     loss = tl.log(total) + (1.0 - smoothing) * (largest - of_target) + z_loss * lse * lse
-    # The mean of s is infinite if a part of the vocabulary is masked by -inf, and 0 · inf is NaN.
+    # The mean of s is -inf if -inf masks a part of the vocabulary.  Without smoothing, 0 · -inf
+    # would be NaN.
     loss += tl.where(smoothing == 0.0, 0.0, smoothing * (largest - tl.sum(b_total, 0) / V))
     tl.store(losses + i_row, loss)
-    if GRADIENT:  # pass 2.  The reductions are barriers: no warp is still in pass 1.
+    if GRADIENT:  # pass 2.  The reductions are barriers, so all warps have ended pass 1.
         factor = logit_scale
         if upstream is not None:
             factor *= tl.load(upstream + i_row)
@@ -92,7 +94,7 @@ def _logits(b_z, logit_scale, softcap):
         b_series = 0.13333333 + b_uu * (-0.053968254 + b_uu * 0.021869488)
         b_series = b_u + b_u * b_uu * (-0.33333333 + b_uu * b_series)
         b_s = softcap * tl.where(b_uu < 0.09, b_series, tl.where(b_u < 0.0, b_q - 1.0, 1.0 - b_q))
-        b_slope = b_q * (2.0 - b_q)  # 1 - tanh², with the digits of a large u
+        b_slope = b_q * (2.0 - b_q)  # 1 - tanh², accurate also for a large u
     return b_s, b_slope
 
 
@@ -103,8 +105,9 @@ def row_loss(
     """Fill ``losses`` float32 [M] for logits z [M, V] and classes ``target`` int64 [M].
 
     With ``gradient``, z becomes the gradient of each row's loss, times ``upstream`` [M], if given.
-    It is computed in float32 and rounded once.  z has 16 or 32 bits; its columns have stride 1, its
-    rows any stride.  ``settings``: label smoothing, softcap or None, logit scale, z_loss.
+    The gradient is computed in float32 and rounded once.  z has 16 or 32 bits; its columns have
+    stride 1, its rows any stride.  ``settings``: label smoothing, softcap or None, logit scale,
+    z_loss.
     """
     smoothing, softcap, logit_scale, z_loss = settings
     arguments: dict[str, Any] = {
