@@ -1,13 +1,13 @@
-"""The products of the torch backend with a weight of the format ``RotatedInt8``, in 8 bits.
+"""8-bit products of the torch backend, with a weight of the format ``RotatedInt8``.
 
-With the weight's ``codes`` [N, K] and ``scale`` [N]:
+For the weight's ``codes`` [N, K] and ``scale`` [N]:
 
     xq, s = quantize_rows(rotate(x))         y  = (xq codesᵀ) · s · scale + bias
     dq, s = quantize_rows(dy · scale)        dx = rotate((dq codes) · s)
 
-The sums in parentheses are exact in int32, and both read the same codes.  Everything after them is
-computed in float32 and rounded once, in blocks of rows that stay in the cache.  Outputs with the
-same x share xq, and their parts of dx are summed before the rotation.
+The products xq codesᵀ and dq codes are summed exactly in int32, and both read the same codes.  The
+later steps are computed in float32 and rounded once, in blocks of rows that stay in the cache.
+Outputs with the same x share xq, and their parts of dx are summed before the rotation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,10 @@ from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quanti
 from ..projection import Base
 from .products import columns_of, matrix_like, rows_of
 
-# Elements of the sums that are made at once, 4 bytes each; and elements of a block of them that is
-# scaled at once.
+# The int32 sums that one product computes (16 MiB), and the sums that are scaled at once (512 KiB).
 _SUMS, _AT_ONCE = 2**22, 2**17
 _MOST_ROWS = 4096
-# Sums of as many products of two codes are exact in float32, also on tensor cores (TF32).
+# A float32 sum of so many products of two codes is exact, also on tensor cores (TF32).
 _EXACT = 1024
 
 
@@ -37,16 +36,16 @@ def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes and the scale of x, rotated and in 8 bits; valid until the next ones are made."""
+    """The codes and the scale of x, rotated and in 8 bits; valid until the next call."""
     return quantize_rows(x, rotated=True, codes=matrix_like("codes", x, torch.int8))
 
 
 def linear_in_8_bits(
     x: tuple[Tensor, Tensor], base: Base[Any], dtype: torch.dtype, into: Tensor | None = None
 ) -> Tensor:
-    """x weightᵀ + bias [M, N] of this dtype, a new tensor or written ``into`` this one.
+    """x weightᵀ + bias [M, N] in this dtype: a new tensor, or ``into``, which is overwritten.
 
-    x as :func:`rounded` returns it.
+    x has the form that :func:`rounded` returns.
     """
     (xq, x_scale), (codes, scale), bias = x, base.weight.tensors, base.bias
     y = x_scale.new_empty(len(xq), len(codes), dtype=dtype) if into is None else into
@@ -60,7 +59,7 @@ def linear_in_8_bits(
 
 
 def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta: float) -> None:
-    """dx = beta · dx + Σ dy weight over these pairs (dy [M, N], weight [N, K]), in place."""
+    """dx = beta · dx + Σ dy weight, in place, over pairs (dy [M, N], weight [N, K])."""
     step = min(_MOST_ROWS, _SUMS // max(dx.shape[1], *[dy.shape[1] for dy, _ in pairs]))
     for rows in slices(len(dx), step):
         parts, place = [], dx[rows]
@@ -82,7 +81,7 @@ def _scaled(
 
     codes int8 [M, L], scale [M], matrix int8 [L, columns]; ``like`` [M, columns].
     """
-    # Usually one; several int32 sums of a very long L are added in float32.
+    # Usually one product.  If L exceeds LONGEST_SUM, several are added in float32.
     sums = [
         int_product(columns_of(codes, part), rows_of(matrix, part), f"{use}, {part.start}", like)
         for part in slices(len(matrix), LONGEST_SUM)
@@ -98,8 +97,8 @@ def _scaled(
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
     out = matrix_like(use, like, torch.int32)
-    # torch's own gives wrong sums if ``right`` is a transposed column, because torch misreads its
-    # strides (torch 2.13).  On a GPU it refuses few rows, odd sizes and rows that lie apart.
+    # torch._int_mm gives wrong sums if ``right`` is a transposed column, because it misreads the
+    # strides (torch 2.13).  On a GPU it raises for few rows, odd sizes and rows with gaps.
     if left.is_cpu and len(right) > 1 and _sums_are_exact():
         return torch._int_mm(left, right, out=out)
     out.zero_()

@@ -1,10 +1,10 @@
 """Rotated int8: 8-bit weights for 8-bit products.
 
-Blocks of 64 input features are multiplied by a Hadamard matrix, so that no feature is much larger
-than the others of its row.  Then each row of the weight, and in a call each row of x, is rounded to
-8 bits with one scale.  The rotations of x and of the weight cancel in x weightᵀ.
+Each block of 64 input features is multiplied by a Hadamard matrix (rotated), so that no feature is
+much larger than the others of its row.  Then each row of the weight, and in a call each row of x,
+is rounded to 8 bits with one scale.  The rotations of x and of the weight cancel in x weightᵀ.
 
-Also fastlora's layer with such a weight, ``layers.int8.Int8Linear``.
+This file also reads and writes the weight of fastlora's layer ``layers.int8.Int8Linear``.
 """
 
 from collections.abc import Sequence
@@ -23,24 +23,24 @@ from .vendor import PackedLayer, checked
 
 BLOCK = 64  # features in one block of the rotation
 LARGEST = 127  # the largest code; -128 isn't used
-# Sums of more products could overflow int32: 2³¹ / 127².
+# A sum of more products could overflow int32: 2³¹ / 127² = 133,144.
 LONGEST_SUM = 133_000
-# The smallest magnitude that counts as a row's largest, so that 127 / it is finite.
+# The least value of a row's largest magnitude, so that 127 / largest is finite.
 _NOTHING = 2.0**-100
-# Elements that are rounded at once on a CPU: their float32 copy, 512 KiB, stays in a core's cache.
+# The elements that a CPU rounds at once: their float32 copy, 512 KiB, stays in a core's cache.
 _AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
 class RotatedInt8(Format):
-    """weight = rotate(codes · scale), computed in float32 and rounded once to out's dtype.
+    """weight = rotate(codes · scale), computed in float32 and rounded once to the result's dtype.
 
     codes int8 [rows, columns], from -127 to 127; scale float32 [rows].  ``compute`` is the dtype of
     the weight before it was packed.  8-bit products multiply the codes by the codes of a rotated x:
 
-    y = (xq codesᵀ) · x's scale · scale      with   xq, x's scale = quantize_rows(rotate(x))
+    xq, x_scale = quantize_rows(rotate(x))      y = (xq codesᵀ) · x_scale · scale
 
-    The sums xq codesᵀ are exact in int32 up to 133,000 products.
+    The sums xq codesᵀ are exact in int32, up to 133,000 products in a sum.
     """
 
     compute: str
@@ -75,8 +75,8 @@ def hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
 def rotate(x: Tensor) -> Tensor:
     """x [M, K] with each block of 64 columns multiplied by :func:`hadamard`.
 
-    The last K % 64 columns are copied.  Computed in x's dtype; 16-bit sums are made in float32 and
-    rounded once.  A second rotation gives x back within rounding.
+    The last K % 64 columns are copied.  The result has x's dtype; for 16 bits, sums are computed in
+    float32 and rounded once.  A second rotation gives x back within rounding.
     """
     whole = x.shape[1] // BLOCK * BLOCK
     blocks = x[:, :whole].reshape(-1, BLOCK)
@@ -92,18 +92,20 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
-    With v = x, x · factor for a ``factor`` [K], or rotate(x) with ``rotated``, and the largest |v|
-    of each row, at least 2⁻¹⁰⁰, it computes in float32:
+    v is x; with ``factor`` [K], it is x · factor; with ``rotated``, it is rotate(x).  largest is
+    the largest |v| of a row, or 2⁻¹⁰⁰ if that is larger.  In float32:
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
-    A row with NaN has the scale NaN, and a row with infinity has the scale infinity: the codes of
-    such a row are unspecified, and no product with it is finite.  ``codes``: write them there.
+    A row with NaN has the scale NaN, and a row with infinity has the scale infinity.  The codes of
+    such a row are unspecified, and no product with it is finite.  If ``codes`` is a tensor, the
+    codes are written to it.
     """
     M, K = x.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device) if codes is None else codes
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    most = scale.new_full((), LARGEST)  # a tensor: torch may divide by a number as a product
+    # A tensor, because torch may replace a division by a number with a multiplication.
+    most = scale.new_full((), LARGEST)
     step = max(1, _AT_ONCE // max(1, K) if x.is_cpu else M)
     buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
     for rows in slices(M, step):
@@ -111,7 +113,7 @@ def quantize_rows(
         values.copy_(rotate(x[rows]) if rotated else x[rows])
         if factor is not None:
             values.mul_(factor)
-        # Two passes without a buffer for |v|, which takes 20 % less time.
+        # amax and amin of v take 20 % less time than amax of |v|, which needs a buffer for |v|.
         largest = torch.maximum(values.amax(1), values.amin(1).neg_(), out=scale[rows])
         values.mul_(torch.div(most, largest.clamp_min_(_NOTHING))[:, None])
         codes[rows].copy_(values.round_())

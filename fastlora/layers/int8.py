@@ -16,9 +16,10 @@ from ..projection import Base, Output
 class Int8Linear(nn.Module):
     """x weightᵀ + bias, like ``nn.Linear``, in 8 bits.  x may have any floating dtype.
 
-    ``codes`` [N, K] and ``scale`` [4 N] hold the bits of the format's tensors as uint8, so that
-    casts of the model change only the dtype in the format, which a dense weight gets (merges,
-    ``restore``).  ``weight`` is None: code that reads it must fail.
+    ``codes`` [N, K] and ``scale`` [4 N] hold the bits of the format's tensors as uint8, because a
+    cast of the model (``model.half()``) skips integers.  A cast only changes the dtype that
+    ``format`` has for dense weights (merges, ``restore``).  ``weight`` is None, so that code which
+    reads it fails.
     """
 
     def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:

@@ -30,19 +30,20 @@ if TYPE_CHECKING:  # it imports PEFT
     from .layer_check import LayerCheck
 
 # The largest relative difference between two runs of a model that counts as rounding, by the
-# coarsest dtype of the run.  For 16 bits these numbers hold for two blocks.  They are multiplied by
-# √(blocks - 1): over 40 random qwen3 models in bfloat16, the largest differences were 0.05 with 2
-# blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.  A fault in one layer can be smaller than such a
-# difference; layer_check.py finds it.
+# coarsest dtype of the run.  For 16 bits, these numbers are for models with two transformer blocks.
+# Deeper models multiply them by √(blocks - 1): over 40 random qwen3 models in bfloat16, the largest
+# differences were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.  A fault in one
+# layer can be smaller than such a difference; layer_check.py finds it.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_STD = 0.02  # standard deviation of a filled lora_B, like a trained lora_B
+_STD = 0.02  # of the random numbers that replace a zero lora_B: about as large as after training
 
 
 @dataclass(frozen=True)
 class Difference:
     """‖fast - PEFT‖ / ‖PEFT‖ of one tensor.
 
-    It is infinite if one of the two runs lacks the tensor, or if the tensor is zero only in PEFT's.
+    It is infinite if one of the two runs lacks the tensor, or if the tensor is zero only in PEFT's
+    run.
     """
 
     name: str
@@ -52,8 +53,8 @@ class Difference:
 class Rounding(NamedTuple):
     """The differences of a run from a more exact one: of the loss, and of all gradients.
 
-    ``gradients`` is ‖run - exact‖ / ‖exact‖ of all gradients as one vector, ``cosine`` the cosine
-    of both vectors.
+    ``gradients`` is ‖run - exact‖ / ‖exact‖, where run and exact are vectors of all gradients.
+    ``cosine`` is the cosine of the angle between both vectors.
     """
 
     loss: float
@@ -67,7 +68,9 @@ class Rounding(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """The differences between fastlora and PEFT on one batch.  True if rounding explains them.
+    """The differences between fastlora and PEFT on one batch.
+
+    ``bool(check)`` is True if rounding explains them.
 
     ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers``
     compares each layer on the same inputs, which finds much smaller faults.
@@ -83,10 +86,10 @@ class Check:
     dtype: torch.dtype = torch.float32
     filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
     zeros: tuple[str, ...] = ()  # results of layers that were zero, so that they tested nothing
-    # With a base in 8 bits: the fast run beside exact products, with the original weights if
-    # ``base`` was given, else with the rounded ones.  And the rounded weights with exact products
-    # beside the original weights.
+    # With a base in 8 bits: the fast run, compared with exact products.  These use the original
+    # weights if ``base`` was given, and otherwise the rounded ones.
     rounding: Rounding | None = None
+    # With ``base``: exact products with the rounded weights, compared with the original weights.
     int8_weights: Rounding | None = None
 
     @property
@@ -170,11 +173,11 @@ def check(
     there is none, it is a fixed random combination of all outputs, and its difference is relative
     to the norm of all outputs.
 
-    Each fast LoRA layer, and each gated MLP, runs three times on the inputs and the output's
-    gradient of the model's own run: by fastlora, by PEFT, and by PEFT in float32 (float64 for a
-    layer in float32) with wide weights.  The third run counts as exact.  An output or gradient is
-    right under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in
-    the last place.  And neither the result nor the adapters' part of it may be systematically too
+    Each fast LoRA layer, and each gated MLP, runs three times, on the inputs and the output's
+    gradient that it has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in
+    float32 (float64 for a layer in float32).  The third run counts as exact.  An output or gradient
+    is right under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units
+    in the last place.  Neither the result nor the adapters' part of it may be systematically too
     large or too small by more than 1 %, or by more than six standard deviations of rounding if that
     is larger.  If a call has more than 1024 rows, 1024 rows are compared, and the output's gradient
     is zero in the others.  Layers that run PEFT's forward are not judged.
@@ -183,23 +186,27 @@ def check(
     gradient of every parameter that trains and of every input that requires it.  In 16 bits this
     finds only large faults.
 
-    The model runs in the mode it is in: ``model.train()`` includes dropout.  Where lora_B is zero,
-    as in a new adapter, the check gives it small random numbers, because lora_A's gradient is
-    zero otherwise, and puts the zeros back.
+    The model runs in its current mode: after ``model.train()``, dropout is active.  If a lora_B is
+    zero, as in a new adapter, lora_A's gradient would be zero.  So the check fills it with small
+    random numbers, and restores the zeros afterwards.
 
-    The results of a base in 8 bits (``optimize(model, base="int8")``) are compared with results of
-    the same rounding.  A line of its own states the rounding: how far the loss and all gradients
-    are from PEFT's forward with exact products.  ``base`` and ``int8_from`` are arguments of
-    ``optimize``: a dense model then is in 8 bits during the check, and the line compares it with
-    the original weights.  A second line compares the rounded weights, with exact products.
+    If the base is in 8 bits (``optimize(model, base="int8")``), both sides of the comparisons above
+    round in the same way.  A further line of the report gives the effect of the rounding: the
+    difference of the loss and of all gradients from PEFT's forward with exact products.  ``base``
+    and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the check,
+    and the line compares it with the original weights.  A second line gives the effect of the
+    rounded weights only.
 
-    It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
-    and numpy's), lora_B and the layers' classes are put back.  It needs memory for two sets of
-    gradients and outputs, a copy of the batch, and one layer in the exact dtype, beside the model.
+    The call changes nothing: it copies the batch, and restores gradients, buffers, random states
+    (also Python's and numpy's), lora_B and the layers' classes.  In addition to the model, it needs
+    memory for two sets of gradients and outputs, a copy of the batch, and one layer in the exact
+    dtype.  With a base in 8 bits, it also needs dense copies of the base weights, and up to two
+    more sets of gradients and outputs.
 
     ``tolerance``: the largest relative difference between the two runs that counts as rounding.
-    The default is 1e-3 for a float32 model, 0.02 with float16 parameters or autocast, and 0.1 with
-    bfloat16.  For more than two blocks, the latter two are multiplied by √(blocks - 1).
+    The default is 1e-9 for a float64 model, 1e-3 for float32, 0.02 with float16 parameters or
+    autocast, and 0.1 with bfloat16 or 8 bits.  For more than two transformer blocks, the last two
+    are multiplied by √(blocks - 1).
 
     Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
     model has fastlora's own layers, if no layer would run fast, if the tolerance is negative, or if
@@ -235,7 +242,7 @@ def check(
                 changed_classes(own_heads(modules) | own_classes(modules)),
                 undisturbed(inner),
                 judge.watching(inner, report, mixed),
-                torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
+                torch.compiler.set_stance("force_eager"),  # compiled code doesn't call the hooks
             ):
                 peft = _run(model, batch)
             is_int8 = any(isinstance(one.base_layer, Int8Linear) for _, one in peft_layers(inner))
@@ -251,7 +258,7 @@ def check(
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
         tolerance = TOLERANCES[dtype] * deeper
     size = None
-    if not peft.has_loss:  # it may be near 0, and its standard deviation is the outputs' norm
+    if not peft.has_loss:  # the random loss may be near 0; its typical size is the outputs' norm
         size = math.hypot(*[float(y.detach().double().norm()) for y in peft.outputs.values()])
     return Check(
         _differences(fast.loss, peft.loss, size)[0],
@@ -269,7 +276,7 @@ def check(
 
 
 def _exact_run(model: nn.Module, batch: Any) -> "_Run":
-    """A run of PEFT's forward with exact products: with dense bases in place of those in 8 bits."""
+    """A run of PEFT's forward with exact products, because dense bases replace those in 8 bits."""
     inner = unwrap(model)
     modules = list(inner.modules())
     with ExitStack() as undo:
@@ -298,10 +305,10 @@ def _rounding(run: "_Run | None", exact: "_Run | None") -> Rounding | None:
 
 @contextmanager
 def _filled(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, each active lora_B that was zero is random.  At the end it is zero again.
+    """Fills each active lora_B that is zero with random numbers, and restores the zeros at the end.
 
     Yields the names of these layers.  A lora_B under FSDP stays zero, because FSDP could free the
-    tensor in between.  So does a lora_B without data.
+    tensor in between.  A lora_B without data (on meta) isn't changed either.
     """
     held = inside_of(model, FULLY_SHARDED, FSDP)
     found = [
@@ -317,7 +324,7 @@ def _filled(model: nn.Module) -> Iterator[list[str]]:
     ]
     draw = torch.Generator("cpu").manual_seed(0)
     try:
-        # By .data, so that a graph of the user that has saved lora_B stays valid.
+        # Through .data, so that the user's autograd graphs that saved lora_B stay valid.
         for _, up, _ in zero:
             how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
             up.data.copy_(_STD * torch.randn(up.shape, **how))
@@ -333,7 +340,7 @@ def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.d
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
     used |= {parameter.dtype for parameter in model.parameters()} | others
     if any(isinstance(module, Int8Linear) for module in model.modules()):
-        used.add(torch.bfloat16)  # it has 8 bits also
+        used.add(torch.bfloat16)  # its numbers also have 8 bits
     return max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
 
 
@@ -343,7 +350,7 @@ class _Run(NamedTuple):
     loss: dict[str, Tensor]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    has_loss: bool  # of the model's own; otherwise it is random
+    has_loss: bool  # whether the model has a loss; otherwise ``loss`` is a random combination
 
 
 def _run(model: nn.Module, batch: Any) -> _Run:
@@ -373,7 +380,7 @@ def _fresh(value: Any) -> Any:
 def _differences(
     fast: dict[str, Tensor], peft: dict[str, Tensor], size: float | None = None
 ) -> tuple[Difference, ...]:
-    """``size``: what differences are relative to, in place of PEFT's norm."""
+    """The relative differences of all tensors; relative to ``size``, if it isn't None."""
     differences = []
     for name in peft | fast:
         one, other, relative = fast.get(name), peft.get(name), float("inf")

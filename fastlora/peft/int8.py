@@ -1,7 +1,7 @@
-"""The base of PEFT's layers in 8 bits: ``optimize(model, base="int8")``.
+"""Base layers of PEFT's layers in 8 bits: ``optimize(model, base="int8")``.
 
-The bases are converted in place: a layer's ``base_layer`` becomes an ``Int8Linear``.  This file
-imports nothing of PEFT.
+The conversion is in place: a layer's ``base_layer`` becomes an ``Int8Linear``.  This file doesn't
+import PEFT.
 """
 
 import warnings
@@ -20,11 +20,13 @@ from ..projection import HALF_DTYPES
 from ..settings import is_number
 from ..text import shown
 
-# A converted model's attribute: for each layer that stayed dense, by its name, the reason.
+# An attribute of converted models: a dict from the name of each layer that stayed dense to the
+# reason.
 _REASONS = "_fastlora_int8_reasons"
-_KEPT = "_fastlora_int8"  # a merged layer's attribute with its base in 8 bits
+_KEPT = "_fastlora_int8"  # an attribute of merged layers: the base in 8 bits, which unmerging restores
 _NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
-# 512 rows of 2048² take 2.3 × the frozen layer's time in 8 bits, 1.4 × in bfloat16 (torch 2.13).
+# A LoRA layer with 512 rows and a 2048 x 2048 weight takes 2.3 × the frozen layer's time in 8 bits,
+# and 1.4 × in bfloat16 (torch 2.13).
 _AMX = "this CPU multiplies 16 bits by AMX, faster than torch multiplies and rounds to 8 bits"
 Layers = list[tuple[str, Any]]
 
@@ -40,7 +42,7 @@ def check_base(base: Any, least: Any) -> None:
 def convert(
     model: nn.Module, layers: Layers, fast: Container[Any], least: int, undo: ExitStack
 ) -> None:
-    """Give each layer that can have one a base in 8 bits; closing ``undo`` gives the old ones back.
+    """Convert the base of each supported layer to 8 bits; closing ``undo`` restores the old bases.
 
     ``fast``: the layers whose class becomes fast.  ``least``: layers with fewer input or output
     features stay dense.
@@ -68,7 +70,10 @@ def convert(
 
 
 def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]:
-    """Notes for the report on a converted model.  ``warns``: also warn of slow layers, or none."""
+    """Notes for the report on a converted model.
+
+    ``warns``: also warn if 8 bits are slow here, or if no layer was converted.
+    """
     reasons = model.__dict__.get(_REASONS)
     if reasons is None:
         return []
@@ -120,7 +125,7 @@ def _why_slow(base: Any) -> str:
 
 
 def use_bases(bases: Mapping[Any, nn.Module]) -> dict[Any, nn.Module]:
-    """Replace the base of each of these layers; returns the replaced ones, which undo it."""
+    """Replace the base of each of these layers; returns the replaced bases, in the same form."""
     before = {layer: layer.base_layer for layer in bases}
     for layer, base in bases.items():
         layer.base_layer = base
@@ -135,7 +140,7 @@ def _set_reasons(model: nn.Module, reasons: dict[str, str] | None) -> None:
 
 
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
-    """Give each layer a dense base with the values of its 8-bit one."""
+    """Replace each layer's 8-bit base by a dense base with the same values."""
     for _, layer in layers:
         layer.__dict__.pop(_KEPT, None)
     use_bases(dense_bases(layers))
@@ -143,14 +148,14 @@ def give_back_dense(model: nn.Module, layers: Layers) -> None:
 
 
 def dense_bases(layers: Layers) -> dict[Any, nn.Module]:
-    """A dense base with the same values for each layer with an 8-bit one."""
+    """For each layer with an 8-bit base, a dense base with the same values."""
     int8 = [layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
     return {layer: dense_linear(layer.base_layer) for layer in int8}
 
 
 @contextmanager
 def dense_base(layer: Any) -> Iterator[None]:
-    """Inside, the layer's base isn't in 8 bits.  It stays dense if the layer is merged then."""
+    """Makes the layer's base dense within the context, and longer if the layer is then merged."""
     if before := use_bases(dense_bases([("", layer)])):
         layer.__dict__[_KEPT] = before[layer]
     try:

@@ -1,4 +1,4 @@
-"""Speeds PEFT models up in place, restores them, and reports on any model.
+"""Optimizes PEFT models in place, restores them, and reports on any model.
 
 Importing this file doesn't import PEFT; functions import the modules that need it.
 """
@@ -39,7 +39,7 @@ _PASSED_OVER = (
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; calls nothing.
+    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; no layer is called.
 
     Raises TypeError if ``model`` isn't a module, and ValueError if ``FASTLORA_BACKEND`` isn't the
     name of a backend.
@@ -59,7 +59,7 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
         return Coverage((), notes)
     if version := why_not_peft():
         unread = []
-        for name, layer in layers:  # this reads as little of an unknown PEFT as possible
+        for name, layer in layers:  # reads few attributes, because an unknown PEFT may lack others
             shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
             unread.append(LayerCoverage(name, shape, 0, False, PEFT_FORWARD, version))
         return Coverage(tuple(unread), notes)
@@ -125,16 +125,16 @@ def optimize(
 
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
     ``torch.compile``) or not.  Parameters, names, files and PEFT's functions don't change.  Each
-    call decides whether it runs fast; PEFT's forward takes the other calls.  :func:`coverage`
-    reports on each layer.  Layers that PEFT adds later need another call of ``optimize``.
-    :func:`restore` undoes it.
+    call of a layer checks whether it can run fast; otherwise it runs PEFT's forward.
+    :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
+    ``optimize``.  :func:`restore` undoes it.
 
     ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
-    ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and a base in calls
-    without its adapter.
+    ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and base layers
+    while their adapter is disabled.
 
     ``gated_mlps``: fuse each gated MLP of transformers' models, down(act(gate(x)) · up(x)), into
-    one call.  In training it saves neither act(gate) nor the product for the backward
+    one autograd node, which saves neither act(gate) nor the product for the backward
     (docs/blocks.md).
 
     ``loss``: compute the loss, and its gradients, without logits (docs/loss.md).  The head's calls
@@ -145,17 +145,17 @@ def optimize(
     multiply in 8 bits, forward and backward (docs/quantized.md).  The weights need half of the
     memory of 16 bits, and large layers are faster.  The original weights are lost:
     :func:`restore`, and a merge, give the rounded ones.  A layer stays dense if its weight trains,
-    is tied or sharded, or if it has fewer than ``int8_from`` input or output features, where 8 bits
-    gain nothing; 0 converts all.  The report gives the reasons.  CPUs without VNNI, and 16-bit
-    models on CPUs with AMX, get a warning, because 8 bits are slower there.
+    is tied or sharded, or if it has fewer than ``int8_from`` input or output features, because 8
+    bits don't make small layers faster; 0 converts all.  The report gives the reasons.  On CPUs
+    without VNNI, and for 16-bit models on CPUs with AMX, a warning says that 8 bits are slower.
 
     The results equal PEFT's within rounding; with ``base``, within the rounding to 8 bits.  Dropout
     draws other masks of the same distribution.
 
-    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  A PEFT older than the
-    tested versions also changes nothing, with a warning.  A newer PEFT is sped up, with a warning:
-    :func:`fastlora.check` compares the numbers.  A model without any fast layer gets a warning that
-    gives the reasons.
+    With ``FASTLORA_DISABLE=1`` in the environment, this function changes nothing.  With a PEFT
+    older than the tested versions, it also changes nothing, and warns.  With a newer PEFT, it
+    optimizes the model and warns; :func:`fastlora.check` compares the numbers.  If no layer of the
+    model can run fast, a warning gives the reasons.
 
     Raises TypeError if ``model`` isn't a module.  Raises ValueError if the model has no PEFT LoRA
     layers, if a switch isn't a bool, if another argument doesn't fit, or if ``FASTLORA_BACKEND``
@@ -163,7 +163,7 @@ def optimize(
     if a layer would not run fast.  An error leaves the model unchanged.
     """
     switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
-    with ExitStack() as undo:  # a warning is an error if Python's filters say so
+    with ExitStack() as undo:  # because Python's filters may turn a warning into an error
         report = _change(model, undo, base, int8_from, strict=strict, **switches)
         nothing_is_fast = len(report.not_fast) == len(report.layers)
         if nothing_is_fast and not why_nothing_changes():
@@ -176,7 +176,7 @@ def optimize(
 def while_optimized(
     model: nn.Module, base: str | None = None, int8_from: int = 0
 ) -> Iterator[Coverage]:
-    """Inside, the model is optimized; yields the report.  At the end the changes are undone."""
+    """Optimizes the model within the context, and yields the report; then undoes the changes."""
     switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
     with ExitStack() as undo:
         yield _change(model, undo, base, int8_from, strict=False, **switches)
@@ -205,8 +205,8 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         if base is not None:
             convert(inner, layers, classes, least, undo)
             report = cover(model, layers, unreached=reason)
-        # Skip lora_A and lora_B.  An inactive adapter's are frozen also, but their class must be
-        # torch's, because the LoRA layer reads their weights.
+        # Skip lora_A and lora_B.  In an inactive adapter they are also frozen, but their class must
+        # stay torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()
         classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
         if switches["gated_mlps"]:
@@ -222,8 +222,8 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
-    Bases in 8 bits become dense, with the rounded values.
-    Changes nothing in a model that isn't optimized.  Raises TypeError if ``model`` isn't a module.
+    Bases in 8 bits become dense, with the rounded values.  A model that isn't optimized doesn't
+    change.  Raises TypeError if ``model`` isn't a module.
     """
     inner = checked(model)
     modules = list(inner.modules())
