@@ -23,7 +23,7 @@ from ..text import shown
 # An attribute of converted models: a dict from the name of each layer that stayed dense to the
 # reason.
 _REASONS = "_fastlora_int8_reasons"
-_KEPT = "_fastlora_int8"  # an attribute of merged layers: the base in 8 bits, which unmerging restores
+_KEPT = "_fastlora_int8"  # an attribute of merged layers: the 8-bit base, which unmerging restores
 _NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
 # A LoRA layer with 512 rows and a 2048 x 2048 weight takes 2.3 × the frozen layer's time in 8 bits,
 # and 1.4 × in bfloat16 (torch 2.13).
