@@ -175,19 +175,21 @@ def check(
 
     Each fast LoRA layer, and each gated MLP, runs three times, on the inputs and the output's
     gradient that it has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in
-    float32 (float64 for a layer in float32).  The third run counts as exact.  An output or gradient
-    is right under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units
-    in the last place.  Neither the result nor the adapters' part of it may be systematically too
-    large or too small by more than 1 %, or by more than six standard deviations of rounding if that
-    is larger.  If a call has more than 1024 rows, 1024 rows are compared, and the output's gradient
-    is zero in the others.  Layers that run PEFT's forward are not judged.
+    float32 (float64 for a layer in float32).  The third run counts as exact; it is repeated without
+    adapters, to know their part of the result.  An output or gradient is right under two
+    conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in the last place.
+    Neither the result nor the adapters' part of it may be systematically too large or too small by
+    more than 1 %, or by more than six standard deviations of rounding if that is larger.  (If
+    PEFT's result also has such an error, this range begins at PEFT's result.)  If a call has more
+    than 1024 rows, 1024 rows are compared, and the output's gradient is zero in the others.  Layers
+    that run PEFT's forward are not judged.
 
     The two runs of the whole model compare the loss, every floating tensor of the output, and the
     gradient of every parameter that trains and of every input that requires it.  In 16 bits this
     finds only large faults.
 
     The model runs in its current mode: after ``model.train()``, dropout is active.  If a lora_B is
-    zero, as in a new adapter, lora_A's gradient would be zero.  So the check fills it with small
+    zero, as in a new adapter, lora_A's gradient would be zero.  So the check fills lora_B with small
     random numbers, and restores the zeros afterwards.
 
     If the base is in 8 bits (``optimize(model, base="int8")``), both sides of the comparisons above
