@@ -188,9 +188,9 @@ def check(
     gradient of every parameter that trains and of every input that requires it.  In 16 bits this
     finds only large faults.
 
-    The model runs in its current mode: after ``model.train()``, dropout is active.  If a lora_B is
-    zero, as in a new adapter, lora_A's gradient would be zero.  So the check fills lora_B with small
-    random numbers, and restores the zeros afterwards.
+    The model runs in its current mode: after ``model.train()``, dropout is active.  Where lora_B is
+    zero, as in a new adapter, lora_A's gradient would also be zero.  There the check fills lora_B
+    with small random numbers, and restores the zeros afterwards.
 
     If the base is in 8 bits (``optimize(model, base="int8")``), both sides of the comparisons above
     round in the same way.  A further line of the report gives the effect of the rounding: the
