@@ -127,7 +127,7 @@ def pack_rotated(weight: Tensor) -> Quantized:
 
 # fastlora's layer.
 
-PARTS: tuple[str, ...] = ("codes", "scale", "format")
+PARTS: tuple[str, ...] = ("codes", "scale", "format", "weight")  # the weight is None
 
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:

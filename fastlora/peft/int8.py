@@ -153,6 +153,9 @@ def dense_base(layer: Any) -> Iterator[None]:
     """Inside, the layer's base isn't in 8 bits.  It stays dense if the layer is merged then."""
     if before := use_bases(dense_bases([("", layer)])):
         layer.__dict__[_KEPT] = before[layer]
+        bias: Any = before[layer].bias
+        if bias is not None:  # another one, because PEFT also merges lora_B's bias
+            layer.base_layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     try:
         yield
     finally:
