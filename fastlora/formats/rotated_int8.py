@@ -93,7 +93,8 @@ def quantize_rows(
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
     With v = x, x · factor for a ``factor`` [K], or rotate(x) with ``rotated``, and the largest |v|
-    of each row, at least 2⁻¹⁰⁰, it computes in float32:
+    of each row, at least 2⁻¹⁰⁰, it computes in float32 (float16 is also rotated in float32, because
+    a sum may overflow):
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
@@ -108,7 +109,8 @@ def quantize_rows(
     buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
     for rows in slices(M, step):
         values = buffer[: rows.stop - rows.start]
-        values.copy_(rotate(x[rows]) if rotated else x[rows])
+        some = x[rows].float() if rotated and x.dtype == torch.float16 else x[rows]
+        values.copy_(rotate(some) if rotated else some)
         if factor is not None:
             values.mul_(factor)
         # Two passes without a buffer for |v|, which takes 20 % less time.

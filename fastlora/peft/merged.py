@@ -84,8 +84,7 @@ def adapted_weights(layers: Layers) -> list[Tensor]:
     """The weights that a merge replaces, without duplicates; on meta in place of 8-bit ones."""
     weights: dict[tuple[int, str], Tensor] = {}
     for _, layer in active(layers):
-        base: Any = layer.get_base_layer()
-        name = _weight_name(layer)
+        base, name = layer.get_base_layer(), _weight_name(layer)
         weight = base._parameters.get(name)
         if isinstance(base, Int8Linear):  # the merged weight is dense
             sizes = base.out_features, base.in_features
