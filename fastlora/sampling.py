@@ -52,7 +52,8 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
         self._own, self._peft = [*lora_layers(inner)], peft_layers(inner)
         if not self._own and not self._peft:
             raise ValueError(f"the model has {NO_LAYERS}")
-        weights = [layer.weight for _, layer in self._own] + adapted_weights(self._peft)
+        weights = [getattr(layer, layer.weight_name) for _, layer in self._own]
+        weights += adapted_weights(self._peft)
         # The bytes of merged copies.  A packed weight is packed again.
         plain = [(w,) if isinstance(w, Tensor) else w.tensors for w in weights]
         self.bytes = sum(tensor.nbytes for tensors in plain for tensor in tensors)

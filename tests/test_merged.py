@@ -13,9 +13,19 @@ from torch.nn.utils import prune
 from vendor_layers import BITSANDBYTES
 
 import fastlora
+from fastlora.layers.int8 import Int8Linear
 
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 UP_DOWN = {"target_modules": ["up", "down"]}
+
+
+def packed(model: nn.Module) -> nn.Module:
+    fastlora.pack(model, "int8", UP_DOWN["target_modules"])
+    return model
+
+
+def in_8_bits(model: nn.Module) -> nn.Module:
+    return fastlora.optimize(model, base="int8", int8_from=0)
 
 
 KINDS = {
@@ -28,6 +38,8 @@ KINDS = {
     "peft-embedding": lambda: adapted(Tied(), target_modules=["mix", "embed"]),
     "own": lambda: randomize(adapt(Mlp(), **UP_DOWN)).eval(),
     "own-experts": lambda: randomize(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
+    "peft-int8": lambda: in_8_bits(adapted(Mlp(), lora_bias=True, **UP_DOWN)),
+    "own-int8": lambda: randomize(adapt(packed(Mlp()), **UP_DOWN)).eval(),
 }
 if BITSANDBYTES:
     KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantized"].make(), target_modules=["0", "2"])
@@ -39,7 +51,7 @@ def inputs(model: nn.Module) -> Tensor:
     embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
     if embeds:
         return torch.randint(0, 20, (2, 9))
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear))
     size = next((m.in_features for m in linears), 32)
     return torch.randn(2, 9, size, dtype=weight.dtype if weight.is_floating_point() else None)
 
@@ -93,7 +105,8 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
                 assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
-    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # merging quantizes the weight again
+    # Merging quantizes the weight again, or x isn't rounded in the merged layer.
+    tolerance = {"peft-nf4": 0.2, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
     assert (y - expected).norm() <= tolerance * expected.norm()
     # PEFT's forward uses the same merged weights for experts
     assert not torch.equal(y, model(x)) or "experts" in name
@@ -110,14 +123,15 @@ def test_an_error_inside_leaves_no_trace(name):
 
 
 @pytest.mark.parametrize("keep", ["device", "cpu"])
-@pytest.mark.parametrize("name", ["peft", "peft-tied", "own"])
+@pytest.mark.parametrize("name", ["peft", "peft-tied", "peft-int8", "own", "own-int8"])
+@pytest.mark.filterwarnings("ignore")
 def test_cycles_in_bfloat16_leave_the_bits(name, keep):
     model = KINDS[name]().bfloat16()
-    bits = {n: p.detach().clone() for n, p in model.named_parameters()}
+    bits = {n: t.detach().clone() for n, t in model.state_dict().items()}
     for _ in range(3):
         with fastlora.merged(model, keep=keep):
             pass
-    assert all(torch.equal(p, bits[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(t, bits[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["peft", "own"])
@@ -178,10 +192,11 @@ def test_disabled_adapters_stay_out():
             assert torch.equal(model(x), expected)
 
 
-def test_the_memory_is_known_before_the_merge():
-    model = KINDS["peft"]()
-    sampler = fastlora.merged(model)
-    layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+@pytest.mark.parametrize("name", ["peft", "peft-int8"])
+@pytest.mark.filterwarnings("ignore")  # of a CPU that is slow in 8 bits
+def test_the_memory_is_known_before_the_merge(name):
+    sampler = fastlora.merged(KINDS[name]())
+    layers = [m.base_layer for m in KINDS["peft"]().modules() if hasattr(m, "base_layer")]
     assert sampler.bytes == sum(layer.weight.nbytes for layer in layers)
     assert str(sampler).startswith(f"{len(layers)} layers; merged weights take 0 MiB")
 

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import matrix_like
+from .products import Scratch
 
+SCRATCH = Scratch()
 # Multipliers and shifts, from Wellons' hash lowbias32; as an int32 the second one is negative.
 _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
 # Two columns beside each other share a hash, multiplied by this number (from PCG) for the second.
@@ -75,11 +76,11 @@ class DropoutMask:
                 out.copy_(x)
             return
         integer = _INTEGER_OF_SIZE[x.element_size()]
-        words, highest = matrix_like("words", x, torch.int32), (self.least << 16) - 1
+        words, highest = SCRATCH.matrix_like("words", x, torch.int32), (self.least << 16) - 1
         torch.mul(self.row_keys[first : first + len(x)], self.column_keys, out=words)
         if integer != torch.int32:
             words, highest = words.bitwise_right_shift_(16), self.least - 1
-            words = matrix_like("halves", x, integer).copy_(words)
+            words = SCRATCH.matrix_like("halves", x, integer).copy_(words)
         for x, out in tensors:
             _keep_above(x.view(integer), words, highest, grad_input=out.view(integer))
 

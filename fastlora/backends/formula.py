@@ -27,20 +27,20 @@ from ..projection import Adapter, Base, Output, map_outputs, reads_x
 from .dropout import DropoutMask
 from .int8 import add_dy_in_8_bits, linear_in_8_bits, rounded, runs_in_8_bits
 from .products import (
-    SCRATCH,
+    Scratch,
     add_dy_weight,
     add_product,
     are_wide,
     base_linear,
     cast,
     h_dtype,
-    matrix_like,
     product,
     rows_of,
     thin_gradient,
     wide_rows,
 )
 
+SCRATCH = Scratch()
 # For each output, the mask of each of its adapters; None: no dropout.
 Masks = Sequence[Sequence[DropoutMask | None]]
 
@@ -277,7 +277,7 @@ def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None)
         return product(x, lora_a.T, factor)
     h = x.new_empty(x.shape[0], lora_a.shape[0])
     for first, x_rows, h_rows in _blocks(x, h):
-        dropped = matrix_like("dropped", x_rows)  # one block of mask ∘ x, never the whole
+        dropped = SCRATCH.matrix_like("dropped", x_rows)  # one block of mask ∘ x, never the whole
         mask.drop(first, (x_rows, dropped))
         product(dropped, lora_a.T, factor, out=h_rows)
     return h
@@ -309,10 +309,10 @@ def _through_lora_a(
         if dx is not None:
             # With beta 0 the product and its mask go into dx itself; else into a buffer, to be
             # added below.
-            change = matrix_like("change", x_rows) if beta else dx_rows
+            change = SCRATCH.matrix_like("change", x_rows) if beta else dx_rows
             pairs.append((torch.mm(dh_rows, lora_a, out=change), change))
         if need_a:
-            dropped = matrix_like("dropped", x_rows)
+            dropped = SCRATCH.matrix_like("dropped", x_rows)
             pairs.append((x_rows, dropped))
         mask.drop(first, *pairs)  # both in one call, because the mask is made only once
         if change is not dx_rows:

@@ -21,8 +21,9 @@ from ..blocks import slices
 from ..formats.format import Quantized
 from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quantize_rows, rotate
 from ..projection import Base
-from .products import columns_of, matrix_like, rows_of
+from .products import Scratch, rows_of
 
+SCRATCH = Scratch()
 # The int32 sums that one product computes (16 MiB), and the sums that are scaled at once (512 KiB).
 _SUMS, _AT_ONCE = 2**22, 2**17
 _MOST_ROWS = 4096
@@ -37,7 +38,7 @@ def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """The codes and the scale of x, rotated and in 8 bits; valid until the next call."""
-    return quantize_rows(x, rotated=True, codes=matrix_like("codes", x, torch.int8))
+    return quantize_rows(x, rotated=True, codes=SCRATCH.matrix_like("codes", x, torch.int8))
 
 
 def linear_in_8_bits(
@@ -65,12 +66,14 @@ def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta
         parts, place = [], dx[rows]
         for i, (dy, weight) in enumerate(pairs):
             (codes, scale), some = weight.tensors, dy[rows]
-            quantized = quantize_rows(some, scale, matrix_like(f"dy {i}", some, torch.int8))
+            quantized = quantize_rows(some, scale, SCRATCH.matrix_like(f"dy {i}", some, torch.int8))
             parts.append(_scaled(f"scaled dx {i}", *quantized, codes, place))
         for (some, made), *others in zip(*parts, strict=True):
             for _, other in others:
                 made.add_(other)
-            into, rotated = place[some], rotate(made.to(dx.dtype))
+            # In float32 for float16, because the numbers are up to 8 × larger before the rotation.
+            rotated = rotate(made if dx.dtype == torch.float16 else made.to(dx.dtype))
+            into = place[some]
             into.add_(rotated) if beta else into.copy_(rotated)
 
 
@@ -83,12 +86,12 @@ def _scaled(
     """
     # Usually one product.  If L exceeds LONGEST_SUM, several are added in float32.
     sums = [
-        int_product(columns_of(codes, part), rows_of(matrix, part), f"{use}, {part.start}", like)
+        int_product(codes[:, part], rows_of(matrix, part), f"{use}, {part.start}", like)
         for part in slices(len(matrix), LONGEST_SUM)
     ]
     step = _AT_ONCE // like.shape[1] if like.is_cpu else len(like)
     for rows in slices(len(like), step):
-        made = matrix_like(use, like[rows], torch.float32).copy_(sums[0][rows])
+        made = SCRATCH.matrix_like(use, like[rows], torch.float32).copy_(sums[0][rows])
         for other in sums[1:]:
             made.add_(other[rows])
         yield rows, made.mul_(scale[rows, None])
@@ -96,7 +99,7 @@ def _scaled(
 
 def int_product(left: Tensor, right: Tensor, use: str, like: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices, of the shape of ``like``."""
-    out = matrix_like(use, like, torch.int32)
+    out = SCRATCH.matrix_like(use, like, torch.int32)
     # torch._int_mm gives wrong sums if ``right`` is a transposed column, because it misreads the
     # strides (torch 2.13).  On a GPU it raises for few rows, odd sizes and rows with gaps.
     if left.is_cpu and len(right) > 1 and _sums_are_exact():

@@ -75,10 +75,11 @@ def _torch_has(dtype: torch.dtype) -> bool:
     return flag is not None and flag()
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """Buffers that a thread keeps between calls, one for each use and dtype.
 
-    All modules share these uses: nested calls with an equal use and dtype get the same memory.
+    Each file of the backend has a scratch of its own, so the buffers that its functions hold never
+    share memory with another file's.  Within a file, calls with an equal use and dtype do.
 
     Without the buffers each call would get fresh pages from the system, which takes longer than the
     work in them.
@@ -128,20 +129,19 @@ class _Scratch(threading.local):
         """A float32 copy of the matrix, valid until the next one for this use is taken."""
         return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
 
+    def matrix_like(self, use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
 
-SCRATCH = _Scratch()
+        On a CPU it is a buffer of the thread.  Under a dispatch mode it is a new tensor, because
+        tensors may be fake there.
+        """
+        dtype = x.dtype if dtype is None else dtype
+        if x.is_cpu and not torch._C._len_torch_dispatch_stack():
+            return self.take(use, x.shape[0], x.shape[1], dtype)
+        return x.new_empty(x.shape, dtype=dtype)
 
 
-def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
-
-    On a CPU it is a buffer of the thread.  Under a dispatch mode it is a new tensor, because
-    tensors may be fake there.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    if x.is_cpu and not torch._C._len_torch_dispatch_stack():
-        return SCRATCH.take(use, x.shape[0], x.shape[1], dtype)
-    return x.new_empty(x.shape, dtype=dtype)
+SCRATCH = Scratch()
 
 
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
@@ -156,12 +156,6 @@ def rows_of(tensor, rows: slice):
     if tensor is None or (rows.start == 0 and tensor.shape[0] <= rows.stop):
         return tensor
     return tensor[rows]
-
-
-def columns_of(matrix: Tensor, columns: slice) -> Tensor:
-    if columns.start == 0 and matrix.shape[1] <= columns.stop:
-        return matrix
-    return matrix[:, columns]
 
 
 def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
@@ -196,7 +190,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     if _comes_in_blocks(weight, x):
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
         for rows, some in weight_rows(weight, x.dtype):
-            _write_linear(columns_of(y, rows), x, some, None if bias is None else bias[rows])
+            _write_linear(y[:, rows], x, some, None if bias is None else bias[rows])
             del some  # a packed weight's block is freed before the next one is made
         return y
     if isinstance(weight, Quantized):
@@ -219,7 +213,7 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: floa
         _add_rounding_once(dx, dy, weight, beta)
     else:
         for rows, some in weight_rows(weight, dx.dtype):
-            torch.addmm(dx, columns_of(dy, rows), some, beta=beta, out=dx)
+            torch.addmm(dx, dy[:, rows], some, beta=beta, out=dx)
             del some
             beta = 1.0  # further blocks of the weight add to dx
 
@@ -233,7 +227,7 @@ def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta:
         total.copy_(some) if beta else total.zero_()
         product = SCRATCH.take("product", len(some), columns, some.dtype)
         for rows, made in weight_rows(weight, dx.dtype):
-            total.add_(torch.mm(columns_of(dy_rows, rows), made, out=product))
+            total.add_(torch.mm(dy_rows[:, rows], made, out=product))
             del made
         some.copy_(total)
 

@@ -6,9 +6,10 @@
 import torch
 
 from ..blocks import slices
-from .products import SCRATCH
+from .products import Scratch
 from .protocol import LossRows
 
+SCRATCH = Scratch()
 # Bytes of a block of z in float32 on a CPU.  2 MiB stay in the L2 cache, so the operations take
 # 0.2 × the time that they take on a block of 128 MiB.
 _BLOCK = 2**21

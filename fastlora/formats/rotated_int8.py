@@ -92,8 +92,9 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
-    v is x; with ``factor`` [K], it is x · factor; with ``rotated``, it is rotate(x).  largest is
-    the largest |v| of a row, or 2⁻¹⁰⁰ if that is larger.  In float32:
+    v is x; with ``factor`` [K], it is x · factor; with ``rotated``, it is rotate(x), in float32 for
+    a float16 x, whose sums may overflow.  largest is the largest |v| of a row, or 2⁻¹⁰⁰ if that is
+    larger.  In float32:
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
@@ -110,7 +111,8 @@ def quantize_rows(
     buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
     for rows in slices(M, step):
         values = buffer[: rows.stop - rows.start]
-        values.copy_(rotate(x[rows]) if rotated else x[rows])
+        some = x[rows].float() if rotated and x.dtype == torch.float16 else x[rows]
+        values.copy_(rotate(some) if rotated else some)
         if factor is not None:
             values.mul_(factor)
         # amax and amin of v take 20 % less time than amax of |v|, which needs a buffer for |v|.
@@ -129,7 +131,7 @@ def pack_rotated(weight: Tensor) -> Quantized:
 
 # fastlora's layer.
 
-PARTS: tuple[str, ...] = ("codes", "scale", "format")
+PARTS: tuple[str, ...] = ("codes", "scale", "format", "weight")  # the weight is None
 
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:

@@ -158,6 +158,9 @@ def dense_base(layer: Any) -> Iterator[None]:
     """Makes the layer's base dense within the context, and longer if the layer is then merged."""
     if before := use_bases(dense_bases([("", layer)])):
         layer.__dict__[_KEPT] = before[layer]
+        bias: Any = before[layer].bias
+        if bias is not None:  # another one, because PEFT also merges lora_B's bias
+            layer.base_layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     try:
         yield
     finally:

@@ -81,11 +81,14 @@ def _state_of(base: nn.Module) -> Any:
 
 
 def adapted_weights(layers: Layers) -> list[Tensor]:
-    """The weights that a merge replaces, without duplicates."""
+    """The weights that a merge replaces, without duplicates; on meta in place of 8-bit ones."""
     weights: dict[tuple[int, str], Tensor] = {}
     for _, layer in active(layers):
         base, name = layer.get_base_layer(), _weight_name(layer)
         weight = base._parameters.get(name)
+        if isinstance(base, Int8Linear):  # the merged weight is dense
+            sizes = base.out_features, base.in_features
+            weight = torch.empty(sizes, dtype=base.format.dtype, device="meta")
         if weight is not None:
             weights[id(base), name] = weight
     return [*weights.values()]

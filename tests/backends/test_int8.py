@@ -98,6 +98,15 @@ def test_a_row_that_isn_t_finite_stays_alone(value):
         assert torch.equal(found[others], truth[others])
 
 
+def test_float16_overflows_only_in_the_result(monkeypatch):
+    """Rotated, the numbers of x and of dx are 8 × larger."""
+    monkeypatch.setattr(products, "FORCED", False)
+    x, dy = (torch.full((20, size), 3e4, dtype=F16) for size in (128, 48))
+    y, dx = step(x, pack_weight(torch.full((48, 128), 1 / 64), "int8"), dy)
+    torch.testing.assert_close(y, torch.full_like(y, 60000), rtol=0.01, atol=0)
+    torch.testing.assert_close(dx, torch.full_like(dx, 22500), rtol=0.01, atol=0)
+
+
 def relative(found, truth) -> float:
     found, truth = found.detach().double(), truth.detach().double()
     return float((found - truth).norm() / truth.norm())

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora import reference
-from fastlora.backends import products
+from fastlora.backends import formula, products
 from fastlora.projection import as_outputs, flatten, layouts_of
 
 DTYPES = {
@@ -101,7 +101,8 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
     """More than torch's products need: h's other half, and a size independent of the row count."""
     x = make_x(1024, 64, dtype=torch.bfloat16)
     outputs = as_outputs([make_projection(48, 64, 2, torch.bfloat16, torch.float32)])
-    products.SCRATCH.matrices.clear()
+    for each in (products, formula):
+        each.SCRATCH.matrices.clear()
     given, peaks = [x, *flatten(outputs, layouts_of(outputs))], {}
     for forced in (False, True):
         monkeypatch.setattr(products, "FORCED", forced)
@@ -165,7 +166,8 @@ def test_two_threads_at_once():
 @pytest.mark.usefixtures("wide")
 def test_training_after_inference_mode(monkeypatch):
     """A tensor made in inference mode can't be written to outside of it."""
-    monkeypatch.setattr(products, "SCRATCH", products._Scratch())
+    for each in (products, formula):
+        monkeypatch.setattr(each, "SCRATCH", products.Scratch())
     x, projection = make_x(5, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
     with torch.inference_mode():
         (first,) = fastlora.lora_linears(x, [projection])

@@ -15,7 +15,7 @@ from judge import (
 from packed import random_four_bit, random_int8, stack
 
 import fastlora
-from fastlora.backends import products
+from fastlora.backends import formula, products
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.format import Quantized
 from fastlora.projection import Projection, as_outputs
@@ -36,7 +36,8 @@ def wide(request, monkeypatch):
 @pytest.mark.usefixtures("wide")
 def test_a_step_never_holds_the_dense_weight(dtype, monkeypatch):
     monkeypatch.setattr(products, "_BLOCK", 2**17)
-    products.SCRATCH.matrices.clear()
+    for each in (products, formula):
+        each.SCRATCH.matrices.clear()
     m, n, k, r = 16, 1024, 1024, 4
     one, x = projection(n, k, r, dtype), torch.randn(m, k, dtype=dtype, requires_grad=True)
     given = [x, one.lora_a, one.lora_b, *one.weight.tensors]
