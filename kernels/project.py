@@ -270,10 +270,13 @@ def round_rows(
 
 @triton.jit
 def numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION: tl.constexpr):
-    """The numbers to round to 8 bits, in float32: x times factors, or x rotated in its dtype."""
+    """The numbers to round to 8 bits, in float32: x times factors, or x rotated in its dtype.
+
+    A float16 x is rotated in float32, because a rotated number may exceed 65504.
+    """
     if column_factors is None:
         b_number = rotate_tile(b_x, b_hadamard, i_k, K, PRECISION)
-        return cast(b_number, b_x.dtype).to(tl.float32)
+        return b_number if b_x.dtype == tl.float16 else cast(b_number, b_x.dtype).to(tl.float32)
     else:
         o_k = i_k + tl.arange(0, b_x.shape[1])
         b_factor = tl.load(column_factors + o_k, mask=o_k < K, other=0.0)  # [BK]

@@ -78,6 +78,13 @@ def test_exact_rows_have_the_format_s_codes_bit_for_bit(dtype, k):
 
 
 both = pytest.mark.parametrize("quantize", [by_format, by_kernel])
+
+
+@both
+def test_a_rotated_float16_number_may_exceed_its_range(quantize):
+    codes, scale = quantize(torch.full((3, 128), 3e4, dtype=F16))
+    assert torch.equal(scale, torch.full((3,), 24e4 / 127))
+    assert (codes.view(6, 64) == torch.tensor([127] + [0] * 63)).all()
 x_and_dy = pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
 
 
