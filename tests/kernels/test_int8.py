@@ -85,6 +85,8 @@ def test_a_rotated_float16_number_may_exceed_its_range(quantize):
     codes, scale = quantize(torch.full((3, 128), 3e4, dtype=F16))
     assert torch.equal(scale, torch.full((3,), 24e4 / 127))
     assert (codes.view(6, 64) == torch.tensor([127] + [0] * 63)).all()
+
+
 x_and_dy = pytest.mark.parametrize("factors", [None, torch.ones(96)], ids=["x", "dy"])
 
 
