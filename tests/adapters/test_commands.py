@@ -30,8 +30,7 @@ def test_commands_are_the_functions(tmp_path, capsys, monkeypatch):
         assert f"written: c{weight} (0." in capsys.readouterr().out
     found, same = (load_file(tmp_path / name / WEIGHTS) for name in ("c-0.5", "c-5e-1"))
     assert all(same[key].equal(tensor) for key, tensor in found.items())
-    sizes = {tuple(tensor.shape) for tensor in found.values()}
-    assert sizes == {(3, 64), (32, 3)}
+    assert {tuple(tensor.shape) for tensor in found.values()} == {(3, 64), (32, 3)}
     with pytest.raises(SystemExit) as stop:
         main(["resize", "none"])
     assert stop.value.code == 1
