@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..blocks import slices
 from ..formats.format import Quantized
-from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quantize_rows, rotate
+from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quantize_rows, rotate_in
 from ..projection import Base
 from .products import Scratch, rows_of
 
@@ -71,9 +71,7 @@ def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta
         for (some, made), *others in zip(*parts, strict=True):
             for _, other in others:
                 made.add_(other)
-            # In float32 for float16, because the numbers are up to 8 × larger before the rotation.
-            rotated = rotate(made if dx.dtype == torch.float16 else made.to(dx.dtype))
-            into = place[some]
+            into, rotated = place[some], rotate_in(dx.dtype, made)
             into.add_(rotated) if beta else into.copy_(rotated)
 
 

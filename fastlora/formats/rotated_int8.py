@@ -84,6 +84,15 @@ def rotate(x: Tensor) -> Tensor:
     return rotated if whole == x.shape[1] else torch.cat([rotated, x[:, whole:]], 1)
 
 
+def rotate_in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """x cast to this dtype and rotated.
+
+    float32 replaces float16, because a rotation makes numbers up to 8 × larger, and the larger ones
+    may exceed float16's range.
+    """
+    return rotate(x.to(torch.float32 if dtype == torch.float16 else dtype))
+
+
 def quantize_rows(
     x: Tensor,
     factor: Tensor | None = None,
@@ -92,9 +101,8 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Round rows of x [M, K] to codes int8 [M, K] and a scale float32 [M]: x ≈ codes · scale.
 
-    v is x; with ``factor`` [K], it is x · factor; with ``rotated``, it is rotate(x), in float32 for
-    a float16 x, whose sums may overflow.  largest is the largest |v| of a row, or 2⁻¹⁰⁰ if that is
-    larger.  In float32:
+    v is x; with ``factor`` [K], it is x · factor; with ``rotated``, it is rotate_in(x's dtype, x).
+    largest is the largest |v| of a row, or 2⁻¹⁰⁰ if that is larger.  In float32:
 
         codes = round(v · (127 / largest)), ties to even          scale = largest / 127
 
@@ -111,8 +119,7 @@ def quantize_rows(
     buffer = torch.empty(min(step, M), K, dtype=torch.float32, device=x.device)
     for rows in slices(M, step):
         values = buffer[: rows.stop - rows.start]
-        some = x[rows].float() if rotated and x.dtype == torch.float16 else x[rows]
-        values.copy_(rotate(some) if rotated else some)
+        values.copy_(rotate_in(x.dtype, x[rows]) if rotated else x[rows])
         if factor is not None:
             values.mul_(factor)
         # amax and amin of v take 20 % less time than amax of |v|, which needs a buffer for |v|.

@@ -342,7 +342,7 @@ class _Int8Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, inside: torch.dtype) -> Tensor:
         ctx.save_for_backward(codes, scale)
         ctx.inside, rows = inside, x.reshape(-1, x.shape[-1]).to(inside)
-        xq, of_x = quantize_rows(rotate(rows))
+        xq, of_x = quantize_rows(rows, rotated=True)
         weight, wide = codes * scale[:, None], torch.promote_types(x.dtype, torch.float32)
         y = (xq.to(wide) * of_x[:, None]) @ weight.T.to(wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
