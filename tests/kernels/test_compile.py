@@ -69,17 +69,21 @@ SPILLS = {
     "sm_90 dA 32x32-w4-s4 bf16 n3 mask": (2, 64),
     "sm_100 dA 32x32-w4-s4 bf16 n3 mask": (1, 64),
     "sm_100 dx default bf16 r200 n3 mask": (0, 264),
-    "sm_120 h 16x64-w8-s2-r64 f32-ieee 8bit mask": (1, 64),
 }
 if VERSION < (3, 7):
     SPILLS["sm_90 dx 128x256x64-w8-s3-tma bf16 mask"] = 0, 72
-if VERSION < (3, 8):
+    SPILLS["sm_100 y 128x256x128-w8-s3 bf16 8bit bias"] = 11, 64
+    SPILLS["sm_100 h 32x64-w8-s3 f32-ieee 8bit mask"] = 72, 192
+    SPILLS["sm_100 h 64x64-w8-s4 f32-ieee n3 mask"] = 107, 312
+if VERSION == (3, 7):
     SPILLS["sm_100 y 128x256x128-w8-s3 bf16 8bit bias"] = 17, 72
-    SPILLS["sm_100 h 32x64-w8-s3 f32-ieee 8bit mask"] = 74, 192
+    SPILLS["sm_100 h 32x64-w8-s3 f32-ieee 8bit mask"] = 74, 184
     SPILLS["sm_100 h 64x64-w8-s4 f32-ieee n3 mask"] = 116, 344
-if (3, 7) <= VERSION < (3, 9):
-    SPILLS["sm_100 row_loss (0.1, 30.0, 2.0, 0.01) ['f32', 50257, True]"] = 1, 64
+    SPILLS["sm_100 row_loss (0.1, 30.0, 2.0, 0.01) ['f32', 50257, True]"] = 1, 8
     SPILLS["sm_120 h 32x64-w8-s3 f32-ieee 8bit mask"] = 1, 64
+if VERSION == (3, 7) or VERSION >= (3, 9):
+    SPILLS["sm_120 h 16x64-w8-s2-r64 f32-ieee 8bit mask"] = 1, 64
+if (3, 7) <= VERSION < (3, 9):
     SPILLS["sm_100 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
     SPILLS["sm_120 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
 if (3, 8) <= VERSION < (3, 9):
@@ -215,7 +219,8 @@ def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
 def test_the_kernel_of_a_loss_spills_nothing_but_where_spills_says_so(report):
     found = [row for row in report if row["kernel"] == "row_loss"]
     assert families_of(found) == {*FAMILIES}
-    assert {row["case"] for row in found if row["compiled"]["stack"]} <= {*SPILLS}
+    others = [row["compiled"] for row in found if row["case"] not in SPILLS]
+    assert not any(code["spills"] or code["stack"] for code in others)
     assert max(row["compiled"]["registers"] for row in found) <= 80
 
 

@@ -86,8 +86,7 @@ def test_every_scale_of_mxfp4_and_nvfp4():
         # Skip subnormal numbers, which the interpreter rounds to zero, and infinities.
         made, truth = made[2:251], truth[2:251]
         torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
-    last = packed_of(Quantized(mxfp4, (packed, powers)))
-    assert filled(last, dtype)[255].isnan().all()
+    assert filled(packed_of(Quantized(mxfp4, (packed, powers))), dtype)[255].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])

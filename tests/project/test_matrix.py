@@ -54,8 +54,7 @@ def test_a_failing_check_is_recorded_in_its_cell(monkeypatch, tmp_path, told, sa
     session.virtualenv.location = tmp_path / "environment"
     session.run.return_value = "\n".join([*lines, "Segmentation fault"])
     noxfile.run_cell(session, CELLS[1])
-    row = json.loads(results.read_text())["cells"]["newest"]
-    assert table.said(row) == said
+    assert table.said(json.loads(results.read_text())["cells"]["newest"]) == said
     assert session.error.called == ("error" in said)
 
 
