@@ -18,6 +18,7 @@ from .model.packing import pack
 from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
 from .ops.loss import linear_cross_entropy, token_logprobs
 from .peft.check import check
+from .peft.inject import get_peft_model
 from .peft.optimize import coverage, optimize, restore
 from .projection import Projection
 from .report import Coverage
@@ -30,8 +31,9 @@ from .version import __version__
 __all__ = [
     "AdapterMapping", "Coverage", "LoRAConfig", "LoRALinear", "Projection", "__version__",
     "apply_lora", "auto", "check", "check_adapter", "combine_adapters", "coverage", "estimate",
-    "export_gguf", "grouped_lora_linear", "linear_cross_entropy", "load_adapter", "load_packed",
-    "lora_linear", "lora_linears", "merge_lora", "merged", "multi_lora_linear", "optimize", "pack",
-    "print_trainable_parameters", "reference", "remove_lora", "resize_adapter", "restore",
-    "save_adapter", "sweep", "token_logprobs", "tune", "unmerge_lora", "use_backend",
+    "export_gguf", "get_peft_model", "grouped_lora_linear", "linear_cross_entropy",
+    "load_adapter", "load_packed", "lora_linear", "lora_linears", "merge_lora", "merged",
+    "multi_lora_linear", "optimize", "pack", "print_trainable_parameters", "reference",
+    "remove_lora", "resize_adapter", "restore", "save_adapter", "sweep", "token_logprobs", "tune",
+    "unmerge_lora", "use_backend",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 from importlib import import_module
 
 _OLDEST, _NEWEST = (0, 18), (0, 21)  # the versions of PEFT that the tests run with
+_INJECTS = (0, 20)  # the oldest version whose injection takes every base
 _TESTED = "the tested versions, 0.18 to 0.21"
 
 
@@ -55,6 +56,17 @@ def newer() -> str:
     """A statement that PEFT is newer than the tested versions; "" if it isn't."""
     version, numbers = _version()
     return f"PEFT {version} is newer than {_TESTED}" if numbers > _NEWEST else ""
+
+
+def why_no_injection() -> str:
+    """Why ``get_peft_model`` and ``load_adapter`` can't run with the installed PEFT; or ""."""
+    need = "needs PEFT 0.20 or newer: pip install 'peft>=0.20'"
+    try:
+        import_module("peft")
+    except ImportError:
+        return f"fastlora.get_peft_model {need}"
+    version, numbers = _version()
+    return f"fastlora.get_peft_model {need} (this is {version})" if numbers < _INJECTS else ""
 
 
 def _why_not_version() -> str:

@@ -6,17 +6,31 @@ call of the outermost wrapper is one node (``ops.experts``) that never computes 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
+from ..layers.adapted import run_with
 from ..layers.classes import Fast
-from ..layers.experts import OTHER, Experts, packed_names, read_module, run_experts, stacked, takes
+from ..layers.experts import (
+    OTHER,
+    Experts,
+    dense_weight,
+    lies_transposed,
+    packed_names,
+    read_module,
+    run_experts,
+    stack_in,
+    stacked,
+    takes,
+)
 from ..layers.frozen import is_router
 from ..layers.guards import Record
-from ..layers.members import is_hooked, why_not_tensor, why_patched
+from ..layers.members import is_hooked, plain_class_of, why_not_tensor, why_patched
 from ..projection import Adapter, Base, Output
 from . import newer
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
@@ -46,8 +60,44 @@ class ParamWrapper(Fast, PeftParamWrapper):
             if record.outputs:
                 up, down = record.outputs
                 if takes((x, *args), (up, down)):
-                    return run_experts((x, *args), record.how, up, down)
+                    return run_experts((x, *args), record.how, up, down, _dropout_of(self))
+        if packed_names(self.get_base_layer()) and not self.merged:
+            return _run_dense(self, (x, *args), kwargs)
+        if _dropout_of(self):
+            raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(self)}")
         return super().forward(x, *args, **kwargs)
+
+
+def _dropout_of(layer: Any) -> float:
+    """The dropout of the layer's active adapter, 0 in evaluation."""
+    names = adapters_now(layer)
+    drop = layer.lora_dropout[names[0]] if names else None
+    return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
+def _why(layer: Any) -> str:
+    """Why a call of these experts isn't one node."""
+    return read_experts(layer).reason or why_not_now() or "its arguments are others"
+
+
+def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
+    """The call of packed experts with dense weights, made for this call, with adapters added.
+
+    PEFT would add the adapters to the packed numbers, before these are scaled.
+    """
+    if _dropout_of(outermost):
+        raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(outermost)}")
+    base, x = outermost.get_base_layer(), args[0]
+    weights: dict[str, Any] = {n: dense_weight(base, n, x.dtype) for n in packed_names(base)}
+    for layer in wrappers_in(outermost):
+        name: Any = layer.parameter_name
+        for adapter in adapters_now(layer):
+            lora_a, lora_b, scale = _stacked(layer, adapter, lies_transposed(base))
+            factors = (lora_a.mT, lora_b.mT) if lies_transposed(base) else (lora_b, lora_a)
+            left, right = (factor.to(x.dtype) for factor in factors)
+            weight = weights.get(name, getattr(base, name))
+            weights[name] = torch.baddbmm(weight, left, right, alpha=scale)
+    return run_with(base, weights, partial(plain_class_of(base).forward, base), args, kwargs)
 
 
 def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
@@ -62,22 +112,16 @@ def read_experts(outermost: PeftParamWrapper) -> Record:
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
-    if getattr(base, innermost.parameter_name).dim() == 2:
+    if len(getattr(base, innermost.parameter_name).shape) == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
         return Record(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
-    record = _read_experts(wrappers, outermost, base)
-    if record.reason and packed_names(base):
-        return Record(
-            "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
-            "scaled, without a gradient: fastlora.apply_lora trains such experts"
-        )
-    return record
+    return _read_experts(wrappers, outermost, base)
 
 
 def _read_experts(
     wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
 ) -> Record:
-    experts = read_module(base, type(base))
+    experts = read_module(base)
     # A node runs the activation again in the backward.
     reason = experts.reason or ("" if experts.repeats else OTHER)
     reason = reason or why_patched(PeftParamWrapper) or _why_not_base(base)
@@ -126,13 +170,14 @@ def _read_output(
     name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts
 ) -> Output[Tensor] | str:
     """A weight with its bias and adapter, if any, stacked by expert; or a reason against them."""
-    weight = base._parameters.get(name)
+    is_packed = name in packed_names(base)
+    weight: Any = stack_in(base, name) if is_packed else base._parameters.get(name)
     bias = base._parameters.get(f"{name}_bias") if experts.has_bias else None
     if weight is None or (experts.has_bias and bias is None):
         return "its weight or bias is no parameter"
-    if reason := why_not_tensor(weight, 3) or why_not_tensor(bias, 2):
+    if reason := why_not_tensor(None if is_packed else weight, 3) or why_not_tensor(bias, 2):
         return f"one of its tensors {reason}"
-    if experts.transposed:
+    if experts.transposed and not is_packed:
         weight = weight.mT
     if bias is not None and bias.shape != weight.shape[:2]:
         return f"its bias has shape {tuple(bias.shape)}"
@@ -152,13 +197,24 @@ def _read_adapter(
     reason = why_not_pair(lora_a, lora_b, weight, (rows, columns)) or why_not_scale(scale)
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
-    # PEFT takes the weight for [E, out, in] if _did_swap_in_out_features, else for [E, in, out].
-    # Its rule depends on its version; PEFT 0.18 never swaps.  If the module's layout is the other
-    # one, PEFT's lora_A is on the side of the outputs.
-    swapped = getattr(layer, "_did_swap_in_out_features", False)
-    reverse = experts.transposed == swapped
+    reverse = _is_reverse(layer, experts.transposed)
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # lora_A holds r rows for each expert
         return f"its adapter has rank {len(lora_a.weight)}, for {count} experts"
-    return stacked(lora_a.weight, lora_b.weight, count, scale, reverse)
+    return _stacked(layer, name, experts.transposed)
+
+
+def _stacked(layer: PeftParamWrapper, name: str, transposed: bool) -> Adapter[Tensor]:
+    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    reverse = _is_reverse(layer, transposed)
+    return stacked(lora_a, lora_b, layer.num_experts, layer.scaling[name], reverse)
+
+
+def _is_reverse(layer: PeftParamWrapper, transposed: bool) -> bool:
+    """Whether PEFT's lora_A is on the side of the outputs.
+
+    PEFT takes the weight for [E, out, in] if _did_swap_in_out_features, else for [E, in, out].  Its
+    rule depends on its version; PEFT 0.18 never swaps.
+    """
+    return transposed == getattr(layer, "_did_swap_in_out_features", False)

@@ -1,0 +1,369 @@
+"""get_peft_model and load_adapter: PEFT injects adapters on every base that fastlora reads.
+
+PEFT derives an adapter's sizes and dtype from a floating weight of its base.  While PEFT injects, a
+packed weight that PEFT can't read is therefore shown as a float32 parameter of its dense shape: one
+element in memory, expanded.
+
+Importing this file doesn't import PEFT.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..formats import PackedLayer, quantized_weight
+from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
+from ..layers.frozen import is_conv1d, is_router
+from ..layers.modules import embeddings_of, owners_of, some
+from ..model.targets import bypassed, check_places
+from ..model.trainable import admit_training
+from . import why_no_injection
+from .optimize import optimize, peft_layers
+
+# PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.
+_PEFT_PACKAGES = ("bitsandbytes", "hqq", "gptqmodel")
+_PEFT_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+# Initializations that don't read the base's weight.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    **settings: Any,
+) -> Any:
+    """PEFT's ``get_peft_model``, then :func:`fastlora.optimize`; returns the PeftModel.
+
+    ``peft_config`` is a ``peft.LoraConfig``, which isn't written to.  The arguments up to
+    ``low_cpu_mem_usage`` are those of ``peft.get_peft_model``.  ``settings`` are those of
+    :func:`fastlora.optimize`, such as ``loss=True``.  If ``model`` is a PeftModel, it gets another
+    adapter, as by ``add_adapter``: ``set_adapter`` activates it.
+
+    Bases that PEFT's own function refuses or passes over get adapters also: GGUF layers, FP8Linear,
+    torchao's Int4Tensor, fastlora's 8-bit layers, and packed experts that ``target_parameters``
+    names (docs/quantized.md, docs/experts.md).  Their adapters are float32.
+    ``target_modules="all-linear"`` includes such layers, and leaves out the routers of mixtures.
+    Experts may have ``lora_dropout``.  The saved config then has 0, because PEFT refuses to load
+    any other value.
+
+    Raises ImportError without PEFT 0.20 or newer, and TypeError for other models and configs.
+    Raises ValueError if a name in ``target_modules``, ``target_parameters`` or ``modules_to_save``
+    matches nothing, if a target is at two places in the model, if the module around it reads its
+    weight without calling it, or if DoRA or an initialization would read a packed weight.  Also
+    raises PEFT's errors, and those of :func:`fastlora.optimize`.  An error leaves the model
+    unchanged.
+    """
+    _check(model, peft_config)
+    import peft
+
+    config, base = copy(peft_config), _base_of(model)
+    wanted = _matched(base, config)
+    how: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    how["autocast_adapter_dtype"] = autocast_adapter_dtype
+    with _undone_on_error(model, adapter_name):
+        with shown_dense(base, config, adds_dropout=True):
+            _check_names(base, config)
+            if isinstance(model, peft.PeftModel):
+                model.add_adapter(adapter_name, config, **how)
+                made: Any = model
+            else:
+                how |= {"mixed": mixed, "revision": revision}
+                made = peft.get_peft_model(model, config, adapter_name, **how)
+        _check_layers(base, adapter_name, wanted)
+        admit_training(base)
+        return optimize(made, **settings)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+    **settings: Any,
+) -> Any:
+    """Load a LoRA adapter onto any base that fastlora reads; returns the PeftModel.
+
+    ``folder``: a folder with PEFT's files, or a name on the Hugging Face hub.  ``model``: the base
+    model; or a PeftModel, which gets another adapter.  ``is_trainable``: whether the adapter trains
+    on, as in ``PeftModel.from_pretrained``.  ``settings`` are those of :func:`fastlora.optimize`.
+
+    Raises ValueError if the files lack a tensor of the adapter, have a tensor that doesn't belong
+    to the model, or have NaN or infinity.  Also raises the errors of :func:`get_peft_model`, but
+    names of the saved config may match nothing.  An error leaves the model unchanged.
+    """
+    _check(model)
+    import peft
+    from peft.utils.save_and_load import load_peft_weights
+
+    folder = os.fspath(folder)
+    config = peft.PeftConfig.from_pretrained(folder)
+    _check(model, config)
+    tensors = load_peft_weights(folder, device="cpu")
+    if broken := [key for key, one in tensors.items() if not one.float().isfinite().all()]:
+        raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
+    how: Any = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype}
+    base = _base_of(model)
+    with _undone_on_error(model, adapter_name):
+        with shown_dense(base, config), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(folder, adapter_name, **how)
+                made: Any = model
+            else:
+                load = peft.PeftModel.from_pretrained
+                made = load(model, folder, adapter_name, config=config, **how)
+            loaded = peft.set_peft_model_state_dict(made, tensors, adapter_name)
+        _check_keys(loaded, adapter_name)
+        _check_layers(base, adapter_name, set())
+        admit_training(base)
+        return optimize(made, **settings)
+
+
+def _base_of(model: Any) -> Any:
+    """The model whose layers get adapters: PEFT's base model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check(model: Any, config: Any = None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
+    if reason := why_no_injection():
+        raise ImportError(reason)
+    import peft
+
+    if config is not None and not isinstance(config, peft.LoraConfig):
+        kind = type(config).__name__
+        raise TypeError(f"peft_config is a {kind}, but fastlora's fast layers need peft.LoraConfig")
+
+
+def _matched(model: nn.Module, config: Any) -> set[str]:
+    """The names of the linear layers that ``target_modules`` names."""
+    from peft.tuners.tuners_utils import check_target_module_exists as matches
+
+    linear = _linear_layers(model)
+    if not config.target_modules or _is_all_linear(config):
+        return linear if config.target_modules else set()
+    return {name for name in linear if matches(config, name)}
+
+
+def _is_all_linear(config: Any) -> bool:
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    """The names of all linear layers, dense and packed, except the output head."""
+    head = embeddings_of(model, "output")
+    layers = {layer: layer.get_base_layer() for _, layer in peft_layers(model)}
+    inside = {each for layer in layers for each in layer.modules() if each is not layer}
+    named = {n: layers.get(m, m) for n, m in model.named_modules() if n and m not in inside}
+    return {name for name, module in named.items() if module is not head and _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    is_dense = isinstance(module, nn.Linear) or is_conv1d(type(module))
+    return is_dense or isinstance(quantized_weight(module), PackedLayer)
+
+
+def _name_all_linear(model: nn.Module, config: Any) -> None:
+    """Replace "all-linear" in ``config`` by names: packed layers too, and no routers."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    linear = _linear_layers(model)
+    if hasattr(getattr(model, "config", None), "model_type"):
+        # In some mixtures PEFT also adapts experts' parameters, under names of its own.
+        conversion.convert_peft_config_for_transformers(config, model, None)
+    if isinstance(config.target_modules, str):
+        config.target_modules = linear
+        return
+    names = {name for name, module in model.named_modules() if is_router(module)}
+    ends = tuple(f".{name}.weight" for name in {name.rpartition(".")[2] for name in names})
+    weights = config.target_parameters
+    config.target_parameters = {name for name in weights if not f".{name}".endswith(ends)}
+    # PEFT renames layers with names of experts again when it injects.
+    known = {old for table in conversion._MOE_TARGET_MODULE_MAPPING.values() for old in table}
+    config.target_modules |= {n for n in linear if n.rpartition(".")[2] not in known}
+
+
+@contextmanager
+def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> Iterator[None]:
+    """Inside, PEFT can inject adapters by ``config`` over the packed weights of the model.
+
+    ``adds_dropout``: experts get the config's dropout, and the config loses it.
+    """
+    if _is_all_linear(config):
+        _name_all_linear(model, config)
+    custom: dict[Any, Any] = {}
+    before = config._custom_modules
+    with ExitStack() as undo:
+        for owner, module in list(model.named_modules()):
+            is_experts = not read_module(module).reason
+            for name in packed_names(module) if is_experts else ():
+                E, N, K = stack_in(module, name).shape
+                shape = (E, K, N) if lies_transposed(module) else (E, N, K)
+                _show(module, name, shape, undo)
+            if is_experts and adds_dropout and config.target_parameters and config.lora_dropout:
+                custom[type(module)] = _wrapper_with(config.lora_dropout)
+            packed = quantized_weight(module)
+            if isinstance(packed, PackedLayer) and not _is_peft_s(module):
+                _refuse_reading(owner.removesuffix(".base_layer"), module, config)
+                _show(module, "weight", packed.weight.shape, undo)
+                if not isinstance(module, nn.Linear):
+                    from peft.tuners.lora import Linear
+
+                    custom[type(module)] = Linear
+        if custom:
+            config._custom_modules = {**custom, **(before or {})}
+        try:
+            yield
+        finally:
+            config._custom_modules = before
+    if adds_dropout and config.target_parameters:
+        config.lora_dropout = 0.0
+
+
+def _is_peft_s(module: nn.Module) -> bool:
+    """Whether PEFT has a layer for this packed linear layer."""
+    weight = type(module._parameters.get("weight")).__name__
+    return type(module).__module__.startswith(_PEFT_PACKAGES) or weight in _PEFT_TENSORS
+
+
+def _refuse_reading(name: str, module: nn.Module, config: Any) -> None:
+    """Raise ValueError if an adapter of this packed layer would be computed from its weight."""
+    from peft.tuners.tuners_utils import check_target_module_exists as matches
+
+    init = config.init_lora_weights
+    reader = "" if init in _PLAIN_INITS else f"init_lora_weights={init!r}"
+    reader = "use_dora=True" if config.use_dora else reader
+    if reader and matches(config, name):
+        raise ValueError(
+            f"{reader} computes the adapter from the weight, which PEFT can't read in {name}, a "
+            f"{type(module).__name__}: leave this setting out, or the layer"
+        )
+
+
+def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -> None:
+    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes."""
+    parameters, modules = module._parameters, module._modules
+    tensors = (*module.buffers(), *module.parameters())
+    stand_in = torch.zeros((), device=tensors[0].device if tensors else None).expand(*shape)
+    if name in modules:
+        undo.callback(modules.__setitem__, name, modules.pop(name))
+        undo.callback(parameters.pop, name)
+    else:
+        undo.callback(parameters.__setitem__, name, parameters[name])
+    parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+
+
+def _wrapper_with(dropout: float) -> Any:
+    """PEFT's wrapper of experts' weights, with a dropout, which only fastlora's call applies."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    def make(target: Any, adapter_name: str, *, config: Any, **how: Any) -> nn.Module:
+        layer = ParamWrapper(target, adapter_name, config=replace(config, lora_dropout=0.0), **how)
+        layer.lora_dropout[adapter_name] = nn.Dropout(dropout)
+        return layer
+
+    return make
+
+
+def _check_names(model: nn.Module, config: Any) -> None:
+    """Raise ValueError if a name in the config matches nothing in the model."""
+    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+    weights = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    for field, names in (
+        ("target_modules", modules), ("modules_to_save", modules), ("target_parameters", weights)
+    ):  # fmt: skip
+        given = getattr(config, field) or ()
+        for wanted in () if isinstance(given, str) else given:
+            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+                ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
+                some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])
+                raise ValueError(
+                    f"{field} has {wanted!r}, which matches nothing in the {type(model).__name__}: "
+                    f"the ends of names are {some_ends}"
+                )
+
+
+def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
+    """Raise ValueError if an adapter would have no effect at some place, or in some mode.
+
+    Warns of tied weights, and of ``wanted`` layers without an adapter.
+    """
+    layers = {n: m for n, m in peft_layers(base) if adapter in getattr(m, "lora_A", ())}
+    around = bypassed(base)
+    for name in layers.keys() & around.keys():
+        outer = name.rpartition(".base_layer")[0]
+        if outer not in layers:  # PEFT has a layer for a whole MultiheadAttention
+            raise ValueError(
+                f"{name} can't take an adapter: the {around[name]} around it reads its weight "
+                "without calling it, so the adapter would be skipped in evaluation"
+            )
+    check_places(base, [layer.get_base_layer() for layer in layers.values()], ())
+    owners = owners_of(base)
+    shared = [
+        name for name, layer in layers.items()
+        for weight in [layer.get_base_layer()._parameters.get("weight")]
+        if weight is not None and owners[id(weight)] > 1
+    ]  # fmt: skip
+    if shared:
+        warnings.warn(
+            f"the weight of {some(shared)} is tied to another module's, which stays without the "
+            "adapter: merging would change both, and files for vLLM can't say it",
+            stacklevel=4,
+        )
+    if lost := sorted(wanted - {name for name, _ in peft_layers(base)}):
+        warnings.warn(
+            f"{len(lost)} layers get no adapter ({some(lost)}): in this architecture PEFT reads "
+            "their names as those of experts",
+            stacklevel=4,
+        )
+
+
+def _check_keys(loaded: Any, adapter: str) -> None:
+    """Raise ValueError if the files and the model's adapter differ in their tensors."""
+    own = [key for key in loaded.missing_keys if f".{adapter}" in key]
+    missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
+    for keys, what in ((missing, "lack"), (loaded.unexpected_keys, "have, for no layer,")):
+        if keys:
+            raise ValueError(f"the adapter's files {what} {some(keys)}: is it for another model?")
+
+
+@contextmanager
+def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
+    """Removes the adapter from the model if the code inside raises an error."""
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    had = adapter in (getattr(model, "peft_config", None) or {})
+    training = {module: module.training for module in modules.values()}
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    attributes = dict(vars(model))
+    try:
+        yield
+    except BaseException:
+        if not had and hasattr(model, "delete_adapter"):
+            with suppress(Exception):
+                model.delete_adapter(adapter)
+        for name, module in reversed(modules.items()):
+            outer, _, last = name.rpartition(".")
+            if name:
+                setattr(modules[outer], last, module)
+            module.training = training[module]
+        vars(model).clear()
+        vars(model).update(attributes)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
