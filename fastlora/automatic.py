@@ -155,15 +155,17 @@ def _wrap(tuners: Any) -> None:
     theirs = kind.inject_adapter
 
     @functools.wraps(theirs)
-    def inject_adapter(self: Any, *arguments: Any, **named: Any) -> Any:
-        result = theirs(self, *arguments, **named)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *rest: Any, **named: Any) -> Any:
         settings = _settings
-        if settings is not None:
-            from .peft.optimize import peft_layers
+        if settings is None:
+            return theirs(self, model, adapter_name, *rest, **named)
+        from .peft.inject import shown_if_packed
+        from .peft.optimize import peft_layers
 
-            model = named["model"] if "model" in named else arguments[0]
-            if peft_layers(model):  # none if the tuner isn't LoRA's
-                optimize_or_log(model, **settings)
+        with shown_if_packed(model, self.peft_config[adapter_name]):
+            result = theirs(self, model, adapter_name, *rest, **named)
+        if peft_layers(model):  # none if the tuner isn't LoRA's
+            optimize_or_log(model, **settings)
         return result
 
     pair = theirs, inject_adapter

@@ -188,7 +188,8 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
                 first = next(name for name, found in model.named_modules() if found is module)
                 others = ", ".join(name for name in names if name != first)
                 raise ValueError(
-                    f"{first} and {others} are one {type(module).__name__}, which PEFT would adapt "
+                    f"{first.replace('.base_layer', '')} and {others} are one "
+                    f"{type(module).__name__}, which PEFT would adapt "
                     f"or train only at the first place, and its files can't mean more. Put a copy "
                     f"(copy.deepcopy) at {others}, or leave the module out"
                 )

@@ -205,6 +205,8 @@ def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> It
 
     ``adds_dropout``: experts get the config's dropout, and the config loses it.
     """
+    from peft.tuners import lora
+
     if _is_all_linear(config):
         _name_all_linear(model, config)
     custom: dict[Any, Any] = {}
@@ -212,20 +214,13 @@ def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> It
     with ExitStack() as undo:
         for owner, module in list(model.named_modules()):
             is_experts = not read_module(module).reason
-            for name in packed_names(module) if is_experts else ():
-                E, N, K = stack_in(module, name).shape
-                shape = (E, K, N) if lies_transposed(module) else (E, N, K)
+            for name, shape in _packed_shapes(module).items():
+                if not is_experts:
+                    _refuse_reading(owner.removesuffix(".base_layer"), module, config)
+                    custom |= {} if isinstance(module, nn.Linear) else {type(module): lora.Linear}
                 _show(module, name, shape, undo)
             if is_experts and adds_dropout and config.target_parameters and config.lora_dropout:
                 custom[type(module)] = _wrapper_with(config.lora_dropout)
-            packed = quantized_weight(module)
-            if isinstance(packed, PackedLayer) and not _is_peft_s(module):
-                _refuse_reading(owner.removesuffix(".base_layer"), module, config)
-                _show(module, "weight", packed.weight.shape, undo)
-                if not isinstance(module, nn.Linear):
-                    from peft.tuners.lora import Linear
-
-                    custom[type(module)] = Linear
         if custom:
             config._custom_modules = {**custom, **(before or {})}
         try:
@@ -234,6 +229,29 @@ def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> It
             config._custom_modules = before
     if adds_dropout and config.target_parameters:
         config.lora_dropout = 0.0
+
+
+@contextmanager
+def shown_if_packed(model: nn.Module, config: Any) -> Iterator[None]:
+    """:func:`shown_dense` for a model with packed weights that PEFT can't read, if it is LoRA's."""
+    is_lora = hasattr(config, "_custom_modules") and not why_no_injection()
+    if is_lora and any(_packed_shapes(module) for module in model.modules()):
+        with shown_dense(model, config):
+            yield
+    else:
+        yield
+
+
+def _packed_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The dense shape of each packed weight of the module that PEFT can't read, by name."""
+    packed = quantized_weight(module)
+    if isinstance(packed, PackedLayer):
+        return {} if _is_peft_s(module) else {"weight": tuple(packed.weight.shape)}
+    if not (names := packed_names(module)) or read_module(module).reason:
+        return {}
+    is_transposed = lies_transposed(module)
+    shapes = {name: stack_in(module, name).shape for name in names}
+    return {n: (E, K, N) if is_transposed else (E, N, K) for n, (E, N, K) in shapes.items()}
 
 
 def _is_peft_s(module: nn.Module) -> bool:

@@ -14,9 +14,12 @@ from packed_experts import (
     gguf_model,
     packed_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
+from vendor_layers import BITSANDBYTES, KINDS, quantized
 
 import fastlora
+from fastlora.formats import quantized_weight
 from fastlora.peft.inject import get_peft_model, load_adapter
 
 CASES = {
@@ -77,3 +80,179 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     kept = {key.replace(".base_layer", ""): one for key, one in bits_of(base).items()}
     assert kept.keys() == bits.keys()
     assert all(torch.equal(one, bits[key]) for key, one in kept.items())
+
+
+K, N = 256, 96
+LINEARS = [*BITSANDBYTES, *KINDS, "rotated-int8"]
+
+
+def linears(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"up": quantized(kind, K, N, dtype), "down": nn.Linear(N, 4, dtype=dtype)})
+
+
+class Two(nn.Module):
+    """A quantized layer, then a dense one."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = linears(kind, dtype)
+
+    def forward(self, x):
+        return self.layers["down"](self.layers["up"](x))
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_a_quantized_layer_has_the_formula_s_numbers(kind, tmp_path):
+    base = Two(kind)
+    layer = base.layers["up"]
+    weight = quantized_weight(layer).weight.dense(torch.float32).double()
+    bits = {key: value.clone() for key, value in base.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules=["up"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    assert not fastlora.coverage(model).not_fast
+    lora = base.layers["up"]
+    assert lora.base_layer is layer
+    assert [*lora.parameters()][-1].dtype == torch.float32
+    x = torch.randn(5, K, requires_grad=True)
+    leaves = [x, lora.lora_A["default"].weight, lora.lora_B["default"].weight]
+    y = lora(x)
+    found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    z, a, b = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = z @ weight.T + layer.bias.double() + 2 * (z @ a.T @ b.T)
+    expected = [y, *torch.autograd.grad(y.square().sum(), [z, a, b])]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= (0.02 if kind == "rotated-int8" else 2e-6) * other.norm()
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_adapter(Two(kind), tmp_path)(x), y)
+    restored = model.unload()
+    assert restored.layers["up"] is layer
+    assert restored.state_dict().keys() == bits.keys()
+
+
+def test_all_linear_includes_gguf_and_int8_layers_and_no_router():
+    torch.manual_seed(0)
+    model = base_model("qwen3", **SIZES)
+    gate = model.model.layers[0].mlp.gate
+    attention = model.model.layers[0].self_attn
+    sizes = attention.q_proj.in_features, attention.q_proj.out_features
+    attention.q_proj = quantized("rotated-int8", *sizes)
+    model = get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert isinstance(attention.q_proj, peft.tuners.lora.LoraLayer)
+    assert mlp.gate is gate
+    assert isinstance(
+        model.base_model.model.model.layers[0].mlp.experts, peft.tuners.lora.LoraLayer
+    )
+
+
+def two_places() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    return nn.ModuleDict({"first": layer, "second": layer, "third": nn.Linear(8, 8)})
+
+
+MISTAKES = {
+    "misspelled": (lambda: Two("rotated-int8"), {"target_modules": ["up", "dwn"]}, "has 'dwn'"),
+    "misspelled in full": (
+        lambda: Two("rotated-int8"),
+        {"target_modules": ["up"], "modules_to_save": ["head"]},
+        "modules_to_save has 'head'",
+    ),
+    "DoRA": (lambda: Two("rotated-int8"), {"use_dora": True}, "use_dora=True"),
+    "PiSSA": (lambda: Two("float8"), {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "two places": (two_places, {"target_modules": ["first", "third"]}, "first and second"),
+    "skipped": (
+        lambda: nn.TransformerEncoderLayer(8, 2),
+        {"target_modules": ["linear1"]},
+        "TransformerEncoderLayer around it",
+    ),
+    "no such setting": (lambda: Two("rotated-int8"), {"fast": True}, "fast"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_error_leaves_the_model_as_it_was(mistake):
+    make, settings, text = MISTAKES[mistake]
+    model = make()
+    settings = {"target_modules": ["up"]} | settings
+    extra = {"fast": settings.pop("fast")} if "fast" in settings else {}
+    names, attributes = dict(model.named_modules()), dict(vars(model))
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises((ValueError, TypeError), match=text):
+        get_peft_model(model, peft.LoraConfig(**settings), **extra)
+    assert dict(model.named_modules()) == names
+    assert vars(model) == attributes
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+BAD_FILES = {
+    "missing": (lambda t: t.pop(next(iter(t))), "lack"),
+    "unexpected": (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)}), "have"),
+    "NaN": (lambda t: next(iter(t.values())).fill_(torch.nan), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_files_with_a_fault_are_refused(fault, tmp_path):
+    spoil, text = BAD_FILES[fault]
+    config = peft.LoraConfig(r=4, target_modules=["up", "down"])
+    get_peft_model(Two("rotated-int8"), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = Two("rotated-int8")
+    names, attributes = dict(model.named_modules()), dict(vars(model))
+    with pytest.raises(ValueError, match=text):
+        load_adapter(model, tmp_path)
+    assert dict(model.named_modules()) == names
+    assert vars(model) == attributes
+
+
+def test_a_second_adapter_on_packed_experts_and_layers():
+    model = adapted(packed_model("qwen3", "mxfp4"))
+    first = logits(model)
+    names = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **names)
+    assert get_peft_model(model, config, "second") is model
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert not fastlora.coverage(model).not_fast
+    assert not torch.allclose(logits(model), first)
+    with pytest.raises(ValueError, match="third"):
+        get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "third"]), "third")
+    assert [*model.peft_config] == ["default", "second"]
+
+
+def test_experts_have_dropout_in_training_and_a_config_that_peft_loads(tmp_path):
+    base = packed_model("qwen3", "mxfp4")
+    dense = dense_model(base, "qwen3")
+    model = adapted(base, lora_dropout=0.5)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    close(logits(peft.PeftModel.from_pretrained(dense, tmp_path)), expected)
+    model.train()
+    assert not torch.allclose(logits(model), expected)
+    assert not torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("make", [lambda: packed_model("qwen3", "mxfp4"), gguf_model], ids=str)
+def test_auto_injects_by_peft_s_own_functions(make, tmp_path):
+    settings = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
+    expected = adapted(make())
+    expected.save_pretrained(tmp_path)
+    fastlora.auto()
+    try:
+        found = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+        assert torch.equal(logits(found), logits(expected))
+        again = peft.get_peft_model(make(), peft.LoraConfig(r=4, **settings))
+        assert not fastlora.coverage(again).not_fast
+    finally:
+        fastlora.auto(False)
+
+
+@pytest.mark.parametrize("model", [two_places(), two_places], ids=["a config", "a function"])
+def test_arguments_of_another_kind(model):
+    config = {"r": 4} if isinstance(model, nn.Module) else peft.LoraConfig(r=4)
+    with pytest.raises(TypeError, match=r"peft\.LoraConfig|torch\.nn\.Module"):
+        get_peft_model(model, config)
