@@ -9,7 +9,7 @@ Importing this file doesn't import PEFT.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import replace
@@ -364,7 +364,7 @@ def _check_keys(loaded: Any, adapter: str) -> None:
 @contextmanager
 def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
     """Removes the adapter from the model if the code inside raises an error."""
-    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    modules = dict(model.named_modules())
     had = adapter in (getattr(model, "peft_config", None) or {})
     training = {module: module.training for module in modules.values()}
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -375,7 +375,7 @@ def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
         if not had and hasattr(model, "delete_adapter"):
             with suppress(Exception):
                 model.delete_adapter(adapter)
-        for name, module in reversed(modules.items()):
+        for name, module in reversed([*modules.items()]):
             outer, _, last = name.rpartition(".")
             if name:
                 setattr(modules[outer], last, module)

@@ -140,10 +140,9 @@ def test_all_linear_includes_gguf_and_int8_layers_and_no_router():
     attention.q_proj = quantized("rotated-int8", *sizes)
     model = get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     assert isinstance(attention.q_proj, peft.tuners.lora.LoraLayer)
+    mlp = model.base_model.model.model.layers[0].mlp
     assert mlp.gate is gate
-    assert isinstance(
-        model.base_model.model.model.layers[0].mlp.experts, peft.tuners.lora.LoraLayer
-    )
+    assert isinstance(mlp.experts, peft.tuners.lora.LoraLayer)
 
 
 def two_places() -> nn.Module:
