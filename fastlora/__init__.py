@@ -1,10 +1,10 @@
 """fastlora: fused LoRA linear layers for PyTorch, with little cost beyond the frozen layer.
 
-    model = fastlora.apply_lora(model, fastlora.LoRAConfig(r=16, target_modules="all-linear"))
+    model = fastlora.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
 
 Data passes through four folders: layers (``layers``), ops (``ops``), backends (``backends``) and
-Triton kernels (``kernels``).  ``model`` adds adapters to your own models, ``peft`` speeds up PEFT's
-models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
+Triton kernels (``kernels``).  ``peft`` injects PEFT's adapters and speeds up PEFT's models,
+``packing`` packs base models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
 
 The first use of a name imports torch and the rest of fastlora.  If torch is imported already, then
 ``import fastlora`` does so at once.

@@ -1,5 +1,6 @@
 """Which layers run fast, and why the others don't."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from torch import nn
 
 from .backends import planned_backend
 from .formats.format import Quantized
-from .layers.adapted_weight import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
-from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
+from .layers.linear import LoRALinear
+from .layers.modules import has_sharded, left_out, plain_name, some
 from .projection import Output
 
-NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
+NO_LAYERS = "no LoRA layers: fastlora.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")
 # The plan of a layer that isn't fast: of a PEFT layer, and of one of fastlora's own layers.
 PEFT_FORWARD, NOT_FAST = "PEFT's forward", "not fast"
@@ -171,8 +172,9 @@ def left_out_notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
-    """A record of every LoRA layer of the model, as a call would run it now."""
-    return [_cover(name, layer) for name, layer in lora_layers(model)]
+    """A record of every :class:`LoRALinear` of the model, as a call would run it now."""
+    layers = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return [_cover(name, layer) for name, layer in layers]
 
 
 def cover_frozen(model: nn.Module) -> tuple[str, ...]:
@@ -182,23 +184,16 @@ def cover_frozen(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if not name.endswith(".base_layer"))
 
 
-def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
-    plan, reason, packed, module = NOT_FAST, "", "", layer.adapted_module
-    if "forward" in module.__dict__:
+def _cover(name: str, layer: LoRALinear) -> LayerCoverage:
+    plan, reason = NOT_FAST, ""
+    if "forward" in vars(layer):
         reason = "its forward was replaced on the instance, so fastlora's forward isn't called"
     elif layer.merged:
         plan = "merged"
-    elif has_sharded(module):
+    elif has_sharded(layer):
         plan, reason = SHARDED, IN_THE_CALL
     else:
-        try:
-            if layer.why_not_fast:
-                raise ValueError(layer.why_not_fast)
-            output = layer.adapted_output()
-            (plan, reason), packed = planned_backend([output]), format_of(output)
-        except ValueError as error:  # a quantized layer that can't be read: its call also fails
-            reason = str(error)
-    size = layer.adapted_parameters
-    return LayerCoverage(
-        name, layer.shape, layer.r, is_fast(plan), plan, reason, parameters=size, packed=packed
-    )
+        plan, reason = planned_backend(layer.read().outputs)
+    shape = layer.out_features, layer.in_features
+    size = math.prod(shape)
+    return LayerCoverage(name, shape, layer.r, is_fast(plan), plan, reason, parameters=size)

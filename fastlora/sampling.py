@@ -10,9 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layers.merging import merge_each
-from .layers.modules import lora_layers, unwrap
-from .model.inject import check_model
-from .model.merge import merge_in_turn, unmerge_lora
+from .layers.modules import check_model, unwrap
 from .peft.merged import active, adapted_weights, merge_layer, why_not_merged
 from .peft.optimize import peft_layers
 from .report import NO_LAYERS
@@ -24,7 +22,7 @@ _PLACES = ("device", "cpu")
 class merged:  # noqa: N801  # lower case, because it is used like a function
     """A context manager that merges the model's active adapters into its weights.
 
-    ``model`` is a PeftModel, optimized or not, or your own model (:func:`fastlora.apply_lora`).
+    ``model`` is a PeftModel, optimized or not, or any module with PEFT's layers.
     After the block, also after an exception, the original parameters are back, so every weight has
     its former bits.  Inside of the block adapters get no gradient.
 
@@ -49,18 +47,17 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
             raise ValueError(f"keep is {shown(keep)}, but must be 'device' or 'cpu'")
         self.model, self.keep = model, keep
         inner = unwrap(model)
-        self._own, self._peft = [*lora_layers(inner)], peft_layers(inner)
-        if not self._own and not self._peft:
+        self._peft = peft_layers(inner)
+        if not self._peft:
             raise ValueError(f"the model has {NO_LAYERS}")
-        weights = [getattr(layer, layer.weight_name) for _, layer in self._own]
-        weights += adapted_weights(self._peft)
+        weights = adapted_weights(self._peft)
         # The bytes of merged copies.  A packed weight is packed again.
         plain = [(w,) if isinstance(w, Tensor) else w.tensors for w in weights]
         self.bytes = sum(tensor.nbytes for tensors in plain for tensor in tensors)
         self._inside = ExitStack()
 
     def __str__(self) -> str:
-        count, size = len(self._own) + len(self._peft), self.bytes / 2**20
+        count, size = len(self._peft), self.bytes / 2**20
         where = "on the CPU" if self.keep == "cpu" else "on their device"
         return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
 
@@ -69,9 +66,6 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
             raise ValueError(reason)
         model, to_cpu = self.model, self.keep == "cpu"
         with ExitStack() as stack:
-            if self._own:
-                stack.enter_context(merge_in_turn(model, True, True, to_cpu))
-                stack.callback(unmerge_lora, model)
             stack.enter_context(merge_each(model, active(self._peft), merge_layer, to_cpu))
             self._inside = stack.pop_all()
         return self.model

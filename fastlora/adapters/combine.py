@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import called, some
-from ..model.adapter_config import from_peft
-from ..model.config import weight_of
-from ..model.files import CONFIG, write_adapter
-from ..model.tensors import pairs_of
+from .peft_config import from_peft
+from .config import weight_of
+from ..packing.files import CONFIG, write_adapter
+from .keys import pairs_of
 from ..projection import Adapter
 from ..settings import check_settings, is_number
 from ..text import shown

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..foreign import optional
 from ..layers.modules import some
-from ..model.files import check_folder, read_config, read_json, write_whole
+from ..packing.files import check_folder, read_config, read_json, write_whole
 from ..text import shown
 from .stored import Stored, is_copy, open_adapter
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.checkpoint import save_adapter
-from ..model.files import write_adapter
+from ..packing.files import write_adapter
 from ..settings import check_settings, is_number
 from ..text import shown
 from .spectrum import Spectra, cut

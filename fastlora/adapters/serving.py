@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layers.modules import some
-from ..model.files import check_folder, name_of, write_adapter
+from ..packing.files import check_folder, name_of, write_adapter
 from .servers.facts import Facts, Item, read_facts
 from .servers.rules import SERVERS as SERVERS
 from .servers.rules import Server, read_server

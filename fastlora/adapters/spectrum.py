@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..foreign import optional
-from ..layers.adapted_weight import scaling_of
+from ..layers.linear import scaling_of
 from ..layers.modules import called
-from ..model.files import check_folder, write_whole
+from ..packing.files import check_folder, write_whole
 from ..projection import Adapter
 from ..text import columns
 

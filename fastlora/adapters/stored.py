@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.adapted_weight import scaling_of
+from ..layers.linear import scaling_of
 from ..layers.experts import stacked
 from ..layers.modules import called, some
-from ..model import files
-from ..model.adapter_config import as_trained, from_peft
-from ..model.config import LoRAConfig, weight_of
-from ..model.files import CONFIG, WEIGHTS, name_of
-from ..model.tensors import pairs_of
+from ..packing import files
+from .peft_config import as_trained, from_peft
+from .config import LoRAConfig, weight_of
+from ..packing.files import CONFIG, WEIGHTS, name_of
+from .keys import pairs_of
 from ..projection import Adapter
 
 

@@ -23,7 +23,6 @@ from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
-from .adapted_weight import Features
 from .members import activation_of, defined_in, is_hooked, plain_class_of, tensor_of, why_patched
 
 _INTERFACE = "transformers.integrations.moe"
@@ -32,7 +31,6 @@ _SETTINGS = {
     "_is_expert_parallel",
 }  # fmt: skip
 OTHER = "its gate or activation is unknown to fastlora, or is hooked or patched"
-ADDED = "_lora_"  # part of the name of each parameter that an adapter adds
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
 _DOWN = "down_proj"  # the last weight in every class of experts
@@ -158,7 +156,7 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     known = activation_of(act) if is_default else ""
     if known:
         return known, True
-    others = {n for n in base._parameters if not _WEIGHT.fullmatch(n) and ADDED not in n}
+    others = {n for n in base._parameters if not _WEIGHT.fullmatch(n)}
     repeats = not is_own and _is_transformers(function) and not others
     return gate, repeats and (act is None or _is_plain_function(act))
 
@@ -204,14 +202,6 @@ def _scaled(module: nn.Module) -> list[str]:
     return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
 
 
-def parameter_names(module: nn.Module) -> list[str]:
-    """The names of a module's parameters and packed weights.
-
-    Experts' weights come in the order of their class, where down_proj is last.
-    """
-    return sorted([*_held(module), *module._parameters], key=lambda name: name == _DOWN)
-
-
 def weight_in(module: nn.Module, name: str) -> Any:
     """A weight as the module stores it: a tensor, or a packed stack [E, N, K].
 
@@ -245,12 +235,6 @@ def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A packed weight as a new dense tensor of this dtype, in the module's layout."""
     made = weight_in(module, name).dense(dtype)
     return made.mT if lies_transposed(module) else made
-
-
-def features_of(module: nn.Module, name: str) -> Features:
-    """The sizes of the weight of this name."""
-    experts, q, p = stack_in(module, name).shape
-    return Features(experts, p, q)
 
 
 def experts_of_a_token(module: Any) -> int:

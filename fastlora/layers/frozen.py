@@ -19,7 +19,6 @@ from ..formats import SHARDED, PackedLayer, quantized_weight, vendor_of
 from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output
-from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .classes import Fast
 from .guards import Record, fits
 from .members import is_hooked, plain_class_of, tensor_of, why_not_part, why_not_tensor, why_patched
@@ -80,32 +79,24 @@ def is_router(layer: nn.Module) -> bool:
     return theirs and is_matrix and "router" in kind.__name__.lower() and kind.__base__ is nn.Module
 
 
-def why_not_base(layer: nn.Module) -> str:
-    """Why apply_lora can't give this module an adapter; "" if it can."""
-    if isinstance(layer, LoRALayer):
-        return "it already has one (fastlora.remove_lora takes it away)"
-    quantized = quantized_weight(layer)
-    reason = why_not_class(type(layer)) if quantized is None and not is_router(layer) else ""
-    if reason:
-        return f"it is {reason}"
-    if isinstance(quantized, str):
-        return f"it is a {type(layer).__name__}: {quantized}"
-    if "forward" in layer.__dict__:
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether its class is torch's nn.Linear, or fastlora's frozen one."""
+    return type(layer) in (nn.Linear, Linear)
+
+
+def why_not_plain(linear: Any) -> str:
+    """Why it isn't a plain ``torch.nn.Linear`` with floating tensors; "" if it is."""
+    if not is_plain_linear(linear):
+        return f"it is a {type(linear).__name__}, no torch.nn.Linear"
+    if "forward" in vars(linear):
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
-    vendor = vendor_of(layer)
-    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.PARTS[0])
-    if reason:
-        return reason
-    if name := own_name(layer):
-        return f"it has a {name!r} of its own, a name that a LoRA layer needs: rename that"
-    for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
-        tensor = getattr(layer, name, None)
-        is_part = type(tensor).__name__ in _PLAIN_IN_CALLS
-        if tensor is None and name == "weight":
-            return "it has no weight"
-        if reason := why_not_tensor(tensor, ndim, is_part):
-            return f"its {name} {reason}: fastlora takes dense floating tensors"
-        if tensor is not None and 0 in tensor.shape and not is_part:
+    if "weight" not in linear._parameters:
+        return "its weight is computed (a parametrization): make that permanent"
+    for name, ndim in (("weight", 2), ("bias", 1)):
+        tensor = getattr(linear, name)
+        if reason := why_not_tensor(tensor, ndim):
+            return f"its {name} {reason}: it must be a dense floating tensor"
+        if tensor is not None and 0 in tensor.shape:
             return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
     return ""
 

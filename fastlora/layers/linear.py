@@ -1,22 +1,28 @@
-"""LoRALinear, and the classes of adapted layers for other kinds of linear layer."""
+"""LoRALinear, the drop-in layer that needs no PEFT, and functions for models that have it."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import vendor_of
-from ..projection import Output
-from ..settings import check_settings
-from . import frozen
-from .adapted import LoRALayer, refuse_training, run_with
-from .adapted_weight import new_adapter
-from .classes import class_over, twin
-from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
-from .quantized import LoRAQuantized
+from ..ops.functional import linears
+from ..ops.run import run_one
+from ..projection import Adapter, Base, Output
+from ..settings import check_settings, check_switches
+from ..text import shown
+from .classes import change_class
+from .frozen import is_plain_linear, why_not_plain
+from .guards import Record, Recorder, call_recorded
+from .members import tensor_of
+from .merging import add_product
+from .modules import bypassed, called, name_test
+
+Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
 
-class LoRALinear(LoRALayer, nn.Linear):
+class LoRALinear(nn.Linear):
     """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
 
     x is [..., in_features], y [..., out_features].
@@ -31,12 +37,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
     ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
 
-    A layer has one adapter; use PEFT for several.  Raises ValueError for a rank below 1 or a
-    dropout outside [0, 1).  A call raises the errors of :func:`fastlora.lora_linear`.  Arguments
+    Raises ValueError for a rank below 1 or a dropout outside [0, 1).  A call raises the errors of
+    :func:`fastlora.lora_linear`, and RuntimeError in training while the layer is merged.  Arguments
     that ``nn.Linear`` also has are passed on to it unchecked.
     """
 
-    plain_class = nn.Linear
+    _base: nn.Parameter | None = None  # the original weight of a merged layer
 
     def __init__(
         self,
@@ -53,7 +59,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     ) -> None:
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.attach_adapter(new_adapter(self.weight, r), lora_alpha, lora_dropout, use_rslora)
+        pair = new_adapter(self.weight, r, self.weight.dtype)
+        self._attach(pair, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
     def from_linear(
@@ -64,68 +71,184 @@ class LoRALinear(LoRALayer, nn.Linear):
         lora_alpha: float,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
-    ) -> Any:
-        """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
+    ) -> "LoRALinear":
+        """A LoRALinear that shares, and freezes, the weight and bias of ``linear``.
 
-        The adapter has the weight's dtype.  For a vendor's quantized layer (docs/quantized.md) the
-        result is a layer of the vendor's class, with a float32 adapter.  Raises ValueError for any
-        other layer.
+        The adapter has the weight's dtype.  Raises ValueError for any layer but a plain
+        ``torch.nn.Linear`` with floating tensors.
         """
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
-        reason = why_not_base(linear)
-        if reason or not isinstance(linear, nn.Linear):
-            reason = reason or "it is no torch.nn.Linear: apply_lora adapts it in place"
+        if reason := _why_not(linear):
             raise ValueError(f"the layer can't take an adapter: {reason}")
-        adapter = new_adapter(matrix_of(linear), r)
-        if vendor_of(linear) is not None:
-            layer = twin(linear, adapted_class(type(linear), quantized=True))
-        else:
-            sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-            layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
-            layer.weight, layer.bias = linear.weight, linear.bias
-        layer.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
+        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        pair = new_adapter(linear.weight, r, dtype)
+        layer._attach(pair, lora_alpha, lora_dropout, use_rslora)
         return layer
 
+    def _attach(
+        self, pair: Pair, lora_alpha: float, lora_dropout: float, use_rslora: bool
+    ) -> None:
+        """Add lora_A and lora_B, and freeze weight and bias.  Checks nothing."""
+        self.requires_grad_(False)
+        self.lora_A, self.lora_B = pair
+        self.r, self.lora_alpha, self.use_rslora = len(self.lora_A), lora_alpha, use_rslora
+        self.lora_dropout = float(lora_dropout)
+        self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
 
-class _LoRATransposed(LoRALayer):
-    """An adapted Conv1D of transformers, whose weight is [in, out]."""
+    def forward(self, x: Tensor) -> Tensor:
+        if self._base is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "this LoRALinear is merged, so its adapter would get no gradient: call "
+                    "unmerge() before training, or eval() for inference"
+                )
+            return super().forward(x)
+        y = call_recorded(self, x, _RECORDER)
+        assert y is not None
+        return y
 
-    shape: Any = property(lambda self: (self.nf, self.nx))
+    def read(self) -> Record:
+        """The record of a layer that isn't merged."""
+        weight, bias, a, b = [tensor_of(self, n) for n in ("weight", "bias", "lora_A", "lora_B")]
+        output = Output(Base(weight, bias), (Adapter(a, b, self.scaling),))
+        return Record("", (output,), (self.lora_dropout,))
 
-    def adapted_output(self) -> Output:
-        return self.output_over(self.weight.t())
+    @property
+    def merged(self) -> bool:
+        return self._base is not None
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.t(), self.lora_B.t()
+    def merge(self) -> None:
+        """Replace ``weight`` by weight + scaling · lora_B lora_A, rounded once.
 
-
-class _LoRARouter(LoRALayer):
-    """An adapted router of a mixture.
-
-    Its own forward runs with weight + scaling · lora_B lora_A.  There is no dropout, as in PEFT.
-    """
-
-    why_not_fast = "a router's own forward runs, with weight + scaling · lora_B lora_A"
-
-    shape: Any = property(lambda self: tuple(self.weight.shape))
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        run = super(LoRALayer, self).forward
+        The original is kept until :meth:`unmerge`.  A merged layer doesn't change.  Raises
+        ValueError if the merged weight has NaN or infinity; the layer is then unchanged.
+        """
         if self.merged:
-            refuse_training(self)
-            return run(*args, **named)
-        return run_with(self, {"weight": self.adapted_sum()}, run, args, named)
+            return
+        weight = add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
+        if not bool(weight.isfinite().all()):
+            raise ValueError("the merged weight has NaN or infinity: the adapter is broken")
+        self._base, self.weight = self.weight, nn.Parameter(weight, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the original weight back: the same bits.  A layer that isn't merged doesn't change."""
+        if self._base is not None:
+            self.weight, self._base = self._base, None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self._base is not None:  # .to() and .half() also change the original
+            self._base.data = fn(self._base.data)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            errors.append(f"{called(prefix[:-1])} is merged: call unmerge() before loading weights")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        adapter = {f"{prefix}lora_A", f"{prefix}lora_B"}
+        if adapter <= set(missing):  # a checkpoint of the base model
+            missing[:] = [key for key in missing if key not in adapter]
+
+    def extra_repr(self) -> str:
+        settings = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        return f"{super().extra_repr()}, {settings}" + (", merged" if self.merged else "")
 
 
-def adapted_class(kind: type[nn.Module], quantized: bool = False) -> type[LoRALayer]:
-    """The class of an adapted layer for a base of class ``kind``.
+def _run(layer: LoRALinear, x: Tensor, record: Record) -> tuple[Tensor, Any]:
+    (y,), call = linears(x, record.outputs, record.dropouts[0], layer.training)
+    return y, call
 
-    ``quantized``: the base is a vendor's layer, whose class may be torch's nn.Linear.
+
+# In the order of Recorder's fields: why_not, read, parts, run_record, run.
+_RECORDER = Recorder(
+    lambda layer, x: False, LoRALinear.read, lambda layer: (), _run, run_one
+)
+
+
+def replace_linears(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> list[str]:
+    """Make linear layers of the model :class:`LoRALinear`, in place; returns their names.
+
+    ``targets``: a list of names or of their last parts; or a regular expression that must match the
+    whole name, of which only ``torch.nn.Linear`` layers count.  The layers change class, so their
+    identity, hooks and state-dict keys stay.  Afterwards only lora_A and lora_B require gradients.
+    Adapters of 16-bit layers are float32, as in PEFT; ``autocast_adapter_dtype=False`` keeps the
+    layer's dtype.
+
+    Raises ValueError for invalid numbers, for a name that matches nothing, and for a layer that
+    can't take an adapter: any but a plain ``torch.nn.Linear`` with floating tensors, or one whose
+    parent reads its weight without calling it.  The model is then unchanged.
+    ``fastlora.get_peft_model`` takes quantized layers and other classes.
     """
-    if quantized:
-        return class_over(LoRAQuantized, kind)
-    if kind in (nn.Linear, frozen.Linear):
-        return LoRALinear
-    if is_conv1d(kind):
-        return class_over(_LoRATransposed, kind)
-    return class_over(_LoRARouter if why_not_class(kind) else LoRALinear, kind)
+    check_settings(r, lora_alpha, lora_dropout, use_rslora)
+    check_switches(autocast_adapter_dtype=autocast_adapter_dtype)
+    named = {name: module for name, module in model.named_modules() if name}
+    around, chosen = bypassed(model), dict[str, Any]()
+    is_regex = isinstance(targets, str)
+    for target in [targets] if is_regex else targets:
+        test = name_test(target if is_regex else [target])
+        matched = [n for n, m in named.items() if test(n) and (is_plain_linear(m) or not is_regex)]
+        if not matched:
+            ends = {name.rpartition(".")[2] for name, m in named.items() if is_plain_linear(m)}
+            fits = f"the ends of linear layers' names are {', '.join(sorted(ends)) or 'none'}"
+            raise ValueError(f"targets has {shown(target)}, which matches no layer: {fits}")
+        chosen |= {name: named[name] for name in matched}
+    for name, module in chosen.items():
+        reason = _why_not(module)
+        if name in around:
+            reason = f"the {around[name]} around it reads its weight without calling it"
+        if reason:
+            raise ValueError(f"{name} can't take an adapter: {reason}")
+    pairs = {}
+    for module in chosen.values():
+        is_wide = module.weight.itemsize > 2 or not autocast_adapter_dtype
+        dtype = module.weight.dtype if is_wide else torch.float32
+        pairs[module] = new_adapter(module.weight, r, dtype)
+    model.requires_grad_(False)
+    for module, pair in pairs.items():
+        change_class(module, LoRALinear)
+        module._attach(pair, lora_alpha, lora_dropout, use_rslora)
+    return list(chosen)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The lora_A and lora_B of each :class:`LoRALinear` of the model, by their state-dict keys."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    keys = {f"{name}.{part}".lstrip(".") for name in layers for part in ("lora_A", "lora_B")}
+    return {key: value for key, value in model.state_dict().items() if key in keys}
+
+
+def _why_not(linear: Any) -> str:
+    """Why this module can't become a LoRALinear; "" if it can."""
+    if isinstance(linear, LoRALinear):
+        return "it has one already"
+    reason = why_not_plain(linear)
+    return reason and f"{reason} (fastlora.get_peft_model takes other linear layers)"
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def new_adapter(weight: Any, r: int, dtype: torch.dtype) -> Pair:
+    """New lora_A (kaiming-uniform) and lora_B (zero) of this dtype for a weight [out, in]."""
+    N, K = weight.shape
+    how: Any = {"device": weight.device, "dtype": dtype}
+    lora_a, lora_b = nn.Parameter(torch.empty(r, K, **how)), nn.Parameter(torch.zeros(N, r, **how))
+    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    return lora_a, lora_b

@@ -18,7 +18,6 @@ from ..ops.dispatch import autocast_dtype, follows, why_not_here
 from ..ops.few_rows import has_few_rows
 from ..ops.gated import GatedCall, gated_call, run_gated
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
-from .adapted import LoRALayer
 from .classes import Fast, class_over
 from .frozen import WATCHED, read_frozen
 from .guards import Record, Recorder, call_recorded, fits
@@ -123,14 +122,8 @@ class GatedMLP(Fast, nn.Module):
         return Record("", outputs, (max(p[:2]), p[2]), packed, activation)
 
     def read_part(self, linear: nn.Module) -> Record:
-        """Read gate, up or down, which is fastlora's own layer or has no adapter."""
-        if not isinstance(linear, LoRALayer):
-            return read_frozen(linear)
-        if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
-            return Record(WATCHED)
-        if linear.merged:
-            return Record("it is merged")
-        return linear.read_in_mode()
+        """Read gate, up or down, which has no adapter."""
+        return read_frozen(linear)
 
 
 _RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)

@@ -1,26 +1,18 @@
-"""Walks a model: its LoRA layers, the wrappers around and inside of it, and sharded tensors."""
+"""Walks a model: the wrappers around and inside of it, places of modules, and sharded tensors."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from typing import Any, cast
 
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import Adapted
-from .adapted_weight import UNLOADED, AdaptedWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # Parts of names that wrappers inside of a model add: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
-    """Every weight of the model that has an adapter, with its name: layers and experts' weights."""
-    for name, module in model.named_modules():
-        for weight_name, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
-            yield plain_name(".".join(filter(None, (name, weight_name)))), layer
 
 
 def plain_name(name: str) -> str:
@@ -111,6 +103,87 @@ def parts_of_fsdp(module: Any) -> list[Any]:
     return [part for group in groups if group is not None for part in group.fsdp_params]
 
 
+def bypassed(model: nn.Module) -> dict[str, str]:
+    """Modules whose weights a fused torch.nn module reads without calling them, by name.
+
+    The values are the class names of the fused modules.
+    """
+    return {
+        full_name(outer, name): type(module).__name__
+        for outer, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+        for name, _ in module.named_modules()
+        if name
+    }
+
+
+def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collection[str]) -> None:
+    """Raise ValueError if a module that is adapted or trains in full is at two places in the model.
+
+    PEFT replaces the module only at the first place, and its files mean that.  A block around the
+    module may be at several places, because PEFT's replacement is then at all of them.  ``saved``:
+    names, as in :func:`find_targets`.
+    """
+    # All places of each module: its parents, and its full name under each.
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for outer, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, full_name(outer, key)))
+    # A module in full counts with everything inside it; places within it are one place.
+    whole = [model.get_submodule(name) for name in saved]
+    groups = [(module, {module}) for module in adapted]
+    for top, inside in [*groups, *((module, set(module.modules())) for module in whole)]:
+        for module in inside:
+            names = [name for parent, name in places.get(module, ()) if parent not in inside]
+            # The top module has one place outside of itself; modules inside it must have none.
+            if len(names) > (module is top) and any(True for _ in module.parameters()):
+                first = next(name for name, found in model.named_modules() if found is module)
+                others = ", ".join(name for name in names if name != first)
+                raise ValueError(
+                    f"{first.replace('.base_layer', '')} and {others} are one "
+                    f"{type(module).__name__}, which PEFT would adapt "
+                    f"or train only at the first place, and its files can't mean more. Put a copy "
+                    f"(copy.deepcopy) at {others}, or leave the module out"
+                )
+
+
+def name_test(names: str | Iterable[str]) -> Callable[[str], bool]:
+    """A predicate on names, as in PEFT's ``target_modules``.
+
+    ``names``: a regular expression that must match the whole name, or a list of names or of their
+    last parts.  Raises ValueError for an invalid expression.
+    """
+    if not isinstance(names, str):
+        ends = tuple(f".{name}" for name in names)
+        return lambda name: f".{name}".endswith(ends)
+    try:
+        pattern = re.compile(names)
+    except re.error as error:
+        raise ValueError(
+            f"{names!r} is no regular expression ({error}): give a list for plain names"
+        ) from None
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError if a layer has an adapter, a LoRALinear's or PEFT's."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            raise ValueError(f"{called(name)} has an adapter already: unload it first")
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a name is the module's or one inside it."""
+    return name == outer or name.startswith(f"{outer}.")
+
+
 def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model; None if it has none."""
     try:
@@ -130,70 +203,6 @@ def some(names: Sequence[str]) -> str:
 def called(name: str) -> str:
     """A module's name for a message: "the model" if it is empty."""
     return name or "the model"
-
-
-def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the same keys, with sharded ones gathered.
-
-    ``model`` must be the outermost wrapper, and every rank must make this call.  Raises ValueError
-    for tensors of DeepSpeed's ZeRO-3, and for tensors on the meta device.
-    """
-    for key, tensor in tensors.items():
-        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:  # ZeRO-3's are empty here
-            raise ValueError(
-                f"DeepSpeed ZeRO-3 has parts of {key} on all ranks: call this inside of "
-                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
-            )
-    flat, state = [tensor for tensor in tensors.values() if is_flattened(tensor)], {}
-    if flat:  # FSDP1's
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        # Without cpu_offload: under FSDP1 on a CPU, it ends the process in torch 2.13.
-        options = StateDictOptions(
-            full_state_dict=True, ignore_frozen_params=all(t.requires_grad for t in flat)
-        )
-        state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
-    whole = dict(tensors)
-    for key, tensor in tensors.items():
-        if is_flattened(tensor):
-            whole[key] = state[names[id(tensor)]]
-        elif is_dtensor(tensor):
-            part: Any = tensor
-            whole[key] = part.to(part.device_mesh.device_type).full_tensor()
-        elif tensor.is_meta:
-            whole[key] = _offloaded(unwrap(model), names.get(id(tensor), ""), key)
-    return whole
-
-
-def _offloaded(model: nn.Module, name: str, key: str) -> Tensor:
-    """The values of a tensor that accelerate offloads between calls, from its hooks."""
-    parts = name.split(".")
-    for end in range(len(parts)):  # the hook may be on the tensor's module or on one around it
-        hook: Any = model.get_submodule(".".join(parts[:end])).__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            value = (getattr(one, "weights_map", None) or {}).get(".".join(parts[end:]))
-            if value is not None and not value.is_meta:
-                return value
-    raise ValueError(f"{key} is on the meta device, {UNLOADED}")
-
-
-def copy_whole(value: Tensor, parameter: Tensor) -> None:
-    """Copy a whole tensor into a parameter, which may be this rank's shard of it (FSDP2)."""
-    if is_dtensor(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        part: Any = parameter
-        # src_data_rank=None: every rank has the whole tensor, so no rank broadcasts it.
-        value = distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
-    parameter.copy_(value)
-
-
-def reshard(model: nn.Module) -> None:
-    """Make FSDP2 shard all parameters again: a call may have left some whole."""
-    for module in model.modules():
-        if derived_from(type(module), *FULLY_SHARDED):
-            cast(Any, module).reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
 from ..layers.int8 import Int8Linear
-from ..layers.modules import inside_of, is_sharded, lora_layers, some, unwrap
+from ..layers.modules import inside_of, is_sharded, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from ..settings import is_number
@@ -217,13 +217,6 @@ def check(
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
-    if isinstance(inner, nn.Module) and not peft_layers(inner) and any(lora_layers(inner)):
-        raise ValueError(
-            f"check compares PEFT's layers with fastlora's, and the LoRA layers of this "
-            f"{type(inner).__name__} are fastlora's own: save them by "
-            "fastlora.save_adapter(model, folder), load them into a new base model by "
-            "peft.PeftModel.from_pretrained(base, folder), and check that"
-        )
     with ExitStack() as stack:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function

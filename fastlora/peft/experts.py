@@ -6,7 +6,6 @@ call of the outermost wrapper is one node (``ops.experts``) that never computes 
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..layers.adapted import run_with
 from ..layers.classes import Fast
 from ..layers.experts import (
     OTHER,
@@ -30,7 +28,8 @@ from ..layers.experts import (
 )
 from ..layers.frozen import is_router
 from ..layers.guards import Record
-from ..layers.members import is_hooked, plain_class_of, why_not_tensor, why_patched
+from ..layers.members import is_hooked, why_not_tensor, why_patched
+from ..layers.packed_experts import run_dense
 from ..projection import Adapter, Base, Output
 from . import newer
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
@@ -85,8 +84,9 @@ def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
 
     PEFT would add the adapters to the packed numbers, before these are scaled.
     """
+    reason = _why(outermost)
     if _dropout_of(outermost):
-        raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(outermost)}")
+        raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
     base, x = outermost.get_base_layer(), args[0]
     weights: dict[str, Any] = {n: dense_weight(base, n, x.dtype) for n in packed_names(base)}
     for layer in wrappers_in(outermost):
@@ -97,7 +97,7 @@ def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
             left, right = (factor.to(x.dtype) for factor in factors)
             weight = weights.get(name, getattr(base, name))
             weights[name] = torch.baddbmm(weight, left, right, alpha=scale)
-    return run_with(base, weights, partial(plain_class_of(base).forward, base), args, kwargs)
+    return run_dense(base, weights, args, kwargs, reason)
 
 
 def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:

@@ -21,10 +21,9 @@ from torch import nn
 from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
 from ..layers.frozen import is_conv1d, is_router
-from ..layers.modules import embeddings_of, owners_of, some
-from ..model.targets import bypassed, check_places
-from ..model.trainable import admit_training
+from ..layers.modules import bypassed, check_places, embeddings_of, owners_of, some
 from . import why_no_injection
+from .trainable import admit_training
 from .optimize import optimize, peft_layers
 
 # PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.

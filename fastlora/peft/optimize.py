@@ -17,7 +17,8 @@ from ..layers.classes import change_classes, own_classes
 from ..layers.experts import PackedWeight
 from ..layers.frozen import frozen_classes
 from ..layers.head import cover_head, head_classes, own_heads
-from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
+from ..layers.linear import LoRALinear
+from ..layers.modules import has_sharded, plain_name, unwrap
 from ..report import (
     IN_THE_CALL,
     PEFT_FORWARD,
@@ -33,8 +34,8 @@ from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .int8 import check_base, convert, give_back_dense, notes_of
 
 _PASSED_OVER = (
-    "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
-    "before PEFT has it, gives them adapters"
+    "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
+    "fastlora.auto(), gives them adapters"
 )
 
 
@@ -234,8 +235,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _why_nothing(model: nn.Module) -> str:
     """The error for a model without PEFT LoRA layers, with the next step."""
-    if any(True for _ in lora_layers(model)):
-        return f"this {type(model).__name__} needs no optimize: its LoRA layers are fastlora's own"
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        return f"this {type(model).__name__} needs no optimize: its layers are fastlora's own"
     config = getattr(model, "peft_config", None)
     if isinstance(config, dict):
         kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
@@ -243,6 +244,5 @@ def _why_nothing(model: nn.Module) -> str:
     absent = "" if "peft" in sys.modules else " (pip install 'fastlora-kernels[peft]')"
     return (
         f"this {type(model).__name__} has no PEFT LoRA layers: give it some by "
-        f"peft.get_peft_model(model, peft.LoraConfig(…)){absent}, or use fastlora's own layers: "
-        "fastlora.apply_lora(model, fastlora.LoRAConfig(…))"
+        f"fastlora.get_peft_model(model, peft.LoraConfig(…)){absent}"
     )

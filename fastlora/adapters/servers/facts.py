@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...model import files
-from ...model.adapter_config import config_of
-from ...model.config import LoRAConfig
-from ...model.files import CONFIG, WEIGHTS
+from ...packing import files
+from ..peft_config import config_of
+from ..config import LoRAConfig
+from ...packing.files import CONFIG, WEIGHTS
 from ...text import shown
 
 # kind of tensor -> form of its keys.  The first match counts, and its group is the tensor's name.

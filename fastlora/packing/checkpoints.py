@@ -5,7 +5,7 @@ gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from ..formats.format import Quantized
 from ..formats.microscaled import MXFP4
 from ..layers.classes import twin
-from ..layers.expert_layer import why_not_experts
+from ..layers.packed_experts import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
 from ..layers.frozen import matrix_of
-from ..layers.modules import called, full_name, some, unwrap
+from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
 from ..projection import DTYPES
-from .config import is_inside
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
-from .inject import check_model, check_plain
-from .packed_linears import PARTS, packed_linears, read_linear
-from .packing import Packing, PackReport, packed_on_meta
-from .tensors import unfitting
+from .linears import PARTS, packed_linears, read_linear
+from .pack_weights import Packing, PackReport, packed_on_meta
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # suffixes of a weight's name in gpt-oss' files
@@ -129,9 +126,8 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
                     old.data = values[id(old)].data
     if adapters:
         warnings.warn(
-            f"{path} has adapters, which weren't loaded ({some(adapters)}): call apply_lora with "
-            "their config, and load the folder's files with load_state_dict, or resume training "
-            "with Trainer's resume_from_checkpoint",
+            f"{path} has adapters, which weren't loaded ({some(adapters)}): load them with "
+            "fastlora.load_adapter(model, folder)",
             stacklevel=2,
         )
     files, others = {one.path for one in stored.values()}, sum(v.nbytes for v in values.values())
@@ -218,7 +214,7 @@ def _fitting(
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
     extra = [key for key in stored if key not in expected]
     if missing or extra:
-        raise ValueError(unfitting(path, missing, extra))
+        raise ValueError(_unfitting(path, missing, extra))
     for key, one in stored.items():
         shape, dtype = expected[key]
         if one.planned.shape != shape:
@@ -269,3 +265,11 @@ def _unmade(buffer: Tensor) -> float:
 def _home(tensor: Tensor | Quantized) -> torch.device:
     """The device for the loaded value of this tensor: its own, or the CPU for meta."""
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def _unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> str:
+    """A message on a file without some of a model's tensors, and with some that it hasn't."""
+    lacks, more = (some([*keys]) if keys else "" for keys in (missing, extra))
+    lacks = lacks and f"it lacks {lacks}, which the model has"
+    more = more and f"it has {more}, which the model lacks"
+    return f"{path} doesn't fit the model: {'; '.join(filter(None, (lacks, more)))}"

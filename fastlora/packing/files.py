@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..text import shown
-from .config import kind_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
@@ -48,7 +47,7 @@ class Planned(NamedTuple):
 def check_folder(folder: str | os.PathLike) -> Path:
     """The folder as a Path.  Raises TypeError if it isn't a path."""
     if not isinstance(folder, str | os.PathLike):
-        raise TypeError(f"folder is {kind_of(folder)}, but must be a path: a str or a pathlib.Path")
+        raise TypeError(f"folder is {shown(folder)}, but must be a path: a str or a pathlib.Path")
     return Path(folder)
 
 

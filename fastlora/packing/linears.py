@@ -17,7 +17,7 @@ from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear, int8_linear
 from ..layers.members import is_hooked
 from ..layers.modules import called, some
-from .declare import other_vendor
+from .declarations import other_vendor
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
 PARTS = (".weight", ".codes", ".scale")  # of a linear layer, dense or packed

@@ -12,15 +12,25 @@ from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats import quantized_weight
 from ..formats.format import Quantized
 from ..formats.packing import KINDS, pack_weight, packing_error
-from ..layers.expert_layer import take_packed, why_not_experts
+from ..layers.packed_experts import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
-from ..layers.frozen import matrix_of, why_not_base
-from ..layers.modules import called, full_name, inside_of, owners_of, plain_name, some, unwrap
+from ..layers.frozen import is_plain_linear, matrix_of, why_not_plain
+from ..layers.modules import (
+    bypassed,
+    called,
+    check_model,
+    embeddings_of,
+    full_name,
+    inside_of,
+    name_test,
+    owners_of,
+    plain_name,
+    some,
+    unwrap,
+)
 from ..text import columns, shown
-from .declare import declared, is_vendors
-from .inject import check_model, check_plain
-from .packed_linears import pack_linear
-from .targets import all_linear, name_test
+from .declarations import declared, is_vendors
+from .linears import pack_linear
 
 _MIB = 2**20
 
@@ -164,7 +174,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 
     * another kind, or mxfp4 or nvfp4 for linear layers;
     * a name that matches nothing, or a module that is neither experts nor a linear layer;
-    * a model with adapters (pack first, then :func:`fastlora.apply_lora`), or under FSDP or DDP;
+    * a model with adapters (pack first, then :func:`fastlora.get_peft_model`), or under FSDP or DDP;
     * a weight that is tied to a module that isn't packed;
     * weights that don't fit the format's blocks, or that hold NaN or infinity.
     """
@@ -177,7 +187,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     others = _held_by_others(model, chosen.values())
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
-        reason = why_not_experts(module, names) if names else why_not_base(module)
+        reason = why_not_experts(module, names) if names else why_not_plain(module)
         if packed_names(module) or quantized_weight(module) is not None:
             reason = "it is packed already"
         if module in wrapped:
@@ -215,8 +225,9 @@ def _chosen(
         what = "experts that fastlora knows"
         dense = {name: module for name, module in experts.items() if not packed_names(module)}
         if kind == "int8":
-            what, names = "linear layers", all_linear(model)
-            dense = {n: named[n] for n in named if n in names and type(named[n]) is nn.Linear}
+            what, head, around = "linear layers", embeddings_of(model, "output"), bypassed(model)
+            linear = {n: m for n, m in named.items() if is_plain_linear(m) and m is not head}
+            dense = {name: module for name, module in linear.items() if name not in around}
         if dense:
             return dense
         raise ValueError(f"the model has no dense {what}: name modules to pack")

@@ -1,1 +1,0 @@
-"""Your own model: which layers get adapters, injecting, merging and saving them."""

@@ -1,0 +1,1 @@
+"""Packs the weights of whole models: ``fastlora.pack``, and ``fastlora.load_packed``."""
