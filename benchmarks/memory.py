@@ -10,6 +10,13 @@ import json
 import sys
 from pathlib import Path
 
+# Side -> whether lora_A is frozen, the loss without logits, the layers checkpointed.
+SAVINGS = {
+    "fastlora": (False, False, False), "lora_A frozen": (True, False, False),
+    "loss without logits": (False, True, False), "gradient checkpointing": (False, False, True),
+    "all of these": (True, True, True),
+}  # fmt: skip
+
 
 def measured() -> dict[str, float]:
     """Bytes per token of each side: 4 x 256 tokens, bfloat16, rank 16, dropout 0.05."""
@@ -18,21 +25,30 @@ def measured() -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import fastlora
-    from fastlora.estimates import kept_bytes
+    from fastlora.estimates import adapted, frozen, kept_bytes
 
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    config = LlamaConfig(**sizes, **heads, vocab_size=49152)
-    model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+    shapes = LlamaConfig(**sizes, **heads, vocab_size=49152)
+    model = LlamaForCausalLM(shapes).to(torch.bfloat16).train()
     ids = torch.zeros(4, 256, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     settings = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.05}
-    config = fastlora.LoRAConfig(**settings)
-    found = fastlora.estimate(model, [16], config=config, batch=batch, rounds=1)
-    (cost,) = found.rank_costs
-    theirs = kept_bytes(peft.get_peft_model(model, peft.LoraConfig(**settings)), batch)
-    sides = {"PEFT": theirs / ids.numel(), "the frozen model": found.frozen.kept_bytes}
-    return sides | {"fastlora": cost.kept_bytes} | cost.kept_with
+    config, found = fastlora.LoRAConfig(**settings), {}
+    with frozen(model, batch):
+        found["the frozen model"] = kept_bytes(model, batch)
+    for name, (freezes_a, loss, checkpointing) in SAVINGS.items():
+        with adapted(model, config, loss):
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_B" in key or ("lora_A" in key and not freezes_a))
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            found[name] = kept_bytes(model, batch)
+            model.gradient_checkpointing_disable()
+    found = {
+        "PEFT": kept_bytes(peft.get_peft_model(model, peft.LoraConfig(**settings)), batch)
+    } | found
+    return {name: size / ids.numel() for name, size in found.items()}
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ def auto(on: bool = True, **settings: Any) -> None:
 
     For each model, the logger "fastlora" gets one line: the number of fast layers, and the reasons
     for the others.  Its level is INFO, or WARNING if no layer is fast.  An error in ``optimize``
-    becomes such a warning and leaves the model as PEFT made it.  Models of other tuners than LoRA
-    don't change.
+    becomes such a warning and leaves the model as PEFT made it.  Another warning names the adapters
+    that have no gradient in the first step.  Models of other tuners than LoRA don't change.
 
     ``auto`` wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported
     yet, it does so when the program imports PEFT.  Without settings, ``auto`` imports neither torch
@@ -99,11 +99,16 @@ def optimize_silently(model: Any, **settings: Any) -> None:
 
 
 def optimize_and_log(model: Any, **settings: Any) -> None:
-    """:func:`fastlora.optimize`, with its report as one line of the log instead of warnings."""
+    """:func:`fastlora.optimize`, with its report as one line of the log instead of warnings.
+
+    After the first step, another line names the adapters that had no gradient.
+    """
     from .peft import is_disabled
+    from .peft.learning import watch
     from .peft.optimize import coverage
 
     optimize_silently(model, **settings)
+    watch(model, functools.partial(log_line, logging.WARNING))
     report = coverage(model)
     level, text = logging.INFO, "; ".join(str(report).splitlines())
     if settings.get("loss") and not report.loss:
@@ -116,7 +121,7 @@ def optimize_and_log(model: Any, **settings: Any) -> None:
         text += " when their weights are loaded"
     elif len(report.not_fast) == len(report.layers) and not is_disabled():
         level = logging.WARNING
-    _log(level, text)
+    log_line(level, text)
 
 
 def optimize_or_log(model: Any, **settings: Any) -> None:
@@ -124,10 +129,10 @@ def optimize_or_log(model: Any, **settings: Any) -> None:
     try:
         optimize_and_log(model, **settings)
     except Exception as error:
-        _log(logging.WARNING, f"this model isn't optimized: {type(error).__name__}: {error}")
+        log_line(logging.WARNING, f"this model isn't optimized: {type(error).__name__}: {error}")
 
 
-def _log(level: int, text: str) -> None:
+def log_line(level: int, text: str) -> None:
     """Log the text: at this level in the first process of a group, at DEBUG in the others."""
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("fastlora").log(level if is_first else logging.DEBUG, text)

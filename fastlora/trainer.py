@@ -6,6 +6,7 @@ Only this file imports transformers; ``import fastlora`` doesn't import it.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,12 +17,19 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from .automatic import check_settings, optimize_and_log, optimize_silently, show_log
+from .automatic import (
+    check_settings,
+    log_line,
+    optimize_and_log,
+    optimize_silently,
+    show_log,
+)
 from .layers.head import lazy_head
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.trainable import saving_adapters_only
+from .peft.learning import embedding_notes
 from .peft.merged import merge_adapter, why_not_sent
 from .peft.optimize import peft_layers
 from .sampling import merged
@@ -131,7 +139,9 @@ class Optimize(TrainerCallback):
 
     Use it as ``callbacks=[Optimize()]``, with transformers.Trainer, TRL's trainers and others that
     derive from it.  ``settings`` are the arguments of :func:`fastlora.optimize`.  One line on
-    stderr, or in the log that the program has set up, says how many layers are fast.
+    stderr, or in the log that the program has set up, says how many layers are fast.  Warnings name
+    adapters that have no gradient in the first step, and, at the first checkpoint, embeddings that
+    share a weight but train apart, or that don't train although tokens are new.
 
     The model is optimized at the end of the Trainer's ``__init__``, before DDP or FSDP wraps it,
     and again at the start of training, because ``model_init`` may have made another model.
@@ -142,6 +152,7 @@ class Optimize(TrainerCallback):
         check_settings(settings)
         self.settings = settings
         self._logged: WeakSet[nn.Module] = WeakSet()
+        self._saved = False
         show_log()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,6 +161,12 @@ class Optimize(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._optimize(kwargs["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        notes = [] if self._saved else embedding_notes(kwargs["model"])
+        self._saved = True
+        for note in notes:
+            log_line(logging.WARNING, note)
 
     def _optimize(self, model: Any) -> None:
         inner = unwrap(model)

@@ -261,6 +261,6 @@ def test_the_switch_in_the_environment(value, settings, monkeypatch):
 def test_the_line_is_shown_once_as_the_program_s_logging_says(setup, shown):
     program = (
         "import logging, sys; sys.stderr = sys.stdout; from fastlora import automatic;"
-        f"automatic.show_log(); automatic.show_log(); {setup}; automatic._log(20, 'a line')"
+        f"automatic.show_log(); automatic.show_log(); {setup}; automatic.log_line(20, 'a line')"
     )
     assert run_python("-c", program) == shown.strip()

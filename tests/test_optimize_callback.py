@@ -5,10 +5,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
+from models import tiny_llama
+from torch import nn
 from trainer_runs import ARGUMENTS, base_model, losses, rows
 from transformers import Trainer, TrainingArguments
 
 import fastlora
+from fastlora.peft.learning import embedding_notes
 from fastlora.trainer import Optimize
 
 CONFIG = peft.LoraConfig(r=4, target_modules="all-linear")
@@ -75,3 +79,96 @@ def test_a_model_without_lora_layers_is_an_error_before_the_first_step(tmp_path)
 def test_an_unknown_setting_is_an_error():
     with pytest.raises(TypeError, match="no setting 'gates'"):
         Optimize(gates=True)
+
+
+class Skips(nn.Module):
+    """A model with a layer that its loss doesn't depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+NOTE = "1 adapters had no gradient in the first step: unused: "
+
+
+def step_of(model: nn.Module, scale: float = 1.0) -> None:
+    optimizer = torch.optim.SGD(p for p in model.parameters() if p.requires_grad)
+    (model(torch.ones(2, 8)).sum() * scale).backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def skipping(log) -> nn.Module:
+    """A model with PEFT's adapters on two layers, under ``auto``; only one of them trains."""
+    fastlora.auto()
+    try:
+        config = peft.LoraConfig(target_modules=["used", "unused"])
+        yield peft.get_peft_model(Skips(), config).base_model.model
+    finally:
+        fastlora.auto(False)
+
+
+def test_adapters_without_a_gradient_in_the_first_step_are_named_once(skipping, log):
+    assert NOTE not in str(fastlora.coverage(skipping))
+    for _ in range(2):
+        step_of(skipping)
+    warnings = [text for level, text in log() if level == "WARNING"]
+    assert [text.startswith(NOTE) for text in warnings] == [True]
+    assert NOTE in str(fastlora.coverage(skipping))
+
+
+def test_a_step_without_any_gradient_says_nothing_about_adapters(skipping, log):
+    step_of(skipping, scale=0.0)
+    assert not [text for level, text in log() if level == "WARNING"]
+    step_of(skipping)
+    assert [text.startswith(NOTE) for level, text in log() if level == "WARNING"] == [True]
+
+
+def test_in_a_trainer_a_frozen_part_is_named(tmp_path, log):
+    model = peft_model()
+    first = model.base_model.model.model.layers[0]
+    first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    trainer_of(tmp_path, model, Optimize()).train()
+    (text,) = [text for level, text in log() if level == "WARNING"]
+    start = "7 adapters had no gradient in the first step: base_model.model.model.layers.0."
+    assert text.startswith(start)
+
+
+TIED = {"tie_word_embeddings": True}
+IN_FULL, BOTH = {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head", "embed_tokens"]}
+TOGETHER = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+TOKENS = {"trainable_token_indices": [3]}
+APART = "model.embed_tokens and lm_head share one weight (tie_word_embeddings), but train apart"
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning")
+@pytest.mark.parametrize(
+    ("base", "settings", "warned"),
+    [
+        (TIED, IN_FULL, True), (TIED, BOTH, True), (TIED, {"target_modules": ["lm_head"]}, True),
+        (TIED, TOGETHER, False), (TIED, TOKENS, False), (TIED, {}, False), ({}, IN_FULL, False),
+    ],
+    ids=["head", "both", "adapter", "together", "tokens", "frozen", "untied"],
+)  # fmt: skip
+def test_tied_embeddings_that_train_apart_are_a_warning(base, settings, warned):
+    config = peft.LoraConfig(**{"target_modules": ["q_proj"]} | settings)
+    model = peft.get_peft_model(tiny_llama(**base), config)
+    assert [note.startswith(APART) for note in embedding_notes(model)] == [True] * warned
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("settings", [{}, TOKENS], ids=["frozen", "trained"])
+def test_new_tokens_that_don_t_train_are_a_warning_at_the_first_checkpoint(settings, tmp_path, log):
+    base_model().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(24)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], **settings))
+    trainer_of(tmp_path, model, Optimize()).train()  # saves twice
+    warnings = [text for level, text in log() if level == "WARNING"]
+    assert [text.startswith("the vocabulary was resized") for text in warnings] == (
+        [] if settings else [True]
+    )

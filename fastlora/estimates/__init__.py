@@ -1,7 +1,8 @@
 """Memory, time and file size of a LoRA rank, before training: ``fastlora.estimate``."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,12 +19,11 @@ from ..layers.experts import packed_names
 from ..layers.modules import embeddings_of, unwrap
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
-from ..model.inject import check_model, check_plain
+from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.tensors import text_config
 from ..settings import check_switches
-from ..text import shown
+from ..text import bar, shown
 from .count import Estimate, count_adapter, count_frozen, tensors_of
-from .savings import adapted, savings_of
 
 RANKS = (8, 16, 64, 256)
 _ROWS, _TOKENS = 1, 256  # of the random batch
@@ -35,16 +35,14 @@ def estimate(
     *,
     config: LoRAConfig | None = None,
     batch: Any = None,
-    rounds: int = 5,
+    rounds: int = 0,
     loss: bool = False,
-    progress: Callable[[str], None] | None = None,
 ) -> Estimate:
     """The cost of LoRA at each rank for this model.
 
-    Parameters, gradients, optimizer states, file sizes and FLOPs are counted.  Step time and the
-    memory that a forward keeps are measured on the model's device.  Kept memory is also measured
-    with each saving that the model can use: lora_A frozen, the loss without logits, gradient
-    checkpointing, and all of these (docs/memory.md).
+    Parameters, gradients, optimizer states, file sizes and FLOPs are counted, at once and without a
+    change of the model.  With ``rounds``, step time and the memory that a forward keeps are also
+    measured on the model's device.
 
     ``model`` has no adapters yet.  ``config`` says which layers would be adapted, also weights of
     experts; None means every linear layer.  Each of ``ranks`` replaces its ``r``, and its patterns
@@ -52,11 +50,11 @@ def estimate(
     with labels if the model computes a loss.  None gives a causal language model of transformers
     random tokens, [1, 256] or fewer if it has fewer positions.
 
-    Each of ``rounds`` runs forward and backward of the frozen model, down to its embeddings, and of
-    the model with each rank, in training mode; 0 measures nothing.  Afterwards parameters,
-    gradients, buffers, modes and random states are unchanged.  ``loss``: the model with a rank
-    computes the loss without logits (docs/loss.md), and the frozen model with them.  ``progress``
-    is called with a line of text for each round.
+    Each of ``rounds``, for example 5, runs forward and backward of the frozen model, down to its
+    embeddings, and of the model with each rank, in training mode, behind a progress bar (with
+    tqdm).  A note says if the machine was busy.  Afterwards parameters, gradients, buffers, modes
+    and random states are unchanged.  ``loss``: the model with a rank computes the loss without
+    logits (docs/loss.md), and the frozen model with them.
 
     Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises
     ValueError for an empty ``ranks`` or a rank below 1, a model with adapters, a missing batch, and
@@ -70,8 +68,6 @@ def estimate(
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
     check_switches(loss=loss)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     # Count first: it finds errors in the config before anything is measured.
@@ -91,7 +87,7 @@ def estimate(
             "are the same for both",
         )
     estimate = Estimate(name, layers, count_frozen(inner), rank_costs, notes=notes)
-    return _measured(estimate, inner, config, batch, rounds, loss, progress) if rounds else estimate
+    return _measured(estimate, inner, config, batch, rounds, loss) if rounds else estimate
 
 
 def _measured(
@@ -101,7 +97,6 @@ def _measured(
     batch: Any,
     rounds: int,
     loss: bool,
-    progress: Callable[[str], None] | None,
 ) -> Estimate:
     """The estimate, with measured times and kept bytes."""
     if batch is None:
@@ -111,44 +106,58 @@ def _measured(
     tokens, text = _size(batch)
     device = next(model.parameters()).device
     if device.type == "meta":
-        raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
+        raise ValueError("the model is on meta, where nothing can be measured: leave out rounds")
     configs = [replace(config, r=cost.r) for cost in estimate.rank_costs]
-    ways: dict[str, Any] = {"": {}} | savings_of(model)  # "" has no saving
-    say = progress or (lambda line: None)
+    # The frozen model and every rank take turns in each round, so that drift affects all alike.
+    sides = [partial(frozen, model, batch)]
+    sides += [partial(adapted, model, each, loss) for each in configs]
+    kept, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
-
-        def kept(side: AbstractContextManager) -> float:
-            with side:
-                return kept_bytes(model, batch) / tokens
-
-        say("kept bytes")
-        waiting = kept(frozen(model, batch))
-        smaller = [
-            {name: kept(adapted(model, each, **{"loss": loss} | way)) for name, way in ways.items()}
-            for each in configs
-        ]
-        # The frozen model and every rank take turns in each round, so that drift affects all alike.
-        sides = [partial(frozen, model, batch)]
-        sides += [partial(adapted, model, each, loss=loss) for each in configs]
-        seconds = []
-        for i in range(rounds + 1):  # round 0 warms up
-            if i:
-                say(f"round {i} of {rounds}")
+        for i in bar(range(rounds + 1), "measuring", "round"):
             times = []
             for side in sides:
                 with side():
+                    if not i:
+                        kept.append(kept_bytes(model, batch) / tokens)
                     times.append(step_seconds(model, batch))
                     model.zero_grad()
-            if i:
-                seconds.append(times)
+            seconds.append(times)
+    del seconds[0]  # it warmed up
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     rank_costs = tuple(
-        replace(cost, kept_bytes=each.pop(""), kept_with=each, step=_quartiles(steps))
-        for cost, each, steps in zip(estimate.rank_costs, smaller, ratios[1:], strict=True)
+        replace(cost, kept_bytes=size, step=_quartiles(steps))
+        for cost, size, steps in zip(estimate.rank_costs, kept[1:], ratios[1:], strict=True)
     )
     middle = _quartiles([times[0] for times in seconds])[1]
-    costs = replace(estimate.frozen, kept_bytes=waiting, seconds=middle)
-    return replace(estimate, frozen=costs, rank_costs=rank_costs, device=str(device), batch=text)
+    return replace(
+        estimate,
+        frozen=replace(estimate.frozen, kept_bytes=kept[0], seconds=middle),
+        rank_costs=rank_costs,
+        device=str(device),
+        batch=text,
+        notes=(*estimate.notes, *_busy()),
+    )
+
+
+def _busy() -> Iterator[str]:
+    """A note if more threads run on this machine than it has cores, so that times are wrong."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+    if load > cores + 0.5:
+        yield (
+            f"this machine was busy (load {load:.1f} on {cores} cores), so times may be wrong: "
+            "measure again when it is idle"
+        )
+
+
+@contextmanager
+def adapted(model: nn.Module, config: LoRAConfig, loss: bool) -> Iterator[None]:
+    """Inside, the model has adapters; at the end it is as before."""
+    apply_lora(model, config, loss=loss)
+    try:
+        yield
+    finally:
+        undo_injection(model)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from ..model.tensors import (
 )
 from ..projection import is_plain
 from ..text import columns
-from .learning_rate import SOURCE, learning_rates
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,11 @@ class RankCost:
     * ``bytes``: their size;
     * ``flops``: per token, forward and backward, in addition to the frozen model's;
     * ``file_bytes``: the size of ``adapter_model.safetensors``;
-    * ``learning_rates``: the lowest and the highest rate to try first
-      (``estimates/learning_rate.py`` has the source); None above rank 128 and for rsLoRA;
     * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
-    * ``kept_with``: ``kept_bytes`` with each setting that reduces it (docs/memory.md);
     * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
       quartile, median and upper quartile.
 
-    If nothing was measured, ``kept_bytes`` and ``step`` are None, and ``kept_with`` is empty.
+    If nothing was measured, ``kept_bytes`` and ``step`` are None.
     """
 
     r: int
@@ -51,9 +47,7 @@ class RankCost:
     bytes: int
     flops: int
     file_bytes: int
-    learning_rates: tuple[float, float] | None = None
     kept_bytes: float | None = None
-    kept_with: dict[str, float] = field(default_factory=dict)
     step: tuple[float, float, float] | None = None
 
     @property
@@ -110,19 +104,17 @@ class Estimate:
         return asdict(self)
 
     def __str__(self) -> str:
-        frozen, measured = self.frozen, "nothing was measured"
+        frozen, measured = self.frozen, "counted: rounds=5 also measures time and kept memory"
         if frozen.seconds is not None:
             measured = (
                 f"{self.batch} on {self.device}; forward and backward of the frozen model take "
                 f"{frozen.seconds:.3g} s"
             )
-        has_rates = any(cost.learning_rates for cost in self.rank_costs)
         lines = [
             f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt",
             measured,
             "",
             *columns(self._rows(), left=1),
-            *([SOURCE] if has_rates else ()),
             *self.notes,
         ]
         return "\n".join(lines)
@@ -139,16 +131,16 @@ class Estimate:
         yield row("% of base", "", lambda cost: f"{100 * cost.parameters / frozen.parameters:.2f}")
         yield row("file, MiB", "", lambda cost: _mib(cost.file_bytes))
         yield row("extra FLOPs, %", "", lambda cost: f"{100 * cost.flops / frozen.flops:.1f}")
-        yield row("learning rate", "", lambda cost: _rates(cost.learning_rates))
-        yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
+        if frozen.seconds is not None:
+            yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
         yield row("weights, MiB", _mib(frozen.bytes), lambda cost: _mib(cost.bytes))
         if frozen.nf4_bytes < frozen.bytes:
             yield row("  in NF4", _mib(frozen.nf4_bytes), lambda cost: "")
         yield row("gradients, MiB", "", lambda cost: _mib(cost.bytes))
         yield row("AdamW's moments, MiB", "", lambda cost: _mib(cost.optimizer_bytes))
-        yield row("kept a token, KiB", _kib(frozen.kept_bytes), lambda cost: _kib(cost.kept_bytes))
-        for name in costs[0].kept_with:
-            yield f"  {name}", "", *(_kib(cost.kept_with[name]) for cost in costs)
+        if frozen.kept_bytes is not None:
+            kept = _kib(frozen.kept_bytes)
+            yield row("kept a token, KiB", kept, lambda cost: _kib(cost.kept_bytes))
 
 
 def _mib(size: float) -> str:
@@ -161,10 +153,6 @@ def _kib(size: float | None) -> str:
 
 def _with_quartiles(step: tuple[float, float, float] | None) -> str:
     return "–" if step is None else f"{step[1]:.2f} ({step[0]:.2f}–{step[2]:.2f})"
-
-
-def _rates(rates: tuple[float, float] | None) -> str:
-    return "–".join(f"{rate:.0e}".replace("e-0", "e-") for rate in sorted({*(rates or ())})) or "–"
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
@@ -247,8 +235,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
     file = adapters | {key: _planned(tensor) for key, tensor in saved_whole.items()}
     counts = [math.prod(part.shape) for part in parts]
     size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
-    rates = None if config.use_rslora else learning_rates(config.r)  # a scale of alpha / r
-    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file), rates)
+    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file))
 
 
 def _planned(tensor: Tensor) -> Planned:

@@ -32,6 +32,7 @@ from ..report import (
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .int8 import check_base, convert, give_back_dense, notes_of
+from .learning import untrained_note
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
@@ -72,7 +73,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
     others = wrapping_notes(layers) + mixed_notes(layers)
-    said = (*first, *notes, *others, *notes_of(unwrap(model), layers))
+    untrained = filter(None, [untrained_note(layers)])
+    said = (*first, *notes, *others, *untrained, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
 
 

@@ -26,6 +26,14 @@ QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": False}
 MOE, MIXTRAL = {"model_type": "qwen3_moe", "num_experts": 2}, {"model_type": "mixtral"}
 GPT_OSS, QWEN35 = {"model_type": "gpt_oss"}, {"model_type": "qwen3_5_text"}
 HYBRID = {"model_type": "qwen3_5_moe"}
+# Layer 0 is a full one, whose values are its keys.  Layers 2 and 3 have keys of earlier layers.
+GEMMA4 = {
+    "model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "attention_k_eq_v": True, "layer_types": ["full_attention", "sliding_attention"] * 2,
+}  # fmt: skip
+GEMMA4_MOE = GEMMA4 | {"num_experts": 2}
+GEMMA4_MM = {"model_type": "gemma4", "text_config": GEMMA4}
+MISTRAL_MM = {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}
 
 
 def lora(*names, r=4, dtype=torch.float32):
@@ -82,12 +90,22 @@ def ones(end):
     return {f"{LAYER}self_attn.{last}.{end}": torch.ones(8) for last in ("q_proj", "v_proj")}
 
 
+def at_layer(number, *lasts):
+    return lora(*(f"model.layers.{number}.self_attn.{last}" for last in lasts))
+
+
+def mounted(tensors, place="model.language_model."):
+    """The same tensors of a language model that a multimodal model holds at this place."""
+    return {place + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
 # Values: tensors, settings, the base's config, and the verdicts of vLLM, SGLang, llama.cpp and PEFT
 # other than "loads", on the last parts of names: R rejected, I ignored, U unknown; = as before.
 BOTH, EXPERTS, TWO = "down_proj gate_up_proj", "down_proj gate_proj up_proj", "q_proj v_proj"
 COPY = {"model.embed_tokens.base_layer.weight": ONE}
 SAVED, PISSA, ALORA = "modules_to_save", "init_lora_weights", "alora_invocation_tokens"
 TINKER, DORA = "unembed_tokens", {"use_dora": True}
+GEMMA_STACKS = layers("experts", "experts.base_layer", r=8)
 CONV = {"conv.lora_A.weight": torch.ones(4, 8, 3, 3), "conv.lora_B.weight": torch.ones(8, 4, 1, 1)}
 UNLIKE = layers("q_proj") | layers("v_proj", r=2)
 ONLY, DOWN = PARAMETERS | {"target_modules": None}, {"target_parameters": ["experts.down_proj"]}
@@ -146,6 +164,20 @@ CASES = {
                    f"I {TWO}|R {TWO}|I {TWO}|R {TWO}"),
     "equal-patterns": (QV, {"rank_pattern": {"q_proj": 4, "x": 2}, "alpha_pattern": {"v_proj": 8}},
                        LLAMA, "|||"),
+    "gemma4-values-are-keys": (layers("self_attn.k_proj"), at("k_proj"), GEMMA4_MM,
+                               "I k_proj|R k_proj||"),
+    "gemma4-keys-alone": (at_layer(1, "k_proj"), at("k_proj"), GEMMA4_MM, "|R k_proj||"),
+    "gemma4-reused-keys": (at_layer(2, "k_proj", "v_proj"), at("k_proj", "v_proj"), GEMMA4_MM,
+                           "I k_proj v_proj|R k_proj v_proj||"),
+    "gemma4-head": (lora("lm_head"), at("lm_head"), GEMMA4, "R lm_head||R lm_head|"),
+    "gemma4-stacks": (GEMMA_STACKS, PARAMETERS, GEMMA4_MOE, f"R {BOTH}|=|=|"),
+    "mounted-as-trained": (mounted(QV), {}, GEMMA4_MM, "|||"),
+    "mounted-and-a-text-model-s": (QV, {}, GEMMA4_MM, "|||"),
+    "mounted-and-a-text-base": (mounted(QV), {}, LLAMA, f"I {TWO}|||"),
+    "mounted-and-a-mapped-base": (mounted(QV), {}, GEMMA4, "|||"),
+    "mounted-before-model": (mounted(QV, "language_model.model."), {}, GEMMA4, f"I {TWO}|||"),
+    "tower": (mounted(QV, "model.vision_tower.encoder."), {}, GEMMA4_MM, f"I {TWO}|||"),
+    "tower-without-lora": (mounted(QV, "model.vision_tower."), {}, MISTRAL_MM, f"I {TWO}|||"),
     "conv": (CONV, at("conv"), None, "U conv|R conv|U conv|"),
     "compiled": ({f"_orig_mod.{name}": QV[name] for name in QV}, {}, LLAMA,
                  f"I {TWO}||R {TWO}|I {TWO}"),
@@ -296,7 +328,8 @@ RENAMED = {
     ("unembed", "vllm"): {TINKER: "lm_head"}, ("unrooted", "vllm"): {"layers": "model.layers"},
     ("router-mixtral", "vllm"): {"mlp": "block_sparse_moe"}, ("pattern", "sglang"): {},
     ("experts-mixtral", "sglang"): {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
-    ("untargeted", "sglang"): {},
+    ("untargeted", "sglang"): {}, ("mounted-and-a-text-base", "vllm"): {"language_model": None},
+    ("mounted-before-model", "vllm"): {"language_model": None},
 }  # fmt: skip
 
 
@@ -309,12 +342,38 @@ def test_names_are_mended(name, server, tmp_path):
     assert report.fixed.loads
     assert str(report).endswith(f"written: {tmp_path / 'new'}: {report.fixed}")
     wanted = {
-        ".".join(new.get(part, part) for part in key.split(".")): tensor
+        ".".join(filter(None, (new.get(part, part) for part in key.split(".")))): tensor
         for key, tensor in load_file(folder / WEIGHTS).items()
     }
     found = load_file(tmp_path / "new" / WEIGHTS)
     assert found.keys() == wanted.keys()
     assert all(found[key].equal(tensor) for key, tensor in wanted.items())
+
+
+def test_values_that_are_keys_get_a_copy_of_the_adapter(tmp_path):
+    tensors = at_layer(0, "k_proj") | at_layer(1, "k_proj")
+    folder, base = write(tmp_path / "a", tensors, **at("k_proj")), base_of(tmp_path, GEMMA4)
+    report = fastlora.check_adapter(folder, "vllm", base, fix=tmp_path / "new")
+    assert report.fixed.loads
+    before, found = changes_of(folder), changes_of(tmp_path / "new")
+    keys, values = f"{LAYER}self_attn.k_proj.weight", f"{LAYER}self_attn.v_proj.weight"
+    assert_same(found, before | {values: before[keys]})
+
+
+@pytest.mark.parametrize(("name", "option"), [("tower", True), ("tower-without-lora", False)])
+def test_a_tower_s_adapter_needs_an_option_if_the_model_has_one(name, option, tmp_path):
+    tensors, settings, config, _ = CASES[name]
+    folder, base = write(tmp_path / "adapter", tensors, **settings), base_of(tmp_path, config)
+    text = str(fastlora.check_adapter(folder, "vllm", base))
+    assert ("--enable-tower-connector-lora" in text) == option
+    assert ("Merge the adapter" in text) != option
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_a_rank_above_the_limit_is_named_with_the_limit(server, tmp_path):
+    folder = write(tmp_path / "a", layers("q_proj", "v_proj", r=16), r=16)
+    report = fastlora.check_adapter(folder, server, max_lora_rank=8)
+    assert "rank 16 is above the server's max_lora_rank, which is 8 here" in str(report)
 
 
 def test_nothing_is_written_if_a_part_can_t_be_mended(tmp_path):

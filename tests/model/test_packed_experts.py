@@ -274,7 +274,7 @@ def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
     model = make()
     config = LoRAConfig(target_modules=[], target_parameters=parameters_of(name))
     dense, packed = (
-        fastlora.estimate(one, [8], config=config, rounds=0)
+        fastlora.estimate(one, [8], config=config)
         for one in (dense_model(model, name), model.to("meta"))
     )
     assert dense.rank_costs == packed.rank_costs

@@ -60,7 +60,9 @@ class Facts(NamedTuple):
     config: LoRAConfig  # only ranks and scales
     items: list[Item]
     pairs: dict[str, dict[str, Item]]  # the items of lora_A and lora_B, by name and side
-    base: dict[str, Any]  # the base model's config
+    # The config of the base's language model.  "wrapper" is the model_type of a multimodal model
+    # around it, "none" for a text model, and "?" without a config.
+    base: dict[str, Any]
     incomplete: set[str]  # modules of experts with "expert" items for only some of their layers
     max_lora_rank: int | None
 
@@ -105,8 +107,10 @@ def _item(key: str, header: Any, config: LoRAConfig) -> Item:
 
 
 def _base(base: Any) -> dict[str, Any]:
-    """The config of the base's language model; without a base, the model_type is "?"."""
+    """The base's ``Facts.base``; without a base, the model_type is also "?"."""
     config: Any = {"model_type": "?"} if base is None else files.read_config(base)
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"base is {shown(base)}, but its config must have a model_type")
-    return {**config, **(config.get("text_config") or {})}
+    text = config.get("text_config") or {}
+    wrapper = config["model_type"] if text or base is None else "none"
+    return {**config, **text, "wrapper": wrapper}

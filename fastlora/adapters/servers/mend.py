@@ -1,5 +1,6 @@
 """Rewrite an adapter in the form that a server loads, so that it computes the same function."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,8 +13,8 @@ from ..keys import pairs_of
 from ...projection import Adapter
 from ..llama_cpp import parts_of
 from ..stored import flat, open_adapter
-from .facts import Facts
-from .rules import Server
+from .facts import Facts, Item
+from .rules import Server, attention_is
 
 # A layer's name -> lora_a [E, r, in] and lora_b [E, out, r], and the dtype in the file.
 _Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]
@@ -32,6 +33,8 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
     splits = server.stacks != "*" and kind not in server.stacks.split()
 
     def renamed(name: str) -> str:
+        if server.roots and facts.base["wrapper"] == "none":  # a text model
+            name = re.sub(r"\blanguage_model\.(model\.)?", "", name)
         name = ".".join(renames.get(part, part) for part in name.split("."))
         return f"model.{name}" if server.roots and name.startswith("layers.") else name
 
@@ -40,6 +43,9 @@ def mended(facts: Facts, server: Server) -> tuple[dict[str, Any], dict[str, Tens
         pair = stored.read(name)
         parts = _split(name, pair, kind) if layer.is_parameter and splits else {name: pair}
         pairs |= {renamed(part): (own, layer.dtype) for part, own in parts.items()}
+        item = Item(name, "lora", None)
+        if server.copies_keys and item.last == "k_proj" and attention_is(item, facts, ["k_eq_v"]):
+            pairs[renamed(name).removesuffix("k_proj") + "v_proj"] = pair, layer.dtype
     for whole, *its_parts in server.fuses:
         _fuse(pairs, whole, its_parts)
     stack_names = {

@@ -6,7 +6,7 @@ A condition of a rule is a function of an item, the facts, and the words after t
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,10 +56,27 @@ def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
     return isinstance(targets, list) and not lasts.issuperset(words or [stacked])
 
 
-def has_rank_above(item: Item, facts: Facts, words: list[str]) -> bool:
-    """Whether a rank is above max_lora_rank, whose default is in ``words``."""
-    limit = facts.max_lora_rank or int(words[0])
-    return max(facts.config.r, *facts.config.rank_pattern.values(), 0) > limit
+def rank_and_limit(facts: Facts, words: list[str]) -> tuple[int, int]:
+    """The adapter's largest rank, and max_lora_rank, whose default is in ``words``."""
+    largest = max(facts.config.r, *facts.config.rank_pattern.values(), 0)
+    return largest, facts.max_lora_rank or int(words[0])
+
+
+def attention_is(item: Item, facts: Facts, words: list[str]) -> bool:
+    """Whether the item is in a decoder layer of Gemma 4 with this kind of attention.
+
+    "reuses": the layer has the keys and values of an earlier layer.  "k_eq_v": its values are its
+    keys, before their normalization.
+    """
+    number = re.search(r"\blayers\.(\d+)\.", item.name)
+    if number is None or "num_hidden_layers" not in facts.base:
+        return False
+    base, i = facts.base, int(number[1])
+    if i >= base["num_hidden_layers"] - base.get("num_kv_shared_layers", 0):
+        return words == ["reuses"]
+    types = base.get("layer_types") or ()
+    is_full = types[i : i + 1] == ["full_attention"]
+    return words == ["k_eq_v"] and is_full and base.get("attention_k_eq_v", False)
 
 
 CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
@@ -67,6 +84,8 @@ CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
     "last not": lambda item, facts, words: item.last not in words,
     "base": lambda item, facts, words: facts.base["model_type"] in words,  # "?" if it is unknown
     "base not": lambda item, facts, words: facts.base["model_type"] not in words,
+    "wrapper": lambda item, facts, words: facts.base["wrapper"] in words,
+    "wrapper not": lambda item, facts, words: facts.base["wrapper"] not in words,
     # A regular expression that occurs in the tensor's key, or in the setting's value.
     "form": lambda item, facts, words: re.search(words[0], item.key or str(item.value)) is not None,
     "on": lambda item, facts, words: item.value not in (None, False, "", [], {}, "none"),
@@ -78,7 +97,8 @@ CONDITIONS: dict[str, Callable[[Item, Facts, list[str]], bool]] = {
     "incomplete": lambda item, facts, words: item.name.rsplit(".", 2)[0] in facts.incomplete,
     "single": is_single,
     "untargeted": is_untargeted,
-    "rank above": has_rank_above,
+    "rank above": lambda item, facts, words: int.__gt__(*rank_and_limit(facts, words)),
+    "attention": attention_is,
     "unadapted": lambda item, facts, words: item.name not in facts.pairs,
     "tied": lambda item, facts, words: facts.base.get("tie_word_embeddings", True),  # the default
 }
@@ -89,7 +109,8 @@ class Rule:
     """A server's treatment of some tensors or settings.
 
     ``what``: the tensors' kinds, or the settings' names; "pair" is lora_A and lora_B of any kind.
-    ``when``: further CONDITIONS, with their words.  ``verdict``: "rejected", "ignored" or
+    ``when``: further CONDITIONS, with their words.  ``says``: the reason; {rank} and {limit} in it
+    stand for the numbers of "rank above".  ``verdict``: "rejected", "ignored" or
     "unknown".  ``source``: the file in the server's repository that has the rule.  ``mend``: "fix"
     if ``--fix`` mends it, "option" if an option of the server does, or "".
     """
@@ -114,11 +135,16 @@ class Server(SimpleNamespace):
     of experts the server reads; "*" means all.  ``fuses``: for each fused layer, its name and the
     names of its parts.  ``renames``: new parts of names, by model_type; "" means any model.
     ``roots``: whether names must begin at the model with the head, so with "model.".
+    ``copies_keys``: whether values that are keys need a copy of the adapter of k_proj.
     """
 
     def rule_of(self, item: Item, facts: Facts) -> Rule | None:
         """The first rule for this item; without one, the server loads it."""
-        return next((rule for rule in self.rules if self._applies(rule, item, facts)), None)
+        rule = next((rule for rule in self.rules if self._applies(rule, item, facts)), None)
+        if rule and "rank above" in rule.when:
+            rank, limit = rank_and_limit(facts, rule.when["rank above"].split())
+            return replace(rule, says=rule.says.format(rank=rank, limit=limit))
+        return rule
 
     def _applies(self, rule: Rule, item: Item, facts: Facts) -> bool:
         return (item.kind or item.name) in rule.what.replace("pair", PAIRED).split() and all(

@@ -1,0 +1,106 @@
+"""Names what a training run doesn't train: adapters without gradients, embeddings of new tokens."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
+from ..model.tensors import AUTO, must_save_embeddings, text_config
+
+# A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.
+_STEPS = 10
+# Model -> the number of steps that are still looked at, and the function that gets the text.
+_watched: WeakKeyDictionary[nn.Module, tuple[int, Callable[[str], None]]] = WeakKeyDictionary()
+_untrained: WeakSet[nn.Module] = WeakSet()  # layers whose adapters had no gradient
+_hooks: list[Any] = []  # the handle of the hook on all optimizers
+
+
+def watch(model: nn.Module, say: Callable[[str], None]) -> None:
+    """Call ``say`` with the names of adapters that have no gradient in the first step.
+
+    A hook before every optimizer's step looks at the gradients, until one adapter of the model has
+    a gradient.
+    """
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_look))
+    _watched[unwrap(model)] = _STEPS, say
+
+
+def untrained_note(layers: Iterable[tuple[str, Any]]) -> str:
+    """A note on layers whose adapters had no gradient in the first step; "" without any."""
+    names = [name for name, layer in layers if layer in _untrained]
+    if not names:
+        return ""
+    return (
+        f"{len(names)} adapters had no gradient in the first step: {some(names)}: the loss of this "
+        "batch doesn't depend on these layers, or they were called without gradients"
+    )
+
+
+def _look(*_: Any) -> None:
+    """The hook: judge each watched model that has gradients now."""
+    if torch.compiler.is_compiling():
+        return
+    from .optimize import peft_layers  # here, because it imports this module
+
+    for model, (steps, say) in [*_watched.items()]:
+        del _watched[model]
+        if has_sharded(model):  # a shard of zeros says nothing about the others
+            continue
+        layers = peft_layers(model)
+        learns = {layer: found for _, layer in layers if (found := [*_gradients(layer)])}
+        if any(map(any, learns.values())):
+            _untrained.update(layer for layer, found in learns.items() if not any(found))
+            if note := untrained_note(layers):
+                say(note)
+        elif steps > 1:
+            _watched[model] = steps - 1, say
+
+
+def _gradients(layer: Any) -> Iterator[bool]:
+    """For each active adapter that trains: whether its lora_B has a gradient other than zero.
+
+    lora_A of a new adapter has a gradient of zero, because lora_B is zero.
+    """
+    for name in layer.active_adapters:
+        in_embedding = name in layer.lora_embedding_B
+        lora_b = layer.lora_embedding_B[name] if in_embedding else None
+        if name in layer.lora_B:
+            lora_b = layer.lora_B[name].weight
+        if lora_b is not None and lora_b.requires_grad:
+            yield lora_b.grad is not None and bool(lora_b.grad.any())
+
+
+def embedding_notes(model: nn.Module) -> list[str]:
+    """Warnings on the embeddings of a PEFT model that is about to be saved."""
+    inner: Any = unwrap(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    ends = {which: embeddings_of(base, which) for which in ("input", "output")}
+    trained = {
+        which: {id(p) for p in module.parameters() if p.requires_grad} if module else set()
+        for which, module in ends.items()
+    }
+    notes = []
+    names = {module: plain_name(name) for name, module in base.named_modules()}
+    tied = getattr(text_config(getattr(base, "config", None)), "tie_word_embeddings", False)
+    if tied and all(ends.values()) and trained["input"] != trained["output"]:
+        name, other = (names[ends[which]] for which in ends)
+        notes.append(
+            f"{name} and {other} share one weight (tie_word_embeddings), but train apart: a merge, "
+            "and a server with one weight for both, give another model.  Train with "
+            "LoraConfig(ensure_weight_tying=True), or untie them before training"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns if the base's config can't be read
+        resized = must_save_embeddings(base, AUTO)
+    if resized and not trained["input"]:
+        notes.append(
+            "the vocabulary was resized, but the embeddings of new tokens don't train: name the "
+            "tokens in LoraConfig(trainable_token_indices=[…])"
+        )
+    return notes
