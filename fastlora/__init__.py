@@ -4,7 +4,8 @@
 
 Data passes through four folders: layers (``layers``), ops (``ops``), backends (``backends``) and
 Triton kernels (``kernels``).  ``peft`` injects PEFT's adapters and speeds up PEFT's models,
-``packing`` packs base models, and ``adapters`` works on saved adapters.  ``reference`` has the formula in plain PyTorch.
+``packing`` packs base models, and ``adapters`` works on saved adapters.  ``reference`` has the
+formula in plain PyTorch.
 
 The first use of a name imports torch and the rest of fastlora.  If torch is imported already, then
 ``import fastlora`` does so at once.

@@ -11,9 +11,9 @@ from .estimates import estimate
 from .layers.linear import LoRALinear, lora_state_dict, replace_linears
 from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
 from .ops.loss import linear_cross_entropy, token_logprobs
-from .peft.check import check
 from .packing.checkpoints import load_packed
 from .packing.pack_weights import pack
+from .peft.check import check
 from .peft.inject import get_peft_model, load_adapter
 from .peft.optimize import coverage, optimize, restore
 from .projection import Projection

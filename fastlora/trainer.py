@@ -1,20 +1,18 @@
-"""A Trainer that checkpoints only the adapter, and callbacks for other trainers.
+"""Callbacks for transformers' Trainer, and for trainers that derive from it.
 
-    from fastlora.trainer import AdapterTrainer, MergedSampling, Optimize
+    from fastlora.trainer import MergedSampling, Optimize
 
 Only this file imports transformers; ``import fastlora`` doesn't import it.
 """
 
 import functools
 import logging
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
 from .automatic import (
@@ -24,114 +22,19 @@ from .automatic import (
     optimize_silently,
     show_log,
 )
-from .layers.head import lazy_head
-from .layers.modules import has_sharded, unwrap
-from .model.checkpoint import load_adapter, save_adapter
-from .model.inject import check_injection, check_model, injection_of
-from .model.trainable import saving_adapters_only
+from .layers.modules import unwrap
 from .peft.learning import embedding_notes
 from .peft.merged import merge_adapter, why_not_sent
 from .peft.optimize import peft_layers
 from .sampling import merged
 
 try:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer import TRAINING_ARGS_NAME
+    from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError(
         "fastlora.trainer needs transformers and accelerate: "
         "pip install 'fastlora-kernels[trainer]'"
     ) from error
-
-
-class AdapterTrainer(Trainer):
-    """A ``transformers.Trainer`` for a model with adapters of ``apply_lora`` or ``load_adapter``.
-
-    It takes the same arguments as Trainer.  A checkpoint holds the adapter in PEFT's files instead
-    of the whole model; ``resume_from_checkpoint`` and ``load_best_model_at_end`` read these files.
-    A resumed run gives the same bits as an uninterrupted one wherever Trainer's does.  To use it
-    with another trainer, derive from both:
-    ``class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer)``.
-
-    Training computes the loss without logits where the head allows it (docs/loss.md).  Set the
-    attribute ``loss`` to False to compute logits.
-
-    Raises TypeError if ``model`` is not a module.  Raises ValueError for a PEFT model and a model
-    without adapters (use transformers.Trainer for both), and under FSDP and DeepSpeed, whose
-    checkpoints hold the whole model.
-    """
-
-    loss = True
-
-    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        if model is not None:  # check before Trainer changes the model
-            _check_model(model)
-        with saving_adapters_only():
-            super().__init__(model, *args, **kwargs)
-        _check_model(self.model)  # again, because ``model_init`` may have made another model
-        _check_engine(self)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with a lazy head meanwhile."""
-        with self._lazy_head():
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with a lazy head meanwhile, so that its loss has the bits of training's."""
-        with self._lazy_head():
-            return super().evaluate(*args, **kwargs)
-
-    def _lazy_head(self) -> AbstractContextManager:
-        return lazy_head(unwrap(self.model)) if self.loss else nullcontext()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the files of Trainer's ``_save``, with the adapter in place of the model."""
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        save_adapter(self.model, folder)
-        # The tokenizer or processor and the arguments, as Trainer writes them.
-        processing = self.processing_class
-        if processing is None:
-            processing = getattr(self.data_collator, "tokenizer", None)
-        if processing is not None:
-            processing.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if os.path.isdir(self.state.best_model_checkpoint):
-            load_adapter(self.model, self.state.best_model_checkpoint)
-        else:  # the checkpoint is on another machine's disk; Trainer's method warns of that
-            super()._load_best_model()
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise ValueError or TypeError unless save_adapter and load_adapter accept the model."""
-    check_model(model)
-    injection = injection_of(model)
-    if injection is None:
-        raise ValueError(
-            f"{type(model).__name__} has no adapters of fastlora for AdapterTrainer: call "
-            "fastlora.apply_lora(model, config) first; for a PEFT model, or a model without "
-            "adapters, use transformers.Trainer"
-        )
-    check_injection(unwrap(model), injection)
-
-
-def _check_engine(trainer: Trainer) -> None:
-    """Raise ValueError under FSDP and DeepSpeed, which write checkpoints of the whole model."""
-    engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-    sharded = trainer.is_fsdp_enabled or has_sharded(trainer.model)
-    if trainer.is_deepspeed_enabled or sharded:
-        raise ValueError(
-            f"AdapterTrainer can't save only adapters under {engine}, whose checkpoints hold the "
-            "whole model: use transformers.Trainer, and call fastlora.save_adapter after training"
-        )
 
 
 class Optimize(TrainerCallback):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import called, some
-from .peft_config import from_peft
-from .config import weight_of
 from ..packing.files import CONFIG, write_adapter
-from .keys import pairs_of
 from ..projection import Adapter
 from ..settings import check_settings, is_number
 from ..text import shown
+from .config import weight_of
+from .keys import pairs_of
+from .peft_config import from_peft
 from .spectrum import LayerSpectrum, Spectra, cut
 from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns
 

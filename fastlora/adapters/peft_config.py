@@ -1,16 +1,14 @@
-"""Convert PEFT's ``adapter_config.json`` to and from a LoRAConfig.  PEFT is not imported."""
+"""Convert PEFT's ``adapter_config.json`` to and from a AdapterConfig.  PEFT is not imported."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from enum import Enum
 from typing import Any
 
 from ..text import shown
-from .config import LoRAConfig, kind_of
+from .config import AdapterConfig
 
-_OURS = {field.name for field in fields(LoRAConfig)}
+_OURS = {field.name for field in fields(AdapterConfig)}
 # Ignored settings.  Most don't affect the layers' arithmetic.  megatron_core and qalora_group_size
 # affect it only together with megatron_config and use_qalora, which raise an error.
 _SILENT = {
@@ -25,37 +23,6 @@ _REPLACED_BY_THE_FILE = ("gaussian", "eva", "orthogonal")
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
-    """The JSON object that PEFT reads.
-
-    ``fan_in_fan_out``: whether weights are [in, out], as a Conv1D's.
-    """
-    values = {name: getattr(config, name) for name in _OURS}
-    for name, value in values.items():
-        if isinstance(value, tuple | Mapping):  # keep the order: the first match of a pattern wins
-            values[name] = list(value) if isinstance(value, tuple) else dict(value)
-    if isinstance(config.target_modules, tuple):
-        values["target_modules"] = sorted(config.target_modules)
-    if config.target_parameters and config.lora_dropout:
-        warnings.warn(
-            f"the file has lora_dropout 0 in place of {config.lora_dropout}: PEFT has no dropout "
-            "for layers in target_parameters, and reads expert targets correctly only as "
-            "target_parameters. Inference is the same; to go on training in a new model, set "
-            "lora_dropout again",
-            stacklevel=3,
-        )
-        values["lora_dropout"] = 0.0
-    values |= {
-        "peft_type": "LORA",
-        "base_model_name_or_path": config.base_model_name_or_path or base_name,
-        "inference_mode": True,
-        "fan_in_fan_out": fan_in_fan_out,
-        "lora_bias": False,
-        "use_dora": False,
-    }
-    return dict(sorted(as_trained(values).items()))
-
-
 def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings without the initialization of lora_A and lora_B.
 
@@ -64,8 +31,8 @@ def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in _INIT_ONLY} | {"init_lora_weights": True}
 
 
-def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
-    """The LoRAConfig of PEFT's JSON object.  Raises ValueError for an unsupported setting.
+def from_peft(values: Mapping[str, Any], source: str) -> AdapterConfig:
+    """The AdapterConfig of PEFT's JSON object.  Raises ValueError for an unsupported setting.
 
     ``source`` names the object in errors.
     """
@@ -95,38 +62,8 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     return config_of(ours, source)
 
 
-def as_config(config: object) -> LoRAConfig:
-    """The config as a LoRAConfig.  A ``peft.LoraConfig`` is recognized by its ``peft_type``.
-
-    Raises ValueError for unsupported fields of PEFT's, and TypeError for any other object.
-    """
-    if isinstance(config, LoRAConfig):
-        return config
-    if not isinstance(config, type) and hasattr(config, "peft_type"):
-        return _from_live_peft(config)
-    hint = "; write fastlora.LoRAConfig(**config)" if isinstance(config, dict) else ""
-    raise TypeError(
-        f"config is {kind_of(config)}, but must be a fastlora.LoRAConfig or a peft.LoraConfig, "
-        f'such as fastlora.LoRAConfig(r=16, target_modules="all-linear"){hint}'
-    )
-
-
-def _from_live_peft(config: Any) -> LoRAConfig:
-    """The LoRAConfig of a ``peft.LoraConfig``.  Raises ValueError for an unsupported setting."""
-    source = f"the peft.{type(config).__name__}"
-    settings = config.to_dict().items()
-    values = {name: each.value if isinstance(each, Enum) else each for name, each in settings}
-    ours = _ours(values, source, "Use PEFT, and fastlora.optimize on its model")
-    if ours.get("target_modules") is None and not ours.get("target_parameters"):
-        raise ValueError(
-            f"{source} has no target_modules, and fastlora doesn't have PEFT's table of defaults: "
-            'name the layers, such as target_modules=["q_proj", "v_proj"] or "all-linear"'
-        )
-    return config_of(ours, source)
-
-
 def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, Any]:
-    """LoRAConfig's fields among PEFT's.
+    """AdapterConfig's fields among PEFT's.
 
     Raises ValueError for another method than LoRA and for unsupported settings; ``what_else`` ends
     the message with the next step.
@@ -149,11 +86,11 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
     return {name: value for name, value in values.items() if name in _OURS}
 
 
-def config_of(ours: dict[str, Any], source: str) -> LoRAConfig:
+def config_of(ours: dict[str, Any], source: str) -> AdapterConfig:
     ours.setdefault("lora_alpha", 8)  # PEFT's default
     for name in ("rank_pattern", "alpha_pattern"):
         ours[name] = ours.get(name) or {}
     try:
-        return LoRAConfig(**ours)
+        return AdapterConfig(**ours)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} doesn't hold a LoRA config: {error}") from None

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.checkpoint import save_adapter
 from ..packing.files import write_adapter
 from ..settings import check_settings, is_number
 from ..text import shown
@@ -34,9 +33,9 @@ def resize_adapter(
     values, separately for each layer, and one rank for all experts of a stack.  Without both, it
     only reports.
 
-    ``adapter``: a folder with PEFT's files, or a model with an adapter of fastlora or of PEFT
-    (``adapter_name``); the model doesn't change.  ``output``: a folder for the result in PEFT's
-    files, with a rank_pattern.  lora_alpha, trained biases and modules_to_save stay, and so do the
+    ``adapter``: a folder with PEFT's files, or a PeftModel, whose adapter ``adapter_name`` is read;
+    the model doesn't change.  ``output``: a folder for the result in PEFT's files, with a
+    rank_pattern.  lora_alpha, trained biases and modules_to_save stay, and so do the
     tensors of layers that need no cut.
 
     Returns a report, which prints as a table; ``report.plot(path)`` draws it.  Raises the errors of
@@ -81,9 +80,6 @@ def resize_adapter(
 def _saved(model: nn.Module, name: str, scratch: str) -> Path:
     """Save the model's adapter in PEFT's files in ``scratch``.  Returns the folder."""
     peft: Any = model
-    if not hasattr(model, "peft_config"):
-        save_adapter(model, scratch)
-        return Path(scratch)
     # A transformers model or another PEFT wrapper would save the active adapters or the whole base.
     if not hasattr(type(model), "create_or_update_model_card"):
         raise ValueError(

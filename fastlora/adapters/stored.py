@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.linear import scaling_of
 from ..layers.experts import stacked
+from ..layers.linear import scaling_of
 from ..layers.modules import called, some
 from ..packing import files
-from .peft_config import as_trained, from_peft
-from .config import LoRAConfig, weight_of
 from ..packing.files import CONFIG, WEIGHTS, name_of
-from .keys import pairs_of
 from ..projection import Adapter
+from .config import AdapterConfig, weight_of
+from .keys import pairs_of
+from .peft_config import as_trained, from_peft
 
 
 class Layer(NamedTuple):
@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 
     path: Path
     settings: dict[str, Any]  # adapter_config.json without the initialization's settings
-    config: LoRAConfig
+    config: AdapterConfig
     layers: dict[str, Layer]
     others: list[str]  # keys of tensors that trained in full
 
@@ -140,7 +140,7 @@ def _module_of(key: str) -> str:
     return ".".join(parts)
 
 
-def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
+def patterns(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     """PEFT's r, lora_alpha and patterns that give these layers their ranks and alphas.
 
     The most common value becomes the default, and every other layer gets an anchored pattern.

@@ -13,14 +13,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..clock import HostClock, timed
+from ..foreign import optional
 from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
-from ..layers.modules import embeddings_of, unwrap
-from ..model.adapter_config import as_config
-from ..model.config import LoRAConfig
-from ..model.inject import apply_lora, check_model, check_plain, undo_injection
-from ..model.tensors import text_config
+from ..layers.modules import check_model, check_plain, embeddings_of, text_config, unwrap
+from ..peft.inject import injected
 from ..settings import check_switches
 from ..text import bar, shown
 from .count import Estimate, count_adapter, count_frozen, tensors_of
@@ -33,7 +31,7 @@ def estimate(
     model: nn.Module,
     ranks: Sequence[int] = RANKS,
     *,
-    config: LoRAConfig | None = None,
+    config: Any = None,
     batch: Any = None,
     rounds: int = 0,
     loss: bool = False,
@@ -44,11 +42,11 @@ def estimate(
     change of the model.  With ``rounds``, step time and the memory that a forward keeps are also
     measured on the model's device.
 
-    ``model`` has no adapters yet.  ``config`` says which layers would be adapted, also weights of
-    experts; None means every linear layer.  Each of ``ranks`` replaces its ``r``, and its patterns
-    still apply.  ``batch`` is the model's input in training: a mapping, a sequence or a tensor,
-    with labels if the model computes a loss.  None gives a causal language model of transformers
-    random tokens, [1, 256] or fewer if it has fewer positions.
+    ``model`` has no adapters yet.  ``config``, a ``peft.LoraConfig``, says which layers would be
+    adapted, also weights of experts; None means every linear layer.  Each of ``ranks`` replaces its
+    ``r``, and its patterns still apply.  ``batch`` is the model's input in training: a mapping, a
+    sequence or a tensor, with labels if the model computes a loss.  None gives a causal language
+    model of transformers random tokens, [1, 256] or fewer if it has fewer positions.
 
     Each of ``rounds``, for example 5, runs forward and backward of the frozen model, down to its
     embeddings, and of the model with each rank, in training mode, behind a progress bar (with
@@ -58,7 +56,7 @@ def estimate(
 
     Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises
     ValueError for an empty ``ranks`` or a rank below 1, a model with adapters, a missing batch, and
-    rounds on ``meta``; also the errors of :func:`fastlora.apply_lora` and of the model.
+    rounds on ``meta``; also the errors of :func:`fastlora.get_peft_model` and of the model.
     """
     check_model(model)
     inner = unwrap(model)
@@ -69,7 +67,10 @@ def estimate(
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
     check_switches(loss=loss)
     check_plain(inner)
-    config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
+    if config is None:
+        config = optional("peft", "estimate needs PEFT", "peft").LoraConfig(
+            target_modules="all-linear"
+        )
     # Count first: it finds errors in the config before anything is measured.
     counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
     rank_costs = tuple(cost for _, cost in counts)
@@ -93,7 +94,7 @@ def estimate(
 def _measured(
     estimate: Estimate,
     model: nn.Module,
-    config: LoRAConfig,
+    config: Any,
     batch: Any,
     rounds: int,
     loss: bool,
@@ -110,7 +111,7 @@ def _measured(
     configs = [replace(config, r=cost.r) for cost in estimate.rank_costs]
     # The frozen model and every rank take turns in each round, so that drift affects all alike.
     sides = [partial(frozen, model, batch)]
-    sides += [partial(adapted, model, each, loss) for each in configs]
+    sides += [partial(injected, model, each, loss=loss) for each in configs]
     kept, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
         for i in bar(range(rounds + 1), "measuring", "round"):
@@ -148,16 +149,6 @@ def _busy() -> Iterator[str]:
             f"this machine was busy (load {load:.1f} on {cores} cores), so times may be wrong: "
             "measure again when it is idle"
         )
-
-
-@contextmanager
-def adapted(model: nn.Module, config: LoRAConfig, loss: bool) -> Iterator[None]:
-    """Inside, the model has adapters; at the end it is as before."""
-    apply_lora(model, config, loss=loss)
-    try:
-        yield
-    finally:
-        undo_injection(model)
 
 
 @contextmanager

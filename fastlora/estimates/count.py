@@ -13,16 +13,7 @@ from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
 from ..layers.members import plain_class_of
-from ..model.config import LoRAConfig
-from ..model.files import Planned, size_of
-from ..model.targets import all_linear, find_targets, modules_to_save
-from ..model.tensors import (
-    AUTO,
-    embedding_tensors,
-    full_tensors,
-    must_save_embeddings,
-    planned_adapters,
-)
+from ..peft.targets import find_targets, linear_layers
 from ..projection import is_plain
 from ..text import columns
 
@@ -34,7 +25,6 @@ class RankCost:
     * ``parameters``: the number of trainable parameters;
     * ``bytes``: their size;
     * ``flops``: per token, forward and backward, in addition to the frozen model's;
-    * ``file_bytes``: the size of ``adapter_model.safetensors``;
     * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
     * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
       quartile, median and upper quartile.
@@ -46,7 +36,6 @@ class RankCost:
     parameters: int
     bytes: int
     flops: int
-    file_bytes: int
     kept_bytes: float | None = None
     step: tuple[float, float, float] | None = None
 
@@ -129,7 +118,7 @@ class Estimate:
         yield row("", "frozen", lambda cost: f"r {cost.r}")
         yield row("trainable", "", lambda cost: f"{cost.parameters:,}")
         yield row("% of base", "", lambda cost: f"{100 * cost.parameters / frozen.parameters:.2f}")
-        yield row("file, MiB", "", lambda cost: _mib(cost.file_bytes))
+        yield row("file, MiB", "", lambda cost: _mib(cost.bytes))
         yield row("extra FLOPs, %", "", lambda cost: f"{100 * cost.flops / frozen.flops:.1f}")
         if frozen.seconds is not None:
             yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
@@ -194,7 +183,7 @@ def _resident_bytes(model: nn.Module) -> int:
 def _saved_by_nf4(model: nn.Module) -> int:
     """The bytes of the dense linear layers minus their bytes in NF4."""
     saved = 0
-    for name in all_linear(model):
+    for name in linear_layers(model):
         weight = matrix_of(model.get_submodule(name))
         if is_plain(weight):
             N, K = weight.shape
@@ -204,21 +193,27 @@ def _saved_by_nf4(model: nn.Module) -> int:
     return saved
 
 
-def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
+def count_adapter(model: nn.Module, config: Any) -> tuple[int, RankCost]:
     """The number of layers and experts' weights that ``config`` targets, and their counted cost.
 
-    Raises the errors of :func:`fastlora.apply_lora` if the config doesn't fit the model, and
-    ValueError if the config doesn't say how many experts each token uses.
+    Raises ValueError if the config matches nothing in the model, or if the model's config doesn't
+    say how many experts each token uses.
     """
-    saved = modules_to_save(model, config, every_name=True)
-    targets = find_targets(model, config, saved, every_name=True)
-    names = targets.keys()
-    adapters = planned_adapters(targets, config)
-    full = full_tensors(model, config.bias, saved, names)
+    targets = find_targets(model, config)
+    ends = tuple(config.modules_to_save or ())
+    saved = {module for name, module in model.named_modules() if ends and name.endswith(ends)}
+    inside = {part for module in saved for part in module.modules()}
+    trained = {id(p): p for module in saved for p in module.parameters()}
+    if config.bias != "none":
+        layers = {f"{name}.bias" for name in targets}
+        named = [(name, p) for name, p in model.named_parameters() if name.endswith("bias")]
+        trained |= {id(p): p for name, p in named if config.bias == "all" or name in layers}
     # Two operations (multiply, add) for each element of lora_A and lora_B, in three products of
     # each matrix: h and y; dh and the adapter's part of dx; both gradients.  A module that trains
     # in full adds one product, its gradient, because the frozen model's FLOPs hold the other two.
-    flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})
+    flops = 2 * _of_a_token(inside)
+    count = sum(p.numel() for p in trained.values())
+    size = sum(p.nbytes for p in trained.values())
     for name, target in targets.items():
         used = experts_of_a_token(target.module) if target.parameter else 1
         if not used:
@@ -226,20 +221,12 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, RankCost]:
                 f"can't count the FLOPs of {name}: the model's config doesn't say how many experts "
                 f"each token uses: set {PER_TOKEN[0]} in it"
             )
-        flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
-    trained = {id(tensor): tensor for tensor in full.values() if isinstance(tensor, nn.Parameter)}
-    parts = [*adapters.values(), *map(_planned, trained.values())]
-    saved_whole = full
-    if must_save_embeddings(model, AUTO):
-        saved_whole = full | embedding_tensors(model, saved, names)
-    file = adapters | {key: _planned(tensor) for key, tensor in saved_whole.items()}
-    counts = [math.prod(part.shape) for part in parts]
-    size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
-    return len(names), RankCost(config.r, sum(counts), size, flops, size_of(file))
-
-
-def _planned(tensor: Tensor) -> Planned:
-    return Planned(tuple(tensor.shape), tensor.dtype)
+        (_, K), (N, _) = shapes = target.shapes
+        flops += 2 * 3 * used * target.r * (K + N)
+        elements = sum(map(math.prod, shapes))
+        count += elements
+        size += target.dtype.itemsize * elements
+    return len(targets), RankCost(config.r, count, size, flops)
 
 
 def _of_a_token(modules: Collection[nn.Module]) -> int:

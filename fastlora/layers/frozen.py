@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..foreign import is_class
-from ..formats import SHARDED, PackedLayer, quantized_weight, vendor_of
+from ..formats import SHARDED, PackedLayer, quantized_weight
 from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output

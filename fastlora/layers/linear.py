@@ -87,9 +87,7 @@ class LoRALinear(nn.Linear):
         layer._attach(pair, lora_alpha, lora_dropout, use_rslora)
         return layer
 
-    def _attach(
-        self, pair: Pair, lora_alpha: float, lora_dropout: float, use_rslora: bool
-    ) -> None:
+    def _attach(self, pair: Pair, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
         """Add lora_A and lora_B, and freeze weight and bias.  Checks nothing."""
         self.requires_grad_(False)
         self.lora_A, self.lora_B = pair
@@ -130,10 +128,12 @@ class LoRALinear(nn.Linear):
         weight = add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
         if not bool(weight.isfinite().all()):
             raise ValueError("the merged weight has NaN or infinity: the adapter is broken")
-        self._base, self.weight = self.weight, nn.Parameter(weight, requires_grad=False)
+        base: Any = self.weight
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._base = base
 
     def unmerge(self) -> None:
-        """Put the original weight back: the same bits.  A layer that isn't merged doesn't change."""
+        """Put the original weight back: the same bits.  Without a merge, nothing changes."""
         if self._base is not None:
             self.weight, self._base = self._base, None
 
@@ -167,9 +167,7 @@ def _run(layer: LoRALinear, x: Tensor, record: Record) -> tuple[Tensor, Any]:
 
 
 # In the order of Recorder's fields: why_not, read, parts, run_record, run.
-_RECORDER = Recorder(
-    lambda layer, x: False, LoRALinear.read, lambda layer: (), _run, run_one
-)
+_RECORDER = Recorder(lambda layer, x: False, LoRALinear.read, lambda layer: (), _run, run_one)
 
 
 def replace_linears(
@@ -200,7 +198,7 @@ def replace_linears(
     named = {name: module for name, module in model.named_modules() if name}
     around, chosen = bypassed(model), dict[str, Any]()
     is_regex = isinstance(targets, str)
-    for target in [targets] if is_regex else targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         test = name_test(target if is_regex else [target])
         matched = [n for n, m in named.items() if test(n) and (is_plain_linear(m) or not is_regex)]
         if not matched:

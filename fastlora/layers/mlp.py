@@ -19,9 +19,9 @@ from ..ops.few_rows import has_few_rows
 from ..ops.gated import GatedCall, gated_call, run_gated
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
 from .classes import Fast, class_over
-from .frozen import WATCHED, read_frozen
+from .frozen import read_frozen
 from .guards import Record, Recorder, call_recorded, fits
-from .members import activation_of, is_hooked, is_replaced, plain_class_of
+from .members import activation_of, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _UNKNOWN = "its forward is unknown to fastlora"

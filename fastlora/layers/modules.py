@@ -29,7 +29,7 @@ def full_name(outer: str, last: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model that apply_lora was called on, inside ``torch.compile``, DDP, FSDP and the like."""
+    """The model inside ``torch.compile``, DDP, FSDP and the like."""
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile's
             model = cast(nn.Module, model._orig_mod)
@@ -191,6 +191,11 @@ def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
     except (AttributeError, NotImplementedError, TypeError):
         return None
     return embedding if isinstance(embedding, nn.Module) else None
+
+
+def text_config(config: Any) -> Any:
+    """The config of the language model in a model that may also have a vision model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def some(names: Sequence[str]) -> str:

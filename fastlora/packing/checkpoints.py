@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..formats.format import Quantized
 from ..formats.microscaled import MXFP4
 from ..layers.classes import twin
-from ..layers.packed_experts import why_not_experts
 from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
 from ..layers.frozen import matrix_of
 from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
+from ..layers.packed_experts import why_not_experts
 from ..projection import DTYPES
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .linears import PARTS, packed_linears, read_linear

@@ -1,7 +1,6 @@
 """An adapter's two files: reading their headers before loading, and writing them atomically."""
 
 import json
-import math
 import os
 import platform
 import re
@@ -27,7 +26,6 @@ _OLD = 3600.0  # seconds without a change, after which another host's scratch fo
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
-# safetensors writes tensors in this order of dtypes, so size_of needs it.
 _DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
     torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -144,18 +142,6 @@ def _opened(path: Path, problem: str) -> Iterator[Any]:
 def name_of(key: str) -> str:
     """The parameter's name in the model, from its key in the file."""
     return key.removeprefix(PREFIX)
-
-
-def size_of(tensors: Mapping[str, Planned]) -> int:
-    """Size in bytes of a safetensors file with these tensors, header included."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, end = list(_DTYPES), 0
-    for key in sorted(tensors, key=lambda key: (places.index(tensors[key].dtype), key)):
-        shape, dtype = tensors[key]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + (len(text) + 7) // 8 * 8 + end  # header's length, header padded to 8 bytes, data
 
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:

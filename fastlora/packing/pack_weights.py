@@ -12,13 +12,13 @@ from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats import quantized_weight
 from ..formats.format import Quantized
 from ..formats.packing import KINDS, pack_weight, packing_error
-from ..layers.packed_experts import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import is_plain_linear, matrix_of, why_not_plain
 from ..layers.modules import (
     bypassed,
     called,
     check_model,
+    check_plain,
     embeddings_of,
     full_name,
     inside_of,
@@ -28,6 +28,7 @@ from ..layers.modules import (
     some,
     unwrap,
 )
+from ..layers.packed_experts import take_packed, why_not_experts
 from ..text import columns, shown
 from .declarations import declared, is_vendors
 from .linears import pack_linear
@@ -174,7 +175,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 
     * another kind, or mxfp4 or nvfp4 for linear layers;
     * a name that matches nothing, or a module that is neither experts nor a linear layer;
-    * a model with adapters (pack first, then :func:`fastlora.get_peft_model`), or under FSDP or DDP;
+    * a model with adapters (pack it before), or under FSDP or DDP;
     * a weight that is tied to a module that isn't packed;
     * weights that don't fit the format's blocks, or that hold NaN or infinity.
     """

@@ -20,11 +20,11 @@ from torch import nn
 
 from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
-from ..layers.frozen import is_conv1d, is_router
-from ..layers.modules import bypassed, check_places, embeddings_of, owners_of, some
+from ..layers.modules import bypassed, check_places, owners_of, some
 from . import why_no_injection
-from .trainable import admit_training
 from .optimize import optimize, peft_layers
+from .targets import matched, name_all_linear
+from .trainable import admit_training
 
 # PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.
 _PEFT_PACKAGES = ("bitsandbytes", "hqq", "gptqmodel")
@@ -68,7 +68,7 @@ def get_peft_model(
     import peft
 
     config, base = copy(peft_config), _base_of(model)
-    wanted = _matched(base, config)
+    wanted = matched(base, config)
     how: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
     how["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
@@ -149,55 +149,6 @@ def _check(model: Any, config: Any = None) -> None:
         raise TypeError(f"peft_config is a {kind}, but fastlora's fast layers need peft.LoraConfig")
 
 
-def _matched(model: nn.Module, config: Any) -> set[str]:
-    """The names of the linear layers that ``target_modules`` names."""
-    from peft.tuners.tuners_utils import check_target_module_exists as matches
-
-    linear = _linear_layers(model)
-    if not config.target_modules or _is_all_linear(config):
-        return linear if config.target_modules else set()
-    return {name for name in linear if matches(config, name)}
-
-
-def _is_all_linear(config: Any) -> bool:
-    targets = config.target_modules
-    return isinstance(targets, str) and targets.lower() == "all-linear"
-
-
-def _linear_layers(model: nn.Module) -> set[str]:
-    """The names of all linear layers, dense and packed, except the output head."""
-    head = embeddings_of(model, "output")
-    layers = {layer: layer.get_base_layer() for _, layer in peft_layers(model)}
-    inside = {each for layer in layers for each in layer.modules() if each is not layer}
-    named = {n: layers.get(m, m) for n, m in model.named_modules() if n and m not in inside}
-    return {name for name, module in named.items() if module is not head and _is_linear(module)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    is_dense = isinstance(module, nn.Linear) or is_conv1d(type(module))
-    return is_dense or isinstance(quantized_weight(module), PackedLayer)
-
-
-def _name_all_linear(model: nn.Module, config: Any) -> None:
-    """Replace "all-linear" in ``config`` by names: packed layers too, and no routers."""
-    from peft.utils import transformers_weight_conversion as conversion
-
-    linear = _linear_layers(model)
-    if hasattr(getattr(model, "config", None), "model_type"):
-        # In some mixtures PEFT also adapts experts' parameters, under names of its own.
-        conversion.convert_peft_config_for_transformers(config, model, None)
-    if isinstance(config.target_modules, str):
-        config.target_modules = linear
-        return
-    names = {name for name, module in model.named_modules() if is_router(module)}
-    ends = tuple(f".{name}.weight" for name in {name.rpartition(".")[2] for name in names})
-    weights = config.target_parameters
-    config.target_parameters = {name for name in weights if not f".{name}".endswith(ends)}
-    # PEFT renames layers with names of experts again when it injects.
-    known = {old for table in conversion._MOE_TARGET_MODULE_MAPPING.values() for old in table}
-    config.target_modules |= {n for n in linear if n.rpartition(".")[2] not in known}
-
-
 @contextmanager
 def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> Iterator[None]:
     """Inside, PEFT can inject adapters by ``config`` over the packed weights of the model.
@@ -206,8 +157,7 @@ def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> It
     """
     from peft.tuners import lora
 
-    if _is_all_linear(config):
-        _name_all_linear(model, config)
+    name_all_linear(model, config)
     custom: dict[Any, Any] = {}
     before = config._custom_modules
     with ExitStack() as undo:
@@ -358,6 +308,18 @@ def _check_keys(loaded: Any, adapter: str) -> None:
     for keys, what in ((missing, "lack"), (loaded.unexpected_keys, "have, for no layer,")):
         if keys:
             raise ValueError(f"the adapter's files {what} {some(keys)}: is it for another model?")
+
+
+@contextmanager
+def injected(model: nn.Module, config: Any, **settings: Any) -> Iterator[Any]:
+    """Inside, the model has adapters, and is optimized; yields the PeftModel."""
+    with suppress(_Undo), _undone_on_error(model, "default"):
+        yield get_peft_model(model, config, **settings)
+        raise _Undo
+
+
+class _Undo(Exception):  # noqa: N818
+    """Ends :func:`injected` by the way of an error."""
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Names what a training run doesn't train: adapters without gradients, embeddings of new tokens."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -9,8 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
-from ..model.tensors import AUTO, must_save_embeddings, text_config
+from ..layers.modules import embeddings_of, has_sharded, plain_name, some, text_config, unwrap
 
 # A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.
 _STEPS = 10
@@ -95,12 +93,23 @@ def embedding_notes(model: nn.Module) -> list[str]:
             "and a server with one weight for both, give another model.  Train with "
             "LoraConfig(ensure_weight_tying=True), or untie them before training"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns if the base's config can't be read
-        resized = must_save_embeddings(base, AUTO)
-    if resized and not trained["input"]:
+    if not trained["input"] and _is_resized(base):
         notes.append(
             "the vocabulary was resized, but the embeddings of new tokens don't train: name the "
             "tokens in LoraConfig(trainable_token_indices=[…])"
         )
     return notes
+
+
+def _is_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary has another size than in the config that the model was loaded from."""
+    config, source = getattr(model, "config", None), getattr(model, "name_or_path", None)
+    read = getattr(type(config), "from_pretrained", None)
+    if not source or read is None:
+        return False
+    try:
+        base = read(source, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    now, before = (getattr(text_config(each), "vocab_size", None) for each in (config, base))
+    return now != before

@@ -1,4 +1,4 @@
-"""Lets a Trainer accept a quantized model with adapters that its quantizer says can't be trained."""
+"""Lets a Trainer accept quantized models that their quantizer takes for untrainable, as GGUF's."""
 
 from abc import ABC
 from typing import Any

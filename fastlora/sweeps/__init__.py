@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.head import lazy_head
-from ..layers.modules import called, some, unwrap
-from ..model.checkpoint import save_adapter
-from ..model.files import check_folder, write_whole
-from ..model.inject import apply_lora, check_model, check_plain, remove_lora
+from ..layers.modules import called, check_model, some, unwrap
+from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
 from ..settings import check_switches
 from ..text import shown
 from . import record
@@ -57,7 +56,7 @@ def sweep(
 ) -> Sweep:
     """Train every configuration on this model at once, and report the best one.
 
-    ``configs``: a list of dicts, one for each trial, with fields of :class:`fastlora.LoRAConfig`
+    ``configs``: a list of dicts, one for each trial, with fields of ``peft.LoraConfig``
     (``target_modules`` defaults to "all-linear"), ``learning_rate``, and optionally ``name``.  By
     default the fields that differ make the name.
 
@@ -87,7 +86,8 @@ def sweep(
     has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes the old sweep's
     files when the new one writes its first file.
 
-    Afterwards the model is unchanged, also if the sweep fails.  Rows must be independent of each
+    ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
+    unchanged, also if the sweep fails.  Rows must be independent of each
     other, so batch norms stay in evaluation mode, with a warning.  Returns a
     :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
     TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
@@ -98,7 +98,6 @@ def sweep(
     check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
     _check(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
-    check_plain(inner)
     if eval_steps is None and type(steps) is int:
         eval_steps = max(1, steps // 4)
     options = Options(
@@ -212,15 +211,16 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
     """Write a trial's adapter in PEFT's files.  Returns its effective rank, NaN if it has NaN."""
     from ..adapters.resize import resize_adapter  # imported late: only the end of a sweep needs it
 
-    with torch.random.fork_rng():
-        apply_lora(model, trial.config, frozen_linears=False, gated_mlps=False)
-    try:
-        with torch.no_grad():
-            for name, value in adapters.items():
-                model.get_parameter(name).copy_(value)
-        save_adapter(model, folder)
-    finally:
-        remove_lora(model)
+    config = copy(trial.config)
+    config.inference_mode = True
+    base = getattr(model, "name_or_path", None)
+    config.base_model_name_or_path = config.base_model_name_or_path or base
+    layers = {name.rpartition(".")[0] for name in adapters}
+    config.target_modules = sorted(layers)  # also of "all-linear", which PEFT would read otherwise
+    keys = {name: f"{PREFIX}{name}.weight" for name in adapters}
+    tensors = {keys[name]: tensor.detach().cpu() for name, tensor in adapters.items()}
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    write_adapter(folder, settings, tensors)
     try:
         return resize_adapter(folder).effective_rank
     except ValueError:

@@ -1,5 +1,6 @@
 """Linear layers with one adapter for each trial; the rows of a batch are divided among trials."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import quantized_weight
-from ..layers.adapted_weight import scaling_of
 from ..layers.classes import change_class, class_over
-from ..layers.frozen import is_router, matrix_of
+from ..layers.frozen import matrix_of
+from ..layers.linear import Pair, new_adapter, scaling_of
 from ..layers.modules import called
-from ..model.targets import Pair, find_targets
 from ..ops.functional import multi_lora_linear
+from ..peft.targets import Target, find_targets
 from ..rows import AdapterMapping
 from .trial import Trial
 
@@ -120,32 +121,28 @@ class Attached(NamedTuple):
 def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[Attached]:
     """Inside, the model's layers have the adapters of all trials, and only adapters train.
 
-    A trial gets the same initial adapters as from ``apply_lora`` after ``torch.manual_seed(seed)``.
-    Raises the errors of :func:`fastlora.apply_lora` for a target; the model is then unchanged.
+    A trial's initial adapters are those of a new :class:`fastlora.LoRALinear`, in the model's order
+    of layers, after ``torch.manual_seed(seed)``.  A PeftModel's adapters are disabled inside.
+    Raises ValueError if a config matches nothing; the model is then unchanged.
     """
-    targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
-    routers = sorted(
-        n for of_trial in targets for n, target in of_trial.items() if is_router(target.module)
-    )
-    if routers:
-        raise ValueError(
-            f"{routers[0]} is a router, and trials can't share a batch there: exclude it with "
-            f"exclude_modules=[{routers[0]!r}]"
-        )
+    targets = [find_targets(model, trial.config) for trial in trials]
     pairs = []
     for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            pairs.append({n: target.new_adapter(n, trial.config) for n, target in of_trial.items()})
+            pairs.append({n: _new_pair(target, trial) for n, target in of_trial.items()})
     rows = TrialRows(len(trials))
     # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
+        if disabled := getattr(model, "disable_adapter", None):
+            stack.enter_context(cast(Any, disabled)())
         for parameter in [weight for weight in model.parameters() if weight.requires_grad]:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for name, layer in model.named_modules():
-            adapters = _adapters_of(name, trials, pairs, rows)
+            adapters = _adapters_of(name, trials, targets, pairs, rows)
             if adapters.members:
+                layer = getattr(layer, "base_layer", layer)
                 layer.__dict__[_RECORD] = adapters
                 stack.callback(layer.__dict__.pop, _RECORD)
                 own = change_class(layer, class_over(TrialsLayer, type(layer), ""))
@@ -161,12 +158,28 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         yield Attached(named, rows)
 
 
+def _new_pair(target: Target, trial: Trial) -> Pair:
+    pair = new_adapter(target.weight, target.r, target.dtype)
+    if trial.config.init_lora_weights is False:
+        nn.init.kaiming_uniform_(pair[1], a=math.sqrt(5))
+    elif trial.config.init_lora_weights == "gaussian":
+        nn.init.normal_(pair[0], std=1 / target.r)
+    return pair
+
+
 def _adapters_of(
-    name: str, trials: Sequence[Trial], pairs: Sequence[dict[str, Pair]], rows: TrialRows
+    name: str,
+    trials: Sequence[Trial],
+    targets: Sequence[dict[str, Target]],
+    pairs: Sequence[dict[str, Pair]],
+    rows: TrialRows,
 ) -> Adapters:
     """The adapters of the layer of this name, of the trials that target it."""
     members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
-    configs = [trials[i].config for i in members]
-    scales = [scaling_of(c.alpha_of(name), c.rank_of(name), c.use_rslora) for c in configs]
-    numbers = {"scales": scales, "dropout": [config.lora_dropout for config in configs]}
+    scales, dropout = [], []
+    for i in members:
+        target, config = targets[i][name], trials[i].config
+        scales.append(scaling_of(target.lora_alpha, target.r, config.use_rslora))
+        dropout.append(config.lora_dropout)
+    numbers = {"scales": scales, "dropout": dropout}
     return Adapters(name, members, [pairs[i][name] for i in members], numbers, rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import some
-from ..model.files import CONFIG, WEIGHTS, read_json, write_whole
+from ..packing.files import CONFIG, WEIGHTS, read_json, write_whole
 from ..text import columns, shown
 from .fingerprint import Fingerprint
 from .trial import Trial, can_name_folder
@@ -185,7 +185,7 @@ class Sweep:
             {
                 "name": outcome.trial.name,
                 "learning_rate": outcome.trial.learning_rate,
-                "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
+                "config": outcome.trial.settings,
                 **{name: value for name, value in vars(outcome).items() if name != "trial"},
                 "losses": [(step, _finite(loss)) for step, loss in outcome.losses],
                 "effective_rank": _finite(outcome.effective_rank),

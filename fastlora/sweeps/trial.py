@@ -3,32 +3,41 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from ..model.config import LoRAConfig
-from ..settings import is_number
+from ..foreign import optional
+from ..settings import check_settings, is_number
 from ..text import shown
 
 _SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"
+# The fields of peft.LoraConfig that a trial may set.
+_TRIED = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "task_type", "base_model_name_or_path",
+}  # fmt: skip
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SHORT = {"lora_alpha": "alpha", "lora_dropout": "dropout", _RATE: "lr", "target_modules": ""}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration with its learning rate, and a name, which also names its folder."""
+    """A configuration with its learning rate, and a name, which also names its folder.
+
+    ``config``: a ``peft.LoraConfig``.  ``settings``: its fields that the sweep was given.
+    """
 
     name: str
-    config: LoRAConfig
+    config: Any
+    settings: dict[str, Any]
     learning_rate: float
 
     @property
     def plain(self) -> dict[str, Any]:
         """The trial as plain values, to be written to the state file."""
-        fields = asdict(self.config).items()
-        settings = {key: dict(v) if isinstance(v, Mapping) else v for key, v in fields}
+        settings = {k: sorted(v) if isinstance(v, set) else v for k, v in self.settings.items()}
         return {"name": self.name, "learning_rate": self.learning_rate} | settings
 
 
@@ -53,22 +62,25 @@ def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
 
 
 def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
-    known = {field.name for field in fields(LoRAConfig)}
+    kind = optional("peft", "sweep needs PEFT", "peft").LoraConfig
+    known = {field.name for field in fields(kind)}
     unknown = [key for key in entry if key not in known | {_RATE, "name"}]
     if unknown:
         raise ValueError(
             f"configs[{number}] has {shown(unknown[0])}, but its fields must be fields of "
-            f"fastlora.LoRAConfig, {_RATE!r} or 'name'"
+            f"peft.LoraConfig, {_RATE!r} or 'name'"
         )
     rate: Any = entry.get(_RATE)
     if not is_number(rate) or not 0 < rate < float("inf"):
         raise ValueError(f"configs[{number}] has {_RATE} {shown(rate)}, but it must be above 0")
-    settings = {key: value for key, value in entry.items() if key in known}
-    config = LoRAConfig(**({"target_modules": "all-linear"} | settings))
-    if config.bias != "none" or config.modules_to_save or config.target_parameters:
+    settings = {"target_modules": "all-linear"} | {k: v for k, v in entry.items() if k in known}
+    config = kind(**settings)
+    check_settings(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora)
+    others = sorted(settings.keys() - _TRIED)
+    if others:
         raise ValueError(
-            f"configs[{number}] trains more than adapters of linear layers, but trials share all "
-            "other parameters: leave out bias, modules_to_save and target_parameters"
+            f"configs[{number}] sets {', '.join(others)}, but trials have plain LoRA adapters of "
+            f"linear layers, and share all other parameters: set only {', '.join(sorted(_TRIED))}"
         )
     if not can_name_folder(name):
         raise ValueError(f"configs[{number}] is called {shown(name)}, which can't name a folder")
@@ -77,7 +89,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             f"configs[{number}] is called {shown(name)}, too long for a folder: give it a 'name' "
             f"of at most {_LONGEST} bytes"
         )
-    return Trial(name, config, float(rate))
+    return Trial(name, config, settings, float(rate))
 
 
 def can_name_folder(name: object) -> bool:

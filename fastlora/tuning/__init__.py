@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from importlib import import_module
 from time import monotonic
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import nn
 from ..backends import backend_name
 from ..backends.sizes import Sizes
 from ..clock import clock_for, medians
-from ..model.config import LoRAConfig
-from ..model.inject import apply_lora
+from ..foreign import optional
 from ..projection import DTYPES
 from ..settings import check_switches, is_number
 from ..text import bar, shown
@@ -84,8 +82,7 @@ def command(
     if bool(model) == bool(shape):
         raise ValueError("give either a model or --shape")
     if model:
-        config = LoRAConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
-        return tune(_on_meta(model, config), tokens or _TOKENS, dtype=dtype, seconds=seconds)
+        return tune(_on_meta(model, r, dropout), tokens or _TOKENS, dtype=dtype, seconds=seconds)
     if tokens:
         raise ValueError("--tokens goes with a model: a --shape states its rows, so leave it out")
     dtype = dtype or torch.bfloat16
@@ -94,13 +91,17 @@ def command(
     return _tuned(distinct([*forward, *backward]), [], [], seconds, progress=True)
 
 
-def _on_meta(name: str, config: LoRAConfig) -> nn.Module:
+def _on_meta(name: str, r: int, dropout: float) -> nn.Module:
     """A causal language model of transformers on meta, with adapters; only its config is read."""
-    transformers = import_module("transformers")
+    transformers, peft = (
+        optional(n, f"tune {name} needs {n}", "demo") for n in ("transformers", "peft")
+    )
     about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     dtype = getattr(about, "dtype", None) or torch.bfloat16
+    config = peft.LoraConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
     with torch.device("meta"):
-        return apply_lora(transformers.AutoModelForCausalLM.from_config(about).to(dtype), config)
+        model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
+        return peft.get_peft_model(model, config)
 
 
 def _check_seconds(seconds: float) -> None:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.sizes import Sizes
-from ..layers.expert_layer import ExpertsWeight
 from ..layers.experts import experts_of_a_token
+from ..layers.linear import LoRALinear
 from ..layers.mlp import PARTS, GatedMLP
-from ..layers.modules import lora_layers
 from ..peft.optimize import checked, peft_layers
-from ..projection import Base, Output
+from ..projection import Output
 from ..report import NO_LAYERS
 
 # A module, its output (or the reason why it isn't fast), and its dropout probability.
@@ -66,19 +65,10 @@ def distinct(products: Iterable[Sizes]) -> list[Sizes]:
 
 
 def _own(model: nn.Module) -> Iterator[_Layer]:
-    """The layers and weights of experts that apply_lora adapted."""
-    for _, layer in lora_layers(model):
-        module = layer.adapted_module
-        output: Output[Tensor] | str = "merged"
-        if not layer.merged:
-            try:
-                if isinstance(layer, ExpertsWeight):
-                    output = Output(Base(layer.weight), (layer.adapter(),))
-                else:
-                    output = layer.adapted_output()
-            except ValueError as error:
-                output = str(error)
-        yield module, output, module.lora_dropout
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            output = "merged" if layer.merged else layer.read().outputs[0]
+            yield layer, output, layer.lora_dropout
 
 
 def _of_peft(model: nn.Module) -> Iterator[_Layer]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...packing import files
-from ..peft_config import config_of
-from ..config import LoRAConfig
 from ...packing.files import CONFIG, WEIGHTS
 from ...text import shown
+from ..config import AdapterConfig
+from ..peft_config import config_of
 
 # kind of tensor -> form of its keys.  The first match counts, and its group is the tensor's name.
 _KINDS = {
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
 
     path: Path
     settings: dict[str, Any]
-    config: LoRAConfig  # only ranks and scales
+    config: AdapterConfig  # only ranks and scales
     items: list[Item]
     pairs: dict[str, dict[str, Item]]  # the items of lora_A and lora_B, by name and side
     # The config of the base's language model.  "wrapper" is the model_type of a multimodal model
@@ -96,7 +96,7 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     return Facts(path, settings, config, items, pairs, base, incomplete, max_lora_rank)
 
 
-def _item(key: str, header: Any, config: LoRAConfig) -> Item:
+def _item(key: str, header: Any, config: AdapterConfig) -> Item:
     found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
     kind, name = next((kind, files.name_of(match[1])) for kind, match in found if match)
     module = re.sub(r"(\.base_layer)+$", "", name)

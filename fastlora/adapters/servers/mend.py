@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...projection import Adapter
 from ..config import IN_ORDER, names_any
 from ..keys import pairs_of
-from ...projection import Adapter
 from ..llama_cpp import parts_of
 from ..stored import flat, open_adapter
 from .facts import Facts, Item
