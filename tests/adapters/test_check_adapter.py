@@ -16,7 +16,7 @@ from torch import nn
 import fastlora
 from fastlora.__main__ import main
 from fastlora.adapters.servers.rules import CONDITIONS, SERVERS, read_server
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.0."

@@ -11,7 +11,7 @@ from peft_models import assert_changes, by_peft, change_config, change_tensors, 
 from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 
 WEIGHTS_OF_EACH = [0.75, -2.0, 1.0]
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora.__main__ import main
-from fastlora.model.files import WEIGHTS
+from fastlora.packing.files import WEIGHTS
 
 
 def test_commands_are_the_functions(tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from peft_models import by_peft, change_config, change_tensors, changes, cut, ll
 from safetensors.torch import load_file, save_file
 
 import fastlora
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B, MAGNITUDE = (f"{LAYER}.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector"))

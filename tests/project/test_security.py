@@ -14,7 +14,7 @@ from models import Mlp, adapt
 from safetensors.torch import save_file
 
 import fastlora
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
@@ -149,7 +149,7 @@ def test_a_long_key_takes_no_long_time_and_no_long_message(part, folder):
 
 def test_many_patterns_are_compiled_once(folder):
     """The module re caches only 512 patterns."""
-    from fastlora.model.config import LoRAConfig, _at_end
+    from fastlora.adapters.config import LoRAConfig, _at_end
 
     config = LoRAConfig(rank_pattern={rf"^layers\.{i}\.q": 2 for i in range(900)})
     before = _at_end.cache_info().misses

@@ -87,8 +87,10 @@ def randomize(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def adapt(model: nn.Module, std: float = 0.2, **settings) -> nn.Module:
-    """Apply LoRA with :class:`fastlora.LoRAConfig`'s settings, and randomize the adapters."""
-    return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
+    """PEFT's model with a LoraConfig of these settings, optimized, with random adapters."""
+    from peft import LoraConfig
+
+    return randomize(fastlora.get_peft_model(model, LoraConfig(**settings)), std)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

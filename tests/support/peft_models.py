@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastlora
 from fastlora.layers import experts as fast_experts
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100

@@ -10,7 +10,7 @@ from torch import nn
 from vendor_layers import BITSANDBYTES, KINDS, quantized
 
 import fastlora
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.packing.files import CONFIG, WEIGHTS
 from fastlora.sweeps.record import FILE, TABLE
 
 CONFIGS = [{"r": r, "learning_rate": 1e-2, "name": f"rank{r}"} for r in (1, 2)]

@@ -9,7 +9,7 @@ from peft_models import by_peft, llama
 
 import fastlora
 from fastlora.model import files
-from fastlora.model.files import CONFIG, WEIGHTS, write_whole
+from fastlora.packing.files import CONFIG, WEIGHTS, write_whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and folder locks")
 
