@@ -42,7 +42,8 @@ class LoRALinear(nn.Linear):
     that ``nn.Linear`` also has are passed on to it unchecked.
     """
 
-    _base: nn.Parameter | None = None  # the original weight of a merged layer
+    # The original weight of a merged layer.  In a tuple, so that it is no parameter of the module.
+    _original: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class LoRALinear(nn.Linear):
         self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._base is not None:
+        if self._original:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this LoRALinear is merged, so its adapter would get no gradient: call "
@@ -115,7 +116,7 @@ class LoRALinear(nn.Linear):
 
     @property
     def merged(self) -> bool:
-        return self._base is not None
+        return bool(self._original)
 
     def merge(self) -> None:
         """Replace ``weight`` by weight + scaling · lora_B lora_A, rounded once.
@@ -128,19 +129,18 @@ class LoRALinear(nn.Linear):
         weight = add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
         if not bool(weight.isfinite().all()):
             raise ValueError("the merged weight has NaN or infinity: the adapter is broken")
-        base: Any = self.weight
+        self._original = (self.weight,)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self._base = base
 
     def unmerge(self) -> None:
         """Put the original weight back: the same bits.  Without a merge, nothing changes."""
-        if self._base is not None:
-            self.weight, self._base = self._base, None
+        if self._original:
+            (self.weight,), self._original = self._original, ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._base is not None:  # .to() and .half() also change the original
-            self._base.data = fn(self._base.data)
+        for weight in self._original:  # .to() and .half() also change it
+            weight.data = fn(weight.data)
         return self
 
     def _load_from_state_dict(
