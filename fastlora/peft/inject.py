@@ -9,18 +9,20 @@ Importing this file doesn't import PEFT.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
 from ..layers.modules import bypassed, check_places, owners_of, some
+from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection
 from .optimize import optimize, peft_layers
 from .targets import matched, name_all_linear
@@ -91,6 +93,7 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,
+    config: Any = None,
     autocast_adapter_dtype: bool = True,
     **settings: Any,
 ) -> Any:
@@ -98,38 +101,99 @@ def load_adapter(
 
     ``folder``: a folder with PEFT's files, or a name on the Hugging Face hub.  ``model``: the base
     model; or a PeftModel, which gets another adapter.  ``is_trainable``: whether the adapter trains
-    on, as in ``PeftModel.from_pretrained``.  ``settings`` are those of :func:`fastlora.optimize`.
+    on, as in ``PeftModel.from_pretrained``.  ``config``: only for a Trainer's checkpoint of a whole
+    model with adapters of fastlora 0.1 to 0.4, which doesn't hold it: the ``peft.LoraConfig`` that
+    it was trained with.  ``settings`` are those of :func:`fastlora.optimize`.
 
-    Raises ValueError if the files lack a tensor of the adapter, have a tensor that doesn't belong
-    to the model, or have NaN or infinity.  Also raises the errors of :func:`get_peft_model`, but
-    names of the saved config may match nothing.  An error leaves the model unchanged.
+    Raises FileNotFoundError for a folder without the files, and ValueError if the files lack a
+    tensor of the adapter, have a tensor that doesn't belong to the model, or have NaN or infinity.
+    Also raises the errors of :func:`get_peft_model`, but names of the saved config may match
+    nothing.  An error leaves the model unchanged.
     """
-    _check(model)
+    _check(model, config)
+    if config is not None:
+        with _undone_on_error(model, adapter_name):
+            how: Any = {"autocast_adapter_dtype": autocast_adapter_dtype}
+            made = get_peft_model(model, config, adapter_name, **how, **settings)
+            _load_whole(_base_of(made), Path(folder), adapter_name)
+            return made.train(is_trainable)
     import peft
     from peft.utils.save_and_load import load_peft_weights
 
-    folder = os.fspath(folder)
-    config = peft.PeftConfig.from_pretrained(folder)
+    if Path(folder).exists():  # PEFT would also open a pickle
+        check_files(Path(folder))
+        read_json(Path(folder) / CONFIG)
+        read_header(Path(folder) / WEIGHTS)
+    config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
-    tensors = load_peft_weights(folder, device="cpu")
-    if broken := [key for key, one in tensors.items() if not one.float().isfinite().all()]:
-        raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
-    how: Any = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype}
+    tensors = load_peft_weights(os.fspath(folder), device="cpu")
+    _check_finite(tensors, folder)
+    how = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype}
     base = _base_of(model)
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             if isinstance(model, peft.PeftModel):
-                model.load_adapter(folder, adapter_name, **how)
-                made: Any = model
+                model.load_adapter(os.fspath(folder), adapter_name, **how)
+                made = model
             else:
                 load = peft.PeftModel.from_pretrained
-                made = load(model, folder, adapter_name, config=config, **how)
+                made = load(model, os.fspath(folder), adapter_name, config=config, **how)
             loaded = peft.set_peft_model_state_dict(made, tensors, adapter_name)
-        _check_keys(loaded, adapter_name)
+        own = [key for key in loaded.missing_keys if f".{adapter_name}" in key]
+        missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
+        _check_keys(missing, loaded.unexpected_keys, folder)
         _check_layers(base, adapter_name, set())
         admit_training(base)
         return optimize(made, **settings)
+
+
+def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
+    """Load a checkpoint of a whole model whose adapters have the names of fastlora 0.1 to 0.4.
+
+    These are NAME.lora_A of a layer, and NAME_lora_A of a weight of experts.
+    """
+    here: dict[str, nn.Parameter] = {}
+    for name, layer in peft_layers(base):
+        parameter = getattr(layer, "parameter_name", "")
+        owner = name.replace(".base_layer", "")
+        start = f"{owner}.{parameter}_lora_" if parameter else f"{owner}.lora_"
+        for x, pair in (("A", layer.lora_A), ("B", layer.lora_B)):
+            if adapter in pair:
+                here[start + x] = pair[adapter].weight
+    for name, tensor in base.named_parameters(remove_duplicate=False):
+        if ".original_module." not in name and ".lora_" not in name:
+            here[name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")] = (
+                tensor
+            )
+    stored = {key: path for path in folder.glob("*.safetensors") for key in read_header(path)}
+    if not stored:
+        raise FileNotFoundError(f"{folder} has no safetensors file: give a checkpoint's folder")
+    tensors = {key: read_tensors(path, [key])[key] for key, path in stored.items() if key in here}
+    _check_finite(tensors, folder)
+    there = {id(here[key]) for key in tensors}  # one key of a tied tensor is enough
+    missing = [key for key, tensor in here.items() if id(tensor) not in there]
+    buffers = {name.replace(".base_layer", "") for name, _ in base.named_buffers()}
+    _check_keys(missing, [key for key in stored if key not in here.keys() | buffers], folder)
+    wrong = [key for key, value in tensors.items() if value.shape != here[key].shape]
+    if wrong:
+        raise ValueError(f"{folder} has other shapes of {some(wrong)}: is it another model's?")
+    with torch.no_grad():
+        for key, value in tensors.items():
+            here[key].copy_(value)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], folder: Any) -> None:
+    """Raise ValueError if a tensor of an adapter's files has NaN or infinity."""
+    if broken := [key for key, one in tensors.items() if not one.float().isfinite().all()]:
+        raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
+
+
+def _check_keys(missing: Sequence[str], unexpected: Sequence[str], folder: Any) -> None:
+    """Raise ValueError if a file's tensors and the model's differ."""
+    for keys, what in ((missing, "lacks"), (unexpected, "has, for no layer,")):
+        if keys:
+            raise ValueError(f"{folder} {what} {some(keys)}: is the adapter for another model?")
 
 
 def _base_of(model: Any) -> Any:
@@ -299,15 +363,6 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
             "their names as those of experts",
             stacklevel=4,
         )
-
-
-def _check_keys(loaded: Any, adapter: str) -> None:
-    """Raise ValueError if the files and the model's adapter differ in their tensors."""
-    own = [key for key in loaded.missing_keys if f".{adapter}" in key]
-    missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
-    for keys, what in ((missing, "lack"), (loaded.unexpected_keys, "have, for no layer,")):
-        if keys:
-            raise ValueError(f"the adapter's files {what} {some(keys)}: is it for another model?")
 
 
 @contextmanager

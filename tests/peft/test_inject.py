@@ -185,8 +185,11 @@ def test_an_error_leaves_the_model_as_it_was(mistake):
 
 
 BAD_FILES = {
-    "missing": (lambda t: t.pop(next(iter(t))), "lack"),
-    "unexpected": (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)}), "have"),
+    "missing": (lambda t: t.pop(next(iter(t))), "lacks"),
+    "unexpected": (
+        lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)}),
+        "has, for",
+    ),
     "NaN": (lambda t: next(iter(t.values())).fill_(torch.nan), "NaN or infinity"),
 }
 
@@ -255,3 +258,40 @@ def test_arguments_of_another_kind(model):
     config = {"r": 4} if isinstance(model, nn.Module) else peft.LoraConfig(r=4)
     with pytest.raises(TypeError, match=r"peft\.LoraConfig|torch\.nn\.Module"):
         get_peft_model(model, config)
+
+
+def test_a_whole_model_s_checkpoint_of_0_4_loads(tmp_path):
+    """transformers' Trainer wrote such files of a model that apply_lora had changed."""
+    torch.manual_seed(0)
+    base = packed_model("qwen3", "mxfp4")
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+    config = peft.LoraConfig(**settings, target_parameters=parameters_of("qwen3"))
+    model = adapted(base, **settings)
+    expected = logits(model)
+    state = {}
+    for key, tensor in base.state_dict().items():
+        if ".lora_" not in key:
+            state[key.replace(".base_layer", "")] = tensor.clone()
+            continue
+        *owner, which, _, _ = key.split(".")
+        layer = base.get_submodule(".".join(owner))
+        parameter = getattr(layer, "parameter_name", "")
+        start = ".".join(part for part in owner if part != "base_layer")
+        end = f"{parameter}_{which}" if parameter else which
+        state[f"{start}.{end}"] = tensor.clone()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = load_adapter(packed_model("qwen3", "mxfp4"), tmp_path, config=config)
+    assert torch.equal(logits(again), expected)
+    del state["model.layers.0.self_attn.q_proj.lora_A"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks .*q_proj\.lora_A"):
+        load_adapter(packed_model("qwen3", "mxfp4"), tmp_path, config=config)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["up"])
+    model = get_peft_model(Two("rotated-int8"), config)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="doesn't open pickles"):
+        load_adapter(Two("rotated-int8"), tmp_path)

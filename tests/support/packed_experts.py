@@ -16,10 +16,10 @@ from torch import nn
 from transformers import FineGrainedFP8Config
 
 from fastlora.formats.format import Quantized
-from fastlora.layers.packed_experts import take_packed
 from fastlora.layers.experts import dense_weight, packed_names, read_module, weight_in
 from fastlora.layers.frozen import matrix_of
 from fastlora.layers.int8 import Int8Linear
+from fastlora.layers.packed_experts import take_packed
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason=NEEDS_5)
 gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)
