@@ -7,12 +7,13 @@ from models import Mlp
 from torch import nn
 
 import fastlora
-from fastlora import LoRAConfig
 from fastlora.report import Coverage, LayerCoverage
 
 
 def adapted():
-    return fastlora.apply_lora(Mlp(), LoRAConfig(r=4, target_modules=["up", "down"]))
+    model = Mlp()
+    fastlora.replace_linears(model, ["up", "down"], r=4, lora_alpha=8)
+    return model
 
 
 def test_every_adapted_layer_has_a_record():
@@ -25,7 +26,10 @@ def test_every_adapted_layer_has_a_record():
 
 
 def test_a_merged_layer_says_so():
-    report = fastlora.coverage(fastlora.merge_lora(adapted()))
+    model = adapted()
+    for layer in (model.up, model.down):
+        layer.merge()
+    report = fastlora.coverage(model)
     assert {layer.plan for layer in report.layers} == {"merged"}
     assert str(report) == "2 of 2 layers fast (2 merged)"
 
@@ -57,7 +61,7 @@ def test_a_layer_that_the_kernels_do_not_cover_says_why():
 def test_a_plain_model():
     report = fastlora.coverage(Mlp())
     assert report.layers == ()
-    assert "apply_lora" in str(report)
+    assert "get_peft_model" in str(report)
 
 
 def test_it_sees_through_wrappers():

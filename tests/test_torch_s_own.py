@@ -40,9 +40,8 @@ def test_a_nested_tensor_is_each_of_its_parts(layer, layout):
 
 
 def test_a_wide_adapter_beside_a_nested_tensor_of_16_bits():
-    layer = fastlora.apply_lora(
-        nn.Sequential(nn.Linear(8, 6).bfloat16()), fastlora.LoRAConfig(target_modules=["0"])
-    )
+    layer = nn.Sequential(nn.Linear(8, 6).bfloat16())
+    fastlora.replace_linears(layer, ["0"], r=8, lora_alpha=16)
     assert layer[0].lora_A.dtype == torch.float32
     nn.init.normal_(layer[0].lora_B)
     parts = [torch.randn(n, 8).bfloat16() for n in (3, 5)]

@@ -130,7 +130,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            pairs.append({n: _new_pair(target, trial) for n, target in of_trial.items()})
+            pairs.append({n: new_pair(target, trial) for n, target in of_trial.items()})
     rows = TrialRows(len(trials))
     # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
@@ -158,7 +158,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         yield Attached(named, rows)
 
 
-def _new_pair(target: Target, trial: Trial) -> Pair:
+def new_pair(target: Target, trial: Trial) -> Pair:
     pair = new_adapter(target.weight, target.r, target.dtype)
     if trial.config.init_lora_weights is False:
         nn.init.kaiming_uniform_(pair[1], a=math.sqrt(5))

@@ -101,9 +101,16 @@ def test_while_optimized_undoes_only_its_own_call(fast_calls):
 
 
 IA3 = peft.IA3Config(target_modules=["up"], feedforward_modules=[])
-OWN = fastlora.LoRAConfig(target_modules=["up"])
+
+
+def replaced() -> Mlp:
+    model = Mlp()
+    fastlora.replace_linears(model, ["up"], r=4, lora_alpha=8)
+    return model
+
+
 REFUSED = {
-    "plain": (Mlp, ValueError, "no PEFT LoRA layers.*fastlora.apply_lora"),
+    "plain": (Mlp, ValueError, "no PEFT LoRA layers.*fastlora.get_peft_model"),
     "no-module": (lambda: 3, TypeError, "must be a torch.nn.Module, not int$"),
     "trainer": (
         lambda: SimpleNamespace(model=adapted()),
@@ -111,7 +118,7 @@ REFUSED = {
         "not SimpleNamespace: pass the trainer's model, trainer.model",
     ),
     "ia3": (lambda: peft.get_peft_model(Mlp(), IA3), ValueError, "its adapters: IA3.*only LoRA"),
-    "fastlora": (lambda: fastlora.apply_lora(Mlp(), OWN), ValueError, "fastlora's own"),
+    "fastlora": (replaced, ValueError, "fastlora's own"),
 }
 
 

@@ -122,7 +122,10 @@ def test_packed_weights_count_as_dense_16_bit_weights_unless_a_dtype_is_given():
 
 
 def test_layers_without_an_active_adapter_are_noted():
-    model = fastlora.merge_lora(adapt(Mlp(), r=4, target_modules=["up", "down"]))
+    model = Mlp()
+    fastlora.replace_linears(model, ["up", "down"], r=4, lora_alpha=8)
+    for layer in (model.up, model.down):
+        layer.merge()
     assert products_of(model, TOKENS, None) == ([], ["2 layers weren't measured: merged"])
     model = of_peft()
     with model.disable_adapter():
@@ -131,5 +134,5 @@ def test_layers_without_an_active_adapter_are_noted():
 
 def test_a_model_on_meta_has_the_same():
     with torch.device("meta"):
-        model = fastlora.apply_lora(llama(), fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+        model = adapt(llama(), r=4, target_modules="all-linear")
     assert products_of(model, TOKENS, None) == products_of(own(), TOKENS, None)

@@ -469,7 +469,7 @@ def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
         ({"dtype": torch.int8}, "dtype is torch.int8, but must be a floating dtype"),
         ({"seconds": 0}, "seconds is 0, but must be a number above 0"),
         ({"progress": 1}, "progress is 1"),
-        ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.apply_lora or peft.get_peft"),
+        ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.get_peft_model"),
         ({"model": "llama"}, "model must be a torch.nn.Module, not str"),
     ],
 )
