@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
+from ..layers.classes import change_class
 from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
 from ..layers.modules import bypassed, check_places, owners_of, some
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
@@ -382,7 +383,7 @@ def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
     """Removes the adapter from the model if the code inside raises an error."""
     modules = dict(model.named_modules())
     had = adapter in (getattr(model, "peft_config", None) or {})
-    training = {module: module.training for module in modules.values()}
+    kinds = {module: (type(module), module.training) for module in modules.values()}
     trained = [(p, p.requires_grad) for p in model.parameters()]
     attributes = dict(vars(model))
     try:
@@ -395,7 +396,9 @@ def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
             outer, _, last = name.rpartition(".")
             if name:
                 setattr(modules[outer], last, module)
-            module.training = training[module]
+            kind, module.training = kinds[module]
+            if type(module) is not kind:
+                change_class(module, kind)
         vars(model).clear()
         vars(model).update(attributes)
         for parameter, requires_grad in trained:

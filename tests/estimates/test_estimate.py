@@ -1,10 +1,11 @@
-"""fastlora.estimate: its counts agree with apply_lora, and it leaves the model unchanged."""
+"""fastlora.estimate: its counts agree with PEFT, and it leaves the model unchanged."""
 
 import copy
 import dataclasses
 import gc
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 import transformers
@@ -45,11 +46,11 @@ TRAINED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", TRAINED)
-def test_counts_match_apply_lora_adamw_and_the_file(name, dtype, tmp_path):
+def test_counts_match_peft_s_parameters_and_adamw_s(name, dtype):
     model = tiny_gpt2().to(dtype)
-    config = fastlora.LoRAConfig(**{"target_modules": "all-linear", "r": 5} | TRAINED[name])
+    config = peft.LoraConfig(**{"target_modules": "all-linear", "r": 5} | TRAINED[name])
     (cost,) = fastlora.estimate(model, [5], config=config).rank_costs
-    fastlora.apply_lora(model, config)
+    model = fastlora.get_peft_model(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert cost.parameters == sum(p.numel() for p in trained)
     assert cost.bytes == sum(p.nbytes for p in trained)
@@ -61,12 +62,10 @@ def test_counts_match_apply_lora_adamw_and_the_file(name, dtype, tmp_path):
     assert cost.optimizer_bytes == sum(tensor.nbytes for tensor in moments)
     tensors = [*trained, *(p.grad for p in trained), *moments]
     assert cost.training_bytes == sum(tensor.nbytes for tensor in tensors)
-    fastlora.save_adapter(model, tmp_path)
-    assert cost.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
 
 
 def test_patterns_and_targets_hold():
-    config = fastlora.LoRAConfig(target_modules=["first"], rank_pattern={"first": 2})
+    config = peft.LoraConfig(target_modules=["first"], rank_pattern={"first": 2})
     found = fastlora.estimate(Net(), [8, 64], config=config)
     assert (found.layers, [cost.parameters for cost in found.rank_costs]) == (1, [128, 128])
 
@@ -94,7 +93,7 @@ def test_flops_match_torch_s_counter():
         alone = counted(lambda: net(x), 10)
         assert found.frozen.flops == alone
         assert found.rank_costs[0].flops == counted(adapted, 10) - alone
-    config = fastlora.LoRAConfig(target_modules=["first"])
+    config = peft.LoraConfig(target_modules=["first"])
     full = dataclasses.replace(config, modules_to_save=["last"])
     plain, full = (fastlora.estimate(net, [4], config=each) for each in (config, full))
     assert full.rank_costs[0].flops - plain.rank_costs[0].flops == 2 * 40 * 8
@@ -104,7 +103,7 @@ def test_flops_match_torch_s_counter():
 def test_experts_have_a_price(name):
     """Two of the four experts run for each token."""
     model = base_model(name)
-    config = fastlora.LoRAConfig(target_parameters=parameters_of(name))
+    config = peft.LoraConfig(target_parameters=parameters_of(name))
     classes = [type(module) for module in model.modules()]
     batch = {"input_ids": IDS, "labels": IDS}
     found = fastlora.estimate(model, [3], config=config, batch=batch, rounds=1)
@@ -112,7 +111,7 @@ def test_experts_have_a_price(name):
     (cost,) = found.rank_costs
     assert cost.step[0] > 0
     assert cost.flops == 6 * cost.parameters * 2 // 4
-    fastlora.apply_lora(model, dataclasses.replace(config, r=3))
+    fastlora.get_peft_model(model, dataclasses.replace(config, r=3))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert cost.parameters == sum(p.numel() for p in trained)
     assert found.layers == 2 * len([n for n, _ in model.named_modules() if n.endswith("experts")])
@@ -122,7 +121,7 @@ def test_frozen_flops_of_experts_match_torch_s_counter():
     experts, x = experts_of(base_model()), torch.randn(6, 32, requires_grad=True)
     experts.requires_grad_(False)
     index = torch.stack([torch.randperm(4)[:2] for _ in x])
-    config = fastlora.LoRAConfig(target_parameters=["down_proj"])
+    config = peft.LoraConfig(target_parameters=["down_proj"])
     found = fastlora.estimate(experts, [2], config=config)
     assert found.frozen.flops == counted(lambda: experts(x, index, torch.rand(6, 2)), 6)
 
@@ -197,9 +196,9 @@ def test_kept_bytes_are_the_growth_of_a_forward(loss, dropout):
     ids = torch.randint(0, 256, (2, 64))
     model = tiny_llama(num_hidden_layers=4, vocab_size=256).train()
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
-    config = fastlora.LoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
     found = fastlora.estimate(model, [4], config=config, batch=batch, rounds=1, loss=loss)
-    fastlora.apply_lora(model, config, loss=loss)
+    fastlora.get_peft_model(model, config, loss=loss)
     growth(model, batch)  # the first call makes records of the modules
     expected = ids.numel() * found.rank_costs[0].kept_bytes
     assert growth(model, batch) == pytest.approx(expected, rel=0.02)
@@ -215,7 +214,7 @@ def test_without_rounds_it_only_counts(monkeypatch):
 
 def test_measuring_shows_progress(capfd):
     fastlora.estimate(tiny_gpt2(), [2], rounds=2)
-    assert "measuring: 100%" in capfd.readouterr().err
+    assert "measuring: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("load", "noted"), [(2.0, False), (3.0, True)])
@@ -238,7 +237,7 @@ def test_the_model_is_unchanged():
     model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
     torch.manual_seed(3)
     before, values = around_values(model), copy.deepcopy(model.state_dict())
-    config = fastlora.LoRAConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+    config = peft.LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
     found = fastlora.estimate(model, [2], config=config, rounds=2)
     assert around_values(model) == before  # the head is tied again
     torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
@@ -264,7 +263,7 @@ META = {"ranks": [2], "batch": torch.ones(2, 24, device="meta"), "rounds": 1}
         ({"batch": torch.ones(1).long(), "rounds": 1}, ValueError, "nothing to differentiate"),
         ({"model": Net().to("meta"), **META}, ValueError, "on meta"),
         (
-            {"model": fastlora.apply_lora(Net(), fastlora.LoRAConfig(target_modules="all-linear"))},
+            {"model": peft.get_peft_model(Net(), peft.LoraConfig(target_modules="all-linear"))},
             ValueError, "first has an adapter already",
         ),
     ],
