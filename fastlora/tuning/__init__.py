@@ -13,6 +13,10 @@ from ..backends import backend_name
 from ..backends.sizes import Sizes
 from ..clock import clock_for, medians
 from ..foreign import optional
+from ..layers.classes import change_classes
+from ..layers.linear import replace_linears
+from ..layers.mlp import gated_classes
+from ..peft.targets import linear_layers
 from ..projection import DTYPES
 from ..settings import check_switches, is_number
 from ..text import bar, shown
@@ -93,15 +97,15 @@ def command(
 
 def _on_meta(name: str, r: int, dropout: float) -> nn.Module:
     """A causal language model of transformers on meta, with adapters; only its config is read."""
-    transformers, peft = (
-        optional(n, f"tune {name} needs {n}", "demo") for n in ("transformers", "peft")
-    )
+    transformers = optional("transformers", f"tune {name} needs transformers", "demo")
     about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     dtype = getattr(about, "dtype", None) or torch.bfloat16
-    config = peft.LoraConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
-        return peft.get_peft_model(model, config)
+        layers = sorted(linear_layers(model))
+        replace_linears(model, layers, r=r, lora_alpha=r, lora_dropout=dropout)
+        change_classes(gated_classes(model.modules()))  # so that gate and up count as one product
+    return model
 
 
 def _check_seconds(seconds: float) -> None:

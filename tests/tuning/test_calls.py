@@ -12,6 +12,8 @@ import fastlora
 from fastlora.backends.triton.cover import kernels
 from fastlora.backends.triton.plans import Contest
 from fastlora.kernels.launch import intercept
+from fastlora.layers.classes import change_classes
+from fastlora.layers.mlp import gated_classes
 from fastlora.tuning.calls import products_of
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
@@ -134,5 +136,7 @@ def test_layers_without_an_active_adapter_are_noted():
 
 def test_a_model_on_meta_has_the_same():
     with torch.device("meta"):
-        model = adapt(llama(), r=4, target_modules="all-linear")
+        model = llama()
+        fastlora.replace_linears(model, r".*_proj", r=4, lora_alpha=8)
+        change_classes(gated_classes(model.modules()))
     assert products_of(model, TOKENS, None) == products_of(own(), TOKENS, None)
