@@ -1,4 +1,4 @@
-"""Trainer and AdapterTrainer on quantized bases made by from_pretrained.
+"""Trainer on quantized bases made by from_pretrained.
 
 Vendors that aren't installed are skipped.  Two of transformers' quantizers refuse a CPU although
 they run on one; the tests replace these two checks.  A run that is stopped and resumed in a new
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import peft
 import pytest
 import torch
 import transformers
@@ -23,7 +24,6 @@ from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer
 from transformers import Trainer
 
 import fastlora
-from fastlora.trainer import AdapterTrainer
 
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "vocab_size": VOCABULARY}
 _OLD = transformers.__version__.startswith("4.")
@@ -89,7 +89,6 @@ _MAKERS = {
     "gguf-made-dense": partial(_gguf, packed=False),
 }
 KINDS = list(_MAKERS)
-UNSAVED = [kind for kind in KINDS if "gguf" in kind or (_OLD and "torchao-int" in kind)]
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -113,8 +112,8 @@ def adapted(kind: str, folder, seed: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     every = kind == "float8"  # its own layers compute only on a GPU
     targets = "all-linear" if every else r".*\.(q_proj|down_proj|w2)"
-    config = fastlora.LoRAConfig(r=4, target_modules=targets, lora_dropout=0.2)
-    return randomize(fastlora.apply_lora(model, config), 0.1)
+    config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.2)
+    return randomize(fastlora.get_peft_model(model, config), 0.1)
 
 
 def outcome(trainer: Trainer) -> tuple:
@@ -122,13 +121,10 @@ def outcome(trainer: Trainer) -> tuple:
     return trained, [entry["loss"] for entry in losses(trainer)], trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer])
 @kinds
-def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path):
-    if trainer is Trainer and kind in UNSAVED:
-        pytest.skip("Trainer refuses this base (tested below)")
+def test_a_resumed_run_is_the_run_without_a_stop(kind, folder, tmp_path):
     make = partial(adapted, kind, folder)
-    resumed, whole = stopped_and_resumed(make, tmp_path, trainer, **EVALUATED)
+    resumed, whole = stopped_and_resumed(make, tmp_path, Trainer, **EVALUATED)
     (got, *numbers), (expected, *expected_numbers) = outcome(resumed), outcome(whole)
     assert len(numbers[0]) == STEPS
     assert numbers == expected_numbers
@@ -139,31 +135,12 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "float8"])
 def test_trainer_loads_the_best_one_at_the_end(kind, folder, tmp_path):
-    if kind in UNSAVED:
-        pytest.skip("Trainer refuses this base (tested below)")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 1}
     best |= {"greater_is_better": True}  # so that it isn't the last
     run = trainer_for(adapted(kind, folder), tmp_path, Trainer, **EVALUATED | best)
     run.train()
     assert run.state.best_global_step == 1
     assert run.evaluate()["eval_loss"] == run.state.best_metric
-
-
-@pytest.mark.parametrize("kind", UNSAVED)
-def test_trainer_refuses_bases_that_transformers_can_t_save(kind, folder, tmp_path):
-    message = r"can't save this quantized base .*use fastlora\.trainer\.AdapterTrainer"
-    model = adapted(kind, folder)
-    for _ in range(2):  # the second one after an AdapterTrainer
-        with pytest.raises(ValueError, match=message):
-            trainer_for(model, tmp_path / "out", Trainer)
-        trainer_for(model, tmp_path / "out")
-
-
-def test_without_adapters_transformers_checks_apply_again(folder, tmp_path):
-    model = adapted("nf4", folder)
-    fastlora.remove_lora(model)
-    with pytest.raises(ValueError, match="purely quantized models"):
-        trainer_for(model, tmp_path / "out", Trainer)
 
 
 def test_model_init_makes_a_quantized_model(folder, tmp_path):
@@ -176,14 +153,12 @@ def test_model_init_makes_a_quantized_model(folder, tmp_path):
 def test_copies_train_too(copied, folder, tmp_path):
     model = copied(adapted("int8", folder))
     trainer_for(model, tmp_path, Trainer, max_steps=1).train()
-    fastlora.remove_lora(model)
-    with pytest.raises(ValueError, match="purely quantized models"):
-        trainer_for(model, tmp_path, Trainer)
 
 
 def test_a_merged_model_of_a_gguf_file_that_is_dense_here_is_saved(folder, tmp_path):
     model = adapted("gguf-made-dense", folder)
-    fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(VOCABULARY)[None]
-    torch.testing.assert_close(found(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    torch.testing.assert_close(found(input_ids=ids).logits, merged.eval()(input_ids=ids).logits)

@@ -1,4 +1,4 @@
-"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one or more processes."""
+"""Runs of transformers' Trainer on tiny Llamas with dropout, in one or more processes."""
 
 import os
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import peft
 import torch
 import torch.distributed as dist
 import transformers
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import fastlora
-from fastlora.trainer import AdapterTrainer
 
 STEPS, VOCABULARY = 6, 20
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
@@ -35,7 +35,7 @@ def adapted(seed: int = 2, **kind) -> nn.Module:
     """An adapted model.  The base is always the same; the adapters depend on the seed."""
     model = base_model()
     torch.manual_seed(seed)
-    return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
+    return randomize(fastlora.get_peft_model(model, peft.LoraConfig(**ADAPTER | kind)), 0.1)
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -44,7 +44,7 @@ def rows() -> list[dict[str, Tensor]]:
 
 
 def trainer_for(
-    model: nn.Module | None, folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
+    model: nn.Module | None, folder: Path, kind: type[Trainer] = Trainer, **settings
 ) -> Trainer:
     others = {k: settings.pop(k) for k in ("processing_class", "model_init") if k in settings}
     arguments = TrainingArguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
@@ -59,7 +59,7 @@ class Stop(transformers.TrainerCallback):
 
 
 def stopped_and_resumed(
-    make: Callable[[int], nn.Module], folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
+    make: Callable[[int], nn.Module], folder: Path, kind: type[Trainer] = Trainer, **settings
 ) -> tuple[Trainer, Trainer]:
     """A run that is stopped and resumed with another model, and a run without interruption.
 
