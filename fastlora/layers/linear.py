@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..formats import vendor_of
 from ..projection import Output
-from ..settings import check_settings
+from ..settings import check_settings, suggests_arguments, warn_of
 from . import frozen
 from .adapted import LoRALayer, refuse_training, run_with
 from .adapted_weight import new_adapter
@@ -16,6 +16,7 @@ from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
 from .quantized import LoRAQuantized
 
 
+@suggests_arguments
 class LoRALinear(LoRALayer, nn.Linear):
     """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
 
@@ -32,8 +33,9 @@ class LoRALinear(LoRALayer, nn.Linear):
     ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
 
     A layer has one adapter; use PEFT for several.  Raises ValueError for a rank below 1 or a
-    dropout outside [0, 1).  A call raises the errors of :func:`fastlora.lora_linear`.  Arguments
-    that ``nn.Linear`` also has are passed on to it unchecked.
+    dropout outside [0, 1).  Warns of a lora_alpha of 0, and of a rank above both sizes.  A call
+    raises the errors of :func:`fastlora.lora_linear`.  Arguments that ``nn.Linear`` also has are
+    passed on to it unchecked.
     """
 
     plain_class = nn.Linear
@@ -52,6 +54,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
+        warn_of(lora_alpha, r, (out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.attach_adapter(new_adapter(self.weight, r), lora_alpha, lora_dropout, use_rslora)
 
@@ -77,6 +80,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             reason = reason or "it is no torch.nn.Linear: apply_lora adapts it in place"
             raise ValueError(f"the layer can't take an adapter: {reason}")
         adapter = new_adapter(matrix_of(linear), r)
+        warn_of(lora_alpha, r, tuple(matrix_of(linear).shape))
         if vendor_of(linear) is not None:
             layer = twin(linear, adapted_class(type(linear), quantized=True))
         else:

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from functools import cache, wraps
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 from ..layers.modules import full_name
-from ..settings import check_settings
+from ..settings import check_settings, suggests_arguments
 from ..text import shown
 
 _Number = TypeVar("_Number", int, float)
@@ -16,35 +15,9 @@ _BIAS = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 # PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.
 IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
-_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r"}  # too far from "r" for difflib
-_ONLY_PEFT_S = {
-    "use_dora", "lora_bias", "loftq_config", "eva_config", "layer_replication", "use_qalora",
-    "trainable_token_indices",
-}  # fmt: skip
 
 
-def _suggests_fields(kind: type) -> type:
-    """Let the TypeError for an unknown argument of the dataclass name the field to use."""
-    init, known = kind.__init__, [each.name for each in fields(kind)]  # type: ignore[misc]
-
-    def hint(name: str) -> str:
-        if name in _ONLY_PEFT_S:
-            return f"{name} needs PEFT: make its model, and call fastlora.optimize(model)"
-        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known, 1)
-        return f"for {name} write {near[0]}" if near else f"the fields are {', '.join(known)}"
-
-    @wraps(init)
-    def checked(self: Any, *values: Any, **settings: Any) -> None:
-        if unknown := sorted(settings.keys() - {*known}):
-            hints = "; ".join(dict.fromkeys(map(hint, unknown)))
-            raise TypeError(f"{kind.__name__} has no {', '.join(map(repr, unknown))}: {hints}")
-        init(self, *values, **settings)
-
-    kind.__init__ = checked  # type: ignore[misc]
-    return kind
-
-
-@_suggests_fields
+@suggests_arguments
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers get an adapter, and its settings.  Fields mean the same as in PEFT.

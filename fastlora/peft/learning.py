@@ -1,6 +1,5 @@
-"""Names what a training run doesn't train: adapters without gradients, embeddings of new tokens."""
+"""Names what doesn't learn: adapters without gradients, doubtful settings, new embeddings."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -10,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
-from ..model.tensors import AUTO, must_save_embeddings, text_config
+from ..settings import doubt_of
 
 # A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.
 _STEPS = 10
@@ -40,6 +39,27 @@ def untrained_note(layers: Iterable[tuple[str, Any]]) -> str:
         f"{len(names)} adapters had no gradient in the first step: {some(names)}: the loss of this "
         "batch doesn't depend on these layers, or they were called without gradients"
     )
+
+
+def doubts(model: Any, layers: Iterable[tuple[str, Any]]) -> list[str]:
+    """Notes on settings that PEFT accepts in silence, although they can't be meant."""
+    names: dict[str, list[str]] = {}
+    for name, layer in layers:
+        sizes = layer.out_features, layer.in_features
+        known = all(sizes) and not hasattr(layer.get_base_layer(), "kernel_size")
+        for adapter in layer.active_adapters:
+            if adapter in layer.scaling:
+                r = layer.r[adapter] if known else 0
+                if doubt := doubt_of(layer.scaling[adapter], r, sizes if known else (0, 0)):
+                    names.setdefault(doubt, []).append(name)
+    notes = [f"{some(found)}: {doubt}" for doubt, found in names.items()]
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "lora_dropout", 0.0) < 0.0:
+            notes.append(
+                f"lora_dropout of {adapter} is {config.lora_dropout}, which PEFT takes for 0: give "
+                "a probability in [0, 1)"
+            )
+    return notes
 
 
 def _look(*_: Any) -> None:
@@ -77,28 +97,31 @@ def _gradients(layer: Any) -> Iterator[bool]:
 
 
 def embedding_notes(model: nn.Module) -> list[str]:
-    """Warnings on the embeddings of a PEFT model that is about to be saved."""
+    """Warnings on the embeddings of a PEFT model of transformers that is about to be saved."""
     inner: Any = unwrap(model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     ends = {which: embeddings_of(base, which) for which in ("input", "output")}
+    config: Any = getattr(base, "config", None)
+    if ends["input"] is None or not hasattr(config, "get_text_config"):
+        return []
     trained = {
         which: {id(p) for p in module.parameters() if p.requires_grad} if module else set()
         for which, module in ends.items()
     }
-    notes = []
-    names = {module: plain_name(name) for name, module in base.named_modules()}
-    tied = getattr(text_config(getattr(base, "config", None)), "tie_word_embeddings", False)
-    if tied and all(ends.values()) and trained["input"] != trained["output"]:
+    notes, text = [], config.get_text_config()
+    if ends["output"] and text.tie_word_embeddings and trained["input"] != trained["output"]:
+        names = {module: plain_name(name) for name, module in base.named_modules()}
         name, other = (names[ends[which]] for which in ends)
         notes.append(
             f"{name} and {other} share one weight (tie_word_embeddings), but train apart: a merge, "
             "and a server with one weight for both, give another model.  Train with "
             "LoraConfig(ensure_weight_tying=True), or untie them before training"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns if the base's config can't be read
-        resized = must_save_embeddings(base, AUTO)
-    if resized and not trained["input"]:
+    try:
+        loaded = type(config).from_pretrained(base.name_or_path, local_files_only=True)
+    except (AttributeError, OSError, ValueError):  # it was made from a config, or moved
+        loaded = config
+    if loaded.get_text_config().vocab_size != text.vocab_size and not trained["input"]:
         notes.append(
             "the vocabulary was resized, but the embeddings of new tokens don't train: name the "
             "tokens in LoraConfig(trainable_token_indices=[…])"

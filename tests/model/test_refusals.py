@@ -354,7 +354,7 @@ MISTAKEN = {
     "dropout": "'dropout': for dropout write lora_dropout$",
     "target_module": "'target_module': for target_module write target_modules$",
     "use_dora": r"'use_dora': use_dora needs PEFT: make its model, and call fastlora\.optimize",
-    "warp": "'warp': the fields are r, lora_alpha, lora_dropout, ",
+    "warp": "'warp': the arguments are r, lora_alpha, lora_dropout, ",
 }
 
 
