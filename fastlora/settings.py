@@ -88,7 +88,7 @@ def suggests_arguments(kind: type) -> type:
     return kind
 
 
-def doubt_of(scaling: Any, r: int, sizes: tuple[int, ...]) -> str:
+def doubt_of(scaling: Any, r: int, sizes: tuple[float, ...]) -> str:
     """Why these settings of an adapter can't be meant; "" if they can.
 
     ``scaling``: any multiple of lora_alpha.

@@ -17,13 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from .automatic import (
-    check_settings,
-    log_line,
-    optimize_and_log,
-    optimize_silently,
-    show_log,
-)
+from .automatic import check_settings, log_line, optimize_and_log, optimize_silently, show_log
 from .layers.head import lazy_head
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter

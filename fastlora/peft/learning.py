@@ -1,5 +1,6 @@
 """Names what doesn't learn: adapters without gradients, doubtful settings, new embeddings."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -45,13 +46,13 @@ def doubts(model: Any, layers: Iterable[tuple[str, Any]]) -> list[str]:
     """Notes on settings that PEFT accepts in silence, although they can't be meant."""
     names: dict[str, list[str]] = {}
     for name, layer in layers:
-        sizes = layer.out_features, layer.in_features
-        known = all(sizes) and not hasattr(layer.get_base_layer(), "kernel_size")
+        sizes: tuple[float, ...] = (layer.out_features, layer.in_features)
+        if not all(sizes) or hasattr(layer.get_base_layer(), "kernel_size"):
+            sizes = (math.inf,)  # a custom layer has None; a convolution has a larger rank
         for adapter in layer.active_adapters:
-            if adapter in layer.scaling:
-                r = layer.r[adapter] if known else 0
-                if doubt := doubt_of(layer.scaling[adapter], r, sizes if known else (0, 0)):
-                    names.setdefault(doubt, []).append(name)
+            scaling, r = layer.scaling.get(adapter, 1.0), layer.r.get(adapter, 0)
+            if doubt := doubt_of(scaling, r, sizes):
+                names.setdefault(doubt, []).append(name)
     notes = [f"{some(found)}: {doubt}" for doubt, found in names.items()]
     for adapter, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "lora_dropout", 0.0) < 0.0:
@@ -87,13 +88,12 @@ def _gradients(layer: Any) -> Iterator[bool]:
 
     lora_A of a new adapter has a gradient of zero, because lora_B is zero.
     """
+    weights = {name: lora_b.weight for name, lora_b in layer.lora_B.items()}
+    weights |= dict(layer.lora_embedding_B.items())
     for name in layer.active_adapters:
-        in_embedding = name in layer.lora_embedding_B
-        lora_b = layer.lora_embedding_B[name] if in_embedding else None
-        if name in layer.lora_B:
-            lora_b = layer.lora_B[name].weight
-        if lora_b is not None and lora_b.requires_grad:
-            yield lora_b.grad is not None and bool(lora_b.grad.any())
+        if name in weights and weights[name].requires_grad:
+            gradient = weights[name].grad
+            yield gradient is not None and bool(gradient.any())
 
 
 def embedding_notes(model: nn.Module) -> list[str]:

@@ -138,16 +138,6 @@ def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
     assert found.rank_costs[0].bytes == 4 * found.rank_costs[0].parameters
 
 
-def test_the_size_in_nf4_is_the_packed_model_s():
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    model = tiny_llama(tie_word_embeddings=True)
-    dense, packed = fastlora.estimate(model, [4]), copy.deepcopy(model)
-    fastlora.pack(packed, "nf4", modules=r"model\.layers.*_proj")
-    found = fastlora.estimate(packed, [4])
-    assert dense.frozen.nf4_bytes == found.frozen.bytes == found.frozen.nf4_bytes
-    assert ("in NF4" in str(dense), "in NF4" in str(found)) == (True, False)
-
-
 def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_so():
     packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     expected = fastlora.estimate(tiny_llama(), [2])
