@@ -116,6 +116,18 @@ def test_table_has_all_sides(compared):
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
 
 
+@pytest.mark.parametrize(
+    ("arguments", "tokens"), [(["--quick"], 4 * 2 * 128), (["--quick", "--steps=9"], 9 * 2 * 128)]
+)
+def test_quick_is_fewer_tokens_for_the_same_sides(arguments, tokens, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+    options = importlib.import_module("options").parse_options("")
+    assert options.steps * options.batch * options.seq_len == tokens
+    assert options.frozen
+    assert options.optimize
+
+
 def test_the_last_sentence_is_the_results(compared, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     sentence_of = importlib.import_module("table").sentence_of

@@ -120,7 +120,15 @@ def test_the_readme_has_a_complete_script():
     assert len(scripts) == 1
     assert all(
         step in scripts[0]
-        for step in ("get_peft_model(", "fastlora.optimize(", ".backward()", ".save_pretrained(")
+        for step in (
+            "get_peft_model(",
+            "fastlora.optimize(",
+            ".backward()",
+            ".save_pretrained(",
+            "print(fastlora.coverage(",
+            "loss {loss",
+            "print(tokenizer.decode(",
+        )
     )
 
 
