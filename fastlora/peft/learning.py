@@ -37,8 +37,8 @@ def untrained_note(layers: Iterable[tuple[str, Any]]) -> str:
     if not names:
         return ""
     return (
-        f"{len(names)} adapters had no gradient in the first step: {some(names)}: the loss of this "
-        "batch doesn't depend on these layers, or they were called without gradients"
+        f"adapters without a gradient in the first step: {some(names)}: the loss of this batch "
+        "doesn't depend on these layers, or they were called without gradients"
     )
 
 
@@ -88,10 +88,10 @@ def _gradients(layer: Any) -> Iterator[bool]:
 
     lora_A of a new adapter has a gradient of zero, because lora_B is zero.
     """
-    weights = {name: lora_b.weight for name, lora_b in layer.lora_B.items()}
-    weights |= dict(layer.lora_embedding_B.items())
+    weights: dict[str, Any] = dict(layer.lora_embedding_B.items())
+    weights |= {name: getattr(lora_b, "weight", None) for name, lora_b in layer.lora_B.items()}
     for name in layer.active_adapters:
-        if name in weights and weights[name].requires_grad:
+        if getattr(weights.get(name), "requires_grad", False):
             gradient = weights[name].grad
             yield gradient is not None and bool(gradient.any())
 
@@ -109,7 +109,8 @@ def embedding_notes(model: nn.Module) -> list[str]:
         for which, module in ends.items()
     }
     notes, text = [], config.get_text_config()
-    if ends["output"] and text.tie_word_embeddings and trained["input"] != trained["output"]:
+    tied = ends["output"] and getattr(text, "tie_word_embeddings", False)
+    if tied and trained["input"] != trained["output"]:
         names = {module: plain_name(name) for name, module in base.named_modules()}
         name, other = (names[ends[which]] for which in ends)
         notes.append(
@@ -119,9 +120,10 @@ def embedding_notes(model: nn.Module) -> list[str]:
         )
     try:
         loaded = type(config).from_pretrained(base.name_or_path, local_files_only=True)
+        resized = loaded.get_text_config().vocab_size != text.vocab_size
     except (AttributeError, OSError, ValueError):  # it was made from a config, or moved
-        loaded = config
-    if loaded.get_text_config().vocab_size != text.vocab_size and not trained["input"]:
+        resized = False
+    if resized and not trained["input"]:
         notes.append(
             "the vocabulary was resized, but the embeddings of new tokens don't train: name the "
             "tokens in LoraConfig(trainable_token_indices=[…])"
