@@ -10,7 +10,7 @@ help: ## List the targets
 
 GEMMA = $(if $(filter gemma --model=gemma,$(ARGS)),.venv/demo-gemma)
 
-demo: .venv/demo$(if $(filter --quantized --experts,$(ARGS)),-quantized) $(GEMMA) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
+demo: .venv/demo$(if $(filter --quantized --experts,$(ARGS)),-quantized) $(GEMMA) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS=--quick, ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
 
 sweep: .venv/demo $(GEMMA) ## Train eight LoRA configurations at once, and keep the best (ARGS="--steps 200 …")

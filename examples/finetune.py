@@ -1,6 +1,7 @@
 """Fine-tune a language model with fastlora, and with PEFT from the same start to compare.
 
     python examples/finetune.py      SmolLM2 135M on Python's documentation: 3 min on 2 cores
+    python examples/finetune.py --quick          the same table in 2 min
     python examples/finetune.py --steps 40       the same for longer
     python examples/finetune.py --experts        a small mixture of experts, dense and packed
     python examples/finetune.py --quantized      over NF4 and over GGUF's blocks, and dense

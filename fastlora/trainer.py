@@ -15,13 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from .automatic import (
-    check_settings,
-    log_line,
-    optimize_and_log,
-    optimize_silently,
-    show_log,
-)
+from .automatic import check_settings, log_line, optimize_and_log, optimize_silently, show_log
 from .layers.modules import unwrap
 from .peft.learning import embedding_notes
 from .peft.merged import merge_adapter, why_not_sent

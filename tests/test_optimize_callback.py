@@ -92,7 +92,7 @@ class Skips(nn.Module):
         return self.used(x)
 
 
-NOTE = "1 adapters had no gradient in the first step: unused: "
+NOTE = "adapters without a gradient in the first step: "
 
 
 def step_of(model: nn.Module, scale: float = 1.0) -> None:
@@ -105,27 +105,23 @@ def step_of(model: nn.Module, scale: float = 1.0) -> None:
 def skipping(log) -> nn.Module:
     """A model with PEFT's adapters on two layers, under ``auto``; only one of them trains."""
     fastlora.auto()
-    try:
-        config = peft.LoraConfig(target_modules=["used", "unused"])
-        yield peft.get_peft_model(Skips(), config).base_model.model
-    finally:
-        fastlora.auto(False)
+    yield peft.get_peft_model(Skips(), peft.LoraConfig(target_modules=["used", "unused"]))
+    fastlora.auto(False)
 
 
 def test_adapters_without_a_gradient_in_the_first_step_are_named_once(skipping, log):
     assert NOTE not in str(fastlora.coverage(skipping))
     for _ in range(2):
         step_of(skipping)
-    warnings = [text for level, text in log() if level == "WARNING"]
-    assert [text.startswith(NOTE) for text in warnings] == [True]
-    assert NOTE in str(fastlora.coverage(skipping))
+    assert len([text for level, text in log() if level == "WARNING" and NOTE in text]) == 1
+    assert f"{NOTE}base_model.model.unused: " in str(fastlora.coverage(skipping))
 
 
 def test_a_step_without_any_gradient_says_nothing_about_adapters(skipping, log):
     step_of(skipping, scale=0.0)
     assert not [text for level, text in log() if level == "WARNING"]
     step_of(skipping)
-    assert [text.startswith(NOTE) for level, text in log() if level == "WARNING"] == [True]
+    assert NOTE in log()[-1][1]
 
 
 def test_in_a_trainer_a_frozen_part_is_named(tmp_path, log):
@@ -134,8 +130,8 @@ def test_in_a_trainer_a_frozen_part_is_named(tmp_path, log):
     first.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
     trainer_of(tmp_path, model, Optimize()).train()
     (text,) = [text for level, text in log() if level == "WARNING"]
-    start = "7 adapters had no gradient in the first step: base_model.model.model.layers.0."
-    assert text.startswith(start)
+    assert text.startswith(f"{NOTE}base_model.model.model.layers.0.self_attn.q_proj, ")
+    assert "and 4 more: " in text
 
 
 TIED = {"tie_word_embeddings": True}
@@ -168,7 +164,5 @@ def test_new_tokens_that_don_t_train_are_a_warning_at_the_first_checkpoint(setti
     base.resize_token_embeddings(24)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], **settings))
     trainer_of(tmp_path, model, Optimize()).train()  # saves twice
-    warnings = [text for level, text in log() if level == "WARNING"]
-    assert [text.startswith("the vocabulary was resized") for text in warnings] == (
-        [] if settings else [True]
-    )
+    said = [text for _, text in log() if text.startswith("the vocabulary was resized")]
+    assert len(said) == (0 if settings else 1)

@@ -1,9 +1,11 @@
 """coverage(model): a record for each adapted layer, and a short report, also for PEFT's layers."""
 
+import re
+
 import peft
 import pytest
 import torch
-from models import Mlp
+from models import Mlp, tiny_llama
 from torch import nn
 
 import fastlora
@@ -131,3 +133,40 @@ def test_out_proj_of_torch_s_attention_is_said_not_to_be_called():
     assert torch.equal(model(x), without_adapter(model, x))
     with pytest.raises(ValueError, match="nothing calls it"):
         fastlora.optimize(model, strict=True)
+
+
+DOUBTS = {
+    "alpha": ({"lora_alpha": 0}, "base_model.model.0: the scaling is 0 (lora_alpha), so"),
+    "dropout": ({"lora_dropout": -0.1}, "lora_dropout of default is -0.1, which PEFT takes for 0"),
+    "rank": ({"r": 9}, "base_model.model.0: r is 9, above both sizes of the layer: rank 4 can"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_settings_that_peft_accepts_in_silence_are_a_warning_and_a_note(name):
+    settings, text = DOUBTS[name]
+    config = peft.LoraConfig(target_modules=["0"], **settings)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
+    with pytest.warns(UserWarning, match=re.escape(text)):
+        fastlora.optimize(model)
+    assert text in str(fastlora.coverage(model))
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 0}, {"r": 9}], ids=["alpha", "rank"])
+def test_doubtful_settings_of_a_layer_are_a_warning(settings):
+    with pytest.warns(UserWarning, match="the scaling is 0|r is 9, above both sizes"):
+        fastlora.LoRALinear(4, 8, **settings)
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 8)])
+def test_a_layer_s_unknown_argument_names_the_one_to_use(sizes):
+    with pytest.raises(TypeError, match="LoRALinear has no 'rank': for rank write r"):
+        fastlora.LoRALinear(*sizes, rank=4)
+
+
+def test_a_second_optimize_keeps_the_loss_of_the_first():
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    fastlora.optimize(model, loss=True)
+    loss = fastlora.coverage(fastlora.optimize(model)).loss
+    assert loss.startswith("loss without logits: ")
+    assert not fastlora.coverage(fastlora.restore(model)).loss

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
-from ..formats.bitsandbytes import FourBit
 from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
 from ..layers.members import plain_class_of
-from ..peft.targets import find_targets, linear_layers
+from ..peft.targets import find_targets
 from ..projection import is_plain
 from ..text import columns
 
@@ -59,9 +58,7 @@ class FrozenCosts:
       backward for the input only;
     * ``kept_bytes``: bytes per token that a forward saves for the backward;
     * ``seconds``: the median time of forward and backward;
-    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size;
-    * ``nf4_bytes``: the same after bitsandbytes has packed the dense linear layers, except the
-      head, as NF4 with blocks of 64.
+    * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size.
     """
 
     parameters: int
@@ -69,7 +66,6 @@ class FrozenCosts:
     kept_bytes: float | None = None
     seconds: float | None = None
     bytes: int = 0
-    nf4_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,6 @@ class Estimate:
         if frozen.seconds is not None:
             yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
         yield row("weights, MiB", _mib(frozen.bytes), lambda cost: _mib(cost.bytes))
-        if frozen.nf4_bytes < frozen.bytes:
-            yield row("  in NF4", _mib(frozen.nf4_bytes), lambda cost: "")
         yield row("gradients, MiB", "", lambda cost: _mib(cost.bytes))
         yield row("AdamW's moments, MiB", "", lambda cost: _mib(cost.optimizer_bytes))
         if frozen.kept_bytes is not None:
@@ -159,10 +153,7 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
                 sizes.pop(id(module._parameters.get(parameter)), None)
             sizes[id(module), name] = math.prod(weight_in(module, name).shape)
     flops = 4 * _of_a_token(set(model.modules()))
-    resident = _resident_bytes(model)
-    return FrozenCosts(
-        sum(sizes.values()), flops, bytes=resident, nf4_bytes=resident - _saved_by_nf4(model)
-    )
+    return FrozenCosts(sum(sizes.values()), flops, bytes=_resident_bytes(model))
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
@@ -178,19 +169,6 @@ def _resident_bytes(model: nn.Module) -> int:
     """Bytes of the storages of all tensors."""
     storages = [tensor.untyped_storage() for tensor in tensors_of(model) if is_plain(tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-def _saved_by_nf4(model: nn.Module) -> int:
-    """The bytes of the dense linear layers minus their bytes in NF4."""
-    saved = 0
-    for name in linear_layers(model):
-        weight = matrix_of(model.get_submodule(name))
-        if is_plain(weight):
-            N, K = weight.shape
-            tensors = FourBit(N, K, "nf4", 64).expected().values()
-            packed = [math.prod(shape) * dtypes[0].itemsize for shape, dtypes in tensors]
-            saved += weight.nbytes - sum(packed)
-    return saved
 
 
 def count_adapter(model: nn.Module, config: Any) -> tuple[int, RankCost]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter, Base, Output
-from ..settings import check_settings, check_switches
+from ..settings import check_settings, check_switches, suggests_arguments, warn_of
 from ..text import shown
 from .classes import change_class
 from .frozen import is_plain_linear, why_not_plain
@@ -22,6 +22,7 @@ from .modules import bypassed, called, name_test
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
 
+@suggests_arguments
 class LoRALinear(nn.Linear):
     """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
 
@@ -37,9 +38,10 @@ class LoRALinear(nn.Linear):
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
     ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
 
-    Raises ValueError for a rank below 1 or a dropout outside [0, 1).  A call raises the errors of
-    :func:`fastlora.lora_linear`, and RuntimeError in training while the layer is merged.  Arguments
-    that ``nn.Linear`` also has are passed on to it unchecked.
+    Raises ValueError for a rank below 1 or a dropout outside [0, 1).  Warns of a lora_alpha of 0,
+    and of a rank above both sizes.  A call raises the errors of :func:`fastlora.lora_linear`, and
+    RuntimeError in training while the layer is merged.  Arguments that ``nn.Linear`` also has are
+    passed on to it unchecked.
     """
 
     # The original weight of a merged layer.  In a tuple, so that it is no parameter of the module.
@@ -59,6 +61,7 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
+        warn_of(lora_alpha, r, (out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         pair = new_adapter(self.weight, r, self.weight.dtype)
         self._attach(pair, lora_alpha, lora_dropout, use_rslora)
@@ -81,6 +84,7 @@ class LoRALinear(nn.Linear):
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
         if reason := _why_not(linear):
             raise ValueError(f"the layer can't take an adapter: {reason}")
+        warn_of(lora_alpha, r, tuple(linear.weight.shape))
         sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
         layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
         layer.weight, layer.bias = linear.weight, linear.bias

@@ -1,5 +1,6 @@
-"""Names what a training run doesn't train: adapters without gradients, embeddings of new tokens."""
+"""Names what doesn't learn: adapters without gradients, doubtful settings, new embeddings."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..layers.modules import embeddings_of, has_sharded, plain_name, some, text_config, unwrap
+from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
+from ..settings import doubt_of
 
 # A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.
 _STEPS = 10
@@ -35,9 +37,30 @@ def untrained_note(layers: Iterable[tuple[str, Any]]) -> str:
     if not names:
         return ""
     return (
-        f"{len(names)} adapters had no gradient in the first step: {some(names)}: the loss of this "
-        "batch doesn't depend on these layers, or they were called without gradients"
+        f"adapters without a gradient in the first step: {some(names)}: the loss of this batch "
+        "doesn't depend on these layers, or they were called without gradients"
     )
+
+
+def doubts(model: Any, layers: Iterable[tuple[str, Any]]) -> list[str]:
+    """Notes on settings that PEFT accepts in silence, although they can't be meant."""
+    names: dict[str, list[str]] = {}
+    for name, layer in layers:
+        sizes: tuple[float, ...] = (layer.out_features, layer.in_features)
+        if not all(sizes) or hasattr(layer.get_base_layer(), "kernel_size"):
+            sizes = (math.inf,)  # a custom layer has None; a convolution has a larger rank
+        for adapter in layer.active_adapters:
+            scaling, r = layer.scaling.get(adapter, 1.0), layer.r.get(adapter, 0)
+            if doubt := doubt_of(scaling, r, sizes):
+                names.setdefault(doubt, []).append(name)
+    notes = [f"{some(found)}: {doubt}" for doubt, found in names.items()]
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "lora_dropout", 0.0) < 0.0:
+            notes.append(
+                f"lora_dropout of {adapter} is {config.lora_dropout}, which PEFT takes for 0: give "
+                "a probability in [0, 1)"
+            )
+    return notes
 
 
 def _look(*_: Any) -> None:
@@ -65,51 +88,44 @@ def _gradients(layer: Any) -> Iterator[bool]:
 
     lora_A of a new adapter has a gradient of zero, because lora_B is zero.
     """
+    weights: dict[str, Any] = dict(layer.lora_embedding_B.items())
+    weights |= {name: getattr(lora_b, "weight", None) for name, lora_b in layer.lora_B.items()}
     for name in layer.active_adapters:
-        in_embedding = name in layer.lora_embedding_B
-        lora_b = layer.lora_embedding_B[name] if in_embedding else None
-        if name in layer.lora_B:
-            lora_b = layer.lora_B[name].weight
-        if lora_b is not None and lora_b.requires_grad:
-            yield lora_b.grad is not None and bool(lora_b.grad.any())
+        if getattr(weights.get(name), "requires_grad", False):
+            gradient = weights[name].grad
+            yield gradient is not None and bool(gradient.any())
 
 
 def embedding_notes(model: nn.Module) -> list[str]:
-    """Warnings on the embeddings of a PEFT model that is about to be saved."""
+    """Warnings on the embeddings of a PEFT model of transformers that is about to be saved."""
     inner: Any = unwrap(model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     ends = {which: embeddings_of(base, which) for which in ("input", "output")}
+    config: Any = getattr(base, "config", None)
+    if ends["input"] is None or not hasattr(config, "get_text_config"):
+        return []
     trained = {
         which: {id(p) for p in module.parameters() if p.requires_grad} if module else set()
         for which, module in ends.items()
     }
-    notes = []
-    names = {module: plain_name(name) for name, module in base.named_modules()}
-    tied = getattr(text_config(getattr(base, "config", None)), "tie_word_embeddings", False)
-    if tied and all(ends.values()) and trained["input"] != trained["output"]:
+    notes, text = [], config.get_text_config()
+    tied = ends["output"] and getattr(text, "tie_word_embeddings", False)
+    if tied and trained["input"] != trained["output"]:
+        names = {module: plain_name(name) for name, module in base.named_modules()}
         name, other = (names[ends[which]] for which in ends)
         notes.append(
             f"{name} and {other} share one weight (tie_word_embeddings), but train apart: a merge, "
             "and a server with one weight for both, give another model.  Train with "
             "LoraConfig(ensure_weight_tying=True), or untie them before training"
         )
-    if not trained["input"] and _is_resized(base):
+    try:
+        loaded = type(config).from_pretrained(base.name_or_path, local_files_only=True)
+        resized = loaded.get_text_config().vocab_size != text.vocab_size
+    except (AttributeError, OSError, ValueError):  # it was made from a config, or moved
+        resized = False
+    if resized and not trained["input"]:
         notes.append(
             "the vocabulary was resized, but the embeddings of new tokens don't train: name the "
             "tokens in LoraConfig(trainable_token_indices=[…])"
         )
     return notes
-
-
-def _is_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary has another size than in the config that the model was loaded from."""
-    config, source = getattr(model, "config", None), getattr(model, "name_or_path", None)
-    read = getattr(type(config), "from_pretrained", None)
-    if not source or read is None:
-        return False
-    try:
-        base = read(source, local_files_only=True)
-    except (OSError, ValueError):
-        return False
-    now, before = (getattr(text_config(each), "vocab_size", None) for each in (config, base))
-    return now != before

@@ -32,7 +32,7 @@ from ..report import (
 from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .int8 import check_base, convert, give_back_dense, notes_of
-from .learning import untrained_note
+from .learning import doubts, untrained_note
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
@@ -74,7 +74,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     first = filter(None, [untested(), packed])
     others = wrapping_notes(layers) + mixed_notes(layers)
     untrained = filter(None, [untrained_note(layers)])
-    said = (*first, *notes, *others, *untrained, *notes_of(unwrap(model), layers))
+    doubtful = doubts(unwrap(model), layers)
+    said = (*first, *notes, *others, *doubtful, *untrained, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
 
 
@@ -130,7 +131,8 @@ def optimize(
     ``torch.compile``) or not.  Parameters, names, files and PEFT's functions don't change.  Each
     call of a layer checks whether it can run fast; otherwise it runs PEFT's forward.
     :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
-    ``optimize``.  :func:`restore` undoes it.
+    ``optimize``.  What an earlier call switched on stays on, such as ``loss``, also without that
+    argument; :func:`restore` undoes all of it.
 
     ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
     ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and base layers
@@ -158,7 +160,8 @@ def optimize(
     With ``FASTLORA_DISABLE=1`` in the environment, this function changes nothing.  With a PEFT
     older than the tested versions, it also changes nothing, and warns.  With a newer PEFT, it
     optimizes the model and warns; :func:`fastlora.check` compares the numbers.  If no layer of the
-    model can run fast, a warning gives the reasons.
+    model can run fast, a warning gives the reasons.  Other warnings name scalings of 0, negative
+    lora_dropout, and ranks above both sizes of a layer.
 
     Raises TypeError if ``model`` isn't a module.  Raises ValueError if the model has no PEFT LoRA
     layers, if a switch isn't a bool, if another argument doesn't fit, or if ``FASTLORA_BACKEND``
@@ -199,6 +202,8 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
     elif untested() and not reason:
         warnings.warn(untested(), stacklevel=3)
     report = cover(model, layers, unreached=reason)
+    for doubt in doubts(inner, layers) if not reason else ():
+        warnings.warn(f"fastlora.optimize: {doubt}", stacklevel=3)
     if switches["strict"] and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
     if not reason:

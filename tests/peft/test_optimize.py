@@ -159,7 +159,8 @@ def test_importing_fastlora_changes_nothing_until_optimize():
         "import sys, torch, fastlora;"
         "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
         "fastlora.coverage(model), fastlora.restore(model);"
-        "import peft; model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']));"
+        "import peft; config = peft.LoraConfig(r=2, target_modules=['0']);"
+        "model = peft.get_peft_model(model, config);"
         "assert 'fastlora.peft.layer' not in sys.modules;"
         "print(fastlora.coverage(fastlora.optimize(model)))"
     )

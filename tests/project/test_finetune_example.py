@@ -116,6 +116,14 @@ def test_table_has_all_sides(compared):
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
 
 
+def test_quick_is_fewer_tokens_for_the_same_sides(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--quick"])
+    options = importlib.import_module("options").parse_options("")
+    assert options.steps * options.batch * options.seq_len <= 8 * 4 * 256 / 8
+    assert options.frozen and options.compare and options.optimize  # noqa: PT018
+
+
 def test_the_last_sentence_is_the_results(compared, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     sentence_of = importlib.import_module("table").sentence_of

@@ -118,10 +118,9 @@ def test_a_block_of_the_readme_runs_by_itself(i, as_on_the_hub):
 def test_the_readme_has_a_complete_script():
     scripts = [code for code in blocks_of(README, "python") if "from_pretrained" in code]
     assert len(scripts) == 1
-    assert all(
-        step in scripts[0]
-        for step in ("get_peft_model(", "fastlora.optimize(", ".backward()", ".save_pretrained(")
-    )
+    steps = "get_peft_model( fastlora.optimize( print(fastlora.coverage( .backward() {loss.item() "
+    steps += ".save_pretrained( print(tokenizer.decode("
+    assert [step for step in steps.split() if step not in scripts[0]] == []
 
 
 def test_few_blocks_are_not_run():

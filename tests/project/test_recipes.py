@@ -282,7 +282,7 @@ def test_the_notebook_runs(tiny, tmp_path):
     code = code.replace("60_000", "6_000") + "\nimport importlib.util as util\n"
     code += "print('kernels:', (spec := util.find_spec('kernels')) and spec.origin)\n"
     printed = run_python("-c", code, cwd=tmp_path / "examples", CUDA_VISIBLE_DEVICES="")
-    assert "14 of 14 layers fast" in printed
+    assert printed.startswith("14 of 14 layers fast")  # and no tree of the whole model
     steps = re.findall(r"PEFT loss (\S+), \S+ s   fastlora loss (\S+), \S+ s", printed)
     assert len(steps) == 8
     for theirs, ours in steps:
