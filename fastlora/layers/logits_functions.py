@@ -17,7 +17,16 @@ from torch.nn import functional
 from ..ops.dispatch import autocast_is_on, autocast_off
 from ..ops.loss import REDUCTIONS, Head, head_loss
 from ..projection import HALF_DTYPES
-from .logits import HANDLERS, STEPS, HeadCall, LazyHeadFunction, LazyLogits, Recipe, Step, tensors_of
+from .logits import (
+    HANDLERS,
+    STEPS,
+    HeadCall,
+    LazyHeadFunction,
+    LazyLogits,
+    Recipe,
+    Step,
+    tensors_of,
+)
 
 _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
@@ -190,7 +199,7 @@ def _loss(
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
-        # DistributedDataParallel waits for the node of its Function, so the lazy tensor is an input.
+        # Through the lazy tensor, the backward reaches DistributedDataParallel's Function.
         loss = head_loss(recipe.head, target, settings, reduction, ignore_index, via=lazy)
     return loss.to(torch.promote_types(dtype, recipe.dtype))
 
