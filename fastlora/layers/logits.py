@@ -189,19 +189,19 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _aten.alias(self)
 
-    def has_its_gradient(self) -> bool:
-        """Whether only the recipe's steps lie between the head and this tensor.
+    def functions(self) -> list[str]:
+        """The names of the autograd Functions between the head and this tensor.
 
-        They don't if an autograd Function returned the tensor.  An exception is the Function of
-        DistributedDataParallel, which passes the gradient on unchanged.
+        "leaf" stands for a detached tensor that requires a gradient again.
         """
-        node = self.grad_fn
+        node, number, found = self.grad_fn, self.output_nr, list[str]()
         while node is not None and getattr(node, "head_call", None) is not self.cell.call:
-            is_own = isinstance(node, torch.autograd.function.BackwardCFunction)
-            is_known = not is_own or type(node).__name__ == "_DDPSinkBackward"
-            edges = [edge for edge, _ in node.next_functions if edge is not None]
-            node = edges[0] if edges and is_known else None
-        return node is not None or not self.requires_grad
+            edges = node.next_functions
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                found.append(type(node).__name__)
+                edges = edges[number:]  # output i of a Function that passes gradients on is input i
+            node, number = edges[0] if edges else (None, 0)
+        return [*found, "leaf"] if node is None and self.requires_grad else found
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"

@@ -30,6 +30,8 @@ from .logits import (
 
 _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
+# DistributedDataParallel's Function passes the gradient on unchanged, and waits for its backward.
+_DDP = "_DDPSinkBackward"
 # The arguments of torch's losses that a fused loss takes.
 _TAKEN = {"target", "reduction", "ignore_index", "label_smoothing"}
 F = TypeVar("F", bound=Callable[..., Any])
@@ -134,7 +136,7 @@ def _number(value: Any) -> float | None:
         return float(value)
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         return None
-    return float(value) if value.is_cpu else None
+    return float(value) if value.is_cpu and not value.requires_grad else None
 
 
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
@@ -193,14 +195,15 @@ def _loss(
         return NotImplemented
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
-    if not lazy.has_its_gradient():
+    functions = lazy.functions()
+    if set(functions) - {_DDP}:
         return NotImplemented
     lazy.cell.call.check()
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
-        # Through the lazy tensor, the backward reaches DistributedDataParallel's Function.
-        loss = head_loss(recipe.head, target, settings, reduction, ignore_index, via=lazy)
+        via = lazy if functions else None
+        loss = head_loss(recipe.head, target, settings, reduction, ignore_index, via)
     return loss.to(torch.promote_types(dtype, recipe.dtype))
 
 
