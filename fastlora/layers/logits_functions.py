@@ -199,12 +199,12 @@ def _loss(
     if set(functions) - {_DDP}:
         return NotImplemented
     lazy.cell.call.check()
-    dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
+    dtype = torch.float32 if autocast_is_on(lazy.device.type) else lazy.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
         via = lazy if functions else None
         loss = head_loss(recipe.head, target, settings, reduction, ignore_index, via)
-    return loss.to(torch.promote_types(dtype, recipe.dtype))
+    return loss.to(torch.promote_types(dtype, lazy.dtype))
 
 
 def _loss_of_torch(function: Any, lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
@@ -235,4 +235,4 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
     loss = _loss(lazy, recipe, index.squeeze(-1), "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
-    return -recipe.sign * loss.unsqueeze(-1).to(recipe.dtype)
+    return -recipe.sign * loss.unsqueeze(-1).to(lazy.dtype)
