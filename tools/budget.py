@@ -110,8 +110,8 @@ def budget() -> dict[str, dict]:
 
 
 def measured(kind: str, folders: str) -> int:
-    if kind == "lines":  # the emulator of GPUs and PEFT's suite aren't part of the package
-        return sum(map(lines_of_code, files_of(folders, without=("machine", "peft_suite"))))
+    if kind == "lines":  # the emulator of GPUs and suites of other projects aren't part of the package
+        return sum(map(lines_of_code, files_of(folders, without=("machine", "suites"))))
     paths = files_of(folders) + files_of(folders, ".md")
     counts = [hard(sentences_of(path)) for path in paths]
     return round(1000 * sum(len(s) for _, s in counts) / max(1, sum(n for n, _ in counts)))

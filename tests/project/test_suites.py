@@ -2,8 +2,8 @@
 
 import json
 
-from peft_suite import compare
-from peft_suite.selection import is_about_lora, is_chosen
+from suites import compare
+from suites.selection import is_about_lora, is_chosen
 
 PASSED = {"outcome": "passed", "seconds": 0.1}
 FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
