@@ -1,4 +1,4 @@
-"""make peft-suite: its notion of a difference, and its choice of PEFT's tests."""
+"""make suites: its notion of a difference, its choice of tests, and its stand-ins for the hub."""
 
 import json
 

@@ -70,7 +70,7 @@ def version_of(suite: Suite, source: Path) -> str:
 def prepare(suite: Suite, source: Path, folder: Path) -> None:
     """Copy the tests into ``folder``, as a package, with the files that they need."""
     shutil.rmtree(folder, ignore_errors=True)
-    # PEFT's conftest.py adds an option that the plugin adds, because PEFT's releases lack this file.
+    # The releases of PEFT have no conftest.py, so the plugin adds its option.
     ignored = ["__pycache__"] if suite.package else ["__pycache__", "conftest.py"]
     for part in suite.parts:
         ignore = shutil.ignore_patterns(*ignored)
