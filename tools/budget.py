@@ -41,7 +41,8 @@ def files_of(folders: str, ending: str = ".py", without: tuple[str, ...] = ()) -
     command = ["git", "ls-files", *folders.split()]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / name for name in names.splitlines() if name.endswith(ending)]
-    return [path for path in paths if path.exists() and not set(without) & set(path.parts)]
+    outside = set(without).isdisjoint
+    return [path for path in paths if path.exists() and outside(path.relative_to(ROOT).parts)]
 
 
 def lines_of_code(path: Path) -> int:

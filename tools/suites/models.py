@@ -169,23 +169,19 @@ OF_PEFT = {
     ),
 }
 
+# TRL's own sizes, because some tests count parameters.
+QWEN2 = llama(hidden_size=8, intermediate_size=32, num_key_value_heads=2)
 OF_TRL = {
-    f"{TRL}{name}": Model(architecture, settings, dtype="bfloat16")
-    for name, architecture, settings in (
-        ("tiny-GptOssForCausalLM", "GptOssForCausalLM", experts(head_dim=8)),
-        ("tiny-Qwen2ForCausalLM-2.5", "Qwen2ForCausalLM", llama()),
-        (
-            "tiny-Qwen2ForSequenceClassification-2.5",
-            "Qwen2ForSequenceClassification",
-            llama(num_labels=1),
-        ),
-        ("tiny-Qwen3ForCausalLM", "Qwen3ForCausalLM", llama(head_dim=8)),
-        (
-            "tiny-Qwen3MoeForCausalLM",
-            "Qwen3MoeForCausalLM",
-            experts(head_dim=8, moe_intermediate_size=16),
-        ),
-    )
+    f"{TRL}tiny-{name}": Model(name.partition("-")[0], settings, dtype="bfloat16")
+    for name, settings in {
+        "GptOssForCausalLM": experts(head_dim=8),
+        "LlamaForCausalLM-3.2": llama(),
+        "Qwen2ForCausalLM-2.5": QWEN2,
+        "Qwen2ForSequenceClassification-2.5": llama(num_labels=1),
+        "Qwen3ForCausalLM": llama(head_dim=8),
+        "Qwen3MoeForCausalLM": experts(head_dim=8, moe_intermediate_size=16),
+        "T5ForConditionalGeneration": T5.settings,
+    }.items()
 }
 
 CLIP = bert(num_hidden_layers=2, projection_dim=32)

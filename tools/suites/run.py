@@ -79,12 +79,13 @@ def hub(name: str, cache: Path, package: Package) -> Path:
 def environment(models: Path, package: Package) -> dict[str, str]:
     """Settings: no hub except the tiny models, and one thread, the fastest for these layers."""
     defaults = {"OMP_NUM_THREADS": "1"}
+    folders = [TOOLS, package.folder, os.environ.get("PYTHONPATH")]
     fixed = {
         "HF_HOME": str(CACHE / "home"),
         "HF_HUB_CACHE": str(models),
         "HF_HUB_OFFLINE": "1",
         "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # without it, test_torch_compile.py skips itself
-        "PYTHONPATH": os.pathsep.join(map(str, filter(None, [TOOLS, package.folder]))),
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, folders))),
         "TOKENIZERS_PARALLELISM": "false",
     }
     inherited = {k: v for k, v in os.environ.items() if k != "FASTLORA_DISABLE"}
@@ -144,7 +145,7 @@ def unknown_files(suite: Suite, tests: Path) -> list[str]:
 
 
 def report(title: str, unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
-    """Print the comparison.  Returns 0 if no test's outcome differs."""
+    """Print the comparison.  Returns 0 if tests passed, and no test's outcome differs."""
     print(f"\n{title}\n{compare.table(unpatched, optimized)}")
     print("\nCalls of lora.Linear that ran PEFT's forward:")
     print(compare.own_calls(optimized) or "    none")
@@ -153,7 +154,8 @@ def report(title: str, unpatched: dict[str, Outcome], optimized: dict[str, Outco
     found = compare.differences(unpatched, optimized)
     print("\nDifferences:", len(found) or "none")
     print(*found, sep="\n")
-    return 1 if found else 0
+    passed = any(outcome.outcome == "passed" for outcome in unpatched.values())
+    return 0 if passed and not found else 1
 
 
 def main() -> int:
