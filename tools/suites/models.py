@@ -184,7 +184,7 @@ OF_TRL = {
     }.items()
 }
 
-CLIP = bert(num_hidden_layers=2, projection_dim=32)
+CLIP = bert(num_hidden_layers=2, projection_dim=32, max_position_embeddings=100)
 OF_DIFFUSERS = {
     f"{PEFT}tiny-clip-text-2": Model("CLIPTextModelWithProjection", CLIP),
     f"{HUGGING_FACE}tiny-random-clip": Model("CLIPTextModelWithProjection", CLIP),
