@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test recipes integrations peft-suite zoo bench compile-report matrix machine release-check docs lint clean
+.PHONY: help demo sweep test recipes integrations suites peft-suite zoo bench compile-report matrix machine release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, d
 integrations: .venv/matrix ## Train a tiny model in LlamaFactory, axolotl, ms-swift, verl and TRL, each in its own environment (ARGS="-s axolotl", --list)
 	.venv/bin/nox -f tools/integrations.py $(ARGS)
 
-peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
-	.venv/bin/python -m tools.peft_suite.run $(ARGS)
+suites: .venv/suites ## Run other projects' LoRA tests, without fastlora and with it, and compare (ARGS="trl PATH", "diffusers PATH", "peft --quick")
+	.venv/bin/python -m tools.suites.run $(ARGS)
+
+peft-suite: .venv/suites ## Run PEFT's own, which need no checkout (ARGS="--quick …")
+	.venv/bin/python -m tools.suites.run peft $(ARGS)
 
 zoo: .venv/test ## Compare lazy heads with standard ones, on tiny models of all classes of transformers (ARGS="LlamaForCausalLM …")
 	.venv/bin/python -m tools.zoo $(ARGS)

@@ -193,11 +193,11 @@ class BaseTuner:
     def inject_adapter(self): return "theirs"
 """
 PROGRAM = """
-import json, sys, time
+import json, sys
 sys.path.insert(0, sys.argv[1])
-finders, before, start = [*sys.meta_path], {*sys.modules}, time.process_time()
+finders, before = [*sys.meta_path], {*sys.modules}
 import fastlora; fastlora.auto()
-seconds, new = time.process_time() - start, {name.split(".")[0] for name in {*sys.modules} - before}
+new = {*sys.modules} - before
 try: import peft.tuners.tuners_utils
 except ValueError: assert sys.tried
 from peft.tuners.tuners_utils import BaseTuner, __loader__ as loader
@@ -207,21 +207,20 @@ assert hasattr(BaseTuner.inject_adapter, "__wrapped__")
 fastlora.auto(False)
 assert BaseTuner().inject_adapter() == "theirs"
 assert not hasattr(BaseTuner.inject_adapter, "__wrapped__")
-print(json.dumps([seconds, *new]))
+print(json.dumps([*new]))
 """
 
 
-def test_before_peft_is_imported_it_waits_costs_little_and_imports_nothing(tmp_path):
+def test_before_peft_is_imported_it_waits_and_imports_little(tmp_path):
     """PEFT's stand-in fails at its first import, as with a missing dependency."""
     folder = tmp_path / "peft" / "tuners"
     folder.mkdir(parents=True)
     for package in (folder.parent, folder):
         (package / "__init__.py").touch()
     (folder / "tuners_utils.py").write_text(PEFT)
-    runs = [json.loads(run_python("-I", "-c", PROGRAM, tmp_path)) for _ in range(3)]
-    # 0.011 to 0.016 on an Intel Xeon; importing torch takes seconds.
-    assert min(seconds for seconds, *_ in runs) < 0.1
-    assert {name for _, *new in runs for name in new} - sys.stdlib_module_names == {"fastlora"}
+    new = json.loads(run_python("-I", "-c", PROGRAM, tmp_path))
+    assert {name.split(".")[0] for name in new} - sys.stdlib_module_names == {"fastlora"}
+    assert len(new) < 50  # 21 under Python 3.11, logging's among them
 
 
 def test_a_program_sees_names_before_and_after_torch_is_imported():

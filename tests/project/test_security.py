@@ -137,14 +137,14 @@ def test_a_long_key_takes_no_long_time_and_no_long_message(part, folder):
     """A key of a million letters took minutes when time grew with the square of its length."""
     key = "base_model.model.x" + part * (10**6 // len(part)) + "!.lora_A.weight"
     save_file({key: torch.ones(1, 1)}, folder / WEIGHTS)
-    start = time.monotonic()
+    start = time.process_time()
     for read in (lambda: fastlora.load_adapter(Mlp(), folder), lambda: resize(folder)):
         with pytest.raises(
             ValueError, match=r"which the model lacks|missing or unsupported keys"
         ) as error:
             read()
         assert len(str(error.value)) < 2000
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20  # 0.2 on an Intel Xeon
 
 
 def test_many_patterns_are_compiled_once(folder):

@@ -29,7 +29,7 @@ def dry(tmp_path_factory) -> tuple[str, dict, str]:
     folder = tmp_path_factory.mktemp("visit")
     out = folder / "visit.json"
     command = [*COMMAND, "--dry", "--out", str(out)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(out.read_text()), (folder / "visit.tuning.json").read_text()
 

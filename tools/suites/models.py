@@ -1,4 +1,4 @@
-"""The tiny models that replace the models that PEFT's tests load from the hub.
+"""The tiny models that replace the models that tests load from the hub.
 
 They have the architecture of the originals, but not the weights and rarely the sizes.  A test that
 compares with stored numbers can't pass with them.
@@ -8,15 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VOCABULARY = 1000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A transformers class, the settings of its configuration, and its revisions' names."""
+    """A transformers class, its configuration's settings, its revisions' names, and its dtype."""
 
     architecture: str
     settings: dict[str, Any]
     revisions: tuple[str, ...] = ("main",)
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ WHISPER = {"d_model": 64, "num_mel_bins": 8, "decoder_start_token_id": 0} | {
 
 PEFT, HUGGING_FACE, TRL = "peft-internal-testing/", "hf-internal-testing/", "trl-internal-testing/"
 
-MODELS = {
+OF_PEFT = {
     "bert-base-uncased": BERT,
     "bigscience/bloomz-560m": Model("BloomForCausalLM", BLOOM),
     "facebook/opt-125m": OPT_125M,
@@ -164,10 +169,34 @@ MODELS = {
     ),
 }
 
+# TRL's own sizes, because some tests count parameters.
+QWEN2 = llama(hidden_size=8, intermediate_size=32, num_key_value_heads=2)
+OF_TRL = {
+    f"{TRL}tiny-{name}": Model(name.partition("-")[0], settings, dtype="bfloat16")
+    for name, settings in {
+        "GptOssForCausalLM": experts(head_dim=8),
+        "LlamaForCausalLM-3.2": llama(),
+        "Qwen2ForCausalLM-2.5": QWEN2,
+        "Qwen2ForSequenceClassification-2.5": llama(num_labels=1),
+        "Qwen3ForCausalLM": llama(head_dim=8),
+        "Qwen3MoeForCausalLM": experts(head_dim=8, moe_intermediate_size=16),
+        "T5ForConditionalGeneration": T5.settings,
+    }.items()
+}
+
+CLIP = bert(num_hidden_layers=2, projection_dim=32, max_position_embeddings=100)
+OF_DIFFUSERS = {
+    f"{PEFT}tiny-clip-text-2": Model("CLIPTextModelWithProjection", CLIP),
+    f"{HUGGING_FACE}tiny-random-clip": Model("CLIPTextModelWithProjection", CLIP),
+    f"{HUGGING_FACE}tiny-random-t5": T5,
+    f"{HUGGING_FACE}tiny-sd3-text_encoder": Model("CLIPTextModelWithProjection", CLIP),
+    f"{HUGGING_FACE}tiny-sd3-text_encoder-2": Model("CLIPTextModelWithProjection", CLIP),
+}
+
 ADAPTERS = {
     "ybelkada/test-st-lora": Adapter("facebook/opt-350m"),
     f"{PEFT}opt-125m-dummy-lora": Adapter(f"{PEFT}opt-125m"),
     f"{PEFT}tiny-OPTForCausalLM-lora": Adapter(f"{PEFT}tiny-random-OPTForCausalLM"),
 }
 
-PIPELINES = {f"{HUGGING_FACE}tiny-sd-pipe"}
+PIPELINES = (f"{HUGGING_FACE}tiny-sd-pipe",)

@@ -4,9 +4,9 @@ Calls inside torch.compile are not counted, because a counter would change the c
 """
 
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +14,15 @@ from torch import nn
 FAST = "fast"
 
 
-def optimize_and_count() -> Counter:
-    """Start optimizing and counting, in this process.
+def optimize_and_count(**settings: Any) -> Counter:
+    """Start optimizing, with these settings, and counting, in this process.
 
     Returns the counter: FAST, and the reasons of calls that ran PEFT's forward.  Raises
     RuntimeError if a plain optimized layer doesn't run fast: then nothing would be compared.
     """
     from peft.tuners import lora
 
+    from fastlora import automatic
     from fastlora.layers import members
     from fastlora.ops import few_rows
     from fastlora.peft.layer import FastLinear
@@ -32,7 +33,7 @@ def optimize_and_count() -> Counter:
     if not isinstance(optimized_layer(), FastLinear):
         raise RuntimeError(
             "fastlora.optimize didn't change a plain lora.Linear: install a PEFT that it supports "
-            "(make peft-suite runs with the packages of .venv)"
+            "(make suites runs with the packages of .venv)"
         )
     for layer_class in classes_with_forward(lora.LoraLayer):
         count(layer_class, lambda layer, arguments: own_call(counter, layer, arguments))
@@ -42,7 +43,8 @@ def optimize_and_count() -> Counter:
     if counter != {FAST: 1}:
         raise RuntimeError(f"a call of a plain layer, optimized, wasn't fast: {dict(counter)}")
     counter.clear()
-    optimize_after_injection()
+    automatic.optimize_or_log = automatic.optimize_and_log  # an error fails the test
+    automatic.auto(**settings)
     return counter
 
 
@@ -55,26 +57,6 @@ def optimized_layer() -> nn.Module:
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
     fastlora.optimize(model)
     return model[0]
-
-
-def optimize_after_injection() -> None:
-    from peft.tuners import lora
-    from peft.tuners.tuners_utils import BaseTuner
-
-    import fastlora
-
-    inject = BaseTuner.inject_adapter
-
-    @functools.wraps(inject)
-    def inject_adapter(self, model, *args, **kwargs):
-        result = inject(self, model, *args, **kwargs)
-        if any(isinstance(module, lora.LoraLayer) for module in model.modules()):
-            with warnings.catch_warnings():  # PEFT's tests count the warnings of their own calls
-                warnings.filterwarnings("ignore", "fastlora.optimize: no layer runs fast")
-                fastlora.optimize(model)
-        return result
-
-    BaseTuner.inject_adapter = inject_adapter
 
 
 def classes_with_forward(base: type) -> list[type]:

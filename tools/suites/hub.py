@@ -1,6 +1,6 @@
 """Writes the tiny models in the layout of huggingface_hub's cache, where tests find them offline.
 
-python -m peft_suite.hub FOLDER
+python -m suites.hub SUITE FOLDER
 """
 
 import argparse
@@ -11,7 +11,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .models import ADAPTERS, MODELS, PIPELINES, VOCABULARY, Adapter, Model
+from .models import CHAT_TEMPLATE, VOCABULARY, Adapter, Model
+from .suite import SUITES, Suite
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -42,7 +43,7 @@ def trained_tokenizer():
 def write_tokenizer(folder: Path, tokenizer) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    options = {"mask_token": "<mask>", "model_max_length": 100}
+    options = {"mask_token": "<mask>", "model_max_length": 100, "chat_template": CHAT_TEMPLATE}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer, **SPECIAL, **options
     ).save_pretrained(folder)
@@ -60,14 +61,14 @@ def new_model(model: Model):
             number = getattr(part, name, None)
             if isinstance(number, int) and number >= VOCABULARY:
                 setattr(part, name, 2)  # </s>
-    return architecture(config)
+    return architecture(config).to(getattr(torch, model.dtype))
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
+def write_adapter(folder: Path, adapter: Adapter, base: Model) -> None:
     import peft
     import torch
 
-    model = new_model(MODELS[adapter.base])
+    model = new_model(base)
     torch.manual_seed(1)
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **adapter.settings)
     model = peft.get_peft_model(model, config)
@@ -114,12 +115,12 @@ def write_pipeline(folder: Path, tokenizer) -> None:
     ).save_pretrained(folder)
 
 
-def build(hub: Path) -> None:
+def build(suite: Suite, hub: Path) -> None:
     """Write everything into a new folder, which appears when it is complete."""
     part = hub.with_name(hub.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = trained_tokenizer()
-    for name, model in MODELS.items():
+    for name, model in suite.models.items():
         try:
             made = new_model(model)
         except Exception as error:  # an older transformers has another config
@@ -128,12 +129,12 @@ def build(hub: Path) -> None:
         folder = snapshot(part, name, model.revisions)
         made.save_pretrained(folder)
         write_tokenizer(folder, tokenizer)
-    for name, adapter in ADAPTERS.items():
-        write_adapter(snapshot(part, name), adapter)
-    for name in PIPELINES:
+    for name, adapter in suite.adapters.items():
+        write_adapter(snapshot(part, name), adapter, suite.models[adapter.base])
+    for name in suite.pipelines:
         write_pipeline(snapshot(part, name), tokenizer)
     part.rename(hub)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    build(SUITES[sys.argv[1]], Path(sys.argv[2]))

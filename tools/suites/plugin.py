@@ -1,7 +1,7 @@
-"""A pytest plugin for PEFT's tests: selects the LoRA tests and writes their outcomes.
+"""A pytest plugin for a project's tests: selects the LoRA tests and writes their outcomes.
 
-With ``--suite-optimize``, it calls ``fastlora.optimize`` on a model right after PEFT has put LoRA
-layers into it, and counts the calls of LoRA layers.  Without it, PEFT is unchanged.
+With ``--suite-optimize``, it calls ``fastlora.auto`` and counts the calls of LoRA layers.  Without
+it, PEFT is unchanged.
 """
 
 import json
@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from . import packed
-from .selection import is_chosen
+from .suite import SUITES
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("peft suite")
+    group = parser.getgroup("suites")
+    group.addoption("--suite", choices=SUITES, help="the project whose tests run")
     group.addoption(
         "--suite-outcomes", type=Path, help="file for the outcomes, a line of JSON for each test"
     )
@@ -24,13 +25,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.suite = SUITES[config.getoption("suite")]
     config.suite_outcomes = config.getoption("suite_outcomes").open("w")
     config.suite_calls = None
     if config.getoption("suite_optimize"):
         from .calls import optimize_and_count
 
         try:
-            config.suite_calls = optimize_and_count()
+            config.suite_calls = optimize_and_count(**config.suite.settings)
         except RuntimeError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -39,28 +41,16 @@ def pytest_unconfigure(config):
     config.suite_outcomes.close()
 
 
-class EveryModel(dict):
-    """Reports every model as fetched, so that PEFT's tests look only in the cache."""
-
-    def __contains__(self, name) -> bool:
-        return True
-
-    def __missing__(self, name) -> int:
-        return 1
-
-
-def pytest_collection():
+def pytest_collection(session):
     from transformers.integrations import peft
 
-    from tests import testing_utils
-
-    testing_utils._HUB_MODEL_ACCESSES = EveryModel()
     # transformers' add_adapter refuses a PEFT older than this, although it works with it.
     peft.MIN_PEFT_VERSION = "0"
-    packed.prepare()
+    session.config.suite.before()
 
 
 def pytest_collection_modifyitems(config, items):
+    is_chosen = config.suite.is_chosen
     config.hook.pytest_deselected(items=[i for i in items if not is_chosen(i.nodeid)])
     items[:] = [item for item in items if is_chosen(item.nodeid)]
     packed.need_no_gpu(items)

@@ -2,7 +2,7 @@
 
 import re
 
-QUICK = [
+QUICK = (
     "test_custom_models.py",
     "test_target_parameters.py",
     "test_lora_variants.py",
@@ -10,9 +10,9 @@ QUICK = [
     "test_low_level_api.py",
     "test_bdlora.py",
     "test_velora.py",
-]
+)
 
-FILES = [
+FILES = (
     *QUICK,
     "test_initialization.py",
     "test_mixed.py",
@@ -39,7 +39,7 @@ FILES = [
     "test_quantization.py",
     "test_common_gpu.py",
     "test_gpu_examples.py",
-]
+)
 
 # Files for GPUs.  Their tests of packed weights no longer need a GPU, except some that name it.
 # Others only round dense weights.

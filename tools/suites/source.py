@@ -1,4 +1,4 @@
-"""PEFT's source and tests, the folder for running the tests, and other versions of PEFT."""
+"""The tested package, its tests, and the folder in which they run."""
 
 import inspect
 import json
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-MARKERS = ["single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"]
+from .suite import Suite
 
 
 @dataclass(frozen=True)
-class Peft:
-    """The tested PEFT; its folder, if any, precedes the installed PEFT on the path."""
+class Package:
+    """The tested package; its folder, if any, precedes the installed package on the path."""
 
     version: str
     folder: Path | None = None
 
 
-def installed() -> Peft:
-    return Peft(version("peft"))
+def installed_peft() -> Package:
+    return Package(version("peft"))
 
 
-def install(chosen: str, cache: Path) -> Peft:
+def install_peft(chosen: str, cache: Path) -> Package:
     """Install this version of PEFT from PyPI into a folder of the cache."""
     folder = cache / f"installed-{chosen}"
     if not folder.is_dir():
@@ -35,10 +35,10 @@ def install(chosen: str, cache: Path) -> Peft:
         shutil.rmtree(scratch, ignore_errors=True)
         run_pip("install", "--no-deps", "--target", str(scratch), f"peft=={chosen}")
         scratch.rename(folder)
-    return Peft(chosen, folder)
+    return Package(chosen, folder)
 
 
-def download(peft: Peft, cache: Path) -> Path:
+def download_peft(peft: Package, cache: Path) -> Path:
     """Download the source of this PEFT from PyPI into the cache; its wheel has no tests."""
     name = f"peft-{peft.version}"
     if not (cache / name).is_dir():
@@ -53,34 +53,35 @@ def run_pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", arguments[0], "--quiet", *arguments[1:]]
     if subprocess.run(command, check=False).returncode:
         sys.exit(
-            f"pip found no {arguments[-1]}: give another --version, or --source PATH with the "
-            "source of the installed PEFT"
+            f"pip found no {arguments[-1]}: give another --version, or the path of the source of "
+            "the installed PEFT"
         )
 
 
-def check(source: Path, peft: Peft) -> None:
-    """Exit with a message if the folder has no PEFT tests; warn if its version is another one."""
-    if not (source / "tests" / "testing_common.py").is_file():
-        sys.exit(f"{source} has no tests/testing_common.py: --source must be PEFT's source")
-    text = (source / "src" / "peft" / "__init__.py").read_text()
-    found = re.search(r'__version__ = "(.*)"', text)
-    if found and found[1] != peft.version:
-        print(f"Note: {source} is PEFT {found[1]}, and its tests run with PEFT {peft.version}.")
+def version_of(suite: Suite, source: Path) -> str:
+    """The version of this project's source.  Exits with a message if the folder has no such."""
+    for path in (source / "tests", source / suite.version_file):
+        if not path.exists():
+            sys.exit(f"there is no {path}: give the path of a checkout of {suite.title}")
+    text = (source / suite.version_file).read_text()
+    return re.search(r'(?:\A|__version__ = ")(\d[^\s"]*)', text)[1]
 
 
-def prepare(source: Path, folder: Path) -> None:
+def prepare(suite: Suite, source: Path, folder: Path) -> None:
     """Copy the tests into ``folder``, as a package, with the files that they need."""
     shutil.rmtree(folder, ignore_errors=True)
-    ignored = shutil.ignore_patterns("conftest.py", "__pycache__")
-    shutil.copytree(source / "tests", folder / "tests", ignore=ignored)
-    (folder / "tests" / "__init__.py").write_text("")
-    markers = "".join(f"\n    {marker}: one of PEFT's" for marker in MARKERS)
-    (folder / "pytest.ini").write_text(f"[pytest]\nmarkers ={markers}\n")
+    # The releases of PEFT have no conftest.py, so the plugin adds its option.
+    ignored = ["__pycache__"] if suite.package else ["__pycache__", "conftest.py"]
+    for part in suite.parts:
+        ignore = shutil.ignore_patterns(*ignored)
+        shutil.copytree(source / part, folder / part, ignore=ignore)
+    (folder / "tests" / "__init__.py").touch()
+    (folder / "pytest.ini").write_text("[pytest]\n")
     write_quotes(folder / "ybelkada" / "english_quotes_copy")
 
 
 def write_quotes(folder: Path) -> None:
-    """Write a data set for tests that train; datasets finds it in the working directory."""
+    """Write a data set for PEFT's tests; datasets finds it in the working directory."""
     folder.mkdir(parents=True)
     lines = [line for line in inspect.getsource(textwrap).splitlines() if line.strip()]
     records = ({"quote": line, "author": "Python", "tags": ["code"]} for line in lines[:40])

@@ -1,1 +1,0 @@
-"""PEFT's tests, run with and without fastlora, and compared test by test."""
