@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from argparse import REMAINDER, SUPPRESS, ArgumentParser
 from collections.abc import Sequence
@@ -61,8 +60,6 @@ def main(arguments: Sequence[str]) -> NoReturn:
         paths = [_STARTUP, *(path for path in others if path != _STARTUP)]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
     command = _command(program, is_module)
-    if sys.platform == "win32":  # whose execv returns to the shell at once
-        sys.exit(subprocess.call(command))
     os.execv(command[0], command)
 
 
@@ -74,6 +71,9 @@ def _command(program: list[str], is_module: bool) -> list[str]:
         places = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
         if found := shutil.which(name, path=os.pathsep.join(places)):
             return [found, *arguments]
-    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    options += ["-u"] * getattr(sys.stdout, "write_through", False)
+    # The options in "python -u -m fastlora run …", and in "python -u bin/fastlora run …".
+    *options, _ = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if options and options[-1].startswith("-"):
+        options[-1] = options[-1].removesuffix("m")  # -m, or -um
+    options = [option for option in options if option != "-"]
     return [sys.executable, *options, *["-m"] * is_module, *program]
