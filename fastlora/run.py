@@ -45,7 +45,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
     if sys.flags.ignore_environment or sys.flags.no_site:
         parser.error("with -I, -E or -S, Python starts without fastlora: leave the option out")
     if not any(finder.find_spec("fastlora", None) for finder in sys.meta_path):
-        parser.error("the program couldn't import fastlora, which isn't installed: pip install -e .")
+        parser.error(
+            "fastlora isn't installed, so the program couldn't import it: pip install -e ."
+        )
     value = os.environ.get("FASTLORA", "")
     try:
         settings = settings_in(value or "1")
