@@ -52,6 +52,11 @@ def auto(on: bool = True, **settings: Any) -> None:
         _wrap(import_module(_TUNERS))
 
 
+def is_on() -> bool:
+    """Whether :func:`auto` is on in this process."""
+    return _settings is not None
+
+
 def from_environment() -> None:
     """:func:`auto`, with the settings in ``FASTLORA``.  Raises ValueError as `settings_in`."""
     settings = settings_in(os.environ.get("FASTLORA", ""))
