@@ -171,7 +171,6 @@ def test_a_fastlora_that_the_program_could_not_import_is_an_error():
     ("value", "settings"),
     [
         ("", {"gated_mlps": False}),
-        ("1", {"gated_mlps": False}),
         ('{"loss": true, "gated_mlps": true}', {"loss": True, "gated_mlps": False}),
     ],
 )

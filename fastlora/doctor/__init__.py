@@ -17,15 +17,7 @@ from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
 from ..text import columns
-from .machine import (
-    devices_here,
-    hardware,
-    installation,
-    one_line,
-    settings,
-    slow_steps,
-    versions,
-)
+from .machine import devices_here, hardware, installation, one_line, settings, slow_steps, versions
 
 # The largest relative error that counts as rounding: four times the dtype's epsilon.  Float32 has
 # the epsilon of TF32, because a GPU may multiply float32 in TF32.
