@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import multiprocessing
-import os
 import signal
 import sys
 import tempfile
@@ -36,7 +35,7 @@ class Worker:
         # never reaches it.
         resource_tracker.ensure_running()  # before the mask is set, because it removes the mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        start_forkserver()
+        forkserver.ensure_running()
         self.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()  # so that answer() notices the end of the process
@@ -61,20 +60,6 @@ class Worker:
         with contextlib.suppress(OSError):  # if the process has ended, answer() reports it
             self.pipe.send("go")
         return self.answer()
-
-
-def start_forkserver() -> None:
-    """Start the fork server in this folder, which is then first on its path.
-
-    In a clone's root, its imports would take ``kernels/`` for Hugging Face's package.  A forked
-    process changes to the caller's folder.
-    """
-    back = os.getcwd()
-    os.chdir(Path(__file__).parent)
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.chdir(back)
 
 
 def run(name: str, module: str, settings: dict) -> Any:

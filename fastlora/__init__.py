@@ -11,7 +11,17 @@ The first use of a name imports torch and the rest of fastlora.  If torch is imp
 ``import fastlora`` does so at once.
 """
 
+import os
 import sys
+
+if (
+    sys.argv[:2] == ["-m", "run"]
+    and sys.orig_argv[-len(sys.argv)] == __name__
+    and sys.path[:1] == [os.getcwd()]
+):
+    # ``python -m fastlora run``: no file of the working directory replaces a standard module here.
+    del sys.path[0]
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     add_command = partial(_command, commands)
-    doctor = _add_doctor(add_command)
+    _add_doctor(add_command)
     commands.add_parser("run", help=WHAT)
     _add_tune(add_command)
     _add_adapters(add_command)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if command == "doctor":
-        return _examine(doctor, options)
+        return _examine(options["json"])
     if command == "path":
         print(_PLUGINS[options["trainer"]])
         return 0
@@ -91,29 +91,17 @@ def _written(output: str | None) -> str:
     return f"written: {output} ({size / 2**20:.1f} MiB){how}"
 
 
-def _add_doctor(add_command: Callable[..., ArgumentParser]) -> ArgumentParser:
+def _add_doctor(add_command: Callable[..., ArgumentParser]) -> None:
     what = "a report on this machine and what runs on it, with a self-test: for bug reports"
     doctor = add_command("doctor", what)
     doctor.description = f"Prints {what}. Exits with 1 if something is broken."
-    add, shape = doctor.add_argument, "also show how a call of this shape would run"
-    add("--json", action="store_true", help="print JSON")
-    add("--shape", type=_shape, metavar="M,K,N", help=shape)
-    add("--r", type=_rank, help="rank of the call's adapter (16)")
-    add("--dtype", type=_dtype, help="dtype of its x and weight (bfloat16)")
-    add("--dropout", type=_probability, metavar="P", help="dropout of its adapter (0)")
-    add("--target", type=_target, help="a GPU to plan for, such as sm_90 or H100")
-    return doctor
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
+def _examine(as_json: bool) -> int:
     from .doctor import examine
-    from .doctor.launches import Asked
 
-    as_json, shape = options.pop("json"), options.pop("shape")
-    details = {name: value for name, value in options.items() if value is not None}
-    if details and not shape:
-        doctor.error(f"--{next(iter(details))} describes a call: give its --shape also")
-    report = examine(Asked(*shape, **details) if shape else None)
+    report = examine()
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else str(report)
     print(text)
     return 1 if report.broken else 0
@@ -194,11 +182,13 @@ def _whole(text: str) -> int:
 
 
 def _dtype(text: str) -> "torch.dtype":
-    from .doctor.launches import NAMES
+    from .formats.format import name_of
+    from .projection import DTYPES
 
-    if text not in NAMES:
-        raise ArgumentTypeError(f"{text!r} isn't one of {', '.join(NAMES)}")
-    return NAMES[text]
+    names = {name_of(dtype): dtype for dtype in DTYPES}
+    if text not in names:
+        raise ArgumentTypeError(f"{text!r} isn't one of {', '.join(names)}")
+    return names[text]
 
 
 def _probability(text: str) -> float:
@@ -209,18 +199,6 @@ def _probability(text: str) -> float:
     if not 0.0 <= value < 1.0:
         raise ArgumentTypeError(f"{text!r} isn't a probability from 0 to below 1")
     return value
-
-
-def _target(text: str) -> str:
-    try:
-        from .backends.triton import TARGETS  # late, because it imports the kernels
-    except ImportError as error:
-        raise ArgumentTypeError(f"the kernels can't be imported ({error})") from error
-    for name, gpus in TARGETS.items():
-        if text.lower() in (name, *gpus.lower().split(", ")):
-            return name
-    known = ", ".join(f"{name} ({gpus})" for name, gpus in TARGETS.items())
-    raise ArgumentTypeError(f"{text!r} isn't one of {known}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 _TUNERS = "peft.tuners.tuners_utils"  # the module of PEFT's BaseTuner
+# The arguments of ``optimize``.  They are listed here because its signature would import torch.
+SETTINGS = ("strict", "frozen_linears", "gated_mlps", "loss", "base", "int8_from")
 _settings: dict[str, Any] | None = None  # the arguments of ``optimize``; None while ``auto`` is off
 _wrapped: dict[type, tuple[Any, Any]] = {}  # class -> (PEFT's ``inject_adapter``, the wrapper)
 
@@ -31,8 +33,8 @@ def auto(on: bool = True, **settings: Any) -> None:
     that have no gradient in the first step.  Models of other tuners than LoRA don't change.
 
     ``auto`` wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported
-    yet, it does so when the program imports PEFT.  Without settings, ``auto`` imports neither torch
-    nor PEFT.  ``python -m fastlora run`` calls it for a program that can't be edited
+    yet, it does so when the program imports PEFT.  ``auto`` imports neither torch nor PEFT.
+    ``python -m fastlora run`` calls it for a program that can't be edited
     (docs/integrations.md).
 
     Raises TypeError for a setting that ``optimize`` doesn't take.
@@ -50,17 +52,40 @@ def auto(on: bool = True, **settings: Any) -> None:
         _wrap(import_module(_TUNERS))
 
 
+def is_on() -> bool:
+    """Whether :func:`auto` is on in this process."""
+    return _settings is not None
+
+
 def from_environment() -> None:
-    """:func:`auto`, if ``FASTLORA`` is set: to 1, or to the settings as a JSON object."""
-    global _settings
-    value = os.environ.get("FASTLORA", "")
+    """:func:`auto`, with the settings in ``FASTLORA``.  Raises ValueError as `settings_in`."""
+    settings = settings_in(os.environ.get("FASTLORA", ""))
+    if settings is not None:
+        auto(**settings)
+        show_log()
+
+
+def settings_in(value: str) -> dict[str, Any] | None:
+    """The settings in a value of ``FASTLORA``; None if it switches fastlora off.
+
+    Raises ValueError for any other value than a switch or a JSON object of known settings.
+    """
     if value.lower() in ("", "0", "false", "no", "off"):
-        return
+        return None
+    if value.lower() in ("1", "true", "yes", "on"):
+        return {}
     import json
 
-    auto()
-    _settings = json.loads(value) if value.startswith("{") else {}
-    show_log()
+    try:
+        settings = json.loads(value)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not settings.keys() <= {*SETTINGS}:
+        known = ", ".join(SETTINGS)
+        raise ValueError(
+            f"FASTLORA is {value!r}, but must be 0, 1 or a JSON object with some of {known}"
+        )
+    return settings
 
 
 def show_log() -> None:
@@ -140,16 +165,9 @@ def log_line(level: int, text: str) -> None:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise TypeError for a setting that ``optimize`` doesn't take."""
-    if not settings:  # without settings, torch isn't imported
-        return
-    from inspect import signature
-
-    from .peft.optimize import optimize
-
-    known = [name for name in signature(optimize).parameters if name != "model"]
     for name in settings:
-        if name not in known:
-            raise TypeError(f"optimize has no setting {name!r}: give some of {', '.join(known)}")
+        if name not in SETTINGS:
+            raise TypeError(f"optimize has no setting {name!r}: give some of {', '.join(SETTINGS)}")
 
 
 def _wrap(tuners: Any) -> None:

@@ -1,35 +1,32 @@
-"""``python -m fastlora run``: call ``fastlora.auto()``, then run a program in this process."""
+"""``python -m fastlora run``: set the environment, and replace this process by the program."""
 
-import builtins
 import json
 import os
-import runpy
+import shutil
 import sys
-from argparse import REMAINDER, ArgumentParser
+from argparse import REMAINDER, SUPPRESS, ArgumentParser
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from pkgutil import get_importer
-from types import ModuleType
-from typing import Any
+from typing import NoReturn
 
-from .automatic import from_environment
+from .automatic import settings_in
 
 WHAT = "run a program, with every PEFT model in it optimized"
 _STARTUP = str(Path(__file__).parent / "integrations" / "startup")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the program of the command line.  Exit status, signals and errors are the program's."""
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Become the program of the command line."""
     parser = ArgumentParser(
         prog="python -m fastlora run",
-        usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGUMENTS …]",
-        description=f"{WHAT[0].upper()}{WHAT[1:]}: fastlora.auto(), then the program, as python "
-        "runs it. Processes that it starts are included. One line on stderr says how many layers "
-        "are fast.",
-        epilog="examples: python -m fastlora run -m trl.scripts.sft …; accelerate launch -m "
-        "fastlora run train.py; torchrun … -m fastlora run train.py",
+        usage="%(prog)s [options] (SCRIPT | -m MODULE | - | COMMAND) [ARGUMENTS …]",
+        description=f"{WHAT[0].upper()}{WHAT[1:]}: the program starts with fastlora.auto(). "
+        "Processes that it starts are included. One line on stderr says how many layers are fast. "
+        "FASTLORA=0 in the environment switches fastlora off.",
+        epilog="examples: python -m fastlora run train.py; python -m fastlora run trl sft …; "
+        "python -m fastlora run accelerate launch train.py; torchrun … -m fastlora run train.py",
         allow_abbrev=False,
+        argument_default=SUPPRESS,
     )
     add = parser.add_argument
     add("--no-gated-mlps", dest="gated_mlps", action="store_false", help="don't fuse gated MLPs")
@@ -38,72 +35,47 @@ def main(arguments: Sequence[str]) -> int:
     add("--loss", action="store_true", help="compute the loss without logits")
     add("--base", choices=("int8",), help="round frozen weights to 8 bits, and multiply in 8 bits")
     add("-m", dest="is_module", action="store_true", help="run a module, as python -m does")
-    add("program", nargs=REMAINDER, metavar="SCRIPT", help="a script, and the program's arguments")
+    what = "a script, or a command of this environment, and its arguments; - reads from stdin"
+    add("program", nargs=REMAINDER, metavar="SCRIPT", help=what)
     options = vars(parser.parse_args(arguments))
-    program, is_module = options.pop("program"), options.pop("is_module")
+    program, is_module = options.pop("program"), options.pop("is_module", False)
     program = program[program[:1] == ["--"] :]
     if not program:
-        parser.error("it needs a program: a script, or -m and a module")
-    os.environ["FASTLORA"] = json.dumps(options)
-    # In this folder, processes that the program starts find our sitecustomize.py.
-    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = [_STARTUP, *(path for path in others if path != _STARTUP)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
-    from_environment()
-    sys.argv = program
+        parser.error("it needs a program: a script, a command, or -m and a module")
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        parser.error("with -I, -E or -S, Python starts without fastlora: leave the option out")
+    if not any(finder.find_spec("fastlora", None) for finder in sys.meta_path):
+        parser.error(
+            "fastlora isn't installed, so the program couldn't import it: pip install -e ."
+        )
+    value = os.environ.get("FASTLORA", "")
     try:
-        _run_module(program[0], os.getcwd()) if is_module else _run_script(program[0])
-    except BaseException as error:
-        _leave_out_this_file(error)
-        raise
-    return 0
+        settings = settings_in(value or "1")
+    except ValueError as error:
+        parser.error(str(error))
+    if settings is None:
+        print(f"fastlora: off, because FASTLORA is {value}", file=sys.stderr, flush=True)
+    else:
+        os.environ["FASTLORA"] = json.dumps(settings | options)
+        # In this folder, the program and the processes that it starts find our sitecustomize.py.
+        others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = [_STARTUP, *(path for path in others if path != _STARTUP)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
+    command = _command(program, is_module)
+    os.execv(command[0], command)
 
 
-def _run_module(name: str, folder: str) -> None:
-    """Run a module as ``python -m`` does, with this folder at the start of ``sys.path``."""
-    _set_path(folder)
-    _new_main()
-    is_named = name != "__main__"  # otherwise sys.argv[0] stays the folder or zip file
-    runpy._run_module_as_main(name, is_named)  # type: ignore[attr-defined]
-
-
-def _run_script(name: str) -> None:
-    """Run a script, folder or zip file as ``python`` does."""
-    path = os.path.abspath(name)
-    if get_importer(path) is not None:  # a folder or a zip file with __main__.py
-        return _run_module("__main__", path)
-    _set_path(os.path.dirname(os.path.realpath(path)))
-    try:
-        source = Path(path).read_bytes()
-    except OSError as error:
-        print(f"{sys.executable}: can't open {error.filename!r}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    names, loader = vars(_new_main()), SourceFileLoader("__main__", path)
-    names.update(__file__=path, __cached__=None, __loader__=loader)
-    exec(compile(source, path, "exec", dont_inherit=True), names)
-
-
-def _set_path(folder: str) -> None:
-    """Put a folder at the start of ``sys.path``, in place of the folder of fastlora's command."""
-    if not getattr(sys.flags, "safe_path", False):  # Python 3.11 has python -P
-        sys.path[0] = folder
-
-
-def _new_main() -> ModuleType:
-    """An empty module in place of ``__main__``, which is this command."""
-    sys.modules["__main__"] = main = ModuleType("__main__")
-    vars(main)["__builtins__"] = builtins
-    return main
-
-
-def _leave_out_this_file(error: BaseException) -> None:
-    """Let the error's traceback begin in the program."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    hook = sys.excepthook  # the program may have set its own
-
-    def excepthook(kind: Any, value: Any, _: Any) -> None:
-        hook(kind, value.with_traceback(trace), trace)
-
-    sys.excepthook = excepthook
+def _command(program: list[str], is_module: bool) -> list[str]:
+    """The program's command: of this Python, with its options, if it is no command by itself."""
+    name, *arguments = program
+    is_script = name == "-" or os.path.isfile(name) or os.path.exists(f"{name}/__main__.py")
+    if not is_module and not is_script:
+        places = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
+        if found := shutil.which(name, path=os.pathsep.join(places)):
+            return [found, *arguments]
+    # The options in "python -u -m fastlora run …", and in "python -u bin/fastlora run …".
+    *options, _ = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if options and options[-1].startswith("-"):
+        options[-1] = options[-1].removesuffix("m")  # -m, or -um
+    options = [option for option in options if option != "-"]
+    return [sys.executable, *options, *["-m"] * is_module, *program]

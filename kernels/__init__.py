@@ -7,19 +7,40 @@ the host ``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``,
 ``replay``.
 """
 
-from . import defaults, replay  # fills the tables that launchers choose from
-from .capture import CapturedCall, capture_call
-from .common import dropout_threshold
-from .dequant import dequant
-from .faults import ptxas
-from .gated import gated, gated_backward, why_not_gated
-from .gemm_lowrank import Scales, gemm_lowrank, one_launch_pays
-from .launch import Launch, intercept
-from .lowrank import lowrank
-from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
-from .plan import Plan, low_rank_pays, plan_for
-from .project import Rounded, project
-from .row_loss import row_loss
-from .segments import SegmentNumbers
-from .target import TARGETS, target_of, use_target
-from .weight_grad import one_pass_pays, weight_grad
+if __name__ == "kernels":  # a clone is on sys.path, and hides Hugging Face's package
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+
+    _others = [each for each in sys.path if not os.path.exists(f"{each or '.'}/kernels/lowrank.py")]
+    _spec = PathFinder.find_spec("kernels", _others)
+    if _spec and _spec.loader:
+        sys.modules["kernels"] = _module = module_from_spec(_spec)
+        _spec.loader.exec_module(_module)
+    else:
+        # Missing at the first use: transformers imports a package to see that it has no version.
+        __file__, __path__ = None, []
+
+        def __getattr__(name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
+
+else:
+    from . import defaults, replay  # fills the tables that launchers choose from
+    from .capture import CapturedCall, capture_call
+    from .common import dropout_threshold
+    from .dequant import dequant
+    from .faults import ptxas
+    from .gated import gated, gated_backward, why_not_gated
+    from .gemm_lowrank import Scales, gemm_lowrank, one_launch_pays
+    from .launch import Launch, intercept
+    from .lowrank import lowrank
+    from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
+    from .plan import Plan, low_rank_pays, plan_for
+    from .project import Rounded, project
+    from .row_loss import row_loss
+    from .segments import SegmentNumbers
+    from .target import TARGETS, target_of, use_target
+    from .weight_grad import one_pass_pays, weight_grad

@@ -1,5 +1,6 @@
 """``fastlora.auto()``: models that PEFT injects adapters into are optimized, in any program."""
 
+import inspect
 import json
 import sys
 import warnings
@@ -60,6 +61,7 @@ def test_the_line_says_how_the_loss_runs(log):
 
 
 def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
+    assert ("model", *automatic.SETTINGS) == tuple(inspect.signature(fastlora.optimize).parameters)
     fastlora.auto()
     fastlora.auto(gated_mlps=False)
     model = model_of()
@@ -245,6 +247,13 @@ def test_the_switch_in_the_environment(value, settings, monkeypatch):
     monkeypatch.setenv("FASTLORA", value)
     automatic.from_environment()
     assert automatic._settings == settings
+
+
+def test_a_wrong_setting_in_the_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv("FASTLORA", '{"gates": true}')
+    with pytest.raises(ValueError, match="must be 0, 1 or a JSON object with some of strict, "):
+        automatic.from_environment()
+    assert automatic._settings is None
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,10 @@ import triton
 from process import run_forked, run_python
 
 import fastlora.doctor as doctor
-from fastlora import backends, reference
+from fastlora import reference
 from fastlora.__main__ import main
 from fastlora.backends import products
-from fastlora.backends.triton import TARGETS
 from fastlora.doctor import machine
-from fastlora.kernels import target
-from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
 
@@ -41,11 +38,12 @@ def no_self_test(monkeypatch):
 def test_versions_machine_and_the_text_on_about_a_screen(capsys):
     found = examined(capsys)
     assert f"numpy {numpy.__version__}, " in found["versions"].pop("others")
+    pair = triton.__version__, torch.__version__, torch.cuda.is_available()
     assert found["versions"] == {
         "fastlora": __version__,
         "Python": ".".join(map(str, sys.version_info[:3])),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton.__version__ + machine.note_of_pair(*pair),
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
@@ -64,13 +62,14 @@ def test_versions_machine_and_the_text_on_about_a_screen(capsys):
             assert any(line.split() == [*name.split(), *text.split()] for line in lines), name
 
 
-def test_a_clone_whose_kernels_hide_hugging_face_s_is_said_in_one_line(monkeypatch):
-    assert "in a clone" not in machine.installation()
-    ours = machine.installation()["fastlora.kernels"]
-    monkeypatch.syspath_prepend(os.path.dirname(ours))
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    said = machine.installation()["in a clone"]
-    assert said.startswith(f"{ours} hides Hugging Face's package kernels: run Python in another")
+def test_a_clone_with_the_package_s_name_is_said_with_the_error_it_causes(tmp_path, monkeypatch):
+    assert "another fastlora" not in machine.installation()
+    (tmp_path / "fastlora" / "fastlora").mkdir(parents=True)
+    (tmp_path / "fastlora" / "fastlora" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    said = machine.installation()["another fastlora"]
+    assert said.startswith(f"{tmp_path / 'fastlora'} is a clone with the package's name")
+    assert "no attribute 'optimize'" in said
 
 
 NEEDS_INTERPRETER = "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
@@ -87,7 +86,7 @@ found = []
 for backend in sys.argv[1:]:
     backends._ENVIRONMENT = backend
     with redirect_stdout(StringIO()) as printed:
-        status = main("doctor --json --shape 32,32,32 --dtype float32".split())
+        status = main(["doctor", "--json"])
     found.append((status, json.loads(printed.getvalue())))
 print(json.dumps(found))
 """
@@ -106,12 +105,9 @@ def test_backends_as_the_settings_choose_them(interpret):
     assert backends["torch on cpu"].startswith("possible, by FASTLORA_BACKEND=")
     if interpret:
         assert backends["triton on cpu"] == "runs by default"
-        assert found["plan"]["backend"] == "triton, by FASTLORA_BACKEND"
     else:
         said = f"asked for, but calls run on torch: {NEEDS_INTERPRETER}"
         assert backends["triton on cpu"] == said
-        assert found["plan"]["backend"] == f"torch, not triton: {NEEDS_INTERPRETER}"
-    assert ("forward 1" in found["plan"]) == interpret
     tested = ("torch on cpu", *["triton on cpu"] * interpret, "PEFT optimized")
     assert tuple(found["self-test, relative errors"]) == tested
     for status, found in others:
@@ -127,59 +123,7 @@ def test_backends_as_the_settings_choose_them(interpret):
 )
 def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
     monkeypatch.setattr(products, "FORCED", wide)
-    found = examined(capsys, "--shape", "8,8,8")
-    assert found["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
-    if not torch.cuda.is_available():
-        assert ("bfloat16 is slow here" in found["plan"]["backend"]) == wide
-
-
-@pytest.mark.usefixtures("no_self_test")
-@pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
-def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
-    """It lists the launches and, in place, torch's two products; no setting stays forced."""
-    from fastlora.kernels import launch
-
-    arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
-    with use_plan(plan):
-        found = examined(capsys, *arguments)["plan"]
-    assert found["call"] == (
-        "x [4096, 2048], weight [1024, 2048], r 8, bfloat16, dropout 0.1, on sm_90"
-    )
-    assert found["backend"] == "triton, the default there"
-    assert found["plan"] == f"{word} forward, {word} dx (docs/gpu.md)"
-    assert found["forward 1"].startswith("project: grid ")
-    assert ", 16.0 MiB in, " in found["forward 1"]  # x and lora_a
-    launched = {
-        (name.split()[0], text.partition(":")[0]) for name, text in found.items() if "grid" in text
-    }
-    name = "gemm_lowrank" if plan == FUSED else "lowrank"
-    both = {(way, name) for way in ("forward", "backward")}
-    assert {("forward", "project"), ("backward", "weight_grad"), *both} <= launched
-    products = [text for text in found.values() if text.startswith("torch.")]
-    expected = [
-        "torch.addmm: [4096, 2048] @ [2048, 1024]",
-        "torch.addmm: [4096, 1024] @ [1024, 2048]",
-    ]
-    assert products == (expected if plan == IN_PLACE else [])
-    assert target.forced is None
-    assert launch.interceptor is None
-    assert backends.backend_name(device=CPU) == "torch"
-
-
-def test_a_gpu_s_name_is_a_target(capsys, no_self_test):
-    assert TARGETS.keys() == target.TARGETS.keys() - {"interpreter"}
-    names, shape = ("sm_90", "H100", "h100", "rtx 4090"), ("--shape", "8,64,64", "--target")
-    calls = [examined(capsys, *shape, name)["plan"]["call"] for name in names]
-    assert [call.rpartition(" ")[2] for call in calls] == ["sm_90"] * 3 + ["sm_86"]
-    with pytest.raises(SystemExit):
-        main(["doctor", *shape, "h800"])
-    assert "'h800' isn't one of sm_80 (A100, A30), sm_86 (A10, " in capsys.readouterr().err
-
-
-def test_a_call_that_the_kernels_do_not_cover(capsys, no_self_test):
-    found = examined(capsys, "--shape", "8,8,8", "--dtype", "float64", "--target", "sm_90")["plan"]
-    assert found["backend"] == "torch, not triton: the Triton kernels don't have torch.float64"
-    assert found.keys() == {"call", "backend"}
+    assert examined(capsys)["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
 
 
 def raising(error: Exception):
@@ -257,6 +201,41 @@ def test_a_triton_whose_products_lack_a_fence_is_named(version, has_hopper, says
     assert ("lack a fence" in machine.note_of_triton(version, has_hopper)) == says
 
 
+@pytest.mark.parametrize(
+    ("triton", "pytorch", "has_gpu", "note"),
+    [
+        ("3.9.0", "2.13.0+cpu", False, ": PyTorch 2.13 for GPUs comes with 3.7; a CPU needs no "),
+        ("3.9.0", "2.11.0", True, ": PyTorch 2.11 for GPUs comes with 3.6; pip install 'triton=="),
+        ("3.7.1", "2.13.0", True, ""),
+        ("not installed", "2.13.0", False, ""),
+        ("3.9.0", "3.0.0a0", True, ""),  # not known
+    ],
+)
+def test_a_triton_of_another_pytorch_is_named(triton, pytorch, has_gpu, note):
+    found = machine.note_of_pair(triton, pytorch, has_gpu)
+    assert found.startswith(note)
+    assert bool(found) == bool(note)
+
+
+def test_what_slows_a_gpu_s_steps_is_named(monkeypatch):
+    """Synchronizing optimizers, missing kernels, and the search for unused parameters."""
+    installed = {"bitsandbytes": "0.50.2", "transformers": "5.24.0"}
+    monkeypatch.setattr(machine, "version_of", lambda name: installed.get(name, ""))
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = [CPU, torch.device("cuda", 0)]
+    assert machine.slow_steps([CPU]) == {}
+    found = machine.slow_steps(gpu)
+    assert found.keys() == {"bitsandbytes", "linear attention", "DDP"}
+    assert "adamw_8bit" in found["bitsandbytes"]
+    assert "pip install flash-linear-attention" in found["linear attention"]
+    assert "ddp_find_unused_parameters=False" in found["DDP"]
+    monkeypatch.setattr(machine, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    installed.pop("bitsandbytes")
+    assert machine.slow_steps(gpu) == {}
+
+
 def test_without_triton_and_peft_it_is_no_fault_and_an_import_brings_no_doctor():
     code = (
         "import sys; sys.modules['triton'] = sys.modules['peft'] = None; import fastlora;"
@@ -297,18 +276,13 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
     ("arguments", "error"),
     [
         (["nurse"], "invalid choice: 'nurse'"),
-        (["doctor", "--shape", "4,5"], "'4,5' isn't M,K,N"),
-        (["doctor", "--shape", "4,0,5"], "'4,0,5' isn't M,K,N"),
-        (["doctor", "--shape", "4,²,5"], "'4,²,5' isn't M,K,N"),
-        (["doctor", "--shape", "4,4,99999999999"], "isn't M,K,N"),
-        (["doctor", "--shape", "8,8,8", "--r", "0"], "'0' isn't a rank"),
-        (
-            ["doctor", "--shape", "8,8,8", "--dtype", "int8"],
-            "'int8' isn't one of float16, bfloat16",
-        ),
-        (["doctor", "--shape", "8,8,8", "--dropout", "nan"], "'nan' isn't a probability"),
-        (["doctor", "--r", "8"], "--r describes a call: give its --shape also"),
-        (["doctor", "--dropout", "0"], "--dropout describes a call: give its --shape also"),
+        (["tune", "--shape", "4,5"], "'4,5' isn't M,K,N"),
+        (["tune", "--shape", "4,0,5"], "'4,0,5' isn't M,K,N"),
+        (["tune", "--shape", "4,²,5"], "'4,²,5' isn't M,K,N"),
+        (["tune", "--shape", "4,4,99999999999"], "isn't M,K,N"),
+        (["tune", "--r", "0"], "'0' isn't a rank"),
+        (["tune", "--dtype", "int8"], "'int8' isn't one of float16, bfloat16"),
+        (["tune", "--dropout", "nan"], "'nan' isn't a probability"),
     ],
 )
 def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):

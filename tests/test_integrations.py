@@ -19,13 +19,15 @@ from process import run_python
 from pydantic import BaseModel, ValidationError
 
 import fastlora
+from fastlora import automatic
 from fastlora.__main__ import main
 from fastlora.layers.mlp import GatedMLP
 from fastlora.trainer import MergedSampling
 
 ROOT = Path(__file__).parents[1]
+NAMED = {"plugins": ["fastlora.integrations.axolotl.FastLoRAPlugin"]}  # by the YAML
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-# axolotl 0.19.0, axolotl/integrations/base.py: the methods of BasePlugin that the plugin overrides.
+# axolotl 0.21.0, axolotl/integrations/base.py: the methods of BasePlugin that the plugin overrides.
 AXOLOTL = """
 class BasePlugin:
     def __init__(self): ...
@@ -74,38 +76,85 @@ def peft_model() -> peft.PeftModel:
     return peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
 
 
+def entry_point(group: str) -> str:
+    """The value in pyproject.toml.  Python 3.10 has no tomllib."""
+    _, _, section = (ROOT / "pyproject.toml").read_text().partition(f'entry-points."{group}"]')
+    return re.search(r'^fastlora = "(fastlora[\w.:]+)"', section, re.M)[1]
+
+
 def is_fast(model: torch.nn.Module) -> bool:
     return not fastlora.coverage(model).not_fast
 
 
 def test_axolotl_s_kernels_stay_off_unless_the_config_sets_them(axolotl):
-    plugin, cfg = axolotl.FastLoRAPlugin(), {"lora_o_kernel": True, "lora_mlp_kernel": None}
+    cfg = NAMED | {"lora_o_kernel": True, "lora_mlp_kernel": None}
+    axolotl.FastLoRAPlugin().register(cfg)
+    assert cfg == NAMED | dict.fromkeys(KERNELS, False) | {"lora_o_kernel": True}
+
+
+def test_axolotl_s_filter_leaves_the_plugin_s_logger_and_others_stay(axolotl, monkeypatch):
+    logger, own = logging.getLogger("fastlora"), logging.Filter()
+    theirs = type("AxolotlOrWarnErrorFilter", (logging.Filter,), {})("axolotl")
+    monkeypatch.setattr(type(theirs), "__module__", "axolotl.logging_config")
+    monkeypatch.setattr(logger, "filters", [own, theirs])
+    axolotl.FastLoRAPlugin().register({**NAMED})
+    assert logger.filters == [own]
+
+
+@pytest.mark.parametrize("value", ["", "0", "1", '{"gated_mlps": false}'])
+def test_axolotl_s_entry_point_acts_only_with_its_variable(axolotl, caplog, monkeypatch, value):
+    caplog.set_level(logging.INFO, "fastlora")
+    monkeypatch.setenv("FASTLORA", value)
+    plugin, model, cfg = axolotl.FastLoRAPlugin(), peft_model(), {"fastlora_merged_sampling": True}
     plugin.register(cfg)
-    assert cfg == dict.fromkeys(KERNELS, False) | {"lora_o_kernel": True}
+    plugin.post_model_load(cfg, model)
+    is_on = value not in ("", "0")
+    assert is_fast(model) == is_on == ("lora_mlp_kernel" in cfg)
+    assert len(plugin.add_callbacks_pre_trainer(cfg, model)) == is_on
+    assert any(isinstance(module, GatedMLP) for module in model.modules()) == (value == "1")
+    assert len(caplog.messages) == is_on
+
+
+def test_axolotl_s_model_that_auto_has_optimized_gets_one_line(axolotl, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "fastlora")
+    monkeypatch.setenv("FASTLORA", '{"frozen_linears": false}')
+    automatic.from_environment()
+    try:
+        model = peft_model()
+        axolotl.FastLoRAPlugin().post_model_load({}, model)
+        assert len(caplog.messages) == 1
+        axolotl.FastLoRAPlugin().post_model_load({"fastlora_gated_mlps": False}, model)
+        assert len(caplog.messages) == 2
+    finally:
+        fastlora.auto(False)
+
+
+def test_axolotl_s_entry_point_is_the_plugin():
+    assert [entry_point("axolotl.plugins").replace(":", ".")] == NAMED["plugins"]
 
 
 def test_axolotl_s_model_is_optimized_by_the_plugin_s_keys(axolotl, caplog):
     caplog.set_level(logging.INFO, "fastlora")
     plugin, model = axolotl.FastLoRAPlugin(), peft_model()
     cfg = {"fastlora_gated_mlps": False, "lora_o_kernel": False, "fastlora_merged_sampling": True}
-    plugin.post_model_load(cfg, model)
+    plugin.post_model_load(NAMED | cfg, model)
     assert is_fast(model)
     assert not any(isinstance(module, GatedMLP) for module in model.modules())
     assert caplog.messages[0].startswith("14 of 14 layers fast (backend torch)")
-    plugin.post_model_load({}, model)
+    plugin.post_model_load(NAMED, model)
     assert any(isinstance(module, GatedMLP) for module in model.modules())
 
 
 def test_axolotl_s_grpo_samples_merged_by_a_key(axolotl):
     plugin = axolotl.FastLoRAPlugin()
-    [callback] = plugin.add_callbacks_pre_trainer({"fastlora_merged_sampling": True}, None)
+    [callback] = plugin.add_callbacks_pre_trainer(NAMED | {"fastlora_merged_sampling": True}, None)
     assert isinstance(callback, MergedSampling)
-    assert plugin.add_callbacks_pre_trainer({}, None) == []
+    assert plugin.add_callbacks_pre_trainer(NAMED, None) == []
 
 
 def test_axolotl_s_own_kernels_win_with_a_warning(axolotl, caplog):
     model = peft_model()
-    axolotl.FastLoRAPlugin().post_model_load({"lora_qkv_kernel": True}, model)
+    axolotl.FastLoRAPlugin().post_model_load(NAMED | {"lora_qkv_kernel": True}, model)
     assert not is_fast(model)
     assert caplog.messages == [
         "axolotl's own kernels are on, so fastlora changes nothing: remove lora_qkv_kernel from "
@@ -114,7 +163,7 @@ def test_axolotl_s_own_kernels_win_with_a_warning(axolotl, caplog):
 
 
 def test_a_full_fine_tuning_in_axolotl_goes_on(axolotl, caplog):
-    axolotl.FastLoRAPlugin().post_model_load({}, tiny_llama())
+    axolotl.FastLoRAPlugin().post_model_load(NAMED, tiny_llama())
     assert "has no PEFT LoRA layers" in caplog.messages[0]
 
 
@@ -218,10 +267,7 @@ def test_a_lora_a_with_ms_swift_s_forward_is_fast(module_of, compiled):
 
 def test_verl_s_entry_point_acts_only_with_its_variable():
     """verl loads the module and calls nothing (verl/__init__.py)."""
-    section = (
-        (ROOT / "pyproject.toml").read_text().partition('[project.entry-points."verl.plugins"]')
-    )
-    name = re.search(r'^fastlora = "(fastlora[\w.]+)"', section[2], re.M)[1]
+    name = entry_point("verl.plugins")
     code = (
         f"import sys, {name}; from fastlora import automatic; print(automatic._settings,"
         "automatic._FINDER in sys.meta_path, 'torch' in sys.modules)"

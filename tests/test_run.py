@@ -1,10 +1,9 @@
-"""``python -m fastlora run``: the program runs as with ``python``, and its PEFT models are fast.
+"""``python -m fastlora run``: the program runs as by itself, and its PEFT models are fast.
 
 Most programs here import neither torch nor PEFT, so that they start fast.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,15 @@ from zipfile import ZipFile
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 RUN = ("-m", "fastlora", "run")
-# What a program sees of itself.  Without its annotations, which Python 3.14 makes on demand.
+# What a program sees of itself.
 SEEN = """
 import __main__, sys
-names = sorted(set(globals()) - {"__annotations__"})
-print(__name__, __file__, __package__, getattr(__spec__, "name", None), names)
-print(sys.argv, sys.path[0], __main__.__dict__ is globals(), "torch" in sys.modules)
+print(__name__, __package__, getattr(__spec__, "name", None), sorted(globals()), sys.argv)
+print(sys.path, sys.flags, __main__.__dict__ is globals(), "torch" in sys.modules)
 """
+STATE = "from fastlora import automatic as a; print(a._settings, a._FINDER in sys.meta_path)"
 # A shell's background jobs ignore SIGINT, and so would the program.
 _SIGNAL = """
 import os, signal, time
@@ -29,24 +29,23 @@ time.sleep(60)
 """
 ENDINGS = {
     "code": "sys.exit(3)",
-    "text": "sys.exit('an error')",
-    "none": "sys.exit()",
     "raise": "def inner(): raise KeyError('x')\ntry: 1 / 0\nexcept ArithmeticError: inner()",
     "interrupt": _SIGNAL.format("SIGINT"),
     "signal": _SIGNAL.format("SIGTERM"),
-    "at-once": "import os; os._exit(7)",
     "syntax": "def (",
-    "hook": "sys.excepthook = lambda kind, value, trace: print(kind, value)\n1 / 0",
-    "package": "import package",
 }
 
 
-def ended(*arguments: str | Path, cwd: Path, **environment: str) -> tuple[int, str, str]:
+def ended(
+    *arguments: str | Path,
+    cwd: Path,
+    python: str = sys.executable,
+    stdin: str | None = None,
+    **environment: str,
+) -> tuple[int, str, str]:
     """The return code of Python, and what it wrote to stdout and stderr."""
-    own = os.environ | environment
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=own, check=False
-    )
+    own, both = os.environ | environment, {"capture_output": True, "text": True, "input": stdin}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=own, check=False, **both)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -89,35 +88,120 @@ def test_a_folder_and_a_zip_file_with_a_main_file_run(folder):
         assert found == expected
 
 
+def test_a_program_from_stdin_runs(tmp_path):
+    expected, found = (ended(*way, "-", "a", cwd=tmp_path, stdin=SEEN) for way in ((), RUN))
+    assert expected[0] == 0
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", ["-u -O -X dev -m", "-OBm"], ids=str)
+def test_python_s_own_options_stay(flags, folder):
+    options = flags.removesuffix("m").removesuffix("-").split()
+    expected = ended(*options, "seen.py", cwd=folder)
+    assert ended(*flags.split(), "fastlora", "run", "seen.py", cwd=folder) == expected
+
+
+def test_a_command_of_the_environment_runs(tmp_path):
+    """From the folder of Python, and from PATH; a file of this name in the folder comes first."""
+    state = "import sys\n" + STATE
+    (tmp_path / "train.py").write_text(state)
+    torchrun = "torchrun", "--standalone", "--nproc-per-node", "1", "train.py"
+    code, printed, error = ended(*RUN, *torchrun, cwd=tmp_path, PATH="/bin:/usr/bin")
+    assert (code, printed) == (0, "{} True\n"), error
+    command = tmp_path / "bin" / "own-command"
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\n{state}\nprint(sys.argv[1:])")
+    command.chmod(0o755)
+    named = (*RUN, "--loss", "own-command", "-m", "x")
+    found = ended(*named, cwd=tmp_path, PATH=f"{command.parent}")
+    assert found == (0, "{'loss': True} True\n['-m', 'x']\n", "")
+    (tmp_path / "own-command").write_text("print('a script')")
+    assert ended(*named, cwd=tmp_path, PATH=f"{command.parent}") == (0, "a script\n", "")
+
+
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 def test_a_program_ends_as_without(ending, tmp_path):
     """Its return code, signals and tracebacks are the same."""
     (tmp_path / "program.py").write_text(f"import sys\nprint('begins', flush=True)\n{ending}\n")
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").write_text("import absent_one")
-    (tmp_path / "package" / "inner.py").touch()
-    fails_in_the_package = [("-m", "package.inner")] if ending == "import package" else []
-    for program in (("program.py",), ("-m", "program"), *fails_in_the_package):
-        code, printed, error = ended(*program, cwd=tmp_path)
-        found = ended(*RUN, *program, cwd=tmp_path)
-        assert found[:2] == (code, printed)
-        # The frames of python -m may be absent.
-        frames = re.compile(r'  File "(<frozen runpy>|[^"]*/runpy.py)", .*\n(    .*\n)*')
-        assert frames.sub("", found[2]) == frames.sub("", error)
+    for program in (("program.py",), ("-m", "program")):
+        assert ended(*RUN, *program, cwd=tmp_path) == ended(*program, cwd=tmp_path)
 
 
-def test_a_program_that_does_not_exist(tmp_path):
-    assert ended(*RUN, "-m", "absent", cwd=tmp_path) == ended("-m", "absent", cwd=tmp_path)
-    code, printed, error = ended(*RUN, "absent.py", cwd=tmp_path)
-    assert (code, printed) == (2, "")
-    assert error.endswith(f"can't open '{tmp_path / 'absent.py'}': No such file or directory\n")
+@pytest.mark.parametrize("program", [("-m", "absent"), ("absent.py",), ("absent",)], ids=str)
+def test_a_program_that_does_not_exist(program, tmp_path):
+    code, printed, error = ended(*program, cwd=tmp_path)
+    assert code
+    assert ended(*RUN, *program, cwd=tmp_path) == (code, printed, error)
+
+
+def test_a_file_with_the_name_of_a_standard_module_is_not_imported(tmp_path):
+    """``python scripts/seen.py`` doesn't see the files of the working directory."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "seen.py").write_text(SEEN)
+    for name in ("logging", "typing", "json", "argparse", "pathlib", "warnings", "shutil"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('replaced')")
+    expected = ended("scripts/seen.py", cwd=tmp_path)
+    assert ended(*RUN, "scripts/seen.py", cwd=tmp_path) == expected
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",), ("--gates", "seen.py")], ids=str)
 def test_wrong_arguments(arguments, tmp_path):
     code, _, error = ended(*RUN, *arguments, cwd=tmp_path)
     assert code == 2
-    assert "usage: python -m fastlora run [options] (SCRIPT | -m MODULE)" in error
+    usage = "usage: python -m fastlora run [options] (SCRIPT | -m MODULE | - | COMMAND)"
+    assert usage in error
+
+
+@pytest.mark.parametrize("option", ["-I", "-E", "-S"])
+def test_an_option_that_leaves_out_sitecustomize_is_an_error(option, folder):
+    code, printed, error = ended(option, *RUN, "seen.py", cwd=folder, PYTHONPATH=str(ROOT))
+    assert (code, printed) == (2, "")
+    assert "with -I, -E or -S, Python starts without fastlora: leave the option out" in error
+
+
+@pytest.mark.skipif(sys._base_executable == sys.executable, reason="it has fastlora installed")
+def test_a_fastlora_that_the_program_could_not_import_is_an_error():
+    bare = {"cwd": ROOT, "python": sys._base_executable, "PYTHONPATH": ""}
+    code, _, error = ended(*RUN, "setup.py", **bare)
+    assert code == 2
+    assert "fastlora isn't installed, so the program couldn't import it: pip install -e ." in error
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [
+        ("", {"gated_mlps": False}),
+        ('{"loss": true, "gated_mlps": true}', {"loss": True, "gated_mlps": False}),
+    ],
+)
+def test_options_add_to_the_settings_in_the_environment(value, settings, tmp_path):
+    (tmp_path / "program.py").write_text(f"import sys; {STATE}")
+    found = ended(*RUN, "--no-gated-mlps", "program.py", cwd=tmp_path, FASTLORA=value)
+    assert found == (0, f"{settings} True\n", "")
+
+
+def test_off_in_the_environment_wins_and_one_line_says_so(tmp_path):
+    (tmp_path / "program.py").write_text(f"import sys; {STATE}")
+    found = ended(*RUN, "--loss", "program.py", cwd=tmp_path, FASTLORA="0")
+    assert found == (0, "None False\n", "fastlora: off, because FASTLORA is 0\n")
+
+
+WRONG = "FASTLORA is {!r}, but must be 0, 1 or a JSON object with some of strict, frozen_linears, "
+
+
+@pytest.mark.parametrize("value", ['{"gates": true}', "loss", '["loss"]'])
+def test_a_wrong_setting_in_the_environment_is_an_error_at_the_start(value, tmp_path):
+    """Of ``run``, and of a process that a program starts with another value."""
+    (tmp_path / "program.py").write_text(
+        f"import subprocess, sys; from os import environ; environ['FASTLORA'] = {value!r}\n"
+        "print(subprocess.run([sys.executable, '-c', 'print(1)']).returncode)"
+    )
+    code, printed, error = ended(*RUN, "program.py", cwd=tmp_path, FASTLORA=value)
+    assert (code, printed) == (2, "")
+    assert WRONG.format(value) in error
+    code, printed, error = ended(*RUN, "program.py", cwd=tmp_path)
+    assert (code, printed) == (0, "2\n")
+    assert error.startswith(f"fastlora: {WRONG.format(value)}")
 
 
 CHILDREN = """
@@ -142,7 +226,7 @@ def test_processes_that_the_program_starts_are_included(tmp_path):
         options = "--no-gated-mlps", "--loss", "--base", "int8"
         code, printed, error = ended(*RUN, *options, *program, "x", cwd=tmp_path)
         assert (code, error) == (0, "")
-        settings = {"gated_mlps": False, "frozen_linears": True, "loss": True, "base": "int8"}
+        settings = {"gated_mlps": False, "loss": True, "base": "int8"}
         assert printed.splitlines() == [
             f"spawn {(settings, True, ['x'], '__mp_main__')}",
             f"forkserver {(settings, True, ['x'], '__mp_main__')}",

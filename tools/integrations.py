@@ -19,10 +19,10 @@ TRAINERS = {
     "trl": ("", "trl==1.16.0 transformers==5.24.0 peft==0.21.2 datasets"),
     "swift": ("", "ms-swift==4.6.0"),
     "llamafactory": ("", "llamafactory==0.9.5"),
-    "axolotl": (
-        "axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6",
-        "torch<=2.13.0 transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 "
-        "datasets==4.8.4 kernels<0.17 pydantic==2.12.5 addict fire wandb evaluate==0.4.1 numba art "
+    "axolotl": (  # from Python 3.12 on
+        "axolotl==0.21.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6",
+        "torch<2.15.0 transformers==5.20.1 peft==0.21.2 trl==1.14.1 accelerate==1.15.0 "
+        "datasets==5.0.1 kernels<0.18 pydantic==2.13.5 addict fire wandb evaluate==0.4.1 numba art "
         "python-dotenv posthog==6.7.11 schedulefree==1.4.1 opentelemetry-sdk PyYAML requests "
         "colorama einops scipy typer==0.25.1 pillow bitsandbytes fastcore",
     ),
@@ -45,4 +45,5 @@ def run(session: nox.Session, name: str) -> None:
 
 
 for name in TRAINERS:
-    nox.session(name=name, python="3.11")(lambda session, name=name: run(session, name))
+    python = "3.12" if name == "axolotl" else "3.11"
+    nox.session(name=name, python=python)(lambda session, name=name: run(session, name))

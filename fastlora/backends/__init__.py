@@ -78,17 +78,14 @@ def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> Back
     return _module(backend_name(name, device))
 
 
-def planned_backend(
-    outputs: Sequence[Output], device: pytorch.device | None = None
-) -> tuple[str, str]:
+def planned_backend(outputs: Sequence[Output]) -> tuple[str, str]:
     """The backend that runs a call with these outputs, and the reason if another one was chosen.
 
-    x has the dtype of the first weight.  ``device``: pretend that the tensors are on this device.
+    x has the dtype of the first weight.
     """
     weight = outputs[0].base.weight
-    device = device or weight.device
-    name, reasons = backend_name(device=device), [""]
-    while reason := _module(name).why_not(weight.dtype, device, outputs):
+    name, reasons = backend_name(device=weight.device), [""]
+    while reason := _module(name).why_not(weight.dtype, weight.device, outputs):
         name = _module(name).HANDS_TO
         reasons.append(reason)
     return name, reasons[-1]

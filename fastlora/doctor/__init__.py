@@ -17,8 +17,7 @@ from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
 from ..text import columns
-from .launches import Asked, would_run
-from .machine import devices_here, hardware, installation, one_line, settings, versions
+from .machine import devices_here, hardware, installation, one_line, settings, slow_steps, versions
 
 # The largest relative error that counts as rounding: four times the dtype's epsilon.  Float32 has
 # the epsilon of TF32, because a GPU may multiply float32 in TF32.
@@ -51,7 +50,7 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(asked: Asked | None = None) -> Report:
+def examine() -> Report:
     """Fill all sections.  A section that fails adds to ``broken``, and the others go on."""
     report, devices = Report(), devices_here()
     broken = report.broken
@@ -64,7 +63,7 @@ def examine(asked: Asked | None = None) -> Report:
         "backends": lambda: _backends(devices, broken),
         "compiled kernels": lambda: _compiled(devices, broken),
         "16-bit products": lambda: _products(devices),
-        "plan": lambda: would_run(asked, devices[-1]) if asked else {},
+        "slow steps": lambda: slow_steps(devices),
         "self-test, relative errors": lambda: _self_tests(devices, broken),
     }
     for title, section in sections.items():

@@ -20,10 +20,19 @@ from ..namesake import namesakes
 from ..version import __version__
 
 _SETTINGS = re.compile(
-    "(FASTLORA|TRITON)_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
+    "FASTLORA(_.+)?|TRITON_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
     "|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 )
 
+# The Triton that PyTorch's builds for GPUs pin.
+_TRITONS = {
+    "2.10": "3.6",
+    "2.11": "3.6",
+    "2.12": "3.7",
+    "2.13": "3.7",
+    "2.14": "3.8",
+    "2.15": "3.9",
+}
 _OTHERS = ("numpy", "safetensors", "accelerate", "trl", "bitsandbytes", "torchao", "hqq", "gguf")
 
 
@@ -87,7 +96,9 @@ def versions(broken: list[str]) -> dict[str, str]:
             if not missing:
                 broken.append(f"{name} is installed, but can't be imported: {one_line(error)}")
     gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    pair = note_of_pair(entries["triton"], torch.__version__, torch.cuda.is_available())
     entries["triton"] += note_of_triton(entries["triton"], any(major == 9 for major, _ in gpus))
+    entries["triton"] += pair
     others = {name: version_of(name) for name in _OTHERS}
     entries["others"] = ", ".join(f"{name} {number}" for name, number in others.items() if number)
     return entries
@@ -114,19 +125,44 @@ def note_of_triton(version: str, has_hopper: bool) -> str:
     )
 
 
+def note_of_pair(triton: str, pytorch: str, has_gpu: bool) -> str:
+    """Whether PyTorch's build for GPUs comes with another Triton than the installed one."""
+    minor = ".".join(pytorch.split(".")[:2])
+    pinned = _TRITONS.get(minor)
+    if pinned is None or not triton[0].isdigit() or triton.startswith(f"{pinned}."):
+        return ""
+    advice = f"pip install 'triton=={pinned}.*'" if has_gpu else "a CPU needs no Triton"
+    return f": PyTorch {minor} for GPUs comes with {pinned}; {advice}"
+
+
+def slow_steps(devices: list[torch.device]) -> dict[str, str]:
+    """What makes steps on a GPU slow in other packages, and what to do about it."""
+    notes: dict[str, str] = {}
+    if devices[-1].type != "cuda":
+        return notes
+    if version_of("bitsandbytes"):
+        notes["bitsandbytes"] = (
+            "its optimizers, such as adamw_8bit, synchronize the GPU after each parameter: for "
+            "adapters, adamw_torch_fused needs little more memory"
+        )
+    if version_of("transformers") and not find_spec("fla"):
+        notes["linear attention"] = (
+            "models that have it (Qwen3-Next, Qwen3.5, Kimi Linear, OLMo Hybrid) run it slowly: "
+            "pip install flash-linear-attention"
+        )
+    if version_of("transformers") and torch.cuda.device_count() > 1:
+        notes["DDP"] = (
+            "for a PEFT model, Trainer searches each step for unused parameters: if all adapters "
+            "are used, set ddp_find_unused_parameters=False"
+        )
+    return notes
+
+
 def installation() -> dict[str, str]:
     package = __package__.partition(".")[0]
-    kernels = f"{package}.kernels"
-    found = {name: find_spec(name) for name in (package, kernels, "kernels")}
+    found = {name: find_spec(name) for name in (package, f"{package}.kernels")}
     origins = {name: spec.origin if spec else None for name, spec in found.items()}
-    top = origins.pop("kernels")
     places = {k: str(Path(each).parent) if each else "missing" for k, each in origins.items()}
-    # In a clone, "kernels" is this repository's folder, but others expect Hugging Face's package.
-    if top and top == origins[kernels]:
-        places["in a clone"] = (
-            f"{places[kernels]} hides Hugging Face's package kernels: run Python in another "
-            "folder, or with -P from Python 3.11 on"
-        )
     others = namesakes()
     return places | ({f"another {package}": others} if others else {})
 

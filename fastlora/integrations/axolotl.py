@@ -2,15 +2,19 @@
 
 plugins:
   - fastlora.integrations.axolotl.FastLoRAPlugin
+
+axolotl 0.21 also loads it by the entry point in ``axolotl.plugins``.  Without these lines, it acts
+only with ``FASTLORA=1`` (or settings as JSON) in the environment.
 """
 
 import logging
+import os
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
-from ..automatic import optimize_or_log, show_log
+from ..automatic import is_on, optimize_or_log, settings_in, show_log
 
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.
@@ -39,8 +43,14 @@ class FastLoRAPlugin(BasePlugin):
     """
 
     def register(self, cfg: Any) -> None:
+        if _settings(cfg) is None:
+            return
         show_log()
-        _LOG.filters.clear()  # by axolotl's filter, loggers of other packages drop INFO
+        for each in [
+            *_LOG.filters
+        ]:  # axolotl's drops INFO of loggers with another name than its own
+            if type(each).__module__.startswith("axolotl."):
+                _LOG.removeFilter(each)
         for key in _KERNELS:
             if cfg.get(key) is None:
                 cfg[key] = False
@@ -51,17 +61,34 @@ class FastLoRAPlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         from ..trainer import MergedSampling  # later, for a short chain of imports
 
-        return [MergedSampling()] if cfg.get(_MERGED) else []
+        is_asked = cfg.get(_MERGED) and _settings(cfg) is not None
+        return [MergedSampling()] if is_asked else []
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
+        settings = _settings(cfg)
+        if settings is None:
+            return
         if theirs := [key for key in _KERNELS if cfg.get(key)]:
             _LOG.warning(
                 "axolotl's own kernels are on, so fastlora changes nothing: remove %s from the "
                 "YAML to run fastlora",
                 ", ".join(theirs),
             )
-            return
-        names = set(FastLoRAArgs.model_fields) - {_MERGED}
-        given = {name.removeprefix("fastlora_"): cfg.get(name) for name in names}
-        settings = {name: value for name, value in given.items() if value is not None}
-        optimize_or_log(model, **settings)
+        elif not is_on() or settings != _of_environment():  # otherwise auto() has done it
+            optimize_or_log(model, **settings)
+
+
+def _settings(cfg: Any) -> dict[str, Any] | None:
+    """The arguments of ``optimize``; None if neither the YAML nor ``FASTLORA`` names the plugin."""
+    plugin = f"{__name__}.{FastLoRAPlugin.__name__}"
+    is_named = plugin in [name.replace(":", ".") for name in cfg.get("plugins") or ()]
+    settings = _of_environment()
+    if settings is None and not is_named:
+        return None
+    names = set(FastLoRAArgs.model_fields) - {_MERGED}
+    given = {name.removeprefix("fastlora_"): cfg.get(name) for name in names}
+    return (settings or {}) | {name: value for name, value in given.items() if value is not None}
+
+
+def _of_environment() -> dict[str, Any] | None:
+    return settings_in(os.environ.get("FASTLORA", ""))

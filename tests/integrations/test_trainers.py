@@ -132,5 +132,10 @@ def test_axolotl_checks_the_plugin_s_keys(folder):
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
+def test_axolotl_s_entry_point_acts_with_the_variable(value, folder):
+    assert ran(COMMANDS["axolotl"], folder, FASTLORA=value).count(SAID) == int(value)
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
 def test_verl_s_engine_makes_fast_layers_with_the_variable(value, folder):
     assert ran("verl_model.py", folder, FASTLORA=value).count(SAID) == int(value)

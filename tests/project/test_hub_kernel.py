@@ -15,6 +15,7 @@ from process import run_python
 
 CARD = (hub_kernel.PACKAGE / "CARD.md").read_text()
 EXAMPLE = re.findall(r"^```python\n(.*?)^```", CARD, re.M | re.S)[-1]
+OLD = "fastlora_kernels/__init__.py"  # for old clients
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def folder(tmp_path) -> Path:
 def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
     files = {path.name: path.read_bytes() for path in hub_kernel.KERNELS.glob("*.py")}
     files["layers.py"] = (hub_kernel.PACKAGE / "layers.py").read_bytes()
-    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
+    files["__init__.py"] = (folder / "torch-ext" / "fastlora_kernels" / "__init__.py").read_bytes()
+    assert files["__init__.py"].startswith((hub_kernel.KERNELS / "__init__.py").read_bytes())
     places = [folder / "torch-ext" / "fastlora_kernels", *(folder / "build").iterdir()]
     assert {place.name for place in places} == {"fastlora_kernels", "torch-cuda", "torch-rocm"}
     for place in places:
@@ -36,11 +38,28 @@ def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
         assert metadata["id"].isidentifier()
         assert metadata["backend"]["archs"] == hub_kernel.ARCHS[metadata["backend"]["type"]]
         assert build.name == f"torch-{metadata['backend']['type']}"
+        files[OLD] = (build / OLD).read_bytes()
         digests = {name: hashlib.sha256(text).digest() for name, text in files.items()}
         listed = metadata["digest"]["files"]
         assert {name: base64.b64decode(text) for name, text in listed.items()} == digests
     with pytest.raises(FileExistsError):
         hub_kernel.write(folder)
+
+
+@pytest.mark.parametrize("file", ["__init__.py", OLD])
+def test_a_build_offers_its_layers_by_either_file(file, folder):
+    """Old clients import the folder in a build; ``__all__`` lists what is there, and layers."""
+    code = """if True:
+        import sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        spec = spec_from_file_location("_some_hash", sys.argv[1])
+        module = sys.modules["_some_hash"] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert {"layers", "gemm_lowrank", "project"} <= {*module.__all__}
+        assert all(hasattr(module, name) for name in module.__all__)
+        print(module.layers.LoRALinear.__name__)"""
+    path = folder / "build" / "torch-cuda" / file
+    assert run_python("-c", code, path, TRITON_INTERPRET="1") == "LoRALinear"
 
 
 def test_the_package_s_own_tests_pass(folder, monkeypatch):

@@ -174,6 +174,47 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
     assert not {path.stem for path in (ROOT / "fastlora").iterdir()} & names
 
 
+HIDDEN = """
+import importlib, importlib.util, json, sys
+assert importlib.util.find_spec("kernels").origin == sys.argv[1] + "/kernels/__init__.py"
+from transformers.utils.import_utils import _is_package_available
+found = [_is_package_available("kernels", return_version=True)]
+for name in ("kernels.layer", "kernels"):
+    try:
+        module = importlib.import_module(name)
+        found += [module.__file__, module.get_kernel()]
+    except ModuleNotFoundError as error:
+        found.append(error.name)
+import fastlora.kernels
+assert fastlora.kernels.gemm_lowrank.__module__ == "fastlora.kernels.gemm_lowrank"
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("clones", [1, 2], ids=["one-clone", "two-clones"])
+@pytest.mark.parametrize("name", ["kernels", ""], ids=["installed", "missing"])
+def test_a_clone_on_the_path_hands_over_to_hugging_face_s_kernels(name, clones, tmp_path):
+    """Without this package, the import works as far as transformers' look at its version."""
+    other, site = tmp_path / "clone", tmp_path / "site"
+    (other / "kernels").mkdir(parents=True)
+    for file in ("__init__.py", "lowrank.py"):
+        (other / "kernels" / file).write_text((ROOT / "kernels" / file).read_text())
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels-0.18.2.dist-info").mkdir()
+    (site / "kernels-0.18.2.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.18.2")
+    for file in ("__init__.py", "layer.py"):
+        (site / "kernels" / file).write_text("def get_kernel(): return __name__")
+    paths = [ROOT, *[other, ROOT] * (clones == 2), *[site] * bool(name)]
+    python_path = ":".join(map(str, paths))
+    found = json.loads(run_python("-c", HIDDEN, ROOT, PYTHONPATH=python_path))
+    if name:
+        files = [str(site / "kernels" / file) for file in ("layer.py", "__init__.py")]
+        names = ["kernels.layer", "kernels"]
+        assert found == [[True, "0.18.2"], files[0], names[0], files[1], names[1]]
+    else:
+        assert found == [[False, "N/A"], "kernels.layer", "kernels"]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of a clone's files, so that building leaves nothing in the checkout."""

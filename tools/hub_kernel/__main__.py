@@ -8,6 +8,7 @@ loads.  Triton compiles at run time, so a build is the files of kernels/ and lay
 with their digests.  ``FASTLORA_REPOSITORY``, if set, is named as their source.
 """
 
+import ast
 import base64
 import hashlib
 import json
@@ -23,6 +24,13 @@ BUILD = (PACKAGE / "build.toml").read_text()
 # although the documentation differs.  Version 0 is the Hub's number for a version that may still
 # change.  The architectures are those whose compiled code is tested.
 _SETTINGS = {name: json.loads(value) for name, value in re.findall("(.+) = (.+)", BUILD)}
+# For old clients, which import a folder with the package's name in a build.
+_OLD = b"""from pathlib import Path
+
+_FILE = Path(__file__).parents[1] / "__init__.py"
+__path__ = [str(_FILE.parent)]
+exec(compile(_FILE.read_text(), str(_FILE), "exec"))
+"""
 ARCHS = {"cuda": _SETTINGS["cuda_capabilities"], "rocm": _SETTINGS["rocm_archs"]}
 
 
@@ -35,15 +43,18 @@ def write(folder: Path) -> None:
     # kernels/, and layers.py with autograd, which imports the launchers and so comes last.
     files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
     files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
-    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
+    files["__init__.py"] += _exports(files["__init__.py"])
     for place in ("torch-ext/" + module, *(f"build/torch-{each}" for each in ARCHS)):
         (folder / place).mkdir(parents=True)
         for name, text in files.items():
             (folder / place / name).write_bytes(text)
+    files[f"{module}/__init__.py"] = _OLD
     digests = {name: hashlib.sha256(text).digest() for name, text in files.items()}
     whole = hashlib.sha256(b"".join(digests.values())).hexdigest()[:8]
     listed = {name: base64.b64encode(digest).decode() for name, digest in digests.items()}
     for backend, archs in ARCHS.items():
+        (folder / f"build/torch-{backend}" / module).mkdir()
+        (folder / f"build/torch-{backend}" / module / "__init__.py").write_bytes(_OLD)
         metadata = {
             "id": f"_{module}_{backend}_{whole}", **named,
             "python-depends": [], "backend": {"type": backend, "archs": archs},
@@ -56,6 +67,13 @@ def write(folder: Path) -> None:
     if upstream:
         text = BUILD.replace("\n\n", f'\nupstream = "{upstream}"\n\n')
         (folder / "build.toml").write_text(text)
+
+
+def _exports(source: bytes) -> bytes:
+    """Code that imports ``layers``, and lists it in ``__all__`` beside the names of kernels/."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in found if node.level for alias in node.names} | {"layers"}
+    return f"\nfrom . import layers  # noqa: E402\n\n__all__ = {sorted(names)}\n".encode()
 
 
 if __name__ == "__main__":

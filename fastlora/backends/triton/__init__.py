@@ -14,9 +14,7 @@ from ..dropout import dropout_mask as dropout_mask
 from ..protocol import BackwardCall, Call
 from . import experts, layer, many, verification
 from . import measured as measured
-from .cover import TARGETS as TARGETS
 from .cover import why_not as why_not
-from .cover import without_launching as without_launching
 from .gated import gated as gated
 from .gated import gated_backward as gated_backward
 from .row_loss import row_loss as row_loss

@@ -2,8 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,17 +21,6 @@ except ImportError as error:
         why = f"{__file__} is in a source tree. Run elsewhere, or run pip install --editable ."
     raise ImportError(f"{root}.kernels can't be imported: {why}") from error
 
-# Targets that a call can be planned for without a GPU, each with GPUs that use its configs.
-TARGETS = {
-    "sm_80": "A100, A30",
-    "sm_86": "A10, L4, L40, RTX 3090, RTX 4090",
-    "sm_90": "H100, H200, GH200",
-    "sm_100": "B200, GB200, B300",
-    "sm_120": "RTX 5090, RTX PRO 6000",
-    "gfx942": "MI300A, MI300X, MI325X",
-    "gfx950": "MI350X, MI355X",
-    "gfx11": "RX 7900",
-}
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 2**31 - 2**17  # 32 bits hold an index up to here, plus a few tiles
 _MOST_EXPERTS = 2**16 - 2  # a grid's y axis has 2¹⁶ - 1; one is for rows without an expert
@@ -74,19 +62,6 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
-
-
-@contextmanager
-def without_launching(
-    handler: "Callable[[kernels.Launch], None]", where: str | torch.device
-) -> Iterator[None]:
-    """Hand ``handler`` every launch of the block's calls, which must be on meta tensors.
-
-    ``where``: a device, or a name in ``TARGETS``, whose device need not be present.  Nothing runs.
-    """
-    target = kernels.TARGETS[where] if isinstance(where, str) else kernels.target_of(where)
-    with kernels.use_target(target), kernels.intercept(handler):
-        yield
 
 
 def covers(

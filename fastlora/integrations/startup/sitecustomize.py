@@ -1,4 +1,4 @@
-"""Calls ``fastlora.auto()`` in the processes that a program of ``python -m fastlora run`` starts.
+"""Calls ``fastlora.auto()`` in a program of ``python -m fastlora run``, and in its processes.
 
 Python imports this file at its start, because ``run`` puts its folder on PYTHONPATH.  The file
 removes this folder from ``sys.path``.  Then it runs the ``sitecustomize`` that it hides, if any.
@@ -16,7 +16,11 @@ try:
 except ImportError:
     pass  # a Python of another environment, without fastlora
 else:
-    from_environment()
+    try:
+        from_environment()
+    except ValueError as error:  # after which Python would go on
+        sys.stderr.write(f"fastlora: {error}\n")
+        os._exit(2)
 _other = PathFinder.find_spec(__name__, sys.path)
 if _other is not None and _other.loader is not None:
     sys.modules[__name__] = module_from_spec(_other)
