@@ -4,7 +4,8 @@ An optimized layer is the same object with another class, whose forward is fastl
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -27,10 +28,15 @@ from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
-from .int8 import dense_base
+from .int8 import dense_base, dense_bases, use_bases
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
+
+
+def _with_signature_of(method: Callable) -> Callable[[Callable], Callable]:
+    """Give a function another one's signature: diffusers looks for arguments in it."""
+    return wraps(method, assigned=(), updated=())
 
 
 class FastLinear(Fast, nn.Module):
@@ -46,6 +52,7 @@ class FastLinear(Fast, nn.Module):
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
+    @_with_signature_of(PeftLinear.update_layer)
     def update_layer(self, *args, **kwargs) -> None:
         """PEFT's.  Raises ValueError for a new adapter that reads a weight in 8 bits."""
         try:
@@ -56,6 +63,7 @@ class FastLinear(Fast, nn.Module):
             text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
             raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
 
+    @_with_signature_of(PeftLinear.merge)
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
         with dense_base(self):
@@ -64,6 +72,16 @@ class FastLinear(Fast, nn.Module):
     def unmerge(self) -> None:
         with dense_base(self):
             super().unmerge()  # type: ignore[misc]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base, dense and perhaps merged: PEFT's ``unload`` puts it in place of this layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        use_bases(dense_bases([("", self)]))
+        layer: Any = self
+        return layer.get_base_layer()
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
