@@ -158,6 +158,7 @@ def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         bias=bias,
         scale=scale,
         drop=record.drop if p > 0.0 else None,
+        p=p,
         norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
     )
     # PEFT multiplies by a gain [1, N], so its output for a single row x [K] is [1, N] also.
