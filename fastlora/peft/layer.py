@@ -107,6 +107,7 @@ _QUANTIZED = {
     "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
     "peft.tuners.lora.hqq": ("HqqLoraLinear",),
     "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
+    "peft.tuners.lora.awq": ("AwqLoraLinear",),
 }
 
 

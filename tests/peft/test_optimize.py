@@ -1,5 +1,6 @@
 """optimize, restore and coverage on PEFT layers: the numbers, the report, and the way back."""
 
+import inspect
 import pickle
 from types import MethodType, SimpleNamespace
 
@@ -145,6 +146,18 @@ except TypeError: print("fast", type(blank).__bases__[1].__module__)
     for disabled, expected in outputs.items():
         output = run_forked(code, tmp_path / "model.pt", FASTLORA_DISABLE=disabled)
         assert [line for line in output.splitlines() if "PEFT's forward:" not in line] == expected
+
+
+FAST_KINDS = fastlora.peft.layer.fast_kinds()
+
+
+@pytest.mark.parametrize("kind", FAST_KINDS, ids=lambda kind: kind.__qualname__)
+def test_fast_classes_have_the_signatures_of_peft_s(kind):
+    """diffusers looks for ``adapter_names`` in the signature of ``merge``."""
+    for name in {*dir(PeftLinear), *dir(kind)}:
+        method = getattr(kind, name, None)
+        if not name.startswith("_") and inspect.isfunction(method):
+            assert inspect.signature(getattr(FAST_KINDS[kind], name)) == inspect.signature(method)
 
 
 def test_importing_fastlora_changes_nothing_until_optimize():

@@ -5,9 +5,11 @@ from inspect import signature
 
 import pytest
 import torch
-from packed import NEEDS_5, random_gguf, random_int4
+from packed import NEEDS_5, by_elements, random_awq, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
+
+from fastlora.formats import awq
 
 try:
     from transformers.integrations.gguf.utils import GgufLinear
@@ -123,6 +125,39 @@ def _rotated_int8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return int8_linear(nn.Linear(k, n, dtype=dtype))
 
 
+class Bf16StoredLinear(nn.Linear):
+    """A stand-in for Unsloth's layer of a CPU: the weight is cast to x's dtype in each call."""
+
+    __module__ = "unsloth_zoo.cpu.ops"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def _stored(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    layer = Bf16StoredLinear(k, n, dtype=dtype)
+    layer.weight.data = layer.weight.data.bfloat16()
+    return layer
+
+
+class AwqTorchLinear(nn.Module):
+    """A stand-in for GPTQ-Model's AWQ layer, with random packed values."""
+
+    __module__ = "gptqmodel.nn_modules.qlinear.torch_awq"
+
+    def __init__(self, k: int, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.adapter = k, n, 4, None
+        packed = random_awq(n, k, 32, torch.float16 if dtype == torch.float32 else dtype)
+        for name, tensor in zip(packed.format.names, packed.tensors, strict=True):
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", torch.randn(n).to(self.scales.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = by_elements(awq.read(self).weight)
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 # Kind of layer: the function that makes it from (k, n, dtype).
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
@@ -137,6 +172,8 @@ _MAKERS = {
     "torchao-int4-packed": _int4,
     "hqq": _hqq,
     "gptq": _gptq,
+    "awq": AwqTorchLinear,
+    "stored": _stored,
     "rotated-int8": _rotated_int8,
 }
 # Without "torchao-rounding", whose layers give no gradient, and fastlora's own.
