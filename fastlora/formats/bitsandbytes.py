@@ -223,9 +223,9 @@ def cast_bias(layer: Any, x: Tensor) -> None:
     its recomputation under activation checkpointing, which must save tensors of the same dtypes.
     """
     # The first condition is quick, and false for most layers.
-    if "compute_dtype" in vars(layer) and derived_from(type(layer), _MODULES, "Linear4bit"):
-        if layer.bias is not None:
-            layer.bias.data = layer.bias.data.to(layer.compute_dtype or x.dtype)
+    is_known = "compute_dtype" in vars(layer) and derived_from(type(layer), _MODULES, "Linear4bit")
+    if is_known and layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(layer.compute_dtype or x.dtype)
 
 
 def before_loading(layer: Any) -> None:

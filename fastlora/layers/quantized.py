@@ -146,11 +146,8 @@ class LoRAQuantized(LoRALayer):
             change_class(self, nn.Linear)
             dtype = self.weight.dtype
             bias = self.bias
-            for place in (
-                self.__dict__,
-                self._buffers,
-            ):  # HQQ's bias is an attribute, AWQ's a buffer
-                place.pop("bias", None)
+            self.__dict__.pop("bias", None)  # HQQ's is an attribute
+            self._buffers.pop("bias", None)  # AWQ's is a buffer
             if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == dtype):
                 bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
             self.register_parameter("bias", bias)

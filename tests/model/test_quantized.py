@@ -197,6 +197,7 @@ def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
     [
         ("gptq", True, "GPTQ"),
         ("gptq", False, "GPTQ"),
+        ("awq", True, "AWQ's numbers are read, and not made"),
         ("gguf-q4_k", True, "are read, and not made"),
     ],
 )
