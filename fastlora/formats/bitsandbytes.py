@@ -225,7 +225,9 @@ def cast_bias(layer: Any, x: Tensor) -> None:
     # The first condition is quick, and false for most layers.
     is_known = "compute_dtype" in vars(layer) and derived_from(type(layer), _MODULES, "Linear4bit")
     if is_known and layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(layer.compute_dtype or x.dtype)
+        dtype = layer.compute_dtype or x.dtype
+        if layer.bias.dtype != dtype:
+            layer.bias.data = layer.bias.data.to(dtype)
 
 
 def before_loading(layer: Any) -> None:
