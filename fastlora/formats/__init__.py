@@ -8,13 +8,15 @@ imports the vendor's package: a model with such a layer has imported it.
 
 from torch import nn
 
-from . import bitsandbytes, float8, gguf, gptq, hqq, rotated_int8, torchao
+from . import awq, bitsandbytes, float8, gguf, gptq, hqq, rotated_int8, stored, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
 __all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
 
 # mypy checks every vendor against the protocol.
-VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq, rotated_int8)
+VENDORS: tuple[Vendor, ...] = (
+    bitsandbytes, torchao, float8, gguf, hqq, gptq, awq, rotated_int8, stored
+)  # fmt: skip
 
 
 def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:

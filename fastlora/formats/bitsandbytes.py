@@ -216,6 +216,20 @@ def repack_again(layer: Any) -> None:
         setattr(layer, _REPACKS, sys.modules[_MODULES].has_avx512bf16())
 
 
+def cast_bias(layer: Any, x: Tensor) -> None:
+    """Cast the bias in place, as the first call of a ``Linear4bit``'s own forward does.
+
+    Otherwise that call, for example of a reference model, may come between a call of fastlora's and
+    its recomputation under activation checkpointing, which must save tensors of the same dtypes.
+    """
+    # The first condition is quick, and false for most layers.
+    is_known = "compute_dtype" in vars(layer) and derived_from(type(layer), _MODULES, "Linear4bit")
+    if is_known and layer.bias is not None:
+        dtype = layer.compute_dtype or x.dtype
+        if layer.bias.dtype != dtype:
+            layer.bias.data = layer.bias.data.to(dtype)
+
+
 def before_loading(layer: Any) -> None:
     """Let a Linear8bitLt load SCB from a state dict after a call, which moved SCB to its state."""
     if derived_from(type(layer), _MODULES, "Linear8bitLt") and layer.state.SCB is not None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..formats import PackedLayer, vendor_of
+from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
@@ -402,6 +403,8 @@ def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | 
                 return recorder.run([x, *cached.inputs(tensors)], call)
     if recorder.why_not(module, x):
         return None
+    for part in recorder.parts(module):
+        cast_bias(part, x)
     made, answer = record_of(module, recorder)
     record = answer if isinstance(answer, Record) else made.now(answer)
     y, call = recorder.run_record(module, x, record)

@@ -35,6 +35,11 @@ class Int8Linear(nn.Module):
         for name, tensor in zip(weight.format.names, weight.tensors, strict=True):
             self.register_buffer(name, tensor.detach().view(torch.uint8))
 
+    @property
+    def qweight(self) -> Tensor:
+        """An empty tensor: PEFT gives a new adapter the device and dtype of ``qweight``."""
+        return torch.empty(0, dtype=self.format.dtype, device=self.get_buffer("codes").device)
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         dtype = fn(torch.empty(0, dtype=self.format.dtype, device="cpu")).dtype

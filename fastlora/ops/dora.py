@@ -10,7 +10,9 @@ place of 24 MiB (``make bench``, docs/results.md).
     z    = xd weightᵀ + scale · xd lora_aᵀ lora_bᵀ              xd = drop(x)
     y    = gain ∘ z + (x - xd) weightᵀ + bias
 
-Without dropout, xd is x, so the product with x - xd is omitted.
+Without dropout, xd is x, so the product with x - xd is omitted.  With dropout, z is computed from
+kept = (1 - p) xd, x with zeros, and the gain is divided by 1 - p: unlike xd, kept isn't rounded.
+The magnitude's gradient then has only z's own rounding, also where the terms of z cancel.
 """
 
 from collections.abc import Callable
@@ -36,16 +38,17 @@ def dora_linear(
     bias: Tensor | None = None,
     scale: float = 1.0,
     drop: Callable[[Tensor], Tensor] | None = None,
+    p: float = 0.0,
     norm: Tensor | None = None,
 ) -> Tensor:
     """y of a DoRA layer, [..., N], by the formulas at the top of this file.
 
     x, weight, lora_a, lora_b, bias and ``scale`` have the shapes and dtypes of
-    :func:`fastlora.lora_linear`.  magnitude is [N], of any floating dtype.  ``drop`` maps x to xd;
-    None means no dropout.  ``norm`` [N] is n, if the caller knows it; otherwise :func:`dora_norm`
-    computes it.
+    :func:`fastlora.lora_linear`.  magnitude is [N], of any floating dtype.  ``drop`` maps x to xd,
+    with the probability ``p``; None means no dropout.  ``norm`` [N] is n, if the caller knows it;
+    otherwise :func:`dora_norm` computes it.
 
-    Saved for backward: x or xd, the tensors that ``drop`` saves, z [..., N], and h [M, r].
+    Saved for backward: x or kept, the mask (bool), z [..., N], and h [M, r].
 
     Raises the errors of :func:`fastlora.lora_linear`, and ValueError if magnitude or ``norm`` isn't
     [N].
@@ -60,9 +63,11 @@ def dora_linear(
     if drop is None:
         z = lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=scale)
         return GainFunction.apply(z, gain, bias)
-    dropped = drop(x)
-    y = GainFunction.apply(lora_linear(dropped, weight, lora_a, lora_b, scale=scale), gain, None)
-    return y + lora_linears(x - dropped, [Output(Base(weight, bias))])[0]
+    factor = 1.0 / (1.0 - p)
+    kept = x * (drop(torch.ones_like(x)) != 0)
+    z = lora_linear(kept, weight, lora_a, lora_b, scale=scale)
+    y = GainFunction.apply(z, gain * factor, None)
+    return y + lora_linears(torch.sub(x, kept, alpha=factor), [Output(Base(weight, bias))])[0]
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

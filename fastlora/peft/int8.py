@@ -96,6 +96,8 @@ def notes_of(model: nn.Module, layers: Layers, warns: bool = False) -> list[str]
 def _why_dense(layer: Any, base: Any, least: int) -> str:
     if plain_class_of(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}, no torch.nn.Linear"
+    if hasattr(layer, "parameter_name"):
+        return "its adapter is added to the weight itself (target_parameters)"
     if layer.merged or is_hooked(base) or "forward" in vars(base):
         return "it is merged, or a hook acts on its base"
     if getattr(layer, "lora_variant", None):

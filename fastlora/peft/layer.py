@@ -5,6 +5,7 @@ An optimized layer is the same object with another class, whose forward is fastl
 
 import sys
 from collections.abc import Iterable
+from functools import partial, wraps
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -27,10 +28,13 @@ from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
 from .experts import ParamWrapper
-from .int8 import dense_base
+from .int8 import dense_base, dense_bases, use_bases
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
+
+# Decorates a function with another one's signature, in which diffusers looks for arguments.
+_with_signature_of: Any = partial(wraps, assigned=(), updated=())
 
 
 class FastLinear(Fast, nn.Module):
@@ -46,6 +50,7 @@ class FastLinear(Fast, nn.Module):
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
+    @_with_signature_of(PeftLinear.update_layer)
     def update_layer(self, *args, **kwargs) -> None:
         """PEFT's.  Raises ValueError for a new adapter that reads a weight in 8 bits."""
         try:
@@ -56,6 +61,7 @@ class FastLinear(Fast, nn.Module):
             text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
             raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
 
+    @_with_signature_of(PeftLinear.merge)
     def merge(self, *args, **kwargs) -> None:
         """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
         with dense_base(self):
@@ -64,6 +70,13 @@ class FastLinear(Fast, nn.Module):
     def unmerge(self) -> None:
         with dense_base(self):
             super().unmerge()  # type: ignore[misc]
+
+    def unload_and_optionally_merge_module(self: Any, merge: bool, **settings: Any) -> nn.Module:
+        """The base, dense and perhaps merged: PEFT's ``unload`` puts it in place of this layer."""
+        if merge:
+            self.merge(**settings)
+        use_bases(dense_bases([("", self)]))
+        return self.get_base_layer()
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
@@ -89,6 +102,7 @@ _QUANTIZED = {
     "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
     "peft.tuners.lora.hqq": ("HqqLoraLinear",),
     "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
+    "peft.tuners.lora.awq": ("AwqLoraLinear",),
 }
 
 
@@ -140,6 +154,7 @@ def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
         bias=bias,
         scale=scale,
         drop=record.drop if p > 0.0 else None,
+        p=p,
         norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
     )
     # PEFT multiplies by a gain [1, N], so its output for a single row x [K] is [1, N] also.

@@ -5,10 +5,12 @@ import re
 from functools import partial
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from marks import pairwise
 from moe_models import parameters_of, parts_of, seeded_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft_models import assert_changes, by_peft, change_tensors, changes, llama
 from process import run_python
 from safetensors.torch import load_file, save_file
@@ -375,6 +377,20 @@ def test_a_rank_above_the_limit_is_named_with_the_limit(server, tmp_path):
     folder = write(tmp_path / "a", layers("q_proj", "v_proj", r=16), r=16)
     report = fastlora.check_adapter(folder, server, max_lora_rank=8)
     assert "rank 16 is above the server's max_lora_rank, which is 8 here" in str(report)
+
+
+def test_a_mended_pattern_targets_the_same_layers(tmp_path):
+    """Further training of the mended adapter must not add layers that the pattern excluded."""
+    pattern = r".*\.layers\.0\.self_attn\.[qv]_proj"
+    folder = write(tmp_path / "adapter", QV, target_modules=pattern)
+    report = fastlora.check_adapter(
+        folder, "sglang", base_of(tmp_path, LLAMA), fix=tmp_path / "new"
+    )
+    assert report.fixed.loads
+    config = peft.LoraConfig.from_pretrained(tmp_path / "new")
+    names = [f"model.layers.{i}.self_attn.{last}_proj" for i in range(2) for last in "qkv"]
+    found = [name for name in names if check_target_module_exists(config, name)]
+    assert found == [name for name in names if re.fullmatch(pattern, name)]
 
 
 def test_nothing_is_written_if_a_part_can_t_be_mended(tmp_path):

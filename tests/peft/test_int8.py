@@ -144,6 +144,11 @@ def dora(model, base):
     model.add_adapter("dora", peft.LoraConfig(target_modules=["0"], use_dora=True))
 
 
+def parameter(model, base):
+    config = peft.LoraConfig(target_modules=[], target_parameters=["0.weight"])
+    peft.get_peft_model(model.unload(), config)
+
+
 REFUSED = {
     "trains": (lambda model, base: base.weight.requires_grad_(True), "its weight trains"),
     "tied": (tied, "its weight is tied to another module's"),
@@ -161,6 +166,7 @@ REFUSED = {
         "its weight has infinities or NaN",
     ),
     "merged": (lambda model, base: model.merge_adapter(), "it is merged"),
+    "parameter": (parameter, "its adapter is added to the weight itself"),
     "dora": (dora, "its adapter is a variant of LoRA"),
 }
 
@@ -299,9 +305,20 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
 def test_unloading():
     model, expected = in_8_bits(layer_model())
     base, merged = copy.deepcopy(model).unload(), model.merge_and_unload()
-    assert type(base[0]) is Int8Linear
-    assert type(merged[0]) is nn.Linear
+    assert type(base[0]) is type(merged[0]) is nn.Linear
+    assert torch.equal(base(X), copy.deepcopy(expected).unload()(X))
     assert torch.equal(merged(X), expected.merge_and_unload()(X))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_later_adapter_has_the_base_s_device_and_dtype(device):
+    model, _ = in_8_bits(layer_model(dtype=BF16))
+    layer_of(model).base_layer.to(device)
+    config = peft.LoraConfig(target_modules=["0"])
+    model.base_model.peft_config["other"] = config
+    model.base_model.inject_adapter(model.base_model.model, "other", autocast_adapter_dtype=False)
+    found = layer_of(model).lora_A["other"].weight
+    assert (found.device.type, found.dtype) == (device, BF16)
 
 
 def test_merged_for_a_while():

@@ -1,6 +1,7 @@
 """optimize, restore and coverage on PEFT layers: the numbers, the report, and the way back."""
 
 import pickle
+from inspect import signature
 from types import MethodType, SimpleNamespace
 
 import accelerate
@@ -152,6 +153,21 @@ except TypeError: print("fast", type(blank).__bases__[1].__module__)
     for disabled, expected in outputs.items():
         output = run_forked(code, tmp_path / "model.pt", FASTLORA_DISABLE=disabled)
         assert [line for line in output.splitlines() if "PEFT's forward:" not in line] == expected
+
+
+FAST_KINDS = fastlora.peft.layer.fast_kinds()
+
+
+@pytest.mark.parametrize("kind", FAST_KINDS, ids=lambda kind: kind.__qualname__)
+def test_fast_classes_have_the_signatures_of_peft_s(kind):
+    """diffusers looks for ``adapter_names`` in the signature of ``merge``."""
+    for name in ("merge", "unmerge", "update_layer"):
+        if hasattr(kind, name):
+            found, expected = (
+                [(p.name, p.kind, p.default) for p in signature(method).parameters.values()]
+                for method in (getattr(FAST_KINDS[kind], name), getattr(kind, name))
+            )
+            assert found == expected, name
 
 
 def test_importing_fastlora_changes_nothing_until_optimize():

@@ -8,8 +8,18 @@ import pytest
 import torch
 from judge import saved_bytes
 from models import assert_near, numbers
+from peft.tuners.lora.awq import AwqLoraLinear
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantized, quantized, repack
+from torch.utils.checkpoint import checkpoint
+from vendor_layers import (
+    BITSANDBYTES,
+    KINDS,
+    AwqTorchLinear,
+    GgufLinear,
+    dequantized,
+    quantized,
+    repack,
+)
 
 import fastlora
 from fastlora.formats import quantized_weight
@@ -31,8 +41,10 @@ def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings
         model.hf_device_map = {"": "cpu"}
     settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
-    # PEFT doesn't know transformers' GGUF layer, so it is registered as a custom module.
-    config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
+    # PEFT doesn't know transformers' GGUF layer, and AWQ's only if GPTQ-Model is installed.
+    kinds = {GgufLinear: peft.tuners.lora.Linear}
+    kinds |= {AwqTorchLinear: AwqLoraLinear} if kind == "awq" else {}
+    config._register_custom_module(kinds)
     model = peft.get_peft_model(model, config)
     for name in adapters[1:]:
         model.add_adapter(name, config)
@@ -121,6 +133,19 @@ def test_pickles_disabling_and_merging(kind):
     model.unmerge_adapter()
     assert not fastlora.coverage(model).not_fast
     assert type(model.unload()[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+
+
+@needs_bitsandbytes
+def test_a_reference_forward_before_a_recomputation():
+    """bitsandbytes' first forward casts the bias, and the recomputation must save the same."""
+    model, x = peft_model("nf4", torch.bfloat16), torch.randn(3, K)
+    assert model.base_model.model[0].base_layer.bias.dtype == F32
+    fastlora.optimize(model)
+    y = checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    with torch.no_grad(), model.disable_adapter():
+        model(x)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @needs_bitsandbytes

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlora.formats.awq import Awq
 from fastlora.formats.bitsandbytes import CODES, FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantized
@@ -14,6 +15,7 @@ from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
+from fastlora.formats.stored import Stored
 from fastlora.formats.torchao import Affine, Int4Groups
 
 NEEDS_5 = "needs transformers 5"
@@ -126,6 +128,13 @@ def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ord
     return Quantized(Gptq(n, k, bits, groups, compute), tensors)
 
 
+def random_awq(n: int, k: int, group: int, dtype=torch.float16):
+    groups = k // group
+    words = [torch.randint(-(2**31), 2**31, (rows, n // 8)).int() for rows in (k, groups)]
+    scales = ((torch.rand(groups, n) + 0.5) / 64).to(dtype)
+    return Quantized(Awq(n, k, group, str(dtype).removeprefix("torch.")), (*words, scales))
+
+
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
     _, weights, size, _ = KINDS[kind]
     blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
@@ -192,6 +201,15 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
         zeros = _numbers_down(qzeros.T, format.bits, format.rows)
         shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
         return shifted * scales.T[:, g_idx]
+    if isinstance(format, Stored):
+        return tensors[0]
+    if isinstance(format, Awq):
+        # the lowest bits of a word hold rows 0, 2, 4, 6 of eight, the highest 1, 3, 5, 7
+        codes, zeros = (_numbers_down(words.T, 4, format.rows) for words in tensors[:2])
+        place = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) + torch.arange(0, format.rows, 8)[:, None]
+        group = torch.arange(format.columns) // format.group
+        shifted = codes[place.flatten()] - zeros[place.flatten()][:, group]
+        return shifted.to(format.dtype) * tensors[2].T[:, group]
     if isinstance(format, Gguf):  # transformers computes it, in this dtype
         dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
@@ -251,6 +269,9 @@ MAKERS: dict[str, Callable[[], Quantized]] = {
     "gptq-3-odd-bf16": lambda: random_gptq(9, 32, 3, 2, torch.bfloat16),
     "gptq-8-float32": lambda: random_gptq(8, 32, 8, 1, torch.float32),
     "gptq-2-disordered": lambda: random_gptq(16, 32, 2, 4, ordered=False),
+    "awq": lambda: random_awq(24, 32, 16),
+    "awq-bf16": lambda: random_awq(16, 8, 8, torch.bfloat16),
+    "stored": lambda: Quantized(Stored(9, 13), (torch.randn(9, 13).bfloat16(),)),
     **{f"gguf-{kind}": partial(random_gguf, 7, 512, kind) for kind in KINDS},
     "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
 }

@@ -410,7 +410,10 @@ def _dora(case: Case) -> Made:
         y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)
         return y if drop is None else y + (x + dropped) @ weight.T
 
-    tensors, more = (x, weight, a, b, magnitude), {"bias": bias, "scale": scale, "drop": drop}
+    tensors, more = (
+        (x, weight, a, b, magnitude),
+        {"bias": bias, "scale": scale, "drop": drop, "p": case.p},
+    )
     return Made(partial(dora_linear, *tensors, **more), textbook, [], [N])
 
 

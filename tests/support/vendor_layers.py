@@ -1,13 +1,17 @@
 """Quantized layers of several vendors, made on a CPU; tests of a missing vendor are skipped."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from inspect import signature
+from types import FunctionType
 
 import pytest
 import torch
-from packed import NEEDS_5, random_gguf, random_int4
+from packed import NEEDS_5, by_elements, random_awq, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
+
+from fastlora.formats import awq
 
 try:
     from transformers.integrations.gguf.utils import GgufLinear
@@ -123,6 +127,49 @@ def _rotated_int8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return int8_linear(nn.Linear(k, n, dtype=dtype))
 
 
+def _as_if_in(name: str) -> Callable[[type], type]:
+    """Decorate a stand-in for a class of this module, whose package the tests don't need."""
+
+    def move(kind: type) -> type:
+        forward = FunctionType(kind.forward.__code__, globals() | {"__name__": name})
+        forward.__qualname__ = kind.forward.__qualname__
+        kind.__module__, kind.forward = name, forward
+        return kind
+
+    return move
+
+
+@_as_if_in("unsloth_zoo.cpu.ops")
+class Bf16StoredLinear(nn.Linear):
+    """A stand-in for Unsloth's layer of a CPU: the weight is cast to x's dtype in each call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def _stored(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    layer = Bf16StoredLinear(k, n, dtype=dtype)
+    layer.weight.data = layer.weight.data.bfloat16()
+    return layer
+
+
+@_as_if_in("gptqmodel.nn_modules.qlinear.torch_awq")
+class AwqTorchLinear(nn.Module):
+    """A stand-in for GPTQ-Model's AWQ layer, with random packed values."""
+
+    def __init__(self, k: int, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.adapter = k, n, 4, None
+        packed = random_awq(n, k, 32, torch.float16 if dtype == torch.float32 else dtype)
+        for name, tensor in zip(packed.format.names, packed.tensors, strict=True):
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", torch.randn(n).to(self.scales.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = by_elements(awq.read(self).weight)
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 # Kind of layer: the function that makes it from (k, n, dtype).
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
@@ -137,6 +184,8 @@ _MAKERS = {
     "torchao-int4-packed": _int4,
     "hqq": _hqq,
     "gptq": _gptq,
+    "awq": AwqTorchLinear,
+    "stored": _stored,
     "rotated-int8": _rotated_int8,
 }
 # Without "torchao-rounding", whose layers give no gradient, and fastlora's own.

@@ -94,7 +94,9 @@ def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, 
         tensors |= zip(keys, flat(name, Adapter(lora_a, lora_b), dtype), strict=True)
     layers = [name for name in names if name not in stack_names]
     if layers and not (isinstance(targets, list) and all(names_any(targets, n) for n in layers)):
-        targets = sorted({name.rpartition(".")[2] for name in layers})
+        # A pattern may match only some of the layers with a name, so all layers are named in full.
+        is_pattern = isinstance(targets, str) and targets.lower() != "all-linear"
+        targets = sorted(layers if is_pattern else {name.rpartition(".")[2] for name in layers})
     return {
         "r": r, "lora_alpha": scale * r, "use_rslora": False, "rank_pattern": {},
         "alpha_pattern": {}, "target_modules": targets,
