@@ -9,16 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers.merging import merge_each
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
 from .model.merge import merge_in_turn, unmerge_lora
-from .peft.merged import active, adapted_weights, merge_layer, why_not_merged
+from .peft.merged import active, bytes_of, lock, merge_layers, why_not_merged
 from .peft.optimize import peft_layers
 from .report import NO_LAYERS
 from .text import shown
 
-_PLACES = ("device", "cpu")
+_PLACES = ("corrections", "device", "cpu")
 
 
 class merged:  # noqa: N801  # lower case, because it is used like a function
@@ -43,38 +42,43 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
     meta device, if a layer can't be merged, or if merged weights have NaN or infinity.
     """
 
-    def __init__(self, model: nn.Module, *, keep: str = "device") -> None:
+    def __init__(self, model: nn.Module, *, keep: str = "corrections") -> None:
         check_model(model)
         if keep not in _PLACES:
-            raise ValueError(f"keep is {shown(keep)}, but must be 'device' or 'cpu'")
+            raise ValueError(f"keep is {shown(keep)}, but must be 'corrections', 'device' or 'cpu'")
         self.model, self.keep = model, keep
         inner = unwrap(model)
         self._own, self._peft = [*lora_layers(inner)], peft_layers(inner)
         if not self._own and not self._peft:
             raise ValueError(f"the model has {NO_LAYERS}")
         weights = [getattr(layer, layer.weight_name) for _, layer in self._own]
-        weights += adapted_weights(self._peft)
-        # The bytes of merged copies.  A packed weight is packed again.
+        # The bytes of merged copies.  A packed weight of an own layer is packed again.
         plain = [(w,) if isinstance(w, Tensor) else w.tensors for w in weights]
-        self.bytes = sum(tensor.nbytes for tensors in plain for tensor in tensors)
-        self._inside = ExitStack()
+        own = sum(tensor.nbytes for tensors in plain for tensor in tensors)
+        self.bytes = own + bytes_of(inner, self._peft, keep)
+        self._inside: list[ExitStack] = []  # one for each block that was entered
 
     def __str__(self) -> str:
         count, size = len(self._own) + len(self._peft), self.bytes / 2**20
-        where = "on the CPU" if self.keep == "cpu" else "on their device"
-        return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
+        where = {
+            "corrections": "are rebuilt from corrections",
+            "device": "stay on their device",
+            "cpu": "stay on the CPU",
+        }[self.keep]
+        return f"{count} layers; merging takes {size:,.0f} MiB, the originals {where}"
 
     def __enter__(self) -> nn.Module:
-        if reason := why_not_merged(self._peft):
-            raise ValueError(reason)
-        model, to_cpu = self.model, self.keep == "cpu"
-        with ExitStack() as stack:
+        model = self.model
+        with lock, ExitStack() as stack:
+            if reason := why_not_merged(self._peft):
+                raise ValueError(reason)
             if self._own:
-                stack.enter_context(merge_in_turn(model, True, True, to_cpu))
+                stack.enter_context(merge_in_turn(model, True, True, self.keep == "cpu"))
                 stack.callback(unmerge_lora, model)
-            stack.enter_context(merge_each(model, active(self._peft), merge_layer, to_cpu))
-            self._inside = stack.pop_all()
+            stack.enter_context(merge_layers(model, active(self._peft), self.keep))
+            self._inside.append(stack.pop_all())
         return self.model
 
     def __exit__(self, *error: Any) -> None:
-        self._inside.close()
+        with lock:
+            self._inside.pop().close()

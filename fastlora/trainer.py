@@ -230,7 +230,7 @@ class MergedSampling(TrainerCallback):
     to another module's: vLLM has one weight for both.
     """
 
-    def __init__(self, *, keep: str = "device") -> None:
+    def __init__(self, *, keep: str = "corrections") -> None:
         self.keep = keep
         self._placed: list[tuple[Any, _Method]] = []
 
@@ -287,7 +287,7 @@ class MergedSampling(TrainerCallback):
         if model in _merged and (inputs or settings):
             raise ValueError("the model is merged already: call unmerge_adapter() first")
         _restore(model)  # after a failed synchronization, the adapters may have changed
-        _merged[model] = merge_adapter(model, self.keep == "cpu", *inputs, **settings)
+        _merged[model] = merge_adapter(model, self.keep, *inputs, **settings)
 
     def _unmerge(self, theirs: Callable, model: Any) -> None:
         if not _restore(model):

@@ -56,12 +56,6 @@ def inputs(model: nn.Module) -> Tensor:
     return torch.randn(2, 9, size, dtype=weight.dtype if weight.is_floating_point() else None)
 
 
-def is_laid_anew(module: nn.Module) -> bool:
-    """Whether bitsandbytes repacked the weight for its kernel for CPUs with AVX512-BF16."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return getattr(state, "packing_format_for_cpu", False)
-
-
 def everything(model: nn.Module) -> dict[str, tuple]:
     """For each parameter and buffer: its identity, address, bits, requires_grad and attributes."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
@@ -94,10 +88,6 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
         expected = model(x)
         # after the first call, because bitsandbytes may repack a weight in it
         before = everything(model)
-        if name == "peft-nf4" and any(map(is_laid_anew, model.modules())):
-            with pytest.raises(ValueError, match="merge misreads"), fastlora.merged(model):
-                pytest.fail("the block was entered")
-            return
         for _ in range(2):
             with fastlora.merged(model) as inside:
                 assert inside is model
@@ -105,8 +95,8 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
                 assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
-    # Merging quantizes the weight again, or x isn't rounded in the merged layer.
-    tolerance = {"peft-nf4": 0.2, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
+    # x isn't rounded in the merged layer; a repacked NF4 layer rounds its scales to 16 bits.
+    tolerance = {"peft-nf4": 0.02, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
     assert (y - expected).norm() <= tolerance * expected.norm()
     # PEFT's forward uses the same merged weights for experts
     assert not torch.equal(y, model(x)) or "experts" in name
@@ -122,7 +112,7 @@ def test_an_error_inside_leaves_no_trace(name):
     assert_as_before(model, before)
 
 
-@pytest.mark.parametrize("keep", ["device", "cpu"])
+@pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
 @pytest.mark.parametrize("name", ["peft", "peft-tied", "peft-int8", "own", "own-int8"])
 @pytest.mark.filterwarnings("ignore")
 def test_cycles_in_bfloat16_leave_the_bits(name, keep):
@@ -198,7 +188,7 @@ def test_the_memory_is_known_before_the_merge(name):
     sampler = fastlora.merged(KINDS[name]())
     layers = [m.base_layer for m in KINDS["peft"]().modules() if hasattr(m, "base_layer")]
     assert sampler.bytes == sum(layer.weight.nbytes for layer in layers)
-    assert str(sampler).startswith(f"{len(layers)} layers; merged weights take 0 MiB")
+    assert str(sampler).startswith(f"{len(layers)} layers; merging takes 0 MiB")
 
 
 def broken(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from . import bitsandbytes, float8, gguf, gptq, hqq, rotated_int8, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
-__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
+__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of", "weight_of"]
 
 # mypy checks every vendor against the protocol.
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq, rotated_int8)
@@ -32,3 +32,9 @@ def quantized_weight(
     """
     vendor = vendor_of(layer, kind)
     return None if vendor is None else vendor.read(layer)
+
+
+def weight_of(layer: nn.Module) -> PackedLayer | str | None:
+    """The same for reading the weight alone: also of layers whose calls round or can't be fast."""
+    vendor = vendor_of(layer)
+    return None if vendor is None else getattr(vendor, "read_weight", vendor.read)(layer)

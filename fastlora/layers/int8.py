@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import PackedLayer, weight_of
 from ..formats.format import Quantized, name_of
 from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import read
 from ..ops.functional import lora_linears
-from ..projection import Base, Output
+from ..projection import DTYPES, Base, Output
 
 
 class Int8Linear(nn.Module):
@@ -59,12 +60,32 @@ def int8_linear(linear: Any) -> Int8Linear:
     return Int8Linear(weight, linear.bias).train(linear.training)
 
 
-def dense_linear(layer: Any) -> nn.Linear:
-    """An ``nn.Linear`` with the values and the bias of an ``Int8Linear``, in its dtype."""
-    packed: Any = read(layer)
-    weight = packed.weight
-    sizes = layer.in_features, layer.out_features
-    dense = nn.Linear(*sizes, bias=False, device="meta", dtype=weight.dtype)
-    dense.weight = nn.Parameter(weight.dense(weight.dtype), requires_grad=False)
-    dense.bias = layer.bias
-    return dense.train(layer.training)
+class _FloatLinear(nn.Linear):
+    """An ``nn.Linear`` in float32 for inputs of any dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:
+    """An ``nn.Linear`` with the values of a packed layer, and a copy of its bias.
+
+    Without ``dtype``, it has the dtype of the bias, or the dtype in which the layer computes.  A
+    layer that computes in any dtype becomes a float32 layer that casts its input.  Raises
+    ValueError if the weight can't be read.
+    """
+    packed = weight_of(layer)
+    if not isinstance(packed, PackedLayer):
+        raise ValueError(packed or f"a {type(layer).__name__} isn't packed")
+    weight, bias = packed.weight, layer.bias
+    known = [each for each in (dtype, getattr(bias, "dtype", None)) if each in DTYPES]
+    known += [packed.compute_dtype] if packed.compute_dtype else []
+    known += [weight.dtype] if hasattr(weight.format, "compute") else []
+    dense = weight.dense(known[0] if known else torch.float32)
+    sizes = weight.shape[1], weight.shape[0]
+    kind = nn.Linear if known else _FloatLinear
+    made = kind(*sizes, bias=False, device="meta", dtype=dense.dtype)
+    made.weight = nn.Parameter(dense, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dense.dtype, copy=True), bias.requires_grad)
+    return made.train(layer.training)

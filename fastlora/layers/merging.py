@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import buffer_for, source_of, widened
 from ..ops.dispatch import autocast_off
+from ..projection import is_plain
 
 
 def add_product(
@@ -53,18 +54,23 @@ def merge_each(
     ``to_cpu``: keep the original weights in CPU memory until the stack is closed, except tied and
     packed weights.
     """
-    parameters = model.named_parameters(remove_duplicate=False) if to_cpu else ()
-    names = Counter(_memory_of(parameter) for _, parameter in parameters)
+    names = memory_names(model) if to_cpu else Counter()
     with ExitStack() as undo:
         for name, layer in layers:
             original = merge(name, layer, undo)
             # A weight whose memory has several names is tied or viewed.
-            if to_cpu and isinstance(original, nn.Parameter) and names[_memory_of(original)] == 1:
+            if to_cpu and isinstance(original, nn.Parameter) and names[memory_of(original)] == 1:
                 send_to_cpu(original, undo)
         return undo.pop_all()
 
 
-def _memory_of(parameter: Tensor) -> int:
+def memory_names(model: nn.Module) -> Counter[int]:
+    """How many names each parameter's memory has in the model; a tied or viewed one has several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return Counter(memory_of(parameter) for _, parameter in named if is_plain(parameter))
+
+
+def memory_of(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
 
 

@@ -21,13 +21,13 @@ from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import Record, Recorder, call_recorded, fits
 from ..layers.int8 import Int8Linear
-from ..layers.members import is_hooked, is_replaced, under, why_patched
+from ..layers.members import is_hooked, is_replaced, plain_class_of, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
+from .dense import dense_base
 from .experts import ParamWrapper
-from .int8 import dense_base
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -57,13 +57,24 @@ class FastLinear(Fast, nn.Module):
             raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
 
     def merge(self, *args, **kwargs) -> None:
-        """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
-        with dense_base(self):
-            super().merge(*args, **kwargs)  # type: ignore[misc]
+        """PEFT's, with a dense base until :meth:`unmerge` if PEFT can't change the packed one."""
+        layer: Any = self
+        plain = plain_class_of(layer)
+        quantizes = getattr(layer, "get_apply_tensor_subclass", None)  # torchao's, if PEFT has it
+        needs_dense = plain is PeftLinear or (issubclass(plain, PeftLinear) and not quantizes)
+        with dense_base(layer, needs_dense) as is_dense:
+            if is_dense:
+                PeftLinear.merge(layer, *args, **kwargs)
+            else:
+                super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
-        with dense_base(self):
-            super().unmerge()  # type: ignore[misc]
+        layer: Any = self
+        with dense_base(layer, False) as is_dense:
+            if is_dense:
+                PeftLinear.unmerge(layer)
+            else:
+                super().unmerge()  # type: ignore[misc]
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
