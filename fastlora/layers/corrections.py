@@ -3,7 +3,7 @@
 A merge rounds weight + delta, so merged - delta, computed in float32, differs from the weight
 mostly by less than two units in the last place.  Then the last two bits of the weight say which
 number near the prediction it is.  Other weights are stored whole, with their places.  A trained
-adapter needs 0.25 to 0.3 bytes for each weight; a copy needs 2.
+adapter needs 0.25 to 0.35 bytes for each weight; a copy needs 2.
 
 Numbers are compared as the integers v = bits of float32 >> shift, which are exact for 16 bits.
 """
@@ -26,7 +26,8 @@ class Corrections(NamedTuple):
     """For a weight of n elements, of which m are far from their prediction."""
 
     bits: Tensor  # uint8 [⌈n / 4⌉]: the last two bits of four values v
-    places: Tensor  # int32 [m]
+    counts: Tensor  # int64 [⌈n / 2¹⁶⌉]: how many of the m are in each stretch of 2¹⁶ elements
+    places: Tensor  # int16 [m]: the place in its stretch, minus 2¹⁵
     values: Tensor  # [m], in the weight's dtype
     total: Tensor  # int64 []: the sum of the weight's bits, to detect another prediction
 
@@ -40,7 +41,7 @@ class Corrections(NamedTuple):
         The prediction may differ by a quarter of a unit in the last place from the one that the
         corrections were made for.  Raises RuntimeError if it differs more.
         """
-        bits, places, values, total = (tensor.to(predicted.device) for tensor in self)
+        bits, counts, places, values, total = (tensor.to(predicted.device) for tensor in self)
         shift = _SHIFTS[values.dtype]
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=bits.device)
         weight = torch.empty(predicted.shape, dtype=values.dtype, device=bits.device)
@@ -50,7 +51,8 @@ class Corrections(NamedTuple):
             lowest = (predicted[some].view(torch.int32) >> shift).sub_(1)
             exact = lowest + (last - lowest).bitwise_and_(3)  # the one in lowest … lowest + 3
             weight[some] = (exact << shift).view(torch.float32)
-        weight[places.long()] = values
+        stretches = torch.arange(len(counts), device=bits.device).repeat_interleave(counts)
+        weight[stretches * 2**16 + places + 2**15] = values
         if not torch.equal(_total(weight), total):
             raise RuntimeError("a merged weight, or the dtype of the model, was changed")
         return weight
@@ -67,12 +69,14 @@ def corrections(weight: Tensor, predicted: Tensor) -> Corrections | None:
         exact = weight[some].float().view(torch.int32)
         # The distance minus 1, because abs() leaves the smallest integer negative.
         distance = (exact - predicted[some].view(torch.int32)).abs_().sub_(1)
-        far.append((distance >= most).nonzero().flatten().add_(some.start).int())
+        far.append((distance >= most).nonzero().flatten() + some.start)
         last = (exact >> shift).to(torch.uint8).bitwise_and_(3)
         four = functional.pad(last, (0, -len(last) % 4)).view(-1, 4)
         parts.append(four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6)
-    places = torch.cat(far)
-    made = Corrections(torch.cat(parts), places, weight[places.long()], _total(weight))
+    index = torch.cat(far)
+    counts = torch.bincount(index >> 16, minlength=1)
+    places = ((index & (2**16 - 1)) - 2**15).short()
+    made = Corrections(torch.cat(parts), counts, places, weight[index], _total(weight))
     try:
         rebuilt = made.rebuild(predicted)
     except RuntimeError:
@@ -82,7 +86,7 @@ def corrections(weight: Tensor, predicted: Tensor) -> Corrections | None:
 
 def has_corrections(weight: Tensor) -> bool:
     """Whether corrections can replace a copy of this weight."""
-    fits = weight.dtype in _SHIFTS and 0 < weight.numel() < 2**31
+    fits = weight.dtype in _SHIFTS and weight.numel() > 0
     return fits and weight.is_contiguous() and not weight.is_inference()
 
 

@@ -11,7 +11,7 @@ from ..formats.format import Quantized, name_of
 from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import read
 from ..ops.functional import lora_linears
-from ..projection import DTYPES, Base, Output
+from ..projection import HALF_DTYPES, Base, Output
 
 
 class Int8Linear(nn.Module):
@@ -60,8 +60,8 @@ def int8_linear(linear: Any) -> Int8Linear:
     return Int8Linear(weight, linear.bias).train(linear.training)
 
 
-class _FloatLinear(nn.Linear):
-    """An ``nn.Linear`` in float32 for inputs of any dtype."""
+class AnyInputLinear(nn.Linear):
+    """An ``nn.Linear`` for inputs of any dtype: it casts them, and casts the output back."""
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
         return super().forward(input.to(self.weight.dtype)).to(input.dtype)
@@ -70,20 +70,20 @@ class _FloatLinear(nn.Linear):
 def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:
     """An ``nn.Linear`` with the values of a packed layer, and a copy of its bias.
 
-    Without ``dtype``, it has the dtype of the bias, or the dtype in which the layer computes.  A
-    layer that computes in any dtype becomes a float32 layer that casts its input.  Raises
-    ValueError if the weight can't be read.
+    ``dtype``: the dtype of its inputs, by default the one that the format records, or the 16-bit
+    dtype of the layer's products or bias.  A layer without these becomes an ``AnyInputLinear`` in
+    float32.  Raises ValueError if the weight can't be read.
     """
     packed = weight_of(layer)
     if not isinstance(packed, PackedLayer):
         raise ValueError(packed or f"a {type(layer).__name__} isn't packed")
     weight, bias = packed.weight, layer.bias
-    known = [each for each in (dtype, getattr(bias, "dtype", None)) if each in DTYPES]
-    known += [packed.compute_dtype] if packed.compute_dtype else []
-    known += [weight.dtype] if hasattr(weight.format, "compute") else []
-    dense = weight.dense(known[0] if known else torch.float32)
-    sizes = weight.shape[1], weight.shape[0]
-    kind = nn.Linear if known else _FloatLinear
+    if dtype is None and hasattr(weight.format, "compute"):
+        dtype = weight.dtype
+    beside = (packed.compute_dtype, getattr(bias, "dtype", None))
+    dtype = dtype or next((each for each in beside if each in HALF_DTYPES), None)
+    dense = weight.dense(dtype or torch.float32)
+    sizes, kind = reversed(weight.shape), nn.Linear if dtype else AnyInputLinear
     made = kind(*sizes, bias=False, device="meta", dtype=dense.dtype)
     made.weight = nn.Parameter(dense, requires_grad=False)
     if bias is not None:

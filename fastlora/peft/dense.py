@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats import vendor_of
+from ..formats import vendor_of, weight_of
 from ..layers.experts import dense_weight, packed_names
 from ..layers.int8 import Int8Linear, dense_linear
 
@@ -72,13 +72,14 @@ def forget_packed(layer: Any) -> None:
 
 
 @contextmanager
-def dense_base(layer: Any, wanted: bool = True) -> Iterator[bool]:
+def dense_base(layer: Any) -> Iterator[bool]:
     """Makes the layer's packed weight dense within the context, and longer if it is then merged.
 
-    Yields whether the weight is dense in place of a packed one.  ``wanted``: False leaves a packed
-    weight as it is.
+    Yields whether the weight is dense in place of a packed one.  A weight that can't be read stays
+    packed, and so does one of GPTQ-Model's, whose layer of PEFT can't be merged.
     """
-    if wanted and is_packed(layer):
+    can = hasattr(layer, "get_delta_weight") and is_packed(layer)
+    if can and not isinstance(weight_of(layer.get_base_layer()), str):
         make_dense(layer)
     try:
         yield has_packed(layer)

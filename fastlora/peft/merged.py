@@ -371,7 +371,6 @@ def merge_adapter(
         return merge_layers(model, layers, keep, safe_merge, adapter_names)
 
 
-
 def why_not_sent(model: Any) -> str:
     """Why a trainer can't send the model's merged weights to vLLM; "" if it can."""
     if not hasattr(model, "merge_adapter"):
