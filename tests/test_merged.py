@@ -3,6 +3,8 @@
 The original bits also return after an error in the block.
 """
 
+import threading
+
 import pytest
 import torch
 from model_kinds import KINDS as MODELS
@@ -121,7 +123,128 @@ def test_cycles_in_bfloat16_leave_the_bits(name, keep):
     for _ in range(3):
         with fastlora.merged(model, keep=keep):
             pass
-    assert all(torch.equal(t, bits[n]) for n, t in model.state_dict().items())
+    assert_bits(model, bits)
+
+
+def assert_bits(model: nn.Module, bits: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in bits.items())
+
+
+def layers_of(model: nn.Module) -> list:
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def base_bits(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict().items()
+    return {name: tensor.detach().clone() for name, tensor in state if "base_layer" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("name", ["peft", "peft-dora", "peft-bias", "peft-several"])
+def test_100_cycles_with_adapters_that_change_inside_leave_the_bits(name, dtype):
+    model = KINDS[name]().to(dtype)
+    bits = base_bits(model)
+    weights = [layer.base_layer.weight for layer in layers_of(model)]
+    for _ in range(100):
+        with torch.no_grad(), fastlora.merged(model):
+            # the merged weights lie in the originals' memory, so there is no second copy
+            assert all(
+                w is m.base_layer.weight for w, m in zip(weights, layers_of(model), strict=True)
+            )
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(-1.01)
+    assert_bits(model, bits)
+
+
+@pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
+@pytest.mark.parametrize("name", ["peft", "peft-dora", "peft-int8", "peft-experts"])
+@pytest.mark.filterwarnings("ignore")
+def test_disabled_adapters_inside_give_the_exact_base_and_stay_merged(name, keep):
+    model = KINDS[name]().bfloat16()
+    x, bits = inputs(model), base_bits(model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(x)
+        with fastlora.merged(model, keep=keep):
+            y = model(x)
+            with model.disable_adapter():
+                assert torch.equal(model(x), base)
+                assert_bits(model, bits)
+            assert all(layer.merged for layer in layers_of(model))
+            assert torch.equal(model(x), y)
+    assert_bits(model, bits)
+
+
+def test_blocks_of_several_threads_share_a_merge():
+    model = KINDS["peft"]().bfloat16()
+    bits, sampler, failed = base_bits(model), fastlora.merged(model), []
+
+    def sample():
+        for _ in range(20):
+            with sampler, fastlora.merged(model):
+                failed.extend(layer for layer in layers_of(model) if not layer.merged)
+
+    threads = [threading.Thread(target=sample) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert not any(layer.merged for layer in layers_of(model))
+    assert_bits(model, bits)
+
+
+def test_training_inside_is_an_error_that_says_why():
+    model = KINDS["peft"]().train()
+    with fastlora.merged(model), pytest.raises(RuntimeError, match="adapters get no gradient"):
+        model(inputs(model)).sum().backward()
+    model(inputs(model)).sum().backward()
+
+
+def test_a_backward_from_before_is_refused_inside_and_right_afterwards():
+    model = KINDS["peft"]().bfloat16()
+    x = inputs(model).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    y = model(x).sum()
+    with fastlora.merged(model), pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+
+def test_peft_s_unmerge_and_merge_inside_are_exact():
+    model = adapted(Mlp(), **UP_DOWN).bfloat16()
+    bits = base_bits(model)
+    model.add_adapter("other", model.peft_config["default"])
+    with fastlora.merged(model):
+        model.unmerge_adapter()
+        assert_bits(model, bits)
+        model.set_adapter("other")
+        model.merge_adapter()
+        assert [layer.merged_adapters for layer in layers_of(model)] == [["other"]] * 2
+    assert_bits(model, bits)
+
+
+def test_another_adapter_on_a_merged_layer_is_refused():
+    model = KINDS["peft-several"]()
+    model.base_model.set_adapter("default")
+    layer = layers_of(model)[0]
+    with fastlora.merged(model):
+        with pytest.raises(ValueError, match=r"merged with \['default'\]: leave the fastlora"):
+            layer.merge(adapter_names=["other"])
+        layer.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="leave the fastlora"), fastlora.merged(model):
+            pytest.fail("the block was entered")
+
+
+def test_a_cast_inside_that_loses_bits_is_an_error():
+    model = KINDS["peft"]().bfloat16()
+    with (
+        pytest.raises(RuntimeError, match="the weights before the merge can't be rebuilt"),
+        fastlora.merged(model),
+    ):
+        model.to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("name", ["peft", "own"])

@@ -11,15 +11,7 @@ from torch import nn
 from . import bitsandbytes, float8, gguf, gptq, hqq, rotated_int8, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
-__all__ = [
-    "SHARDED",
-    "VENDORS",
-    "PackedLayer",
-    "Vendor",
-    "quantized_weight",
-    "vendor_of",
-    "weight_of",
-]
+__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
 
 # mypy checks every vendor against the protocol.
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq, rotated_int8)

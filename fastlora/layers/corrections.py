@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..blocks import slices
+from ..projection import is_plain
 
 # Bits of float32's mantissa that the dtype lacks.
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
@@ -54,7 +55,10 @@ class Corrections(NamedTuple):
         stretches = torch.arange(len(counts), device=bits.device).repeat_interleave(counts)
         weight[stretches * 2**16 + places + 2**15] = values
         if not torch.equal(_total(weight), total):
-            raise RuntimeError("a merged weight, or the dtype of the model, was changed")
+            raise RuntimeError(
+                "the weights before the merge can't be rebuilt, because merged weights, or their "
+                "dtype, were changed: load the model again, and merge with keep='device'"
+            )
         return weight
 
 
@@ -86,7 +90,7 @@ def corrections(weight: Tensor, predicted: Tensor) -> Corrections | None:
 
 def has_corrections(weight: Tensor) -> bool:
     """Whether corrections can replace a copy of this weight."""
-    fits = weight.dtype in _SHIFTS and weight.numel() > 0
+    fits = is_plain(weight) and weight.dtype in _SHIFTS and weight.numel() > 0
     return fits and weight.is_contiguous() and not weight.is_inference()
 
 

@@ -83,8 +83,8 @@ def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:
     beside = (packed.compute_dtype, getattr(bias, "dtype", None))
     dtype = dtype or next((each for each in beside if each in HALF_DTYPES), None)
     dense = weight.dense(dtype or torch.float32)
-    sizes, kind = reversed(weight.shape), nn.Linear if dtype else AnyInputLinear
-    made = kind(*sizes, bias=False, device="meta", dtype=dense.dtype)
+    kind = nn.Linear if dtype else AnyInputLinear
+    made = kind(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dense.dtype)
     made.weight = nn.Parameter(dense, requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(dense.dtype, copy=True), bias.requires_grad)

@@ -44,21 +44,16 @@ def make_dense(layer: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def use_packed(layer: Any) -> None:
-    """Undo :func:`make_dense`, on the device to which the layer was moved meanwhile."""
+    """Undo :func:`make_dense`.  An ``Int8Linear`` follows a cast and a move of the dense weight."""
     if not has_packed(layer):
         return
     kept, name = vars(layer).pop(_KEPT), getattr(layer, "parameter_name", None)
-    dense = layer.base_layer.weight if name is None else layer.get_base_layer()._parameters[name]
-    if isinstance(kept, Int8Linear):
-        kept = kept.to(dense)
-    elif isinstance(kept, nn.Module) and any(t.device != dense.device for t in kept.parameters()):
-        kept = kept.to(dense.device)
     if name is None:
-        layer.base_layer = kept
-        return
-    base = layer.get_base_layer()
-    del base._parameters[name]
-    setattr(base, name, kept)
+        layer.base_layer = kept.to(layer.base_layer.weight) if type(kept) is Int8Linear else kept
+    else:
+        base = layer.get_base_layer()
+        del base._parameters[name]
+        setattr(base, name, kept)
 
 
 def has_packed(layer: Any) -> bool:

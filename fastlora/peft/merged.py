@@ -32,7 +32,7 @@ from ..layers.experts import packed_names
 from ..layers.members import plain_class_of
 from ..layers.modules import called, is_sharded, owners_of, plain_name
 from ..ops.dispatch import autocast_off
-from ..projection import DTYPES, is_plain
+from ..projection import DTYPES
 from .dense import is_packed, make_dense, use_packed
 
 # Classes of PEFT whose layers can be merged.
@@ -41,7 +41,7 @@ _KINDS = (
     "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear",
 )  # fmt: skip
 _HELD = "_fastlora_held"  # an attribute of layers that are merged here
-_METHODS = ("merge", "unmerge", "enable_adapters")  # replaced on merged layers
+_LEAVE = "leave the fastlora.merged block before you use other adapters"
 _UNTRAINED = (
     "the model is merged (fastlora.merged), so its adapters get no gradient: leave the block "
     "before the forward pass of a training step"
@@ -69,10 +69,7 @@ def why_not_merged(layers: Layers) -> str:
         if held is not None and layer.merged:
             if set(layer.merged_adapters) == {a for a in layer.active_adapters if a in layer.r}:
                 continue
-            reason = (
-                f"is merged with the adapters {layer.merged_adapters}, and other adapters are "
-                "active now: leave the first fastlora.merged block before you change them"
-            )
+            reason = f"is merged with {layer.merged_adapters}: {_LEAVE}"
         elif layer.merged:
             reason = "is merged already: call PEFT's unmerge_adapter() first"
         elif not any(derived_from(kind, "peft.tuners.lora", each) for each in _KINDS):
@@ -133,48 +130,29 @@ def _dtype_around(model: nn.Module) -> torch.dtype | None:
 
 
 def merge_layers(
-    model: nn.Module,
-    layers: Layers,
-    keep: str,
-    safe_merge: bool = True,
-    adapter_names: Any = None,
+    model: nn.Module, layers: Layers, keep: str, safe_merge: bool = True, adapter_names: Any = None
 ) -> ExitStack:
     """Merge one layer after another.  Closing the returned stack restores every weight.
 
     ``keep``: as for :class:`fastlora.merged`.  An error restores all layers.
     """
-    names = merging.memory_names(model)
-    how = _dtype_around(model), keep, names, safe_merge, adapter_names
+    how = _dtype_around(model), keep, merging.memory_names(model), safe_merge
     with lock, ExitStack() as undo:
         for name, layer in layers:
             held = _held(layer)
             if held is None:
-                held = _Held(name, *how)
-                held.merge(layer)
+                held = _Held(
+                    partial(_merge, called(name), layer, *how, adapter_names=adapter_names)
+                )
                 if not layer.merged:  # it has none of these adapters
                     continue
-                vars(layer)[_HELD] = held
-                ours: Any = {"merge": merge, "unmerge": unmerge, "enable_adapters": enable_adapters}
-                for method, function in ours.items():
-                    vars(layer)[method] = MethodType(function, layer)
+                methods = {each.__name__: MethodType(each, layer) for each in _METHODS}
+                layer.__dict__.update({_HELD: held, **methods})
+            elif not layer.merged:  # PEFT's set_adapter unmerges
+                held.undo = held.merge()
             held.blocks += 1
             undo.callback(_release, layer, held)
         return undo.pop_all()
-
-
-def _release(layer: Any, held: "_Held") -> None:
-    """Leave one block; the last one restores the layer."""
-    with lock:
-        held.blocks -= 1
-        if held.blocks == 0:
-            for name in (_HELD, *_METHODS):
-                vars(layer).pop(name, None)
-            held.undo.close()
-
-
-def _held(layer: Any) -> "_Held | None":
-    """How the layer is merged by fastlora; None if it isn't, or is a copy of such a layer."""
-    return vars(layer).get(_HELD)
 
 
 class _Held:
@@ -183,68 +161,96 @@ class _Held:
     A copy of a layer gets None in its place: it is merged as PEFT's layers are.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dtype: torch.dtype | None,
-        keep: str,
-        names: Counter[int],
-        safe_merge: bool,
-        adapter_names: Any,
-    ) -> None:
-        self.name, self.dtype, self.keep, self.names = name, dtype, keep, names
-        self.settings = {"safe_merge": safe_merge, "adapter_names": adapter_names}
-        self.blocks, self.undo = 0, ExitStack()
-
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
+    def __init__(self, merge: Callable[..., ExitStack]) -> None:
+        self.merge, self.undo, self.blocks = merge, merge(), 0
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    def merge(self, layer: Any) -> None:
-        """Merge by PEFT's ``merge``, and note in ``undo`` how to restore.
 
-        The layer is as before if it has none of these adapters.
-        """
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-            packed = is_packed(layer)
-            try:
-                if packed:
-                    undo.callback(_keep_merged_adapters(layer))
-                    make_dense(layer, self.dtype)
-                    undo.callback(use_packed, layer)
-                    _use_plain_class(layer, undo)
-                base, name = layer.get_base_layer(), _weight_name(layer)
-                original = base._parameters[name]
-                undo.callback(_noted(base, layer))
-                if not packed:
-                    copied = () if self.settings["safe_merge"] else (name, "bias")
-                    _use_other_parameters(base, copied)
-                type(layer).merge(layer, **self.settings)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"{called(self.name)} can't be merged: {error}") from error
-            if not layer.merged:
-                return  # closes ``undo``, which frees the copy
-            undo.callback(layer.register_forward_hook(_refuse_training).remove)
-            is_alone = self.names[merging.memory_of(original)] == 1  # neither tied nor viewed
-            if not packed and is_alone and self.keep == "cpu":
+def _held(layer: Any) -> _Held | None:
+    """How fastlora has merged the layer; None if it hasn't."""
+    return vars(layer).get(_HELD)
+
+
+def _release(layer: Any, held: _Held) -> None:
+    """Leave one block; the last one restores the layer."""
+    with lock:
+        held.blocks -= 1
+        if held.blocks == 0:
+            for name in (_HELD, *[each.__name__ for each in _METHODS]):
+                vars(layer).pop(name, None)
+            held.undo.close()
+
+
+def _merge(
+    name: str,
+    layer: Any,
+    dtype: torch.dtype | None,
+    keep: str,
+    memory: Counter[int],
+    safe_merge: bool,
+    adapter_names: Any,
+) -> ExitStack:
+    """Merge by PEFT's ``merge``.  Closing the returned stack restores the layer."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        undo.callback(layer.merged_adapters.clear)
+        undo.callback(layer._caches.clear)
+        packed = is_packed(layer)
+        try:
+            if packed:
+                undo.callback(use_packed, layer)
+                make_dense(layer, dtype)
+            if packed and not hasattr(layer, "parameter_name"):  # PEFT's layer for dense bases
+                plain = sys.modules["peft.tuners.lora.layer"].Linear
+                undo.callback(change_class, layer, change_class(layer, plain))
+                vars(layer).setdefault("fan_in_fan_out", False)  # GPTQLoraLinear has none
+            base, place = layer.get_base_layer(), _weight_name(layer)
+            original = base._parameters[place]
+            if not packed:
+                _use_copies(base, (place, "bias"), undo)
+            type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{name} can't be merged: {error}") from error
+        if not layer.merged:
+            return ExitStack()
+        undo.callback(layer.register_forward_hook(_refuse_training).remove)
+        if not packed and memory[merging.memory_of(original)] == 1:  # neither tied nor viewed
+            if keep == "cpu":
                 merging.send_to_cpu(original, undo)
-            elif not packed and is_alone and self.keep == "corrections":
-                _keep_corrections(layer, base, name, original, undo)
-            self.undo = undo.pop_all()
+            elif keep == "corrections" and has_corrections(original):
+                _keep_corrections(layer, base, place, original, undo)
+        return undo.pop_all()
+
+
+def _use_copies(base: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
+    """Replace these parameters of a base by copies, until ``undo`` closes."""
+    for name in names:
+        parameter = base._parameters.get(name)
+        if parameter is not None:
+            undo.callback(_use, base, name, parameter)
+            copied = parameter.detach().clone()
+            base._parameters[name] = nn.Parameter(copied, requires_grad=False)
+
+
+def _use(base: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in place of another one, with that one's device and dtype."""
+    other = base._parameters[name]
+    if other is not None and other is not parameter:
+        merging.move(parameter, other.device, other.dtype)
+        base._parameters[name] = parameter
 
 
 def merge(layer: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
-    """PEFT's ``merge`` of a layer that is merged by fastlora."""
+    """PEFT's ``merge`` of a layer that fastlora holds merged."""
     held, names = _held(layer), layer.active_adapters if adapter_names is None else adapter_names
-    if held is None or {name for name in names if name in layer.r} <= {*layer.merged_adapters}:
+    others = {name for name in names if name in layer.r} - {*layer.merged_adapters}
+    if held is None or not others:
         type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
     elif layer.merged:
-        raise ValueError(f"{called(held.name)} is merged: leave the fastlora.merged block first")
+        raise ValueError(f"the layer is merged with {layer.merged_adapters}: {_LEAVE}")
     else:
-        with lock:
-            held.merge(layer)
+        held.undo = held.merge(adapter_names=adapter_names)
 
 
 def unmerge(layer: Any) -> None:
@@ -253,20 +259,21 @@ def unmerge(layer: Any) -> None:
     if held is None or not layer.merged:
         type(layer).unmerge(layer)
     else:
-        with lock:
-            held.undo.close()
+        held.undo.close()
 
 
 def enable_adapters(layer: Any, enabled: bool) -> None:
     """PEFT's ``enable_adapters``: a disabled layer has the exact base, an enabled one is merged."""
     held = _held(layer)
-    if held is not None and not enabled:
-        with lock:
+    with lock:
+        if held is not None and not enabled:
             held.undo.close()
-    type(layer).enable_adapters(layer, enabled)
-    if held is not None and enabled and not layer.merged:
-        with lock:
-            held.merge(layer)
+        type(layer).enable_adapters(layer, enabled)
+        if held is not None and enabled and not layer.merged:
+            held.undo = held.merge()
+
+
+_METHODS: tuple[Callable, ...] = (merge, unmerge, enable_adapters)  # replaced on merged layers
 
 
 def _refuse_training(layer: Any, inputs: tuple, output: Any) -> Any:
@@ -303,14 +310,12 @@ def _keep_corrections(
 ) -> None:
     """Move the merged weight to the original's memory, if corrections can rebuild the original."""
     merged: Any = base._parameters[name]
-    if not (is_plain(original) and has_corrections(original)):
-        return
     predict = _predictor(layer, base, name)
     # A variant of LoRA that PEFT can't unmerge keeps the copy.
     with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         made = corrections(original.detach().flatten(), predict(merged))
         if made is not None:
-            # Tensors of before are valid again afterwards, and not inside: autograd sees it.
+            # autograd refuses a backward inside that needs the original, and accepts it afterwards
             undo.enter_context(torch.autograd._unsafe_preserve_version_counter(original))
             undo.callback(_rebuild, original, made, predict)
             original.copy_(merged)
@@ -319,13 +324,7 @@ def _keep_corrections(
 
 def _rebuild(original: nn.Parameter, made: Corrections, predict: Callable) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            weight = made.rebuild(predict(original.to(made.values.dtype)))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the weights before fastlora.merged can't be rebuilt: {error} inside of the "
-                "block.  Load the model again, and use keep='device' for such changes"
-            ) from error
+        weight = made.rebuild(predict(original.to(made.values.dtype)))
         original.copy_(weight.view(original.shape))
 
 
@@ -344,13 +343,14 @@ def _predictor(layer: Any, base: nn.Module, name: str) -> Callable[[Tensor], Ten
     bias = getattr(base, "bias", None)
 
     def predict(weight: Tensor) -> Tensor:
+        small.to(weight.device)
         place._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
         place._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().float())
-        small.to(weight.device)
         small.__dict__.update(merged_adapters=[*merged], _caches={**caches})
         with autocast_off(weight.device.type):
             type(small).unmerge(small)
-        return place._parameters.pop(name).detach().flatten()
+        predicted: Any = place._parameters.pop(name)
+        return predicted.detach().flatten()
 
     return predict
 
@@ -392,39 +392,3 @@ def _tuner_layers(model: nn.Module) -> Layers:
     """The layers that PEFT's ``merge_adapter`` merges."""
     named = ((plain_name(name), module) for name, module in model.named_modules())
     return [each for each in named if derived_from(type(each[1]), "peft.tuners", "BaseTunerLayer")]
-
-
-def _keep_merged_adapters(layer: Any) -> Callable[[], None]:
-    """A function that restores the layer's list of merged adapters."""
-    return partial(layer.merged_adapters.__setitem__, slice(None), [*layer.merged_adapters])
-
-
-def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
-    """Save everything that PEFT's merge of a layer changes; returns a function that restores it."""
-    objects = [base._parameters, layer._caches]
-    before = [entries.copy() for entries in objects]
-    use_adapters = _keep_merged_adapters(layer)
-
-    def put_back() -> None:
-        parameters = base._parameters.copy()
-        for entries, content in zip(objects, before, strict=True):
-            entries.clear()
-            entries.update(content)
-        for name, parameter in base._parameters.items():  # follow a move by .to() inside
-            other = parameters.get(name)
-            if parameter is not None and other is not None and is_plain(parameter):
-                merging.move(parameter, other.device, other.dtype)
-        use_adapters()
-
-    return put_back
-
-
-def _use_other_parameters(base: nn.Module, copied: Iterable[str]) -> None:
-    """Replace the parameters of a base by new ones, over a copy for these names.
-
-    The others are over the same memory.
-    """
-    for name, parameter in base._parameters.items():
-        if parameter is not None and is_plain(parameter):
-            data = parameter.detach().clone() if name in copied else parameter.detach()
-            base._parameters[name] = nn.Parameter(data, requires_grad=False)
