@@ -3,7 +3,7 @@
 PEFT's own merge does the merging, into new Parameters over a copy.  A dense weight in 16 bits keeps
 only corrections (:mod:`fastlora.layers.corrections`): the merged weight lies in the original's
 memory, and the base is rebuilt from it and the adapters of the merge.  A packed base is dense while
-it is merged.  Any other weight is kept as it is.
+it is merged.  Other weights are kept beside a merged copy.
 
 Blocks on the same layers, nested or in several threads, share one merge.  Inside, PEFT's
 ``disable_adapter()`` and ``unmerge_adapter()`` give the exact base, and enabled layers are merged
@@ -97,7 +97,7 @@ def why_not_merged(layers: Layers) -> str:
 
 
 def bytes_of(model: nn.Module, layers: Layers, keep: str) -> int:
-    """The bytes that a merge takes in addition; for corrections, what a trained adapter needs."""
+    """The bytes that a merge takes in addition; for corrections, those of a trained adapter."""
     costs: dict[tuple[int, str], int] = {}
     around = _dtype_around(model)
     for _, layer in active(layers):
