@@ -216,8 +216,8 @@ class MergedSampling(TrainerCallback):
       calls to send merged weights.  ``merge_adapter`` takes PEFT's arguments and gives PEFT's names
       and values; ``unmerge_adapter`` restores the original weights.
 
-    Afterwards the base weights have their exact bits again.  ``keep`` says where the original
-    weights are kept meanwhile (see :class:`fastlora.merged`).
+    Afterwards the base weights have their exact bits again.  ``keep`` is
+    :class:`fastlora.merged`'s.
 
     The end of training restores the methods.  An error in training ends it without a callback: the
     methods then stay replaced, and a merged model stays merged, until :meth:`put_back`, or until

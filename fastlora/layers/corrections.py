@@ -24,7 +24,7 @@ _ON_CPU, _ON_OTHERS = 2**15, 2**24
 
 
 class Corrections(NamedTuple):
-    """The corrections of a weight of n elements; m of the elements are far from their prediction."""
+    """The corrections of a weight of n elements, where m are far from their prediction."""
 
     bits: Tensor  # uint8 [⌈n / 4⌉]: the last two bits of four values v
     counts: Tensor  # int64 [⌈n / 2¹⁶⌉]: how many of the m are in each stretch of 2¹⁶ elements
