@@ -214,7 +214,7 @@ class MergedSampling(TrainerCallback):
       one product per layer instead of three.
     * With vLLM (``use_vllm``), PEFT's ``merge_adapter`` and ``unmerge_adapter``, which the trainer
       calls to send merged weights.  ``merge_adapter`` takes PEFT's arguments and gives PEFT's names
-      and values, and dense weights for a packed base; ``unmerge_adapter`` restores the original weights.
+      and values, dense ones for a packed base; ``unmerge_adapter`` restores the original weights.
 
     Afterwards the base weights have their exact bits again.  ``keep`` is
     :class:`fastlora.merged`'s.
