@@ -128,10 +128,10 @@ class MergedSampling(TrainerCallback):
       one product per layer instead of three.
     * With vLLM (``use_vllm``), PEFT's ``merge_adapter`` and ``unmerge_adapter``, which the trainer
       calls to send merged weights.  ``merge_adapter`` takes PEFT's arguments and gives PEFT's names
-      and values; ``unmerge_adapter`` restores the original weights.
+      and values, dense ones for a packed base; ``unmerge_adapter`` restores the original weights.
 
-    Afterwards the base weights have their exact bits again.  ``keep`` says where the original
-    weights are kept meanwhile (see :class:`fastlora.merged`).
+    Afterwards the base weights have their exact bits again.  ``keep`` is
+    :class:`fastlora.merged`'s.
 
     The end of training restores the methods.  An error in training ends it without a callback: the
     methods then stay replaced, and a merged model stays merged, until :meth:`put_back`, or until
@@ -144,7 +144,7 @@ class MergedSampling(TrainerCallback):
     to another module's: vLLM has one weight for both.
     """
 
-    def __init__(self, *, keep: str = "device") -> None:
+    def __init__(self, *, keep: str = "corrections") -> None:
         self.keep = keep
         self._placed: list[tuple[Any, _Method]] = []
 
@@ -201,7 +201,7 @@ class MergedSampling(TrainerCallback):
         if model in _merged and (inputs or settings):
             raise ValueError("the model is merged already: call unmerge_adapter() first")
         _restore(model)  # after a failed synchronization, the adapters may have changed
-        _merged[model] = merge_adapter(model, self.keep == "cpu", *inputs, **settings)
+        _merged[model] = merge_adapter(model, self.keep, *inputs, **settings)
 
     def _unmerge(self, theirs: Callable, model: Any) -> None:
         if not _restore(model):

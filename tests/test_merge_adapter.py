@@ -215,7 +215,7 @@ def test_a_second_callback_s_merge_is_undone_by_it():
     assert all(map(torch.equal, frozen_bits(model), before))
 
 
-@pytest.mark.parametrize("keep", ["device", "cpu"])
+@pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
 def test_a_model_that_is_unloaded_while_merged_stays_merged(keep):
     model, theirs = both()
     sampling = begin_with_vllm(model, keep=keep)

@@ -3,6 +3,8 @@
 The original bits also return after an error in the block.
 """
 
+import threading
+
 import pytest
 import torch
 from model_kinds import KINDS as MODELS
@@ -56,12 +58,6 @@ def inputs(model: nn.Module) -> Tensor:
     return torch.randn(2, 9, size, dtype=weight.dtype if weight.is_floating_point() else None)
 
 
-def is_laid_anew(module: nn.Module) -> bool:
-    """Whether bitsandbytes repacked the weight for its kernel for CPUs with AVX512-BF16."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return getattr(state, "packing_format_for_cpu", False)
-
-
 def everything(model: nn.Module) -> dict[str, tuple]:
     """For each parameter and buffer: its identity, address, bits, requires_grad and attributes."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
@@ -94,10 +90,6 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
         expected = model(x)
         # after the first call, because bitsandbytes may repack a weight in it
         before = everything(model)
-        if name == "peft-nf4" and any(map(is_laid_anew, model.modules())):
-            with pytest.raises(ValueError, match="merge misreads"), fastlora.merged(model):
-                pytest.fail("the block was entered")
-            return
         for _ in range(2):
             with fastlora.merged(model) as inside:
                 assert inside is model
@@ -105,8 +97,8 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
                 assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
-    # Merging quantizes the weight again, or x isn't rounded in the merged layer.
-    tolerance = {"peft-nf4": 0.2, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
+    # x isn't rounded in the merged layer; a repacked NF4 layer rounds its scales to 16 bits.
+    tolerance = {"peft-nf4": 0.02, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
     assert (y - expected).norm() <= tolerance * expected.norm()
     # PEFT's forward uses the same merged weights for experts
     assert not torch.equal(y, model(x)) or "experts" in name
@@ -122,7 +114,7 @@ def test_an_error_inside_leaves_no_trace(name):
     assert_as_before(model, before)
 
 
-@pytest.mark.parametrize("keep", ["device", "cpu"])
+@pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
 @pytest.mark.parametrize("name", ["peft", "peft-tied", "peft-int8", "own", "own-int8"])
 @pytest.mark.filterwarnings("ignore")
 def test_cycles_in_bfloat16_leave_the_bits(name, keep):
@@ -131,7 +123,128 @@ def test_cycles_in_bfloat16_leave_the_bits(name, keep):
     for _ in range(3):
         with fastlora.merged(model, keep=keep):
             pass
-    assert all(torch.equal(t, bits[n]) for n, t in model.state_dict().items())
+    assert_bits(model, bits)
+
+
+def assert_bits(model: nn.Module, bits: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in bits.items())
+
+
+def layers_of(model: nn.Module) -> list:
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def base_bits(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict().items()
+    return {name: tensor.detach().clone() for name, tensor in state if "base_layer" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("name", ["peft", "peft-dora", "peft-bias", "peft-several"])
+def test_100_cycles_with_adapters_that_change_inside_leave_the_bits(name, dtype):
+    model = KINDS[name]().to(dtype)
+    bits = base_bits(model)
+    weights = [layer.base_layer.weight for layer in layers_of(model)]
+    for _ in range(100):
+        with torch.no_grad(), fastlora.merged(model):
+            # the merged weights lie in the originals' memory, so there is no second copy
+            assert all(
+                w is m.base_layer.weight for w, m in zip(weights, layers_of(model), strict=True)
+            )
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(-1.01)
+    assert_bits(model, bits)
+
+
+@pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
+@pytest.mark.parametrize("name", ["peft", "peft-dora", "peft-int8", "peft-experts"])
+@pytest.mark.filterwarnings("ignore")
+def test_disabled_adapters_inside_give_the_exact_base_and_stay_merged(name, keep):
+    model = KINDS[name]().bfloat16()
+    x, bits = inputs(model), base_bits(model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(x)
+        with fastlora.merged(model, keep=keep):
+            y = model(x)
+            with model.disable_adapter():
+                assert torch.equal(model(x), base)
+                assert_bits(model, bits)
+            assert all(layer.merged for layer in layers_of(model))
+            assert torch.equal(model(x), y)
+    assert_bits(model, bits)
+
+
+def test_blocks_of_several_threads_share_a_merge():
+    model = KINDS["peft"]().bfloat16()
+    bits, sampler, merged = base_bits(model), fastlora.merged(model), []
+
+    def sample():
+        for _ in range(20):
+            with sampler, fastlora.merged(model):
+                merged.append(all(layer.merged for layer in layers_of(model)))
+
+    threads = [threading.Thread(target=sample) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert merged == [True] * 80
+    assert not any(layer.merged for layer in layers_of(model))
+    assert_bits(model, bits)
+
+
+def test_training_inside_is_an_error_that_says_why():
+    model = KINDS["peft"]().train()
+    with fastlora.merged(model), pytest.raises(RuntimeError, match="adapters get no gradient"):
+        model(inputs(model)).sum().backward()
+    model(inputs(model)).sum().backward()
+
+
+def test_a_backward_from_before_is_refused_inside_and_right_afterwards():
+    model = KINDS["peft"]().bfloat16()
+    x = inputs(model).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    y = model(x).sum()
+    with fastlora.merged(model), pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+
+def test_peft_s_unmerge_and_merge_inside_are_exact():
+    model = adapted(Mlp(), **UP_DOWN).bfloat16()
+    bits = base_bits(model)
+    model.add_adapter("other", model.peft_config["default"])
+    with fastlora.merged(model):
+        model.unmerge_adapter()
+        assert_bits(model, bits)
+        model.set_adapter("other")
+        model.merge_adapter()
+        assert [layer.merged_adapters for layer in layers_of(model)] == [["other"]] * 2
+    assert_bits(model, bits)
+
+
+def test_another_adapter_on_a_merged_layer_is_refused():
+    model = KINDS["peft-several"]()
+    model.base_model.set_adapter("default")
+    layer = layers_of(model)[0]
+    with fastlora.merged(model):
+        with pytest.raises(ValueError, match=r"merged with \['default'\]: leave the fastlora"):
+            layer.merge(adapter_names=["other"])
+        layer.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="leave the fastlora"), fastlora.merged(model):
+            pytest.fail("the block was entered")
+
+
+def test_a_cast_inside_that_loses_bits_is_an_error():
+    model = KINDS["peft"]().bfloat16()
+    with (
+        pytest.raises(RuntimeError, match="the weights before the merge can't be rebuilt"),
+        fastlora.merged(model),
+    ):
+        model.to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("name", ["peft", "own"])
@@ -198,7 +311,7 @@ def test_the_memory_is_known_before_the_merge(name):
     sampler = fastlora.merged(KINDS[name]())
     layers = [m.base_layer for m in KINDS["peft"]().modules() if hasattr(m, "base_layer")]
     assert sampler.bytes == sum(layer.weight.nbytes for layer in layers)
-    assert str(sampler).startswith(f"{len(layers)} layers; merged weights take 0 MiB")
+    assert str(sampler).startswith(f"{len(layers)} layers; merging takes 0 MiB")
 
 
 def broken(model: nn.Module) -> nn.Module:

@@ -187,8 +187,6 @@ KINDS = {
         mixture().bfloat16(), target_modules=["q_proj"], target_parameters=PARAMETERS
     ),
 }
-if BITSANDBYTES:
-    KINDS["nf4"] = lambda: adapted(nf4(), **ALL)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -197,7 +195,7 @@ if BITSANDBYTES:
         "name": {name: name for name in KINDS},
         "optimized": [False, True],
         "mode": ["server", "colocate"],
-        "keep": ["device", "cpu"],
+        "keep": ["corrections", "device", "cpu"],
     }
 )
 def test_names_and_values_are_peft_s_and_the_original_bits_return(name, optimized, mode, keep):
@@ -218,6 +216,21 @@ def test_names_and_values_are_peft_s_and_the_original_bits_return(name, optimize
     assert_restored(model, before)
     for method in METHODS:
         assert getattr(model, method).__func__ is getattr(BaseTuner, method)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
+def test_a_packed_base_is_sent_dense_and_its_bits_return():
+    model = adapted(nf4(), **ALL)
+    before, names = bits(model), by_peft(model).keys()
+    sampling = begin(model, keep="corrections")
+    made, received = synchronizer(model, "server")
+    made.sync_weights()
+    sent = received.sent.pop()
+    assert sent.keys() == names
+    assert all(tensor.is_floating_point() for tensor in sent.values())
+    assert_restored(model, before)
+    sampling.put_back()
 
 
 TRAINERS = {  # the module, the trainer's name, vLLM's mode, gradient checkpointing

@@ -34,3 +34,9 @@ def quantized_weight(
     """
     vendor = vendor_of(layer, kind)
     return None if vendor is None else vendor.read(layer)
+
+
+def weight_of(layer: nn.Module) -> PackedLayer | str | None:
+    """The same for reading the weight alone: also of layers whose calls round or can't be fast."""
+    vendor = vendor_of(layer)
+    return None if vendor is None else getattr(vendor, "read_weight", vendor.read)(layer)

@@ -172,7 +172,21 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
 
 @checked("its quantization state is")
 def read(layer: Any) -> PackedLayer | str:
-    return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
+    if not hasattr(layer, "state"):
+        return _read_four_bit(layer)
+    if layer.state.threshold:
+        return (
+            f"its outlier threshold is {layer.state.threshold}: which columns of x it rounds to 8 "
+            "bits depends on their values; 0 is read"
+        )
+    return _read_int8(layer)
+
+
+@checked("its quantization state is")
+def read_weight(layer: Any) -> PackedLayer | str:
+    """The weight, whatever the outlier threshold, also if a call in evaluation repacked it."""
+    with torch.enable_grad():
+        return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
 
 
 def pack(layer: Any, weight: Tensor) -> None:
@@ -294,11 +308,6 @@ def _read_int8(layer: Any) -> PackedLayer | str:
     state, weight = layer.state, layer.weight
     if state.has_fp16_weights:
         return "its weight has 16 bits, and is quantized in every call (has_fp16_weights)"
-    if state.threshold:
-        return (
-            f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
-            "depends on their values; 0 is read"
-        )
     if state.SCB is None and not hasattr(weight, "SCB"):
         return "its weight was made anew without its scales (FSDP2 does that)"
     # The first call moves both to the state, and moving the model to a device skips the state.

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import PackedLayer, weight_of
 from ..formats.format import Quantized, name_of
 from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import read
 from ..ops.functional import lora_linears
-from ..projection import Base, Output
+from ..projection import HALF_DTYPES, Base, Output
 
 
 class Int8Linear(nn.Module):
@@ -64,12 +65,32 @@ def int8_linear(linear: Any) -> Int8Linear:
     return Int8Linear(weight, linear.bias).train(linear.training)
 
 
-def dense_linear(layer: Any) -> nn.Linear:
-    """An ``nn.Linear`` with the values and the bias of an ``Int8Linear``, in its dtype."""
-    packed: Any = read(layer)
-    weight = packed.weight
-    sizes = layer.in_features, layer.out_features
-    dense = nn.Linear(*sizes, bias=False, device="meta", dtype=weight.dtype)
-    dense.weight = nn.Parameter(weight.dense(weight.dtype), requires_grad=False)
-    dense.bias = layer.bias
-    return dense.train(layer.training)
+class AnyInputLinear(nn.Linear):
+    """An ``nn.Linear`` for inputs of any dtype: it casts them, and casts the output back."""
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:
+    """An ``nn.Linear`` with the values of a packed layer, and a copy of its bias.
+
+    ``dtype``: the dtype of its inputs, by default the one that the format records, or the 16-bit
+    dtype of the layer's products or bias.  A layer without these becomes an ``AnyInputLinear`` in
+    float32.  Raises ValueError if the weight can't be read.
+    """
+    packed = weight_of(layer)
+    if not isinstance(packed, PackedLayer):
+        raise ValueError(packed or f"a {type(layer).__name__} isn't packed")
+    weight, bias = packed.weight, layer.bias
+    if dtype is None and hasattr(weight.format, "compute"):
+        dtype = weight.dtype
+    beside = (packed.compute_dtype, getattr(bias, "dtype", None))
+    dtype = dtype or next((each for each in beside if each in HALF_DTYPES), None)
+    dense = weight.dense(dtype or torch.float32)
+    kind = nn.Linear if dtype else AnyInputLinear
+    made = kind(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dense.dtype)
+    made.weight = nn.Parameter(dense, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dense.dtype, copy=True), bias.requires_grad)
+    return made.train(layer.training)

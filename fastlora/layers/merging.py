@@ -1,11 +1,6 @@
-"""Merges adapters into weights: one weight (:func:`add_product`), or all layers of a model.
-
-:func:`merge_each` merges fastlora's layers and PEFT's.  For each kind of layer, its caller gives it
-a function that merges one layer.
-"""
+"""Merges an adapter into one weight, and moves parameters whose memory a merge needs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import buffer_for, source_of, widened
 from ..ops.dispatch import autocast_off
+from ..projection import is_plain
 
 
 def add_product(
@@ -38,33 +34,13 @@ def add_product(
     return merged
 
 
-def merge_each(
-    model: nn.Module,
-    layers: Iterable[tuple[str, Any]],
-    merge: Callable[[str, Any, ExitStack], Any],
-    to_cpu: bool,
-) -> ExitStack:
-    """Merge one layer after another.  Closing the returned stack restores every weight.
-
-    ``merge(name, layer, undo)`` merges a layer and returns its original weight.  Before it changes
-    the layer, it registers in ``undo`` a function that restores the layer.  An error restores all
-    layers.
-
-    ``to_cpu``: keep the original weights in CPU memory until the stack is closed, except tied and
-    packed weights.
-    """
-    parameters = model.named_parameters(remove_duplicate=False) if to_cpu else ()
-    names = Counter(_memory_of(parameter) for _, parameter in parameters)
-    with ExitStack() as undo:
-        for name, layer in layers:
-            original = merge(name, layer, undo)
-            # A weight whose memory has several names is tied or viewed.
-            if to_cpu and isinstance(original, nn.Parameter) and names[_memory_of(original)] == 1:
-                send_to_cpu(original, undo)
-        return undo.pop_all()
+def memory_names(model: nn.Module) -> Counter[int]:
+    """How many names each parameter's memory has in the model; a tied or viewed one has several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return Counter(memory_of(parameter) for _, parameter in named if is_plain(parameter))
 
 
-def _memory_of(parameter: Tensor) -> int:
+def memory_of(parameter: Tensor) -> int:
     return parameter.untyped_storage().data_ptr()
 
 

@@ -78,8 +78,6 @@ def run_dense(
     no node runs the call.
     """
     kind = plain_class_of(experts)
-    if gguf.is_experts(kind):  # its own forward is a GPU kernel for GGUF's blocks
-        raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
     given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
     packed = packed_names(experts)
     lost = [name for name in packed if weight_in(experts, name).device.type == "meta"]
@@ -87,6 +85,13 @@ def run_dense(
         raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
     dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
     made = {name: dense_weight(experts, name, dtype) for name in packed if name not in weights}
+    if gguf.is_experts(kind):  # its own forward is a GPU kernel for GGUF's blocks
+        read = read_module(experts)
+        dense = {name: getattr(experts, name) for name in read.names} | made | weights
+        up, down = (Output(Base(dense[name])) for name in read.names)
+        if read.reason or named or not takes(args, (up, down)):
+            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
+        return run_experts(args, read, up, down)
     forward: Any = kind.forward
     while any(n.endswith(SCALE) for n in experts._parameters) and hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__  # FP8Experts' undecorated forward takes dense weights

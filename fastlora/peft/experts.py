@@ -19,6 +19,7 @@ from ..layers.experts import (
     Experts,
     dense_weight,
     lies_transposed,
+    needs_class,
     packed_names,
     read_module,
     run_experts,
@@ -32,6 +33,7 @@ from ..layers.members import is_hooked, why_not_tensor, why_patched
 from ..layers.packed_experts import run_dense
 from ..projection import Adapter, Base, Output
 from . import newer
+from .dense import dense_base
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
 
 _UNTESTED = bool(newer())  # computed once, because it takes as long as a small op
@@ -60,11 +62,20 @@ class ParamWrapper(Fast, PeftParamWrapper):
                 up, down = record.outputs
                 if takes((x, *args), (up, down)):
                     return run_experts((x, *args), record.how, up, down, _dropout_of(self))
-        if packed_names(self.get_base_layer()) and not self.merged:
+        if needs_class(self.get_base_layer()) or packed_names(self.get_base_layer()):
             return _run_dense(self, (x, *args), kwargs)
         if _dropout_of(self):
             raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(self)}")
         return super().forward(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, with a dense weight in place of a packed one until :meth:`unmerge`."""
+        with dense_base(self):
+            super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        with dense_base(self):
+            super().unmerge()
 
 
 def _dropout_of(layer: Any) -> float:

@@ -5,8 +5,8 @@ import PEFT.
 """
 
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from ..layers.modules import is_sharded, owners_of, some
 from ..projection import HALF_DTYPES
 from ..settings import is_number
 from ..text import shown
+from .dense import forget_packed
 
 # An attribute of converted models: a dict from the name of each layer that stayed dense to the
 # reason.
 _REASONS = "_fastlora_int8_reasons"
-_KEPT = "_fastlora_int8"  # an attribute of merged layers: the 8-bit base, which unmerging restores
 _NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
 # A LoRA layer with 512 rows and a 2048 x 2048 weight takes 2.3 × the frozen layer's time in 8 bits,
 # and 1.4 × in bfloat16 (torch 2.13).
@@ -144,7 +144,7 @@ def _set_reasons(model: nn.Module, reasons: dict[str, str] | None) -> None:
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
     """Replace each layer's 8-bit base by a dense base with the same values."""
     for _, layer in layers:
-        layer.__dict__.pop(_KEPT, None)
+        forget_packed(layer)
     use_bases(dense_bases(layers))
     _set_reasons(model, None)
 
@@ -153,18 +153,3 @@ def dense_bases(layers: Layers) -> dict[Any, nn.Module]:
     """For each layer with an 8-bit base, a dense base with the same values."""
     int8 = [layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
     return {layer: dense_linear(layer.base_layer) for layer in int8}
-
-
-@contextmanager
-def dense_base(layer: Any) -> Iterator[None]:
-    """Makes the layer's base dense within the context, and longer if the layer is then merged."""
-    if before := use_bases(dense_bases([("", layer)])):
-        layer.__dict__[_KEPT] = before[layer]
-        bias: Any = before[layer].bias
-        if bias is not None:  # another one, because PEFT also merges lora_B's bias
-            layer.base_layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-    try:
-        yield
-    finally:
-        if not layer.merged and _KEPT in layer.__dict__:
-            layer.base_layer = layer.__dict__.pop(_KEPT).to(layer.base_layer.weight)

@@ -17,18 +17,19 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import Call
+from ..formats.bitsandbytes import keep_gradients, repack_again
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import Record, Recorder, call_recorded, fits
 from ..layers.int8 import Int8Linear
-from ..layers.members import is_hooked, is_replaced, under, why_patched
+from ..layers.members import is_hooked, is_replaced, plain_class_of, under, why_patched
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
+from .dense import dense_base, has_packed, make_dense
 from .experts import ParamWrapper
-from .int8 import dense_base, dense_bases, use_bases
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -63,20 +64,39 @@ class FastLinear(Fast, nn.Module):
 
     @_with_signature_of(PeftLinear.merge)
     def merge(self, *args, **kwargs) -> None:
-        """PEFT's, with a dense base in place of an 8-bit one until :meth:`unmerge`."""
-        with dense_base(self):
-            super().merge(*args, **kwargs)  # type: ignore[misc]
+        """PEFT's, with a dense base in place of a packed one until :meth:`unmerge`."""
+        layer: Any = self
+        with dense_base(layer) as is_dense:
+            if is_dense:
+                PeftLinear.merge(layer, *args, **kwargs)
+            else:
+                super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
-        with dense_base(self):
-            super().unmerge()  # type: ignore[misc]
+        layer: Any = self
+        with dense_base(layer) as is_dense:
+            if is_dense:
+                PeftLinear.unmerge(layer)
+            else:
+                super().unmerge()  # type: ignore[misc]
 
-    def unload_and_optionally_merge_module(self: Any, merge: bool, **settings: Any) -> nn.Module:
-        """The base, dense and perhaps merged: PEFT's ``unload`` puts it in place of this layer."""
-        if merge:
-            self.merge(**settings)
-        use_bases(dense_bases([("", self)]))
-        return self.get_base_layer()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base for PEFT's ``unload`` and ``merge_and_unload``; never in 8 bits (rotated).
+
+        A vendor's base is quantized again by PEFT's own merge, or is dense where PEFT has none.
+        """
+        layer: Any = self
+        if merge and _can_requantize(layer):
+            keep_gradients(layer.base_layer)  # PEFT misreads a repacked weight
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+            repack_again(layer.base_layer)
+        elif merge:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif isinstance(layer.base_layer, Int8Linear):
+            make_dense(layer)
+        return layer.get_base_layer()
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
@@ -104,6 +124,13 @@ _QUANTIZED = {
     "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
     "peft.tuners.lora.awq": ("AwqLoraLinear",),
 }
+
+
+def _can_requantize(layer: Any) -> bool:
+    """Whether PEFT's own merge can quantize the layer's merged weight again."""
+    kind = plain_class_of(layer)
+    is_known = getattr(layer, "get_apply_tensor_subclass", True) is not None  # torchao's settings
+    return kind is not PeftLinear and "merge" in vars(kind) and is_known and not has_packed(layer)
 
 
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:

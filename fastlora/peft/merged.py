@@ -1,34 +1,53 @@
 """Merges PEFT's layers for a while: restoring them puts every weight back bit for bit.
 
-PEFT's own merge does the merging.  For a dense weight, a safe merge assigns a merged copy to the
-parameter, and any other one adds in place.  For a vendor's layer it makes a new parameter and also
-writes to attributes of the old one.  So each base first gets new Parameters, over a copy if PEFT
-adds in place, and the merge changes these instead of the originals.  Everything else that PEFT
-writes to is saved before and restored at the end.
+PEFT's own merge does the merging, into new Parameters over a copy.  A dense weight in 16 bits keeps
+only corrections (:mod:`fastlora.layers.corrections`): the merged weight lies in the original's
+memory, and the base is rebuilt from it and the adapters of the merge.  A packed base is dense while
+it is merged.  Other weights are kept beside a merged copy.
 
-This file imports nothing of PEFT.
+Blocks on the same layers, nested or in several threads, share one merge.  Inside, PEFT's
+``disable_adapter()`` and ``unmerge_adapter()`` give the exact base, and enabled layers are merged
+again.  This file imports nothing of PEFT.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import copy
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
-from ..layers.int8 import Int8Linear
-from ..layers.merging import merge_each, move
+from ..formats import vendor_of, weight_of
+from ..layers import merging
+from ..layers.classes import change_class, twin
+from ..layers.corrections import Corrections, corrections, has_corrections
+from ..layers.experts import packed_names
+from ..layers.members import plain_class_of
 from ..layers.modules import called, is_sharded, owners_of, plain_name
-from ..projection import is_plain
+from ..ops.dispatch import autocast_off
+from ..projection import DTYPES
+from .dense import is_packed, make_dense, use_packed
 
-# Classes of PEFT whose merge doesn't write to the memory of the old parameter.
+# Classes of PEFT whose layers can be merged.
 _KINDS = (
     "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper", "Linear4bit",
-    "Linear8bitLt",
+    "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear", "GPTQLoraLinear",
 )  # fmt: skip
+_HELD = "_fastlora_held"  # an attribute of layers that are merged here
+_LEAVE = "leave the fastlora.merged block before you use other adapters"
+_UNTRAINED = (
+    "the model is merged (fastlora.merged), so its adapters get no gradient: leave the block "
+    "before the forward pass of a training step"
+)
 Layers = list[tuple[str, Any]]
+lock = threading.RLock()  # held while layers are merged or restored
 
 
 def active(layers: Layers) -> Layers:
@@ -45,7 +64,13 @@ def why_not_merged(layers: Layers) -> str:
     for name, layer in layers:
         base, kind = layer.get_base_layer(), type(layer)
         tensors = [*layer.parameters(), *base.parameters()]
-        if layer.merged:
+        held, packed = _held(layer), is_packed(layer)
+        unread = weight_of(base) if packed and not hasattr(layer, "parameter_name") else None
+        if held is not None and layer.merged:
+            if set(layer.merged_adapters) == {a for a in layer.active_adapters if a in layer.r}:
+                continue
+            reason = f"is merged with {layer.merged_adapters}: {_LEAVE}"
+        elif layer.merged:
             reason = "is merged already: call PEFT's unmerge_adapter() first"
         elif not any(derived_from(kind, "peft.tuners.lora", each) for each in _KINDS):
             reason = f"is PEFT's {kind.__name__}, which isn't merged and given back here"
@@ -56,13 +81,9 @@ def why_not_merged(layers: Layers) -> str:
             )
         elif any(tensor.is_meta for tensor in tensors):
             reason = "is on the meta device (accelerate's offload?), without numbers"
-        elif getattr(_state_of(base), "packing_format_for_cpu", False):
-            reason = (
-                "has a weight that a call in evaluation has repacked for bitsandbytes' CPU kernel, "
-                "and PEFT's merge misreads that: load the model again, and optimize it before "
-                "the first call"
-            )
-        elif isinstance(base, Int8Linear):
+        elif isinstance(unread, str):
+            reason = f"has a packed base that can't be read: {unread}"
+        elif packed:
             continue
         elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
             reason = (
@@ -75,23 +96,20 @@ def why_not_merged(layers: Layers) -> str:
     return ""
 
 
-def _state_of(base: nn.Module) -> Any:
-    """bitsandbytes' quant_state of a 4-bit weight; None for any other."""
-    return getattr(base._parameters.get("weight"), "quant_state", None)
-
-
-def adapted_weights(layers: Layers) -> list[Tensor]:
-    """The weights that a merge replaces, without duplicates; on meta in place of 8-bit ones."""
-    weights: dict[tuple[int, str], Tensor] = {}
+def bytes_of(model: nn.Module, layers: Layers, keep: str) -> int:
+    """The bytes that a merge takes in addition; for corrections, those of a trained adapter."""
+    costs: dict[tuple[int, str], int] = {}
+    around = _dtype_around(model)
     for _, layer in active(layers):
         base, name = layer.get_base_layer(), _weight_name(layer)
-        weight = base._parameters.get(name)
-        if isinstance(base, Int8Linear):  # the merged weight is dense
-            sizes = base.out_features, base.in_features
-            weight = torch.empty(sizes, dtype=base.format.dtype, device="meta")
-        if weight is not None:
-            weights[id(base), name] = weight
-    return [*weights.values()]
+        if is_packed(layer):
+            experts = getattr(layer, "num_experts", 1)
+            size = experts * layer.in_features * layer.out_features
+            costs[id(base), name] = size * (around or torch.float32).itemsize
+        elif (weight := base._parameters.get(name)) is not None:
+            small = keep == "corrections" and has_corrections(weight)
+            costs[id(base), name] = int(0.35 * weight.numel()) if small else weight.nbytes
+    return sum(costs.values())
 
 
 def _weight_name(layer: Any) -> str:
@@ -99,38 +117,246 @@ def _weight_name(layer: Any) -> str:
     return getattr(layer, "parameter_name", None) or "weight"
 
 
-def merge_layer(
-    name: str, layer: Any, undo: ExitStack, safe_merge: bool = True, adapter_names: Any = None
-) -> Any:
-    """Merge a layer by PEFT's ``merge``; returns the original weight (:func:`.merge_each`).
+def _dtype_around(model: nn.Module) -> torch.dtype | None:
+    """The most common dtype of parameters outside adapters and packed layers, or None."""
+    count: Counter[torch.dtype] = Counter()
+    for name, module in model.named_modules():
+        if "lora_" in name or vendor_of(module) is not None or packed_names(module):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dtype in DTYPES:
+                count[parameter.dtype] += parameter.numel()
+    return max(count, key=count.__getitem__, default=None)
 
-    Returns None if the layer has none of these adapters; then it is as before.
+
+def merge_layers(
+    model: nn.Module, layers: Layers, keep: str, safe_merge: bool = True, adapter_names: Any = None
+) -> ExitStack:
+    """Merge one layer after another.  Closing the returned stack restores every weight.
+
+    ``keep``: as for :class:`fastlora.merged`.  An error restores all layers.
     """
-    base = layer.get_base_layer()
-    original = base._parameters[_weight_name(layer)]
-    is_int8 = isinstance(base, Int8Linear)  # a merged layer keeps it, and unmerging puts it back
-    put_back = partial(_unmerge, layer) if is_int8 else _noted(base, layer)
-    undo.callback(put_back)
-    if not is_int8:
-        _use_other_parameters(base, () if safe_merge else (_weight_name(layer), "bias"))
-    try:
-        with torch.no_grad():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{called(name)} can't be merged: {error}") from error
-    if layer.merged:
-        return original
-    put_back()  # now, because this frees the copy
-    return None
+    how = _dtype_around(model), keep, merging.memory_names(model), safe_merge
+    with lock, ExitStack() as undo:
+        for name, layer in layers:
+            held = _held(layer)
+            if held is None:
+                held = _Held(
+                    partial(_merge, called(name), layer, *how, adapter_names=adapter_names)
+                )
+                if not layer.merged:  # it has none of these adapters
+                    continue
+                methods = {each.__name__: MethodType(each, layer) for each in _METHODS}
+                layer.__dict__.update({_HELD: held, **methods})
+            elif not layer.merged:  # PEFT's set_adapter unmerges
+                held.undo = held.merge()
+            held.blocks += 1
+            undo.callback(_release, layer, held)
+        return undo.pop_all()
 
 
-def _unmerge(layer: Any) -> None:
-    if layer.merged:
-        layer.unmerge()
+class _Held:
+    """How a layer is merged and restored, and the number of blocks that hold it merged.
+
+    A copy of a layer gets None in its place: it is merged as PEFT's layers are.
+    """
+
+    def __init__(self, merge: Callable[..., ExitStack]) -> None:
+        self.merge, self.undo, self.blocks = merge, merge(), 0
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _held(layer: Any) -> _Held | None:
+    """How fastlora has merged the layer; None if it hasn't."""
+    return vars(layer).get(_HELD)
+
+
+def _release(layer: Any, held: _Held) -> None:
+    """Leave one block; the last one restores the layer."""
+    with lock:
+        held.blocks -= 1
+        if held.blocks == 0:
+            for name in (_HELD, *[each.__name__ for each in _METHODS]):
+                vars(layer).pop(name, None)
+            held.undo.close()
+
+
+def _merge(
+    name: str,
+    layer: Any,
+    dtype: torch.dtype | None,
+    keep: str,
+    memory: Counter[int],
+    safe_merge: bool,
+    adapter_names: Any,
+) -> ExitStack:
+    """Merge by PEFT's ``merge``.  Closing the returned stack restores the layer."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        undo.callback(layer.merged_adapters.clear)
+        undo.callback(layer._caches.clear)
+        packed = is_packed(layer)
+        try:
+            if packed:
+                undo.callback(use_packed, layer)
+                make_dense(layer, dtype)
+            if packed and not hasattr(layer, "parameter_name"):  # PEFT's layer for dense bases
+                plain = sys.modules["peft.tuners.lora.layer"].Linear
+                undo.callback(change_class, layer, change_class(layer, plain))
+                vars(layer).setdefault("fan_in_fan_out", False)  # GPTQLoraLinear has none
+            base, place = layer.get_base_layer(), _weight_name(layer)
+            original = base._parameters[place]
+            if not packed:
+                _use_copies(base, (place, "bias"), undo)
+            type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{name} can't be merged: {error}") from error
+        if not layer.merged:
+            return ExitStack()
+        undo.callback(layer.register_forward_hook(_refuse_training).remove)
+        if not packed and memory[merging.memory_of(original)] == 1:  # neither tied nor viewed
+            if keep == "cpu":
+                merging.send_to_cpu(original, undo)
+            elif keep == "corrections" and has_corrections(original):
+                _keep_corrections(layer, base, place, original, undo)
+        return undo.pop_all()
+
+
+def _use_copies(base: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
+    """Replace these parameters of a base by copies, until ``undo`` closes."""
+    for name in names:
+        parameter = base._parameters.get(name)
+        if parameter is not None:
+            undo.callback(_use, base, name, parameter)
+            copied = parameter.detach().clone()
+            base._parameters[name] = nn.Parameter(copied, requires_grad=False)
+
+
+def _use(base: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in place of another one, with that one's device and dtype."""
+    other = base._parameters[name]
+    if other is not None and other is not parameter:
+        merging.move(parameter, other.device, other.dtype)
+        base._parameters[name] = parameter
+
+
+def merge(layer: Any, safe_merge: bool = False, adapter_names: Any = None) -> None:
+    """PEFT's ``merge`` of a layer that fastlora holds merged."""
+    held, names = _held(layer), layer.active_adapters if adapter_names is None else adapter_names
+    others = {name for name in names if name in layer.r} - {*layer.merged_adapters}
+    if held is None or not others:
+        type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    elif layer.merged:
+        raise ValueError(f"the layer is merged with {layer.merged_adapters}: {_LEAVE}")
+    else:
+        held.undo = held.merge(adapter_names=adapter_names)
+
+
+def unmerge(layer: Any) -> None:
+    """PEFT's ``unmerge``, with the exact base."""
+    held = _held(layer)
+    if held is None or not layer.merged:
+        type(layer).unmerge(layer)
+    else:
+        held.undo.close()
+
+
+def enable_adapters(layer: Any, enabled: bool) -> None:
+    """PEFT's ``enable_adapters``: a disabled layer has the exact base, an enabled one is merged."""
+    held = _held(layer)
+    with lock:
+        if held is not None and not enabled:
+            held.undo.close()
+        type(layer).enable_adapters(layer, enabled)
+        if held is not None and enabled and not layer.merged:
+            held.undo = held.merge()
+
+
+_METHODS: tuple[Callable, ...] = (merge, unmerge, enable_adapters)  # replaced on merged layers
+
+
+def _refuse_training(layer: Any, inputs: tuple, output: Any) -> Any:
+    """A forward hook: the backward of a call in training raises an error that says why."""
+    follows = layer.merged and layer.training and torch.is_grad_enabled()
+    if not (follows and isinstance(output, Tensor)):
+        return output
+    return _Untrained.apply(output, torch.empty(0, requires_grad=True))
+
+
+class _Untrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(_UNTRAINED)
+
+
+def _use_plain_class(layer: Any, undo: ExitStack) -> None:
+    """Make a layer of PEFT's for a packed base one for a dense base, until ``undo`` closes."""
+    if not hasattr(layer, "parameter_name"):
+        vars(layer).setdefault("fan_in_fan_out", False)  # GPTQLoraLinear has none
+        undo.callback(change_class, layer, change_class(layer, _peft_linear()))
+
+
+def _peft_linear() -> Any:
+    return sys.modules["peft.tuners.lora.layer"].Linear
+
+
+def _keep_corrections(
+    layer: Any, base: nn.Module, name: str, original: nn.Parameter, undo: ExitStack
+) -> None:
+    """Move the merged weight to the original's memory, if corrections can rebuild the original."""
+    merged: Any = base._parameters[name]
+    predict = _predictor(layer, base, name)
+    # A variant of LoRA that PEFT can't unmerge keeps the copy.
+    with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        made = corrections(original.detach().flatten(), predict(merged))
+        if made is not None:
+            # autograd refuses a backward inside that needs the original, and accepts it afterwards
+            undo.enter_context(torch.autograd._unsafe_preserve_version_counter(original))
+            undo.callback(_rebuild, original, made, predict)
+            original.copy_(merged)
+            base._parameters[name] = original
+
+
+def _rebuild(original: nn.Parameter, made: Corrections, predict: Callable) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        weight = made.rebuild(predict(original.to(made.values.dtype)))
+        original.copy_(weight.view(original.shape))
+
+
+def _predictor(layer: Any, base: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """A function that maps the merged weight to float32 values near the original, flat.
+
+    It is PEFT's ``unmerge`` in float32, of a small copy of the layer with the adapters of now.
+    """
+    small, place = twin(layer, plain_class_of(layer)), nn.Module()
+    for key in [key for key in vars(small) if key.startswith("_fastlora")]:
+        del small.__dict__[key]
+    adapters = {key: each for key, each in layer._modules.items() if each is not layer.base_layer}
+    copied = {key: copy.deepcopy(each).float() for key, each in adapters.items()}
+    small.__dict__["_modules"] = copied | {"base_layer": place}
+    merged, caches = [*layer.merged_adapters], {**layer._caches}
+    bias = getattr(base, "bias", None)
+
+    def predict(weight: Tensor) -> Tensor:
+        small.to(weight.device)
+        place._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
+        place._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().float())
+        small.__dict__.update(merged_adapters=[*merged], _caches={**caches})
+        with autocast_off(weight.device.type):
+            type(small).unmerge(small)
+        predicted: Any = place._parameters.pop(name)
+        return predicted.detach().flatten()
+
+    return predict
 
 
 def merge_adapter(
-    model: Any, to_cpu: bool, adapter_names: Any = None, safe_merge: bool = False
+    model: Any, keep: str, adapter_names: Any = None, safe_merge: bool = False
 ) -> ExitStack:
     """Merge as PEFT's ``merge_adapter`` does: the same layers, adapters, values and errors.
 
@@ -139,10 +365,10 @@ def merge_adapter(
     """
     model._check_merge_allowed()
     layers = _tuner_layers(model.model)
-    if reason := why_not_merged(layers):
-        raise ValueError(reason)
-    merge = partial(merge_layer, safe_merge=safe_merge, adapter_names=adapter_names)
-    return merge_each(model, layers, merge, to_cpu)
+    with lock:
+        if reason := why_not_merged(layers):
+            raise ValueError(reason)
+        return merge_layers(model, layers, keep, safe_merge, adapter_names)
 
 
 def why_not_sent(model: Any) -> str:
@@ -166,40 +392,3 @@ def _tuner_layers(model: nn.Module) -> Layers:
     """The layers that PEFT's ``merge_adapter`` merges."""
     named = ((plain_name(name), module) for name, module in model.named_modules())
     return [each for each in named if derived_from(type(each[1]), "peft.tuners", "BaseTunerLayer")]
-
-
-def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
-    """Save everything that PEFT's merge of a layer changes; returns a function that restores it."""
-    objects = [vars(base), *[vars(p) for p in base._parameters.values() if p is not None]]
-    objects += [base._parameters, base._buffers, layer._caches]
-    if hasattr(base, "state"):  # bitsandbytes' state of an int8 layer
-        objects.append(vars(base.state))
-    before = [entries.copy() for entries in objects]
-    merged = [*layer.merged_adapters]
-
-    def put_back() -> None:
-        # Changes that the user made inside are kept: the mode, and a move by .to().
-        training, parameters = base.training, base._parameters.copy()
-        for entries, content in zip(objects, before, strict=True):
-            entries.clear()
-            entries.update(content)
-        base.training = training
-        for name, parameter in base._parameters.items():
-            other = parameters.get(name)
-            if parameter is not None and other is not None and is_plain(parameter):
-                move(parameter, other.device, other.dtype)
-        layer.merged_adapters[:] = merged
-
-    return put_back
-
-
-def _use_other_parameters(base: nn.Module, copied: tuple[str, ...]) -> None:
-    """Replace the plain parameters of a base by new ones, over a copy for these names.
-
-    The others are over the same memory.  A vendor's parameter stays, because PEFT's merge replaces
-    it anyway.
-    """
-    for name, parameter in base._parameters.items():
-        if parameter is not None and is_plain(parameter):
-            data = parameter.detach().clone() if name in copied else parameter.detach()
-            base._parameters[name] = nn.Parameter(data, requires_grad=False)

@@ -249,6 +249,11 @@ def _why_nothing(model: nn.Module) -> str:
     config = getattr(model, "peft_config", None)
     if isinstance(config, dict):
         kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
+        if kinds == "LORA":
+            return (
+                "this PEFT model has no LoRA layers any more: merge_and_unload() or unload() took "
+                "them away, and the model that they return needs no optimize"
+            )
         return f"this PEFT model has no LoRA layers (its adapters: {kinds}): only LoRA is sped up"
     absent = "" if "peft" in sys.modules else " (pip install 'fastlora-kernels[peft]')"
     return (

@@ -302,7 +302,7 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
         fastlora.optimize(model, **ALL).base_model.model[0].update_layer()
 
 
-def test_unloading():
+def test_unloading_gives_dense_layers():
     model, expected = in_8_bits(layer_model())
     base, merged = copy.deepcopy(model).unload(), model.merge_and_unload()
     assert type(base[0]) is type(merged[0]) is nn.Linear
