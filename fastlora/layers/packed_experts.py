@@ -87,7 +87,7 @@ def run_dense(
     made = {name: dense_weight(experts, name, dtype) for name in packed if name not in weights}
     if gguf.is_experts(kind):  # its own forward is a GPU kernel for GGUF's blocks
         read = read_module(experts)
-        dense = {name: getattr(experts, name) for name in read.names} | made | weights
+        dense = {name: getattr(experts, name) for name in read.names} | made | {**weights}
         up, down = (Output(Base(dense[name])) for name in read.names)
         if read.reason or named or not takes(args, (up, down)):
             raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")

@@ -83,7 +83,8 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
 
 
 K, N = 256, 96
-LINEARS = [*BITSANDBYTES, *KINDS, "rotated-int8"]
+# PEFT has no layer for a stand-in of AWQ's.
+LINEARS = [*BITSANDBYTES, *(kind for kind in KINDS if kind != "awq"), "rotated-int8"]
 
 
 def linears(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -307,19 +308,21 @@ def test_packed_experts_are_dense_while_merged_and_get_their_bits_back(case):
     name, make = CASES[case]
     base = make().requires_grad_(False)
     bits = bits_of(base)
-    model = adapted(base, name)
+    model = adapted(base, name, target_modules=[])
     expected = logits(model)
-    for merge, unmerge in (
-        (model.merge_adapter, model.unmerge_adapter),
-        (lambda: merged.__enter__(), lambda: merged.__exit__()),
-    ):
-        merged = fastlora.merged(model)
-        merge()
-        close(logits(model), expected, 1e-4)
-        unmerge()
+
+    def check_bits():
         kept = {key.replace(".base_layer", ""): one for key, one in bits_of(base).items()}
         assert all(torch.equal(kept[key], value) for key, value in bits.items())
         assert torch.equal(logits(model), expected)
+
+    model.merge_adapter()
+    close(logits(model), expected, 1e-4)
+    model.unmerge_adapter()
+    check_bits()
+    with fastlora.merged(model):
+        close(logits(model), expected, 1e-4)
+    check_bits()
     with model.disable_adapter():
         close(logits(model), logits(dense_model(make(), name)), 1e-4)
     close(logits(model.merge_and_unload()), expected, 1e-4)
