@@ -33,8 +33,7 @@ class Awq(Format):
 
     def expected(self) -> Expected:
         if self.group < 1 or self.columns % self.group or self.rows % 8:
-            shape = self.rows, self.columns
-            raise ValueError(f"groups of {self.group}, and words of 8 rows, don't divide {shape}")
+            raise ValueError(f"8 and {self.group} don't divide {self.rows} rows × {self.columns}")
         words, groups, ints = self.rows // 8, self.columns // self.group, (torch.int32,)
         return {
             "qweight": ((self.columns, words), ints),
@@ -76,13 +75,11 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
 
 @checked("its quantization state is")
 def read(layer: Any) -> PackedLayer | str:
-    if layer.bits != 4:
-        return f"its numbers have {layer.bits} bits: only 4 are read"
     if layer.adapter is not None:
         return "it has an adapter of GPTQ-Model's"
-    scales = layer.scales
-    group = layer.in_features // len(scales)
-    format = Awq(layer.out_features, layer.in_features, group, name_of(scales.dtype))
+    scales, columns = layer.scales, layer.in_features
+    group = columns // len(scales)
+    format = Awq(layer.out_features, columns, group, name_of(scales.dtype))
     tensors = tuple([getattr(layer, name).detach() for name in format.names])
     # The layer's own forward rounds a float32 x to float16.
     return PackedLayer(Quantized(format, tensors), rounds_input=True)

@@ -222,9 +222,9 @@ def cast_bias(layer: Any, x: Tensor) -> None:
     Otherwise that call, for example of a reference model, may come between a call of fastlora's and
     its recomputation under activation checkpointing, which must save tensors of the same dtypes.
     """
-    if "compute_dtype" not in vars(layer):  # the quick answer for most layers
-        return
-    if derived_from(type(layer), _MODULES, "Linear4bit") and layer.bias is not None:
+    # The first condition is quick, and false for most layers.
+    is_known = "compute_dtype" in vars(layer) and derived_from(type(layer), _MODULES, "Linear4bit")
+    if is_known and layer.bias is not None:
         dtype = layer.compute_dtype or x.dtype
         if layer.bias.dtype != dtype:
             layer.bias.data = layer.bias.data.to(dtype)

@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
     @property
     def qweight(self) -> Tensor:
         """An empty tensor: PEFT gives a new adapter the device and dtype of ``qweight``."""
-        return torch.empty(0, dtype=self.format.dtype, device=self.codes.device)
+        return torch.empty(0, dtype=self.format.dtype, device=self.get_buffer("codes").device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

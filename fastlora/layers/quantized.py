@@ -145,8 +145,9 @@ class LoRAQuantized(LoRALayer):
                     delattr(self, name)
             change_class(self, nn.Linear)
             dtype = self.weight.dtype
-            # HQQ's bias is an attribute, no parameter.
-            bias = self.__dict__.pop("bias", self._parameters.get("bias"))
+            bias = self.bias
+            self.__dict__.pop("bias", None)  # HQQ's is an attribute
+            self._buffers.pop("bias", None)  # AWQ's is a buffer
             if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == dtype):
                 bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
             self.register_parameter("bias", bias)

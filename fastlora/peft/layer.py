@@ -4,8 +4,8 @@ An optimized layer is the same object with another class, whose forward is fastl
 """
 
 import sys
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Iterable
+from functools import partial, wraps
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -33,10 +33,8 @@ from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
 
-
-def _with_signature_of(method: Callable) -> Callable[[Callable], Callable]:
-    """Give a function another one's signature: diffusers looks for arguments in it."""
-    return wraps(method, assigned=(), updated=())
+# Decorates a function with another one's signature, in which diffusers looks for arguments.
+_with_signature_of: Any = partial(wraps, assigned=(), updated=())
 
 
 class FastLinear(Fast, nn.Module):
@@ -73,15 +71,12 @@ class FastLinear(Fast, nn.Module):
         with dense_base(self):
             super().unmerge()  # type: ignore[misc]
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
+    def unload_and_optionally_merge_module(self: Any, merge: bool, **settings: Any) -> nn.Module:
         """The base, dense and perhaps merged: PEFT's ``unload`` puts it in place of this layer."""
         if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.merge(**settings)
         use_bases(dense_bases([("", self)]))
-        layer: Any = self
-        return layer.get_base_layer()
+        return self.get_base_layer()
 
     def read_head(self) -> Record:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""

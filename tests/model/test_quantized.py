@@ -47,7 +47,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_it_is_the_vendor_s_layer_with_an_adapter(kind):
     model = nn.Sequential(quantized(kind, K, N))
     layer, plain, keys = model[0], type(model[0]), set(model.state_dict())
-    parts = {name: getattr(layer, name, None) for name in ("weight", "W_q", "qweight", "bias")}
+    parts = layer._parameters | layer._buffers
     weight = quantized_weight(layer).weight.dense(F32).double()
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"]))
     nn.init.normal_(layer.lora_B)
@@ -197,6 +197,7 @@ def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
     [
         ("gptq", True, "GPTQ"),
         ("gptq", False, "GPTQ"),
+        ("awq", True, "AWQ's numbers are read, and not made"),
         ("gguf-q4_k", True, "are read, and not made"),
     ],
 )

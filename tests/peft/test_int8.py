@@ -166,7 +166,7 @@ REFUSED = {
         "its weight has infinities or NaN",
     ),
     "merged": (lambda model, base: model.merge_adapter(), "it is merged"),
-    "parameter": (parameter, "its adapter is added to the weight itself (target_parameters)"),
+    "parameter": (parameter, "its adapter is added to the weight itself"),
     "dora": (dora, "its adapter is a variant of LoRA"),
 }
 

@@ -42,7 +42,8 @@ def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings
     settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
     # PEFT doesn't know transformers' GGUF layer, and AWQ's only if GPTQ-Model is installed.
-    kinds = {GgufLinear: peft.tuners.lora.Linear, AwqTorchLinear: AwqLoraLinear}
+    kinds = {GgufLinear: peft.tuners.lora.Linear}
+    kinds |= {AwqTorchLinear: AwqLoraLinear} if kind == "awq" else {}
     config._register_custom_module(kinds)
     model = peft.get_peft_model(model, config)
     for name in adapters[1:]:

@@ -1,7 +1,9 @@
 """Quantized layers of several vendors, made on a CPU; tests of a missing vendor are skipped."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from inspect import signature
+from types import FunctionType
 
 import pytest
 import torch
@@ -125,10 +127,21 @@ def _rotated_int8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return int8_linear(nn.Linear(k, n, dtype=dtype))
 
 
+def _as_if_in(name: str) -> Callable[[type], type]:
+    """Decorate a stand-in for a class of this module, whose package the tests don't need."""
+
+    def move(kind: type) -> type:
+        forward = FunctionType(kind.forward.__code__, globals() | {"__name__": name})
+        forward.__qualname__ = kind.forward.__qualname__
+        kind.__module__, kind.forward = name, forward
+        return kind
+
+    return move
+
+
+@_as_if_in("unsloth_zoo.cpu.ops")
 class Bf16StoredLinear(nn.Linear):
     """A stand-in for Unsloth's layer of a CPU: the weight is cast to x's dtype in each call."""
-
-    __module__ = "unsloth_zoo.cpu.ops"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -140,10 +153,9 @@ def _stored(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
+@_as_if_in("gptqmodel.nn_modules.qlinear.torch_awq")
 class AwqTorchLinear(nn.Module):
     """A stand-in for GPTQ-Model's AWQ layer, with random packed values."""
-
-    __module__ = "gptqmodel.nn_modules.qlinear.torch_awq"
 
     def __init__(self, k: int, n: int, dtype: torch.dtype) -> None:
         super().__init__()
