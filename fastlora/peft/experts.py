@@ -30,7 +30,7 @@ from ..layers.experts import (
 from ..layers.frozen import is_router
 from ..layers.guards import Record
 from ..layers.members import is_hooked, why_not_tensor, why_patched
-from ..layers.packed_experts import run_dense
+from ..layers.packed_experts import run_dense, settle
 from ..projection import Adapter, Base, Output
 from . import newer
 from .dense import dense_base
@@ -76,6 +76,13 @@ class ParamWrapper(Fast, PeftParamWrapper):
     def unmerge(self) -> None:
         with dense_base(self):
             super().unmerge()
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's.  Experts that are dense now in a class for packed ones get a class that runs."""
+        base = super().unload_and_optionally_merge_module(*args, **kwargs)
+        if needs_class(base):
+            settle(base)
+        return base
 
 
 def _dropout_of(layer: Any) -> float:
