@@ -229,8 +229,7 @@ def counted() -> Iterator[Counter]:
     with (
         count(heads, "lazy_logits", "lazy"),
         count(logits_functions, "head_loss", "fused"),
-        count(logits.HeadCall, "_compute", "dense"),
-        count(logits.Recipe, "compute", "dense"),
+        count(logits.HeadCall, "logits", "dense"),
     ):
         yield counts
 

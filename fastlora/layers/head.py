@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +44,8 @@ class LazyHead(nn.Module):
         head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
         if head is None:
             return super().__call__(*args, **kwargs)
-        weak, before = ref(self), _merged_in(self)
-        return lazy_logits(head, lambda: weak() is None or _merged_in(weak()) == before)
+        before = _merged_in(self)
+        return lazy_logits(head, lambda: _merged_in(self) == before)
 
 
 def _merged_in(head: Any) -> list[str]:
@@ -175,6 +174,9 @@ def _is_sharded(head: nn.Module) -> bool:
 def _lazy_call(module: nn.Module, x: Any) -> Head | None:
     """The record of the call with x if its logits can be lazy; None if the forward must run."""
     if torch.compiler.is_compiling() or nn_module._has_any_global_hook():
+        return None
+    # Inference tensors have no version, which tells whether lazy logits are still right.
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in module.parameters()):
         return None
     if not isinstance(x, Tensor) or not is_eager(x) or x.dim() < 2 or not x.numel() or x.is_meta:
         return None

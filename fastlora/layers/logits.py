@@ -1,191 +1,144 @@
 """Lazy logits: the output of a head, computed only if a function needs its elements.
 
-:class:`LazyLogits` has the shape, dtype and device of the output.  It holds a :class:`Recipe`: the
-hidden states, the head's tensors, and the steps after the head (casts, factors, a softcap, a
-selection of rows or of the first columns).  A loss reads the recipe and runs
-:func:`fastlora.ops.loss.head_loss`, without logits (:mod:`.logits_functions`).  Any other function
-gets real logits.  They are computed once for each call of the head.  From then on, every lazy
-tensor of this call acts as an ordinary one.
+:class:`LazyLogits` has the shape, strides, dtype and device of the output.  Autograd treats it as
+an ordinary tensor: each operation has torch's own node.  Below autograd, an operation in
+:data:`STEPS` returns another lazy tensor, whose :class:`Cell` holds the step.  Any other operation
+gets the elements: all elements of the call are computed then, and the lazy tensors act as ordinary
+ones from then on.
 
-A lazy tensor reads the hidden states and the head's tensors when it is used.  If one of them has
-been changed in place since the head's call, the use raises RuntimeError.
+Losses are taken above autograd (:data:`HANDLERS`, :mod:`.logits_functions`).  They read the
+:class:`Recipe` of a lazy tensor and run :func:`fastlora.ops.loss.head_loss`, without logits.
+
+The elements are computed from the hidden states and the head's tensors.  If one of them has been
+changed since the head's call, this raises RuntimeError.
 """
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..backends import Call, backend_name, find_backend
+from ..backends import BackwardCall, Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
-from ..ops.composite import run_composite
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
-from ..ops.node import Function, LoRALinearFunction, once_differentiable, run_forward
+from ..ops.node import Function, once_differentiable, run_backward, run_forward
 from ..projection import flatten, layouts_of, unflatten
-from ..rows import Share
 
 Change = Callable[[Tensor], Tensor]
-# Each handler gets a lazy tensor and the function's other arguments.  It returns the result, or
-# NotImplemented if the function needs elements.
+# A function of torch -> its handler.  A handler gets a lazy tensor and the function's other
+# arguments.  It returns the result, or NotImplemented if the function needs elements.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
+# An operation of ATen -> its step.  It gets the operation and its arguments, and returns a Step, a
+# list of them if the operation returns a list, the result of a reduction, or None if the operation
+# needs elements.
+STEPS: dict[Any, Callable[..., Any]] = {}
 _aten = torch.ops.aten
 
 
-class Recipe(NamedTuple):
-    """How to compute a lazy tensor: a call of a head, and the steps after it."""
+class Step(NamedTuple):
+    """An operation on a lazy tensor: it selects rows, or changes the elements."""
 
-    head: Head
-    dtype: torch.dtype
-    # Each is ("mul", factor), ("tanh",), ("log_softmax",), or ("neg",) after log_softmax.
-    steps: tuple[tuple, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.head.x.shape[:-1], self.head.output.base.weight.shape[0]
-
-    @property
-    def is_logprob(self) -> bool:
-        return any(name == "log_softmax" for name, *_ in self.steps)
-
-    @property
-    def sign(self) -> float:
-        """-1 for negated log-probabilities, 1 for log-probabilities."""
-        return -1.0 if self.steps[-1][0] == "neg" else 1.0
-
-    def of_rows(self, change: Change) -> "Recipe":
-        """The recipe for other rows.  ``change`` selects or reshapes the rows of any [..., n]."""
-        head, mask_rows = self.head, self.head.mask_rows
-        if head.seeds is not None:
-            if mask_rows is None:
-                mask_rows = torch.arange(head.rows, dtype=torch.int64, device=head.x.device)
-                mask_rows = mask_rows.view(head.x.shape[:-1])
-            mask_rows = change(mask_rows.unsqueeze(-1)).squeeze(-1)
-        return self.with_head(x=change(head.x), mask_rows=mask_rows)
-
-    def with_head(self, **changes: Any) -> "Recipe":
-        """The recipe with other fields of the head's call."""
-        return self._replace(head=self.head._replace(**changes))
-
-    def settings(self) -> LossSettings | None:
-        """The settings of a loss that have the effect of the steps; None if no settings have it.
-
-        after · tanh(before · z) equals a softcap of ``after``, applied to logits scaled by
-        before · after.
-        """
-        before, after, is_capped = 1.0, 1.0, False
-        for name, *number in self.steps:
-            if name == "mul" and is_capped:
-                after *= number[0]
-            elif name == "mul":
-                before *= number[0]
-            elif name == "tanh" and is_capped:
-                return None
-            elif name == "tanh":
-                is_capped = True
-        if not is_capped:
-            return LossSettings(logit_scale=before)
-        return LossSettings(softcap=after, logit_scale=before * after) if after > 0.0 else None
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that autograd follows: x, and the head's."""
-        output = self.head.output
-        return [self.head.x, *flatten([output], layouts_of([output]))]
-
-    def of_tensors(self, change: Change) -> "Recipe":
-        """The recipe with other tensors.  ``change`` gets each tensor that autograd follows."""
-        x, *tensors = map(change, self.tensors())
-        (output,) = unflatten(tensors, layouts_of([self.head.output]))
-        return self.with_head(x=x, output=output)
-
-    def compute(self, tensors: list[Tensor]) -> Tensor:
-        """The elements, by torch's operations on these values of :meth:`tensors`."""
-        (output,) = unflatten(tensors[1:], layouts_of([self.head.output]))
-        (mask,), p = self.head.masks() or [None], self.head.dropout
-
-        def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
-            assert mask is not None
-            keep = mask.rows(0, x.shape[:-1].numel()).view(x.shape)
-            return torch.where(keep, x / (1.0 - p), 0.0)
-
-        (z,) = run_composite(tensors[0], [output], None if mask is None else drop)
-        z = z.to(self.dtype)
-        for name, *number in self.steps:
-            z = STEPS[name](z, *number)
-        return z
-
-
-STEPS: dict[str, Callable[..., Tensor]] = {
-    "mul": lambda z, factor: z * factor,
-    "tanh": torch.tanh,
-    "log_softmax": lambda z: torch.log_softmax(z, -1),
-    "neg": torch.neg,
-}
+    run: Change  # on the logits
+    rows: Change | None = None  # the same selection of the rows of any [..., n]
+    # ("mul", factor), ("tanh",), ("log_softmax",); after log_softmax ("neg",), ("exp",), ("p_log_p",).
+    number: tuple = ()
+    source: "Cell | None" = None  # of the elements that ``run`` gets; None: of the first argument
 
 
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, recipe: Recipe, is_current: Callable[[], bool]) -> None:
-        """``is_current()``: False if the head changed without a change of the tensors' versions."""
-        self.recipe, self.is_current = recipe, is_current
-        self.states = [_state_of(tensor) for tensor in recipe.tensors()]
-        self.has_grad = torch.is_grad_enabled()
-        self.is_inference = torch.is_inference_mode_enabled()
+    def __init__(self, head: Head, is_current: Callable[[], bool]) -> None:
+        """``is_current()``: False if the head changed without a change of its tensors."""
+        # No optimizer changes the hidden states.
+        self.trained = [False, *[tensor.requires_grad for tensor in tensors_of(head)[1:]]]
+        self.head, self.is_current = of_tensors(head, _alias), is_current
+        self.state = self._state()
         self.hooks = _top_hooks()
         self.lock = threading.RLock()
-        self.logits: Tensor | None = None  # None until a function needs elements
-        self.lazy: WeakSet[LazyLogits] = WeakSet()
+        self.is_computed = False
+        self.hs: list[Tensor] | None = None  # h of the adapter, for the backward
+        self.cells: WeakSet[Cell] = WeakSet()
 
-    def can_stay_lazy(self) -> bool:
-        """Whether a function may return a lazy tensor or run a fused loss now.
+    def _state(self) -> list[tuple[int, Tensor | None]]:
+        """The version of each tensor, and the row sums of a tensor that trains.
 
-        It may not inside of a checkpoint that began after the head's call.  Checkpointing runs a
-        function twice, and both runs must take the same path, but the first one may compute the
-        logits.
+        Fused optimizers change a tensor without a new version, so the sums tell.
         """
-        is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        has_same_hooks = _top_hooks() in (None, self.hooks)
-        return self.logits is None and has_same_hooks and not is_transformed
+        pairs = zip(tensors_of(self.head), self.trained, strict=True)
+        with torch.no_grad():
+            return [
+                (tensor._version, tensor.sum(-1).nan_to_num_() if is_trained else None)
+                for tensor, is_trained in pairs
+            ]
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
-        states = [_state_of(tensor) for tensor in self.recipe.tensors()]
-        if states != self.states or not self.is_current():
+        pairs = zip(self.state, self._state(), strict=True)
+        is_same = all(
+            old == new and (sums is None or torch.equal(sums, new_sums))
+            for (old, sums), (new, new_sums) in pairs
+        )
+        if not is_same or not self.is_current():
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "
                 "the change, or call fastlora.optimize without loss=True"
             )
 
-    def compute(self) -> Tensor:
-        """The logits, in the grad mode of the head's call.  Computed once."""
-        with self.lock:
-            if self.logits is None:
-                self.check()
-                with (
-                    torch.inference_mode(self.is_inference),
-                    torch.set_grad_enabled(self.has_grad),
-                    autocast_off(self.recipe.head.x.device.type),
-                ):
-                    self.logits = self._compute()
-            return self.logits
+    def can_fuse(self) -> bool:
+        """Whether a loss may run without logits now.
 
-    def _compute(self) -> Tensor:
-        head, inputs = self.recipe.head, self.recipe.tensors()
-        backend = find_backend(backend_name(head.backend, head.x.device))
-        call = Call(layouts_of([head.output]), head.dropout, backend)
-        if torch.is_grad_enabled():
-            return LoRALinearFunction.apply(head.seeds, None, call, *inputs)[0]
-        return run_forward(inputs, head.seeds, call)[0][0]
+        It may not inside of a checkpoint that began after the head's call.  Checkpointing runs a
+        function twice, and both runs must take the same path, but the first one may compute the
+        logits.
+        """
+        is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        return not self.is_computed and _top_hooks() in (None, self.hooks) and not is_transformed
+
+    def compute(self) -> None:
+        """Compute the elements of all lazy tensors of this call, once.
+
+        The caller may write to the logits next.  This changes their views, but no copies.
+        """
+        with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
+            if not self.is_computed:
+                self.check()
+                for cell in [*self.cells]:
+                    cell.compute()
+                self.is_computed = True
+
+    def logits(self) -> Tensor:
+        """The output of the head."""
+        (y,), self.hs = run_forward(tensors_of(self.head), self.head.seeds, self.of_backend())
+        return y
+
+    def of_backend(self) -> Call:
+        backend = find_backend(backend_name(self.head.backend, self.head.x.device))
+        return Call(layouts_of([self.head.output]), self.head.dropout, backend)
+
+
+def tensors_of(head: Head) -> list[Tensor]:
+    """The tensors that autograd follows: x, and the head's."""
+    return [head.x, *flatten([head.output], layouts_of([head.output]))]
+
+
+def of_tensors(head: Head, change: Change) -> Head:
+    """The call with other tensors.  ``change`` gets each tensor that autograd follows."""
+    x, *tensors = map(change, tensors_of(head))
+    (output,) = unflatten(tensors, layouts_of([head.output]))
+    return head._replace(x=x, output=output)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor, which keeps its place in autograd's graph if ``requires_grad`` changes."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
 
 def _top_hooks() -> Any:
@@ -193,144 +146,135 @@ def _top_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _outside(hooks: Any) -> Iterator[None]:
-    """Inside, torch.func's transforms and the saved-tensor hooks after ``hooks`` are off."""
-    left = []
-    while (top := _top_hooks()) not in (None, hooks):
-        left.append(top)
-        torch._C._autograd._pop_saved_tensors_default_hooks()  # type: ignore[attr-defined]
-    try:
-        with temporarily_clear_interpreter_stack():
-            yield
-    finally:
-        for pair in reversed(left):
-            torch._C._autograd._push_saved_tensors_default_hooks(*pair)  # type: ignore[attr-defined]
+class Cell:
+    """The elements of a lazy tensor, and of each tensor that detach made of it."""
 
+    def __init__(self, call: HeadCall, like: Tensor, parent: "Cell | None", step: Step) -> None:
+        """``like``: shape, strides and dtype, as a tensor without memory."""
+        self.call, self.like, self.parent, self.step = call, like, parent, step
+        self.data: Tensor | None = None
+        self.lse: Tensor | None = None  # log-sum-exp of each row, if ``gather`` has computed it
+        call.cells.add(self)
 
-def _state_of(tensor: Tensor) -> tuple[int, int | None]:
-    """A value that changes if the tensor is written to, or if its ``data`` is replaced."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    def compute(self) -> Tensor:
+        if self.data is None:
+            made = self.call.logits() if self.parent is None else self.step.run(self.parent.compute())
+            self.data, self.parent = made, None
+        return self.data
+
+    def steps(self) -> list[Step]:
+        """The steps from the head's output to these elements."""
+        return [*self.parent.steps(), self.step] if self.parent is not None else []
 
 
 class LazyLogits(Tensor):
     """Logits [..., V] that don't exist yet (see the module)."""
 
-    call: HeadCall
-    recipe: Recipe
-    _replay: Callable[[], Tensor]  # computes the elements from the elements of the earlier tensor
-    _elements: Tensor | None
-    _state: tuple  # of the elements when they were computed
-    node: Any  # the grad_fn that the tensor was made with
-    has_grad: bool  # the grad mode when the tensor was made
-    # One flag, shared with the autograd node: true if the elements were changed in place.
-    written: list[bool]
+    cell: Cell
 
     @staticmethod
-    def make(call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor]) -> "LazyLogits":
-        device = recipe.head.x.device
+    def make(cell: Cell) -> "LazyLogits":
+        like = cell.like
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyLogits, recipe.shape, dtype=recipe.dtype, device=device
-        )
+            LazyLogits, like.shape, strides=like.stride(), storage_offset=like.storage_offset(),
+            dtype=like.dtype, device=cell.call.head.x.device,
+        )  # fmt: skip
         # C++ code that asks for its memory raises.  Otherwise it would read address 0.
         torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
-        made.call, made.recipe, made._replay, made._elements = call, recipe, replay, None
-        made.written, made.node, made.has_grad = [False], None, torch.is_grad_enabled()
-        call.lazy.add(made)
+        made.cell = cell
         return made
 
     def elements(self) -> Tensor:
-        """The ordinary tensor with these logits, connected to autograd's graph."""
-        with self.call.lock:
-            if self._elements is None:
-                is_first = self.call.logits is None
-                requires_grad, node = self._own_node()
-                is_inference = self.call.is_inference
-                # set_grad_enabled takes effect in its constructor, so construct it inside of
-                # inference_mode.
-                with (
-                    torch.inference_mode(is_inference),
-                    torch.set_grad_enabled(requires_grad or self.has_grad),
-                    _outside(self.call.hooks),
-                ):
-                    made = self._replay()
-                    if node is not self.node:  # an autograd Function returned this tensor
-                        made = MaterializeFunction.apply(self, made)
-                if self._elements is None:
-                    self._elements, self._state = made, _state_of(made)
-                # Compute the elements of all lazy tensors of the call now.  The caller may write to
-                # the logits next, which must change their views and must not change their copies.
-                for lazy in [*self.call.lazy] if is_first else ():
-                    lazy.elements()
-            return self._elements
-
-    def then(self, recipe: Recipe, step: Change) -> Tensor:
-        """Return a lazy tensor with ``recipe``.
-
-        ``step`` computes its elements from this tensor's elements.
-        """
-        made = recipe if self._own_node()[0] else recipe.of_tensors(Tensor.detach)
-        return with_node(self.call, made, lambda: step(self.elements()), self)
-
-    def _own_node(self) -> tuple[bool, Any]:
-        """``requires_grad`` and ``grad_fn`` of this tensor itself, not of its elements."""
+        """The ordinary tensor with these logits: a view of this one in autograd's graph."""
+        self.cell.call.compute()
         with torch._C.DisableTorchFunctionSubclass():
-            return self.requires_grad, self.grad_fn
+            return _aten.alias(self)
 
     def has_its_gradient(self) -> bool:
-        """Whether the recipe's gradient is this tensor's gradient.
+        """Whether only the recipe's steps lie between the head and this tensor.
 
-        It isn't if an autograd Function returned the tensor.  An exception is the Function of
+        They don't if an autograd Function returned the tensor.  An exception is the Function of
         DistributedDataParallel, which passes the gradient on unchanged.
         """
-        node = self._own_node()[1]
-        return node is self.node or type(node).__name__ == "_DDPSinkBackward"
+        node = self.grad_fn
+        while node is not None and getattr(node, "head_call", None) is not self.cell.call:
+            is_own = isinstance(node, torch.autograd.function.BackwardCFunction)
+            is_known = not is_own or type(node).__name__ == "_DDPSinkBackward"
+            edges = [edge for edge, _ in node.next_functions if edge is not None]
+            node = edges[0] if edges and is_known else None
+        return node is not None or not self.requires_grad
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("input")
-        if func in _METADATA and (not isinstance(first, LazyLogits) or first._elements is None):
-            return super().__torch_function__(func, types, args, kwargs)
         # A compiled function that gets lazy logits breaks its graph here.
         run = _outside_of_graphs() if "torch._dynamo" in sys.modules else LazyLogits._run
-        return run(func, args, kwargs)
+        return run(func, args, kwargs or {})
 
     @staticmethod
     def _run(func: Any, args: Any, kwargs: Any) -> Any:
-        first = args[0] if args else kwargs.get("input")
-        handler = HANDLERS.get(func)
-        is_lazy = isinstance(first, LazyLogits) and first.call.can_stay_lazy()
-        if handler is not None and is_lazy and first.has_its_gradient():
+        first, handler = args[0] if args else kwargs.get("input"), HANDLERS.get(func)
+        if handler is not None and isinstance(first, LazyLogits) and first.cell.call.can_fuse():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
-            with suppress(TypeError):  # arguments that the handler doesn't take
-                made = handler(first, *args[1:], **rest)
-                if made is not NotImplemented:
-                    return made
-        made = func(*_real(args), **_real(kwargs))
-        for given in (*args, *kwargs.values()):
-            if isinstance(given, LazyLogits):
-                for lazy in [*given.call.lazy]:  # the function may have written to all of them
-                    lazy.written[0] |= _state_of(lazy.elements()) != lazy._state
-                if made is given._elements:  # a write, or a cast that changes nothing
-                    return given
-        return made
+            made = handler(first, *args[1:], **rest)
+            if made is not NotImplemented:
+                return made
+        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise _refusal("logits.data = …")
+        if func in _OF_GRADIENTS:
+            for lazy in tree_leaves((args, kwargs)):
+                if isinstance(lazy, LazyLogits):
+                    lazy.cell.call.compute()
+        if func in _OF_MEMORY:
+            args, kwargs = tree_map_only(LazyLogits, LazyLogits.elements, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run operations that bypass ``__torch_function__``, because autograd itself calls them."""
-        if func in (_aten.detach.default, _aten.alias.default):
-            lazy = args[0]
-            return LazyLogits.make(lazy.call, lazy.recipe, lazy.elements)
-        with torch.no_grad():
-            return func(*_real(args), **_real(kwargs or {}))
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits) and not first.cell.call.is_computed:
+            if func in (_aten.detach.default, _aten.alias.default):
+                return LazyLogits.make(first.cell)
+            step = STEPS.get(func)
+            found = None if step is None else step(func, *args, **kwargs)
+            if isinstance(found, Tensor):
+                return found
+            if isinstance(found, list):
+                return [_after(first.cell, each) for each in found]
+            if found is not None:
+                return _after(first.cell, found)
+        if torch.Tag.inplace_view in func.tags:
+            raise _refusal(func)
+        owners: dict[int, LazyLogits] = {}
+
+        def real(lazy: LazyLogits) -> Tensor:
+            lazy.cell.call.compute()
+            data = lazy.cell.compute()
+            owners[id(data)] = lazy
+            return data
+
+        args, kwargs = tree_map_only(LazyLogits, real, (args, kwargs))
+        made = func(*args, **kwargs)
+        if made is None:  # torch._foreach_mul_ …
+            torch.autograd.graph.increment_version(owners.values())
+        # An operation that writes to its argument returns it.
+        return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), made)
 
 
+# Functions that read memory without an operation of ATen.  They get ordinary tensors.
+_OF_MEMORY = {
+    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__reduce_ex__, Tensor.__deepcopy__,
+    Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.__dlpack__, torch.as_tensor,
+    Tensor.__dlpack_device__, torch.asarray, torch.from_dlpack, Tensor.as_subclass,
+}  # fmt: skip
+# Functions that ask for the gradient of the logits, which a loss without logits doesn't have.
+_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad}
 _disabled: list[Callable[..., Any]] = []
 
 
@@ -341,101 +285,89 @@ def _outside_of_graphs() -> Callable[..., Any]:
     return _disabled[0]
 
 
-def with_node(
-    call: HeadCall, recipe: Recipe, replay: Callable[[], Tensor], parent: LazyLogits | None = None
-) -> Tensor:
-    """A lazy tensor with its autograd node.  The node of ``parent`` is an input of this node."""
-    make = partial(LazyLogits.make, call, recipe, replay)
-    made: Any = LazyLogitsFunction.apply(make, recipe, parent, *recipe.tensors())
-    # Here, because the grad mode is off in the node's forward.
-    made.node, made.has_grad = made._own_node()[1], torch.is_grad_enabled()
-    return made
+def _refusal(name: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{name} changes the shape or the memory of lazy logits in place: make a new tensor "
+        "instead, or call fastlora.optimize without loss=True"
+    )
 
 
-class LazyLogitsFunction(Function):
-    """The node of a lazy tensor, for functions that bypass ``__torch_function__``.
+def _after(cell: Cell, step: Step) -> LazyLogits:
+    parent = step.source or cell
+    return LazyLogits.make(Cell(cell.call, step.run(parent.like), parent, step))
 
-    Autograd Functions bypass it, such as the one that DistributedDataParallel applies to a model's
-    outputs.  A fused loss computes the gradients of the head's tensors itself.  Its backward
-    reaches this node also, with None as the gradient (:class:`LinkFunction`).
-    """
+
+class LazyHeadFunction(Function):
+    """The node of a head's call.  Its backward runs only if the logits have a gradient."""
 
     @staticmethod
-    def forward(
-        ctx, make: Callable[[], Any], recipe: Recipe, parent: LazyLogits | None, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx, call: HeadCall, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.recipe = recipe.with_head(x=tensors[0].new_empty(0, tensors[0].shape[-1]))
-        lazy = make()
-        ctx.written = lazy.written
-        return lazy
+        ctx.head_call = call
+        x, weight = tensors[0], call.head.output.base.weight
+        like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device="meta")
+        return LazyLogits.make(Cell(call, like, None, Step(lambda z: z)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:]
-        if gradient is None:
-            return (None,) * (3 + len(needs))
-        if ctx.written[0]:
-            raise RuntimeError(
-                "an autograd Function got logits that were changed in place, so their gradient "
-                "isn't known: pass it a copy (logits.clone()), or call fastlora.optimize without "
-                "loss=True"
-            )
-        pairs = zip(ctx.saved_tensors, needs, strict=True)
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in pairs]
-        with torch.enable_grad():
-            y = ctx.recipe.with_head(x=leaves[0]).compute(leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
-        return None, None, None, *[next(found) if need else None for need in needs]
+    def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, needs = ctx.head_call, ctx.needs_input_grad[1:]
+        if dy is None:
+            return None, *[None] * len(needs)
+        if call.hs is None:  # an autograd Function has a gradient, but read no element
+            call.logits()
+        given = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
+        return None, *run_backward(BackwardCall(*given))
 
 
-class _FirstFunction(Function):
-    """A function of two tensors that passes its gradient on to the first."""
+class Recipe(NamedTuple):
+    """How a loss computes a lazy tensor: a call of a head, and the steps after it."""
+
+    head: Head
+    dtype: torch.dtype
+    numbers: tuple[tuple, ...] = ()  # of the steps
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def of(lazy: LazyLogits) -> "Recipe":
+        """The recipe of a lazy tensor whose elements aren't computed."""
+        head, steps = lazy.cell.call.head, lazy.cell.steps()
+        if not lazy.requires_grad:
+            head = of_tensors(head, Tensor.detach)
+        x, numbers = head.x, None
+        if head.seeds is not None:
+            numbers = torch.arange(head.rows, device=x.device).view(*x.shape[:-1], 1)
+        for change in [step.rows for step in steps if step.rows is not None]:
+            x, numbers = change(x), None if numbers is None else change(numbers)
+        mask_rows = None if numbers is None else numbers.squeeze(-1)
+        found = tuple([step.number for step in steps if step.number])
+        return Recipe(head._replace(x=x, mask_rows=mask_rows), lazy.dtype, found)
 
+    @property
+    def is_logprob(self) -> bool:
+        return ("log_softmax",) in self.numbers
 
-class MaterializeFunction(_FirstFunction):
-    """Returns the elements of a lazy tensor that an autograd Function returned.
+    @property
+    def sign(self) -> float:
+        """-1 for negated log-probabilities, 1 for log-probabilities."""
+        return (-1.0) ** self.numbers.count(("neg",))
 
-    The backward passes their gradient to that Function.
-    """
+    def settings(self) -> LossSettings | None:
+        """The settings of a loss that have the effect of the steps; None if no settings have it.
 
-    @staticmethod
-    def forward(ctx, lazy: Tensor, elements: Tensor) -> Tensor:
-        return elements.detach()  # autograd forbids in-place writes to an input that is returned
-
-
-class LinkFunction(_FirstFunction):
-    """Returns the loss.  Its backward also reaches the lazy tensor's node, with no gradient.
-
-    DistributedDataParallel waits for the node of its Function to run.
-    """
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, lazy: Tensor) -> Tensor:
-        return loss.clone()
-
-
-def _real(tree: Any) -> Any:
-    """These arguments with an ordinary tensor in place of each lazy one."""
-    return tree_map_only(LazyLogits, LazyLogits.elements, tree)
-
-
-# Properties and methods that need no elements, so the tensor itself answers.
-_PROPERTIES = (
-    "shape", "dtype", "device", "ndim", "layout", "is_cpu", "is_cuda", "requires_grad", "grad_fn",
-    "is_leaf", "is_meta", "is_nested", "is_sparse", "is_quantized", "output_nr",
-    "itemsize", "nbytes", "is_mps", "is_xpu", "_version",
-)  # fmt: skip
-_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension,
-    Tensor.__len__, Tensor.__hash__, Tensor.element_size, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.is_signed, Tensor.get_device,
-    torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor,
-}  # fmt: skip
+        after · tanh(before · z) equals a softcap of ``after``, applied to logits scaled by
+        before · after.
+        """
+        before, after, is_capped = 1.0, 1.0, False
+        for name, *number in self.numbers:
+            if name == "mul" and is_capped:
+                after *= number[0]
+            elif name == "mul":
+                before *= number[0]
+            elif name == "exp" or (name == "tanh" and is_capped):
+                return None
+            elif name == "tanh":
+                is_capped = True
+        if not is_capped:
+            return LossSettings(logit_scale=before)
+        return LossSettings(softcap=after, logit_scale=before * after) if after > 0.0 else None

@@ -28,7 +28,6 @@ from .node import Function, as_matrix, once_differentiable
 from .run import draw_seed
 
 REDUCTIONS = ("mean", "sum", "none")
-NO_INDEX = -(1 << 40)  # an ignore_index that no class has
 
 
 class Head(NamedTuple):
@@ -258,13 +257,18 @@ class _LossCall(NamedTuple):
 
 
 def head_loss(
-    head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int,
+    head: Head,
+    target: Tensor,
+    settings: LossSettings,
+    reduction: str,
+    ignore_index: int,
+    via: Tensor | None = None,
     of_target: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The loss of a head's call without logits.  The caller has checked the arguments.
 
-    ``of_target``, one number for each row of the target that counts, is filled with the logit of
-    this row's class.
+    The backward also reaches the node of ``via``, with None as its gradient.  ``of_target``, one
+    number for each row that counts, is filled with the logit of the row's class.
     """
     x, t = as_matrix(head.x), target.flatten().contiguous()
     counts = t != ignore_index
@@ -282,7 +286,7 @@ def head_loss(
     call = _LossCall(head._replace(x=x), layouts[0], t, kept, settings, reduction, backend, of_target)
     inputs = x, *flatten([head.output], layouts)
     if torch.is_grad_enabled():
-        loss = LinearCrossEntropyFunction.apply(call, *inputs)
+        loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
     else:
         loss = call.reduced(call.losses(inputs, [False] * len(inputs))[0])
     return loss.view(target.shape) if reduction == "none" else loss
@@ -292,8 +296,8 @@ class LinearCrossEntropyFunction(Function):
     """The loss as one node.  It saves the gradients, or the inputs if it computes them later."""
 
     @staticmethod
-    def forward(ctx, call: _LossCall, *inputs: Tensor) -> Tensor:
-        needs = ctx.needs_input_grad[1:]
+    def forward(ctx, call: _LossCall, via: Tensor | None, *inputs: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
         # The gradients of weight, bias and adapter are sums over rows.  With "none", each row has a
         # factor in them that only the backward knows: its upstream gradient.
         later = call.reduction == "none" and any(needs[1:])
@@ -313,15 +317,17 @@ class LinearCrossEntropyFunction(Function):
         if ctx.later:
             of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
             *inputs, target = saved
-            call, needs = call._replace(target=target), ctx.needs_input_grad[1:]
+            call, needs = call._replace(target=target), ctx.needs_input_grad[2:]
             with autocast_off(upstream.device.type):
                 _, found = call.losses(inputs, needs, of_rows)
             pairs = zip(found, ctx.dtypes, strict=True)
-            return None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
+            return None, None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
         if not len(call.target):  # copies, because autograd may accumulate in place
-            return None, *[None if g is None else g.clone() for g in saved]
+            return None, None, *[None if g is None else g.clone() for g in saved]
         if call.reduction == "mean":
             upstream = upstream / len(call.target)
         factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
+        if call.reduction == "none" and call.kept is not None:  # 0 · NaN at an ignored row is NaN
+            factor = torch.zeros_like(factor).index_copy_(0, call.kept, factor[call.kept])
         pairs = zip(saved, ctx.dtypes, strict=True)
-        return None, *[None if g is None else (g * factor).to(dtype) for g, dtype in pairs]
+        return None, None, *[None if g is None else (g * factor).to(dtype) for g, dtype in pairs]

@@ -390,7 +390,7 @@ def lazy_steps(wrap: str, loss: bool, **settings) -> tuple[list[float], dict[str
         out.loss.backward()
         losses.append(float(out.loss.detach()))
     found = {} if wrap == "fsdp1" else {name: whole(p.grad) for name, p in trained(model)}
-    return losses, found, isinstance(out.logits, LazyLogits) and out.logits.call.logits is None
+    return losses, found, isinstance(out.logits, LazyLogits) and not out.logits.cell.call.is_computed
 
 
 class Zero3(nn.Module):
