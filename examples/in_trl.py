@@ -102,7 +102,9 @@ def compare() -> None:
         for side in sides:
             results[side.name] = side.go()
     ratios = step_time_over("PEFT", results)
-    kept = {name: settings[name] for name in ("steps", "batch", "seq_len", "dtype", "checkpointing")}
+    kept = {
+        name: settings[name] for name in ("steps", "batch", "seq_len", "dtype", "checkpointing")
+    }
     report = {"settings": kept, **machine, "results": results, "step_time_over_peft": ratios}
     (out / "in_trl.json").write_text(to_json(report) + "\n")
     cells = [machine["machine"]["processor"]]

@@ -46,7 +46,8 @@ class Step(NamedTuple):
 
     run: Change  # on the logits
     rows: Change | None = None  # the same selection of the rows of any [..., n]
-    # ("mul", factor), ("tanh",), ("log_softmax",); after log_softmax ("neg",), ("exp",), ("p_log_p",).
+    # ("mul", factor), ("tanh",) or ("log_softmax",); after log_softmax ("neg",), ("exp",) or
+    # ("p_log_p",).
     number: tuple = ()
     source: "Cell | None" = None  # of the elements that ``run`` gets; None: of the first argument
 
@@ -158,7 +159,9 @@ class Cell:
 
     def compute(self) -> Tensor:
         if self.data is None:
-            made = self.call.logits() if self.parent is None else self.step.run(self.parent.compute())
+            made = (
+                self.call.logits() if self.parent is None else self.step.run(self.parent.compute())
+            )
             self.data, self.parent = made, None
         return self.data
 

@@ -243,7 +243,7 @@ for _function in (functional.cross_entropy, functional.nll_loss):
 
 @_handles(HANDLERS, Tensor.gather, torch.gather)
 def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any) -> Any:
-    """log_softmax(…).gather(-1, index), the log-probability of each target; or of float32 logits."""
+    """The log-probability of each target, or its float32 logit."""
     if others or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != (*lazy.shape[:-1], 1):

@@ -283,7 +283,9 @@ def head_loss(
             raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
     layouts = layouts_of([head.output])
     backend = find_backend(backend_name(head.backend, x.device))
-    call = _LossCall(head._replace(x=x), layouts[0], t, kept, settings, reduction, backend, of_target)
+    call = _LossCall(
+        head._replace(x=x), layouts[0], t, kept, settings, reduction, backend, of_target
+    )
     inputs = x, *flatten([head.output], layouts)
     if torch.is_grad_enabled():
         loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
