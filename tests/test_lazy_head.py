@@ -10,13 +10,13 @@ import peft
 import peft_worker
 import pytest
 import torch
+import transformers
 from models import Reverse, randomize, tiny_llama
 from process import Ranks
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from trainer_runs import trainer_for, weights
-from transformers import Trainer
 
 import fastlora
 from fastlora.layers.head import LazyHead
@@ -280,6 +280,28 @@ def test_a_head_that_can_t_be_lazy_says_why_and_runs_as_before(reason):
         torch.testing.assert_close(out.loss, expected(**DATA).loss)
 
 
+def test_a_replaced_head_is_reported():
+    model = fastlora.optimize(peft_model(), loss=True)
+    model.resize_token_embeddings(110)
+    line = str(fastlora.coverage(model)).splitlines()[-1]
+    assert line.startswith("loss with logits: base_model.model.lm_head: it replaced the lazy head")
+    fastlora.optimize(model, loss=True)
+    assert is_fused(model(**DATA).logits)
+    assert "loss with" not in str(fastlora.coverage(fastlora.restore(model)))
+
+
+def test_mobilebert_computes_its_logits_without_its_head():
+    config = transformers.MobileBertConfig(
+        vocab_size=100, hidden_size=32, embedding_size=16, num_hidden_layers=1,
+        intermediate_size=32, num_attention_heads=2, intra_bottleneck_size=16,
+    )  # fmt: skip
+    model = transformers.MobileBertForMaskedLM(config)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    with pytest.warns(UserWarning, match="doesn't call the head"):
+        fastlora.optimize(model, loss=True)
+    assert "loss without" not in str(fastlora.coverage(model))
+
+
 def test_an_adapter_added_to_a_lazy_head_is_reported():
     model = fastlora.optimize(peft_model(), loss=True)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
@@ -343,6 +365,61 @@ def test_logits_can_be_read_after_backward_but_not_after_a_step():
         second.logits.sum()
     with pytest.raises(RuntimeError, match="have changed since its call"):
         functional.cross_entropy(second.logits.flatten(0, 1), IDS.flatten())
+
+
+# Weights and hidden states that change before the logits are read.
+
+
+@pytest.mark.parametrize("kind", ["adapted", "trained"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_s_step_is_noticed(kind, optimizer):
+    """Fused optimizers change parameters without a new version."""
+    model = fastlora.optimize(peft_model(kind), loss=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    out = model(**DATA)
+    out.loss.backward()
+    optimizer(trained, lr=1e-3, fused=True).step()
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        out.logits.sum()
+
+
+def test_merging_and_unloading_before_the_logits_are_read_is_an_error():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    logits = model(input_ids=IDS).logits
+    model = model.merge_and_unload()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        logits.sum()
+
+
+def test_logits_outlive_their_model():
+    expected = peft_model("adapted")(input_ids=IDS).logits
+    logits = fastlora.optimize(peft_model("adapted"), loss=True)(input_ids=IDS).logits
+    gc.collect()
+    torch.testing.assert_close(logits.detach() + 0.0, expected.detach())
+
+
+def test_hidden_states_that_change_in_inference_mode_leave_the_logits():
+    model = fastlora.optimize(peft_model("frozen"), loss=True)
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        hidden = torch.randn(2, 3, head.in_features)
+        logits, expected = head(hidden), hidden @ head.weight.T
+        hidden.zero_()
+        torch.testing.assert_close(logits, expected)
+
+
+def test_a_write_to_the_logits_of_a_checkpointed_loss_is_an_error():
+    logits = fastlora.optimize(peft_model("adapted"), loss=True)(input_ids=IDS).logits
+    loss = checkpoint(logits_loss, logits, use_reentrant=False)
+    with torch.no_grad():
+        logits.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def logits_loss(logits: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -450,7 +527,7 @@ def test_trainer_trains_alike_and_computes_no_logits(how, tmp_path, monkeypatch)
     runs = []
     for loss in (False, True):
         model = fastlora.optimize(peft_model("adapted", words=20), loss=loss)
-        trainer = trainer_for(model, tmp_path / str(loss), Trainer, **TRAININGS[how])
+        trainer = trainer_for(model, tmp_path / str(loss), transformers.Trainer, **TRAININGS[how])
         trainer.train()
         runs.append([weights(model), [e.get("eval_loss") for e in trainer.state.log_history]])
     tolerance = 2e-2 if how == "autocast" else 1e-4
@@ -463,7 +540,7 @@ def test_trainer_s_metrics_get_the_predictions(tmp_path):
     found = []
     for loss in (False, True):
         model = fastlora.optimize(peft_model(words=20), loss=loss)
-        trainer = trainer_for(model, tmp_path / str(loss), Trainer)
+        trainer = trainer_for(model, tmp_path / str(loss), transformers.Trainer)
         trainer.compute_metrics = lambda given: {"sum": float(abs(given.predictions).sum())}
         found.append(trainer.evaluate())
     assert found[0]["eval_sum"] == pytest.approx(found[1]["eval_sum"], rel=1e-6)

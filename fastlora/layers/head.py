@@ -1,8 +1,8 @@
 """Output heads whose calls return lazy logits, so that the loss runs without logits.
 
 A model's head is the module that ``get_output_embeddings()`` returns.  It becomes lazy when it gets
-a class that :class:`LazyHead` and its own class make (:func:`head_classes`).  :func:`own_heads`
-gives the classes that undo this.
+a class that :class:`LazyHead` and its own class make (:func:`make_lazy`).
+:func:`give_back_heads` undoes this.
 
 Each call decides whether its logits are lazy.  Calls aren't lazy when compiled or traced, nor for a
 single row without gradients (generation).  :func:`why_not_lazy` gives the other reasons.
@@ -10,7 +10,7 @@ single row without gradients (generation).  :func:`why_not_lazy` gives the other
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..backends import asked_backend
 from ..foreign import FULLY_SHARDED, derived_from
 from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
-from .classes import changed_classes, class_over
+from .classes import change_classes, changed_classes, class_over
 from .frozen import read_frozen
 from .guards import Record, fits
 from .logits_functions import lazy_logits
@@ -31,6 +31,8 @@ from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 
 _PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train
 _PEFT_LORA = ("peft.tuners.lora.layer", "LoraLayer")
+_MOBILEBERT = ("transformers.models.mobilebert", "MobileBertLMPredictionHead")
+_ASKED = "_fastlora_loss"  # in the __dict__ of a model whose head was made lazy
 
 
 class LazyHead(nn.Module):
@@ -61,13 +63,43 @@ def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     """The lazy class of the model's head, and of copies that train.  Warns if it can't be lazy."""
     if reason := why_no_lazy_head(model):
         text = f"loss=True has no effect, the loss computes logits: {reason}"
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
         return {}
     return lazy_classes(heads_of(model))
 
 
+def make_lazy(model: nn.Module) -> Callable[[], None]:
+    """Make the model's head lazy, or warn.  Returns a function that undoes it."""
+    was_asked, classes = _ASKED in model.__dict__, change_classes(head_classes(model))
+    if classes:
+        model.__dict__[_ASKED] = True
+
+    def undo() -> None:
+        change_classes(classes)
+        if not was_asked:
+            model.__dict__.pop(_ASKED, None)
+
+    return undo
+
+
+def give_back_heads(modules: Iterable[nn.Module]) -> None:
+    """Give each lazy head the class that it had before."""
+    modules = list(modules)
+    change_classes(own_heads(modules))
+    for module in modules:
+        module.__dict__.pop(_ASKED, None)
+
+
+def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """For each lazy head, the class that it had before."""
+    heads: Any = [module for module in modules if isinstance(module, LazyHead)]
+    return {head: head.lazy_over for head in heads}
+
+
 def why_no_lazy_head(model: nn.Module) -> str:
     """Why the model's head can never be lazy; "" if calls of it may be."""
+    if any(derived_from(type(module), *_MOBILEBERT) for module in model.modules()):
+        return "MobileBert reads the head's weight, and doesn't call the head"
     found = heads_of(model)
     reason = "" if found else "get_output_embeddings() of the model returns no module"
     return next(filter(None, map(_why_not_head, found)), reason)
@@ -83,12 +115,6 @@ def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
             classes[head].plain_class = getattr(kind, "plain_class", kind)
             classes[head].lazy_over = kind  # the class without LazyHead
     return classes
-
-
-def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """For each lazy head, the class that it had before."""
-    heads: Any = [module for module in modules if isinstance(module, LazyHead)]
-    return {head: head.lazy_over for head in heads}
 
 
 @contextmanager
@@ -112,6 +138,10 @@ def cover_head(model: nn.Module) -> str:
                 reason = "its adapter was added later, call fastlora.optimize with loss=True again"
             with_logits = f"loss with logits: {name}: {reason}"
             lines.append(with_logits if reason else f"loss without logits: {name}")
+    if not lines and _ASKED in model.__dict__:
+        names = [name for name, module in named.items() if module in heads_of(model)]
+        reason = "it replaced the lazy head, call fastlora.optimize with loss=True again"
+        lines = [f"loss with logits: {name}: {reason}" for name in names]
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ class HeadCall:
         self.hs: list[Tensor] | None = None  # h of the adapter, for the backward
         self.cells: WeakSet[Cell] = WeakSet()
 
-    def _state(self) -> list[tuple[int, Tensor | None]]:
+    def _state(self) -> list[tuple[int, Any]]:
         """The version of each tensor, and the row sums of a tensor that trains.
 
         Fused optimizers change a tensor without a new version, so the sums tell.
@@ -82,11 +82,11 @@ class HeadCall:
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
         pairs = zip(self.state, self._state(), strict=True)
-        is_same = all(
-            old == new and (sums is None or torch.equal(sums, new_sums))
-            for (old, sums), (new, new_sums) in pairs
-        )
-        if not is_same or not self.is_current():
+        is_same = [
+            version == new_version and (sums is None or torch.equal(sums, new_sums))
+            for (version, sums), (new_version, new_sums) in pairs
+        ]
+        if not all(is_same) or not self.is_current():
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "
@@ -224,7 +224,7 @@ class LazyLogits(Tensor):
             made = handler(first, *args[1:], **rest)
             if made is not NotImplemented:
                 return made
-        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise _refusal("logits.data = …")
         if func in _OF_GRADIENTS:
             for lazy in tree_leaves((args, kwargs)):

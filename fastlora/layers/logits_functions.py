@@ -218,7 +218,7 @@ def _loss(
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
-        # DistributedDataParallel waits for the node of its Function, so the lazy tensor is an input.
+        # Through the lazy tensor, the backward reaches DistributedDataParallel's Function.
         given = recipe.head, target, settings, reduction, ignore_index
         loss = head_loss(*given, via=lazy, of_target=of_target)
     return loss.to(torch.promote_types(dtype, recipe.dtype))

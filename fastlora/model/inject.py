@@ -21,7 +21,7 @@ from ..layers.classes import change_class, change_classes, class_over, own_class
 from ..layers.expert_layer import LoRAExperts
 from ..layers.experts import packed_names
 from ..layers.frozen import Linear, frozen_classes
-from ..layers.head import head_classes, own_heads
+from ..layers.head import give_back_heads, make_lazy
 from ..layers.linear import adapted_class
 from ..layers.members import plain_class_of
 from ..layers.modules import called, inside_of, lora_layers, owners_of, some, unwrap
@@ -110,7 +110,7 @@ def apply_lora(
     check_plain(unwrap(model))
     inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
     if loss:
-        change_classes(head_classes(unwrap(model)))
+        make_lazy(unwrap(model))
     return model
 
 
@@ -231,7 +231,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
-    change_classes(own_heads(inner.modules()))
+    give_back_heads(inner.modules())
     # Without duplicates, because an experts module has several adapted weights.
     for module in dict.fromkeys(layer.adapted_module for _, layer in layers):
         module.detach_adapter()

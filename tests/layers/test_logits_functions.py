@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import get_testing_overrides, resolve_name
 from torch.utils import _pytree
 
+from fastlora.layers import logits_functions
 from fastlora.layers.logits import LazyLogits
 from fastlora.layers.logits_functions import lazy_logits
 from fastlora.ops.loss import head_of
@@ -515,3 +516,80 @@ def test_a_change_of_shape_or_memory_in_place_is_refused(change):
     z = logits_of(leaves_of("frozen"), True).detach()[0]
     with pytest.raises(RuntimeError, match="in place: make a new tensor instead"):
         exec(change, {"z": z, "torch": torch})
+
+
+# Precision, laziness and speed.
+
+
+def half_logits(is_lazy: bool, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    head = head_of(draw(B, K).to(dtype), Output(Base(draw(V, K, seed=1).to(dtype), None)), 0.0)
+    return lazy_logits(head) if is_lazy else functional.linear(head.x, head.output.base.weight)
+
+
+PRECISE = {
+    "a float32 row": lambda z: z.float() + draw(V, seed=2).float(),
+    "float64": lambda z: functional.cross_entropy(z.double() * 40, z.detach().float().argmax(-1)),
+    "log_softmax in float64": lambda z: (z * 40).log_softmax(-1, dtype=torch.float64),
+    "a sum in float32": lambda z: z.log_softmax(-1).sum(-1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("function", PRECISE.values(), ids=PRECISE)
+def test_the_elements_of_16_bit_logits_have_torch_s_precision(function):
+    torch.testing.assert_close(function(half_logits(True)), function(half_logits(False)),
+                               rtol=1e-9, atol=0)  # fmt: skip
+
+
+def fused_losses(z: Tensor) -> dict:
+    """Common losses of 16-bit logits [B, N, V], as their authors write them."""
+    t = classes(like(z))
+    return {
+        "transformers": lambda: functional.cross_entropy(
+            z.float().view(-1, V), t.view(-1), ignore_index=-100, reduction="mean"
+        ),
+        "an older model": lambda: torch.nn.CrossEntropyLoss()(
+            z[..., :-1, :].contiguous().view(-1, V), t[..., 1:].contiguous().view(-1)
+        ),
+        "smoothing": lambda: functional.cross_entropy(
+            z.to(torch.float32).reshape(-1, V), t.flatten(), label_smoothing=0.1
+        ),
+        "log-probabilities": lambda: torch.gather(
+            (z[:, :-1] / 0.7).log_softmax(-1), -1, t[:, 1:].unsqueeze(-1)
+        ).squeeze(-1),
+        "row by row": lambda: torch.stack([
+            functional.log_softmax(row, dim=-1).gather(dim=-1, index=labels.unsqueeze(-1))
+            for row, labels in zip(z, t, strict=True)
+        ]),
+        "a softcap": lambda: functional.cross_entropy(
+            (torch.tanh(z / 30.0) * 30.0).float().flatten(0, 1), t.flatten()
+        ),
+        "a mask": lambda: functional.cross_entropy(z[MASK], t[MASK]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", fused_losses(draw(B, N, V)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_common_losses_compute_no_logits(name, dtype):
+    weight = draw(V, K, seed=1).to(dtype)
+    x = draw(B, N, K).to(dtype).requires_grad_()
+    z = lazy_logits(head_of(x, Output(Base(weight, None)), 0.0))
+    found, wanted = fused_losses(z)[name](), fused_losses(x @ weight.T)[name]()
+    assert not z.cell.call.is_computed
+    gradients = [torch.autograd.grad(loss.sum(), x)[0] for loss in (found, wanted)]
+    tolerance = 0.03 if dtype is torch.bfloat16 else 1e-12
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_a_loop_over_rows_works_on_ordinary_rows():
+    z = lazy_logits(head_of(draw(300, K), Output(Base(draw(V, K, seed=1), None)), 0.0))
+    assert {type(row) for row in z} == {Tensor}
+
+
+def test_a_type_error_inside_of_a_loss_is_raised(monkeypatch):
+    def broken(*given, **more):
+        raise TypeError("inside")
+
+    monkeypatch.setattr(logits_functions, "head_loss", broken)
+    with pytest.raises(TypeError, match="inside"):
+        functional.cross_entropy(logits_of(leaves_of("frozen"), True)[0], torch.arange(N))

@@ -176,6 +176,18 @@ def test_token_logprobs_need_no_product_in_the_backward(monkeypatch):
     compare(found, -formula(target=target, reduction="none", **given), given, 1e-13)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("trained", [("x",), ("x", "weight")], ids=["frozen", "trained"])
+def test_an_upstream_gradient_of_an_ignored_row_does_not_count(number, trained):
+    """As a focal loss has it: the logarithm of an ignored row's zero."""
+    given, target = tensors(trained=trained, adapter=False), target_of()
+    upstream = torch.where(target == -100, number, 1.0)
+    found = fastlora.token_logprobs(target=target, **given)
+    dx = torch.autograd.grad(found, given["x"], upstream, retain_graph=True)
+    expected = torch.autograd.grad(found, given["x"], torch.ones_like(upstream))
+    torch.testing.assert_close(dx, expected, rtol=0, atol=0)
+
+
 def test_it_saves_gradients_only():
     given, saved = tensors(trained=("x", "lora_a", "lora_b")), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

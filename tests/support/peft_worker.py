@@ -390,7 +390,11 @@ def lazy_steps(wrap: str, loss: bool, **settings) -> tuple[list[float], dict[str
         out.loss.backward()
         losses.append(float(out.loss.detach()))
     found = {} if wrap == "fsdp1" else {name: whole(p.grad) for name, p in trained(model)}
-    return losses, found, isinstance(out.logits, LazyLogits) and not out.logits.cell.call.is_computed
+    return (
+        losses,
+        found,
+        isinstance(out.logits, LazyLogits) and not out.logits.cell.call.is_computed,
+    )
 
 
 class Zero3(nn.Module):
