@@ -28,9 +28,6 @@ from .protocol import LossRows, LossSettings
 # again.  A GPU needs larger chunks to use all of its processors.
 _CHUNK_ON_CPU, _CHUNK = 24 * 2**20, 512 * 2**20
 _FEWEST_ROWS = 16
-# A reduction makes float32 copies of a block of z: on a CPU of 2 MiB, as row_loss, on a GPU of 128
-# rows.
-_BLOCK, _FEW = 2**21, 128
 
 
 def loss_of_rows(
@@ -78,12 +75,8 @@ def reduced_rows(
     masks: Sequence[DropoutMask | None],
     reduce: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """``reduce`` of blocks of z [rows, V], which gives a number for each row: [M]."""
-    found = []
-    for _, z, _, _ in _chunks(x, output, masks):
-        step = _BLOCK // (4 * z.shape[1]) if z.is_cpu else _FEW
-        found += [reduce(z[some]) for some in slices(len(z), step)]
-    return torch.cat(found)
+    """``reduce`` of chunks of z [rows, V], which gives a number for each row: [M]."""
+    return torch.cat([reduce(z) for _, z, _, _ in _chunks(x, output, masks)])
 
 
 def _chunks(

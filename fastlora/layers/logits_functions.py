@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..backends.loss import reduced_rows
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
 from ..ops.loss import REDUCTIONS, Head, head_loss
-from ..ops.row_values import reduced, with_gradient
+from ..ops.node import as_matrix
 from ..projection import HALF_DTYPES
 from .logits import (
     HANDLERS,
@@ -28,9 +29,12 @@ from .logits import (
     LazyHeadFunction,
     LazyLogits,
     Recipe,
+    Record,
     Step,
+    after,
     tensors_of,
 )
+from .loss_seen import WITHOUT_LOGITS
 
 _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
@@ -49,7 +53,9 @@ def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[F], F]:
     return register
 
 
-def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Tensor:
+def lazy_logits(
+    head: Head, is_current: Callable[[], bool] = lambda: True, record: Record = None
+) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
     Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
@@ -57,7 +63,7 @@ def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Te
 
     This function is in this file so that its callers also load the handlers.
     """
-    call = HeadCall(head._replace(x=head.x.contiguous()), is_current)
+    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, record)
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 
@@ -142,11 +148,11 @@ def _number(value: Any) -> float | None:
 
 
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
-def _factor(func: Any, lazy: LazyLogits, other: Any) -> Step | None:
-    if isinstance(other, LazyLogits):
-        return _p_log_p(func, lazy.cell, other.cell)
-    number = _number(other)
+def _factor(func: Any, lazy: LazyLogits, other: Any) -> Step | LazyLogits | None:
     is_quotient = func is _aten.div.Tensor
+    if isinstance(other, LazyLogits):
+        return None if is_quotient else _p_log_p(lazy.cell, other.cell)
+    number = _number(other)
     if number is None or _is_logprob(lazy) or (is_quotient and not number):
         return None
     return Step(lambda z: func(z, number), None, ("mul", 1.0 / number if is_quotient else number))
@@ -157,11 +163,11 @@ def _exp(func: Any, lazy: LazyLogits) -> Step | None:
     return Step(func, None, ("exp",)) if lazy.cell.step.number == ("log_softmax",) else None
 
 
-def _p_log_p(func: Any, p: Cell, logp: Cell) -> Step | None:
+def _p_log_p(p: Cell, logp: Cell) -> LazyLogits | None:
     """exp(logp) · logp, whose sum is an entropy."""
-    if func is not _aten.mul.Tensor or p.step.number != ("exp",) or p.parent is not logp:
+    if p.step.number != ("exp",) or p.parent is not logp:
         return None
-    return Step(lambda logp: func(logp.exp(), logp), None, ("p_log_p",), logp)
+    return after(logp, Step(lambda z: z.exp() * z, None, ("exp",)))
 
 
 @_handles(STEPS, _aten.tanh.default)
@@ -221,6 +227,7 @@ def _loss(
         # Through the lazy tensor, the backward reaches DistributedDataParallel's Function.
         given = recipe.head, target, settings, reduction, ignore_index
         loss = head_loss(*given, via=lazy, of_target=of_target)
+    lazy.cell.call.say(WITHOUT_LOGITS)
     return loss.to(torch.promote_types(dtype, recipe.dtype))
 
 
@@ -267,18 +274,21 @@ def _target_logit(lazy: LazyLogits, recipe: Recipe, target: Tensor) -> Any:
     cell keeps for the ``logsumexp`` that follows.  The difference s - lse is as precise as the
     loss, and its gradient is the loss's: the gradients by s cancel exactly.
     """
-    head = recipe.head
-    if lazy.dtype in HALF_DTYPES or isinstance(head.output.base.weight, Quantized):
+    x, ((weight, bias), adapters) = recipe.head.x, recipe.head.output
+    if lazy.dtype in HALF_DTYPES or adapters or isinstance(weight, Quantized):
         return NotImplemented
-    z = head.x.new_empty(target.numel())
+    z = x.new_empty(target.numel())
     loss = _loss(lazy, recipe, target, "none", _NO_INDEX, of_target=z)
     if loss is NotImplemented:
         return loss
-    z = z.view(target.shape)
-    s = (with_gradient(z, head, target) if loss.requires_grad else z).unsqueeze(-1)
+    s = z.view(target.shape).unsqueeze(-1)
+    if loss.requires_grad:  # the same logit by torch's operations, for its gradient
+        source = (x * weight[target]).sum(-1, keepdim=True)
+        source = source if bias is None else source + bias[target].unsqueeze(-1)
+        s = s + (source - source.detach())
     for run in _element_steps(lazy.cell):
         s = run(s)
-    lazy.cell.lse = loss + s.squeeze(-1)
+    lazy.cell.lse = loss.unsqueeze(-1) + s
     return s
 
 
@@ -293,36 +303,35 @@ def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **other
     while cell.lse is None and cell.parent is not None and cell.step.rows is not None:
         changes.append(cell.step.rows)
         cell = cell.parent
-    needs = torch.is_grad_enabled() and lazy.requires_grad
-    if cell.lse is None or cell.lse.requires_grad != needs or dim not in (-1, lazy.dim() - 1):
+    lse, needs = cell.lse, torch.is_grad_enabled() and lazy.requires_grad
+    if lse is None or lse.requires_grad != needs or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
-    lse = cell.lse.unsqueeze(-1)
     for change in reversed(changes):
         lse = change(lse)
     return lse if keepdim else lse.squeeze(-1)
 
 
-@_handles(
-    STEPS, _aten.argmax.default, _aten.logsumexp.default, _aten.sum.dim_IntList, _aten.mean.dim
-)  # fmt: skip
+_REDUCTIONS = _aten.argmax.default, _aten.logsumexp.default, _aten.sum.dim_IntList, _aten.mean.dim
+
+
+@_handles(STEPS, *_REDUCTIONS)
 def _reduction(
     func: Any, lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **options: Any
 ) -> Tensor | None:
     """A number for each row: the argmax and the entropy that trainers log, for example."""
-    places = dim if isinstance(dim, list) else [dim]
-    if len(places) != 1 or places[0] not in (-1, lazy.dim() - 1) or 0 in lazy.shape:
+    place = dim if isinstance(dim, list) else [dim]
+    if place not in ([-1], [lazy.dim() - 1]) or 0 in lazy.shape or lazy.dim() < 2:
         return None
-    steps, lead = _element_steps(lazy.cell), [1] * (lazy.dim() - 2)
-    if lazy.dim() < 2:
-        return None
+    runs, lead = _element_steps(lazy.cell), [1] * (lazy.dim() - 2)
 
     def reduce(z: Tensor) -> Tensor:
         z = z.view(*lead, *z.shape)
-        for run in steps:
+        for run in runs:
             z = run(z)
-        return func(z, [-1] if isinstance(dim, list) else -1, **options).flatten()
+        return func(z, dim, **options).flatten()
 
     lazy.cell.call.check()
-    with autocast_off(lazy.device.type):
-        found = reduced(Recipe.of(lazy).head, reduce)
+    head = Recipe.of(lazy).head
+    with torch.no_grad(), autocast_off(lazy.device.type):
+        found = reduced_rows(as_matrix(head.x), head.output, head.masks(), reduce)
     return found.view(*lazy.shape[:-1], *[1] * keepdim)
