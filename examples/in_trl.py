@@ -7,7 +7,7 @@ The sides train the same packed tokens with SmolLM2 135M in bfloat16, each in it
 take turns step by step:
     PEFT       TRL's defaults: PEFT's layers, and TRL's loss in chunks
     optimized  the same after fastlora.optimize(trainer.model)
-    lazy       also with loss=True, and with the model's own loss in the place of TRL's
+    lazy       also with loss=True, and the model's own loss in place of TRL's, as in sft.py
 --out gets in_trl.json.  The last line is a row of docs/trainer.md.
 """
 
