@@ -10,7 +10,7 @@ single row without gradients (generation).  :func:`why_not_lazy` gives the other
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from ..ops.loss import Head, head_of
 from .classes import change_classes, changed_classes, class_over
 from .frozen import read_frozen
 from .guards import Record, fits
+from .logits import tensors_of
 from .logits_functions import lazy_logits
 from .loss_seen import RAN, line_of_loss, watch
 from .members import is_hooked, under, why_patched
@@ -34,7 +35,7 @@ from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 _PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train
 _PEFT_LORA = ("peft.tuners.lora.layer", "LoraLayer")
 _MOBILEBERT = ("transformers.models.mobilebert", "MobileBertLMPredictionHead")
-_ASKED = "_fastlora_loss"  # in the __dict__ of a model whose head was made lazy
+ASKED = "_fastlora_loss"  # in the __dict__ of a model whose head was made lazy
 
 
 class LazyHead(nn.Module):
@@ -71,19 +72,13 @@ def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
     return lazy_classes(heads_of(model))
 
 
-def make_lazy(model: nn.Module) -> Callable[[], None]:
-    """Make the model's head lazy, or warn.  Returns a function that undoes it."""
-    was_asked, classes = _ASKED in model.__dict__, change_classes(head_classes(model))
+def make_lazy(model: nn.Module) -> dict[nn.Module, Any]:
+    """Make the model's head lazy, or warn.  Returns the replaced classes."""
+    classes = change_classes(head_classes(model))
     if classes:
-        model.__dict__[_ASKED] = True
+        model.__dict__[ASKED] = True
     watch(classes)
-
-    def undo() -> None:
-        change_classes(classes)
-        if not was_asked:
-            model.__dict__.pop(_ASKED, None)
-
-    return undo
+    return classes
 
 
 def give_back_heads(modules: Iterable[nn.Module]) -> None:
@@ -91,7 +86,7 @@ def give_back_heads(modules: Iterable[nn.Module]) -> None:
     modules = list(modules)
     change_classes(own_heads(modules))
     for module in modules:
-        module.__dict__.pop(_ASKED, None)
+        module.__dict__.pop(ASKED, None)
 
 
 def own_heads(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
@@ -142,7 +137,7 @@ def cover_head(model: nn.Module) -> str:
                 reason = "its adapter was added later, call fastlora.optimize with loss=True again"
             with_logits = f"loss with logits: {name}: {reason}"
             lines.append(with_logits if reason else line_of_loss(name, head, model))
-    if not lines and _ASKED in model.__dict__:
+    if not lines and ASKED in model.__dict__:
         names = [name for name, module in named.items() if module in heads_of(model)]
         reason = "it replaced the lazy head, call fastlora.optimize with loss=True again"
         lines = [f"loss with logits: {name}: {reason}" for name in names]
@@ -209,9 +204,6 @@ def _lazy_call(module: nn.Module, x: Any) -> Head | None:
     """The record of the call with x if its logits can be lazy; None if the forward must run."""
     if torch.compiler.is_compiling() or nn_module._has_any_global_hook():
         return None
-    # Inference tensors have no version, which tells whether lazy logits are still right.
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in module.parameters()):
-        return None
     if not isinstance(x, Tensor) or not is_eager(x) or x.dim() < 2 or not x.numel() or x.is_meta:
         return None
     if not torch.is_grad_enabled() and x.shape[-2] == 1:
@@ -222,4 +214,8 @@ def _lazy_call(module: nn.Module, x: Any) -> Head | None:
     (output,), (p,) = record.outputs, record.dropouts
     if autocast_is_on(x.device.type):
         x, (output,) = autocast_inputs(x, [output])
+    # Inference tensors have no version that tells whether lazy logits are still right.
+    is_inference = [tensor.is_inference() for tensor in tensors_of(Head(x, output))]
+    if torch.is_inference_mode_enabled() or any(is_inference):
+        return None
     return head_of(x, output, p, asked_backend())

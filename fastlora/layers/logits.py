@@ -21,7 +21,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..backends import BackwardCall, Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
@@ -84,8 +84,7 @@ class HeadCall:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
         pairs = zip(self.state, self._state(), strict=True)
         is_same = [
-            version == new_version and (sums is None or torch.equal(sums, new_sums))
-            for (version, sums), (new_version, new_sums) in pairs
+            a == b and (sums is None or torch.equal(sums, now)) for (a, sums), (b, now) in pairs
         ]
         if not all(is_same) or not self.is_current():
             raise RuntimeError(
@@ -167,10 +166,9 @@ class Cell:
 
     def compute(self) -> Tensor:
         if self.data is None:
-            made = (
-                self.call.logits() if self.parent is None else self.step.run(self.parent.compute())
-            )
-            self.data, self.parent = made, None
+            parent = self.parent
+            self.data = self.call.logits() if parent is None else self.step.run(parent.compute())
+            self.parent = None  # frees the parent's elements
         return self.data
 
     def steps(self) -> list[Step]:
@@ -201,19 +199,19 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _aten.alias(self)
 
-    def has_its_gradient(self) -> bool:
-        """Whether only the recipe's steps lie between the head and this tensor.
+    def functions(self) -> list[str]:
+        """The names of the autograd Functions between the head and this tensor.
 
-        They don't if an autograd Function returned the tensor.  An exception is the Function of
-        DistributedDataParallel, which passes the gradient on unchanged.
+        "leaf" stands for a detached tensor that requires a gradient again.
         """
-        node = self.grad_fn
+        node, number, found = self.grad_fn, self.output_nr, list[str]()
         while node is not None and getattr(node, "head_call", None) is not self.cell.call:
-            is_own = isinstance(node, torch.autograd.function.BackwardCFunction)
-            is_known = not is_own or type(node).__name__ == "_DDPSinkBackward"
-            edges = [edge for edge, _ in node.next_functions if edge is not None]
-            node = edges[0] if edges and is_known else None
-        return node is not None or not self.requires_grad
+            edges = node.next_functions
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                found.append(type(node).__name__)
+                edges = edges[number:]  # output i of a Function that passes gradients on is input i
+            node, number = edges[0] if edges else (None, 0)
+        return [*found, "leaf"] if node is None and self.requires_grad else found
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
@@ -235,9 +233,7 @@ class LazyLogits(Tensor):
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise _refusal("logits.data = …")
         if func in _OF_GRADIENTS:
-            for lazy in tree_leaves((args, kwargs)):
-                if isinstance(lazy, LazyLogits):
-                    lazy.cell.call.compute()
+            first.cell.call.compute()
         if func in _OF_MEMORY:
             args, kwargs = tree_map_only(LazyLogits, LazyLogits.elements, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
@@ -335,7 +331,6 @@ class Recipe(NamedTuple):
     """How a loss computes a lazy tensor: a call of a head, and the steps after it."""
 
     head: Head
-    dtype: torch.dtype
     numbers: tuple[tuple, ...] = ()  # of the steps
 
     @staticmethod
@@ -351,7 +346,7 @@ class Recipe(NamedTuple):
             x, numbers = change(x), None if numbers is None else change(numbers)
         mask_rows = None if numbers is None else numbers.squeeze(-1)
         found = tuple([step.number for step in steps if step.number])
-        return Recipe(head._replace(x=x, mask_rows=mask_rows), lazy.dtype, found)
+        return Recipe(head._replace(x=x, mask_rows=mask_rows), found)
 
     @property
     def is_logprob(self) -> bool:

@@ -38,6 +38,8 @@ from .loss_seen import WITHOUT_LOGITS
 
 _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
+# DistributedDataParallel's Function passes the gradient on unchanged, and waits for its backward.
+_DDP = "_DDPSinkBackward"
 # The arguments of torch's losses that a fused loss takes.
 _TAKEN = {"target", "reduction", "ignore_index", "label_smoothing"}
 F = TypeVar("F", bound=Callable[..., Any])
@@ -144,7 +146,7 @@ def _number(value: Any) -> float | None:
         return float(value)
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         return None
-    return float(value) if value.is_cpu else None
+    return float(value) if value.is_cpu and not value.requires_grad else None
 
 
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
@@ -218,17 +220,17 @@ def _loss(
         return NotImplemented
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
-    if not lazy.has_its_gradient():
+    functions = lazy.functions()
+    if set(functions) - {_DDP}:
         return NotImplemented
     lazy.cell.call.check()
-    dtype = torch.float32 if autocast_is_on(lazy.device.type) else recipe.dtype
+    dtype = torch.float32 if autocast_is_on(lazy.device.type) else lazy.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
-        # Through the lazy tensor, the backward reaches DistributedDataParallel's Function.
         given = recipe.head, target, settings, reduction, ignore_index
-        loss = head_loss(*given, via=lazy, of_target=of_target)
+        loss = head_loss(*given, lazy if functions else None, of_target)
     lazy.cell.call.say(WITHOUT_LOGITS)
-    return loss.to(torch.promote_types(dtype, recipe.dtype))
+    return loss.to(torch.promote_types(dtype, lazy.dtype))
 
 
 def _loss_of_torch(function: Any, lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +263,7 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
     loss = _loss(lazy, recipe, target, "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
-    return -recipe.sign * loss.unsqueeze(-1).to(recipe.dtype)
+    return -recipe.sign * loss.unsqueeze(-1).to(lazy.dtype)
 
 
 # Numbers of rows.

@@ -16,7 +16,7 @@ from ..layers import mlp
 from ..layers.classes import change_classes, own_classes
 from ..layers.experts import PackedWeight
 from ..layers.frozen import frozen_classes
-from ..layers.head import cover_head, give_back_heads, make_lazy
+from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..report import (
     IN_THE_CALL,
@@ -213,7 +213,8 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         undo.callback(change_classes, change_classes(classes))
         if switches["loss"]:  # a lazy head is derived from the head's new class
-            undo.callback(make_lazy(inner))
+            undo.callback(change_classes, make_lazy(inner))
+            undo.callback(inner.__dict__.pop, ASKED, None)
     covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
     return replace(report, **fast, loss=cover_head(inner))

@@ -19,14 +19,12 @@ def test_loss_and_gradients_of_a_lazy_head_are_the_standard_ones(name):
 def test_a_wrong_number_is_found(monkeypatch):
     """A loss that is wrong by a thousandth, and one that only a lazy head raises."""
     right = zoo.logits_functions.head_loss
-    monkeypatch.setattr(
-        zoo.logits_functions, "head_loss", lambda *given, **more: right(*given, **more) * 1.001
-    )
+    monkeypatch.setattr(zoo.logits_functions, "head_loss", lambda *given: right(*given) * 1.001)
     kind = zoo.classes()["LlamaForCausalLM"]
     found, detail = zoo.judge("LlamaForCausalLM", kind)
     assert found == "WRONG"
     assert "differs by" in detail
-    monkeypatch.setattr(zoo.logits_functions, "head_loss", lambda *given, **more: 1 / 0)
+    monkeypatch.setattr(zoo.logits_functions, "head_loss", lambda *given: 1 / 0)
     found, detail = zoo.judge("LlamaForCausalLM", kind)
     assert found == "WRONG"
     assert "only the lazy head raises ZeroDivisionError" in detail
