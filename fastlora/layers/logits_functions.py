@@ -133,6 +133,12 @@ def _index(func: Any, lazy: LazyLogits, indices: Any) -> Step | None:
     return Step(run, lambda x: x[tuple([slice(None) if i is None else i for i in indices])])
 
 
+@_handles(STEPS, _aten.index_select.default)
+def _index_select(func: Any, lazy: LazyLogits, dim: int, index: Tensor) -> Step | None:
+    before: list[Any] = [None] * (dim % lazy.dim())
+    return _index(_aten.index.Tensor, lazy, [*before, index]) if index.dim() == 1 else None
+
+
 # Steps that change elements.
 
 

@@ -95,6 +95,7 @@ REDUCTIONS = {
     "entropy": entropy_from_logits,
     "argmax": lambda z: z.argmax(-1),
     "mean": lambda z: z.mean(dim=-1, keepdim=True),
+    "mean-of-selected": lambda z: z.index_select(0, torch.tensor([1, 1])).mean(-1),
     "log-sum-exp": lambda z: torch.logsumexp(z, 2),
 }
 
