@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -191,18 +192,20 @@ def step_seconds(model: nn.Module, batch: Any) -> float:
 def kept_bytes(model: nn.Module, batch: Any) -> int:
     """Bytes that autograd saves for the backward, without parameters, buffers, packed weights."""
     of_model = {each.data_ptr() for tensor in tensors_of(model) for each in _storages(tensor)}
-    waiting: dict[int, int] = {}
+    saved: list[ref[Tensor]] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        for storage in _storages(tensor):
-            if storage.data_ptr() not in of_model:
-                waiting[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # shares the memory; saving the tensor itself would make a cycle
+        made = tensor.detach()  # shares the memory; saving the tensor itself would make a cycle
+        saved.append(ref(made))
+        return made
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_and_outputs(call(model, batch))[0]
-    del loss  # it held the graph until here, so no memory was freed and no address reused
-    return sum(waiting.values())
+    # Lazy logits have nodes that the loss doesn't need.
+    waiting = [tensor for weak in saved if (tensor := weak()) is not None]
+    storages = {each.data_ptr(): each.nbytes() for tensor in waiting for each in _storages(tensor)}
+    del loss  # it held the graph until here
+    return sum(nbytes for address, nbytes in storages.items() if address not in of_model)
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
