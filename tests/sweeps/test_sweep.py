@@ -208,10 +208,8 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
             model, tmp_path / folder, configs, loader, halving=True, eval_steps=4, **options
         )
 
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+    with pytest.raises(KeyboardInterrupt):
         run("cut", loss=loss)
-    assert signal.getsignal(signal.SIGINT) is handler
     torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     assert os.listdir(tmp_path / "cut") == ["state.pt"]
     resumed, whole = run("cut", resume=True), run("whole")
@@ -225,17 +223,15 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
         run("whole", resume=True, steps=9)
     other = copy.deepcopy(model)
     other.model.layers = other.model.layers[:1]
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="another base model"):
         run("whole", other, resume=True)
     (tmp_path / "whole" / "state.pt").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"state\.pt can't be read"):
         run("whole", resume=True)
 
 
-def _second_ctrl_c(monkeypatch):
-    """A second Ctrl-C directly after the first, in the third step."""
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
+def _ctrl_c(monkeypatch):
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _killed(monkeypatch):
@@ -249,7 +245,7 @@ def _killed(monkeypatch):
     monkeypatch.setattr(torch, "save", half)
 
 
-ENDS = {"second-ctrl-c": (_second_ctrl_c, KeyboardInterrupt), "killed": (_killed, None)}
+ENDS = {"ctrl-c": (_ctrl_c, KeyboardInterrupt), "killed": (_killed, None)}
 
 
 @pytest.mark.parametrize(("end", "error"), ENDS.values(), ids=ENDS)
@@ -280,7 +276,6 @@ def test_whatever_ends_it_files_are_whole_and_it_resumes(
         torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     monkeypatch.undo()
     resumed = run(resume=True)
-    assert not list(tmp_path.glob("**/.*"))
     whole = swept(model, tmp_path / "whole", config, eval_steps=1, steps=4)
     assert [o.losses for o in resumed.outcomes] == [o.losses for o in whole.outcomes]
     torch.testing.assert_close(saved(tmp_path / "best"), saved(tmp_path / "whole/best"))
@@ -341,7 +336,7 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"configs": [{"r": 2}]}, ValueError, "learning_rate None"),
         ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate 0"),
         ({"configs": [{"rank": 2, "learning_rate": 1}]}, ValueError, "has 'rank'"),
-        ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "sets bias, but"),
+        ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "has 'bias', but"),
         ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't name a folder"),
         ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
         ({"steps": 0}, ValueError, "steps is 0"),
