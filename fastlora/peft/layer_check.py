@@ -1,17 +1,22 @@
 """Compares each LoRA layer with PEFT and with exact results, on the model's own inputs.
 
-In the outputs of a 16-bit model, the rounding of many layers hides a fault in one of them.  In the
-results of a single layer, the fault is easier to see.  It is easiest to see in the projection of
-the error onto the adapter's part of the result, where rounding errors cancel and a systematic error
-adds up.
+In the outputs of a 16-bit model, the rounding of many layers hides a fault in one of them, and the
+rounding of a base product hides a fault in the adapter's product.  So :class:`Judge` puts a hook on
+each fast layer.  In the layer's backward (or in its forward, without gradients) it enlarges the
+adapters until they are about as large as the base weight.  Then it runs the layer by PEFT, by
+fastlora, and by PEFT in a wider dtype, which counts as exact.  For each result R and each LoRA
+layer, whose part of R is D (:func:`_exact`), it measures
 
-:class:`Judge` puts a hook on each fast layer.  In the layer's backward (or in its forward, without
-gradients) it runs the layer by PEFT, by fastlora, and by PEFT in a wider dtype, which counts as
-exact.  It adds the :class:`Measure` objects of each result to the layer's :class:`LayerCheck`.
+    error = ‖R - exact‖ / ‖exact‖         size = 1 + <R - exact, D> / <D, D>
+
+The size is also measured for D = exact.  A layer is right if every error is at most 2 × PEFT's
+error + 2 units in the last place, and every size at most 2 × PEFT's distance from 1 + 1 % from 1.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,31 +40,28 @@ from ..layers.modules import has_sharded, inside_of, plain_name
 from ..ops.dispatch import autocast_dtype
 from ..projection import HALF_DTYPES
 from ..report import Coverage
-from .baseline import SeededDropout
-from .check import TOLERANCES, coarsest_dtype
 from .layer import PeftGatedMLP, fast_classes
 
-_SHARE = 0.01  # a systematic error below this share of a result may be rounding
-# The allowed multiple of the standard deviation of rounding.  A large model has 10,000 measures, so
-# a smaller multiple would report faults in a correct model.
-_SIGMAS = 6.0
-_ROWS = 1024  # the most rows with an exact result, because a GPU's float32 is up to 16 × slower
+_SHARE = 0.01  # the largest error of a size, besides PEFT's
+_EXACT = 1e-9  # the largest error of a float64 result
+_STEP = 2.0**-8  # the relative change of a scale, for the derivative of a result
+_STD = 0.02  # of the random numbers that replace a zero lora_B
 _SEED = 20240301  # arbitrary
 _OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # accelerate's entries in a __dict__
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # from fine to coarse
 
 
 @dataclass(frozen=True)
 class Measure:
     """One number of a layer's call: fastlora's value, PEFT's value, and the range of right values.
 
-    There are two kinds.  An error is ‖result - exact‖ / ‖exact‖.  A size is
-    <result, D> / <exact, D>, where D is the exact result, or the adapters' part of it.
+    There are two kinds, errors and sizes (see the top of this file).
     """
 
     name: str
     value: float  # fastlora's, which is right within middle ± allowed
     peft: float
-    middle: float  # 0 for an error, near 1 for a size
+    middle: float  # 0 for an error, 1 for a size
     allowed: float
 
     @property
@@ -88,11 +90,6 @@ class LayerCheck:
     def worst(self) -> Measure:
         return max(self.measures, key=lambda measure: measure.excess)
 
-    @property
-    def relative(self) -> float:
-        """fastlora's largest error in this layer."""
-        return max(measure.value for measure in self.measures if measure.middle == 0.0)
-
     def __bool__(self) -> bool:
         return self.worst.excess <= 1.0
 
@@ -102,6 +99,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.dtypes: set[torch.dtype | None] = set()  # of the calls' tensors, and of autocast
+        self.filled: set[str] = set()  # names of layers whose lora_B was zero
         self.zeros: set[str] = set()  # names of exact results that are zero, so they test nothing
         # A layer's name -> a measure's name -> the worst such measure of all calls.
         self._measures: dict[str, dict[str, Measure]] = {}
@@ -155,19 +153,10 @@ class Judge:
         return None
 
     def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
-        """Run the call by PEFT, by fastlora, exactly, and exactly without adapters; measure."""
+        """Run the call by PEFT, by fastlora, and exactly, with enlarged adapters; measure."""
         unit, x = call.unit, tensors[0]
-        dtypes = {call.dtype, call.autocast, *(tensor.dtype for tensor in tensors)}
-        dtype = coarsest_dtype(unit, dtypes)
+        dtype = coarsest_dtype(unit, {call.dtype, call.autocast, *(t.dtype for t in tensors)})
         wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
-        rows, count = None, x.numel() // max(1, x.shape[-1])
-        if count > _ROWS and len(call.others) == 1:
-            numbers = torch.linspace(0, count - 1, _ROWS, dtype=torch.float64, device=x.device)
-            rows = numbers.round().long()
-        if rows is not None and dy is not None:
-            kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
-            kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
-            dy = kept
         # Gradients are linear in dy, so dy may be scaled.  Its largest element becomes 1/32 to
         # 1/16, so that small elements don't underflow in float16.
         if dy is not None and dy.any():
@@ -176,34 +165,112 @@ class Judge:
         # In PEFT's run fastlora's own 8-bit product would hide the faults of that product.
         int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
         twins: Any = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
-        with call.surroundings(x):
-            with changed_classes(twins):
-                peft = call.run(unit, tensors, dy)
-            with changed_classes(classes):
-                fast = call.run(unit, tensors, dy)
-        exact_unit = _wide_twin(unit, wide, call.autocast or x.dtype, {})
-        for module in exact_unit.modules():
-            if isinstance(module, SeededDropout):
-                module.__dict__["rows"] = None if rows is None else (count, rows)
-        tensors = tuple([_rows_of(tensor, rows, wide) for tensor in tensors])
-        dy = None if dy is None else _rows_of(dy, rows, wide)
-        with torch.autocast(x.device.type, enabled=False):
-            exact = call.run(exact_unit, tensors, dy)
-            for module in exact_unit.modules():
-                if isinstance(module, LoraLayer):
-                    module._disable_adapters = True
-            base = call.run(exact_unit, tensors, dy, of_parameters=False)
-        of_layer = self._measures.setdefault(call.name, {})
+        with _enlarged(call.name, unit) as filled:
+            with call.surroundings(x):
+                with changed_classes(twins):
+                    peft = call.run(unit, tensors, dy)
+                with changed_classes(classes):
+                    fast = call.run(unit, tensors, dy)
+            tensors = tuple([t.to(wide) if t.is_floating_point() else t for t in tensors])
+            exact_unit = _wide_twin(unit, wide, call.autocast or x.dtype, {})
+            with torch.autocast(x.device.type, enabled=False):
+                exact, parts = _exact(
+                    call, exact_unit, tensors, None if dy is None else dy.to(wide)
+                )
+        self.filled |= filled
+        of_layer, eps = self._measures.setdefault(call.name, {}), torch.finfo(dtype).eps
         for name, truth in exact.items():
             if not truth.any():
                 self.zeros.add(f"{call.name}: {name}")
-            of_rows = rows if name in base else None
-            found = [
-                _rows_of(each[name], of_rows) if name in each else None for each in (fast, peft)
-            ]
-            for measure in _measures(name, found, truth, base.get(name), torch.finfo(dtype).eps):
+            for measure in _measures(name, fast.get(name), peft.get(name), truth, parts[name], eps):
                 before = of_layer.get(measure.name, measure)
                 of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
+
+
+def coarsest_dtype(model: nn.Module, others: set[torch.dtype | None]) -> torch.dtype:
+    """The coarsest dtype among ``others`` and the model's dtypes."""
+    packed = [quantized_weight(module) for module in model.modules()]
+    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
+    used |= {parameter.dtype for parameter in model.parameters()} | others
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        used.add(torch.bfloat16)  # its numbers also have 8 bits
+    return max((dtype for dtype in _DTYPES if dtype in used), key=_DTYPES.index)
+
+
+def _loras(unit: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, each) for name, each in unit.named_modules() if isinstance(each, LoraLayer))
+
+
+@contextmanager
+def _enlarged(name: str, unit: nn.Module) -> Iterator[set[str]]:
+    """Inside, each lora_B is multiplied by a power of two, which makes lora_B lora_A as large as W.
+
+    A lora_B that is zero gets random numbers first.  Yields the names of these layers.
+    """
+    before, filled = [], set()
+    draw = torch.Generator("cpu").manual_seed(_SEED)
+    try:
+        for inner, layer in _loras(unit):
+            size = _size_of_base(layer)
+            for adapter, lora_b in layer.lora_B.items():
+                up, down = lora_b.weight, layer.lora_A[adapter].weight
+                if up.is_meta:
+                    continue
+                # Through .data, so that autograd graphs that saved lora_B stay valid.
+                before.append((up, up.detach().clone()))
+                if not up.any():
+                    how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
+                    up.data.copy_(_STD * torch.randn(up.shape, **how))
+                    filled.add(f"{name}.{inner}".rstrip("."))
+                product = up.detach().float().norm() * down.detach().float().norm()
+                ratio = size * len(down) ** 0.5 / (product * abs(layer.scaling[adapter]))
+                if 1.0 < ratio < float("inf"):
+                    up.data.mul_(2.0 ** (int(ratio.frexp().exponent) - 1))
+        yield filled
+    finally:
+        for up, data in before:
+            up.data.copy_(data)
+
+
+def _size_of_base(layer: Any) -> Tensor:
+    """The norm of the weight that the layer adapts."""
+    base = layer.get_base_layer()
+    packed = quantized_weight(base)
+    if isinstance(packed, PackedLayer):
+        return packed.weight.dense(torch.float32).norm()
+    return getattr(base, getattr(layer, "parameter_name", "weight")).detach().float().norm()
+
+
+def _exact(
+    call: "_Call", unit: nn.Module, tensors: tuple[Tensor, ...], dy: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The call's results, and the parts that single LoRA layers have in each: by result, by layer.
+
+    The part of an output is its derivative by the logarithm of the layer's scale.  The part of a
+    gradient is the one that reaches it through the layer's lora_A.  If PEFT doesn't call lora_A, as
+    in experts, it is also the derivative.
+    """
+    inputs: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        inputs.append((name, args[0].view_as(args[0])))
+        return (inputs[-1][1],)
+
+    layers = dict(_loras(unit))
+    for name, layer in layers.items():
+        for dropout in layer.lora_dropout.values():
+            dropout.register_forward_pre_hook(partial(note, name))
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    exact = call.run(unit, tensors, dy, inputs, parts)
+    called = {name for name, _ in inputs}
+    for name, layer in layers.items():
+        scaling = layer.scaling
+        layer.scaling = {adapter: scale * (1 + _STEP) for adapter, scale in scaling.items()}
+        moved = call.run(unit, tensors, None if name in called else dy)
+        layer.scaling = scaling
+        for result, tensor in moved.items():
+            parts[result][name] = (tensor - exact[result]) / _STEP
+    return exact, parts
 
 
 class _Probe(torch.autograd.Function):
@@ -249,33 +316,41 @@ class _Call(NamedTuple):
         unit: nn.Module,
         tensors: tuple[Tensor, ...],
         dy: Tensor | None,
-        of_parameters: bool = True,
+        inputs: Sequence[tuple[str, Tensor]] = (),
+        parts: dict[str, dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """The output for these tensors, and the gradients for dy, by name.
 
-        The dropout masks are the same in every run.
+        The dropout masks are the same in every run.  ``inputs``: a list to which the forward adds
+        inputs of adapters.  Their gradients' parts of the other gradients are added to ``parts``.
         """
-        inputs = [
+        own = [
             tensor.detach().requires_grad_(needs and dy is not None)
             for tensor, needs in zip(tensors, self.needs, strict=True)
         ]
-        rest = iter(inputs)
+        rest = iter(own)
         leaves = [next(rest) if leaf is None else leaf for leaf in self.others]
         args, kwargs = tree_unflatten(leaves, self.form)
         with torch.set_grad_enabled(dy is not None), _same_masks(tensors[0].device):
             y = unit.forward(*args, **kwargs)
             results = {"output": y.detach()}
-            wanted = {f"gradient of input {i}": x for i, x in enumerate(inputs) if x.requires_grad}
-            if of_parameters:
-                wanted |= {
-                    f"gradient of {name}": p
-                    for name, p in unit.named_parameters()
-                    if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
-                }
-            if wanted and y.requires_grad:
-                gradients = torch.autograd.grad(y, [*wanted.values()], dy, allow_unused=True)
-                named = zip(wanted, gradients, strict=True)
-                results |= {name: each for name, each in named if each is not None}
+            wanted = {f"gradient of input {i}": x for i, x in enumerate(own) if x.requires_grad}
+            wanted |= {
+                f"gradient of {name}": p
+                for name, p in unit.named_parameters()
+                if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
+            }
+            if not (wanted and y.requires_grad):
+                return results
+            inner = [(name, x) for name, x in inputs if x.requires_grad]
+            ends, how = [*wanted.values()], {"allow_unused": True, "retain_graph": bool(inner)}
+            gradients = torch.autograd.grad(y, ends + [x for _, x in inner], dy, **how)
+            results |= {n: g for n, g in zip(wanted, gradients) if g is not None}
+            for (name, x), dx in zip(inner, gradients[len(ends) :], strict=True):
+                found = () if dx is None else torch.autograd.grad(x, ends, dx, **how)
+                for result, part in zip(wanted, found):
+                    if part is not None:
+                        parts[result][name] = parts[result].get(name, 0) + part
         return results
 
 
@@ -320,6 +395,9 @@ def _wide_twin(
         other._parameters[name] = p
     for name in _OF_ACCELERATE:
         other.__dict__.pop(name, None)
+    if hasattr(vars(other).get("config"), "_experts_implementation"):
+        other.config = copy(other.config)
+        other.config._experts_implementation = "eager"  # grouped_mm has no float64
     for name, child in module._modules.items() if packed is None else ():
         other._modules[name] = None if child is None else _wide_twin(child, dtype, inside, made)
     return other
@@ -331,50 +409,38 @@ class _Int8Twin(Int8Linear):
     inside: torch.dtype | None = None  # the call's dtype, if x has a wider one.  x is rotated in it
 
     def forward(self, x: Tensor) -> Tensor:
-        packed: Any = matrix_of(self, Int8Linear)
         x = x.to(autocast_dtype(x) or x.dtype)
-        y = _Int8Product.apply(x, *packed.tensors, self.inside or x.dtype)
+        wide, inside = torch.promote_types(x.dtype, torch.float32), self.inside or x.dtype
+        packed: Any = matrix_of(self, Int8Linear)
+        codes, scale = packed.tensors
+
+        def rounded(rows: Tensor, **settings: Any) -> Tensor:
+            codes, scale = quantize_rows(rows.detach().to(inside), **settings)
+            return codes.to(wide) * scale[:, None]
+
+        rows = x.reshape(-1, x.shape[-1])
+        turned = rotate(rows.to(wide))
+        turned = turned + (rounded(rows, rotated=True) - turned).detach()  # gradient: of turned
+        y = turned @ (codes * scale[:, None]).T.to(wide)
+        y = y.to(x.dtype)
+        if y.requires_grad:
+            y.register_hook(lambda dy: (rounded(dy, factor=scale) / scale).to(dy.dtype))
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
-
-
-class _Int8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, inside: torch.dtype) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        ctx.inside, rows = inside, x.reshape(-1, x.shape[-1]).to(inside)
-        xq, of_x = quantize_rows(rows, rotated=True)
-        weight, wide = codes * scale[:, None], torch.promote_types(x.dtype, torch.float32)
-        y = (xq.to(wide) * of_x[:, None]) @ weight.T.to(wide)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale = ctx.saved_tensors
-        dq, of_dy = quantize_rows(dy.reshape(-1, dy.shape[-1]).to(ctx.inside), scale)
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        dx = rotate((dq.to(wide) * of_dy[:, None]) @ codes.to(wide))
-        return dx.to(dy.dtype).view(*dy.shape[:-1], -1), None, None, None
-
-
-def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The rows with these indices (None: all rows) in this dtype; integers keep their dtype."""
-    tensor = tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _measures(
     name: str,
-    found: Sequence[Tensor | None],
+    fast: Tensor | None,
+    peft: Tensor | None,
     truth: Tensor,
-    base: Tensor | None,
+    parts: dict[str, Tensor],
     eps: float,
 ) -> Iterator[Measure]:
-    """The measures of one result: its error, its size, and its size along the adapters' part.
+    """The measures of one result: its error, and its size along itself and along the parts.
 
-    ``found``: fastlora's result and PEFT's.  ``truth``: the exact result.  ``base``: the exact
-    result without adapters, or None.  ``eps``: of the call's dtype.
+    ``truth``: the exact result.  ``eps``: of the call's dtype.
     """
-    fast, peft = found
     if peft is None or not peft.isfinite().all():
         return  # PEFT's error is unknown, so no error can be judged
     inf = float("inf")
@@ -383,43 +449,20 @@ def _measures(
         return
     scale = truth.abs().max().clamp_min(torch.finfo(truth.dtype).tiny)
     truth = truth / scale
-    error, peft_error = (
-        side.reshape(truth.shape).to(truth) / scale - truth for side in (fast, peft)
-    )
+    errors = [side.to(truth) / scale - truth for side in (fast, peft)]
     size = truth.norm()
     if size:
-        of_fast, of_peft = (float(each.norm() / size) for each in (error, peft_error))
-        allowed = 2 * of_peft + max(2 * eps, TOLERANCES[torch.float64])
+        of_fast, of_peft = (float(error.norm() / size) for error in errors)
+        allowed = 2 * of_peft + max(2 * eps, _EXACT)
         yield Measure(f"{name}, error", of_fast, of_peft, 0.0, allowed)
     elif fast.any():
         yield Measure(f"{name}, error", inf, float(peft.any()), 0.0, eps)
-    parts = {"size": truth}
-    if base is not None:
-        parts["size of the adapter's part"] = truth - base / scale
-    for what, part in parts.items():
-        if part.any():
-            share, sigma = _share_of(error, part)
-            of_peft, sigma_of_peft = _share_of(peft_error, part)
-            allowed = max(_SHARE, _SIGMAS * sigma, _SIGMAS * sigma_of_peft)
-            # If PEFT loses a part of the size to rounding, fastlora may lose as much.  So the range
-            # is from PEFT's size to 1, extended by ``allowed`` at both ends.
-            middle, reach = 1.0 + of_peft / 2, abs(of_peft) / 2
-            yield Measure(f"{name}, {what}", 1.0 + share, 1.0 + of_peft, middle, allowed + reach)
-
-
-def _share_of(error: Tensor, part: Tensor) -> tuple[float, float]:
-    """<error, part> / <part, part>, and its standard deviation if the error is only rounding.
-
-    Rounding errors in one row or column may be correlated, because all its elements depend on one
-    rounded number, such as an element of h.  So the deviation is estimated in three ways: from
-    single elements, from sums of rows, and from sums of columns, each after the share is
-    subtracted.  The largest estimate counts.
-    """
-    columns = part.shape[-1] if part.dim() else 1
-    error, part = error.reshape(-1, columns), part.reshape(-1, columns)
-    products, squares = error * part, part.square()
-    total = squares.sum()
-    share = products.sum() / total
-    rest = products - share * squares
-    sigma = max(each.norm() for each in (rest, rest.sum(0), rest.sum(1)))
-    return float(share), float(sigma / total)
+    for layer, part in {None: truth, **parts}.items():
+        part = part / part.abs().max()
+        if not part.isfinite().all():  # zero
+            continue
+        of = "" if layer is None else f" of {layer or 'the adapter'}'s part"
+        shares = [float((error * part).sum() / part.square().sum()) for error in errors]
+        yield Measure(
+            f"{name}, size{of}", *[1 + s for s in shares], 1.0, 2 * abs(shares[1]) + _SHARE
+        )
