@@ -194,6 +194,12 @@ def check(
     """
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    if leaves and all(isinstance(leaf, str) for leaf in leaves):
+        raise ValueError(
+            f"batch holds no tensor, but {shown(leaves[0])}: pass the model's inputs, such as "
+            "tokenizer(texts, return_tensors='pt')"
+        )
     inner = unwrap(model)
     if isinstance(inner, nn.Module) and not peft_layers(inner) and any(lora_layers(inner)):
         raise ValueError(
