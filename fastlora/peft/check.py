@@ -3,8 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
-from ..layers.int8 import Int8Linear
 from ..layers.modules import lora_layers, some, unwrap
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from ..settings import is_number
 from ..text import shown
-from .int8 import dense_bases, use_bases
 from .optimize import peft_layers, while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT
@@ -64,9 +62,6 @@ class Check:
     dtype: torch.dtype = torch.float32
     filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
     zeros: tuple[str, ...] = ()  # results of layers that were zero, so that they tested nothing
-    # With a base in 8 bits: the differences from a run with exact products, of the loss and of all
-    # gradients as one vector.  The run has the original weights if ``base`` was given.
-    rounding: tuple[Difference, ...] = ()
 
     @property
     def largest(self) -> Difference:
@@ -92,8 +87,6 @@ class Check:
                 lines.append(
                     f"    {len(differences)} {kind}s: up to {worst.relative:.2g}, {worst.name}"
                 )
-        for one in self.rounding:
-            lines.append(f"  rounding to 8 bits changes {one.name} by {one.relative:.2g}")
         if is_half and all(self.layers) and not self.largest.relative <= self.tolerance:
             lines.append(
                 "    every judged layer is right.  16 bits round much in a deep model, and in a "
@@ -223,21 +216,15 @@ def check(
         with shared_masks(inner):
             with undisturbed(inner):
                 fast = _run(model, batch)
+            modules = list(inner.modules())
             with (
-                _pefts(inner),
+                changed_classes(own_heads(modules) | own_classes(modules)),
+                undisturbed(inner),
                 judge.watching(inner, report, mixed),
                 torch.compiler.set_stance("force_eager"),  # compiled code doesn't call the hooks
             ):
                 peft = _run(model, batch)
         dtype = coarsest_dtype(inner, judge.dtypes)
-        is_int8 = any(isinstance(one.base_layer, Int8Linear) for _, one in peft_layers(inner))
-    rounding: tuple[Difference, ...] = ()
-    if is_int8:
-        with ExitStack() as stack:  # with ``base``, the model has its original weights again
-            stack.callback(use_bases, use_bases(dense_bases(peft_layers(inner))))
-            for context in (shared_masks(inner), _pefts(inner)):
-                stack.enter_context(context)
-            rounding = _rounding(fast, _run(model, batch))
     if tolerance is None:
         # Without a loss, the combination of all outputs differs as much as they do.
         is_judged = peft.has_loss or dtype not in HALF_DTYPES
@@ -255,27 +242,7 @@ def check(
         dtype,
         tuple(sorted(judge.filled)),
         tuple(sorted(judge.zeros)),
-        rounding,
     )
-
-
-def _rounding(run: "_Run", exact: "_Run") -> tuple[Difference, ...]:
-    """The differences of the loss, and of all gradients as one vector."""
-
-    def vector(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        parts = [gradients[name].flatten().double() for name in exact.gradients]
-        return {"all gradients": torch.cat(parts)} if parts else {}
-
-    both = vector(run.gradients), vector(exact.gradients)
-    return _differences(run.loss, exact.loss) + _differences(*both)
-
-
-@contextmanager
-def _pefts(inner: nn.Module) -> Iterator[None]:
-    """Inside, the model runs PEFT's forward, and with :func:`shared_masks` draws the same masks."""
-    modules = list(inner.modules())
-    with changed_classes(own_heads(modules) | own_classes(modules)), undisturbed(inner):
-        yield
 
 
 class _Run(NamedTuple):

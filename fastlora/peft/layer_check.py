@@ -11,11 +11,11 @@ layer, whose part of R is D (:func:`_exact`), it measures
 
 The size is also measured for D = exact.  A layer is right if every error is at most 2 × PEFT's
 error + 2 units in the last place.  A size may differ from 1 by 2 × PEFT's difference + 1 % +
-‖PEFT's R - exact‖ / ‖D‖ / √rows, because each row of x rounds differently.
+2 ‖PEFT's R - exact‖ / ‖D‖ / √rows, because each row of x rounds differently.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -25,17 +25,15 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import asked_backend, use_backend
-from ..backends.int8 import runs_in_8_bits
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..formats.rotated_int8 import quantize_rows, rotate
-from ..layers.classes import changed_classes, twin
+from ..layers.classes import changed_classes
 from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear
-from ..layers.members import plain_class_of
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
 from ..ops.dispatch import autocast_dtype
@@ -48,7 +46,6 @@ _EXACT = 1e-9  # the largest error of a float64 result
 _STEP = 2.0**-8  # the relative change of a scale, for the derivative of a result
 _STD = 0.02  # of the random numbers that replace a zero lora_B
 _SEED = 20240301  # arbitrary
-_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")  # accelerate's entries in a __dict__
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # from fine to coarse
 
 
@@ -131,61 +128,61 @@ class Judge:
                     handles.callback(unit.register_forward_hook(hook, **settings).remove)
             yield
 
-    def _called(self, name: str, unit: nn.Module, module: nn.Module, *call: Any) -> Tensor | None:
+    def _called(
+        self, name: str, unit: nn.Module, module: nn.Module, args: Any, kwargs: Any, y: Any
+    ) -> None:
         """A forward hook that measures the call in its backward, which knows the gradient of ``y``.
 
         If ``y`` requires no gradient, the hook measures the call at once.
         """
-        *tree, y = call
-        leaves, form = tree_flatten(tree)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # In a copy of the model, which DataParallel makes, ``module`` isn't ``unit``.
-        if module is not unit or not (tensors and isinstance(y, Tensor)):
-            return None
-        device = tensors[0].device.type
+        if module is not unit or not (inputs and isinstance(y, Tensor)):
+            return
+        device = inputs[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.dtypes |= {cast, y.dtype, *(tensor.dtype for tensor in tensors)}
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        needs = [tensor.requires_grad for tensor in tensors]
-        made = _Call(name, unit, others, needs, form, y.dtype, cast, asked_backend())
+        dtypes = {cast, y.dtype, *(tensor.dtype for tensor in inputs)}
+        self.dtypes |= dtypes
+        call = _Call(args, kwargs, inputs[0], cast, asked_backend())
+        judge = partial(self._judge, name, unit, call, coarsest_dtype(unit, dtypes))
         if y.requires_grad:
-            return _Probe.apply(partial(self._judge, made), y, *tensors)
-        self._judge(made, tuple(tensors), None)
-        return None
+            y.register_hook(judge)
+        else:
+            judge(None)
 
-    def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
+    def _judge(
+        self, name: str, unit: nn.Module, call: "_Call", dtype: torch.dtype, dy: Tensor | None
+    ) -> None:
         """Run the call by PEFT, by fastlora, and exactly, with enlarged adapters; measure."""
-        unit, x = call.unit, tensors[0]
-        dtype = coarsest_dtype(unit, {call.dtype, call.autocast, *(t.dtype for t in tensors)})
-        wide = torch.float32 if dtype in HALF_DTYPES else torch.float64
+        x, wide = call.x, torch.float32 if dtype in HALF_DTYPES else torch.float64
         # Gradients are linear in dy, so dy may be scaled.  Its largest element becomes 1/32 to
         # 1/16, so that small elements don't underflow in float16.
         if dy is not None and dy.any():
-            dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
+            dy = dy.detach() * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
-        # In PEFT's run fastlora's own 8-bit product would hide the faults of that product.
+        # In the other runs fastlora's own 8-bit product would hide the faults of that product.
         int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
         twins: Any = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
-        with _enlarged(call.name, unit) as filled:
-            with call.surroundings(x):
-                with changed_classes(twins):
-                    peft = call.run(unit, tensors, dy)
-                with changed_classes(classes):
-                    fast = call.run(unit, tensors, dy)
-            tensors = tuple([t.to(wide) if t.is_floating_point() else t for t in tensors])
-            exact_unit = _wide_twin(unit, wide, call.autocast or x.dtype, {})
-            with torch.autocast(x.device.type, enabled=False):
-                exact, parts = _exact(
-                    call, exact_unit, tensors, None if dy is None else dy.to(wide)
-                )
-        self.filled |= filled
-        of_layer = self._measures.setdefault(call.name, {})
+        _Int8Twin.inside = call.autocast or x.dtype
+        # fastlora computes float32 adapters of a 16-bit base in 16 bits, as PEFT under autocast.
+        is_mixed = any(p.dtype != x.dtype for p in unit.parameters() if p.requires_grad)
+        like_fast = x.dtype if x.dtype in HALF_DTYPES and is_mixed else None
+        with ExitStack() as undo:
+            swap = _Swap(undo)
+            self.filled |= {f"{name}.{inner}".rstrip(".") for inner in _enlarge(unit, swap)}
+            with changed_classes(classes):
+                fast = call.run(unit, dy)
+            with changed_classes(twins):
+                peft = call._replace(autocast=call.autocast or like_fast).run(unit, dy)
+                _widen(unit, swap, wide, _Int8Twin.inside)
+                exact, parts = _exact(call._replace(autocast=None), unit, wide, dy)
+        of_layer = self._measures.setdefault(name, {})
         settings = torch.finfo(dtype).eps, x.numel() // max(1, x.shape[-1])
-        for name, truth in exact.items():
+        for result, truth in exact.items():
             if not truth.any():
-                self.zeros.add(f"{call.name}: {name}")
-            found = fast.get(name), peft.get(name)
-            for measure in _measures(name, *found, truth, parts[name], *settings):
+                self.zeros.add(f"{name}: {result}")
+            found = fast.get(result), peft.get(result)
+            for measure in _measures(result, *found, truth, parts[result], *settings):
                 before = of_layer.get(measure.name, measure)
                 of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
@@ -204,50 +201,72 @@ def _loras(unit: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, each) for name, each in unit.named_modules() if isinstance(each, LoraLayer))
 
 
-@contextmanager
-def _enlarged(name: str, unit: nn.Module) -> Iterator[set[str]]:
-    """Inside, each lora_B is multiplied by a power of two, which makes lora_B lora_A as large as W.
+class _Swap(NamedTuple):
+    """Replaces values of dicts until ``undo`` is closed."""
+
+    undo: ExitStack
+
+    def __call__(self, of: dict, name: str, value: Any) -> None:
+        self.undo.callback(of.__setitem__, name, of[name])
+        of[name] = value
+
+
+def _enlarge(unit: nn.Module, swap: _Swap) -> Iterator[str]:
+    """Multiply each lora_B by a power of two that makes lora_B lora_A as large as the base weight.
 
     A lora_B that is zero gets random numbers first.  Yields the names of these layers.
     """
-    before, filled = [], set()
     draw = torch.Generator("cpu").manual_seed(_SEED)
-    try:
-        for inner, layer in _loras(unit):
-            size = _size_of_base(layer)
-            for adapter, lora_b in layer.lora_B.items():
-                up, down = lora_b.weight, layer.lora_A[adapter].weight
-                if up.is_meta:
-                    continue
-                # Through .data, so that autograd graphs that saved lora_B stay valid.
-                before.append((up, up.detach().clone()))
-                if not up.any():
-                    how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
-                    up.data.copy_(_STD * torch.randn(up.shape, **how))
-                    filled.add(f"{name}.{inner}".rstrip("."))
-                product = up.detach().float().norm() * down.detach().float().norm()
-                ratio = size * len(down) ** 0.5 / (product * abs(layer.scaling[adapter]))
-                if 1.0 < ratio < float("inf"):
-                    up.data.mul_(2.0 ** (int(ratio.frexp().exponent) - 1))
-        yield filled
-    finally:
-        for up, data in before:
-            up.data.copy_(data)
+    for name, layer in _loras(unit):
+        base = layer.get_base_layer()
+        packed = quantized_weight(base)
+        if isinstance(packed, PackedLayer):
+            size = packed.weight.dense(torch.float32).norm()
+        else:
+            weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+            size = weight.detach().float().norm()
+        for adapter, lora_b in layer.lora_B.items():
+            up, down = lora_b.weight.detach(), layer.lora_A[adapter].weight.detach()
+            if not up.any():
+                up = (_STD * torch.randn(up.shape, generator=draw, device="cpu")).to(up)
+                yield name
+            product = up.float().norm() * down.float().norm() * abs(layer.scaling[adapter])
+            exponent = (size * len(down) ** 0.5 / product).log2()
+            up = up * 2.0 ** int(exponent) if 0 < exponent < 100 else up
+            swap(lora_b._parameters, "weight", nn.Parameter(up, lora_b.weight.requires_grad))
 
 
-def _size_of_base(layer: Any) -> Tensor:
-    """The norm of the weight that the layer adapts."""
-    base = layer.get_base_layer()
-    packed = quantized_weight(base)
-    if isinstance(packed, PackedLayer):
-        return packed.weight.dense(torch.float32).norm()
-    return getattr(base, getattr(layer, "parameter_name", "weight")).detach().float().norm()
+def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype) -> None:
+    """Replace all parameters by copies in this dtype, and packed layers by dense ones.
+
+    ``inside``: the dtype to which a packed weight without a compute dtype is unpacked.
+    """
+    for module in [*unit.modules()]:
+        children: dict[str, Any] = dict(module._modules)
+        for name, child in children.items():
+            packed = None if child is None else quantized_weight(child)
+            if isinstance(packed, PackedLayer) and not isinstance(child, Int8Linear):
+                dense: Any = nn.Linear(1, 1, bias=False, device="meta")
+                weight = packed.weight.dense(packed.compute_dtype or inside)
+                dense.weight = nn.Parameter(weight, requires_grad=False)
+                dense.bias = child.bias
+                swap(module._modules, name, dense)
+        config: Any = copy(vars(module).get("config"))
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # grouped_mm has no float64
+            swap(vars(module), "config", config)
+    copies: dict[Any, nn.Parameter] = {}
+    for module in unit.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point():
+                made = nn.Parameter(p.detach().to(dtype), p.requires_grad)
+                swap(module._parameters, name, copies.setdefault(p, made))
 
 
 def _exact(
-    call: "_Call", unit: nn.Module, tensors: tuple[Tensor, ...], dy: Tensor | None
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """The call's results, and the parts that single LoRA layers have in each: by result, by layer.
+    call: "_Call", unit: nn.Module, dtype: torch.dtype, dy: Tensor | None
+) -> tuple[dict[str, Tensor], "_Parts"]:
+    """The call's results, and the parts that single LoRA layers have in each.
 
     The part of an output is its derivative by the logarithm of the layer's scale.  The part of a
     gradient is the one that reaches it through the layer's lora_A.  If PEFT doesn't call lora_A, as
@@ -259,163 +278,112 @@ def _exact(
         inputs.append((name, args[0].view_as(args[0])))
         return (inputs[-1][1],)
 
-    layers = dict(_loras(unit))
-    for name, layer in layers.items():
-        for dropout in layer.lora_dropout.values():
-            dropout.register_forward_pre_hook(partial(note, name))
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    exact = call.run(unit, tensors, dy, inputs, parts)
+    parts: _Parts = defaultdict(dict)
+    with ExitStack() as hooks:
+        for name, layer in _loras(unit):
+            for dropout in layer.lora_dropout.values():
+                hook = dropout.register_forward_pre_hook(partial(note, name))
+                hooks.callback(hook.remove)
+        exact = call.run(unit, dy, dtype, inputs, parts)
     called = {name for name, _ in inputs}
-    for name, layer in layers.items():
-        scaling = layer.scaling
-        layer.scaling = {adapter: scale * (1 + _STEP) for adapter, scale in scaling.items()}
-        moved = call.run(unit, tensors, None if name in called else dy)
-        layer.scaling = scaling
+    for name, layer in _loras(unit):
+        with ExitStack() as undo:
+            scaled = {adapter: scale * (1 + _STEP) for adapter, scale in layer.scaling.items()}
+            _Swap(undo)(vars(layer), "scaling", scaled)
+            moved = call.run(unit, None if name in called else dy, dtype)
         for result, tensor in moved.items():
             parts[result][name] = (tensor - exact[result]) / _STEP
     return exact, parts
 
 
-class _Probe(torch.autograd.Function):
-    """Returns a copy of y.  The backward calls ``judge`` with the layer's inputs and dy."""
-
-    @staticmethod
-    def forward(ctx, judge: Callable, y: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.judge = judge
-        ctx.save_for_backward(*tensors)
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # read only once: checkpointing recomputes them for each read
-        ctx.judge(tensors, dy.detach())
-        return None, dy, *[None for _ in tensors]
+_Parts = dict[str, dict[str, Tensor]]  # result -> LoRA layer -> part
 
 
 class _Call(NamedTuple):
-    """A call of a layer without its tensors, because autograd saves the tensors."""
+    """A call of a layer."""
 
-    name: str
-    unit: nn.Module
-    others: list[Any]  # the leaves of its arguments, with None in place of each tensor
-    needs: list[bool]  # which tensors require a gradient
-    form: TreeSpec
-    dtype: torch.dtype  # of its output
+    args: tuple
+    kwargs: dict
+    x: Tensor  # its first tensor
     autocast: torch.dtype | None
     backend: str | None
-
-    @contextmanager
-    def surroundings(self, x: Tensor) -> Iterator[None]:
-        """Inside, the call's autocast and backend are set.  A backward's thread has neither."""
-        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
-        with ExitStack() as stack:
-            if self.backend is not None:
-                stack.enter_context(use_backend(self.backend))
-            stack.enter_context(torch.autocast(x.device.type, cache_enabled=False, **settings))
-            yield
 
     def run(
         self,
         unit: nn.Module,
-        tensors: tuple[Tensor, ...],
         dy: Tensor | None,
+        dtype: torch.dtype | None = None,
         inputs: Sequence[tuple[str, Tensor]] = (),
-        parts: dict[str, dict[str, Tensor]] | None = None,
+        parts: _Parts | None = None,
     ) -> dict[str, Tensor]:
-        """The output for these tensors, and the gradients for dy, by name.
+        """The output, and the gradients for dy, by name; with inputs cast to ``dtype``, if any.
 
         The dropout masks are the same in every run.  ``inputs``: a list to which the forward adds
         inputs of adapters.  Their gradients' parts of the other gradients are added to ``parts``.
         """
-        own = [
-            tensor.detach().requires_grad_(needs and dy is not None)
-            for tensor, needs in zip(tensors, self.needs, strict=True)
-        ]
-        rest = iter(own)
-        leaves = [next(rest) if leaf is None else leaf for leaf in self.others]
-        args, kwargs = tree_unflatten(leaves, self.form)
-        with torch.set_grad_enabled(dy is not None), _same_masks(tensors[0].device):
+        own: list[Tensor] = []
+
+        def leaf(value: Any) -> Any:
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                return value
+            needed = value.requires_grad and dy is not None
+            own.append(value.detach().to(dtype or value.dtype).requires_grad_(needed))
+            return own[-1]
+
+        args, kwargs = tree_map(leaf, (self.args, self.kwargs))
+        with self._surroundings(is_training=dy is not None):
             y = unit.forward(*args, **kwargs)
-            results = {"output": y.detach()}
-            wanted = {f"gradient of input {i}": x for i, x in enumerate(own) if x.requires_grad}
-            wanted |= {
-                f"gradient of {name}": p
-                for name, p in unit.named_parameters()
-                if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
-            }
-            if not (wanted and y.requires_grad):
-                return results
-            inner = [(name, x) for name, x in inputs if x.requires_grad]
-            ends, how = [*wanted.values()], {"allow_unused": True, "retain_graph": bool(inner)}
-            gradients = torch.autograd.grad(y, ends + [x for _, x in inner], dy, **how)
-            results |= {n: g for n, g in zip(wanted, gradients, strict=False) if g is not None}
-            for (name, x), dx in zip(inner, gradients[len(ends) :], strict=True):
-                found = () if dx is None else torch.autograd.grad(x, ends, dx, **how)
-                for result, part in zip(wanted, found, strict=False):
-                    if part is not None:
-                        parts[result][name] = parts[result].get(name, 0) + part
+        results = {"output": y.detach()}
+        wanted = {f"gradient of input {i}": x for i, x in enumerate(own) if x.requires_grad}
+        wanted |= {
+            f"gradient of {name}": p
+            for name, p in unit.named_parameters()
+            if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
+        }
+        if dy is None or not (wanted and y.requires_grad):
+            return results
+        inner = [(name, x) for name, x in inputs if x.requires_grad]
+        ends, settings = [*wanted.values()], {"allow_unused": True, "retain_graph": bool(inner)}
+        starts = ends + [x for _, x in inner]
+        gradients = torch.autograd.grad(y, starts, dy.to(y.dtype), **settings)
+        results |= {n: g for n, g in zip(wanted, gradients, strict=False) if g is not None}
+        for (name, x), dx in zip(inner, gradients[len(ends) :], strict=True):
+            found = () if dx is None else torch.autograd.grad(x, ends, dx, **settings)
+            for result, part in zip(wanted, found, strict=False):
+                if part is not None and parts is not None:
+                    parts[result][name] = parts[result].get(name, 0) + part
         return results
 
+    @contextmanager
+    def _surroundings(self, is_training: bool) -> Iterator[None]:
+        """Inside, the call's autocast and backend are set, and the random state is always the same.
 
-@contextmanager
-def _same_masks(device: torch.device) -> Iterator[None]:
-    """Inside, the random state is the same each time.  At the end, the earlier one is restored."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
-        torch.default_generator.manual_seed(_SEED)
-        if on_gpu:
-            torch.cuda.default_generators[device.index].manual_seed(_SEED)
-        yield
-
-
-def _wide_twin(
-    module: nn.Module, dtype: torch.dtype, inside: torch.dtype, made: dict[nn.Module, nn.Module]
-) -> nn.Module:
-    """A copy of a module that computes in this dtype, with its own weights and gradients.
-
-    ``inside``: the dtype to which a packed weight without a compute dtype is unpacked.  ``made``:
-    the copies so far, by module, so that a shared module has one copy.
-    """
-    if module in made:
-        return made[module]
-    packed: Any = quantized_weight(module)
-    other: Any
-    is_packed, x = isinstance(packed, PackedLayer), torch.empty(0, dtype=inside, device="cpu")
-    if is_packed and runs_in_8_bits(x, packed.weight):
-        other = made[module] = _Int8Twin(packed.weight)
-        other.inside = inside
-    elif is_packed:
-        weight = packed.weight.dense(packed.compute_dtype or inside)
-        other = made[module] = nn.Linear(1, 1, bias=False, dtype=torch.float32, device="meta")
-        other.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    else:
-        other = made[module] = twin(module, plain_class_of(module))
-    bias: Any = getattr(module, "bias", None)
-    parameters = {"bias": bias} if is_packed else module._parameters
-    for name, p in parameters.items():
-        if p is not None:
-            p = nn.Parameter(p.detach().to(dtype), p.requires_grad) if p.is_floating_point() else p
-        other._parameters[name] = p
-    for name in _OF_ACCELERATE:
-        other.__dict__.pop(name, None)
-    if hasattr(vars(other).get("config"), "_experts_implementation"):
-        other.config = copy(other.config)
-        other.config._experts_implementation = "eager"  # grouped_mm has no float64
-    for name, child in module._modules.items() if packed is None else ():
-        other._modules[name] = None if child is None else _wide_twin(child, dtype, inside, made)
-    return other
+        A backward's thread has neither.
+        """
+        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
+        devices = [self.x.device] if self.x.is_cuda else []
+        with ExitStack() as stack:
+            if self.backend is not None:
+                stack.enter_context(use_backend(self.backend))
+            stack.enter_context(torch.autocast(self.x.device.type, cache_enabled=False, **settings))
+            stack.enter_context(torch.set_grad_enabled(is_training))
+            stack.enter_context(torch.random.fork_rng(devices))
+            torch.default_generator.manual_seed(_SEED)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(_SEED)
+            yield
 
 
 class _Int8Twin(Int8Linear):
-    """An exact ``Int8Linear``: the same rounding to 8 bits, but products and sums in x's dtype."""
+    """An ``Int8Linear`` that rounds to the same 8 bits, with products and sums in x's dtype."""
 
-    inside: torch.dtype | None = None  # the call's dtype, if x has a wider one.  x is rotated in it
+    inside: torch.dtype = torch.float32  # the judged call's dtype, in which x is rotated
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(autocast_dtype(x) or x.dtype)
-        wide, inside = torch.promote_types(x.dtype, torch.float32), self.inside or x.dtype
         packed: Any = matrix_of(self, Int8Linear)
-        codes, scale = packed.tensors
+        (codes, scale), inside = packed.tensors, self.inside
+        x = x.to(autocast_dtype(x) or x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
 
         def rounded(rows: Tensor, **settings: Any) -> Tensor:
             codes, scale = quantize_rows(rows.detach().to(inside), **settings)
@@ -423,9 +391,8 @@ class _Int8Twin(Int8Linear):
 
         rows = x.reshape(-1, x.shape[-1])
         turned = rotate(rows.to(wide))
-        turned = turned + (rounded(rows, rotated=True) - turned).detach()  # gradient: of turned
-        y = turned @ (codes * scale[:, None]).T.to(wide)
-        y = y.to(x.dtype)
+        turned = turned + (rounded(rows, rotated=True) - turned).detach()  # its gradient: turned's
+        y = (turned @ (codes * scale[:, None]).T.to(wide)).to(x.dtype)
         if y.requires_grad:
             y.register_hook(lambda dy: (rounded(dy, factor=scale) / scale).to(dy.dtype))
         y = y.view(*x.shape[:-1], -1)
@@ -462,12 +429,12 @@ def _measures(
         yield Measure(f"{name}, error", of_fast, of_peft, 0.0, allowed)
     elif fast.any():
         yield Measure(f"{name}, error", inf, float(peft.any()), 0.0, eps)
-    for layer, part in {None: truth, **parts}.items():
+    for layer, part in [(None, truth * scale), *parts.items()]:
         part = part / scale
         if not part.any():
             continue
         of = "" if layer is None else f" of {layer or 'the adapter'}'s part"
         share, of_peft = (float((error * part).sum() / part.square().sum()) for error in errors)
-        noise = float(errors[1].norm() / part.norm()) / rows**0.5
+        noise = 2 * float(errors[1].norm() / part.norm()) / rows**0.5
         allowed = 2 * abs(of_peft) + _SHARE + noise
         yield Measure(f"{name}, size{of}", 1 + share, 1 + of_peft, 1.0, allowed)
