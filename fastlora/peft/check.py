@@ -48,19 +48,20 @@ class Check:
 
     ``bool(check)`` is True if rounding explains them.
 
-    ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  ``layers``
-    compares each layer on the same inputs, which finds much smaller faults.
+    ``loss``, ``outputs`` and ``gradients`` compare two runs of the whole model.  In 16 bits, only
+    the loss counts.  ``layers`` compares each layer on the same inputs, which finds much smaller
+    faults.
     """
 
     loss: Difference
     outputs: tuple[Difference, ...]
     gradients: tuple[Difference, ...]  # for every parameter that trains, and for inputs
     layers: tuple["LayerCheck", ...]  # one for each fast LoRA layer or gated MLP that was called
-    tolerance: float  # for loss, outputs and gradients
+    tolerance: float  # for loss, outputs and gradients; in 16 bits, for the loss
     coverage: Coverage  # of the fast run
     # The coarsest dtype among parameters, autocast and quantized layers.
     dtype: torch.dtype = torch.float32
-    filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random during the check
+    filled: tuple[str, ...] = ()  # layers whose lora_B was zero, and random while they were judged
     zeros: tuple[str, ...] = ()  # results of layers that were zero, so that they tested nothing
 
     @property
@@ -117,8 +118,8 @@ class Check:
             )
         if self.filled:
             lines.append(
-                f"    lora_B was zero in {len(self.filled)} layers: the check gave it small random "
-                "numbers, to test lora_A's gradient, and put the zeros back"
+                f"    lora_B was zero in {len(self.filled)} layers: they were judged with small "
+                "random numbers in its place, to test lora_A's gradient"
             )
         if self.zeros:
             lines.append(
@@ -144,46 +145,39 @@ def check(
     there is none, it is a fixed random combination of all outputs, and its difference is relative
     to the norm of all outputs.
 
-    Each fast LoRA layer, and each gated MLP, runs three times, on the inputs and the output's
-    gradient that it has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in
-    float32 (float64 for a layer in float32).  The third run counts as exact; it is repeated without
-    adapters, to know their part of the result.  An output or gradient is right under two
-    conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in the last place.
-    Neither the result nor the adapters' part of it may be systematically too large or too small by
-    more than 1 %, or by more than six standard deviations of rounding if that is larger.  (If
-    PEFT's result also has such an error, this range begins at PEFT's result.)  If a call has more
-    than 1024 rows, 1024 rows are compared, and the output's gradient is zero in the others.  Layers
-    that run PEFT's forward are not judged.
+    Each fast LoRA layer, and each gated MLP, runs on the inputs and the output's gradient that it
+    has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in float32 (float64
+    for a layer in float32), which counts as exact.  In these runs the adapters are multiplied by a
+    power of two that makes them as large as the base weight, so that rounding of the base product
+    hides no fault of theirs.  An output or gradient is right under two conditions.  fastlora's
+    error must be at most 2 × PEFT's own error + 2 units in the last place.  Neither the result nor
+    the part of it that an adapter makes may be too large or too small by more than 2 × PEFT's
+    deviation + 1 % + the effect of rounding with few rows.  In a gated MLP each of the three
+    adapters has its own part.  Layers that run PEFT's forward are not judged.
 
     The two runs of the whole model compare the loss, every floating tensor of the output, and the
-    gradient of every parameter that trains and of every input that requires it.  In 16 bits this
-    finds only large faults.
+    gradient of every parameter that trains and of every input that requires it.  In 16 bits, and
+    with a base in 8 bits, only the loss counts, if the model returns one: where all layers are
+    right, the other differences come from rounding, or from tokens that a router sends to other
+    experts.  The report states them.
 
     The model runs in its current mode: after ``model.train()``, dropout is active.  Where lora_B is
-    zero, as in a new adapter, lora_A's gradient would also be zero.  There the check fills lora_B
-    with small random numbers, and restores the zeros afterwards.
+    zero, as in a new adapter, the layer's runs have small random numbers in its place.
 
-    If the base is in 8 bits (``optimize(model, base="int8")``), both sides of the comparisons above
-    round in the same way.  A further line of the report gives the effect of the rounding: the
-    difference of the loss and of all gradients from PEFT's forward with exact products.  ``base``
-    and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the check,
-    and the line compares it with the original weights.  A second line gives the effect of the
-    rounded weights only.
+    ``base`` and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the
+    check.  PEFT and the exact run then round to 8 bits in the same way.
 
     The call changes nothing: it copies the batch, and restores gradients, buffers, random states
-    (also Python's and numpy's), lora_B and the layers' classes.  In addition to the model, it needs
-    memory for two sets of gradients and outputs, a copy of the batch, and one layer in the exact
-    dtype.  With a base in 8 bits, it also needs dense copies of the base weights, and up to two
-    more sets of gradients and outputs.
+    (also Python's and numpy's) and the layers' classes.  In addition to the model, it needs memory
+    for two sets of gradients and outputs, a copy of the batch, the inputs of all judged layers, and
+    one layer with its results in the exact dtype.
 
     ``tolerance``: the largest relative difference between the two runs that counts as rounding.
-    The default is 1e-9 for a float64 model, 1e-3 for float32, 0.02 with float16 parameters or
-    autocast, and 0.1 with bfloat16 or 8 bits.  For more than two transformer blocks, the last two
-    are multiplied by √(blocks - 1).
+    The default is 1e-9 for a float64 model, 1e-3 for float32, and 0.1 for the loss in 16 or 8 bits.
 
     Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
-    model has fastlora's own layers, if no layer would run fast, if the tolerance is negative, or if
-    an optimizer steps inside of backward.
+    model has fastlora's own layers, if no layer would run fast, if the batch holds only text, if
+    the tolerance is negative, or if an optimizer steps inside of backward.
     """
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")

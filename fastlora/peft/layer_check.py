@@ -9,7 +9,8 @@ layer, whose part of R is D (:func:`_exact`), it measures
 
     error = ‖R - exact‖ / ‖exact‖         size = 1 + <R - exact, D> / <D, D>
 
-The size is also measured for D = exact.  A layer is right if every error is at most 2 × PEFT's
+The size is also measured for D = exact, and the gradient of a routing weight has only an error.
+A layer is right if every error is at most 2 × PEFT's
 error + 2 units in the last place.  A size may differ from 1 by 2 × PEFT's difference + 1 % +
 2 ‖PEFT's R - exact‖ / ‖D‖ / √rows, because each row of x rounds differently.
 """
@@ -181,8 +182,13 @@ class Judge:
         for result, truth in exact.items():
             if not truth.any():
                 self.zeros.add(f"{name}: {result}")
+            along = {"": truth}
+            for layer, part in parts[result].items():
+                along[f" of {layer or 'the adapter'}'s part"] = part
+            if result.startswith("gradient of input ") and not result.endswith(" 0"):
+                along = {}  # a routing weight's gradient is a dot product, whose rounding stays
             found = fast.get(result), peft.get(result)
-            for measure in _measures(result, *found, truth, parts[result], *settings):
+            for measure in _measures(result, *found, truth, along, *settings):
                 before = of_layer.get(measure.name, measure)
                 of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
@@ -249,7 +255,7 @@ def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype
                 dense: Any = nn.Linear(1, 1, bias=False, device="meta")
                 weight = packed.weight.dense(packed.compute_dtype or inside)
                 dense.weight = nn.Parameter(weight, requires_grad=False)
-                dense.bias = child.bias
+                dense._parameters["bias"] = child.bias  # in HQQ it is no parameter
                 swap(module._modules, name, dense)
         config: Any = copy(vars(module).get("config"))
         if hasattr(config, "_experts_implementation"):
@@ -404,13 +410,14 @@ def _measures(
     fast: Tensor | None,
     peft: Tensor | None,
     truth: Tensor,
-    parts: dict[str, Tensor],
+    along: dict[str, Tensor],
     eps: float,
     rows: int,
 ) -> Iterator[Measure]:
-    """The measures of one result: its error, and its size along itself and along the parts.
+    """The measures of one result: its error, and its sizes.
 
-    ``truth``: the exact result.  ``eps``: of the call's dtype.  ``rows``: of the call's input.
+    ``truth``: the exact result.  ``along``: the tensors D of the sizes, by name.  ``eps``: of the
+    call's dtype.  ``rows``: of the call's input.
     """
     if peft is None or not peft.isfinite().all():
         return  # PEFT's error is unknown, so no error can be judged
@@ -429,11 +436,10 @@ def _measures(
         yield Measure(f"{name}, error", of_fast, of_peft, 0.0, allowed)
     elif fast.any():
         yield Measure(f"{name}, error", inf, float(peft.any()), 0.0, eps)
-    for layer, part in [(None, truth * scale), *parts.items()]:
+    for of, part in along.items():
         part = part / scale
         if not part.any():
             continue
-        of = "" if layer is None else f" of {layer or 'the adapter'}'s part"
         share, of_peft = (float((error * part).sum() / part.square().sum()) for error in errors)
         noise = 2 * float(errors[1].norm() / part.norm()) / rows**0.5
         allowed = 2 * abs(of_peft) + _SHARE + noise
