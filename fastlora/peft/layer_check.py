@@ -138,7 +138,7 @@ class Judge:
         """
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # In a copy of the model, which DataParallel makes, ``module`` isn't ``unit``.
-        if module is not unit or not (inputs and isinstance(y, Tensor)):
+        if module is not unit or not (inputs and isinstance(y, Tensor) and y.numel()):
             return
         device = inputs[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -73,6 +73,18 @@ def test_a_random_loss_near_zero_is_no_difference():
     assert found.loss.relative < 1e-5
 
 
+class Idle(Mlp):
+    """Also calls its layer without rows, like an expert that gets no token."""
+
+    def forward(self, x):
+        return super().forward(x) + self.up(x[:0]).sum()
+
+
+def test_a_call_without_rows_is_not_judged():
+    found = fastlora.check(adapted(Idle(), target_modules=["up"]), torch.randn(3, 8))
+    assert "1 of 1 fast layers judged, all right" in str(found)
+
+
 class Reader(Mlp):
     """Reads a layer's weight without calling the layer, like transformers' Mamba its dt_proj."""
 
