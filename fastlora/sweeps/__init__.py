@@ -66,9 +66,8 @@ def sweep(
     ``loss(logits, labels)`` returns a trial's mean loss.
 
     ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
-    is left.  The remaining trials take over the free rows: two, four … batches a step.  These are
-    joined into one batch; if their lengths differ, this needs an ``attention_mask`` or the default
-    ``loss``.
+    is left.  The remaining trials take over the free rows: two, four … batches a step, in one call
+    if their shapes are equal.
 
     ``eval_data``: the batches of the held-out loss, which is computed every ``eval_steps`` (by
     default a quarter of the steps) and at the end.  ``schedule``: "linear" to zero, "cosine" or
@@ -114,7 +113,7 @@ def sweep(
         run = Training(inner, trials, parts, options, loss, held_out, replace)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True):
-            for norm in norms.values():
+            for norm in norms:
                 norm.eval()
             # Skipping batches may draw random numbers, so the random state is set afterwards.
             feed = Feed(data, seed, state.batches)
@@ -158,25 +157,21 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     return sweep
 
 
-def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
     """The model's batch norms, with a warning: in training they would mix trials.
 
     The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
     statistics, because it uses the batch's statistics in evaluation as well.
     """
-    norms: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    mixing = [called(name) for name, norm in norms.items() if norm.running_mean is None]
-    if mixing:
+    named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    names, norms = some([name for name, _ in named]), [norm for _, norm in named]
+    if any(norm.running_mean is None for norm in norms):
         raise ValueError(
-            f"{some(mixing)} would mix trials, because it normalizes by the statistics of the "
-            "batch: set track_running_stats=True, or train each configuration in a separate run"
+            f"{names} would mix trials, because it normalizes by the statistics of the batch: set "
+            "track_running_stats=True, or train each configuration in a separate run"
         )
     if norms:
-        warnings.warn(
-            f"{some(list(map(called, norms)))} stays in evaluation: a batch norm in training would "
-            "mix trials",
-            stacklevel=3,
-        )
+        warnings.warn(f"{names} stays in evaluation: in training it would mix trials", stacklevel=3)
     return norms
 
 

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from ..layers.batch import in_mode
 from ..text import shown
@@ -23,7 +23,6 @@ from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
 _ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
-_PADDING = {"labels": -100}  # ignored by the loss; other tensors are padded with 0
 
 
 class Feed:
@@ -104,28 +103,13 @@ def as_batch(batch: Any) -> Batch:
     return tensors
 
 
-def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
-    """Join batches into one, padded on the right to the longest.
-
-    One larger call is faster than several.  Batches stay separate if their names differ, or their
-    shapes differ in more than the length.  Padding also needs an ``attention_mask`` that hides it,
-    or a ``causal`` loss, which it can't affect.
-    """
-    apart, first = list(batches), batches[0]
-    like = "attention_mask" if "attention_mask" in first else "labels" if causal else ""
-    if any(batch.keys() != first.keys() for batch in apart):
-        return apart
-    whole = {}
-    for name in first:
-        parts = [batch[name] for batch in apart]
-        if len({part.shape[1:] for part in parts}) > 1:
-            shapes = [batch[like].shape for batch in apart if like]
-            if [part.shape for part in parts] != shapes or any(len(size) != 2 for size in shapes):
-                return apart
-            length, fill = max(size[1] for size in shapes), _PADDING.get(name, 0)
-            parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
-        whole[name] = torch.cat(parts)
-    return [whole]
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch in place of batches of equal names and shapes: one larger call is faster."""
+    first = batches[0]
+    shapes = [{name: tensor.shape[1:] for name, tensor in batch.items()} for batch in batches]
+    if any(each != shapes[0] for each in shapes):
+        return list(batches)
+    return [{name: torch.cat([batch[name] for batch in batches]) for name in first}]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -228,8 +212,7 @@ class Training:
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
-        batches = feed.take(len(self.trials) // len(state.alive))
-        batches = joined(batches, self.loss is causal_loss)
+        batches = joined(feed.take(len(self.trials) // len(state.alive)))
         sizes = [counted(batch["labels"], self.loss) for batch in batches]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
