@@ -289,7 +289,10 @@ def _refuse_reading(name: str, module: nn.Module, config: Any) -> None:
 
 
 def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -> None:
-    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes."""
+    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes.
+
+    Afterwards the weight is frozen, as PEFT freezes weights that it sees.
+    """
     parameters, modules = module._parameters, module._modules
     tensors = (*module.buffers(), *module.parameters())
     stand_in = torch.zeros((), device=tensors[0].device if tensors else None).expand(*shape)
@@ -297,7 +300,9 @@ def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -
         undo.callback(modules.__setitem__, name, modules.pop(name))
         undo.callback(parameters.pop, name)
     else:
-        undo.callback(parameters.__setitem__, name, parameters[name])
+        packed = parameters[name]
+        undo.callback(packed.requires_grad_, False)
+        undo.callback(parameters.__setitem__, name, packed)
     parameters[name] = nn.Parameter(stand_in, requires_grad=False)
 
 
