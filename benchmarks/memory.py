@@ -30,7 +30,7 @@ def measured() -> dict[str, float]:
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     shapes = LlamaConfig(**sizes, **heads, vocab_size=49152)
-    model = LlamaForCausalLM(shapes).to(torch.bfloat16).train()
+    model, fresh = (LlamaForCausalLM(shapes).to(torch.bfloat16).train() for _ in range(2))
     ids = torch.zeros(4, 256, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     settings = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.05}
@@ -46,7 +46,7 @@ def measured() -> dict[str, float]:
             found[name] = kept_bytes(model, batch)
             model.gradient_checkpointing_disable()
     found = {
-        "PEFT": kept_bytes(peft.get_peft_model(model, peft.LoraConfig(**settings)), batch)
+        "PEFT": kept_bytes(peft.get_peft_model(fresh, peft.LoraConfig(**settings)), batch)
     } | found
     return {name: size / ids.numel() for name, size in found.items()}
 

@@ -118,12 +118,12 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     added = tuple(f"{100 * (ratio - 1):.0f}" for ratio in over_frozen)
     yield "README.md", r"LoRA adds \*\*(\d+) %\*\*.*?with PEFT it adds \*\*(\d+) %\*\*", added
     cells = r"[^|\n]* \| \*\*(\d+) %\*\* less time, \*\*(\d+) %\*\* less memory \|"
-    yield "README.md", "TRL" + cells, optimized
+    yield "README.md", "Trainer" + cells, optimized
     yield "README.md", "without PEFT" + cells, ours
     yield "README.md", "packed" + cells, experts
     yield "README.md", "GGUF" + cells, nf4
     for page, numbers in (
-        ("peft", optimized), ("trainer", optimized), ("model", ours),
+        ("peft", optimized), ("model", ours),
         ("quantized", nf4), ("experts", experts),
     ):  # fmt: skip
         yield f"docs/{page}.md", r"\*\*Gain\*\*: [^*]*?" + gain, numbers
