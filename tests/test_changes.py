@@ -32,7 +32,7 @@ def test_calls_follow_random_changes(kind, compiled):
 # Changes of compiled models, with a call after each.  Compiling takes too long for random ones.
 WALKS = {
     "own": (
-        "merge unmerge merge-one load", "scaling pair bias tied base-trains",
+        "merge unmerge load merge-one", "scaling pair bias tied base-trains",
         "train dropout one-frozen adapters-train x step data", "parametrized cast world",
         "forward forward rows layer-mode adapters-replaced",
     ),
