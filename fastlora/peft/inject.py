@@ -123,7 +123,9 @@ def load_adapter(
 
     if Path(folder).exists():  # PEFT would also open a pickle
         check_files(Path(folder))
-        read_json(Path(folder) / CONFIG)
+        stored = read_json(path := Path(folder) / CONFIG)
+        if not isinstance(stored, dict) or "peft_type" not in stored:
+            raise ValueError(f"{path} is not a PEFT config: it has no peft_type")
         read_header(Path(folder) / WEIGHTS)
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
