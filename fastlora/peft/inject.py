@@ -297,7 +297,8 @@ def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -
     """
     parameters, modules = module._parameters, module._modules
     tensors = (*module.buffers(), *module.parameters())
-    stand_in = torch.zeros((), device=tensors[0].device if tensors else None).expand(*shape)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    stand_in = torch.zeros((), dtype=torch.float32, device=device).expand(*shape)
     if name in modules:
         undo.callback(modules.__setitem__, name, modules.pop(name))
         undo.callback(parameters.pop, name)
