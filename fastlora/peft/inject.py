@@ -303,7 +303,7 @@ def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -
         undo.callback(modules.__setitem__, name, modules.pop(name))
         undo.callback(parameters.pop, name)
     else:
-        packed = parameters[name]
+        packed: Any = parameters[name]
         undo.callback(packed.requires_grad_, False)
         undo.callback(parameters.__setitem__, name, packed)
     parameters[name] = nn.Parameter(stand_in, requires_grad=False)
