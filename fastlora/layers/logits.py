@@ -341,7 +341,8 @@ class Recipe(NamedTuple):
             head = of_tensors(head, Tensor.detach)
         x, numbers = head.x, None
         if head.seeds is not None:
-            numbers = torch.arange(head.rows, device=x.device).view(*x.shape[:-1], 1)
+            numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
+            numbers = numbers.view(*x.shape[:-1], 1)
         for change in [step.rows for step in steps if step.rows is not None]:
             x, numbers = change(x), None if numbers is None else change(numbers)
         mask_rows = None if numbers is None else numbers.squeeze(-1)

@@ -280,7 +280,7 @@ def _refuse_training(layer: Any, inputs: tuple, output: Any) -> Any:
     follows = layer.merged and layer.training and torch.is_grad_enabled()
     if not (follows and isinstance(output, Tensor)):
         return output
-    return _Untrained.apply(output, torch.empty(0, requires_grad=True))
+    return _Untrained.apply(output, output.new_empty(0).requires_grad_())
 
 
 class _Untrained(torch.autograd.Function):

@@ -163,7 +163,8 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     statistics, because it uses the batch's statistics in evaluation as well.
     """
     named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    names, norms = some([name for name, _ in named]), [norm for _, norm in named]
+    norms: list[Any] = [norm for _, norm in named]
+    names = some([name for name, _ in named])
     if any(norm.running_mean is None for norm in norms):
         raise ValueError(
             f"{names} would mix trials, because it normalizes by the statistics of the batch: set "

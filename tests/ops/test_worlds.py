@@ -244,7 +244,7 @@ def test_experts_and_many_adapters_have_neither_second_order_nor_batched_gradien
     kind = made(name)
     y = kind.call(*kind.tensors.values())
     dy = torch.ones(2, *y.shape) if "is_grads_batched" in how else torch.ones_like(y)
-    with pytest.raises(RuntimeError, match="call fastlora.lora_linear for each"):
+    with pytest.raises(RuntimeError, match=r"call fastlora\.lora_linear for each"):
         torch.autograd.grad(y, kind.tensors["x"], dy, **how)
 
 
