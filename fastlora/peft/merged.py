@@ -294,17 +294,6 @@ class _Untrained(torch.autograd.Function):
         raise RuntimeError(_UNTRAINED)
 
 
-def _use_plain_class(layer: Any, undo: ExitStack) -> None:
-    """Make a layer of PEFT's for a packed base one for a dense base, until ``undo`` closes."""
-    if not hasattr(layer, "parameter_name"):
-        vars(layer).setdefault("fan_in_fan_out", False)  # GPTQLoraLinear has none
-        undo.callback(change_class, layer, change_class(layer, _peft_linear()))
-
-
-def _peft_linear() -> Any:
-    return sys.modules["peft.tuners.lora.layer"].Linear
-
-
 def _keep_corrections(
     layer: Any, base: nn.Module, name: str, original: nn.Parameter, undo: ExitStack
 ) -> None:

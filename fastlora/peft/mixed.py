@@ -29,6 +29,7 @@ from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
 from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
+from ..packing.declarations import declared
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .read import read
@@ -132,13 +133,19 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
 
 
 class LoraModel(Fast, PeftModel):
-    """PEFT's model around the layers, with mixed batches in training.
+    """PEFT's model around the layers, with mixed batches in training and merges of packed layers.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
     plain_class = PeftModel
+    model: nn.Module
     training: bool  # nn.Module's
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's.  A transformers model then declares the layers that are still packed."""
+        with declared(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -147,7 +147,7 @@ def test_modules_to_save_are_kept(tmp_path):
 def test_a_model_in_memory(kind, tmp_path):
     if kind == "fastlora":
         model = adapt(llama(), r=4, target_modules=["q_proj", "v_proj"])
-        fastlora.save_adapter(model, tmp_path / "whole")
+        model.save_pretrained(tmp_path / "whole")
     else:
         model = peft.get_peft_model(llama(), peft.LoraConfig(r=4))
         model.add_adapter("other", peft.LoraConfig(r=5))
@@ -223,7 +223,7 @@ def combined(folder, output):
 
 def saved_again(folder, output):
     fastlora.resize_adapter(folder, rank=3, output=output.with_name("small"))
-    fastlora.save_adapter(fastlora.load_adapter(llama(), output.with_name("small")), output)
+    fastlora.load_adapter(llama(), output.with_name("small")).save_pretrained(output)
 
 
 # combined and saved_again read a folder as resized does.

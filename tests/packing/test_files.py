@@ -8,7 +8,7 @@ import pytest
 from peft_models import by_peft, llama
 
 import fastlora
-from fastlora.model import files
+from fastlora.packing import files
 from fastlora.packing.files import CONFIG, WEIGHTS, write_whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and folder locks")
@@ -28,17 +28,14 @@ WRITERS = {
     "resize": lambda adapter, output: fastlora.resize_adapter(adapter, rank=2, output=output),
     "combine": lambda adapter, output: fastlora.combine_adapters([adapter], [2], output),
     "export": export,
-    "save": lambda adapter, output: fastlora.save_adapter(
-        fastlora.load_adapter(llama(), adapter), output
-    ),
 }
 
 
-@pytest.mark.parametrize("name", ["export", "save"])
-def test_a_file_is_no_folder(name, adapter, tmp_path):
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_is_no_folder(write, adapter, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="out is a file, but must be a folder"):
-        WRITERS[name](adapter, tmp_path / "out")
+        write(adapter, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
