@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..layers.classes import Fast
+from ..layers.classes import Fast, change_classes
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -141,6 +141,15 @@ class LoraModel(Fast, PeftModel):
     plain_class = PeftModel
     model: nn.Module
     training: bool  # nn.Module's
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **named: Any) -> None:
+        """PEFT's, also over packed weights that PEFT can't read.  New layers are fast."""
+        from .inject import shown_if_packed
+        from .layer import fast_classes
+
+        with shown_if_packed(model, self.peft_config[adapter_name]):
+            super().inject_adapter(model, adapter_name, *args, **named)
+        change_classes(fast_classes(model.modules()))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's.  A transformers model then declares the layers that are still packed."""

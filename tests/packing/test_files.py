@@ -31,11 +31,10 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_file_is_no_folder(write, adapter, tmp_path):
+def test_a_file_is_no_folder(adapter, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="out is a file, but must be a folder"):
-        write(adapter, tmp_path / "out")
+        export(adapter, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 

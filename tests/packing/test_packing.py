@@ -61,10 +61,11 @@ def test_experts_are_packed_in_place_and_train(name, kind):
     assert lines[-1].split()[:2] == [str(len(names)), "weights"]
     assert lines[-1].endswith(f"{100 * max(w.error for w in report.weights):.2f}")
     close(logits(model), logits(dense_model(model, name)))
-    fastlora.get_peft_model(model, LoraConfig(target_parameters=parameters_of(name)))
-    first, second, *_ = train(model, 2)
+    config = LoraConfig(target_modules=[], target_parameters=parameters_of(name))
+    adapted = fastlora.get_peft_model(model, config)
+    first, second, *_ = train(adapted, 2)
     assert second < first
-    assert all(torch.equal(one, bits[key]) for key, one in bits_of(model).items())
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(adapted.unload()).items())
 
 
 def test_linear_layers_are_bitsandbytes_s():
@@ -482,8 +483,5 @@ def test_the_report_for_peft_explains_packed_experts():
     report = fastlora.coverage(fastlora.optimize(model))
     assert len(report.fast) == 2
     assert "2 modules of experts are packed: PEFT's target_parameters passes" in str(report)
-    report = fastlora.coverage(fastlora.optimize(peft.get_peft_model(fp8_model(), config)))
-    assert [layer.reason for layer in report.not_fast] == [
-        "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
-        "scaled, without a gradient: fastlora.apply_lora trains such experts"
-    ] * 2
+    model = peft.get_peft_model(fp8_model(), config)  # PEFT has given these experts adapters
+    assert not fastlora.coverage(fastlora.optimize(model)).not_fast
