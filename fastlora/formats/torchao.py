@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import PLAIN, derived_from, is_class
-from .arithmetic import place_for, write_scaled
+from .arithmetic import write_scaled
 from .float8 import Float8
 from .format import FLOATS, Coding, Expected, Format, Quantized, name_of, of_rows
+from .opaque import Opaque
 from .vendor import Once, PackedLayer, checked
 
 # torchao's dequantize_affine computes the same bits for whole blocks of rows, but makes more
 # copies.  With it a float32 step with 512 rows and a 2048² weight in groups of 64 takes 1.19 × the
 # time and 1.96 × the peak memory, a bfloat16 step 1.14 × and 1.56 × (process time, one thread,
-# torchao 0.18).  torchao has no dequantization for Int4Tensor.
+# torchao 0.18).
 
 
 @dataclass(frozen=True)
@@ -72,42 +73,21 @@ class Affine(Format):
         return Coding("int8", 1, 0, factor=self.factor)
 
 
-@dataclass(frozen=True)
-class Int4Groups(Format):
-    """weight = code · scale + zero_point: torchao's ``Int4Tensor``, of signed codes, two in a byte.
+class Int4(Opaque):
+    """weight = code · scale + zero_point in float32: torchao's ``Int4Tensor``.
 
-    packed int8 or uint8 [rows, columns / 2], the code of an even column in the low bits; scale and
-    zero_point [columns / group, rows], of the dtype ``compute``.  The zero point is added to the
-    scaled code.  Computed in out's dtype, or float32 if that is wider, and rounded once.
+    packed [rows, columns / 2] holds two signed codes in a byte, the code of an even column in the
+    low bits; scale and zero_point [columns / group, rows].  torchao has no function for it.
     """
 
-    group: int
-    compute: str
-
     label: ClassVar[str] = "int4"
+    names: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
 
-    def expected(self) -> Expected:
-        if self.columns % 2 or self.group < 1 or self.columns % self.group:
-            raise ValueError(
-                f"groups of {self.group} and pairs don't divide {self.columns} columns"
-            )
-        each = ((self.columns // self.group, self.rows), (self.dtype,))
-        if self.dtype not in FLOATS:
-            raise ValueError(f"its scale has dtype {self.dtype}, but must be floating")
-        packed = ((self.rows, self.columns // 2), (torch.int8, torch.uint8))
-        return {"packed": packed, "scale": each, "zero_point": each}
-
-    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        wide = torch.promote_types(out.dtype, torch.float32)
-        rows = slice(first, first + len(out))
-        packed = tensors[0][rows].view(torch.int8)
-        scale, zero = (tensor[:, rows].t().to(wide)[..., None] for tensor in tensors[1:])
-        values = place_for(out, wide)
+    def values(self, *tensors: Tensor) -> Tensor:
+        packed, (scale, zero) = tensors[0].view(torch.int8), (t.T.float() for t in tensors[1:])
         # A right shift of int8 extends the sign of the code at its top.
-        values[:, 0::2] = (packed << 4) >> 4
-        values[:, 1::2] = packed >> 4
-        values.unflatten(1, (-1, self.group)).mul_(scale).add_(zero)
-        return out if values is out else out.copy_(values)
+        codes = torch.stack([packed << 4 >> 4, packed >> 4], 2).view(self.rows, -1, self.group)
+        return (codes * scale[..., None]).add_(zero[..., None]).flatten(1)
 
 
 # torchao's tensors.
@@ -187,7 +167,7 @@ def _int4(weight: Any) -> PackedLayer | str:
     (rows, columns), (height, group) = weight.shape, map(int, weight.block_size)
     if height != 1:
         return f"its groups are blocks of {(height, group)}"
-    format = Int4Groups(rows, columns, group, name_of(weight.scale.dtype))
+    format = Int4(rows, columns, 4, group, name_of(weight.scale.dtype))
     return PackedLayer(Quantized(format, (weight.qdata, weight.scale, weight.zero_point)))
 
 

@@ -5,10 +5,13 @@ import sys
 import pytest
 import torch
 import vendor_layers
+from packed import by_elements, random_int4
 from torch import nn
 
+from fastlora.blocks import source_of
 from fastlora.formats import torchao as vendor
 from fastlora.formats.float8 import Float8
+from fastlora.formats.format import from_text
 from fastlora.formats.torchao import Affine
 from fastlora.formats.vendor import PackedLayer
 
@@ -65,6 +68,16 @@ def test_a_weight_is_packed_in_the_layer_s_own_format(config):
     assert after.format == before.format
     step = (dense.amax() - dense.amin()) / (2 ** (3 if "int3" in config else 4) - 1)
     assert (after.dense(torch.float32) - dense).abs().max() <= step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_packed_int4_has_the_numbers_of_its_definition(dtype):
+    weight = random_int4(12, 32, 8, torch.bfloat16)
+    expected = by_elements(weight).to(dtype)
+    assert torch.equal(weight.dense(dtype), expected)
+    rows = source_of(weight).read(2, torch.empty(5, 32, dtype=dtype))
+    assert torch.equal(rows, expected[2:7])
+    assert from_text(weight.format.text) == weight.format
 
 
 def test_packed_int4_as_torchao_s_library_makes_it(monkeypatch):
