@@ -189,26 +189,6 @@ def read_weight(layer: Any) -> PackedLayer | str:
         return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
 
 
-def pack(layer: Any, weight: Tensor) -> None:
-    kind, device = type(layer.weight), layer.weight.device
-    if hasattr(layer, "state"):
-        layer.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
-        layer.state = copy(layer.state)
-        layer.state.CB = layer.state.SCB = None  # the next call takes them from the weight
-        return
-    state = _state_of(layer)
-    made = kind(
-        weight.to(state.dtype).cpu(),
-        requires_grad=False,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=layer.weight.dtype,
-    )
-    layer.weight = made.to(device)
-    layer.quant_state = layer.weight.quant_state
-
-
 def keep_gradients(layer: Any) -> None:
     """Keep x's gradient available after a call of a frozen Linear4bit in evaluation mode.
 

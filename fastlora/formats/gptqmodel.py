@@ -75,10 +75,6 @@ def _weight_of(layer: Any, kind: type[Opaque], group: int) -> Quantized:
     )
 
 
-def pack(layer: Any, weight: Tensor) -> None:
-    raise ValueError("GPTQ's and AWQ's numbers are read, and not made: their rounding needs data")
-
-
 def _is_awq(kind: type[nn.Module]) -> bool:
     return any(is_class(kind, _LAYERS, name) for name in _READ_AWQ)
 

@@ -64,14 +64,3 @@ def _keepable(tensor: Tensor) -> Tensor:
         blank = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
         return blank.set_(*place)
-
-
-def pack(layer: Any, weight: Tensor) -> None:
-    settings = layer.quant_config["weight_quant_params"]
-    place = {"device": layer.device, "compute_dtype": layer.compute_dtype}
-    packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
-    names = ("quant_scale", "quant_zero", "compute_dtype")
-    meta |= {name: layer.meta[name] for name in names if name in layer.meta}
-    for name in ("scale", "zero"):  # HQQ computes in the dtype of the layer's scale
-        meta[name] = meta[name].to(layer.meta[name].dtype)
-    layer.W_q, layer.meta = nn.Parameter(packed, requires_grad=False), meta

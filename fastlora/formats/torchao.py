@@ -4,7 +4,6 @@ Also torchao's weight-only tensors of integers and of float8, as the weight of a
 ``torch.nn.Linear``.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -124,26 +123,6 @@ def read(layer: Any) -> PackedLayer | str:
     return _READ[name](weight)
 
 
-def pack(layer: Any, weight: Tensor) -> None:
-    packed, kind = layer.weight, type(layer.weight)
-    settings: dict[str, Any] = {}
-    if kind.__name__ == "Int4Tensor":
-        raise ValueError(
-            "torchao's Int4Tensor is read, and not made: leave the merged weight dense"
-        )
-    if kind.__name__ == "IntxUnpackedToInt8Tensor":
-        mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
-        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(packed) else mapping.ASYMMETRIC
-        settings |= {"block_size": tuple(packed.block_size), "target_dtype": packed.target_dtype}
-    else:
-        settings["granularity"] = _granularity(packed)
-    if kind.__name__ == "Float8Tensor":
-        settings |= {"float8_dtype": packed.qdata.dtype, "mm_config": packed.mm_config}
-        settings["kernel_preference"] = packed.kernel_preference
-    made = kind.from_hp(weight.to(packed.dtype), **settings)
-    layer.weight = nn.Parameter(made, requires_grad=False)
-
-
 def _rounds_to(weight: Any) -> str:
     """The name of the numbers that a call rounds its input to; "": it keeps its input."""
     if getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16:
@@ -191,11 +170,3 @@ def _is_zero(weight: Any) -> bool:
     """Whether all zero points are 0, as symmetric quantization makes them."""
     zero: Tensor | None = weight.zero_point
     return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
-
-
-def _granularity(weight: Any) -> Any:
-    made = sys.modules["torchao.quantization.granularity"]
-    block = tuple(weight.block_size or weight.shape)
-    if block == tuple(weight.shape):
-        return made.PerTensor()
-    return made.PerRow() if block == (1, weight.shape[1]) else made.PerGroup(block[1])
