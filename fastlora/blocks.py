@@ -49,6 +49,12 @@ class Source(Protocol):
         """
 
 
+class HasSource(Protocol):
+    """A quantized weight."""
+
+    def source(self) -> Source: ...
+
+
 class Dense(NamedTuple):
     """A plain tensor as a source."""
 
@@ -67,10 +73,10 @@ class Dense(NamedTuple):
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
-def source_of(weight: "Tensor | Source") -> Source:
-    """The weight as a source: a tensor is wrapped, and a source stays."""
+def source_of(weight: Tensor | HasSource) -> Source:
+    """The weight as a source of rows."""
     # torch 2.13's copy from a negated float16 view to float32 loses the sign.
-    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight
+    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight.source()
 
 
 def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
