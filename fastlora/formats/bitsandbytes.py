@@ -244,12 +244,6 @@ def cast_bias(layer: Any, x: Tensor) -> None:
             layer.bias.data = layer.bias.data.to(dtype)
 
 
-def before_loading(layer: Any) -> None:
-    """Let a Linear8bitLt load SCB from a state dict after a call, which moved SCB to its state."""
-    if derived_from(type(layer), _MODULES, "Linear8bitLt") and layer.state.SCB is not None:
-        layer.weight.SCB = layer.state.SCB
-
-
 def _state_of(layer: Any) -> Any:
     """The quantization state; where FSDP has replaced the weight, only the layer still has it."""
     state = getattr(layer.weight, "quant_state", None)
@@ -261,8 +255,8 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if state is None:
         return "its weight isn't quantized as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes' kernel for it has no gradient, and a call with an adapter can't use it.
-        if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
+        # bitsandbytes' kernel for it has no gradient.
+        if torch.is_grad_enabled():
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # A weight that FSDP has replaced lacks quant_storage, and FSDP doesn't cast bytes.

@@ -123,7 +123,9 @@ def load_adapter(
 
     if Path(folder).exists():  # PEFT would also open a pickle
         check_files(Path(folder))
-        read_json(Path(folder) / CONFIG)
+        stored = read_json(path := Path(folder) / CONFIG)
+        if not isinstance(stored, dict) or "peft_type" not in stored:
+            raise ValueError(f"{path} is not a PEFT config: it has no peft_type")
         read_header(Path(folder) / WEIGHTS)
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
@@ -289,15 +291,21 @@ def _refuse_reading(name: str, module: nn.Module, config: Any) -> None:
 
 
 def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -> None:
-    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes."""
+    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes.
+
+    Afterwards the weight is frozen, as PEFT freezes weights that it sees.
+    """
     parameters, modules = module._parameters, module._modules
     tensors = (*module.buffers(), *module.parameters())
-    stand_in = torch.zeros((), device=tensors[0].device if tensors else None).expand(*shape)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    stand_in = torch.zeros((), dtype=torch.float32, device=device).expand(*shape)
     if name in modules:
         undo.callback(modules.__setitem__, name, modules.pop(name))
         undo.callback(parameters.pop, name)
     else:
-        undo.callback(parameters.__setitem__, name, parameters[name])
+        packed = parameters[name]
+        undo.callback(packed.requires_grad_, False)
+        undo.callback(parameters.__setitem__, name, packed)
     parameters[name] = nn.Parameter(stand_in, requires_grad=False)
 
 

@@ -7,7 +7,8 @@ fast layer reads the named adapters (:mod:`.read`) and runs all of them as one n
 PEFT refuses names in training, although its code would be right except for two faults.  First,
 activation checkpointing runs layers again in the backward, after PEFT has removed the hooks, so
 these runs don't get the names.  Second, the hooks are never removed if a call fails.
-:class:`LoraModel` allows training with names and corrects both faults.
+:class:`LoraModel` allows training with names and corrects both faults.  It also says which layers
+are packed after ``merge_and_unload``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
 from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
+from ..packing.declarations import declared
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .read import read
@@ -158,6 +160,10 @@ class LoraModel(Fast, PeftModel):
             if names is not None and torch.is_grad_enabled():  # a backward may follow
                 stack.enter_context(_carried(self, list(names)))
             yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with declared(self.model):  # a packed base may become dense
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
 @contextmanager

@@ -1,88 +1,77 @@
 """Training of a sweep: a step of all trials, the held-out losses, and saving the state."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from math import isclose
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from ..layers.batch import in_mode
 from ..text import shown
-from .fingerprint import FIRST, Fingerprint, of_batch
 from .layer import Attached
 from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
-_PADDING = {"labels": -100}  # ignored by the loss; other tensors are padded with 0
+_ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
 class Feed:
     """The batches of ``data``, repeated without end, in an order that the seed determines.
 
     While ``data`` is read, torch's CPU random numbers come from a separate generator.
-    ``fingerprint`` covers the first batches that were read.  ``skip``: the number of batches that a
-    resumed sweep has already used.  ``count``: the number of batches that will be taken in all
-    (None: unknown); an iterator is read that far now.  Raises ValueError if a list holds an invalid
-    batch.
+    ``checksum``: of all batches taken.  ``skip``: the number of batches that a resumed sweep has
+    already used.  Raises ValueError if a list holds an invalid batch.
     """
 
-    def __init__(
-        self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0, count: int | None = None
-    ) -> None:
-        self.fingerprint: Fingerprint = {}
-        if isinstance(data, Iterator):  # such as a generator: it can be read only once
-            data = list(islice(data, count))
-        elif (length := _length(data)) is not None:
-            self.fingerprint["the number of batches"] = str(length)
+    def __init__(self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0) -> None:
         if isinstance(data, list | tuple):
             data = [as_batch(batch) for batch in data]
-        self.data, self.seed, self.taken = data, seed, 0
+        self.data, self.seed, self.taken, self.checksum = data, seed, 0, 0
         self._batches = self._forever()
         for _ in range(skip):
-            next(self._batches)
-        self.taken = skip
+            self.take(1)
 
     def take(self, count: int) -> list[Batch]:
         """The next ``count`` batches."""
+        batches = list(islice(self._batches, count))
+        for batch in batches:
+            for name in sorted(batch):
+                numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy()
+                self.checksum = crc32(numbers, crc32(name.encode(), self.checksum))
         self.taken += count
-        return [next(self._batches) for _ in range(count)]
+        return batches
 
     def _forever(self) -> Iterator[Batch]:
-        epoch = number = 0
+        epoch, data = 0, self.data
         while True:
+            # An iterator can be read only once, so its batches are kept.
+            kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
             # A shuffling loader draws its order when its first batch is read.
             random = torch.Generator("cpu").manual_seed(self.seed + epoch)
             with drawing(random):
-                batches = iter(self.data)
+                batches = iter(data)
                 batch = next(batches, None)
             if batch is None:
                 problem = "gives no batch" if epoch == 0 else "ends, and can't be read again"
                 raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
             while batch is not None:
-                batch, number = as_batch(batch), number + 1
-                if number <= FIRST:
-                    self.fingerprint[f"batch {number}"] = of_batch(batch)
+                batch = as_batch(batch)
+                if kept is not None:
+                    kept.append(batch)
                 yield batch
                 with drawing(random):
                     batch = next(batches, None)
-            epoch += 1
-
-
-def _length(data: Any) -> int | None:
-    """The number of batches, or None if ``data`` doesn't tell."""
-    try:
-        return len(data)
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+            epoch, data = epoch + 1, kept or data
 
 
 @contextmanager
@@ -114,28 +103,13 @@ def as_batch(batch: Any) -> Batch:
     return tensors
 
 
-def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
-    """Join batches into one, padded on the right to the longest.
-
-    One larger call is faster than several.  Batches stay separate if their names differ, or their
-    shapes differ in more than the length.  Padding also needs an ``attention_mask`` that hides it,
-    or a ``causal`` loss, which it can't affect.
-    """
-    apart, first = list(batches), batches[0]
-    like = "attention_mask" if "attention_mask" in first else "labels" if causal else ""
-    if any(batch.keys() != first.keys() for batch in apart):
-        return apart
-    whole = {}
-    for name in first:
-        parts = [batch[name] for batch in apart]
-        if len({part.shape[1:] for part in parts}) > 1:
-            shapes = [batch[like].shape for batch in apart if like]
-            if [part.shape for part in parts] != shapes or any(len(size) != 2 for size in shapes):
-                return apart
-            length, fill = max(size[1] for size in shapes), _PADDING.get(name, 0)
-            parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
-        whole[name] = torch.cat(parts)
-    return [whole]
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch in place of batches of equal names and shapes: one larger call is faster."""
+    first = batches[0]
+    shapes = [{name: tensor.shape[1:] for name, tensor in batch.items()} for batch in batches]
+    if any(each != shapes[0] for each in shapes):
+        return list(batches)
+    return [{name: torch.cat([batch[name] for batch in batches]) for name in first}]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -186,24 +160,30 @@ class Training:
         )  # fmt: skip
 
     def restored(self, state: State) -> State:
-        """Load a state's adapters and optimizer.  Raises ValueError if they don't fit the model."""
-        for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
-            shapes, known = ({n: t.shape for n, t in each.items()} for each in (parameters, saved))
-            if shapes != known:
-                raise ValueError(
-                    "the sweep to resume is of another model: give that model, another output_dir, "
-                    "or replace=True instead of resume"
-                )
-        with torch.no_grad():  # nothing is written before all shapes fit
-            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+        """Load a state's adapters and optimizer.
+
+        Raises ValueError if the initial adapters have other held-out losses than in the state: then
+        the base or the held-out data are others.
+        """
+        pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
+        before = [losses[0][1] for losses in state.losses]
+        if any(now.keys() != then.keys() for now, then in pairs) or not all(
+            isclose(now, then, rel_tol=_ROUNDING)
+            for now, then in zip(self._held_out(range(len(before))), before, strict=True)
+        ):
+            raise ValueError(
+                "the sweep to resume had another base model or other held-out data (eval_data): "
+                "its first held-out losses were others.  Give the same, another output_dir, or "
+                "replace=True instead of resume"
+            )
+        with torch.no_grad():
+            for parameters, saved in pairs:
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)
         return state
 
-    def train(
-        self, state: State, feed: Feed, folder: Path, interrupted: threading.Event, progress: bool
-    ) -> None:
+    def train(self, state: State, feed: Feed, folder: Path, progress: bool) -> None:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
@@ -226,20 +206,13 @@ class Training:
                     by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
                     state.alive = sorted(by_loss[:keep])
                 self._keep(state, feed, folder)
-            elif interrupted.is_set():
-                self._keep(state, feed, folder)
-            if interrupted.is_set() and left:
-                raise KeyboardInterrupt(
-                    f"stopped after step {state.step}: resume=True continues from there"
-                )
 
     def step(self, state: State, feed: Feed) -> list[float]:
         """Do one step of every remaining trial.  Returns their losses."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
-        batches = feed.take(len(self.trials) // len(state.alive))
-        batches = joined(batches, self.loss is causal_loss)
+        batches = joined(feed.take(len(self.trials) // len(state.alive)))
         sizes = [counted(batch["labels"], self.loss) for batch in batches]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
@@ -273,22 +246,25 @@ class Training:
             )
         return [self.loss(of_trial, labels) for of_trial in logits.split(count)]
 
-    @torch.no_grad()
     def _evaluate(self, state: State) -> None:
         """Append the held-out losses of all remaining trials to the state."""
-        total, weight = torch.zeros(len(state.alive), dtype=torch.float64, device="cpu"), 0
+        for i, loss in zip(state.alive, self._held_out(state.alive), strict=True):
+            state.losses[i].append((state.step, loss))
+
+    @torch.no_grad()
+    def _held_out(self, trials: Sequence[int]) -> list[float]:
+        total, weight = torch.zeros(len(trials), dtype=torch.float64, device="cpu"), 0
         with in_mode(self.model, training=False):
             for batch in self.held_out:
                 size = counted(batch["labels"], self.loss)
                 if size:  # without labels the mean loss would be NaN
-                    total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
+                    total += size * torch.stack(self._losses(trials, batch)).cpu().double()
                     weight += size
-        for i, loss in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
-            state.losses[i].append((state.step, loss))
+        return (total / max(weight, 1)).tolist()
 
     def _keep(self, state: State, feed: Feed, folder: Path) -> None:
         """Complete the state, so that a sweep can resume from here, and write it to the folder."""
-        state.batches, state.random = feed.taken, random_state()
+        state.batches, state.checksum, state.random = feed.taken, feed.checksum, random_state()
         state.optimizer = self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
