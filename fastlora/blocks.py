@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Elements in one block.  On a CPU, smaller blocks save no time, and threads wait for each other
-# more often (docs/performance.md).  On a GPU, blocks are larger, because each block costs launches.
+# more often (docs/cpu.md).  On a GPU, blocks are larger, because each block costs launches.
 SMALLEST_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
 

@@ -323,7 +323,8 @@ def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitSt
     tensors = (*module.buffers(), *module.parameters())
     device = tensors[0].device if tensors else torch.device("cpu")
     zero = torch.zeros((), dtype=torch.float32, device=device)
-    for members in (module._parameters, module._modules):
+    both: tuple[dict[str, Any], ...] = module._parameters, module._modules
+    for members in both:
         undo.callback(members.update, dict(members))
         undo.callback(members.clear)
     for name, shape in shapes.items():

@@ -176,10 +176,6 @@ class LoraModel(Fast, PeftModel):
                 stack.enter_context(_carried(self, list(names)))
             yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        with declared(self.model):  # a packed base may become dense
-            return super()._unload_and_optionally_merge(*args, **kwargs)
-
 
 @contextmanager
 def _carried(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
