@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..layers.classes import Fast
+from ..layers.classes import Fast, change_classes
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -134,13 +134,28 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
 
 
 class LoraModel(Fast, PeftModel):
-    """PEFT's model around the layers, with mixed batches in training.
+    """PEFT's model around the layers, with mixed batches in training and merges of packed layers.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
     plain_class = PeftModel
+    model: nn.Module
     training: bool  # nn.Module's
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **named: Any) -> None:
+        """PEFT's, also over packed weights that PEFT can't read.  New layers are fast."""
+        from .inject import shown_if_packed
+        from .layer import fast_classes
+
+        with shown_if_packed(model, self.peft_config[adapter_name]):
+            super().inject_adapter(model, adapter_name, *args, **named)
+        change_classes(fast_classes(model.modules()))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's.  A transformers model then declares the layers that are still packed."""
+        with declared(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -160,10 +175,6 @@ class LoraModel(Fast, PeftModel):
             if names is not None and torch.is_grad_enabled():  # a backward may follow
                 stack.enter_context(_carried(self, list(names)))
             yield
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        with declared(self.model):  # a packed base may become dense
-            return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
 @contextmanager
