@@ -202,6 +202,13 @@ def _scaled(module: nn.Module) -> list[str]:
     return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
 
 
+def sort_weights(module: nn.Module) -> None:
+    """Put parameters of experts in the order of their class, by which PEFT nests its wrappers."""
+    for name in read_module(module).names:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
+
+
 def weight_in(module: nn.Module, name: str) -> Any:
     """A weight as the module stores it: a tensor, or a packed stack [E, N, K].
 

@@ -52,11 +52,11 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
       ``load_packed`` and ``load_state_dict`` read, and config.json makes ``from_pretrained``
       refuse.
     """
-    outers, before = list(_pretrained(model)), _packed(model)
+    outers, before = list(_pretrained(model)), [*_packed(model).values()]
     # Everything that may fail is done here, before anything changes.
     declarations = {outer: _declaration(outer, next(iter(linears), None)) for outer in outers}
     yield
-    changed = _packed(model) != before
+    changed = [*_packed(model).values()] != before
     for outer, said in declarations.items():
         # transformers reads a GGUF file into a dense model on a CPU, but leaves its quantizer.
         if changed or (said.config is not None and _method_of(said.config) == "gguf"):
@@ -137,7 +137,7 @@ def _packed(model: nn.Module) -> dict[str, nn.Module]:
         is_theirs = vendor is not None and not getattr(module, "is_dense", False)
         is_experts = any(weight in module._parameters for weight in packed_names(module))
         if isinstance(module, PackedWeight) or is_theirs or is_experts:
-            modules[plain_name(name).replace(".base_layer", "")] = module
+            modules[plain_name(name)] = module
     return modules
 
 

@@ -7,8 +7,7 @@ fast layer reads the named adapters (:mod:`.read`) and runs all of them as one n
 PEFT refuses names in training, although its code would be right except for two faults.  First,
 activation checkpointing runs layers again in the backward, after PEFT has removed the hooks, so
 these runs don't get the names.  Second, the hooks are never removed if a call fails.
-:class:`LoraModel` allows training with names and corrects both faults.  It also says which layers
-are packed after ``merge_and_unload``.
+:class:`LoraModel` allows training with names and corrects both faults.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..layers.classes import Fast
+from ..layers.classes import Fast, change_classes
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -134,13 +133,28 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
 
 
 class LoraModel(Fast, PeftModel):
-    """PEFT's model around the layers, with mixed batches in training.
+    """PEFT's model around the layers, with mixed batches in training and merges of packed layers.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
     plain_class = PeftModel
+    model: nn.Module
     training: bool  # nn.Module's
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **named: Any) -> None:
+        """PEFT's, also over packed weights that PEFT can't read.  New layers are fast."""
+        from .inject import shown_if_packed
+        from .layer import fast_classes
+
+        with shown_if_packed(model, self.peft_config[adapter_name]):
+            super().inject_adapter(model, adapter_name, *args, **named)
+        change_classes(fast_classes(model.modules()))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's.  A transformers model then declares the layers that are still packed."""
+        with declared(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -160,10 +174,6 @@ class LoraModel(Fast, PeftModel):
             if names is not None and torch.is_grad_enabled():  # a backward may follow
                 stack.enter_context(_carried(self, list(names)))
             yield
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        with declared(self.model):  # a packed base may become dense
-            return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
 @contextmanager

@@ -46,7 +46,9 @@ class Feed:
         batches = list(islice(self._batches, count))
         for batch in batches:
             for name in sorted(batch):
-                numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                numbers = (
+                    batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                )
                 self.checksum = crc32(numbers, crc32(name.encode(), self.checksum))
         self.taken += count
         return batches

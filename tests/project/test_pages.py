@@ -208,9 +208,7 @@ REFERENCE = (ROOT / "docs/reference.md").read_text()
 def test_the_reference_has_every_public_name():
     named = re.findall(r"^::: (\S+)$", REFERENCE, re.M)
     public = {f"fastlora.{name}" for name in fastlora.__all__ if name != "__version__"}
-    of_trainer = {
-        f"fastlora.trainer.{name}" for name in ("MergedSampling", "Optimize")
-    }
+    of_trainer = {f"fastlora.trainer.{name}" for name in ("MergedSampling", "Optimize")}
     assert sorted(named) == sorted(public | of_trainer)
     formulas = dict(inspect.getmembers(fastlora.reference, inspect.isfunction))
     members = re.search(r"members: \[(.*?)\]", REFERENCE)[1].split(", ")
