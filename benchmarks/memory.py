@@ -1,7 +1,7 @@
 """The bytes that a forward saves for the backward, with each setting that saves memory.
 
     python -m benchmarks.memory RESULTS.json     # measures
-    python benchmarks/memory.py RESULTS.json     # prints the table of docs/memory.md
+    python benchmarks/memory.py RESULTS.json     # prints the table of docs/loss.md
 
 The model has SmolLM2 135M's shapes and random weights, which save as much as trained weights.
 """

@@ -323,13 +323,15 @@ def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitSt
     tensors = (*module.buffers(), *module.parameters())
     device = tensors[0].device if tensors else torch.device("cpu")
     zero = torch.zeros((), dtype=torch.float32, device=device)
-    for members in (module._parameters, module._modules):
+    both: tuple[dict[str, Any], ...] = module._parameters, module._modules
+    for members in both:
         undo.callback(members.update, dict(members))
         undo.callback(members.clear)
     for name, shape in shapes.items():
-        packed = module._modules.pop(name, module._parameters.get(name))
-        if packed is not None:  # an Int8Linear has None
+        packed = module._parameters.get(name)
+        if packed is not None:
             undo.callback(packed.requires_grad_, False)
+        module._modules.pop(name, None)
         module._parameters[name] = nn.Parameter(zero.expand(*shape), requires_grad=False)
     sort_weights(module)
 

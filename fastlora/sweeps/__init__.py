@@ -26,7 +26,7 @@ from ..text import shown
 from . import record
 from .layer import attached
 from .record import State, Sweep
-from .training import Feed, Loss, Training, as_batch, causal_loss, counted, drawing
+from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip
 from .trial import Options, Trial, as_trials
 
 
@@ -93,8 +93,8 @@ def sweep(
     check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
     _check(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
-    if eval_steps is None and type(steps) is int:
-        eval_steps = max(1, steps // 4)
+    if eval_steps is None:
+        eval_steps = max(1, steps // 4) if type(steps) is int else 1
     options = Options(
         steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
     )
@@ -115,15 +115,14 @@ def sweep(
         with torch.random.fork_rng(), in_mode(inner, training=True):
             for norm in norms:
                 norm.eval()
-            # Skipping batches may draw random numbers, so the random state is set afterwards.
-            feed = Feed(data, seed, state.batches)
-            if feed.checksum != state.checksum:
-                raise ValueError(
-                    "the sweep to resume had other data: give the same (what a loader draws must "
-                    "come from torch), another output_dir, or replace=True in place of resume"
-                )
-            record.set_random_state(state.random)
-            run.train(state, feed, folder, progress)
+            batches = feed(data, seed)
+            skip(batches, state)
+            # Afterwards, because reading batches may draw random numbers.
+            if state.random:
+                record.set_random_state(state.random)
+            else:
+                torch.manual_seed(seed)
+            run.train(state, batches, folder, progress)
     return _finish(run, state, folder)
 
 
@@ -157,7 +156,7 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     return sweep
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The model's batch norms, with a warning: in training they would mix trials.
 
     The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running

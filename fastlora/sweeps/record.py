@@ -24,14 +24,15 @@ class State:
     """The state of a sweep between two steps; a resumed sweep must have the same ``settings``."""
 
     settings: dict[str, Any]
+    # The numbers of the trials that continue; and for each trial its losses, seconds and steps.
+    alive: list[int]
+    losses: list[list[tuple[int, float]]]
+    seconds: list[float]
+    steps: list[int]
+    adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0
     checksum: int = 0  # of the batches
-    alive: list[int] = field(default_factory=list)
-    losses: list[list[tuple[int, float]]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    adapters: list[dict[str, Tensor]] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
 

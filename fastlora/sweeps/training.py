@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -25,55 +25,51 @@ Batch = dict[str, Tensor]
 _ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
-class Feed:
+def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
     """The batches of ``data``, repeated without end, in an order that the seed determines.
 
     While ``data`` is read, torch's CPU random numbers come from a separate generator.
-    ``checksum``: of all batches taken.  ``skip``: the number of batches that a resumed sweep has
-    already used.  Raises ValueError if a list holds an invalid batch.
     """
-
-    def __init__(self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0) -> None:
-        if isinstance(data, list | tuple):
-            data = [as_batch(batch) for batch in data]
-        self.data, self.seed, self.taken, self.checksum = data, seed, 0, 0
-        self._batches = self._forever()
-        for _ in range(skip):
-            self.take(1)
-
-    def take(self, count: int) -> list[Batch]:
-        """The next ``count`` batches."""
-        batches = list(islice(self._batches, count))
-        for batch in batches:
-            for name in sorted(batch):
-                numbers = (
-                    batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                )
-                self.checksum = crc32(numbers, crc32(name.encode(), self.checksum))
-        self.taken += count
-        return batches
-
-    def _forever(self) -> Iterator[Batch]:
-        epoch, data = 0, self.data
-        while True:
-            # An iterator can be read only once, so its batches are kept.
-            kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
-            # A shuffling loader draws its order when its first batch is read.
-            random = torch.Generator("cpu").manual_seed(self.seed + epoch)
+    if isinstance(data, list | tuple):
+        data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
+    for epoch in count():
+        # An iterator can be read only once, so its batches are kept.
+        kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
+        # A shuffling loader draws its order when its first batch is read.
+        random = torch.Generator("cpu").manual_seed(seed + epoch)
+        with drawing(random):
+            batches = iter(data)
+            batch = next(batches, None)
+        if batch is None:
+            problem = "ends, and can't be read again" if epoch else "gives no batch"
+            raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
+        while batch is not None:
+            batch = as_batch(batch)
+            if kept is not None:
+                kept.append(batch)
+            yield batch
             with drawing(random):
-                batches = iter(data)
                 batch = next(batches, None)
-            if batch is None:
-                problem = "gives no batch" if epoch == 0 else "ends, and can't be read again"
-                raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
-            while batch is not None:
-                batch = as_batch(batch)
-                if kept is not None:
-                    kept.append(batch)
-                yield batch
-                with drawing(random):
-                    batch = next(batches, None)
-            epoch, data = epoch + 1, kept or data
+        data = kept or data
+
+
+def skip(batches: Iterator[Batch], state: State) -> None:
+    """Read the batches that the state has used.  Raises ValueError if they are others."""
+    checksum = 0
+    for batch in islice(batches, state.batches):
+        checksum = _checksum(batch, checksum)
+    if checksum != state.checksum:
+        raise ValueError(
+            "the sweep to resume had other data: give the same (what a loader draws must come from "
+            "torch), another output_dir, or replace=True instead of resume"
+        )
+
+
+def _checksum(batch: Batch, before: int) -> int:
+    for name in sorted(batch):
+        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
+        before = crc32(numbers, crc32(name.encode(), before))
+    return before
 
 
 @contextmanager
@@ -143,7 +139,6 @@ class Training:
     replaces: bool = False  # whether to delete an earlier sweep's files before the first write
 
     def __post_init__(self) -> None:
-        self.eval_steps = self.options.eval_steps or self.options.steps
         self.device = next(self.model.parameters()).device
         groups = [
             {"params": list(parameters.values()), "lr": trial.learning_rate}
@@ -152,14 +147,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
 
     def begun(self, settings: dict[str, Any]) -> State:
-        count = len(self.trials)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.options.seed)
-            random = random_state()
-        return State(
-            settings, alive=list(range(count)), losses=[[] for _ in self.trials],
-            seconds=[0.0] * count, steps=[0] * count, random=random,
-        )  # fmt: skip
+        number = len(self.trials)
+        losses: list[list] = [[] for _ in self.trials]
+        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
 
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.
@@ -185,13 +175,13 @@ class Training:
         self.optimizer.load_state_dict(state.optimizer)
         return state
 
-    def train(self, state: State, feed: Feed, folder: Path, progress: bool) -> None:
+    def train(self, state: State, batches: Iterator[Batch], folder: Path, progress: bool) -> None:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
         while (left := self.options.steps - state.step) > 0:
             started = time.perf_counter()
-            losses = self.step(state, feed)
+            losses = self.step(state, batches)
             elapsed = time.perf_counter() - started
             for i in state.alive:
                 state.seconds[i] += elapsed / len(state.alive)
@@ -202,27 +192,29 @@ class Training:
                 said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
                 print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
             keep = stops.get(state.step)
-            if keep or not left or state.step % self.eval_steps == 0:
+            if keep or not left or state.step % self.options.eval_steps == 0:
                 self._evaluate(state)
                 if keep:
                     by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
                     state.alive = sorted(by_loss[:keep])
-                self._keep(state, feed, folder)
+                self._keep(state, folder)
 
-    def step(self, state: State, feed: Feed) -> list[float]:
+    def step(self, state: State, batches: Iterator[Batch]) -> list[float]:
         """Do one step of every remaining trial.  Returns their losses."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
-        batches = joined(feed.take(len(self.trials) // len(state.alive)))
-        sizes = [counted(batch["labels"], self.loss) for batch in batches]
+        taken = list(islice(batches, len(self.trials) // len(state.alive)))
+        for batch in taken:
+            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
+        taken = joined(taken)
+        sizes = [counted(batch["labels"], self.loss) for batch in taken]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
-        for batch, size in zip(batches, sizes, strict=True):
-            if size or not batches[1:]:
+        for batch, size in zip(taken, sizes, strict=True):
+            if size:  # without labels the mean loss would be NaN
                 # Weighted by labels, so that the sum is the mean over the labels of all batches.
-                share = size / sum(sizes) if batches[1:] else 1.0
-                losses = share * torch.stack(self._losses(state.alive, batch))
+                losses = size / sum(sizes) * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
                 sums += losses.detach()
         if self.options.max_grad_norm:  # clipped separately, as in separate runs
@@ -234,19 +226,19 @@ class Training:
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
-        count = len(batch["labels"])
+        examples = len(batch["labels"])
         self.parts.rows.share_out(alive, batch)
         whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
         logits = _logits(self.model(**inputs))
-        if len(logits) != count * len(alive):
+        if len(logits) != examples * len(alive):
             raise ValueError(
-                f"the model returned logits {tuple(logits.shape)} for {count * len(alive)} "
+                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
                 "examples, but must return [examples, …]"
             )
-        return [self.loss(of_trial, labels) for of_trial in logits.split(count)]
+        return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
     def _evaluate(self, state: State) -> None:
         """Append the held-out losses of all remaining trials to the state."""
@@ -259,15 +251,14 @@ class Training:
         with in_mode(self.model, training=False):
             for batch in self.held_out:
                 size = counted(batch["labels"], self.loss)
-                if size:  # without labels the mean loss would be NaN
+                if size:
                     total += size * torch.stack(self._losses(trials, batch)).cpu().double()
                     weight += size
         return (total / max(weight, 1)).tolist()
 
-    def _keep(self, state: State, feed: Feed, folder: Path) -> None:
+    def _keep(self, state: State, folder: Path) -> None:
         """Complete the state, so that a sweep can resume from here, and write it to the folder."""
-        state.batches, state.checksum, state.random = feed.taken, feed.checksum, random_state()
-        state.optimizer = self.optimizer.state_dict()
+        state.random, state.optimizer = random_state(), self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters

@@ -109,7 +109,7 @@ class Options(NamedTuple):
 
     steps: int
     halving: bool
-    eval_steps: int | None
+    eval_steps: int
     schedule: str
     warmup_steps: int
     weight_decay: float

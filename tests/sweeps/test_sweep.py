@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import warnings
+from itertools import islice
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import fastlora
 from fastlora.peft.targets import find_targets
 from fastlora.sweeps.layer import new_pair
 from fastlora.sweeps.record import PICTURE, curves
-from fastlora.sweeps.training import Feed, causal_loss, counted, joined
+from fastlora.sweeps.training import causal_loss, counted, feed, joined
 from fastlora.sweeps.trial import Options, as_trials
 
 STEPS, SEED = 6, 5
@@ -78,10 +79,10 @@ def alone(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(joins))
-    feed = Feed(data, SEED)
+    stream = feed(data, SEED)
     for count in joins:
         optimizer.zero_grad()
-        given = feed.take(count)
+        given = list(islice(stream, count))
         sizes = [counted(batch["labels"], loss) for batch in given]
         for batch, size in zip(given, sizes, strict=True):
             share = loss(model(**batch).logits, batch["labels"]) * size / sum(sizes)
@@ -387,10 +388,8 @@ def test_an_iterator_is_read_once_and_its_batches_are_kept(model, tmp_path):
         def __iter__(self):
             return self.batches
 
-    feed = Feed(Once(), 0)
-    feed.take(2)
     with pytest.raises(ValueError, match="can't be read again"):
-        feed.take(1)
+        list(islice(feed(Once(), 0), 3))
 
 
 def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
