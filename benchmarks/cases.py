@@ -130,10 +130,9 @@ class Case:
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
         if self.table == "few":  # with dropout, only the masks are a gain
-            names = "fastlora/peft", "peft, optimized/peft"
             quantities = ("both",) if self.dropout else ("forward", "inference", "both")
             limit = 1.3 if self.dropout else 1.0
-            return [(quantity, name, limit) for name in names for quantity in quantities]
+            return [(quantity, "fastlora/peft", limit) for quantity in quantities]
         targets = [("both", "fastlora/peft", 1.0)]
         if self.table == "layers" and self.mixed:
             targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +139,28 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def quantized_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """A layer with a quantized base, after :func:`fastlora.apply_lora`."""
-    group = base_group(case, tensors)
+def injected_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A layer after :func:`fastlora.get_peft_model`."""
+    import peft
+
     settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    fastlora.apply_lora(group, fastlora.LoRAConfig(target_modules=r"layers\.\d+", **settings))
-    layer = group.train().layers[0]
-    layer.lora_A, layer.lora_B = tensors.adapters[case.adapter_dtype][0]
-    return Contestant(layer)
+    config = peft.LoraConfig(target_modules=r"layers\.\d+", **settings)
+    (layer,) = with_adapters(base_group(case, tensors), config).train().layers
+    contestant = Contestant(layer)
+    for own, shared in zip(
+        contestant.adapter, tensors.adapters[case.adapter_dtype][0], strict=True
+    ):
+        own.data = shared.data
+    return contestant
+
+
+def with_adapters(model: nn.Module, config: Any) -> nn.Module:
+    """The model with fastlora's adapters, by the function that its version has for that."""
+    if hasattr(fastlora, "get_peft_model"):
+        return fastlora.get_peft_model(model, config).base_model.model
+    names = "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"
+    settings = {name: getattr(config, name) for name in names}
+    return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
 
 
 def base_group(case: Case, tensors: Tensors) -> Group:

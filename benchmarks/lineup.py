@@ -12,7 +12,15 @@ import fastlora
 
 from . import blocks, contestants
 from .cases import ADAPTERS, SAME_DTYPE, Case
-from .contestants import Maker, Tensors, fastlora_layer, frozen, peft_batch, peft_layer
+from .contestants import (
+    Maker,
+    Tensors,
+    fastlora_layer,
+    frozen,
+    injected_layer,
+    peft_batch,
+    peft_layer,
+)
 
 
 @contextmanager
@@ -30,8 +38,8 @@ def makers_for(case: Case) -> dict[str, Maker]:
     if case.block:
         return blocks.makers_for(case)
     if case.table == "quantized":  # no quantized layer can be faster than the dequantized weight
-        own = {"fastlora": contestants.quantized_layer}
-        return {"frozen": frozen, "dense base": fastlora_layer, **peft, **own}
+        dense = {"frozen": frozen, "dense base": fastlora_layer}
+        return {**dense, "peft": peft_layer, "fastlora": injected_layer}
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
     if case.table == "mixed":
@@ -42,7 +50,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         in_8_bits = partial(peft_layer, base="int8", int8_from=0)
         return {"frozen": frozen, **peft, "fastlora": in_8_bits}
     if case.table == "few":
-        return {"frozen": frozen, **peft, "fastlora": fastlora_layer}
+        return {"frozen": frozen, "peft": peft_layer, "fastlora": injected_layer}
     if case.table not in ("gpu", "host"):
         same_dtype = {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)}
         others = same_dtype if case.mixed else {}

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import peft
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV4Config, GptOssConfig, Qwen3MoeConfig
 
@@ -28,7 +29,7 @@ MODELS = {
     }),
     "DeepSeek V4 Flash": ("mxfp4", DeepseekV4Config, {}),
 }  # fmt: skip
-_LORA = fastlora.LoRAConfig(
+_LORA = peft.LoraConfig(
     target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
 )
 

@@ -56,7 +56,7 @@ def main() -> None:
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     rows = questions(count=256)
     trainer = GRPOTrainer(options.model, reward, arguments, train_dataset=rows, peft_config=lora)
-    fastlora.optimize(trainer.model, loss=True)
+    fastlora.optimize(trainer.model)  # without loss=True, because TRL's loss has no logits
     print(fastlora.coverage(trainer.model))
     print(fastlora.merged(trainer.model))  # the memory that sampling will take
     trainer.add_callback(MergedSampling())

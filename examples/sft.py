@@ -8,6 +8,7 @@ A line of the data has one of three forms:
     {"prompt": …, "completion": …}  strings or lists of messages; the loss is on the completion
     {"text": …}                     the loss is on the whole text
 --out gets PEFT's adapter.  The same command resumes from the last checkpoint.  Next: sample.py.
+The loss is the model's own, which fastlora computes without logits (docs/trainer.md).
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import peft
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer, get_training_chat_template, is_conversational
 
 import fastlora
@@ -34,6 +35,12 @@ CHATML = """
 {%- else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+class ModelsLoss(SFTTrainer):
+    """SFTTrainer with the model's loss.  The log lacks TRL's entropy and accuracy."""
+
+    compute_loss = Trainer.compute_loss
 
 
 def main() -> None:
@@ -53,7 +60,7 @@ def main() -> None:
         rows, held_out = rows.train_test_split(options.eval, seed=0).values()
     layers = options.targets
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    trainer = SFTTrainer(
+    trainer = ModelsLoss(
         options.model,
         arguments(options, assistant_only, "bfd_split" if "text" in rows.column_names else "bfd"),
         train_dataset=rows,
@@ -76,6 +83,7 @@ def main() -> None:
         print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(options.out)
+    print(fastlora.coverage(trainer.model).loss)  # which loss ran
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if losses:
         after = trainer.evaluate()["eval_loss"]

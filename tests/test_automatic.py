@@ -56,7 +56,7 @@ def test_the_line_says_how_the_loss_runs(log):
     base.lm_head = torch.nn.Sequential(base.lm_head)
     peft.get_peft_model(base, peft.LoraConfig(**CONFIG))
     texts = [text for _, text in log()]
-    assert texts[0].endswith("; loss without logits: lm_head")
+    assert texts[0].endswith("; loss without logits: lm_head (no loss ran yet)")
     assert texts[1].endswith("; loss with logits: the head: it is a Sequential, no torch.nn.Linear")
 
 

@@ -155,9 +155,9 @@ def test_copies_train_too(copied, folder, tmp_path):
     trainer_for(model, tmp_path, Trainer, max_steps=1).train()
 
 
-def test_a_merged_model_of_a_gguf_file_that_is_dense_here_is_saved(folder, tmp_path):
-    model = adapted("gguf-made-dense", folder)
-    merged = model.merge_and_unload()
+@pytest.mark.parametrize("kind", ["int8", "torchao-int8", "gguf-made-dense", "float8"])
+def test_a_merged_model_is_saved_and_loaded(kind, folder, tmp_path):
+    merged = adapted(kind, folder).merge_and_unload()
     merged.save_pretrained(tmp_path)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(VOCABULARY)[None]

@@ -11,7 +11,8 @@ The gradients of x, weight, bias and adapter are products with g, by the formula
 (:mod:`.formula`).  They are summed over the chunks in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,33 +40,56 @@ def loss_of_rows(
     needs_x: bool,
     wanted: Output[bool],
     upstream: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Output[Tensor | None]]:
     """Each row's loss [M], dx, and the gradients of the output's tensors.
 
     x [M, K]; target int64 [M], each from 0 to V - 1; one mask for each adapter.  ``row_loss``: the
-    backend's.  ``upstream`` [M]: the gradient of each row's loss, 1 if None.
+    backend's.  ``upstream`` [M]: the gradient of each row's loss, 1 if None.  ``of_target`` [M] is
+    filled with z_t, the logit of each row's target.
 
     The losses and the output's gradients are in float32, or in float64 for float64.  A gradient is
     None unless ``needs_x`` or ``wanted`` asks for it.
     """
-    M, V, wide = len(x), output.base.weight.shape[0], torch.promote_types(x.dtype, torch.float32)
-    losses = x.new_empty(M, dtype=wide)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = x.new_empty(len(x), dtype=wide)
     dx = x.new_empty(x.shape) if needs_x else None
     wants = needs_x or any([*wanted.base, *[need for a in wanted.adapters for need in a[:2]]])
     total = no_gradients(output)
-    step = _rows_of_chunk(M, V, x)
-    buffer = x.new_empty(min(step, M), V)
-    for rows in slices(M, step):
-        x_rows, of_rows = x[rows], from_row([masks], rows.start)
-        (z,), hs = forward_rows(x_rows, [output], of_rows, [buffer[: len(x_rows)]])
+    for rows, z, hs, of_rows in _chunks(x, output, masks):
+        if of_target is not None:
+            of_target[rows] = z.gather(1, target[rows].unsqueeze(1)).squeeze(1)
         row_upstream = None if upstream is None else upstream[rows]
         row_loss(LossRows(z, target[rows], losses[rows], settings, row_upstream, wants))
         if wants:
             dx_rows = None if dx is None else dx[rows]
-            asked = OutputBackward(z, output, hs, wanted, of_rows[0])
-            (part,) = backward_rows(x_rows, [asked], dx_rows)
+            asked = OutputBackward(z, output, hs, wanted, of_rows)
+            (part,) = backward_rows(x[rows], [asked], dx_rows)
             total = added(total, part, wide)
     return losses, dx, total
+
+
+def reduced_rows(
+    x: Tensor,
+    output: Output[Tensor],
+    masks: Sequence[DropoutMask | None],
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``reduce`` of chunks of z [rows, V], which gives a number for each row: [M]."""
+    return torch.cat([reduce(z) for _, z, _, _ in _chunks(x, output, masks)])
+
+
+def _chunks(
+    x: Tensor, output: Output[Tensor], masks: Sequence[DropoutMask | None]
+) -> Iterator[tuple[slice, Tensor, Any, Any]]:
+    """Chunks of z, one after another in the same memory: (rows, z, h of adapters, masks)."""
+    M, V = len(x), output.base.weight.shape[0]
+    step = _rows_of_chunk(M, V, x)
+    buffer = x.new_empty(min(step, M), V)
+    for rows in slices(M, step):
+        x_rows, (of_rows,) = x[rows], from_row([masks], rows.start)
+        (z,), hs = forward_rows(x_rows, [output], [of_rows], [buffer[: len(x_rows)]])
+        yield rows, z, hs, of_rows
 
 
 def _rows_of_chunk(M: int, V: int, x: Tensor) -> int:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .frozen import read_frozen
 from .guards import Record, fits
 from .logits import tensors_of
 from .logits_functions import lazy_logits
+from .loss_seen import RAN, line_of_loss, watch
 from .members import is_hooked, under, why_patched
 from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 
@@ -48,7 +50,8 @@ class LazyHead(nn.Module):
         if head is None:
             return super().__call__(*args, **kwargs)
         before = _merged_in(self)
-        return lazy_logits(head, lambda: _merged_in(self) == before)
+        record = partial(RAN.__setitem__, self) if torch.is_grad_enabled() else None
+        return lazy_logits(head, lambda: _merged_in(self) == before, record)
 
 
 def _merged_in(head: Any) -> list[str]:
@@ -74,6 +77,7 @@ def make_lazy(model: nn.Module) -> dict[nn.Module, Any]:
     classes = change_classes(head_classes(model))
     if classes:
         model.__dict__[ASKED] = True
+    watch(classes)
     return classes
 
 
@@ -132,7 +136,7 @@ def cover_head(model: nn.Module) -> str:
             if not isinstance(head, LazyHead):
                 reason = "its adapter was added later, call fastlora.optimize with loss=True again"
             with_logits = f"loss with logits: {name}: {reason}"
-            lines.append(with_logits if reason else f"loss without logits: {name}")
+            lines.append(with_logits if reason else line_of_loss(name, head, model))
     if not lines and ASKED in model.__dict__:
         names = [name for name, module in named.items() if module in heads_of(model)]
         reason = "it replaced the lazy head, call fastlora.optimize with loss=True again"

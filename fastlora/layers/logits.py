@@ -27,15 +27,17 @@ from ..backends import BackwardCall, Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
-from ..ops.node import Function, once_differentiable, run_backward, run_forward
+from ..ops.node import Function, refuse_by_torch_only, run_backward, run_forward
 from ..projection import flatten, layouts_of, unflatten
 
 Change = Callable[[Tensor], Tensor]
+Record = Callable[[str], None] | None  # gets the text that says how a loss ran
 # A function of torch -> its handler.  A handler gets a lazy tensor and the function's other
 # arguments.  It returns the result, or NotImplemented if the function needs elements.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 # An operation of ATen -> its step.  It gets the operation and its arguments, and returns a Step, a
-# list of them if the operation returns a list, or None if the operation needs elements.
+# list of them if the operation returns a list, the result itself, or None if the operation needs
+# elements.
 STEPS: dict[Any, Callable[..., Any]] = {}
 _aten = torch.ops.aten
 
@@ -45,15 +47,17 @@ class Step(NamedTuple):
 
     run: Change  # on the logits
     rows: Change | None = None  # the same selection of the rows of any [..., n]
-    # ("mul", factor), ("tanh",), ("log_softmax",), or ("neg",) after log_softmax.
+    # ("mul", factor), ("tanh",) or ("log_softmax",); after log_softmax ("neg",), ("exp",) or
+    # ("p_log_p",).
     number: tuple = ()
 
 
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, head: Head, is_current: Callable[[], bool]) -> None:
+    def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
         """``is_current()``: False if the head changed without a change of its tensors."""
+        self.record = record
         # No optimizer changes the hidden states.
         self.trained = [False, *[tensor.requires_grad for tensor in tensors_of(head)[1:]]]
         self.head, self.is_current = of_tensors(head, _alias), is_current
@@ -99,14 +103,21 @@ class HeadCall:
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         return not self.is_computed and _top_hooks() in (None, self.hooks) and not is_transformed
 
-    def compute(self) -> None:
-        """Compute the elements of all lazy tensors of this call, once.
+    def say(self, how: str) -> None:
+        """Record how the loss of this call ran.  The first operation decides."""
+        if self.record is not None:
+            self.record(how)
+        self.record = None
+
+    def compute(self, reader: Any = "the elements were read") -> None:
+        """Compute the elements of all lazy tensors of this call, once, for ``reader``.
 
         The caller may write to the logits next.  This changes their views, but no copies.
         """
         with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
             if not self.is_computed:
                 self.check()
+                self.say(f"{reader}")
                 for cell in [*self.cells]:
                     cell.compute()
                 self.is_computed = True
@@ -150,6 +161,7 @@ class Cell:
         """``like``: shape, strides and dtype, as a tensor without memory."""
         self.call, self.like, self.parent, self.step = call, like, parent, step
         self.data: Tensor | None = None
+        self.lse: Tensor | None = None  # log-sum-exp [..., 1], if ``gather`` has computed it
         call.cells.add(self)
 
     def compute(self) -> Tensor:
@@ -238,16 +250,18 @@ class LazyLogits(Tensor):
                 return LazyLogits.make(first.cell)
             step = STEPS.get(func)
             found = None if step is None else step(func, *args, **kwargs)
+            if isinstance(found, Tensor):
+                return found
             if isinstance(found, list):
-                return [_after(first.cell, each) for each in found]
+                return [after(first.cell, each) for each in found]
             if found is not None:
-                return _after(first.cell, found)
+                return after(first.cell, found)
         if torch.Tag.inplace_view in func.tags:
             raise _refusal(func)
         owners: dict[int, LazyLogits] = {}
 
         def real(lazy: LazyLogits) -> Tensor:
-            lazy.cell.call.compute()
+            lazy.cell.call.compute(f"{func} read them")
             data = lazy.cell.compute()
             owners[id(data)] = lazy
             return data
@@ -285,7 +299,7 @@ def _refusal(name: Any) -> RuntimeError:
     )
 
 
-def _after(cell: Cell, step: Step) -> LazyLogits:
+def after(cell: Cell, step: Step) -> LazyLogits:
     return LazyLogits.make(Cell(cell.call, step.run(cell.like), cell, step))
 
 
@@ -302,11 +316,11 @@ class LazyHeadFunction(Function):
         return LazyLogits.make(Cell(call, like, None, Step(lambda z: z)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         call, needs = ctx.head_call, ctx.needs_input_grad[1:]
         if dy is None:
             return None, *[None] * len(needs)
+        refuse_by_torch_only([dy], "a lazy head", "optimize the model with loss=False")
         if call.hs is None:  # an autograd Function has a gradient, but read no element
             call.logits()
         given = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
@@ -327,7 +341,8 @@ class Recipe(NamedTuple):
             head = of_tensors(head, Tensor.detach)
         x, numbers = head.x, None
         if head.seeds is not None:
-            numbers = torch.arange(head.rows, device=x.device).view(*x.shape[:-1], 1)
+            numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
+            numbers = numbers.view(*x.shape[:-1], 1)
         for change in [step.rows for step in steps if step.rows is not None]:
             x, numbers = change(x), None if numbers is None else change(numbers)
         mask_rows = None if numbers is None else numbers.squeeze(-1)
@@ -355,7 +370,7 @@ class Recipe(NamedTuple):
                 after *= number[0]
             elif name == "mul":
                 before *= number[0]
-            elif name == "tanh" and is_capped:
+            elif name == "exp" or (name == "tanh" and is_capped):
                 return None
             elif name == "tanh":
                 is_capped = True

@@ -14,19 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..backends.loss import reduced_rows
+from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
 from ..ops.loss import REDUCTIONS, Head, head_loss
+from ..ops.node import as_matrix
 from ..projection import HALF_DTYPES
 from .logits import (
     HANDLERS,
     STEPS,
+    Cell,
+    Change,
     HeadCall,
     LazyHeadFunction,
     LazyLogits,
     Recipe,
+    Record,
     Step,
+    after,
     tensors_of,
 )
+from .loss_seen import WITHOUT_LOGITS
 
 _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
@@ -47,7 +55,9 @@ def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[F], F]:
     return register
 
 
-def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Tensor:
+def lazy_logits(
+    head: Head, is_current: Callable[[], bool] = lambda: True, record: Record = None
+) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
     Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
@@ -55,7 +65,7 @@ def lazy_logits(head: Head, is_current: Callable[[], bool] = lambda: True) -> Te
 
     This function is in this file so that its callers also load the handlers.
     """
-    call = HeadCall(head._replace(x=head.x.contiguous()), is_current)
+    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, record)
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 
@@ -115,12 +125,19 @@ def _index(func: Any, lazy: LazyLogits, indices: Any) -> Step | None:
     used = sum(each.dim() if mask else 1 for each, mask in zip(indices, is_mask, strict=True))
     if used >= lazy.dim() or any(isinstance(each, LazyLogits) for each in indices):
         return None
-    rows = func(torch.empty(*lazy.shape[:-1], 1, device=lazy.device), indices).shape[:-1]
+    column = torch.empty(*lazy.shape[:-1], 1, dtype=lazy.dtype, device=lazy.device)
+    rows = func(column, indices).shape[:-1]
 
     def run(z: Tensor) -> Tensor:
         return z.new_empty(*rows, z.shape[-1]) if z.is_meta else func(z, indices)
 
     return Step(run, lambda x: x[tuple([slice(None) if i is None else i for i in indices])])
+
+
+@_handles(STEPS, _aten.index_select.default)
+def _index_select(func: Any, lazy: LazyLogits, dim: int, index: Tensor) -> Step | None:
+    before: list[Any] = [None] * (dim % lazy.dim())
+    return _index(_aten.index.Tensor, lazy, [*before, index]) if index.dim() == 1 else None
 
 
 # Steps that change elements.
@@ -140,12 +157,26 @@ def _number(value: Any) -> float | None:
 
 
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
-def _factor(func: Any, lazy: LazyLogits, other: Any) -> Step | None:
-    number = _number(other)
+def _factor(func: Any, lazy: LazyLogits, other: Any) -> Step | LazyLogits | None:
     is_quotient = func is _aten.div.Tensor
+    if isinstance(other, LazyLogits):
+        return None if is_quotient else _p_log_p(lazy.cell, other.cell)
+    number = _number(other)
     if number is None or _is_logprob(lazy) or (is_quotient and not number):
         return None
     return Step(lambda z: func(z, number), None, ("mul", 1.0 / number if is_quotient else number))
+
+
+@_handles(STEPS, _aten.exp.default)
+def _exp(func: Any, lazy: LazyLogits) -> Step | None:
+    return Step(func, None, ("exp",)) if lazy.cell.step.number == ("log_softmax",) else None
+
+
+def _p_log_p(p: Cell, logp: Cell) -> LazyLogits | None:
+    """exp(logp) · logp, whose sum is an entropy."""
+    if p.step.number != ("exp",) or p.parent is not logp:
+        return None
+    return after(logp, Step(lambda z: z.exp() * z, None, ("exp",)))
 
 
 @_handles(STEPS, _aten.tanh.default)
@@ -186,6 +217,7 @@ def _loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    of_target: Tensor | None = None,
 ) -> Any:
     """The cross-entropy of these logits by a fused loss, or NotImplemented."""
     settings = recipe.settings()
@@ -202,8 +234,9 @@ def _loss(
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else lazy.dtype
     with autocast_off(lazy.device.type):
         settings = settings._replace(label_smoothing=float(label_smoothing))
-        via = lazy if functions else None
-        loss = head_loss(recipe.head, target, settings, reduction, ignore_index, via)
+        given = recipe.head, target, settings, reduction, ignore_index
+        loss = head_loss(*given, lazy if functions else None, of_target)
+    lazy.cell.call.say(WITHOUT_LOGITS)
     return loss.to(torch.promote_types(dtype, lazy.dtype))
 
 
@@ -226,13 +259,88 @@ for _function in (functional.cross_entropy, functional.nll_loss):
 
 @_handles(HANDLERS, Tensor.gather, torch.gather)
 def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any) -> Any:
-    """log_softmax(…).gather(-1, index): the log-probability of each target."""
-    if others or dim not in (-1, lazy.dim() - 1) or not _is_logprob(lazy):
+    """The log-probability of each target, or its float32 logit."""
+    if others or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != (*lazy.shape[:-1], 1):
         return NotImplemented
-    recipe = Recipe.of(lazy)
-    loss = _loss(lazy, recipe, index.squeeze(-1), "none", _NO_INDEX)
+    recipe, target = Recipe.of(lazy), index.squeeze(-1)
+    if not recipe.is_logprob:
+        return _target_logit(lazy, recipe, target)
+    loss = _loss(lazy, recipe, target, "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
     return -recipe.sign * loss.unsqueeze(-1).to(lazy.dtype)
+
+
+# Numbers of rows.
+
+
+def _target_logit(lazy: LazyLogits, recipe: Recipe, target: Tensor) -> Any:
+    """The logit s of each target, which TRL's ``selective_log_softmax`` gathers in float32.
+
+    With lse = log Σ exp(s) of a row, its loss is lse - s.  So one pass gives s and lse, which the
+    cell keeps for the ``logsumexp`` that follows.  The difference s - lse is as precise as the
+    loss, and its gradient is the loss's: the gradients by s cancel exactly.
+    """
+    x, ((weight, bias), adapters) = recipe.head.x, recipe.head.output
+    if lazy.dtype in HALF_DTYPES or adapters or isinstance(weight, Quantized):
+        return NotImplemented
+    z = x.new_empty(target.numel())
+    loss = _loss(lazy, recipe, target, "none", _NO_INDEX, of_target=z)
+    if loss is NotImplemented:
+        return loss
+    s = z.view(target.shape).unsqueeze(-1)
+    if loss.requires_grad:  # the same logit by torch's operations, for its gradient
+        source = (x * weight[target]).sum(-1, keepdim=True)
+        source = source if bias is None else source + bias[target].unsqueeze(-1)
+        s = s + (source - source.detach())
+    for run in _element_steps(lazy.cell):
+        s = run(s)
+    lazy.cell.lse = loss.unsqueeze(-1) + s
+    return s
+
+
+def _element_steps(cell: Cell) -> list[Change]:
+    return [step.run for step in cell.steps() if step.rows is None]
+
+
+@_handles(HANDLERS, Tensor.logsumexp, torch.logsumexp)
+def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
+    """The log-sum-exp that ``gather`` has computed, for these rows or for more."""
+    cell, changes = lazy.cell, []
+    while cell.lse is None and cell.parent is not None and cell.step.rows is not None:
+        changes.append(cell.step.rows)
+        cell = cell.parent
+    lse, needs = cell.lse, torch.is_grad_enabled() and lazy.requires_grad
+    if lse is None or lse.requires_grad != needs or dim not in (-1, lazy.dim() - 1):
+        return NotImplemented
+    for change in reversed(changes):
+        lse = change(lse)
+    return lse if keepdim else lse.squeeze(-1)
+
+
+_REDUCTIONS = _aten.argmax.default, _aten.logsumexp.default, _aten.sum.dim_IntList, _aten.mean.dim
+
+
+@_handles(STEPS, *_REDUCTIONS)
+def _reduction(
+    func: Any, lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **options: Any
+) -> Tensor | None:
+    """A number for each row: the argmax and the entropy that trainers log, for example."""
+    place = dim if isinstance(dim, list) else [dim]
+    if place not in ([-1], [lazy.dim() - 1]) or 0 in lazy.shape or lazy.dim() < 2:
+        return None
+    runs, lead = _element_steps(lazy.cell), [1] * (lazy.dim() - 2)
+
+    def reduce(z: Tensor) -> Tensor:
+        z = z.view(*lead, *z.shape)
+        for run in runs:
+            z = run(z)
+        return func(z, dim, **options).flatten()
+
+    lazy.cell.call.check()
+    head = Recipe.of(lazy).head
+    with torch.no_grad(), autocast_off(lazy.device.type):
+        found = reduced_rows(as_matrix(head.x), head.output, head.masks(), reduce)
+    return found.view(*lazy.shape[:-1], *[1] * keepdim)

@@ -24,7 +24,7 @@ from ..settings import is_number
 from ..text import shown
 from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import Function, as_matrix, once_differentiable
+from .node import Function, as_matrix, refuse_by_torch_only
 from .run import draw_seed
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -224,6 +224,7 @@ class _LossCall(NamedTuple):
     settings: LossSettings
     reduction: str
     backend: Backend
+    of_target: Tensor | None = None  # [rows that count], filled with each target's logit
 
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
@@ -237,7 +238,7 @@ class _LossCall(NamedTuple):
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
         losses, dx, gradients = loss_of_rows(
             x if kept is None else x[kept], self.target, output, self.head.masks(kept),
-            self.settings, self.backend.row_loss, needs[0], wanted, upstream,
+            self.settings, self.backend.row_loss, needs[0], wanted, upstream, self.of_target,
         )  # fmt: skip
         if kept is not None:
             losses = losses.new_zeros(len(x)).index_copy_(0, kept, losses)
@@ -262,10 +263,12 @@ def head_loss(
     reduction: str,
     ignore_index: int,
     via: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> Tensor:
     """The loss of a head's call without logits.  The caller has checked the arguments.
 
-    The backward also reaches the node of ``via``, with None as its gradient.
+    The backward also reaches the node of ``via``, with None as its gradient.  ``of_target``, one
+    number for each row that counts, is filled with the logit of the row's class.
     """
     x, t = as_matrix(head.x), target.flatten().contiguous()
     counts = t != ignore_index
@@ -280,7 +283,9 @@ def head_loss(
             raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
     layouts = layouts_of([head.output])
     backend = find_backend(backend_name(head.backend, x.device))
-    call = _LossCall(head._replace(x=x), layouts[0], t, kept, settings, reduction, backend)
+    call = _LossCall(
+        head._replace(x=x), layouts[0], t, kept, settings, reduction, backend, of_target
+    )
     inputs = x, *flatten([head.output], layouts)
     if torch.is_grad_enabled():
         loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
@@ -303,14 +308,14 @@ class LinearCrossEntropyFunction(Function):
         ctx.save_for_backward(*([*inputs, call.target] if later else gradients))
         # Without x, which would stay alive until the backward.
         no_x = inputs[0].new_empty(0, inputs[0].shape[1])
-        ctx.call = call._replace(head=call.head._replace(x=no_x))
+        ctx.call = call._replace(head=call.head._replace(x=no_x), of_target=None)
         ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
         return call.reduced(losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
+        refuse_by_torch_only([upstream], "the fused loss", "compute the logits and their loss")
         if ctx.later:
             of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
             *inputs, target = saved

@@ -24,8 +24,6 @@ class SeededDropout(nn.Dropout):
 
     layer: LoraLayer
     seeds: list[Tensor]  # drawn for the layer and not used yet; shared by its dropouts
-    # (count, indices): x holds only the rows with these indices, of a call with ``count`` rows.
-    rows: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.drops():
@@ -38,8 +36,8 @@ class SeededDropout(nn.Dropout):
             _, part = part_of(self.layer, names)
             draw = draw_seed if part is None else part.seeds
             self.seeds += draw(max(1, count), x.device).split(1)
-        count, rows = self.rows or (x.numel() // x.shape[-1], slice(None))
-        mask = dropout_mask(self.seeds.pop(0), (count, x.shape[-1]), self.p)[rows]
+        shape = x.numel() // x.shape[-1], x.shape[-1]
+        mask = dropout_mask(self.seeds.pop(0), shape, self.p)
         return x * mask.reshape(x.shape).to(x.dtype) / (1.0 - self.p)
 
     def drops(self) -> bool:

@@ -9,7 +9,7 @@ Importing this file doesn't import PEFT.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy, deepcopy
 from itertools import accumulate
@@ -145,7 +145,9 @@ def load_adapter(
 
     if Path(folder).exists():  # PEFT would also open a pickle
         check_files(Path(folder))
-        read_json(Path(folder) / CONFIG)
+        stored = read_json(path := Path(folder) / CONFIG)
+        if not isinstance(stored, dict) or "peft_type" not in stored:
+            raise ValueError(f"{path} is not a PEFT config: it has no peft_type")
         read_header(Path(folder) / WEIGHTS)
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
@@ -314,13 +316,21 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
 
 
 def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitStack) -> None:
-    """Show packed weights as float32 parameters of these shapes, until ``undo`` closes."""
+    """Show packed weights as float32 parameters of these shapes, until ``undo`` closes.
+
+    Afterwards the weights are frozen, as PEFT freezes weights that it sees.
+    """
     tensors = (*module.buffers(), *module.parameters())
-    zero = torch.zeros((), device=tensors[0].device if tensors else None)
-    for members in (module._parameters, module._modules):
+    device = tensors[0].device if tensors else torch.device("cpu")
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    both: tuple[dict[str, Any], ...] = module._parameters, module._modules
+    for members in both:
         undo.callback(members.update, dict(members))
         undo.callback(members.clear)
     for name, shape in shapes.items():
+        packed = module._parameters.get(name)
+        if packed is not None:
+            undo.callback(packed.requires_grad_, False)
         module._modules.pop(name, None)
         module._parameters[name] = nn.Parameter(zero.expand(*shape), requires_grad=False)
     sort_weights(module)

@@ -118,15 +118,14 @@ def _weight_name(layer: Any) -> str:
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The most common dtype of parameters outside adapters and packed layers, or None."""
-    count: Counter[torch.dtype] = Counter()
-    for name, module in model.named_modules():
-        if "lora_" in name or vendor_of(module) is not None or packed_names(module):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dtype in DTYPES:
-                count[parameter.dtype] += parameter.numel()
-    return max(count, key=count.__getitem__, default=None)
+    """The dtype of the first parameter outside adapters and packed layers, or None."""
+    parameters = (
+        parameter
+        for name, module in model.named_modules()
+        if not ("lora_" in name or vendor_of(module) or packed_names(module))
+        for parameter in module._parameters.values()
+    )
+    return next((p.dtype for p in parameters if p is not None and p.dtype in DTYPES), None)
 
 
 def merge_layers(
@@ -281,7 +280,7 @@ def _refuse_training(layer: Any, inputs: tuple, output: Any) -> Any:
     follows = layer.merged and layer.training and torch.is_grad_enabled()
     if not (follows and isinstance(output, Tensor)):
         return output
-    return _Untrained.apply(output, torch.empty(0, requires_grad=True))
+    return _Untrained.apply(output, output.new_empty(0).requires_grad_())
 
 
 class _Untrained(torch.autograd.Function):

@@ -7,7 +7,8 @@ fast layer reads the named adapters (:mod:`.read`) and runs all of them as one n
 PEFT refuses names in training, although its code would be right except for two faults.  First,
 activation checkpointing runs layers again in the backward, after PEFT has removed the hooks, so
 these runs don't get the names.  Second, the hooks are never removed if a call fails.
-:class:`LoraModel` allows training with names and corrects both faults.
+:class:`LoraModel` allows training with names and corrects both faults.  It also says which layers
+are packed after ``merge_and_unload``.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..formats import bitsandbytes
 from ..layers import mlp
 from ..layers.classes import change_classes, own_classes
 from ..layers.experts import PackedWeight
@@ -220,6 +221,9 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         undo.callback(change_classes, change_classes(classes))
+        for module in inner.modules():
+            undo.callback(bitsandbytes.repack_again, module)
+            bitsandbytes.keep_gradients(module)
         if switches["loss"]:  # a lazy head is derived from the head's new class
             undo.callback(change_classes, make_lazy(inner))
             undo.callback(inner.__dict__.pop, ASKED, None)
@@ -238,6 +242,8 @@ def restore(model: nn.Module) -> nn.Module:
     modules = list(inner.modules())
     give_back_heads(modules)
     change_classes(own_classes(modules))
+    for module in modules:
+        bitsandbytes.repack_again(module)
     give_back_dense(inner, peft_layers(inner))
     return model
 

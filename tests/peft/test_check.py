@@ -11,16 +11,21 @@ import torch
 from accelerate import Accelerator
 from marks import pairwise
 from models import Mlp, tiny_llama
-from peft_models import BATCH, adapted, qwen3
+from moe_models import base_model as moe
+from moe_models import parameters_of
+from peft_models import BATCH, adapted, bert, opt, qwen3
 from torch import nn
 
 import fastlora
+from fastlora.backends import formula
 from fastlora.layers.batch import loss_and_outputs
 from fastlora.ops import run as ops_run
-from fastlora.peft import baseline, layer_check
+from fastlora.peft import baseline
 from fastlora.peft import layer as fast_linear
 from fastlora.peft import read as reading
 from fastlora.peft.check import Difference
+
+MLP = ("gate", "up", "down")
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
@@ -68,6 +73,18 @@ def test_a_random_loss_near_zero_is_no_difference():
     assert found.loss.relative < 1e-5
 
 
+class Idle(Mlp):
+    """Also calls its layer without rows, like an expert that gets no token."""
+
+    def forward(self, x):
+        return super().forward(x) + self.up(x[:0]).sum()
+
+
+def test_a_call_without_rows_is_not_judged():
+    found = fastlora.check(adapted(Idle(), target_modules=["up"]), torch.randn(3, 8))
+    assert "1 of 1 fast layers judged, all right" in str(found)
+
+
 class Reader(Mlp):
     """Reads a layer's weight without calling the layer, like transformers' Mamba its dt_proj."""
 
@@ -108,14 +125,6 @@ def test_a_wrong_number_is_found(monkeypatch, part):
     if part == "lora_b":
         assert found.loss.relative < 1e-5
         assert "lora_B" in found.largest.name
-
-
-def test_one_number_that_is_none_is_the_largest_difference():
-    found = fastlora.check(mlp(), torch.randn(5, 8))
-    wrong = replace(found, gradients=(*found.gradients, Difference("last", math.nan)))
-    assert found
-    assert not wrong
-    assert wrong.largest.name == "last"
 
 
 class Disturbing(nn.Module):
@@ -187,7 +196,8 @@ def test_forms_of_a_batch_and_an_output_without_a_loss(make):
 
 def test_autocast_inside_of_the_model_is_noticed():
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(llama())
-    assert fastlora.check(model, batch()).tolerance == 0.1
+    found = fastlora.check(model, batch())
+    assert (found.dtype, found.tolerance) == (torch.bfloat16, 0.1)
 
 
 def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(monkeypatch):
@@ -208,8 +218,14 @@ def test_there_must_be_something_to_compare():
     model = mlp()
     with model.disable_adapter(), pytest.raises(ValueError, match="nothing to compare"):
         fastlora.check(model, torch.randn(5, 8))
-    with pytest.raises(ValueError, match="apply_lora"):
+    with pytest.raises(ValueError, match="get_peft_model"):
         fastlora.check(Mlp(), torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("text", ["text", ["text"], {"input_ids": ["text"]}], ids=str)
+def test_a_batch_of_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"batch holds no tensor, but 'text': .*tokenizer\("):
+        fastlora.check(mlp(), text)
 
 
 def test_an_optimizer_inside_of_backward_is_refused():
@@ -281,13 +297,31 @@ def test_two_percent_in_one_of_30_layers_is_found_in_bfloat16(monkeypatch, adapt
     with_scale(monkeypatch, model.get_submodule(layer), factor)
     found = fastlora.check(model, batch())
     assert not found
-    assert found.largest.relative < found.tolerance  # the whole model's numbers hide the fault
+    assert found.largest.relative < 0.5  # the whole model's numbers hide the fault
     (wrong,) = [one for one in found.layers if not one]
     assert wrong.name == layer.removesuffix(".down_proj")
-    sizes = {one.name: one.value for one in wrong.measures if one.excess > 1.0 and one.middle > 0.5}
-    assert "output, size of the adapter's part" in sizes
-    assert all(abs(size - factor) < 6e-3 for size in sizes.values())
+    part = "down_proj" if path == "mlp.down_proj" else "the adapter"
+    (size,) = [one for one in wrong.measures if one.name == f"output, size of {part}'s part"]
+    assert size.excess > 1
+    assert abs(size.value - factor) < 6e-3
     assert f"60 of 60 fast layers judged, 1 WRONG\n    {wrong.name}: " in str(found)
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", *[f"mlp.{n}_proj" for n in MLP]])
+def test_two_percent_of_an_adapter_s_part_of_dx_is_found_in_bfloat16(monkeypatch, path):
+    """It is in no other result of the layer, and much smaller than the base's part of dx."""
+    model = llama().bfloat16()
+    layer = f"base_model.model.model.layers.1.{path}"
+    culprit = model.get_submodule(layer).lora_A["default"].weight
+    run = formula._through_lora_a
+
+    def wrong(x, dh, lora_a, *rest):
+        of_culprit = lora_a.shape == culprit.shape and torch.equal(lora_a.bfloat16(), culprit)
+        return run(x, dh, lora_a * 1.02 if of_culprit else lora_a, *rest)
+
+    monkeypatch.setattr(formula, "_through_lora_a", wrong)
+    wrong_ones = [one.name for one in fastlora.check(model, batch()).layers if not one]
+    assert wrong_ones == [layer if "self_attn" in path else layer.rpartition(".")[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -333,15 +367,6 @@ def test_results_that_are_zero_are_named():
     name = "base_model.model.model.layers.1.self_attn.o_proj: gradient of lora_B.default.weight"
     assert found.zeros == (name,)
     assert f"1 results are zero with this batch, and so not tested: {name}" in str(found)
-
-
-def test_of_many_rows_some_have_an_exact_result(monkeypatch):
-    monkeypatch.setattr(layer_check, "_ROWS", 7)
-    model = llama(lora_dropout=0.3).bfloat16()
-    found = fastlora.check(model, batch())
-    assert found, str(found)
-    name = "base_model.model.model.layers.0.mlp"
-    assert_a_wrong_scale_is_found(monkeypatch, model, name, ".up_proj", 1.3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -393,31 +418,37 @@ def test_layers_that_run_peft_s_forward_are_not_judged():
 
 
 def test_own_layers_are_told_what_to_do():
-    model = fastlora.apply_lora(Mlp(), fastlora.LoRAConfig(target_modules=["up"]))
-    with pytest.raises(ValueError, match=r"save_adapter.*from_pretrained.*check that"):
+    model = nn.Sequential(fastlora.LoRALinear(8, 8, r=2))
+    with pytest.raises(ValueError, match="its layers are fastlora's own"):
         fastlora.check(model, torch.randn(5, 8))
 
 
-# The errors that count as rounding in the whole model, by dtype and depth
+# Two runs of the whole model
 
 
-@pytest.mark.parametrize(
-    ("dtype", "blocks", "tolerance"),
-    [
-        (torch.float32, 3, 1e-3),
-        (torch.bfloat16, 1, 0.1),
-        (torch.bfloat16, 9, 0.1 * math.sqrt(8)),
-        (torch.float16, 3, 0.02 * math.sqrt(2)),
-    ],
-    ids=str,
-)
-def test_what_is_taken_for_rounding_grows_with_depth_in_16_bits(dtype, blocks, tolerance):
-    model = adapted(qwen3(num_hidden_layers=blocks), target_modules="all-linear").to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_whole_model_that_differs_is_judged_by_its_layers_in_16_bits(dtype):
+    model = adapted(qwen3(), target_modules="all-linear").to(dtype)
     found = fastlora.check(model.train(), {"input_ids": BATCH, "labels": BATCH})
-    assert found.tolerance == pytest.approx(tolerance)
     assert found, str(found)
-    wrong = replace(found, loss=Difference("loss", 2.0))
-    assert not wrong
-    assert "NOT the same" in str(wrong)
+    other = replace(found, gradients=(*found.gradients, Difference("routes", 2.0)))
+    assert bool(other) == (dtype != torch.float32)
     hint = "compare in float32 before you report a defect"
-    assert (hint in str(wrong)) == (dtype != torch.float32)
+    assert (hint in str(other)) == (dtype != torch.float32)
+    assert not replace(found, loss=Difference("loss", 2.0))
+    wrong = replace(found, gradients=(*found.gradients, Difference("last", math.nan)))
+    assert not wrong
+    assert wrong.largest.name == "last"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [opt, bert, moe], ids=lambda kind: kind.__name__)
+def test_no_right_model_in_16_bits_is_called_wrong(kind, dtype):
+    targets = {"target_parameters": parameters_of("qwen3")} if kind is moe else {}
+    labels = BATCH[:, 0] % 3 if kind is bert else BATCH
+    for seed in range(3):
+        torch.manual_seed(seed)
+        names = ["q_proj", "fc1", "query", "dense"]
+        model = adapted(kind(), target_modules=names, **targets).to(dtype)
+        found = fastlora.check(model, {"input_ids": BATCH, "labels": labels})
+        assert found, str(found)

@@ -133,12 +133,13 @@ def test_files_and_merging_are_peft_s(tmp_path):
     assert torch.equal(*merged)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_check_judges_experts(monkeypatch, dtype):
-    model = model_of().to(dtype).train()
+def test_check_judges_experts(monkeypatch, dtype, implementation):
+    model = model_of(implementation=implementation).to(dtype).train()
     batch = {"input_ids": IDS, "labels": IDS}
     found = fastlora.check(model, batch)
-    assert all(found.layers), str(found)
+    assert found, str(found)
     count = sum(layer.fast for layer in found.coverage.layers)
     assert f"{count} of {count} fast layers judged, all right" in str(found)
     run = fast_experts.run_experts

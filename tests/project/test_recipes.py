@@ -121,6 +121,7 @@ def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, tiny, tmp_path):
     printed, trainer = recipe("sft", *start, "--epochs=1")
     assert "all chats have the same text as before" in printed
     assert "14 of 14 layers fast" in printed
+    assert "\nloss without logits: base_model.model.lm_head\n" in printed
     [batch] = trainer.get_train_dataloader()
     decode = trainer.processing_class.decode
     packed, learned = map(decode, (batch["input_ids"][0], batch["labels"][batch["labels"] != -100]))
@@ -153,6 +154,7 @@ def test_grpo(recipe, tiny, tmp_path, monkeypatch):
     assert {grad for grad, _ in calls} == {True, False}
     assert all(merged != grad for grad, merged in calls)
     assert "14 layers; merged weights take" in printed
+    assert "without logits" not in printed
     steps = json.loads((tmp_path / "rewards.json").read_text())
     assert [steps[0].keys(), len(steps)] == [{"loss", "reward", "step_time"}, 2]
     assert all(math.isfinite(step["loss"]) and 0 < step["reward"] < 2 for step in steps)
