@@ -348,7 +348,7 @@ def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
     ):  # fmt: skip
         given = getattr(config, field) or ()
         kept = () if isinstance(given, str) else getattr(resolved, field)
-        for wanted in {*given} & {*kept}:
+        for wanted in [name for name in given if name in kept]:
             if not any(f".{name}".endswith(f".{wanted}") for name in names):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
                 some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])
