@@ -248,7 +248,9 @@ def test_experts_have_dropout_in_training_and_a_config_that_peft_loads(tmp_path)
     assert not torch.equal(logits(model), logits(model))
 
 
-@pytest.mark.parametrize("make", [lambda: packed_model("qwen3", "mxfp4"), gguf_model], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: packed_model("qwen3", "mxfp4"), gguf_model], ids=["mxfp4", "gguf"]
+)
 def test_auto_injects_by_peft_s_own_functions(make, tmp_path):
     settings = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
     expected = adapted(make())
