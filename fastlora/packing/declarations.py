@@ -137,7 +137,7 @@ def _packed(model: nn.Module) -> dict[str, nn.Module]:
         is_theirs = vendor is not None and not getattr(module, "is_dense", False)
         is_experts = any(weight in module._parameters for weight in packed_names(module))
         if isinstance(module, PackedWeight) or is_theirs or is_experts:
-            modules[plain_name(name).replace(".base_layer", "")] = module
+            modules[plain_name(name)] = module
     return modules
 
 

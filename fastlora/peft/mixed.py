@@ -7,8 +7,7 @@ fast layer reads the named adapters (:mod:`.read`) and runs all of them as one n
 PEFT refuses names in training, although its code would be right except for two faults.  First,
 activation checkpointing runs layers again in the backward, after PEFT has removed the hooks, so
 these runs don't get the names.  Second, the hooks are never removed if a call fails.
-:class:`LoraModel` allows training with names and corrects both faults.  It also says which layers
-are packed after ``merge_and_unload``.
+:class:`LoraModel` allows training with names and corrects both faults.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +151,7 @@ class LoraModel(Fast, PeftModel):
             super().inject_adapter(model, adapter_name, *args, **named)
         change_classes(fast_classes(model.modules()))
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's.  A transformers model then declares the layers that are still packed."""
         with declared(self.model):
             return super()._unload_and_optionally_merge(*args, **kwargs)
