@@ -76,7 +76,7 @@ def get_peft_model(
     how["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config):
-            _check_names(base, config)
+            _check_names(base, peft_config, config)
             dropout = config.lora_dropout if config.target_parameters else 0.0
             if dropout:
                 config.lora_dropout = 0.0
@@ -336,15 +336,19 @@ def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitSt
     sort_weights(module)
 
 
-def _check_names(model: nn.Module, config: Any) -> None:
-    """Raise ValueError if a name in the config matches nothing in the model."""
+def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
+    """Raise ValueError if a name in the config matches nothing in the model.
+
+    ``resolved``: the config with the targets that PEFT renamed.
+    """
     modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
     weights = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
     for field, names in (
         ("target_modules", modules), ("modules_to_save", modules), ("target_parameters", weights)
     ):  # fmt: skip
         given = getattr(config, field) or ()
-        for wanted in () if isinstance(given, str) else given:
+        kept = () if isinstance(given, str) else getattr(resolved, field)
+        for wanted in [name for name in given if name in kept]:
             if not any(f".{name}".endswith(f".{wanted}") for name in names):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
                 some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])

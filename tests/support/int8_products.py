@@ -56,8 +56,7 @@ def check_rounding(
         assert torch.equal(rounded.scales, scale)
         return found, rounded
     step = torch.finfo(rounds_to).eps  # of the largest number
-    # A rotated element is a sum of 64 products, which each processor adds in an order of its own.
-    assert ((rounded.scales - scale).abs() <= 8 * step * scale).all()
+    assert ((rounded.scales - scale).abs() <= 8 * step * scale).all()  # √64; 4.7 on an AMD EPYC
     away = (rounded.codes.double() - codes.double()).abs()
     assert (away <= 1).all()
     assert away.mean() <= 0.02 + 64 * step * (precision == "tf32")
