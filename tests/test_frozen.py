@@ -6,10 +6,9 @@ Tested by themselves, and as layers of a model with adapters.
 import copy
 import pickle
 
-import peft
 import pytest
 import torch
-from models import Mlp, Tied, counted_frozen_calls, fast_layers, randomize
+from models import Mlp, Tied, adapt, counted_frozen_calls, fast_layers
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -172,41 +171,17 @@ def test_copies_are_fast_and_can_be_restored_separately(again):
     assert type(layer) is frozen.Linear
 
 
-def tied(**settings):
-    config = peft.LoraConfig(r=2, target_modules=["mix"])
-    return fastlora.get_peft_model(Tied().bfloat16(), config, **settings)
-
-
 def test_a_tied_head_is_fast():
-    model = tied()
+    model = adapt(Tied().bfloat16(), target_modules=["mix"])
     assert fast_layers(model) == {"base_model.model.head", "base_model.model.mix.base_layer"}
     base = model.get_base_model()
     assert base.head.weight is base.embed.weight
     assert fastlora.coverage(model).frozen_linears == ("base_model.model.head",)
 
 
-def test_calls_in_float32_are_torch_s():
-    model = tied().float()
-    with counted_frozen_calls() as calls:
-        model(torch.arange(20))
-    assert fastlora.coverage(model).frozen_linears == ()
-    assert calls == []
-
-
 def test_modules_to_save_are_left_unchanged():
-    config = peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"])
-    model = fastlora.get_peft_model(Mlp().bfloat16(), config)
+    model = adapt(Mlp().bfloat16(), target_modules=["up"], modules_to_save=["head"])
     assert not any("modules_to_save" in name for name in fast_layers(model))
     with counted_frozen_calls() as calls:
         model(torch.randn(3, 8).bfloat16()).sum().backward()
     assert len(calls) == 1  # down
-
-
-def test_files_load_and_take_them_in(tmp_path):
-    randomize(tied()).save_pretrained(tmp_path)
-    model = fastlora.load_adapter(Tied().bfloat16(), tmp_path)
-    plain = tied(frozen_linears=False)
-    assert fast_layers(model) == fast_layers(tied())
-    assert not fast_layers(plain)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert repr(model) == repr(plain)
