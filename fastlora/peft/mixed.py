@@ -30,7 +30,6 @@ from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
 from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
-from ..packing.declarations import declared
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .read import read
@@ -157,6 +156,8 @@ class LoraModel(Fast, PeftModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's.  A transformers model then declares the layers that are still packed."""
+        from ..packing.declarations import declared
+
         with declared(self.model):
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
