@@ -42,7 +42,7 @@ KINDS = {
     "packed-int8": lambda: randomize(adapt(packed(Mlp()), **UP_DOWN)).eval(),
 }
 if BITSANDBYTES:
-    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantized"].make(), target_modules=["0", "2"])
+    KINDS["peft-nf4"] = lambda: adapted(MODELS["quantized"].make(), target_modules=["0", "2"])
 
 
 def inputs(model: nn.Module) -> Tensor:
