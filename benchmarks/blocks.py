@@ -6,7 +6,6 @@ All contestants share the frozen tensors.  Each has its own adapters, with equal
 import copy
 import warnings
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,17 @@ from torch import Tensor, nn
 import fastlora
 
 from .cases import PACKS, Case
-from .contestants import SCALE, Contestant, Maker, Tensors, with_adapters
+from .contestants import Contestant, Maker, Tensors, lora_config, with_adapters
 
 _VOCABULARY = 21760  # Qwen3's vocabulary, scaled from its 28 layers to 4
-_TARGETS = {
-    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+TARGETS = {
+    "experts": {
+        "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
     "mlp": {"target_modules": r"mlp\.\w+_proj"},
     "projections": {"target_modules": "all-linear"},
     "step": {"target_modules": r"model\..*_proj"},
-}
+}  # fmt: skip
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
@@ -160,7 +161,7 @@ def _adapted(
     import peft
 
     torch.manual_seed(1)
-    config = _config(case, dropout)
+    config = lora_config(case, dropout, init_lora_weights=False, **TARGETS[case.block])
     with warnings.catch_warnings():  # about tied embeddings, which have no adapter
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
@@ -175,20 +176,12 @@ def _injected(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     module = _copy(tensors.base)
     if case.kind in PACKS:
         fastlora.pack(module, case.kind, modules=["experts"])
-    contestant = _training(with_adapters(module, _config(case, dropout)))
+    config = lora_config(case, dropout, **TARGETS[case.block])
+    contestant = _training(with_adapters(module, config))
     theirs = _adapted(case, tensors, dropout).adapter
     for own, parameter in zip(contestant.adapter, theirs, strict=True):
         own.data.copy_(parameter)
     return contestant
-
-
-def _config(case: Case, dropout: float) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, init_lora_weights=False,
-        **{"target_modules": [], **_TARGETS[case.block]},
-    )  # fmt: skip
 
 
 def _training(module: nn.Module) -> Contestant:

@@ -105,12 +105,11 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def fastlora_layer(
-    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None,
+    case: Case, tensors: Tensors, dropout: float,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Contestant:  # fmt: skip
     settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
-    layers = []
+    layers, pairs = [], tensors.adapters[case.adapter_dtype]
     for base, pair in zip(linears(tensors.weights), pairs, strict=True):
         layers.append(fastlora.LoRALinear.from_linear(base, **settings))
         layers[-1].lora_A, layers[-1].lora_B = pair
@@ -141,10 +140,7 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
 
 def injected_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """A layer after :func:`fastlora.get_peft_model`."""
-    import peft
-
-    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    config = peft.LoraConfig(target_modules=r"layers\.\d+", **settings)
+    config = lora_config(case, dropout, target_modules=r"layers\.\d+")
     (layer,) = with_adapters(base_group(case, tensors), config).train().layers
     contestant = Contestant(layer)
     for own, shared in zip(
@@ -152,6 +148,12 @@ def injected_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     ):
         own.data = shared.data
     return contestant
+
+
+def lora_config(case: Case, dropout: float, **settings: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, **settings)
 
 
 def with_adapters(model: nn.Module, config: Any) -> nn.Module:
@@ -181,10 +183,8 @@ def peft_group(case: Case, tensors: Tensors, dropout: float, optimized: bool) ->
 
     names = [f"adapter{i}" for i in range(ADAPTERS if case.table == "mixed" else 1)]
     names += ["other"] * (case.kind == "two-adapters")
-    config = peft.LoraConfig(
-        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
-        target_modules=r"layers\.\d+",
-    )  # fmt: skip
+    targets = {"target_modules": r"layers\.\d+", "use_dora": case.kind == "dora"}
+    config = lora_config(case, dropout, **targets)
     if case.table == "quantized":
         from transformers.integrations.gguf.utils import GgufLinear
 

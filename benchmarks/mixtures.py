@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DeepseekV4Config, GptOssConfig, Q
 
 import fastlora
 
+from .blocks import TARGETS
 from .report import pipes
 
 TOKENS, RANK, _GIB = 4096, 8, 2**30
@@ -29,9 +30,7 @@ MODELS = {
     }),
     "DeepSeek V4 Flash": ("mxfp4", DeepseekV4Config, {}),
 }  # fmt: skip
-_LORA = peft.LoraConfig(
-    target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-)
+_LORA = peft.LoraConfig(**TARGETS["experts"])
 
 
 def cost(config, kind: str = "", tokens: int = 0) -> fastlora.estimates.count.Estimate:

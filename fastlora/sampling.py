@@ -65,12 +65,7 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
 
     def __str__(self) -> str:
         count, size = len(self._peft), self.bytes / 2**20
-        where = {
-            "corrections": "are rebuilt from corrections",
-            "device": "stay on their device",
-            "cpu": "stay on the CPU",
-        }[self.keep]
-        return f"{count} layers; merging takes {size:,.0f} MiB, the originals {where}"
+        return f"{count} layers; merging takes {size:,.0f} MiB (keep={self.keep!r})"
 
     def __enter__(self) -> nn.Module:
         model = self.model

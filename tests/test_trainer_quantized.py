@@ -19,6 +19,7 @@ import transformers
 from gguf_models import INNER, WIDTH, write_model
 from models import randomize, tiny_llama
 from packed import NEEDS_5
+from pages import ROOT, blocks_of
 from torch import nn
 from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for
 from transformers import Trainer
@@ -141,6 +142,19 @@ def test_trainer_loads_the_best_one_at_the_end(kind, folder, tmp_path):
     run.train()
     assert run.state.best_global_step == 1
     assert run.evaluate()["eval_loss"] == run.state.best_metric
+
+
+@pytest.mark.parametrize("kind", ["gguf", "float8"])
+def test_the_example_of_the_documentation_trains_it(kind, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load_model, ids = partial(_MAKERS[kind], folder(kind)), torch.arange(8)
+    names = {"load_model": load_model, "model": load_model(), "batch": {"input_ids": ids[None]}}
+    names["arguments"] = transformers.TrainingArguments("run", max_steps=1, use_cpu=True)
+    names["rows"] = [{"input_ids": ids, "labels": ids}]
+    for code in blocks_of(ROOT / "docs/quantized.md", "python"):
+        exec(code, names)
+    assert not fastlora.coverage(names["model"]).not_fast
+    assert names["trainer"].state.global_step == 1
 
 
 def test_model_init_makes_a_quantized_model(folder, tmp_path):

@@ -30,8 +30,7 @@ LIMITS = {16: 0.6, 256: 1.0}
 
 def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
     """Seconds of a step of one configuration: forward, backward, clipping, AdamW."""
-    config = peft.LoraConfig(r=r, target_modules="all-linear")
-    adapted = fastlora.get_peft_model(model, config)
+    adapted = fastlora.get_peft_model(model, peft.LoraConfig(r=r, target_modules="all-linear"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     start = time.perf_counter()

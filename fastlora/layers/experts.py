@@ -33,7 +33,6 @@ _SETTINGS = {
 OTHER = "its gate or activation is unknown to fastlora, or is hooked or patched"
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
-_DOWN = "down_proj"  # the last weight in every class of experts
 _OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # if one is set, FP8Experts' gate differs
 # Names for the number of experts of each token in configs of transformers.
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")

@@ -22,12 +22,11 @@ _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 _DTYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.uint16: "U16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "U16": torch.uint16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_TORCH_S = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Planned(NamedTuple):
@@ -113,7 +112,7 @@ def read_header(path: Path) -> dict[str, Planned]:
     with _opened(path, "damaged, or not a safetensors file") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
-        return {k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()}
+        return {k: Planned(shape, _DTYPES.get(name, name)) for k, (shape, name) in facts.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

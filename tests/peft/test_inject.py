@@ -131,10 +131,11 @@ def test_a_quantized_layer_has_the_formula_s_numbers(kind, tmp_path):
     y = model(x)
     model.save_pretrained(tmp_path)
     assert torch.equal(load_adapter(Two(kind), tmp_path)(x), y)
-    model.merge_adapter()
-    assert (model(x) - y).norm() <= (0.03 if kind == "rotated-int8" else 1e-3) * y.norm()
-    model.unmerge_adapter()
-    assert torch.equal(model(x), y)
+    if kind != "gptq":  # PEFT can't merge it
+        model.merge_adapter()
+        assert (model(x) - y).norm() <= (0.03 if kind == "rotated-int8" else 1e-3) * y.norm()
+        model.unmerge_adapter()
+        assert torch.equal(model(x), y)
     restored = model.unload()
     if kind != "rotated-int8":  # which becomes dense
         assert restored.layers["up"] is layer

@@ -134,7 +134,11 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     at_once = medians_of("docs/rank.md", "sweep", "step", "fastlora/eight runs")
     bounds = tuple(sorted(less(ratio) for [ratio] in at_once))
     yield "README.md", r"8 runs at once take (\d+) to (\d+) % less time", bounds
-    yield "docs/rank.md", r"at once takes \*\*(\d+) %\*\* to \*\*(\d+) %\*\* less", bounds
+    yield (
+        "docs/rank.md",
+        r"at\s+once\s+takes\s+\*\*(\d+) %\*\*\s+to\s+\*\*(\d+) %\*\*\s+less",
+        bounds,
+    )
     small = demo["results"]["fastlora"]["resized"]
     losses = demo["results"]["fastlora"]["held_out_loss"][-1][1], *small["losses"].values()
     pattern = (
