@@ -26,8 +26,8 @@ from ..layers.int8 import Int8Linear
 from ..layers.modules import bypassed, check_places, owners_of, some
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection
-from .optimize import optimize, peft_layers
-from .targets import is_linear, linear_layers, matched, resolve_targets
+from .optimize import optimize
+from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
 from .trainable import admit_training
 
 # PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.
