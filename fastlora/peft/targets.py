@@ -17,7 +17,7 @@ from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import read_module, stack_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of
 from ..layers.members import plain_class_of
-from ..layers.modules import embeddings_of, full_name
+from ..layers.modules import embeddings_of, full_name, plain_name
 
 # Classes that choose experts.  Some are linear layers, others hold one.
 _ROUTER = re.compile(r"(Router|Gating|MoE\w*Gate)$")
