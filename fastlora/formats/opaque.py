@@ -12,7 +12,7 @@ from .format import Format
 
 @dataclass(frozen=True)
 class Opaque(Format):
-    """Codes of ``bits`` bits; ``group`` codes share a scale.  Only :meth:`values` reads the tensors.
+    """Codes of ``bits`` bits; ``group`` codes share a scale.  Only :meth:`values` reads them.
 
     A product makes the whole dense weight.  Nothing checks the tensors before a product: the
     vendor's function raises if they don't fit.
