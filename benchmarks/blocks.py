@@ -4,7 +4,6 @@ All contestants share the frozen tensors.  Each has its own adapters, with equal
 """
 
 import copy
-import warnings
 from functools import partial
 
 import torch
@@ -162,9 +161,7 @@ def _adapted(
 
     torch.manual_seed(1)
     config = lora_config(case, dropout, init_lora_weights=False, **TARGETS[case.block])
-    with warnings.catch_warnings():  # about tied embeddings, which have no adapter
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
+    model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
     module = model.base_model.model
     if gated_mlps is not None:
         fastlora.optimize(module, strict=True, gated_mlps=gated_mlps, **options)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .layers.modules import check_model, unwrap
 from .peft.merged import active, bytes_of, lock, merge_layers, why_not_merged
-from .peft.optimize import peft_layers
+from .peft.targets import peft_layers
 from .report import NO_LAYERS
 from .text import shown
 

@@ -12,10 +12,10 @@ from .format import Format
 
 @dataclass(frozen=True)
 class Opaque(Format):
-    """Codes of ``bits`` bits, of which ``group`` share a scale; only :meth:`values` reads them.
+    """Codes of ``bits`` bits; ``group`` codes share a scale.  Only :meth:`values` reads them.
 
-    A product needs the whole dense weight, and no kernel reads the tensors.  The tensors aren't
-    checked: the vendor's function raises for tensors that don't fit.
+    A product makes the whole dense weight.  Nothing checks the tensors before a product: the
+    vendor's function raises if they don't fit.
     """
 
     bits: int

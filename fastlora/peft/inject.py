@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from ..formats import PackedLayer, quantized_weight
 from ..layers.classes import change_class
 from ..layers.experts import lies_transposed, packed_names, read_module, sort_weights, stack_in
+from ..layers.int8 import Int8Linear
 from ..layers.modules import bypassed, check_places, owners_of, some
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection
-from .optimize import optimize, peft_layers
-from .targets import is_linear, linear_layers, matched, resolve_targets
+from .optimize import optimize
+from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
 from .trainable import admit_training
 
 # PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.
@@ -316,13 +317,15 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
 
 
 def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitStack) -> None:
-    """Show packed weights as float32 parameters of these shapes, until ``undo`` closes.
+    """Show packed weights as parameters of these shapes, until ``undo`` closes.
 
+    They are float32, or of an ``Int8Linear``'s dtype, which PEFT then gives to an adapter.
     Afterwards the weights are frozen, as PEFT freezes weights that it sees.
     """
     tensors = (*module.buffers(), *module.parameters())
     device = tensors[0].device if tensors else torch.device("cpu")
-    zero = torch.zeros((), dtype=torch.float32, device=device)
+    dtype = module.format.dtype if isinstance(module, Int8Linear) else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=device)
     both: tuple[dict[str, Any], ...] = module._parameters, module._modules
     for members in both:
         undo.callback(members.update, dict(members))

@@ -34,6 +34,7 @@ from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .int8 import check_base, convert, give_back_dense, notes_of
 from .learning import doubts, untrained_note
+from .targets import peft_layers
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
@@ -78,13 +79,6 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     doubtful = doubts(unwrap(model), layers)
     said = (*first, *notes, *others, *doubtful, *untrained, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
-
-
-def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Every LoRA layer of PEFT in the model, with its name; none if PEFT isn't imported."""
-    lora = sys.modules.get("peft.tuners.lora")
-    kind = getattr(lora, "LoraLayer", ())
-    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Importing this file doesn't import PEFT; its functions do.
 
 import math
 import re
+import sys
 from collections.abc import Set
 from copy import copy, deepcopy
 from typing import Any, NamedTuple
@@ -16,11 +17,17 @@ from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import read_module, stack_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of
 from ..layers.members import plain_class_of
-from ..layers.modules import embeddings_of, full_name
-from .optimize import peft_layers
+from ..layers.modules import embeddings_of, full_name, plain_name
 
 # Classes that choose experts.  Some are linear layers, others hold one.
 _ROUTER = re.compile(r"(Router|Gating|MoE\w*Gate)$")
+
+
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every LoRA layer of PEFT in the model, with its name; none if PEFT isn't imported."""
+    lora = sys.modules.get("peft.tuners.lora")
+    kind = getattr(lora, "LoraLayer", ())
+    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 class Target(NamedTuple):

@@ -133,10 +133,6 @@ def assert_near(ours, theirs, tolerance: float) -> None:
         assert (one - other).double().norm() <= tolerance * other.double().norm()
 
 
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def blocks(model: nn.Module) -> set[str]:
     """The names of the modules that are fast blocks (gated MLPs) now."""
     return {name for name, m in model.named_modules() if isinstance(m, mlp.GatedMLP)}
