@@ -59,10 +59,10 @@ class Pair:
 
 @contextmanager
 def pair_with(ref: str, device: str) -> Iterator[Pair]:
-    """Yield the Pair; REF's two packages are in a temporary folder until the end."""
+    """Yield the Pair; REF's packages and tests/support are in a temporary folder until the end."""
     with ExitStack() as stack:
         base = Path(stack.enter_context(TemporaryDirectory(prefix="fastlora-base-")))
-        command = ["git", "archive", ref, "fastlora", "kernels"]
+        command = ["git", "archive", ref, "fastlora", "kernels", "tests/support"]
         archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
             packed.extractall(base, filter="data")

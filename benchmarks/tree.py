@@ -33,11 +33,8 @@ class _Tree(MetaPathFinder):
     def __init__(self, root: Path) -> None:
         self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
         self.folders["benchmarks"] = BENCHMARKS
-        # One clock times all trees.  tests/support reads formats that older trees lack.
-        for name in ("clock", "formats/awq", "formats/stored"):
-            file = ROOT / "fastlora" / f"{name}.py"
-            if name == "clock" or not (root / file.relative_to(ROOT)).exists():
-                self.folders[f"fastlora.{name.replace('/', '.')}"] = file
+        # One clock times all trees, and older trees don't have it.
+        self.folders["fastlora.clock"] = ROOT / "fastlora" / "clock.py"
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None
@@ -55,7 +52,7 @@ def import_from(root: Path = ROOT) -> None:
     modules such as ``report`` or ``judge`` could hide others of the same name.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
-    sys.path.append(str(ROOT / "tests" / "support"))  # as in pytest: oracles, vendors' layers
+    sys.path.append(str(root / "tests" / "support"))  # as in pytest: oracles, vendors' layers
     sys.meta_path.insert(0, _Tree(root))
 
 
