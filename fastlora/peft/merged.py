@@ -203,7 +203,10 @@ def _merge(
             original = base._parameters[place]
             if not packed:
                 _use_copies(base, (place, "bias"), undo)
-            type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+            own = vars(layer).get("merge")  # ms-swift's, for example, skips some layers
+            is_theirs = own is not None and getattr(own, "__func__", None) is not merge
+            run = own if is_theirs else partial(type(layer).merge, layer)
+            run(safe_merge=safe_merge, adapter_names=adapter_names)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{name} can't be merged: {error}") from error
         if not layer.merged:
