@@ -70,7 +70,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
-    parts = [module.children() for module in model.modules()]
+    adapted = {layer.get_base_layer() for _, layer in layers}
+    parts = [module.children() for module in model.modules() if module not in adapted]
     count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
