@@ -25,7 +25,7 @@ from ..layers.experts import lies_transposed, packed_names, read_module, sort_we
 from ..layers.int8 import Int8Linear
 from ..layers.modules import bypassed, check_places, owners_of, some
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
-from . import why_no_injection
+from . import why_no_injection, why_nothing_changes
 from .optimize import optimize
 from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
 from .trainable import admit_training
@@ -101,10 +101,12 @@ def _add_dropout(base: nn.Module, adapter: str, p: float) -> None:
         if adapter not in layer.lora_dropout:
             continue
         owner = layer.get_base_layer()
-        if hasattr(layer, "parameter_name") and read_module(owner).reason:
+        reason = why_nothing_changes() or read_module(owner).reason
+        if reason and hasattr(layer, "parameter_name"):
             raise ValueError(
                 f"lora_dropout is {p}, but the adapter of {layer.parameter_name} in {name}, a "
-                f"{type(owner).__name__}, can't have dropout: set it to 0, or leave this target out"
+                f"{type(owner).__name__}, can't have dropout ({reason}): set it to 0, or leave "
+                "this target out"
             )
         layer.lora_dropout[adapter] = nn.Dropout(p)
 
@@ -249,6 +251,8 @@ def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
     """
     from peft.tuners import lora
 
+    from .experts import run_packed
+
     before, custom, linear = config._custom_modules, dict[Any, Any](), linear_layers(model)
     with ExitStack() as undo:
         undo.callback(setattr, config, "_custom_modules", before)
@@ -266,6 +270,7 @@ def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
         if custom:
             config._custom_modules = {**custom, **(before or {})}
         yield
+    run_packed(model)
 
 
 @contextmanager

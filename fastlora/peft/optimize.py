@@ -230,8 +230,9 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
-    Bases in 8 bits become dense, with the rounded values.  A model that isn't optimized doesn't
-    change.  Raises TypeError if ``model`` isn't a module.
+    Bases in 8 bits become dense, with the rounded values.  Packed experts stay packed, and each of
+    their calls makes dense weights.  Dense experts lose their dropout, because PEFT has none.  A
+    model that isn't optimized doesn't change.  Raises TypeError if ``model`` isn't a module.
     """
     inner = checked(model)
     modules = list(inner.modules())

@@ -484,3 +484,44 @@ def test_a_whole_checkpoint_is_loaded_to_train_or_not(trains, tmp_path):
     save_file({strip(key): one.clone() for key, one in state.items()}, tmp_path / "m.safetensors")
     model = load_adapter(tiny_llama(), tmp_path, config=config, is_trainable=trains)
     assert any(parameter.requires_grad for parameter in model.parameters()) == trains
+
+
+MIXTURES = ["gpt-oss, mxfp4", "qwen3, mxfp4", "blocks of fp8", "gguf", "qwen3, dense"]
+BATCH = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "dropout"])
+@pytest.mark.parametrize("case", MIXTURES)
+def test_check_compares_experts_and_restore_runs_them_without_fastlora(case, training):
+    name, make = (CASES | DENSE)[case]
+    model = adapted(make().requires_grad_(False), name, lora_dropout=0.1)
+    report = fastlora.check(model.train(training), BATCH)
+    assert report, report
+    assert any("experts" in layer.name for layer in report.layers)
+    assert {m.training for m in model.modules()} == {training}
+    expected = logits(model.eval())
+    close(logits(fastlora.restore(model)), expected)
+    assert fastlora.coverage(model).not_fast
+    assert torch.equal(logits(fastlora.optimize(model)), expected)
+
+
+@pytest.mark.parametrize("case", ["qwen3, mxfp4", "gguf"])
+def test_check_finds_a_wrong_number_in_packed_experts(case, monkeypatch):
+    name, make = CASES[case]
+    model = adapted(make().requires_grad_(False), name)
+    run = fastlora.peft.experts.run_experts
+    monkeypatch.setattr(fastlora.peft.experts, "run_experts", lambda *args: run(*args) * 1.03)
+    wrong = [layer.name for layer in fastlora.check(model, BATCH).layers if not layer]
+    assert wrong
+    assert all("experts" in each for each in wrong)
+
+
+def test_packed_experts_run_with_fastlora_disabled(monkeypatch):
+    name, make = CASES["qwen3, mxfp4"]
+    expected = logits(adapted(make(), name))
+    monkeypatch.setenv("FASTLORA_DISABLE", "1")
+    model = adapted(make(), name)
+    assert fastlora.coverage(model).not_fast
+    close(logits(model), expected)
+    with pytest.raises(ValueError, match="FASTLORA_DISABLE is set"):
+        adapted(make(), name, lora_dropout=0.1)
