@@ -5,7 +5,7 @@ gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,7 +21,15 @@ from ..layers.frozen import matrix_of
 from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
 from ..layers.packed_experts import why_not_experts
 from ..projection import DTYPES
-from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
+from .files import (
+    Planned,
+    check_folder,
+    check_keys,
+    read_header,
+    read_json,
+    read_metadata,
+    read_tensors,
+)
 from .linears import PARTS, packed_linears, read_linear
 from .pack_weights import Packing, PackReport, packed_on_meta
 
@@ -213,8 +221,7 @@ def _fitting(
     there = {id(tensor) for key, tensor in state.items() if key in stored}  # one key of tied ones
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
     extra = [key for key in stored if key not in expected]
-    if missing or extra:
-        raise ValueError(_unfitting(path, missing, extra))
+    check_keys(path, missing, extra)
     for key, one in stored.items():
         shape, dtype = expected[key]
         if one.planned.shape != shape:
@@ -265,11 +272,3 @@ def _unmade(buffer: Tensor) -> float:
 def _home(tensor: Tensor | Quantized) -> torch.device:
     """The device for the loaded value of this tensor: its own, or the CPU for meta."""
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-
-
-def _unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> str:
-    """A message on a file without some of a model's tensors, and with some that it hasn't."""
-    lacks, more = (some([*keys]) if keys else "" for keys in (missing, extra))
-    lacks = lacks and f"it lacks {lacks}, which the model has"
-    more = more and f"it has {more}, which the model lacks"
-    return f"{path} doesn't fit the model: {'; '.join(filter(None, (lacks, more)))}"
