@@ -319,9 +319,11 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
     saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in around)]
     reader = f"modules_to_save={saved}" if saved else reader
     if reader:
+        hint = "; fastlora.restore(model) makes PEFT's layers in 8 bits dense"
         raise ValueError(
             f"{reader} needs the dense weight, which PEFT can't read in {owner}, a "
             f"{type(module).__name__}: leave this setting out, or the layer"
+            f"{hint if isinstance(module, Int8Linear) else ''}"
         )
 
 
