@@ -50,18 +50,9 @@ def check_switches(**switches: bool) -> None:
             raise ValueError(f"{name} is {shown(value)}, but must be True or False")
 
 
-def check_optimize(
-    strict: Any = False,
-    frozen_linears: Any = True,
-    gated_mlps: Any = True,
-    loss: Any = None,
-    base: Any = None,
-    int8_from: Any = 0,
-) -> None:
+def check_optimize(base: Any = None, int8_from: Any = 0, loss: Any = None, **others: bool) -> None:
     """Raise ValueError unless these are values for the arguments of ``fastlora.optimize``."""
-    check_switches(strict=strict, frozen_linears=frozen_linears, gated_mlps=gated_mlps)
-    if loss is not None:
-        check_switches(loss=loss)
+    check_switches(**others, loss=loss is not None and loss)
     if base not in (None, "int8"):
         raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
     if not (is_number(int8_from) and int8_from >= 0):

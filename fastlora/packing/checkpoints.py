@@ -5,7 +5,7 @@ gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,15 +21,7 @@ from ..layers.frozen import matrix_of
 from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
 from ..layers.packed_experts import why_not_experts
 from ..projection import DTYPES
-from .files import (
-    Planned,
-    check_folder,
-    check_keys,
-    read_header,
-    read_json,
-    read_metadata,
-    read_tensors,
-)
+from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .linears import PARTS, packed_linears, read_linear
 from .pack_weights import Packing, PackReport, packed_on_meta
 
@@ -272,3 +264,11 @@ def _unmade(buffer: Tensor) -> float:
 def _home(tensor: Tensor | Quantized) -> torch.device:
     """The device for the loaded value of this tensor: its own, or the CPU for meta."""
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def check_keys(path: str | os.PathLike, missing: Sequence[str], extra: Sequence[str]) -> None:
+    """Raise ValueError if the files lack some of a model's tensors, or have others."""
+    faults = [f"it lacks {some(missing)}, which the model has"] if missing else []
+    faults += [f"it has {some(extra)}, which the model lacks"] if extra else []
+    if faults:
+        raise ValueError(f"{path} doesn't fit the model: {'; '.join(faults)}")

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.modules import some
 from ..text import shown
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -51,14 +50,6 @@ def check_files(folder: Path) -> None:
             f"{missing[0]} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}."
             f"{_hint(folder)}"
         )
-
-
-def check_keys(path: str | os.PathLike, missing: Sequence[str], extra: Sequence[str]) -> None:
-    """Raise ValueError if the files lack some of a model's tensors, or have others."""
-    faults = [f"it lacks {some(missing)}, which the model has"] if missing else []
-    faults += [f"it has {some(extra)}, which the model lacks"] if extra else []
-    if faults:
-        raise ValueError(f"{path} doesn't fit the model: {'; '.join(faults)}")
 
 
 def _hint(folder: Path) -> str:

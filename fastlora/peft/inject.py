@@ -32,15 +32,8 @@ from ..layers.modules import (
     owners_of,
     some,
 )
-from ..packing.files import (
-    CONFIG,
-    WEIGHTS,
-    check_files,
-    check_keys,
-    read_header,
-    read_json,
-    read_tensors,
-)
+from ..packing.checkpoints import check_keys
+from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection
 from .optimize import optimize
 from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
@@ -360,12 +353,10 @@ def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
     for field, names in (
         ("target_modules", modules), ("modules_to_save", modules), ("target_parameters", weights)
     ):  # fmt: skip
-        given: Any = getattr(config, field) or ()
-        kept = getattr(resolved, field) or ()
-        is_regex = isinstance(given, str)
-        if is_regex:
-            given = [given] if given == kept else []
-        for wanted in [name for name in given if is_regex or name in kept]:
+        given = getattr(config, field) or ()
+        kept: Any = getattr(resolved, field) or ()
+        is_regex = isinstance(kept, str)
+        for wanted in [kept] if is_regex else [name for name in given if name in kept]:
             if not any(map(name_test(wanted if is_regex else [wanted]), names)):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
                 some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])
