@@ -163,6 +163,11 @@ def two_places() -> nn.Module:
 
 MISTAKES = {
     "misspelled": (lambda: Two("rotated-int8"), {"target_modules": ["up", "dwn"]}, "has 'dwn'"),
+    "misspelled regex": (
+        lambda: Two("rotated-int8"),
+        {"target_modules": "u"},
+        "has 'u', .*: a string is a regular expression .*; the ends of names are down, layers, up",
+    ),
     "misspelled in full": (
         lambda: Two("rotated-int8"),
         {"target_modules": ["up"], "modules_to_save": ["head"]},
@@ -196,10 +201,10 @@ def test_an_error_leaves_the_model_as_it_was(mistake):
 
 
 BAD_FILES = {
-    "missing": (lambda t: t.pop(next(iter(t))), "lacks"),
+    "missing": (lambda t: t.pop(next(iter(t))), "it lacks .*, which the model has"),
     "unexpected": (
         lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)}),
-        "has, for",
+        "it has .*, which the model lacks",
     ),
     "NaN": (lambda t: next(iter(t.values())).fill_(torch.nan), "NaN or infinity"),
 }
@@ -454,13 +459,19 @@ def test_a_second_adapter_of_other_packed_layers(own, tmp_path):
     close(logits(peft.PeftModel.from_pretrained(dense, tmp_path / "second")), expected)
 
 
-def test_load_adapter_adds_layers_that_peft_has_no_class_for(tmp_path):
+@pytest.mark.parametrize("own", [True, False], ids=["load_adapter", "PEFT's"])
+def test_layers_that_peft_has_no_class_for_get_a_second_adapter(own, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
     first = get_peft_model(Two("rotated-int8"), config)
     first.save_pretrained(tmp_path)
     other = peft.LoraConfig(r=2, target_modules=["down"])
-    model = load_adapter(get_peft_model(Two("rotated-int8"), other), tmp_path, "second")
+    model = get_peft_model(Two("rotated-int8"), other)
+    if own:
+        load_adapter(model, tmp_path, "second")
+    else:
+        model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
+    assert not fastlora.coverage(model).not_fast
     x = torch.randn(3, K)
     assert torch.equal(model(x), first(x))
 
