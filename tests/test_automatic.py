@@ -111,6 +111,12 @@ def test_threads_wrap_once():
     assert BaseTuner.inject_adapter.__wrapped__ is THEIRS
 
 
+def test_settings_of_a_call_replace_those_of_auto():
+    fastlora.auto(loss=True)
+    model = fastlora.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG), loss=False)
+    assert not fastlora.coverage(model).loss
+
+
 def test_an_adapter_that_is_injected_later_is_fast_also():
     model = fastlora.restore(model_of())  # one that was made before
     fastlora.auto()

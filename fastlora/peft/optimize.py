@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..formats import bitsandbytes
-from ..layers import frozen, mlp
+from ..layers import mlp
 from ..layers.classes import Fast, change_classes, own_classes
 from ..layers.experts import PackedWeight
-from ..layers.head import ASKED, LazyHead, cover_head, give_back_heads, make_lazy
+from ..layers.frozen import frozen_classes
+from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from ..layers.linear import LoRALinear
 from ..layers.modules import has_sharded, plain_name, unwrap
 from ..report import (
@@ -39,8 +40,6 @@ _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
     "fastlora.auto(), gives them adapters"
 )
-# The class of the modules that a switch of ``optimize`` changes.
-_SWITCHED = {"frozen_linears": frozen.Linear, "gated_mlps": mlp.GatedMLP, "loss": LazyHead}
 _LEFT = "left alone (gated_mlps=False)"
 
 
@@ -131,7 +130,7 @@ def optimize(
     call of a layer checks whether it can run fast; otherwise it runs PEFT's forward.
     :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
     ``optimize``.  What an earlier call switched on stays on, such as ``loss``, also without that
-    argument; False raises ValueError then.  :func:`restore` undoes all of it.
+    argument; an argument of False switches it off.  :func:`restore` undoes all of it.
 
     ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
     ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and base layers
@@ -191,12 +190,6 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
     """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases."""
     inner = checked(model)
     check_optimize(base=base, int8_from=least, **switches)
-    for name, kind in _SWITCHED.items():
-        if switches[name] is False and any(isinstance(each, kind) for each in inner.modules()):
-            raise ValueError(
-                f"{name} is False, but an earlier call has switched it on: call "
-                "fastlora.restore(model) first"
-            )
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -213,16 +206,25 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
-        classes = fast_classes(inner.modules())
+        modules = list(inner.modules())
+        if False in (switches["frozen_linears"], switches["gated_mlps"], switches["loss"]):
+            # An earlier call may have switched it on: begin with the plain classes.
+            if was_asked := inner.__dict__.pop(ASKED, False):
+                undo.callback(inner.__dict__.__setitem__, ASKED, True)
+            if switches["loss"] is None:
+                switches["loss"] = was_asked
+            undo.callback(change_classes, change_classes(own_heads(modules)))
+            undo.callback(change_classes, change_classes(own_classes(modules)))
+        classes = fast_classes(modules)
         if base is not None:
             convert(inner, layers, classes, least, undo)
             report = cover(model, layers, unreached=reason)
         # Skip lora_A and lora_B.  In an inactive adapter they are also frozen, but their class must
         # stay torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()
-        classes |= frozen.frozen_classes(layer for name, layer in named if ".lora_" not in name)
+        classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
         if switches["gated_mlps"]:
-            classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
+            classes |= mlp.gated_classes(modules, PeftGatedMLP)
         undo.callback(change_classes, change_classes(classes))
         for module in inner.modules():
             undo.callback(bitsandbytes.repack_again, module)

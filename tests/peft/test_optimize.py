@@ -89,16 +89,16 @@ def test_optimizing_twice_and_restoring_without_are_no_ops():
     assert type(model.base_model.model.up) is PeftLinear
 
 
-@pytest.mark.parametrize("switch", ["gated_mlps", "loss"])
-def test_a_switch_stays_on_and_false_is_refused_until_restore(switch):
+@pytest.mark.parametrize(
+    ("switch", "blocks", "loss"), [("gated_mlps", 0, True), ("loss", 2, False)]
+)
+def test_a_switch_stays_on_until_an_argument_of_false(switch, blocks, loss):
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
-    fastlora.optimize(model, loss=True)
-    before = str(fastlora.coverage(fastlora.optimize(model)))
-    with pytest.raises(ValueError, match=rf"{switch} is False, but .*\.restore\(model\) first"):
-        fastlora.optimize(model, **{switch: False})
-    assert str(fastlora.coverage(model)) == before
-    fastlora.optimize(fastlora.restore(model), **{switch: False})
-    assert str(fastlora.coverage(model)) != before
+    before = str(fastlora.coverage(fastlora.optimize(model, loss=True)))
+    assert str(fastlora.coverage(fastlora.optimize(model))) == before
+    report = fastlora.coverage(fastlora.optimize(model, **{switch: False}))
+    assert sum(mlp.fast for mlp in report.gated_mlps) == blocks
+    assert bool(report.loss) == loss
 
 
 def test_while_optimized_undoes_only_its_own_call(fast_calls):
