@@ -2,7 +2,6 @@
 
 import io
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import some
-from ..packing.files import CONFIG, WEIGHTS, write_whole
+from ..packing.files import write_whole
 from ..text import columns, shown
 from .trial import Trial
 
-FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
+FILE, TABLE = "state.pt", "sweep.json"
 ADAPTERS, BEST = "adapters", "best"
 
 
@@ -32,7 +31,6 @@ class State:
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0
-    checksum: int = 0  # of the batches
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
 
@@ -43,21 +41,19 @@ def save(state: State, folder: Path) -> None:
     write_whole(folder, {FILE: content.getvalue()})
 
 
-def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bool) -> State | None:
+def earlier(folder: Path, settings: dict[str, Any], resume: bool) -> State | None:
     """The state to resume from, or None for a new sweep.
 
-    Raises ValueError if the folder has a sweep and neither ``resume`` nor ``replace`` is set, and
-    if the sweep to resume has other settings or can't be read.
+    Raises ValueError if the folder has a sweep and ``resume`` is not set, and if the sweep to
+    resume has other settings or can't be read.
     """
-    if resume and replace:
-        raise ValueError("resume continues a sweep, and replace deletes it: give only one")
     there = [name for name in (FILE, TABLE) if (folder / name).exists()]
-    if not there or replace:
+    if not there:
         return None
     if not resume:
         raise ValueError(
-            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it, "
-            "replace=True deletes it, and another output_dir keeps it"
+            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it; "
+            "for a new sweep give another output_dir"
         )
     earlier = _read(folder / FILE)
     # Only the same trials and options end with the same result as an uninterrupted sweep.
@@ -65,8 +61,7 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
         if earlier.settings.get(name) != value:
             raise ValueError(
                 f"{folder / FILE} is of a sweep with {name} {shown(earlier.settings.get(name))}, "
-                f"not {shown(value)}: give the same value, another output_dir, or replace=True "
-                "instead of resume"
+                f"not {shown(value)}: give the same value, or another output_dir"
             )
     return earlier
 
@@ -76,30 +71,6 @@ def _read(path: Path) -> State:
         return State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(f"{path} can't be read: {error}") from error
-
-
-def delete(folder: Path) -> None:
-    """Delete the files of the folder's sweep; the next sweep overwrites its state file.
-
-    Only a sweep's files are deleted; a folder goes only if it is empty afterwards.
-    """
-    for adapter in [*(folder / ADAPTERS).glob("*"), folder / BEST]:
-        delete_adapter(adapter)
-    _delete_empty(folder / ADAPTERS)
-    for name in (TABLE, PICTURE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def delete_adapter(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():  # a link's target doesn't belong to the sweep
-        for name in (WEIGHTS, CONFIG):
-            (folder / name).unlink(missing_ok=True)
-        _delete_empty(folder)
-
-
-def _delete_empty(folder: Path) -> None:
-    with suppress(OSError):  # it isn't empty, or doesn't exist
-        folder.rmdir()
 
 
 def random_state() -> list[Tensor]:
@@ -142,7 +113,7 @@ class Sweep:
 
     ``best``: the trial with the lowest held-out loss among trials that ran all steps; None if no
     loss is finite.  ``folder`` holds its adapter in ``best/``, all adapters in ``adapters/NAME/``,
-    ``sweep.json`` and ``losses.png``.
+    and ``sweep.json``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -205,23 +176,3 @@ def _finite(number: float) -> float | None:
 def nan_last(loss: float) -> float:
     """A sort key that puts NaN last."""
     return math.inf if math.isnan(loss) else loss
-
-
-def curves(sweep: Sweep) -> dict[str, bytes]:
-    """A picture of the held-out losses, by file name; empty without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return {}
-    figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
-    axes = figure.add_subplot()
-    for outcome in sweep.outcomes:
-        steps, losses = zip(*outcome.losses, strict=True)
-        best = outcome is sweep.best
-        label = f"{outcome.trial.name}: {outcome.loss:.3f}"
-        axes.plot(steps, losses, marker="o", markersize=3, lw=2.5 if best else 1.2, label=label)
-    axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(content, format="png", dpi=120)
-    return {PICTURE: content.getvalue()}

@@ -9,7 +9,6 @@ from itertools import count, islice
 from math import isclose
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from ..layers.batch import in_mode
 from ..text import shown
 from .layer import Attached
-from .record import Outcome, State, delete, nan_last, random_state, save
+from .record import Outcome, State, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
@@ -33,8 +32,6 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
     if isinstance(data, list | tuple):
         data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
     for epoch in count():
-        # An iterator can be read only once, so its batches are kept.
-        kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
         # A shuffling loader draws its order when its first batch is read.
         random = torch.Generator("cpu").manual_seed(seed + epoch)
         with drawing(random):
@@ -44,32 +41,9 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
             problem = "ends, and can't be read again" if epoch else "gives no batch"
             raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
         while batch is not None:
-            batch = as_batch(batch)
-            if kept is not None:
-                kept.append(batch)
-            yield batch
+            yield as_batch(batch)
             with drawing(random):
                 batch = next(batches, None)
-        data = kept or data
-
-
-def skip(batches: Iterator[Batch], state: State) -> None:
-    """Read the batches that the state has used.  Raises ValueError if they are others."""
-    checksum = 0
-    for batch in islice(batches, state.batches):
-        checksum = _checksum(batch, checksum)
-    if checksum != state.checksum:
-        raise ValueError(
-            "the sweep to resume had other data: give the same (what a loader draws must come from "
-            "torch), another output_dir, or replace=True instead of resume"
-        )
-
-
-def _checksum(batch: Batch, before: int) -> int:
-    for name in sorted(batch):
-        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
-        before = crc32(numbers, crc32(name.encode(), before))
-    return before
 
 
 @contextmanager
@@ -136,7 +110,6 @@ class Training:
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
-    replaces: bool = False  # whether to delete an earlier sweep's files before the first write
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -165,8 +138,7 @@ class Training:
         ):
             raise ValueError(
                 "the sweep to resume had another base model or other held-out data (eval_data): "
-                "its first held-out losses were others.  Give the same, another output_dir, or "
-                "replace=True instead of resume"
+                "its first held-out losses were others.  Give the same, or another output_dir"
             )
         with torch.no_grad():
             for parameters, saved in pairs:
@@ -205,8 +177,7 @@ class Training:
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
         taken = list(islice(batches, len(self.trials) // len(state.alive)))
-        for batch in taken:
-            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
+        state.batches += len(taken)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
@@ -263,9 +234,6 @@ class Training:
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters
         ]
-        if self.replaces:  # only now, so that a failed start keeps the old sweep
-            delete(folder)
-            self.replaces = False
         save(state, folder)
 
     def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:

@@ -18,7 +18,6 @@ from vendor_layers import quantized
 import fastlora
 from fastlora.peft.targets import find_targets
 from fastlora.sweeps.layer import new_pair
-from fastlora.sweeps.record import PICTURE, curves
 from fastlora.sweeps.training import causal_loss, counted, feed, joined
 from fastlora.sweeps.trial import Options, as_trials
 
@@ -139,8 +138,6 @@ def test_each_trial_equals_its_separate_training(base, model, tmp_path):
     assert found.best.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
     assert config["r"] == found.best.trial.config.r
-    assert (tmp_path / PICTURE).read_bytes() == b"a picture"
-    assert curves(found)[PICTURE].startswith(b"\x89PNG")
     lines = str(found).splitlines()
     assert lines[1].startswith(found.best.trial.name)
     assert lines[1].split()[2] == f"{found.best.effective_rank:.1f}"
@@ -342,12 +339,8 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": 2, "halving": True}, ValueError, "too few to halve 4 trials"),
-        ({"schedule": "up"}, ValueError, "schedule is 'up'"),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm is -1"),
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
-        ({"loss": 0.1}, TypeError, "loss is 0.1, but must be a function"),
-        ({"data": 3}, TypeError, "data is 3, but must give batches"),
-        ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "must be 'labels'"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
@@ -369,27 +362,9 @@ def test_batches_of_equal_shapes_are_joined():
     assert len(joined([short, short | {"more": torch.ones(2)}])) == 2
 
 
-def test_an_iterator_is_read_once_and_its_batches_are_kept(model, tmp_path):
-    def endless():
-        while True:
-            yield from DATA
-
-    options = {"configs": CONFIGS[:2], "steps": 3, "halving": True, "eval_steps": 3}
-    read = [
-        swept(model, tmp_path / name, data=data, **options)
-        for name, data in (("list", DATA), ("endless", endless()))
-    ]
-    assert read[0].best.losses == read[1].best.losses
-
-    class Once:
-        def __init__(self):
-            self.batches = iter(batches(2))
-
-        def __iter__(self):
-            return self.batches
-
+def test_an_iterator_that_ends_is_an_error():
     with pytest.raises(ValueError, match="can't be read again"):
-        list(islice(feed(Once(), 0), 3))
+        list(islice(feed(iter(DATA), 0), len(DATA) + 1))
 
 
 def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
@@ -465,17 +440,15 @@ def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
         swept(Routed().eval(), tmp_path / "routed", [{"r": 2, "learning_rate": 1e-2}])
 
 
-def test_schedules_and_rungs():
+def test_learning_rates_and_rungs():
     def options(**changes) -> Options:
-        return Options(8, True, 1, "linear", 0, 0.0, 1.0, 0)._replace(**changes)
+        return Options(8, True, 1, 0, 0.0, 1.0, 0)._replace(**changes)
 
     assert options().rungs(8) == {2: 4, 4: 2, 6: 1}
     assert options().rungs(5) == {2: 3, 4: 2, 6: 1}
     assert options().rungs(1) == {} == options(halving=False).rungs(8)
     assert [options(steps=4).factor(i) for i in range(4)] == [1, 0.75, 0.5, 0.25]
     assert [options(warmup_steps=3).factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1]
-    assert options(schedule="cosine", steps=2).factor(1) == pytest.approx(0.5)
-    assert options(schedule="constant").factor(7) == 1
 
 
 class Blocks(nn.Module):
