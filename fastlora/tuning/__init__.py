@@ -1,7 +1,7 @@
 """Measure which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -18,7 +18,7 @@ from ..layers.linear import replace_linears
 from ..layers.mlp import gated_classes
 from ..peft.targets import linear_layers
 from ..projection import DTYPES
-from ..settings import check_switches, is_number
+from ..settings import check_settings, check_switches, is_number
 from ..text import bar, shown
 from .calls import distinct, products_of
 from .table import Tuned, Tuning
@@ -45,8 +45,7 @@ def tune(
     forward and backward, two plans are timed: *fused*, where one Triton kernel computes the base
     product and the adapter, with the default tiles and up to eight others; and *in place*, where
     torch adds the base product to the adapter's part.  A plan with a wrong result is not timed.
-    torch's frozen layer is timed for comparison, and PEFT's layer if PEFT is installed.  Tensors
-    are random: the model isn't called, and may be on ``meta``.
+    Tensors are random: the model isn't called, and may be on ``meta``.
 
     The fastest plans and tiles are written to a file for this device in the user's cache
     (``FASTLORA_CACHE``), together with earlier results.  Calls of similar sizes (within two
@@ -82,12 +81,14 @@ def command(
     ``about``: r, dropout and dtype.
     """
     _check_seconds(seconds)
-    r, dropout, dtype = about["r"], about["dropout"], about["dtype"]
+    r, dropout, dtype = about["r"], about["dropout"], getattr(torch, about["dtype"] or "", None)
+    check_settings(r, 1, dropout)
     if bool(model) == bool(shape):
         raise ValueError("give either a model or --shape")
     if model:
-        return tune(_on_meta(model, r, dropout), tokens or _TOKENS, dtype=dtype, seconds=seconds)
-    if tokens:
+        tokens = _TOKENS if tokens is None else tokens
+        return tune(_on_meta(model, r, dropout), tokens, dtype=dtype, seconds=seconds)
+    if tokens is not None:
         raise ValueError("--tokens goes with a model: a --shape states its rows, so leave it out")
     dtype = dtype or torch.bfloat16
     forward = [Sizes(m, k, (n,), ((r,),), dtype, dropout=dropout) for m, k, n in shape or ()]
@@ -130,11 +131,7 @@ def _tuned(
         nothing = f"there is nothing to tune on {device}: it runs no compiled Triton kernels"
         return Tuning(str(device), (), (nothing,))
     measured_rows = []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws random numbers
-        torch.cuda.device(device) if is_gpu else nullcontext(),
-    ):
+    with torch.no_grad(), torch.cuda.device(device) if is_gpu else nullcontext():
         for i, product in enumerate(bar(products, "tuning", "product") if progress else products):
             reason, now = why_not(product.dtype, device, ()), monotonic()
             if now >= end:
@@ -162,7 +159,7 @@ def _measured(
     """
     from ..backends.triton.plans import Contest
 
-    contest, steps = Contest(product, device), dict[Any, Callable[[], object]]()
+    contest, steps = Contest(product, device), dict[Any, Callable]()
     for plan in contest.plans()[: 2 + _MOST_TILES]:
         if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
             break
@@ -178,25 +175,15 @@ def _measured(
             steps[plan] = contest.step(plan)
     if not steps:
         return []
-    default, ours = contest.default(), list(steps)
-    if not product.experts:
-        steps["frozen"] = contest.frozen()
-    if not product.experts and len(contest.ranks) == len(product.outs):
-        with suppress(ImportError), torch.enable_grad():
-            from ..peft.baseline import step_of
-
-            of_x = contest.x, contest.weights, contest.ranks
-            steps["PEFT"] = step_of(*of_x, product.dropout, contest.dys)
-    clock, before = clock_for(device), monotonic()
+    default, clock, before = contest.default(), clock_for(device), monotonic()
     medians(clock, steps, 1)  # warms up
     now = monotonic()
     left = int((start + share - now) / max(now - before, 1e-9))
     seconds = medians(clock, steps, min(max(left, _FEWEST), _ROUNDS))
     # The default plan wins unless another one is clearly faster.
-    best = min(ours, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
-    others = [seconds.get(side) for side in (default, "frozen", "PEFT")]
-    line = Tuned(str(product), _named(default), _named(best), seconds[best], *others)
-    return [(line, contest.row(best))]
+    best = min(steps, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
+    times = seconds[best], seconds.get(default)
+    return [(Tuned(str(product), _named(default), _named(best), *times), contest.row(best))]
 
 
 def _named(plan: Any) -> str:

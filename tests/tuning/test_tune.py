@@ -106,18 +106,17 @@ def resolved(monkeypatch, change=None):
 
 
 def test_the_fastest_plan_is_written_and_the_next_process_goes_by_it(timed, tmp_path):
-    timed.of = lambda plan: {IN_PLACE: 0.5, "frozen": 0.25, "PEFT": 2.0}.get(plan, 1.0)
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     found = tuned()
     assert [line.product for line in found.lines] == PRODUCTS
     for line in found.lines:
         assert (line.default, line.best) == ("fused", "in place")
         assert (line.seconds, line.default_seconds) == (0.5, 1.0)
-        assert (line.frozen_seconds, line.peft_seconds) == (0.25, 2.0)
     assert planned() == planned(backward=True) == planned(m=2 * ROWS) == IN_PLACE
     assert planned(m=8 * ROWS) == planned(name="Another") == FUSED
     assert found.path == str(tmp_path / "tuning" / "A-GPU.json")
     words = [" ".join(line.split()) for line in str(found).splitlines()]
-    assert f"{PRODUCTS[0]} fused in place 500.000 0.500 2.000 0.250" in words
+    assert f"{PRODUCTS[0]} fused in place 500.000 0.500" in words
     assert str(found).endswith(f"written to {found.path}")
     code = f"""if True:
         import torch
@@ -203,12 +202,12 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
 
     def spoil(plan, results):
         results = list(results)
-        if type(plan) is Plan and plan.gemm:
+        if plan and plan.gemm:
             change(results)
         return results
 
     resolved(monkeypatch, spoil)
-    timed.of = lambda plan: 0.1 if type(plan) is Plan and plan.gemm else 1.0
+    timed.of = lambda plan: 0.1 if plan and plan.gemm else 1.0
     found = tuned()
     assert {line.best for line in found.lines} == {"fused"}
     assert [steps[:2] for steps in timed.steps] == [[IN_PLACE, FUSED]] * 2
@@ -277,8 +276,7 @@ def test_a_first_product_is_measured_by_a_real_clock_although_the_time_ends(monk
     found = tuned(seconds=1e-3)
     assert [line.product for line in found.lines] == PRODUCTS[:1]
     (line,) = found.lines
-    times = (line.seconds, line.default_seconds, line.frozen_seconds, line.peft_seconds)
-    assert min(times) > 0
+    assert min(line.seconds, line.default_seconds) > 0
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 10**400])
@@ -486,11 +484,10 @@ def test_invalid_arguments_are_refused(call, message):
         ("", "give either a model or --shape"),
         ("x --shape 1,2,3", "give either a model or --shape"),
         ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
-        ("x --tokens 0", "'0' isn't a number of tokens"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
 )
-def test_a_wrong_command_is_one_line(options, message, capsys):
+def test_a_wrong_command_is_an_error(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["tune", *options.split()])
     assert stop.value.code in (1, 2)
