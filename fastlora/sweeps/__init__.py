@@ -6,7 +6,6 @@ are read once for all.  Eight configurations take 0.48 to 0.83 × the time of ei
 """
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -77,16 +76,21 @@ def sweep(
     A folder that already has a sweep is refused without ``resume``.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
-    unchanged, also if the sweep fails.  Rows must be independent of each
-    other, so batch norms stay in evaluation mode, with a warning.  Returns a
-    :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
-    TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
-    During training, raises ValueError if a layer's input doesn't tell which trial a row belongs
-    to, and passes on the model's errors.
+    unchanged, also if the sweep fails.  Rows must be independent of each other, so a model with
+    batch norms is refused.  Returns a :class:`fastlora.sweeps.record.Sweep`, which prints as a
+    table.  Before anything changes, raises TypeError or ValueError for invalid arguments and
+    OSError if the folder can't be written to.  During training, raises ValueError if a layer's
+    input doesn't tell which trial a row belongs to, and passes on the model's errors.
     """
     check_model(model)
     check_switches(halving=halving, resume=resume, progress=progress)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
+    norms = [called(name) for name, m in inner.named_modules() if isinstance(m, _BatchNorm)]
+    if norms:
+        raise ValueError(
+            f"{some(norms)} would mix trials, because a batch norm uses the statistics of the "
+            "batch: train each configuration in a separate run"
+        )
     if eval_steps is None:
         eval_steps = max(1, steps // 4) if type(steps) is int else 1
     options = Options(steps, halving, eval_steps, warmup_steps, weight_decay, max_grad_norm, seed)
@@ -100,13 +104,10 @@ def sweep(
             "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
-    norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
         run = Training(inner, trials, parts, options, loss, held_out)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True):
-            for norm in norms:
-                norm.eval()
             batches = feed(data, seed)
             for _ in range(state.batches):  # the state's steps have used them
                 next(batches)
@@ -121,11 +122,9 @@ def sweep(
 
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
     """Write the final files: adapters and the table."""
-    ranks = [
+    for adapters, trial in zip(state.adapters, run.trials, strict=True):
         _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
-        for adapters, trial in zip(state.adapters, run.trials, strict=True)
-    ]
-    sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
+    sweep = Sweep(run.outcomes(state), run.options.steps, state.seconds, folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
     else:
@@ -136,29 +135,8 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     return sweep
 
 
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The model's batch norms, with a warning: in training they would mix trials.
-
-    The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
-    statistics, because it uses the batch's statistics in evaluation as well.
-    """
-    named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    norms: list[Any] = [norm for _, norm in named]
-    names = some([name for name, _ in named])
-    if any(norm.running_mean is None for norm in norms):
-        raise ValueError(
-            f"{names} would mix trials, because it normalizes by the statistics of the batch: set "
-            "track_running_stats=True, or train each configuration in a separate run"
-        )
-    if norms:
-        warnings.warn(f"{names} stays in evaluation: in training it would mix trials", stacklevel=3)
-    return norms
-
-
-def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:
-    """Write a trial's adapter in PEFT's files.  Returns its effective rank, NaN if it has NaN."""
-    from ..adapters.resize import resize_adapter  # imported late: only the end of a sweep needs it
-
+def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a trial's adapter in PEFT's files."""
     config = copy(trial.config)
     config.inference_mode = True
     base = getattr(model, "name_or_path", None)
@@ -169,7 +147,3 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
     tensors = {keys[name]: tensor.detach().cpu() for name, tensor in adapters.items()}
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     write_adapter(folder, settings, tensors)
-    try:
-        return resize_adapter(folder).effective_rank
-    except ValueError:
-        return math.nan

@@ -23,11 +23,9 @@ class State:
     """The state of a sweep between two steps; a resumed sweep must have the same ``settings``."""
 
     settings: dict[str, Any]
-    # The numbers of the trials that continue; and for each trial its losses, seconds and steps.
-    alive: list[int]
-    losses: list[list[tuple[int, float]]]
-    seconds: list[float]
-    steps: list[int]
+    alive: list[int]  # the numbers of the trials that continue
+    losses: list[list[tuple[int, float]]]  # of each trial, by step
+    seconds: float = 0.0  # of all steps
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0
@@ -88,18 +86,18 @@ def set_random_state(states: list[Tensor]) -> None:
 class Outcome:
     """The result of one trial.
 
-    ``losses``: held-out losses, pairs of (step, loss).  ``seconds``: its share of the time of its
-    steps.  ``steps``: fewer than the sweep's if halving stopped it.  ``effective_rank``: the mean
-    over the layers, as in ``fastlora.resize_adapter``.
+    ``losses``: held-out losses, pairs of (step, loss); the last step is before the sweep's if
+    halving stopped it.
     """
 
     trial: Trial
     parameters: int
-    bytes: int  # size of the parameters
     losses: tuple[tuple[int, float], ...]
-    seconds: float
-    steps: int
-    effective_rank: float
+
+    @property
+    def steps(self) -> int:
+        """How many steps it trained."""
+        return self.losses[-1][0]
 
     @property
     def loss(self) -> float:
@@ -134,8 +132,8 @@ class Sweep:
             numbers = dict(vars(outcome))
             trial = numbers.pop("trial")
             numbers["losses"] = [(step, _finite(loss)) for step, loss in outcome.losses]
-            numbers["effective_rank"] = _finite(outcome.effective_rank)
             named = {"name": trial.name, "learning_rate": trial.learning_rate}
+            numbers["steps"] = outcome.steps
             trials.append(named | {"config": trial.settings} | numbers)
         best = self.best and self.best.trial.name
         return {"best": best, "steps": self.steps, "seconds": self.seconds, "trials": trials}
@@ -147,10 +145,7 @@ class Sweep:
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
 
-_TITLES = (
-    "trial", "r", "effective", "learning rate", "parameters", "MiB", "held-out loss", "steps",
-    "seconds",
-)  # fmt: skip
+_TITLES = ("trial", "r", "learning rate", "parameters", "held-out loss", "steps")
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:
@@ -158,13 +153,10 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     return (
         trial.name,
         f"{trial.config.r}",
-        f"{outcome.effective_rank:.1f}",
         f"{trial.learning_rate:g}",
         f"{outcome.parameters:,}",
-        f"{outcome.bytes / 2**20:.1f}",
         f"{outcome.loss:.4f}",
         f"{outcome.steps}",
-        f"{outcome.seconds:.0f}",
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from .record import Outcome, State, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
-_ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
 def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
@@ -120,22 +118,18 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
 
     def begun(self, settings: dict[str, Any]) -> State:
-        number = len(self.trials)
-        losses: list[list] = [[] for _ in self.trials]
-        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
+        return State(settings, list(range(len(self.trials))), [[] for _ in self.trials])
 
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.
 
-        Raises ValueError if the initial adapters have other held-out losses than in the state: then
+        Raises ValueError if the held-out losses of the initial adapters aren't the state's: then
         the base or the held-out data are others.
         """
         pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
-        before = [losses[0][1] for losses in state.losses]
-        if any(now.keys() != then.keys() for now, then in pairs) or not all(
-            isclose(now, then, rel_tol=_ROUNDING)
-            for now, then in zip(self._held_out(range(len(before))), before, strict=True)
-        ):
+        before = torch.tensor([losses[0][1] for losses in state.losses])
+        same = all(now.keys() == then.keys() for now, then in pairs)
+        if not same or not torch.tensor(self._held_out(range(len(before)))).allclose(before, 1e-3):
             raise ValueError(
                 "the sweep to resume had another base model or other held-out data (eval_data): "
                 "its first held-out losses were others.  Give the same, or another output_dir"
@@ -155,9 +149,7 @@ class Training:
             started = time.perf_counter()
             losses = self.step(state, batches)
             elapsed = time.perf_counter() - started
-            for i in state.alive:
-                state.seconds[i] += elapsed / len(state.alive)
-                state.steps[i] += 1
+            state.seconds += elapsed
             state.step, left = state.step + 1, left - 1
             if progress:  # on one line, which the next step overwrites
                 said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
@@ -203,12 +195,8 @@ class Training:
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
-        logits = _logits(self.model(**inputs))
-        if len(logits) != examples * len(alive):
-            raise ValueError(
-                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
-                "examples, but must return [examples, …]"
-            )
+        output = self.model(**inputs)
+        logits = getattr(output, "logits", output)
         return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
     def _evaluate(self, state: State) -> None:
@@ -236,21 +224,7 @@ class Training:
         ]
         save(state, folder)
 
-    def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
-        outcomes = []
-        for i, trial in enumerate(self.trials):
-            tensors = state.adapters[i].values()
-            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
-            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
-            outcomes.append(Outcome(trial, parameters, size, *its))
-        return tuple(outcomes)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(output).__name__}, but must return logits, as a tensor or "
-            "as the logits of an output"
-        )
-    return logits
+    def outcomes(self, state: State) -> tuple[Outcome, ...]:
+        counts = [sum(x.numel() for x in adapters.values()) for adapters in state.adapters]
+        columns = zip(self.trials, counts, map(tuple, state.losses), strict=True)
+        return tuple(Outcome(*column) for column in columns)

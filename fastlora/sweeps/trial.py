@@ -13,8 +13,8 @@ _RATE = "learning_rate"
 # The fields of peft.LoraConfig that a trial may set.
 _TRIED = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "task_type", "base_model_name_or_path",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
+    "base_model_name_or_path",
 }  # fmt: skip
 _NAME = r"(?!\.)[\w.,=+-]+"  # can't lead out of the parent folder
 _LONGEST = 200  # bytes of a name; file systems allow 255
