@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 from weakref import ref
 
@@ -112,10 +113,10 @@ def _measured(
     del seconds[0]  # it warmed up
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     rank_costs = tuple(
-        replace(cost, kept_bytes=size, step=_quartiles(steps))
+        replace(cost, kept_bytes=size, step=median(steps))
         for cost, size, steps in zip(estimate.rank_costs, kept[1:], ratios[1:], strict=True)
     )
-    middle = _quartiles([times[0] for times in seconds])[1]
+    middle = median([times[0] for times in seconds])
     return replace(
         estimate,
         frozen=replace(estimate.frozen, kept_bytes=kept[0], seconds=middle),
@@ -199,13 +200,6 @@ def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
         return [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()
     return [storage for name in names for storage in _storages(getattr(tensor, name))]
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    shares = (0.25, 0.5, 0.75)
-    in_order, at = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (values, shares))
-    low, middle, high = in_order.quantile(at).tolist()
-    return low, middle, high
 
 
 def _random_tokens(model: nn.Module) -> dict[str, Tensor]:

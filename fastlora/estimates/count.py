@@ -24,8 +24,8 @@ class RankCost:
     * ``parameters``: the number of trainable parameters;
     * ``bytes``: their size;
     * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
-    * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
-      quartile, median and upper quartile.
+    * ``step``: time of forward and backward divided by the frozen model's in the same round: the
+      median.
 
     If nothing was measured, ``kept_bytes`` and ``step`` are None.
     """
@@ -34,7 +34,7 @@ class RankCost:
     parameters: int
     bytes: int
     kept_bytes: float | None = None
-    step: tuple[float, float, float] | None = None
+    step: float | None = None
 
     @property
     def optimizer_bytes(self) -> int:
@@ -111,7 +111,7 @@ class Estimate:
         yield row("% of base", "", lambda cost: f"{100 * cost.parameters / frozen.parameters:.2f}")
         yield row("file, MiB", "", lambda cost: _mib(cost.bytes))
         if frozen.seconds is not None:
-            yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
+            yield row("step / frozen's", "1", lambda cost: f"{cost.step:.2f}")
         yield row("weights, MiB", _mib(frozen.bytes), lambda cost: _mib(cost.bytes))
         yield row("gradients, MiB", "", lambda cost: _mib(cost.bytes))
         yield row("AdamW's moments, MiB", "", lambda cost: _mib(cost.optimizer_bytes))
@@ -125,11 +125,7 @@ def _mib(size: float) -> str:
 
 
 def _kib(size: float | None) -> str:
-    return "–" if size is None else f"{size / 1024:.0f}"
-
-
-def _with_quartiles(step: tuple[float, float, float] | None) -> str:
-    return "–" if step is None else f"{step[1]:.2f} ({step[0]:.2f}–{step[2]:.2f})"
+    return f"{(size or 0) / 1024:.0f}"
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:

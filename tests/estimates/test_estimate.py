@@ -77,7 +77,7 @@ def test_experts_have_a_price(name):
     found = fastlora.estimate(model, [3], config=config, batch=batch, rounds=1)
     assert [type(module) for module in model.modules()] == classes
     (cost,) = found.rank_costs
-    assert cost.step[0] > 0
+    assert cost.step > 0
     fastlora.get_peft_model(model, dataclasses.replace(config, r=3))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert cost.parameters == sum(p.numel() for p in trained)
@@ -109,8 +109,7 @@ def test_kept_bytes_of_an_adapter():
     # sin saves its input, the loss its factors; the layers save their inputs and h.
     assert found.frozen.kept_bytes == 4 * (40 + 8)
     assert found.rank_costs[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
-    low, middle, high = found.rank_costs[0].step
-    assert 0 < low <= middle <= high
+    assert found.rank_costs[0].step > 0
     assert x.grad is None
 
 
