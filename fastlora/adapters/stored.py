@@ -16,9 +16,11 @@ from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
 from ..projection import Adapter
-from .config import AdapterConfig, weight_of
+from .config import AdapterConfig
 from .keys import pairs_of
 from .peft_config import as_trained, from_peft
+
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Layer(NamedTuple):
@@ -106,28 +108,22 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     layers = {}
     for name, keys in pairs.items():
         (a, dtype), (b, other) = (header[key] for key in keys)
-        r, wide = config.rank_of(name), torch.float32
-        if not all(getattr(kind, "is_floating_point", False) for kind in (dtype, other)):
+        r = config.rank_of(name)
+        if not {dtype, other} <= _DTYPES:
             raise ValueError(
                 f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
-                "but both must be floating-point"
-            )
-        if max(len(a), len(b)) > 2:
-            raise ValueError(
-                f"{path / WEIGHTS} has lora_A {a} for {called(name)}: fastlora reads no adapters "
-                "of convolutions"
+                "but both must be floating-point, of 16 bits or more"
             )
         # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
         fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
                 f"{path / WEIGHTS} has lora_A {a} and lora_B {b} for {called(name)}, but {CONFIG} "
-                f"says that its rank is {r}"
+                f"says that its rank is {r}: they must be [{r}, in] and [out, {r}]"
             )
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
-        if dtype == other and dtype.itemsize > 1:  # keep the file's dtype; 8-bit becomes float32
-            wide = dtype
-        layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
+        kept = dtype if dtype == other else torch.float32
+        layers[name] = Layer(keys, name in experts, a[0] // r, scale, kept)
     others = [key for key in header if "lora_" not in key]
     return Stored(path, as_trained(settings), config, layers, others)
 
@@ -140,7 +136,7 @@ def _module_of(key: str) -> str:
     return ".".join(parts)
 
 
-def patterns(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     """PEFT's r, lora_alpha and patterns that give these layers their ranks and alphas.
 
     The most common value becomes the default, and every other layer gets an anchored pattern.
@@ -152,7 +148,7 @@ def patterns(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[st
     ):
         ((fields[default], _),) = Counter(values.values()).most_common(1)
         fields[field] = {
-            "^" + re.escape(weight_of(name) if config.names_weight_of(name) else name): value
+            f"^{re.escape(name)}": value
             for name, value in values.items()
             if value != fields[default]
         }
@@ -164,8 +160,6 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
     path = files.check_folder(output)
     if any(path.resolve() == folder.resolve() for folder in inputs):
         raise ValueError(f"output is {path}, which is also an input: give another folder")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output is {path}, which is a file: give a folder")
     inside = path.iterdir() if path.exists() else ()
     foreign = {file.name for file in inside if not files.is_scratch(file)} - {WEIGHTS, CONFIG}
     if foreign:
