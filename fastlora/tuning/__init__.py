@@ -1,8 +1,7 @@
 """Measure which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -20,14 +19,12 @@ from ..peft.targets import linear_layers
 from ..projection import DTYPES
 from ..settings import check_settings, check_switches, is_number
 from ..text import bar, shown
-from .calls import distinct, products_of
+from .calls import products_of
 from .table import Tuned, Tuning
 
-_TOKENS = 4096  # rows of a step, the command's default
 _FEWEST, _ROUNDS = 3, 9  # least and most rounds of timing
 _MOST_TILES = 8  # in addition to the default tiles
 _FOR_TILES = 0.7  # share of a product's time after which no further tiles are tried
-_LONGEST = 1e9  # seconds; a finite limit, because the number of rounds is computed from it
 _CLEARLY = 0.99  # another plan must take less than this share of the default plan's time
 
 
@@ -66,63 +63,17 @@ def tune(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
     check_switches(progress=progress)
-    _check_seconds(seconds)
-    with torch.no_grad():
-        products, notes = products_of(model, tokens, dtype)
-    here = [weight.device for weight in model.parameters() if weight.device.type == "cuda"]
-    return _tuned(products, notes, here, seconds, progress)
-
-
-def command(
-    model: str | None, shape: Sequence | None, tokens: int | None, seconds: float, **about: Any
-) -> Tuning:
-    """``python -m fastlora tune``: tunes for a named model, all linear layers adapted, or shapes.
-
-    ``about``: r, dropout and dtype.
-    """
-    _check_seconds(seconds)
-    r, dropout, dtype = about["r"], about["dropout"], getattr(torch, about["dtype"] or "", None)
-    check_settings(r, 1, dropout)
-    if bool(model) == bool(shape):
-        raise ValueError("give either a model or --shape")
-    if model:
-        tokens = _TOKENS if tokens is None else tokens
-        return tune(_on_meta(model, r, dropout), tokens, dtype=dtype, seconds=seconds)
-    if tokens is not None:
-        raise ValueError("--tokens goes with a model: a --shape states its rows, so leave it out")
-    dtype = dtype or torch.bfloat16
-    forward = [Sizes(m, k, (n,), ((r,),), dtype, dropout=dropout) for m, k, n in shape or ()]
-    backward = [replace(sizes, backward=True) for sizes in forward]
-    return _tuned(distinct([*forward, *backward]), [], [], seconds, progress=True)
-
-
-def _on_meta(name: str, r: int, dropout: float) -> nn.Module:
-    """A causal language model of transformers on meta, with adapters; only its config is read."""
-    transformers = optional("transformers", f"tune {name} needs transformers", "demo")
-    about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    dtype = getattr(about, "dtype", None) or torch.bfloat16
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
-        layers = sorted(linear_layers(model))
-        replace_linears(model, layers, r=r, lora_alpha=r, lora_dropout=dropout)
-        change_classes(gated_classes(model.modules()))  # so that gate and up count as one product
-    return model
-
-
-def _check_seconds(seconds: float) -> None:
     if not is_number(seconds) or not seconds > 0:
         raise ValueError(f"seconds is {shown(seconds)}, but must be a number above 0")
-
-
-def _tuned(
-    products: Sequence[Sizes], said: list[str], devices: list, seconds: float, progress: bool
-) -> Tuning:
-    """Measure as many products as time allows, on the first device, and write the results."""
     # Imported late: ``import fastlora`` needs neither the doctor nor the kernels.
     from ..doctor.machine import devices_here
 
-    device = devices[0] if devices else devices_here()[-1]
-    name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, _LONGEST)
+    with torch.no_grad():
+        products, said = products_of(model, tokens, dtype)
+    here = [weight.device for weight in model.parameters() if weight.device.type == "cuda"]
+    device = here[0] if here else devices_here()[-1]
+    # Finite, because the number of rounds is computed from it.
+    name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, 1e9)
     if backend_name(device=device) == "triton":
         from ..backends.triton import measured, why_not
 
@@ -148,6 +99,26 @@ def _tuned(
     if measured_rows and not path:
         said.append(f"{measured.path_of(name)} can't be written: only this process uses it")
     return Tuning(name, tuple(line for line, _ in measured_rows), tuple(said), path)
+
+
+def command(
+    model: str, tokens: int, r: int, dtype: str | None, dropout: float, seconds: float
+) -> Tuning:
+    """``python -m fastlora tune``: tunes for a named model, all of whose linear layers train.
+
+    The model is made on meta, so only its config is read.
+    """
+    check_settings(r, 1, dropout)
+    transformers = optional("transformers", f"tune {model} needs transformers", "demo")
+    about = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(about)
+        made.to(getattr(about, "dtype", None) or torch.bfloat16)
+        layers = sorted(linear_layers(made))
+        replace_linears(made, layers, r=r, lora_alpha=r, lora_dropout=dropout)
+        change_classes(gated_classes(made.modules()))  # so that gate and up count as one product
+    kind = getattr(torch, dtype) if dtype else None
+    return tune(made, tokens, dtype=kind, seconds=seconds)
 
 
 def _measured(
