@@ -46,11 +46,7 @@ def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[flo
 
 def _order(path: Path) -> tuple[str, list[int]]:
     """The folder, and the numbers of the file's version and date."""
-    return path.parent.name, _numbers(path.stem)
-
-
-def _numbers(version: str) -> list[int]:
-    return [*map(int, re.findall(r"\d+", version))]
+    return path.parent.name, [*map(int, re.findall(r"\d+", path.stem))]
 
 
 def table(folder: Path = RESULTS) -> str:
