@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 from weakref import ref
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..clock import HostClock, timed
+from ..clock import HostClock, median, timed
 from ..foreign import optional
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import check_model, check_plain, embeddings_of, text_config, unwrap
