@@ -3,8 +3,8 @@
     python examples/sweep.py             SmolLM2 135M on Python's documentation
     python examples/sweep.py --model ./my-model --data my.jsonl --steps 200
 
---out gets the table, and every adapter as PEFT's files.  After Ctrl-C, the same command with
---resume continues.
+--out gets the table, the curves, and every adapter as PEFT's files.  After Ctrl-C, the same command
+with --resume continues.  --replace deletes an earlier sweep in --out.
 """
 
 import os
@@ -53,11 +53,12 @@ def main() -> None:
         halving=options.halving,
         warmup_steps=options.steps // 10,
         resume=options.resume,
+        replace=options.replace,
         seed=options.seed,
     )
     print(found)
     best = "best/, " if found.best else ""
-    print(f"{best}adapters/ and sweep.json are in {options.out}")
+    print(f"{best}adapters/, sweep.json and losses.png are in {options.out}")
 
 
 def parse_options() -> Namespace:
@@ -71,11 +72,17 @@ def parse_options() -> Namespace:
     add("--seq-len", type=number(int, 8), default=128, help="tokens per row (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="for adapters, data, dropout (%(default)s)")
     add("--no-halving", dest="halving", action="store_false", help="train all trials to the end")
-    add("--resume", action="store_true", help="continue the sweep in --out")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    earlier.add_argument(
+        "--replace", action="store_true", help="delete the sweep in --out, and start again"
+    )
     options = parser.parse_args()
     there = any((options.out / name).exists() for name in ("state.pt", "sweep.json"))
-    if there and not options.resume:  # before minutes of work
-        parser.error(f"--out {options.out} has a sweep: --resume continues it")
+    if there and not (options.resume or options.replace):  # before minutes of work
+        parser.error(
+            f"--out {options.out} has a sweep: --resume continues it, --replace deletes it"
+        )
     return options
 
 

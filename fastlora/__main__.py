@@ -46,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_PLUGINS[options["trainer"]])
         return 0
     output = options.get("output") or options.get("path")
+    plot = options.pop("plot", None)
     try:
         report = run(**options)
         if report is not None:
             print(report)
+        if plot:
+            report.plot(plot)
         if output:
             print(f"written: {output}")
     except (ImportError, OSError, ValueError) as error:
@@ -113,6 +116,7 @@ def _add_adapters(add_command: Callable[..., ArgumentParser]) -> None:
     resize.add_argument("adapter", metavar="FOLDER")
     resize.add_argument("--energy", type=float, help="share of the squared singular values to keep")
     resize.add_argument("--output", metavar="FOLDER", help="folder for the cut adapter")
+    resize.add_argument("--plot", metavar="FILE", help="write a PNG of the singular values")
     combine.add_argument("folders", nargs="+", metavar="FOLDER")
     combine.add_argument("--weights", nargs="+", type=float, required=True, help="one per adapter")
     combine.add_argument("--output", metavar="FOLDER", required=True)

@@ -1,13 +1,17 @@
 """Singular values of a layer's scale · B A, and its best approximation of a lower rank."""
 
+import io
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..foreign import optional
 from ..layers.linear import scaling_of
 from ..layers.modules import called
+from ..packing.files import check_folder, write_whole
 from ..projection import Adapter
 from ..text import columns
 
@@ -70,6 +74,23 @@ class Spectra:
             f"{self.loss:.4f} of all; {before:,} parameters before, {after:,} after"
         )
         return "\n".join([*columns([_TITLES, *rows], left=1), last])
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw each layer's singular values, divided by the largest one, as a PNG.
+
+        Raises ImportError without matplotlib.
+        """
+        place = check_folder(path)
+        drawing = optional("matplotlib.figure", "plot needs matplotlib", "plot")
+        figure, content = drawing.Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
+        axes = figure.add_subplot()
+        for layer in self.layers:
+            for values in layer.values.tolist():
+                seen = [value / values[0] for value in values if value]
+                axes.plot(range(1, len(seen) + 1), seen, lw=0.8, alpha=0.6)
+        axes.set(xlabel="number", ylabel="singular value / the largest", yscale="log")
+        figure.savefig(content, format="png", dpi=120)
+        write_whole(place.parent, {place.name: content.getvalue()})
 
 
 _TITLES = ("layer", "rank", "effective rank", "rank after", "lost")

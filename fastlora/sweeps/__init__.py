@@ -6,6 +6,7 @@ are read once for all.  Eight configurations take 0.48 to 0.83 × the time of ei
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -21,10 +22,11 @@ from ..layers.head import lazy_head
 from ..layers.modules import called, check_model, some, unwrap
 from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
 from ..settings import check_switches
+from ..text import shown
 from . import record
 from .layer import attached
 from .record import State, Sweep
-from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed
+from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip
 from .trial import Options, Trial, as_trials
 
 
@@ -38,12 +40,14 @@ def sweep(
     output_dir: str | Path,
     halving: bool = False,
     eval_steps: int | None = None,
+    schedule: str = "linear",
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     loss: Loss = causal_loss,
     seed: int = 0,
     resume: bool = False,
+    replace: bool = False,
     progress: bool = True,
 ) -> Sweep:
     """Train every configuration on this model at once, and report the best one.
@@ -52,9 +56,9 @@ def sweep(
     (``target_modules`` defaults to "all-linear"), ``learning_rate``, and optionally ``name``.  By
     default the fields that differ make the name.
 
-    ``data``: batches, read again from the start when they end: a list or a DataLoader.  A batch
-    maps names to tensors [examples, …]; one of them is ``labels``, and all others are keyword
-    arguments of ``model``.
+    ``data``: batches, read again from the start when they end: a list, a DataLoader, or an
+    iterator, whose batches are kept.  A batch maps names to tensors [examples, …]; one of
+    them is ``labels``, and all others are keyword arguments of ``model``.
 
     In each of ``steps`` every trial sees the same batch, as rows of one call.  Each trial has
     separate gradients, AdamW moments, learning rate and gradient norm (clipped at
@@ -66,37 +70,37 @@ def sweep(
     if their shapes are equal.
 
     ``eval_data``: the batches of the held-out loss, which is computed every ``eval_steps`` (by
-    default a quarter of the steps) and at the end.  Learning rates rise for ``warmup_steps``, and
-    then fall linearly to zero.  ``seed`` determines initial adapters, the order of a shuffling
-    loader and dropout.
+    default a quarter of the steps) and at the end.  ``schedule``: "linear" to zero, "cosine" or
+    "constant", after ``warmup_steps``.  ``seed`` determines initial adapters, the order of a
+    shuffling loader and dropout.
 
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
-    all numbers; and ``state.pt`` at each evaluation.  With ``resume`` an interrupted sweep
-    continues from there, and ends with the same result if ``data`` gives the same batches again.
-    A folder that already has a sweep is refused without ``resume``.
+    all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation.
+    With ``resume`` an interrupted sweep continues from there, over the same base and data, and ends
+    with the same result.  A folder that already has a sweep is refused without ``resume`` or
+    ``replace``.  ``replace`` deletes the adapters and results in it when the new sweep writes its
+    first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
-    unchanged, also if the sweep fails.  Rows must be independent of each other, so a model with
-    batch norms is refused.  Returns a :class:`fastlora.sweeps.record.Sweep`, which prints as a
-    table.  Before anything changes, raises TypeError or ValueError for invalid arguments and
-    OSError if the folder can't be written to.  During training, raises ValueError if a layer's
-    input doesn't tell which trial a row belongs to, and passes on the model's errors.
+    unchanged, also if the sweep fails.  Rows must be independent of each
+    other, so batch norms stay in evaluation mode, with a warning.  Returns a
+    :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
+    TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
+    During training, raises ValueError if a layer's input doesn't tell which trial a row belongs
+    to, and passes on the model's errors.
     """
     check_model(model)
-    check_switches(halving=halving, resume=resume, progress=progress)
+    check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
+    _check(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
-    norms = [called(name) for name, m in inner.named_modules() if isinstance(m, _BatchNorm)]
-    if norms:
-        raise ValueError(
-            f"{some(norms)} would mix trials, because a batch norm uses the statistics of the "
-            "batch: train each configuration in a separate run"
-        )
     if eval_steps is None:
         eval_steps = max(1, steps // 4) if type(steps) is int else 1
-    options = Options(steps, halving, eval_steps, warmup_steps, weight_decay, max_grad_norm, seed)
+    options = Options(
+        steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
+    )
     options.check(len(trials))
     settings = {"trials": [trial.plain for trial in trials], **options._asdict()}
-    state = record.earlier(folder, settings, resume)
+    state = record.earlier(folder, settings, resume=resume, replace=replace)
     with drawing(torch.Generator("cpu").manual_seed(seed)):
         held_out = [as_batch(batch) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
@@ -104,13 +108,15 @@ def sweep(
             "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
+    norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
-        run = Training(inner, trials, parts, options, loss, held_out)
+        run = Training(inner, trials, parts, options, loss, held_out, replace)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True):
+            for norm in norms:
+                norm.eval()
             batches = feed(data, seed)
-            for _ in range(state.batches):  # the state's steps have used them
-                next(batches)
+            skip(batches, state)
             # Afterwards, because reading batches may draw random numbers.
             if state.random:
                 record.set_random_state(state.random)
@@ -120,23 +126,59 @@ def sweep(
     return _finish(run, state, folder)
 
 
+def _check(data: object, eval_data: object, loss: object) -> None:
+    """Raise TypeError for invalid arguments."""
+    for name, batches in (("data", data), ("eval_data", eval_data)):
+        # Don't call iter() here: a DataLoader would start its workers.
+        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
+            )
+    if not callable(loss):
+        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
+
+
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
-    """Write the final files: adapters and the table."""
-    for adapters, trial in zip(state.adapters, run.trials, strict=True):
+    """Write the final files: adapters, the table and the picture."""
+    ranks = [
         _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
-    sweep = Sweep(run.outcomes(state), run.options.steps, state.seconds, folder)
+        for adapters, trial in zip(state.adapters, run.trials, strict=True)
+    ]
+    sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
+        record.delete_adapter(folder / record.BEST)
     else:
         best = sweep.outcomes.index(sweep.best)
         _write(run.model, run.trials[best], state.adapters[best], folder / record.BEST)
     numbers = (json.dumps(sweep.as_dict(), indent=2) + "\n").encode()
-    write_whole(folder, {record.TABLE: numbers})
+    write_whole(folder, {record.TABLE: numbers} | record.curves(sweep))
     return sweep
 
 
-def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a trial's adapter in PEFT's files."""
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The model's batch norms, with a warning: in training they would mix trials.
+
+    The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
+    statistics, because it uses the batch's statistics in evaluation as well.
+    """
+    named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    norms: list[Any] = [norm for _, norm in named]
+    names = some([name for name, _ in named])
+    if any(norm.running_mean is None for norm in norms):
+        raise ValueError(
+            f"{names} would mix trials, because it normalizes by the statistics of the batch: set "
+            "track_running_stats=True, or train each configuration in a separate run"
+        )
+    if norms:
+        warnings.warn(f"{names} stays in evaluation: in training it would mix trials", stacklevel=3)
+    return norms
+
+
+def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:
+    """Write a trial's adapter in PEFT's files.  Returns its effective rank, NaN if it has NaN."""
+    from ..adapters.resize import resize_adapter  # imported late: only the end of a sweep needs it
+
     config = copy(trial.config)
     config.inference_mode = True
     base = getattr(model, "name_or_path", None)
@@ -147,3 +189,7 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
     tensors = {keys[name]: tensor.detach().cpu() for name, tensor in adapters.items()}
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     write_adapter(folder, settings, tensors)
+    try:
+        return resize_adapter(folder).effective_rank
+    except ValueError:
+        return math.nan

@@ -1,5 +1,6 @@
 """Linear layers with one adapter for each trial; the rows of a batch are divided among trials."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,12 +126,10 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     """
     targets = [find_targets(model, trial.config) for trial in trials]
     pairs = []
-    for of_trial in targets:
+    for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            pairs.append(
-                {name: new_adapter(t.weight, t.r, t.dtype) for name, t in of_trial.items()}
-            )
+            pairs.append({n: new_pair(target, trial) for n, target in of_trial.items()})
     rows = TrialRows()
     # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
@@ -162,6 +161,15 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
             for adapters in pairs
         ]
         yield Attached(named, rows)
+
+
+def new_pair(target: Target, trial: Trial) -> Pair:
+    pair = new_adapter(target.weight, target.r, target.dtype)
+    if trial.config.init_lora_weights is False:
+        nn.init.kaiming_uniform_(pair[1], a=math.sqrt(5))
+    elif trial.config.init_lora_weights == "gaussian":
+        nn.init.normal_(pair[0], std=1 / target.r)
+    return pair
 
 
 def scale_of(target: Target, trial: Trial) -> float:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import some
-from ..packing.files import write_whole
+from ..packing.files import CONFIG, WEIGHTS, write_whole
 from ..text import columns, shown
 from .trial import Trial
 
-FILE, TABLE = "state.pt", "sweep.json"
+FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
 ADAPTERS, BEST = "adapters", "best"
 
 
@@ -23,12 +24,15 @@ class State:
     """The state of a sweep between two steps; a resumed sweep must have the same ``settings``."""
 
     settings: dict[str, Any]
-    alive: list[int]  # the numbers of the trials that continue
-    losses: list[list[tuple[int, float]]]  # of each trial, by step
-    seconds: float = 0.0  # of all steps
+    # The numbers of the trials that continue; and for each trial its losses, seconds and steps.
+    alive: list[int]
+    losses: list[list[tuple[int, float]]]
+    seconds: list[float]
+    steps: list[int]
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0
+    checksum: int = 0  # of the batches
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
 
@@ -39,19 +43,21 @@ def save(state: State, folder: Path) -> None:
     write_whole(folder, {FILE: content.getvalue()})
 
 
-def earlier(folder: Path, settings: dict[str, Any], resume: bool) -> State | None:
+def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bool) -> State | None:
     """The state to resume from, or None for a new sweep.
 
-    Raises ValueError if the folder has a sweep and ``resume`` is not set, and if the sweep to
-    resume has other settings or can't be read.
+    Raises ValueError if the folder has a sweep and neither ``resume`` nor ``replace`` is set, and
+    if the sweep to resume has other settings or can't be read.
     """
+    if resume and replace:
+        raise ValueError("resume continues a sweep, and replace deletes it: give only one")
     there = [name for name in (FILE, TABLE) if (folder / name).exists()]
-    if not there:
+    if not there or replace:
         return None
     if not resume:
         raise ValueError(
-            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it; "
-            "for a new sweep give another output_dir"
+            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it, "
+            "replace=True deletes it, and another output_dir keeps it"
         )
     earlier = _read(folder / FILE)
     # Only the same trials and options end with the same result as an uninterrupted sweep.
@@ -59,7 +65,8 @@ def earlier(folder: Path, settings: dict[str, Any], resume: bool) -> State | Non
         if earlier.settings.get(name) != value:
             raise ValueError(
                 f"{folder / FILE} is of a sweep with {name} {shown(earlier.settings.get(name))}, "
-                f"not {shown(value)}: give the same value, or another output_dir"
+                f"not {shown(value)}: give the same value, another output_dir, or replace=True "
+                "instead of resume"
             )
     return earlier
 
@@ -69,6 +76,30 @@ def _read(path: Path) -> State:
         return State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def delete(folder: Path) -> None:
+    """Delete the files of the folder's sweep; the next sweep overwrites its state file.
+
+    Only a sweep's files are deleted; a folder goes only if it is empty afterwards.
+    """
+    for adapter in [*(folder / ADAPTERS).glob("*"), folder / BEST]:
+        delete_adapter(adapter)
+    _delete_empty(folder / ADAPTERS)
+    for name in (TABLE, PICTURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def delete_adapter(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():  # a link's target doesn't belong to the sweep
+        for name in (WEIGHTS, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        _delete_empty(folder)
+
+
+def _delete_empty(folder: Path) -> None:
+    with suppress(OSError):  # it isn't empty, or doesn't exist
+        folder.rmdir()
 
 
 def random_state() -> list[Tensor]:
@@ -86,18 +117,18 @@ def set_random_state(states: list[Tensor]) -> None:
 class Outcome:
     """The result of one trial.
 
-    ``losses``: held-out losses, pairs of (step, loss); the last step is before the sweep's if
-    halving stopped it.
+    ``losses``: held-out losses, pairs of (step, loss).  ``seconds``: its share of the time of its
+    steps.  ``steps``: fewer than the sweep's if halving stopped it.  ``effective_rank``: the mean
+    over the layers, as in ``fastlora.resize_adapter``.
     """
 
     trial: Trial
     parameters: int
+    bytes: int  # size of the parameters
     losses: tuple[tuple[int, float], ...]
-
-    @property
-    def steps(self) -> int:
-        """How many steps it trained."""
-        return self.losses[-1][0]
+    seconds: float
+    steps: int
+    effective_rank: float
 
     @property
     def loss(self) -> float:
@@ -111,7 +142,7 @@ class Sweep:
 
     ``best``: the trial with the lowest held-out loss among trials that ran all steps; None if no
     loss is finite.  ``folder`` holds its adapter in ``best/``, all adapters in ``adapters/NAME/``,
-    and ``sweep.json``.
+    ``sweep.json`` and ``losses.png``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -132,8 +163,8 @@ class Sweep:
             numbers = dict(vars(outcome))
             trial = numbers.pop("trial")
             numbers["losses"] = [(step, _finite(loss)) for step, loss in outcome.losses]
+            numbers["effective_rank"] = _finite(outcome.effective_rank)
             named = {"name": trial.name, "learning_rate": trial.learning_rate}
-            numbers["steps"] = outcome.steps
             trials.append(named | {"config": trial.settings} | numbers)
         best = self.best and self.best.trial.name
         return {"best": best, "steps": self.steps, "seconds": self.seconds, "trials": trials}
@@ -145,7 +176,10 @@ class Sweep:
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
 
-_TITLES = ("trial", "r", "learning rate", "parameters", "held-out loss", "steps")
+_TITLES = (
+    "trial", "r", "effective", "learning rate", "parameters", "MiB", "held-out loss", "steps",
+    "seconds",
+)  # fmt: skip
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:
@@ -153,10 +187,13 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     return (
         trial.name,
         f"{trial.config.r}",
+        f"{outcome.effective_rank:.1f}",
         f"{trial.learning_rate:g}",
         f"{outcome.parameters:,}",
+        f"{outcome.bytes / 2**20:.1f}",
         f"{outcome.loss:.4f}",
         f"{outcome.steps}",
+        f"{outcome.seconds:.0f}",
     )
 
 
@@ -168,3 +205,23 @@ def _finite(number: float) -> float | None:
 def nan_last(loss: float) -> float:
     """A sort key that puts NaN last."""
     return math.inf if math.isnan(loss) else loss
+
+
+def curves(sweep: Sweep) -> dict[str, bytes]:
+    """A picture of the held-out losses, by file name; empty without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return {}
+    figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
+    axes = figure.add_subplot()
+    for outcome in sweep.outcomes:
+        steps, losses = zip(*outcome.losses, strict=True)
+        best = outcome is sweep.best
+        label = f"{outcome.trial.name}: {outcome.loss:.3f}"
+        axes.plot(steps, losses, marker="o", markersize=3, lw=2.5 if best else 1.2, label=label)
+    axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(content, format="png", dpi=120)
+    return {PICTURE: content.getvalue()}

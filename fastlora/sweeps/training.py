@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
+from math import isclose
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,11 @@ from torch.nn.functional import cross_entropy
 from ..layers.batch import in_mode
 from ..text import shown
 from .layer import Attached
-from .record import Outcome, State, nan_last, random_state, save
+from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
+_ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
 def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
@@ -30,6 +33,8 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
     if isinstance(data, list | tuple):
         data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
     for epoch in count():
+        # An iterator can be read only once, so its batches are kept.
+        kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
         # A shuffling loader draws its order when its first batch is read.
         random = torch.Generator("cpu").manual_seed(seed + epoch)
         with drawing(random):
@@ -39,9 +44,32 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
             problem = "ends, and can't be read again" if epoch else "gives no batch"
             raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
         while batch is not None:
-            yield as_batch(batch)
+            batch = as_batch(batch)
+            if kept is not None:
+                kept.append(batch)
+            yield batch
             with drawing(random):
                 batch = next(batches, None)
+        data = kept or data
+
+
+def skip(batches: Iterator[Batch], state: State) -> None:
+    """Read the batches that the state has used.  Raises ValueError if they are others."""
+    checksum = 0
+    for batch in islice(batches, state.batches):
+        checksum = _checksum(batch, checksum)
+    if checksum != state.checksum:
+        raise ValueError(
+            "the sweep to resume had other data: give the same (what a loader draws must come from "
+            "torch), another output_dir, or replace=True instead of resume"
+        )
+
+
+def _checksum(batch: Batch, before: int) -> int:
+    for name in sorted(batch):
+        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
+        before = crc32(numbers, crc32(name.encode(), before))
+    return before
 
 
 @contextmanager
@@ -108,6 +136,7 @@ class Training:
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
+    replaces: bool = False  # whether to delete an earlier sweep's files before the first write
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -118,21 +147,26 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
 
     def begun(self, settings: dict[str, Any]) -> State:
-        return State(settings, list(range(len(self.trials))), [[] for _ in self.trials])
+        number = len(self.trials)
+        losses: list[list] = [[] for _ in self.trials]
+        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
 
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.
 
-        Raises ValueError if the held-out losses of the initial adapters aren't the state's: then
+        Raises ValueError if the initial adapters have other held-out losses than in the state: then
         the base or the held-out data are others.
         """
         pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
-        before = torch.tensor([losses[0][1] for losses in state.losses])
-        same = all(now.keys() == then.keys() for now, then in pairs)
-        if not same or not torch.tensor(self._held_out(range(len(before)))).allclose(before, 1e-3):
+        before = [losses[0][1] for losses in state.losses]
+        if any(now.keys() != then.keys() for now, then in pairs) or not all(
+            isclose(now, then, rel_tol=_ROUNDING)
+            for now, then in zip(self._held_out(range(len(before))), before, strict=True)
+        ):
             raise ValueError(
                 "the sweep to resume had another base model or other held-out data (eval_data): "
-                "its first held-out losses were others.  Give the same, or another output_dir"
+                "its first held-out losses were others.  Give the same, another output_dir, or "
+                "replace=True instead of resume"
             )
         with torch.no_grad():
             for parameters, saved in pairs:
@@ -149,7 +183,9 @@ class Training:
             started = time.perf_counter()
             losses = self.step(state, batches)
             elapsed = time.perf_counter() - started
-            state.seconds += elapsed
+            for i in state.alive:
+                state.seconds[i] += elapsed / len(state.alive)
+                state.steps[i] += 1
             state.step, left = state.step + 1, left - 1
             if progress:  # on one line, which the next step overwrites
                 said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
@@ -169,7 +205,8 @@ class Training:
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
         taken = list(islice(batches, len(self.trials) // len(state.alive)))
-        state.batches += len(taken)
+        for batch in taken:
+            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
@@ -195,8 +232,12 @@ class Training:
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
-        output = self.model(**inputs)
-        logits = getattr(output, "logits", output)
+        logits = _logits(self.model(**inputs))
+        if len(logits) != examples * len(alive):
+            raise ValueError(
+                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
+                "examples, but must return [examples, …]"
+            )
         return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
     def _evaluate(self, state: State) -> None:
@@ -222,9 +263,26 @@ class Training:
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters
         ]
+        if self.replaces:  # only now, so that a failed start keeps the old sweep
+            delete(folder)
+            self.replaces = False
         save(state, folder)
 
-    def outcomes(self, state: State) -> tuple[Outcome, ...]:
-        counts = [sum(x.numel() for x in adapters.values()) for adapters in state.adapters]
-        columns = zip(self.trials, counts, map(tuple, state.losses), strict=True)
-        return tuple(Outcome(*column) for column in columns)
+    def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
+        outcomes = []
+        for i, trial in enumerate(self.trials):
+            tensors = state.adapters[i].values()
+            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
+            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
+            outcomes.append(Outcome(trial, parameters, size, *its))
+        return tuple(outcomes)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}, but must return logits, as a tensor or "
+            "as the logits of an output"
+        )
+    return logits

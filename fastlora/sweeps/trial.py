@@ -1,5 +1,6 @@
 """The arguments of a sweep: its trials, and options that all trials share."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from ..foreign import optional
 from ..settings import check_settings, is_number
 from ..text import shown
 
+_SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"
 # The fields of peft.LoraConfig that a trial may set.
 _TRIED = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
-    "base_model_name_or_path",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "task_type", "base_model_name_or_path",
 }  # fmt: skip
 _NAME = r"(?!\.)[\w.,=+-]+"  # can't lead out of the parent folder
 _LONGEST = 200  # bytes of a name; file systems allow 255
@@ -108,6 +110,7 @@ class Options(NamedTuple):
     steps: int
     halving: bool
     eval_steps: int
+    schedule: str
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
@@ -122,6 +125,8 @@ class Options(NamedTuple):
                     f"{name} is {shown(value)}, but must be a whole number from {least} on"
                     " and below 2⁶³"
                 )
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule is {shown(self.schedule)}, but must be one of {_SCHEDULES}")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not is_number(value) or not value >= 0:
@@ -145,4 +150,8 @@ class Options(NamedTuple):
         """The factor of the learning rate in this step; the first step is 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        return 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        rest = max(1, self.steps - self.warmup_steps)
+        done = (step - self.warmup_steps) / rest
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0 if self.schedule == "constant" else 1 - done

@@ -1,6 +1,7 @@
-"""A sweep's folder: resumed only with the same base, or refused."""
+"""A sweep's folder: resumed only with the same base and data, refused, or replaced."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -68,6 +69,9 @@ def other_words() -> Words:
 
 
 OTHER = {
+    "first-batch": ({"data": [batches(1, 9)[0], *DATA[1:]]}, "had other data"),
+    "second-batch": ({"data": [DATA[0], batches(1, 9)[0], *DATA[2:]]}, "had other data"),
+    "another-key": ({"data": [b | {"more": b["labels"]} for b in DATA]}, "had other data"),
     "held-out": ({"eval_data": batches(2, 9)}, "other held-out data"),
     "less-held-out": ({"eval_data": HELD_OUT[:1]}, "other held-out data"),
     "base": ({"model": other_words()}, "another base model"),
@@ -83,7 +87,7 @@ def begun(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_sweep_resumes_only_with_the_same_base_and_held_out_data(name, begun):
+def test_a_sweep_resumes_only_with_the_same_base_and_data(name, begun):
     options, message = OTHER[name]
     before = files_in(begun)
     with pytest.raises(ValueError, match=message):
@@ -118,6 +122,7 @@ class Endless(torch.utils.data.IterableDataset):
 LOADERS = {
     "shuffled": lambda: torch.utils.data.DataLoader(Changing(), 2, shuffle=True),
     "endless": lambda: torch.utils.data.DataLoader(Endless(), batch_size=None),
+    "once": lambda: iter(DATA),
     "list": lambda: DATA,
 }
 
@@ -137,18 +142,53 @@ def test_a_loader_gives_the_same_again(make, tmp_path):
     assert found[0][0]["losses"] == found[1][0]["losses"]
 
 
+def test_an_iterator_may_be_resumed_from_a_list(tmp_path):
+    broken_off(tmp_path, data=iter(DATA))
+    swept(tmp_path, data=DATA, resume=True)
+
+
 @pytest.mark.parametrize("left", [[FILE], [FILE, TABLE], [TABLE]], ids="-".join)
 def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     (broken_off if left == [FILE] else swept)(tmp_path)
     for name in {FILE, TABLE} - {*left}:
         (tmp_path / name).unlink(missing_ok=True)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=rf"has a sweep \({', '.join(left)}\): .*resume=True"):
+    with pytest.raises(ValueError, match=rf"has a sweep \({', '.join(left)}\): .*replace=True"):
         swept(tmp_path)
+    with pytest.raises(ValueError, match="give only one"):
+        swept(tmp_path, resume=True, replace=True)
     if FILE not in left:
         with pytest.raises(ValueError, match=r"state\.pt can't be read"):
             swept(tmp_path, resume=True)
     assert files_in(tmp_path) == before
+
+
+NOTES = ("notes.txt", "adapters/notes.txt", "adapters/mine/notes.txt", "best/notes.txt")
+OTHERS = [{"r": 3, "learning_rate": 1e-2, "name": "rank3"}]
+
+
+def test_a_replaced_sweep_s_files_go_and_nothing_else(tmp_path):
+    swept(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for name in (*NOTES, f"elsewhere/{WEIGHTS}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "adapters" / "link").symlink_to(tmp_path / "elsewhere")
+    found = swept(tmp_path, configs=OTHERS, replace=True)
+    assert (tmp_path / "elsewhere" / WEIGHTS).read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in NOTES)
+    assert sorted(os.listdir(tmp_path / "adapters")) == ["link", "mine", "notes.txt", "rank3"]
+    assert json.loads((tmp_path / TABLE).read_text())["best"] == found.best.trial.name == "rank3"
+    swept(tmp_path, configs=OTHERS, resume=True)
+
+
+def test_a_replaced_sweep_is_there_until_the_new_one_s_first_record(tmp_path):
+    swept(tmp_path)
+    before = files_in(tmp_path)
+    broken_off(tmp_path, after=1, configs=OTHERS, replace=True)
+    assert files_in(tmp_path) == before
+    broken_off(tmp_path, after=3, configs=OTHERS, replace=True)
+    assert list(files_in(tmp_path)) == [FILE]
 
 
 def test_there_is_no_best_where_no_loss_is_finite(tmp_path):

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantized
 
 import fastlora
-from fastlora.layers.linear import new_adapter
 from fastlora.peft.targets import find_targets
+from fastlora.sweeps.layer import new_pair
+from fastlora.sweeps.record import PICTURE, curves
 from fastlora.sweeps.training import causal_loss, counted, feed, joined
 from fastlora.sweeps.trial import Options, as_trials
 
@@ -68,7 +69,7 @@ def alone(
     (trial,) = as_trials([config])
     targets = find_targets(model, trial.config)
     torch.manual_seed(SEED)
-    pairs = {name: new_adapter(t.weight, t.r, t.dtype) for name, t in targets.items()}
+    pairs = {name: new_pair(target, trial) for name, target in targets.items()}
     fastlora.get_peft_model(model, trial.config, gated_mlps=False)
     with torch.no_grad():
         for name, pair in pairs.items():
@@ -129,6 +130,8 @@ def test_each_trial_equals_its_separate_training(base, model, tmp_path):
         assert outcome.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
         assert outcome.parameters == sum(p.numel() for p in expected.values())
         assert [step for step, _ in outcome.losses] == [0, 1, 2, 3, 4, 5, 6]
+        report = fastlora.resize_adapter(tmp_path / "adapters" / outcome.trial.name)
+        assert outcome.effective_rank == report.effective_rank > 1.0
     assert found.best.loss == min(outcome.loss for outcome in found.outcomes)
     best = fastlora.load_adapter(model, tmp_path / "best")
     with torch.no_grad():
@@ -136,9 +139,11 @@ def test_each_trial_equals_its_separate_training(base, model, tmp_path):
     assert found.best.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
     assert config["r"] == found.best.trial.config.r
+    assert (tmp_path / PICTURE).read_bytes() == b"a picture"
+    assert curves(found)[PICTURE].startswith(b"\x89PNG")
     lines = str(found).splitlines()
     assert lines[1].startswith(found.best.trial.name)
-    assert lines[1].split()[1] == str(found.best.trial.config.r)
+    assert lines[1].split()[2] == f"{found.best.effective_rank:.1f}"
     assert lines[-1].endswith(f"best: {found.best.trial.name}")
 
 
@@ -337,8 +342,12 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": 2, "halving": True}, ValueError, "too few to halve 4 trials"),
+        ({"schedule": "up"}, ValueError, "schedule is 'up'"),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm is -1"),
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
+        ({"loss": 0.1}, TypeError, "loss is 0.1, but must be a function"),
+        ({"data": 3}, TypeError, "data is 3, but must give batches"),
+        ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "must be 'labels'"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
@@ -360,9 +369,27 @@ def test_batches_of_equal_shapes_are_joined():
     assert len(joined([short, short | {"more": torch.ones(2)}])) == 2
 
 
-def test_an_iterator_that_ends_is_an_error():
+def test_an_iterator_is_read_once_and_its_batches_are_kept(model, tmp_path):
+    def endless():
+        while True:
+            yield from DATA
+
+    options = {"configs": CONFIGS[:2], "steps": 3, "halving": True, "eval_steps": 3}
+    read = [
+        swept(model, tmp_path / name, data=data, **options)
+        for name, data in (("list", DATA), ("endless", endless()))
+    ]
+    assert read[0].best.losses == read[1].best.losses
+
+    class Once:
+        def __init__(self):
+            self.batches = iter(batches(2))
+
+        def __iter__(self):
+            return self.batches
+
     with pytest.raises(ValueError, match="can't be read again"):
-        list(islice(feed(iter(DATA), 0), len(DATA) + 1))
+        list(islice(feed(Once(), 0), 3))
 
 
 def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
@@ -380,14 +407,16 @@ def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
 
 
 class Routed(nn.Module):
-    """A causal model with a layer that sees only every other token."""
+    """A causal model with a batch norm, and a layer that sees only every other token."""
 
-    def __init__(self):
+    def __init__(self, tracked: bool = True):
         super().__init__()
-        self.embed, self.expert = nn.Embedding(40, 8), nn.Linear(8, 8)
+        self.embed, self.first = nn.Embedding(40, 8), nn.Linear(8, 8)
+        self.norm, self.expert = nn.BatchNorm1d(8, track_running_stats=tracked), nn.Linear(8, 8)
 
     def forward(self, input_ids, labels=None):
-        x = self.embed(input_ids).flatten(0, 1)
+        x = self.first(self.embed(input_ids))
+        x = self.norm(x.flatten(0, 1))
         x[::2] = self.expert(x[::2])
         logits = x.view(*input_ids.shape, 8) @ self.embed.weight.T
         return transformers.modeling_outputs.CausalLMOutput(logits=logits)
@@ -415,27 +444,38 @@ def test_the_rows_of_one_of_several_experts_are_never_taken_for_all_tokens(tmp_p
         swept(Expert(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
 
 
-def test_a_batch_norm_is_refused(tmp_path):
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    with pytest.raises(ValueError, match=r"^1 would mix trials"):
-        swept(model, tmp_path, [{"r": 2, "learning_rate": 1e-2}])
-
-
-def test_a_layer_of_routed_tokens_is_an_error(tmp_path):
+def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
+    model, config = Routed(), {"r": 2, "learning_rate": 1e-2, "exclude_modules": ["expert"]}
+    nn.init.uniform_(model.norm.running_var)
+    base = copy.deepcopy(model.eval())
+    base.train = lambda mode: base  # so that its batch norm also stays in evaluation
+    with pytest.warns(UserWarning, match="norm stays in evaluation"):
+        found = swept(model, tmp_path, [config, config | {"r": 3}])
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+    expected = alone(base, config)
+    assert_alone(tmp_path / "adapters" / found.outcomes[0].trial.name, expected)
+    with pytest.raises(ValueError, match="norm would mix trials"):
+        swept(Routed(tracked=False), tmp_path / "untracked", [config])
+    # its rows may belong to any trial
     named = r"^expert is called with .*exclude_modules=\['expert'\]"
-    with pytest.raises(ValueError, match=named):
-        swept(Routed(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
+    with (
+        pytest.warns(UserWarning, match="norm stays in evaluation"),
+        pytest.raises(ValueError, match=named),
+    ):
+        swept(Routed().eval(), tmp_path / "routed", [{"r": 2, "learning_rate": 1e-2}])
 
 
-def test_learning_rates_and_rungs():
+def test_schedules_and_rungs():
     def options(**changes) -> Options:
-        return Options(8, True, 1, 0, 0.0, 1.0, 0)._replace(**changes)
+        return Options(8, True, 1, "linear", 0, 0.0, 1.0, 0)._replace(**changes)
 
     assert options().rungs(8) == {2: 4, 4: 2, 6: 1}
     assert options().rungs(5) == {2: 3, 4: 2, 6: 1}
     assert options().rungs(1) == {} == options(halving=False).rungs(8)
     assert [options(steps=4).factor(i) for i in range(4)] == [1, 0.75, 0.5, 0.25]
     assert [options(warmup_steps=3).factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert options(schedule="cosine", steps=2).factor(1) == pytest.approx(0.5)
+    assert options(schedule="constant").factor(7) == 1
 
 
 class Blocks(nn.Module):
