@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .record import Outcome, State, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
+_close = partial(isclose, rel_tol=1e-3)  # rounding on another device, or of a repacked weight
 
 
 def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
@@ -127,9 +130,9 @@ class Training:
         the base or the held-out data are others.
         """
         pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
-        before = torch.tensor([losses[0][1] for losses in state.losses])
+        before = [losses[0][1] for losses in state.losses]
         same = all(now.keys() == then.keys() for now, then in pairs)
-        if not same or not torch.tensor(self._held_out(range(len(before)))).allclose(before, 1e-3):
+        if not same or not all(map(_close, self._held_out(range(len(before))), before)):
             raise ValueError(
                 "the sweep to resume had another base model or other held-out data (eval_data): "
                 "its first held-out losses were others.  Give the same, or another output_dir"
