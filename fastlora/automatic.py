@@ -38,7 +38,8 @@ def auto(on: bool = True, **settings: Any) -> None:
     ``python -m fastlora run`` calls it for a program that can't be edited
     (docs/integrations.md).
 
-    Raises TypeError for a setting that ``optimize`` doesn't take.
+    Raises TypeError for a setting that ``optimize`` doesn't take, and ValueError for a value that
+    doesn't fit.
     """
     global _settings
     check_settings(settings)
@@ -85,6 +86,10 @@ def settings_in(value: str) -> dict[str, Any] | None:
         raise ValueError(
             f"FASTLORA is {value!r}, but must be 0, 1 or a JSON object with some of {known}"
         )
+    try:
+        check_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"FASTLORA is {value!r}: {error}") from None
     return settings
 
 
@@ -164,10 +169,13 @@ def log_line(level: int, text: str) -> None:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raise TypeError for a setting that ``optimize`` doesn't take."""
+    """Raise TypeError for a setting that ``optimize`` doesn't take, ValueError for a bad value."""
+    from .settings import check_optimize
+
     for name in settings:
         if name not in SETTINGS:
             raise TypeError(f"optimize has no setting {name!r}: give some of {', '.join(SETTINGS)}")
+    check_optimize(**settings)
 
 
 def _wrap(tuners: Any) -> None:

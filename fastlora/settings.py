@@ -5,11 +5,9 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
-import torch
-
 from .text import shown
 
-LARGEST_SCALE = torch.finfo(torch.float32).max
+LARGEST_SCALE = (2 - 2**-23) * 2.0**127  # the largest float32
 LARGEST_RANK = 2**31 - 1
 
 
@@ -44,6 +42,15 @@ def check_switches(**switches: bool) -> None:
     for name, value in switches.items():
         if value is not True and value is not False:
             raise ValueError(f"{name} is {shown(value)}, but must be True or False")
+
+
+def check_optimize(base: Any = None, int8_from: Any = 0, loss: Any = None, **others: bool) -> None:
+    """Raise ValueError unless these are values for the arguments of ``fastlora.optimize``."""
+    check_switches(**others, loss=loss is not None and loss)
+    if base not in (None, "int8"):
+        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
+    if not (is_number(int8_from) and int8_from >= 0):
+        raise ValueError(f"int8_from is {shown(int8_from)}, but must be a number of features")
 
 
 def is_number(value: object) -> bool:

@@ -30,6 +30,14 @@ except ImportError as error:
     ) from error
 
 
+def __getattr__(name: str) -> Any:
+    if name == "AdapterTrainer":  # an AttributeError would lose the text in a from-import
+        raise ImportError(
+            "AdapterTrainer is gone since 0.5: use transformers.Trainer (docs/from-0.4.md)"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class Optimize(TrainerCallback):
     """Optimizes the Trainer's PEFT model before training, also one that the trainer makes.
 

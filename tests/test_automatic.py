@@ -68,6 +68,8 @@ def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
     assert not any(isinstance(module, GatedMLP) for module in model.modules())
     with pytest.raises(TypeError, match=r"no setting 'gates': give some of .*gated_mlps"):
         fastlora.auto(gates=False)
+    with pytest.raises(ValueError, match="base is 'int4', but must be"):
+        fastlora.auto(base="int4")
     with pytest.raises(TypeError, match="no setting 'model'"):
         fastlora.auto(model=model)
     assert automatic._settings == {"gated_mlps": False}
@@ -136,11 +138,11 @@ def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path,
 
 
 def test_an_error_of_optimize_is_a_warning_and_the_model_is_peft_s(log, monkeypatch):
-    fastlora.auto(gated_mlps="yes")
-    model = model_of()
+    fastlora.auto(strict=True)
+    model = model_of(target_modules=["q_proj", "embed_tokens"])
     ((level, text),) = log()
     assert level == "WARNING"
-    assert text.startswith("this model isn't optimized: ValueError: gated_mlps is 'yes', but must")
+    assert text.startswith("this model isn't optimized: ValueError: not every layer would run")
     kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
     assert "fastlora" not in kinds
 
@@ -233,6 +235,14 @@ def test_a_program_sees_names_before_and_after_torch_is_imported():
         "-c",
         "import fastlora, sys; hasattr(fastlora, '__wrapped__'); assert 'torch' not in sys.modules",
     )
+
+
+@pytest.mark.parametrize("name", ["apply_lora", "LoRAConfig", "merge_lora", "save_adapter"])
+def test_a_name_of_0_4_is_an_error_that_names_the_page(name):
+    with pytest.raises(ImportError, match=rf"{name} is gone .*: use .*docs/from-0\.4\.md"):
+        exec(f"from fastlora import {name}")
+    with pytest.raises(AttributeError, match=rf"{name} is gone .*: use .*docs/from-0\.4\.md"):
+        getattr(fastlora, name)
 
 
 @pytest.mark.parametrize(

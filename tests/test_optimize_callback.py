@@ -42,6 +42,11 @@ def test_the_model_is_fast_before_training_and_the_losses_are_peft_s(tmp_path, l
     assert fastlora.coverage(plain.model).not_fast
 
 
+def test_the_trainer_of_0_4_is_an_error_that_names_the_page():
+    with pytest.raises(ImportError, match=r"use transformers\.Trainer \(docs/from-0\.4\.md\)"):
+        from fastlora.trainer import AdapterTrainer  # noqa: F401
+
+
 def test_a_model_that_training_makes_is_fast(tmp_path, log):
     made = []
 

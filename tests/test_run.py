@@ -127,11 +127,17 @@ def test_a_program_ends_as_without(ending, tmp_path):
         assert ended(*RUN, *program, cwd=tmp_path) == ended(*program, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("program", [("-m", "absent"), ("absent.py",), ("absent",)], ids=str)
-def test_a_program_that_does_not_exist(program, tmp_path):
-    code, printed, error = ended(*program, cwd=tmp_path)
+@pytest.mark.parametrize("name", ["absent.py", "absent"])
+def test_a_program_that_does_not_exist(name, tmp_path):
+    code, printed, error = ended(*RUN, name, cwd=tmp_path)
+    assert (code, printed) == (2, "")
+    assert f"'{name}' is neither a file nor a command of this environment" in error
+
+
+def test_a_module_that_does_not_exist(tmp_path):
+    code, printed, error = ended("-m", "absent", cwd=tmp_path)
     assert code
-    assert ended(*RUN, *program, cwd=tmp_path) == (code, printed, error)
+    assert ended(*RUN, "-m", "absent", cwd=tmp_path) == (code, printed, error)
 
 
 def test_a_file_with_the_name_of_a_standard_module_is_not_imported(tmp_path):
@@ -189,8 +195,17 @@ def test_off_in_the_environment_wins_and_one_line_says_so(tmp_path):
 WRONG = "FASTLORA is {!r}, but must be 0, 1 or a JSON object with some of strict, frozen_linears, "
 
 
-@pytest.mark.parametrize("value", ['{"gates": true}', "loss", '["loss"]'])
-def test_a_wrong_setting_in_the_environment_is_an_error_at_the_start(value, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('{"gates": true}', WRONG),
+        ("loss", WRONG),
+        ('["loss"]', WRONG),
+        ('{"base": "int4"}', "FASTLORA is {!r}: base is 'int4', but must be \"int8\", or None"),
+    ],
+    ids=["name", "word", "list", "value"],
+)
+def test_a_wrong_setting_in_the_environment_is_an_error_at_the_start(value, message, tmp_path):
     """Of ``run``, and of a process that a program starts with another value."""
     (tmp_path / "program.py").write_text(
         f"import subprocess, sys; from os import environ; environ['FASTLORA'] = {value!r}\n"
@@ -198,10 +213,10 @@ def test_a_wrong_setting_in_the_environment_is_an_error_at_the_start(value, tmp_
     )
     code, printed, error = ended(*RUN, "program.py", cwd=tmp_path, FASTLORA=value)
     assert (code, printed) == (2, "")
-    assert WRONG.format(value) in error
+    assert message.format(value) in error
     code, printed, error = ended(*RUN, "program.py", cwd=tmp_path)
     assert (code, printed) == (0, "2\n")
-    assert error.startswith(f"fastlora: {WRONG.format(value)}")
+    assert error.startswith(f"fastlora: {message.format(value)}")
 
 
 CHILDREN = """

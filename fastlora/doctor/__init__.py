@@ -132,6 +132,6 @@ def peft_check(device: torch.device) -> Check:
         r=4, lora_alpha=5, lora_dropout=0.5, use_rslora=True, bias="all", lora_bias=True,
         target_modules=["0"], init_lora_weights=False,
     )  # fmt: skip
-    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(40, 24)), config)
-    x = torch.randn(33, 40, device=device, requires_grad=True)
-    return check(model.to(device).train(), x)
+    plain: Any = {"dtype": torch.float32, "device": device}
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(40, 24, **plain)), config)
+    return check(model.train(), torch.randn(33, 40, requires_grad=True, **plain))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
@@ -48,17 +48,27 @@ DROPOUTS = (nn.Dropout, nn.Identity, SeededDropout)
 
 @contextmanager
 def shared_masks(model: nn.Module) -> Iterator[None]:
-    """Inside, PEFT's forward draws the dropout masks that fastlora draws after the same seed."""
+    """Inside, PEFT's forward draws the dropout masks that fastlora draws after the same seed.
+
+    The dropout of experts is off, because PEFT has none there.
+    """
     changed: dict[nn.Module, Any] = {}
+    modes: dict[nn.Module, bool] = {}
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         seeds: list[Tensor] = []
         for dropout in layer.lora_dropout.values():
-            if type(dropout) is nn.Dropout:
+            if isinstance(layer, ParamWrapper):
+                modes[dropout] = dropout.training
+            elif type(dropout) is nn.Dropout:
                 dropout.__dict__ |= {"layer": layer, "seeds": seeds}
                 changed[dropout] = SeededDropout
     try:
+        for dropout in modes:
+            dropout.training = False
         with changed_classes(changed):
             yield
     finally:
+        for dropout, mode in modes.items():
+            dropout.training = mode
         for dropout in changed:
             del dropout.__dict__["layer"], dropout.__dict__["seeds"]

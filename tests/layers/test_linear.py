@@ -215,7 +215,9 @@ MISTAKES = {
     "no linear layer": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no name": (Mlp, [], r"targets is \[\], but must name a layer"),
     "a broken regex": (Mlp, "(", "no regular expression"),
-    "a regex without a match": (Mlp, "norm", "which matches no layer"),
+    "a regex without a match": (
+        Mlp, "norm", "which matches no layer: a string is a regular expression .*down, head, up"
+    ),
     "skipped by its parent": (
         lambda: nn.TransformerEncoderLayer(8, 2), ["linear1"], "TransformerEncoderLayer around it"
     ),

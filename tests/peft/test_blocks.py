@@ -46,7 +46,9 @@ def test_the_switch_and_the_end_of_with():
         fastlora.optimize(model, gated_mlps=None)
     fastlora.optimize(model, gated_mlps=False)
     assert not blocks(model)
-    assert "2 layer by layer" in str(fastlora.coverage(model))
+    report = str(fastlora.coverage(model))
+    assert "2 layer by layer" in report
+    assert "mlp: left alone (gated_mlps=False)" in report
     with while_optimized(model):
         assert len(blocks(model)) == 2
     assert not blocks(model)

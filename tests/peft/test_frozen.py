@@ -76,6 +76,10 @@ def test_the_switch_and_the_end_of_with():
     assert not fast_layers(model)
     fastlora.optimize(model)
     before = fast_layers(model)
+    with pytest.raises(
+        ValueError, match=r"frozen_linears is False, but .*\.restore\(model\) first"
+    ):
+        fastlora.optimize(model, frozen_linears=False)
     assert fastlora.check(model, x())  # which compares with PEFT's own
     assert fast_layers(model) == before
     fastlora.restore(model)

@@ -292,8 +292,10 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
     model, config = layer_model(), peft.LoraConfig(target_modules=["0"], **settings)
     fastlora.optimize(model, **ALL)
     y = model(X)
-    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
+    with pytest.raises(ValueError, match=r"needs the dense weight.*; fastlora\.restore\(model\)"):
         model.add_adapter("other", config)
+    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
+        peft.inject_adapter_in_model(config, model.base_model.model, "by hand")
     assert torch.equal(model(X), y)
     fastlora.restore(model).add_adapter("another", config)
     with pytest.raises(TypeError):  # PEFT's own errors stay

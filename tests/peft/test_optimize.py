@@ -8,7 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import Mlp
+from models import Mlp, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls, mlp
 from process import run_forked
@@ -87,6 +87,18 @@ def test_optimizing_twice_and_restoring_without_are_no_ops():
         assert str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
     fastlora.restore(model)
     assert type(model.base_model.model.up) is PeftLinear
+
+
+@pytest.mark.parametrize("switch", ["gated_mlps", "loss"])
+def test_a_switch_stays_on_and_false_is_refused_until_restore(switch):
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
+    fastlora.optimize(model, loss=True)
+    before = str(fastlora.coverage(fastlora.optimize(model)))
+    with pytest.raises(ValueError, match=rf"{switch} is False, but .*\.restore\(model\) first"):
+        fastlora.optimize(model, **{switch: False})
+    assert str(fastlora.coverage(model)) == before
+    fastlora.optimize(fastlora.restore(model), **{switch: False})
+    assert str(fastlora.coverage(model)) != before
 
 
 def test_while_optimized_undoes_only_its_own_call(fast_calls):
