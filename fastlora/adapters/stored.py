@@ -114,6 +114,11 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
                 f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
                 "but both must be floating-point, of 16 bits or more"
             )
+        if max(len(a), len(b)) > 2:
+            raise ValueError(
+                f"{path / WEIGHTS} has lora_A {a} for {called(name)}: fastlora reads no adapters "
+                "of convolutions"
+            )
         # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
         fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):
@@ -160,6 +165,8 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
     path = files.check_folder(output)
     if any(path.resolve() == folder.resolve() for folder in inputs):
         raise ValueError(f"output is {path}, which is also an input: give another folder")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output is {path}, which is a file: give a folder")
     inside = path.iterdir() if path.exists() else ()
     foreign = {file.name for file in inside if not files.is_scratch(file)} - {WEIGHTS, CONFIG}
     if foreign:
