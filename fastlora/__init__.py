@@ -26,7 +26,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .automatic import auto  # noqa: F401  # it needs no torch, so that a program can start with it
-from .namesake import warn_of_namesake
 from .version import __version__  # noqa: F401
 
 # Public names of 0.4, and what replaces them.
@@ -64,7 +63,5 @@ else:
         return sorted({*globals(), *__getattr__("__all__")})
 
 
-warn_of_namesake()
-del warn_of_namesake
 if "torch" in sys.modules and not TYPE_CHECKING:
     __getattr__("__all__")

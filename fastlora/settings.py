@@ -1,7 +1,6 @@
 """Checks of numbers and switches that callers set: rank, alpha, scale, dropout, True or False."""
 
 import warnings
-from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -10,11 +9,6 @@ from .text import shown
 
 LARGEST_SCALE = (2 - 2**-23) * 2.0**127  # the largest float32
 LARGEST_RANK = 2**31 - 1
-_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r"}  # too far from "r" for difflib
-_ONLY_PEFT_S = {
-    "use_dora", "lora_bias", "loftq_config", "eva_config", "layer_replication", "use_qalora",
-    "trainable_token_indices",
-}  # fmt: skip
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:
@@ -74,21 +68,17 @@ def check_scale(scale: float) -> None:
 
 
 def suggests_arguments(kind: type) -> type:
-    """Let the TypeError for an unknown argument of the class name the argument to use."""
+    """Let the TypeError for an unknown argument of the class list the arguments."""
     init: Any = vars(kind)["__init__"]
     known = [*signature(init).parameters][1:]
-
-    def hint(name: str) -> str:
-        if name in _ONLY_PEFT_S:
-            return f"{name} needs PEFT: make its model, and call fastlora.optimize(model)"
-        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known, 1)
-        return f"for {name} write {near[0]}" if near else f"the arguments are {', '.join(known)}"
 
     @wraps(init)
     def checked(self: Any, *values: Any, **settings: Any) -> None:
         if unknown := sorted(settings.keys() - {*known}):
-            hints = "; ".join(dict.fromkeys(map(hint, unknown)))
-            raise TypeError(f"{kind.__name__} has no {', '.join(map(repr, unknown))}: {hints}")
+            raise TypeError(
+                f"{kind.__name__} has no {', '.join(map(repr, unknown))}: its arguments are "
+                f"{', '.join(known)}; other settings of peft.LoraConfig need PEFT"
+            )
         init(self, *values, **settings)
 
     kind.__init__ = checked  # type: ignore[misc]

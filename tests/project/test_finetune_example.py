@@ -199,7 +199,7 @@ def test_a_side_in_8_bits(inputs, tmp_path):
         assert one[1] == pytest.approx(other[1], rel=0.01)
 
 
-def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
+def test_a_sweep_writes_its_table_and_adapters(inputs, tmp_path):
     model_and_data, out = inputs[:4], tmp_path / "sweep"
     options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)
     script = SCRIPT.with_name("sweep.py")
@@ -207,7 +207,6 @@ def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
     assert code == 0, errors
     trials = json.loads((out / "sweep.json").read_text())["trials"]
     assert len(trials) == 8
-    assert (out / "losses.png").exists()
     assert f"are in {out}" in printed
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)

@@ -115,7 +115,7 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch):
 
     torch.save({"settings": Bomb()}, tmp_path / FILE)
     with pytest.raises(ValueError, match="can't be read"):
-        earlier(tmp_path, {}, resume=True, replace=False)
+        earlier(tmp_path, {}, resume=True)
     assert not Path("exploded").exists()
 
 
