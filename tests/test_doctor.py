@@ -15,7 +15,6 @@ from process import run_forked, run_python
 import fastlora.doctor as doctor
 from fastlora import reference
 from fastlora.__main__ import main
-from fastlora.backends import products
 from fastlora.doctor import machine
 from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
@@ -27,12 +26,6 @@ DOCTOR = ("-m", "fastlora", "doctor")
 def examined(capsys, *arguments: str, status: int = 0) -> dict:
     assert main(["doctor", "--json", *arguments]) == status
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture
-def no_self_test(monkeypatch):
-    """Most of an examination's time; the other sections don't depend on it."""
-    monkeypatch.setattr(doctor, "_self_tests", lambda *_: {})
 
 
 def test_versions_machine_and_the_text_on_about_a_screen(capsys):
@@ -115,15 +108,6 @@ def test_backends_as_the_settings_choose_them(interpret):
         assert found["backends"]["triton on cpu"] == f"no: {NEEDS_INTERPRETER}"
         text = "no backend on cpu: ValueError: FASTLORA_BACKEND asks for the backend 'metal'"
         assert any(each.startswith(text) for each in found["broken"]), found["broken"]
-
-
-@pytest.mark.usefixtures("no_self_test")
-@pytest.mark.parametrize(
-    ("wide", "word"), [(False, "fast"), (True, "slow, so products run in float32")]
-)
-def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
-    monkeypatch.setattr(products, "FORCED", wide)
-    assert examined(capsys)["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
 
 
 def raising(error: Exception):
@@ -272,30 +256,6 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
     assert len(shown) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["nurse"], "invalid choice: 'nurse'"),
-        (["tune", "--shape", "4,5"], "'4,5' isn't M,K,N"),
-        (["tune", "--shape", "4,0,5"], "'4,0,5' isn't M,K,N"),
-        (["tune", "--shape", "4,²,5"], "'4,²,5' isn't M,K,N"),
-        (["tune", "--shape", "4,4,99999999999"], "isn't M,K,N"),
-        (["tune", "--r", "0"], "'0' isn't a rank"),
-        (["tune", "--dtype", "int8"], "'int8' isn't one of float16, bfloat16"),
-        (["tune", "--dropout", "nan"], "'nan' isn't a probability"),
-    ],
-)
-def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("python -m fastlora")
-    assert error in line
-
-
 def test_without_arguments_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")
@@ -306,12 +266,3 @@ def test_an_interpreter_that_needs_an_older_numpy_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "needs numpy before 2.4" in machine.note_of_triton("3.6.0", has_hopper=False)
     assert not machine.note_of_triton("3.7.1", has_hopper=False)
-
-
-@pytest.mark.parametrize("driver", ["580.95.05", None])
-def test_a_gpu_s_driver_is_named(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "_gpu", lambda index: "NVIDIA L4, sm_89, 22 GiB")
-    monkeypatch.setattr(machine.collect_env, "get_nvidia_driver_version", lambda run: driver)
-    found = machine.hardware([torch.device("cpu")])["accelerator"]
-    assert found == f"2 x NVIDIA L4, sm_89, 22 GiB, driver {driver or 'unknown'}"

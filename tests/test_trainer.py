@@ -5,7 +5,6 @@ The models are tiny Llamas with dropout in the adapters.  "The same" means bit-e
 
 import copy
 import functools
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,15 +168,6 @@ def test_callbacks_on_one_model_end_in_any_order_or_not_at_all(order, somebody_s
     assert all(map(torch.equal, frozen_bits(model), bits))
 
 
-def test_a_training_that_cannot_be_sampled_merged_puts_back_another_one_s(tmp_path):
-    model = sampling_trainer("peft", tmp_path).model
-    begin(model)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged already"):
-        begin(model)
-    assert "generate" not in vars(model)
-
-
 def test_a_function_around_generate_stays_and_samples_as_before(tmp_path):
     model = sampling_trainer("peft", tmp_path).model
     first = begin(model)
@@ -206,19 +196,6 @@ def test_a_copy_of_a_model_in_training_trains_by_itself(tmp_path):
     assert is_sampled_merged(model)
     sampling.put_back()
     assert not is_sampled_merged(model)
-
-
-def test_a_copy_in_training_samples_from_its_own_weights(tmp_path):
-    model = sampling_trainer("peft", tmp_path).model
-    sampling, ids = MergedSampling(), torch.ones(1, 3, dtype=torch.long)
-    sampling.on_train_begin(None, None, None, model=model)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.generate.__self__ is copied
-        calls = []
-        copied.get_input_embeddings().register_forward_hook(lambda *_, to=calls: to.append(1))
-        copied.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
-        assert calls
-    sampling.put_back()
 
 
 def test_unsupported_sampling_stops_training_before_the_first_step(tmp_path):
