@@ -271,12 +271,11 @@ def test_a_wrong_setting_in_the_environment_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("setup", "shown"),
     [
-        ("pass", "fastlora: a line\n"),
         ("logging.basicConfig(format='own %(message)s')", "own a line\n"),
         ("logging.basicConfig(filename='/dev/null')", "fastlora: a line\n"),
         ("logging.getLogger('fastlora').setLevel(30)", ""),
     ],
-    ids=["alone", "own-handler", "a-file", "own-level"],
+    ids=["own-handler", "a-file", "own-level"],
 )
 def test_the_line_is_shown_once_as_the_program_s_logging_says(setup, shown):
     program = (

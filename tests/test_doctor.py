@@ -14,7 +14,6 @@ from process import run_forked, run_python
 
 import fastlora.doctor as doctor
 from fastlora.__main__ import main
-from fastlora.backends import products
 from fastlora.doctor import machine
 from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
@@ -26,12 +25,6 @@ DOCTOR = ("-m", "fastlora", "doctor")
 def examined(capsys, *arguments: str, status: int = 0) -> dict:
     assert main(["doctor", "--json", *arguments]) == status
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture
-def no_self_test(monkeypatch):
-    """Most of an examination's time; the other sections don't depend on it."""
-    monkeypatch.setattr(doctor, "_self_tests", lambda *_: {})
 
 
 def test_versions_machine_and_the_text_on_about_a_screen(capsys):
@@ -112,15 +105,6 @@ def test_backends_as_the_settings_choose_them(interpret):
         assert status == 1
         text = "backends: ValueError: FASTLORA_BACKEND asks for the backend 'metal'"
         assert any(each.startswith(text) for each in found["broken"]), found["broken"]
-
-
-@pytest.mark.usefixtures("no_self_test")
-@pytest.mark.parametrize(
-    ("wide", "word"), [(False, "fast"), (True, "slow, so products run in float32")]
-)
-def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
-    monkeypatch.setattr(products, "FORCED", wide)
-    assert examined(capsys)["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
 
 
 def raising(error: Exception):

@@ -81,11 +81,6 @@ def test_a_model_without_lora_layers_is_an_error_before_the_first_step(tmp_path)
     assert trainer.state.global_step == 0
 
 
-def test_an_unknown_setting_is_an_error():
-    with pytest.raises(TypeError, match="no setting 'gates'"):
-        Optimize(gates=True)
-
-
 class Skips(nn.Module):
     """A model with a layer that its loss doesn't depend on."""
 

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
-from fastlora import estimates
 
 
 class Net(nn.Module):
@@ -159,27 +158,6 @@ def test_without_rounds_it_only_counts(monkeypatch):
     found = fastlora.estimate(model, [8])
     assert found.rank_costs[0].step is None
     assert "step / frozen" not in str(found)
-
-
-def test_measuring_shows_a_bar_of_its_rounds(monkeypatch):
-    bars = []
-    monkeypatch.setattr(
-        estimates, "bar", lambda items, *names: bars.append((items, names)) or items
-    )
-    fastlora.estimate(tiny_gpt2(), [2], rounds=2)
-    assert bars == [(range(3), ("measuring", "round"))]
-
-
-@pytest.mark.parametrize(("load", "noted"), [(2.0, False), (3.0, True)])
-def test_a_busy_machine_is_noted(load, noted, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
-    found = fastlora.estimate(tiny_gpt2(), [2], rounds=1)
-    assert ("this machine was busy (load 3.0 on 2 cores)" in str(found)) == noted
-
-
-def test_a_model_of_few_positions_gets_as_many_tokens():
-    assert fastlora.estimate(tiny_gpt2(), [2], rounds=1).batch == "1 x 16 tokens"
 
 
 def test_the_model_is_unchanged():

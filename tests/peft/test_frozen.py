@@ -112,16 +112,6 @@ def test_an_adapter_that_peft_adds_later():
     assert model.get_submodule(HEAD).lora_B["late"].weight.grad is not None
 
 
-def test_check_compares_with_torch_s_own():
-    model = mlp()
-    with counted_frozen_calls() as calls:
-        check = fastlora.check(model.train(), x())
-    assert check
-    assert len(calls) == 2  # only one of the two runs is fast
-    assert check.coverage.frozen_linears == (f"{BASE}down", HEAD)
-    assert not fast_layers(model)
-
-
 def test_the_attention_that_the_docs_write_down_is_closer_to_the_truth():
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.S | re.M)
     (code,) = [block for block in blocks if "AttentionInterface" in block]

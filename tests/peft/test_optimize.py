@@ -182,19 +182,6 @@ def test_fast_classes_have_the_signatures_of_peft_s(kind):
             assert found == expected, name
 
 
-def test_importing_fastlora_changes_nothing_until_optimize():
-    code = (
-        "import sys, torch, fastlora;"
-        "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
-        "fastlora.coverage(model), fastlora.restore(model);"
-        "import peft; config = peft.LoraConfig(r=2, target_modules=['0']);"
-        "model = peft.get_peft_model(model, config);"
-        "assert 'fastlora.peft.layer' not in sys.modules;"
-        "print(fastlora.coverage(fastlora.optimize(model)))"
-    )
-    assert run_forked(code) == "1 of 1 layers fast (backend torch)"
-
-
 def test_accelerate_s_instance_forward_is_reached(fast_calls):
     """accelerate calls the forward it found, so optimize replaces that one; restore undoes it."""
     model, x = adapted(), torch.randn(2, 8)

@@ -278,11 +278,6 @@ def test_a_first_product_is_measured_by_a_real_clock_although_the_time_ends(monk
     assert min(line.seconds, line.default_seconds) > 0
 
 
-@pytest.mark.parametrize("seconds", [float("inf"), 10**400])
-def test_an_infinite_time_limit(timed, seconds):
-    assert tuned(seconds=seconds).lines
-
-
 def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
     tuned()
     before, model = files(tmp_path), adapt(tiny_llama(num_hidden_layers=1), r=R)
@@ -366,27 +361,11 @@ def loaded(text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"a"', "[" * 100_000], ids=lambda text: text[:3])
-def test_files_with_other_contents_are_ignored(text):
-    loaded(text)
-    assert planned() == FUSED
-    assert "isn't used, it can't be read" in measured.described(GPU)
-
-
 def test_tuning_replaces_a_file_that_is_not_used(timed):
     loaded("{")
     tuned()
     assert planned() == IN_PLACE
     assert measured.described(GPU).startswith("2 products, 20")
-
-
-def test_a_folder_that_can_not_be_read_has_no_files(monkeypatch):
-    def refuse(path):
-        raise PermissionError(path)
-
-    monkeypatch.setattr(Path, "is_dir", refuse)
-    measured.load()
-    assert measured.written(GPU) is None
 
 
 def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(timed, tmp_path):
