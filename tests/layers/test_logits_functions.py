@@ -441,7 +441,7 @@ def pairs(count: int) -> dict:
     chosen = random.Random(1)
     # After a write, some gradients differ.  An autograd Function of lazy logits raises (see the
     # last test).  torch refuses the gradient of rows that unbind or split made before the write.
-    # detach_ after a write of a part leaves lazy logits without the write's gradient.
+    # After a write of a part and detach_, the backward of lazy logits raises an error.
     without = ("own_function", "vmap", "unbind", "split", "[*z]", "zip(z", "detach_")
     table = {t: f for t, f in expressions().items() if not any(each in t for each in without)}
 
