@@ -28,8 +28,9 @@ Modules of experts cache no record: each call reads the module (:mod:`.experts` 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
+from ..ops.run import run_one
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
@@ -61,39 +63,63 @@ _FACTS = (type, _GET, Tensor.stride)
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
-class Record(NamedTuple):
-    """The tensors and numbers that a module's calls use, or the reason why no node runs them."""
+@dataclass(frozen=True)
+class Record:
+    """The tensors that a module's calls use, or the reason why no node runs them.
+
+    A subclass for a kind of module adds its other settings.
+    """
 
     reason: str  # "" if a node can run the calls
     outputs: tuple[Output[Tensor], ...] = ()  # a layer: 1; a gated MLP: gate, up, down; experts: 2
-    # A layer: one for all adapters, or one each.  A gated MLP: gate and up's, then down's.
-    dropouts: tuple[float, ...] = (0.0,)
     packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if it is quantized
-    how: Any = None  # a gated MLP's activation, an ``Experts``, or a DoRA adapter's magnitude
-    drop: nn.Module | None = None  # the dropout module of a PEFT layer's last adapter
-    adapter: str = ""  # the name of a PEFT layer's first adapter
+
+
+class Variant(Protocol):
+    """A layer's own way to compute y, in place of the LoRA formula: DoRA, tensor parallelism."""
+
+    def run(self, x: Tensor, record: "LinearRecord") -> Tensor:
+        """The layer's output for x."""
+
+
+@dataclass(frozen=True)
+class LinearRecord(Record):
+    """The record of a linear layer, with adapters or without."""
+
+    dropouts: tuple[float, ...] = (0.0,)  # one for all adapters, or one for each
+    variant: Variant | None = None
 
     @property
     def output(self) -> Output[Tensor] | None:
-        """A layer's only output; None if no node runs the layer's calls."""
+        """The layer's only output; None if no node runs the layer's calls."""
         return self.outputs[0] if self.outputs else None
 
 
-class Recorder(NamedTuple):
-    """How modules of a class are read and called.
+class Recorded(nn.Module):
+    """A mixin for modules with a cached record.  A subclass says how it is read and called."""
 
-    The first argument of every function except ``run`` is the module.
-    """
+    def why_not(self, x: Any) -> object:
+        """True, or a reason, if no node can run a call with x now."""
+        return False
 
-    why_not: Callable[[Any, Any], object]  # (module, x): true if no node can run this call now
-    read: Callable[[Any], Record]
-    parts: Callable[[Any], Iterable[nn.Module]]  # the other modules that ``read`` looks at
-    # (module, x, record): runs a call, and returns two values.  The first is the output, or None if
-    # the module's own forward must run.  The second is the call's kind for ``run``, or None if the
-    # call doesn't use the record's tensors unchanged.
-    run_record: Callable[[Any, Tensor, Record], tuple[Tensor | None, Any]]
-    # (x and the record's flattened tensors, kind): returns the output of a call of a cached kind.
-    run: Callable[[Sequence[Tensor], Any], Tensor]
+    def read(self) -> Record:
+        """Read the module.  Every other module that this looks at must be in :meth:`parts`."""
+        raise NotImplementedError
+
+    def parts(self) -> Sequence[nn.Module]:
+        """The other modules that :meth:`read` looks at."""
+        return ()
+
+    def run_record(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
+        """Run a call with the record that :meth:`read` returned.  Returns (output, call).
+
+        The output is None if the module's own forward must run.  ``call`` is the call's kind for
+        :meth:`run_known`.  It is None if the call doesn't use the record's tensors unchanged.
+        """
+        raise NotImplementedError
+
+    # (x and the record's flattened tensors, a call of run_record): the output of an equal call
+    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_one)
 
 
 class Table(NamedTuple):
@@ -328,7 +354,7 @@ class GuardedRecord:
         self.guard = guard
         no_weight: Any = None
         packed = [layer and layer._replace(weight=no_weight) for layer in self.record.packed]
-        self.record = self.record._replace(outputs=(), packed=tuple(packed))
+        self.record = replace(self.record, outputs=(), packed=tuple(packed))
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The guarded tensors if the record is valid, else None."""
@@ -343,10 +369,10 @@ class GuardedRecord:
 
     def now(self, inputs: Sequence[Tensor]) -> Record:
         """The record with its outputs rebuilt from these flattened tensors."""
-        return self.record._replace(outputs=tuple(unflatten(inputs, self._layouts)))
+        return replace(self.record, outputs=tuple(unflatten(inputs, self._layouts)))
 
 
-def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, list[Tensor] | Record]:
+def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
     """A module's guarded record, and its contents.
 
     The contents are the flattened current inputs if the cached record is valid.  Otherwise they are
@@ -363,8 +389,8 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
         home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
     # between, the next comparison fails.
-    guard = Guard(module, [*recorder.parts(module)])
-    record = recorder.read(module)
+    guard = Guard(module, module.parts())
+    record = module.read()
     made = GuardedRecord(record)
     other: GuardedRecord | None = home.get(other_place)
     if other is not None and other.tensors_now(module) is None:
@@ -374,12 +400,10 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
     return made, record
 
 
-def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | None:
+def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     """The module's output for x; None if the module's own forward must run."""
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
-        if recorder.why_not(module, x):
-            return None
-        return recorder.run_record(module, x, recorder.read(module))[0]
+        return None if module.why_not(x) else module.run_record(x, module.read())[0]
     key = key_of_x(x)
     cached: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
     if key is not None and cached is not None:
@@ -388,14 +412,14 @@ def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | 
         if call is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
-                return recorder.run([x, *cached.inputs(tensors)], call)
-    if recorder.why_not(module, x):
+                return module.run_known([x, *cached.inputs(tensors)], call)
+    if module.why_not(x):
         return None
-    for part in recorder.parts(module):
+    for part in module.parts():
         cast_bias(part, x)
-    made, answer = record_of(module, recorder)
+    made, answer = record_of(module)
     record = answer if isinstance(answer, Record) else made.now(answer)
-    y, call = recorder.run_record(module, x, record)
+    y, call = module.run_record(x, record)
     if key is not None and call is not None and made.guard is not None:
         remember(made.calls, key, call, _MOST_CALLS)
     return y
