@@ -82,6 +82,17 @@ def covers(
     return not reason
 
 
+def covers_forward(tensors: Sequence[Tensor], layouts: Sequence[Layout], *_: object) -> bool:
+    """:func:`covers` for the tensors of a forward: x and the outputs' tensors, then others."""
+    return covers(tensors, layouts)
+
+
+def covers_backward(tensors: Sequence[Tensor], layouts: Sequence[Layout], *_: object) -> bool:
+    """:func:`covers` for the tensors of a backward, whose last ones are the dys."""
+    dys = tensors[-len(layouts) :]
+    return any(dy is not None for dy in dys) and covers(tensors, layouts, dys)
+
+
 def user_level() -> int:
     """The caller's ``stacklevel`` for a warning at the first line outside of fastlora and torch."""
     level, frame = 0, sys._getframe(1)

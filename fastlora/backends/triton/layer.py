@@ -17,43 +17,40 @@ from torch.nn.functional import linear
 
 from ...formats.rotated_int8 import is_rotated_int8
 from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
+from .. import torch as torch_backend
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
-from .cover import covers, empty_gradients, empty_like, kernels, precision_of
+from .cover import (
+    covers_backward,
+    covers_forward,
+    empty_gradients,
+    empty_like,
+    kernels,
+    precision_of,
+)
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded_like
-from .verification import State, run_kernels
+from .verification import KernelFunction, run_kernels
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Any], list[Any]] | State:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Every output's y [M, N], and every adapter's h [M, r], as the torch backend returns them."""
     x, count = inputs[0], len(call.layouts)
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
-    made = run_kernels(
-        _forward,
-        [seeds, *inputs],
-        (call.layouts, call.dropout, precision_of(x)),
-        lambda: covers(inputs, call.layouts),
-        call.captured,
-    )
-    if isinstance(made, State):
-        return made
+    settings = call.layouts, call.dropout, precision_of(x)
+    made = run_kernels(_FORWARD, [*inputs, seeds], settings, call.captured)
     return made[:count], made[count:]
 
 
-def backward(given: BackwardCall) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
     dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts):
         return of_dense(backward, given)
-    return run_kernels(
-        _backward,
-        [seeds, *inputs, *hs, *dys],
-        (call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)),
-        lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
-    )
+    settings = call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)
+    return run_kernels(_BACKWARD, [*inputs, seeds, *hs, *dys], settings)
 
 
 class Common(NamedTuple):
@@ -77,7 +74,7 @@ def _forward(
     output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
     For outputs with 8-bit products, ``project`` also rounds x, once for the group.
     """
-    seeds, x, *flat = tensors
+    x, *flat, seeds = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
@@ -129,10 +126,9 @@ def _backward(
     Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
     """
     needs_x, *rest = needs_flat
-    seeds, x, *others = tensors
+    (x, *flat), (seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
-    # After seeds and x: the outputs' tensors, one h for each adapter, one dy for each output.
-    flat, others = others[: len(rest)], others[len(rest) :]
+    # After the seeds: one h for each adapter, one dy for each output.
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
@@ -175,6 +171,27 @@ def _backward(
     if trained and not is_filled:
         _d_lora_a(x, trained, common)
     return [dx, *flatten(gradients, layouts)]
+
+
+def _forward_by_torch(
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, _: str
+) -> list[Tensor]:
+    *inputs, seeds = tensors
+    ys, hs = torch_backend.forward(inputs, seeds, Call(layouts, dropout, torch_backend))
+    return ys + hs
+
+
+def _backward_by_torch(
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, _: str, needs: Any
+) -> list[Tensor | None]:
+    inputs, (seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
+    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    call = Call(layouts, dropout, torch_backend)
+    return torch_backend.backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
+
+
+_FORWARD = KernelFunction(_forward, _forward_by_torch, covers_forward, has_layouts=True)
+_BACKWARD = KernelFunction(_backward, _backward_by_torch, covers_backward, has_layouts=True)
 
 
 class _Term(NamedTuple):
