@@ -421,7 +421,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     record = answer if isinstance(answer, Record) else made.now(answer)
     y, call = module.run_record(x, record)
     if key is not None and call is not None and made.guard is not None:
-        remember(made.calls, key, call, _MOST_CALLS)
+        remember(key, call, made.calls, _MOST_CALLS)
     return y
 
 

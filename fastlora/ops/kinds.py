@@ -66,11 +66,13 @@ def key_of_outputs(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Hashable, list[Tensor]]:
-    """The key of an eager call and the flat list of its tensors; key None: don't cache the call.
+    """The key of a call that takes the node, and the flat list of its tensors.
+
+    The key is None if the call can't be cached.
 
     ``dropout``: a gated MLP gives a tuple of all its settings here.
     """
-    if not is_ordinary(x) or type(projections) not in (list, tuple):
+    if type(projections) not in (list, tuple):
         return None, []
     # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
     inputs: list[Any] = [x]
@@ -102,16 +104,16 @@ def key_of_outputs(
 
 
 def call_of(key: Hashable) -> Any:
-    """The cached call of this key, or None."""
-    return None if key is None else _calls.get(key)
+    """The cached call of this key, or None; key None: there is none."""
+    return _calls.get(key)
 
 
 def remember(
-    calls: dict[Hashable, Any] | None, key: Hashable, call: Any, most: int | None = None
+    key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int = _MOST
 ) -> None:
     """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
     calls = _calls if calls is None else calls
     with _changes:
-        while len(calls) >= (most or _MOST) and key not in calls:
+        while len(calls) >= most and key not in calls:
             del calls[next(iter(calls))]
         calls[key] = call

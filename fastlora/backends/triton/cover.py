@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.rotated_int8 import LONGEST_SUM, is_rotated_int8
+from ...formats.format import product_of
+from ...formats.rotated_int8 import LONGEST_SUM
 from ...projection import Adapter, Layout, Output, named_tensors, unflatten
 
 try:
@@ -43,7 +44,7 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         weight = output.base.weight
         if weight.dim() == 3 and weight.shape[0] > _MOST_EXPERTS:
             return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
-        if is_rotated_int8(weight):
+        if product_of(weight) == "int8":
             if weight.dim() == 3:
                 return "the Triton kernels have no 8-bit products of experts"
             if not target.int8:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...formats.rotated_int8 import is_rotated_int8
+from ...formats.format import product_of
 from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
 from .. import torch as torch_backend
 from ..formula import base_gradients, no_gradients
@@ -78,7 +78,9 @@ def _forward(
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
-    rounded = rounded_like(x) if any([is_rotated_int8(o.base.weight) for o in outputs]) else None
+    rounded = (
+        rounded_like(x) if any([product_of(o.base.weight) == "int8" for o in outputs]) else None
+    )
     in_one_launch = (
         seeds is None
         and rounded is None
@@ -142,7 +144,7 @@ def _backward(
             continue
         base = base_gradients(dy, x, output.base, need.base)
         adapters, dhs = [], [None] * len(output.adapters)
-        if needs_x and is_rotated_int8(output.base.weight):
+        if needs_x and product_of(output.base.weight) == "int8":
             # The launch that rounds dy also makes every dh.
             codes, scale = packed_of(output)
             rounded = rounded_like(dy, scale)
@@ -205,7 +207,7 @@ class _Term(NamedTuple):
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
     """The plan of an output; None without adapters, where torch computes y (not in 8 bits)."""
-    if is_rotated_int8(output.base.weight):
+    if product_of(output.base.weight) == "int8":
         return kernels.plan.FUSED
     if not output.adapters:
         return None
@@ -233,7 +235,7 @@ def _y(
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
     if plan.fused:
         p, scales, a, factor = x, None, None, 1.0
-        if rounded is not None and is_rotated_int8(weight):
+        if rounded is not None and product_of(weight) == "int8":
             p, (q, scale) = rounded.codes, packed_of(output)
             scales = kernels.Scales([rounded.scales], scale)
         else:
@@ -299,7 +301,7 @@ def _dx(
     seeds = _join([term.seed for term in terms], common.seeds) if terms else None
     options = common._replace(seeds=seeds)._asdict()
     if all_rounded:  # one launch: all 8-bit products, and all dh lora_a
-        by_torch = [pair for pair in used if not is_rotated_int8(pair[1].base.weight)]
+        by_torch = [pair for pair in used if product_of(pair[1].base.weight) == "dense"]
         ps, qs = [each.codes for each, _ in all_rounded], [codes for _, codes in all_rounded]
         if kernels.target_of(x.device).turns_int8:
             # This device reads int8 fast only along the axis of the sum.  By an estimate, to

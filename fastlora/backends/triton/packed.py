@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ...formats.format import Format, Quantized
-from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import BackwardCall, Call
 from .cover import LONGEST, kernels
@@ -109,6 +108,6 @@ def of_dense(
 
 def _is_for_torch(layout: Layout, of_experts: bool) -> bool:
     format = layout.format
-    if format is None or isinstance(format, RotatedInt8):
+    if format is None or format.product == "int8":
         return False
     return not has_kernel(format, of_experts)

@@ -36,7 +36,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import cache as files
 from ...blocks import slices
 from ...formats.format import Quantized
-from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .cover import kernels, user_level
 
@@ -318,7 +317,9 @@ def _roles(function: KernelFunction, tensors: Sequence, settings: tuple) -> list
             )
             for layout in layouts
         ]
-        is_int8 = any([isinstance(layout.format, RotatedInt8) for layout in layouts])
+        is_int8 = any(
+            [each.format is not None and each.format.product == "int8" for each in layouts]
+        )
         roles = [_EXACT if is_int8 else _ROWS, *flatten(outputs, layouts)]
     for tensor in tensors[len(roles) :]:
         if tensor is not None and tensor.dtype == torch.int32 and function.has_layouts:
