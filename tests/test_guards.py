@@ -140,7 +140,7 @@ def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
 def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
     model, x = own_model()
     before = model.up(x)
-    cached = vars(model.up)["_fastlora_record_followed"]
+    cached = vars(model.up)["_fastlora_record"]
 
     def given_up():  # between two steps of the call
         cached.guard = None

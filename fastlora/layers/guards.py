@@ -9,9 +9,8 @@ possible, and reads the module again after a change.
 
 Three structures, from the outside in:
 
-* :class:`GuardedRecord` is stored in the module's ``__dict__``: one for calls with gradients, and
-  one for calls without.  It holds the record, the guard, and a dict from cache keys to kinds of
-  call.
+* :class:`GuardedRecord` is stored in the module's ``__dict__``.  It holds the record, the guard,
+  and a dict from cache keys to kinds of call.
 * :class:`Guard` decides whether the record is valid.
 * :class:`Table` is a part of the guard: many comparisons of one kind.
 
@@ -44,12 +43,10 @@ from ..ops.run import run_one
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
-# Names in a module's __dict__: the record of calls without gradients, and the record of calls with
-# gradients.  There are two, because activation checkpointing alternates between such calls.
-_PLACES = ("_fastlora_record", "_fastlora_record_followed")
+_PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes of every module that don't change its calls, such as hooks on state dicts.
-_SILENT = {*vars(nn.Module()), *_PLACES}.difference(
+_SILENT = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
@@ -173,7 +170,7 @@ class Guard:
             """Guard a dict, and ``depth`` levels of objects in it."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
             # Entry by entry, if a copy of the dict would keep tensors or a cached record alive.
-            by_name = has_tensors or any(place in entries for place in _PLACES)
+            by_name = has_tensors or _PLACE in entries
             if by_name:
                 sizes.append((entries, len(entries)))
             else:
@@ -346,7 +343,8 @@ class GuardedRecord:
                 self._sources.append(number)
                 continue
             number = storages.get(tensor.untyped_storage().data_ptr())
-            if tensor.requires_grad or tensor.is_neg() or number is None:
+            # Without gradients, a view of a tensor that trains doesn't require one itself.
+            if number is None or tensors[number].requires_grad or tensor.is_neg():
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
@@ -378,24 +376,18 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
     The contents are the flattened current inputs if the cached record is valid.  Otherwise they are
     the :class:`Record` that was just read.
     """
-    home, followed = vars(module), torch.is_grad_enabled()
-    place, other_place = _PLACES[followed], _PLACES[not followed]
-    before: GuardedRecord | None = home.get(place)
+    home = vars(module)
+    before: GuardedRecord | None = home.setdefault(_PLACE, None)
     if before is not None:
         tensors = before.tensors_now(module)
         if tensors is not None:
             return before, before.inputs(tensors)
-    for each in _PLACES:
-        home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
     # between, the next comparison fails.
     guard = Guard(module, module.parts())
     record = module.read()
     made = GuardedRecord(record)
-    other: GuardedRecord | None = home.get(other_place)
-    if other is not None and other.tensors_now(module) is None:
-        other = None  # because its guard may keep replaced objects alive
-    home.update({place: made, other_place: other})
+    home[_PLACE] = made
     made.keep(guard)
     return made, record
 
@@ -405,7 +397,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
         return None if module.why_not(x) else module.run_record(x, module.read())[0]
     key = key_of_x(x)
-    cached: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
+    cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
         call = cached.calls.get(key)
         # The key covers all other conditions of ``why_not``.
@@ -426,9 +418,8 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
 
 
 def forget(module: nn.Module) -> None:
-    """Remove the module's cached records."""
-    for place in _PLACES:
-        vars(module).pop(place, None)
+    """Remove the module's cached record."""
+    vars(module).pop(_PLACE, None)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

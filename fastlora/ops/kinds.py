@@ -27,6 +27,7 @@ from collections.abc import Hashable, Sequence
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..backends import asked_backend
@@ -54,7 +55,7 @@ def key_of(
 def key_of_x(x: Tensor) -> Hashable:
     """The key of x for a module, whose guard covers the other tensors; None: don't cache."""
     try:
-        return key_of([x]) if is_ordinary(x) else None
+        return key_of([x], (torch.is_grad_enabled(),)) if is_ordinary(x) else None
     except Exception:  # x is sparse, or came from a transform of torch.func that has ended
         return None
 

@@ -363,10 +363,10 @@ def test_a_cast_of_the_model_changes_the_dtype_of_dense_weights_only(merged):
 def test_calls_reuse_their_record():
     model = fastlora.optimize(layer_model(), **ALL)
     y, layer = model(X), layer_of(model)
-    record = vars(layer)["_fastlora_record_followed"]
+    record = vars(layer)["_fastlora_record"]
     assert record.guard is not None
     assert torch.equal(model(X), y)
-    assert vars(layer)["_fastlora_record_followed"] is record
+    assert vars(layer)["_fastlora_record"] is record
     with torch.no_grad():
         layer.base_layer.codes.zero_()
     assert not torch.equal(model(X), y)

@@ -55,7 +55,7 @@ REPEATS = 16
 # The allowed error, in multiples of PyTorch's own error.  It isn't 1, because the kernels add in
 # another order.
 _SLACK = 8.0
-_FEW = 32  # the least rows or columns from which an error can be estimated
+_FEW = 32  # the least elements of a row from which its error can be estimated
 _BLOCK = 2**21  # elements in one comparison
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -433,9 +433,8 @@ def compared(
             if made is not None and torch.count_nonzero(made):
                 return f"{name} is missing"
         elif its.numel():
-            exact = None if truth is None else _as_matrix(truth[i])
             eps = max(step, torch.finfo(x.dtype).eps)
-            share = _worst(_as_matrix(ours), _as_matrix(its), exact, eps)
+            share = _worst(ours, its, None if truth is None else truth[i], eps)
             if not share <= 1:
                 shape = f"{name}, {list(its.shape)}"
                 return f"{shape}, has an error of {share:.3g} times what rounding explains"
@@ -445,44 +444,31 @@ def compared(
 def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
     """The largest ratio of an element's error to the error that is allowed for it.
 
-    The allowed error is _SLACK · min(row, column) plus one rounding, where row and column are
-    PyTorch's largest errors in the element's row and in its column.  So large numbers in one row or
-    column can't hide an error in another one.  Without ``truth``, PyTorch's results replace it,
-    with an assumed error of one rounding.  Elements where PyTorch's result isn't finite are
-    skipped.
+    The allowed error is _SLACK · PyTorch's largest error in the element's row, plus one rounding of
+    the row's largest number.  So large numbers in one row can't hide an error in another one.
+    Without ``truth``, PyTorch's results replace it, with an assumed error of one rounding.
+    Elements where PyTorch's result isn't finite are skipped.
     """
-    matrices = ours, its, its if truth is None else truth
-    of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
-    for _, it, true in _blocks(*matrices):
-        sizes = torch.stack([(it - true).abs(), true.abs()]).nan_to_num(0.0, 0.0)
-        of_rows.append(sizes.amax(2))
-        of_columns = torch.maximum(of_columns, sizes.amax(1))
-    rows_in_all = torch.cat(of_rows, 1)
-    if its.shape[0] < _FEW:  # too few rows to estimate a column's error
-        of_columns = torch.full_like(of_columns, torch.inf)
-    if its.shape[1] < _FEW:
-        rows_in_all = rows_in_all.amax(1, keepdim=True).expand_as(rows_in_all)
-    worst, first = 0.0, 0
-    for our, it, true in _blocks(*matrices):
-        of_block = rows_in_all[:, first : first + len(it), None]
-        error, size = torch.minimum(of_block, of_columns[:, None])
-        allowed = _SLACK * error + 2 * eps * size
-        if truth is None:
-            allowed += _SLACK * eps * size
+    matrices, worst = [*map(_long_rows, (ours, its, its if truth is None else truth))], 0.0
+    # In float64, block by block, because whole matrices would take more memory.
+    for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
+        our, it, true = (matrix[rows].double() for matrix in matrices)
+        error, size = (
+            each.abs().nan_to_num(0.0, 0.0).amax(1, keepdim=True) for each in (it - true, true)
+        )
+        allowed = _SLACK * error + 2 * eps * size + (_SLACK * eps * size if truth is None else 0.0)
         away = torch.where(it.isfinite() & true.isfinite(), (our - true).abs(), 0.0)
         share = torch.where(away == 0, 0.0, away / allowed)
-        worst, first = max(worst, share.nan_to_num(torch.inf).amax().item()), first + len(it)
+        worst = max(worst, share.nan_to_num(torch.inf).amax().item())
     return worst
 
 
-def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
-    """Yield blocks of rows of all matrices, in float64.  Whole matrices would take more memory."""
-    for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
-        yield [matrix[rows].double() for matrix in matrices]
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
+def _long_rows(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix whose rows have enough elements to estimate an error, or as one row."""
+    matrix = tensor.reshape(-1, tensor.shape[-1])
+    if matrix.shape[1] < _FEW <= len(matrix):
+        return matrix.T
+    return matrix if matrix.shape[1] >= _FEW else matrix.reshape(1, -1)
 
 
 def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
