@@ -102,14 +102,13 @@ def linears(
     ``seeds``: of the adapters' dropout, int64; drawn if None.
     """
     path = path_of(x) if isinstance(x, Tensor) else None
-    key = None
+    outputs, key = as_outputs(projections), None
     if path == NODE:
-        key, inputs = key_of_outputs(x, projections, dropout, training, backend)
+        key, inputs = key_of_outputs(x, outputs, dropout, training, backend)
         if (known := call_of(key)) is not None:
             return run(inputs, known, seeds), known
     if not is_plain(x):
         check_tensor("x", x)
-    outputs = as_outputs(projections)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
     captures = key is not None

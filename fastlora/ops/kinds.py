@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from ..backends import asked_backend
-from ..formats.format import Quantized
-from ..projection import Output, Projection, facts_of
+from ..projection import Output, facts_of, flatten, layouts_of
 from .dispatch import autocast_dtype, is_ordinary
 
 _MOST = 1024  # entries; a new sequence length makes a new one
@@ -62,42 +61,22 @@ def key_of_x(x: Tensor) -> Hashable:
 
 def key_of_outputs(
     x: Tensor,
-    projections: Sequence[Projection | Output],
+    outputs: Sequence[Output[Tensor]],
     dropout: Hashable,
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Hashable, list[Tensor]]:
     """The key of a call that takes the node, and the flat list of its tensors.
 
-    The key is None if the call can't be cached.
-
-    ``dropout``: a gated MLP gives a tuple of all its settings here.
+    The key is None if the call can't be cached.  ``dropout``: a gated MLP gives a tuple of all its
+    settings here.
     """
-    if type(projections) not in (list, tuple):
-        return None, []
-    # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
-    inputs: list[Any] = [x]
-    rest: list[Any] = [dropout, type(dropout), training is True or training is False, training]
     try:
-        for projection in projections:
-            rest.append(type(projection))
-            if isinstance(projection, Projection):
-                weight, lora_a, lora_b, bias, scale = projection
-                adapters: tuple = ((lora_a, lora_b, scale),)
-            else:
-                base, adapters = projection
-                weight, bias = base
-                rest += type(base), type(adapters), len(adapters)
-            rest += weight is None, bias is None
-            if isinstance(weight, Quantized):
-                rest.append(weight.format)
-                inputs += weight.tensors
-                weight = None
-            inputs += [each for each in (weight, bias) if each is not None]
-            for lora_a, lora_b, scale in adapters:
-                rest += scale, type(scale)
-                inputs += lora_a, lora_b
-        key = key_of(inputs, rest, backend)
+        layouts = layouts_of(outputs)
+        inputs = [x, *flatten(outputs, layouts)]
+        # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
+        numbers = [training, dropout, *[scale for layout in layouts for scale in layout.scales]]
+        key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
         hash(key)
         return key, inputs
     except Exception:  # a wrong class or a number that has no hash: the checks report it
@@ -110,11 +89,11 @@ def call_of(key: Hashable) -> Any:
 
 
 def remember(
-    key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int = _MOST
+    key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int | None = None
 ) -> None:
     """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
     calls = _calls if calls is None else calls
     with _changes:
-        while len(calls) >= most and key not in calls:
+        while len(calls) >= (most or _MOST) and key not in calls:
             del calls[next(iter(calls))]
         calls[key] = call

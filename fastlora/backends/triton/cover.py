@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,15 +66,16 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def covers(
-    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
-) -> bool:
-    """Whether the kernels cover a call.  If not, warn once for each reason (except an empty x)."""
-    x, *tensors = inputs
+def covers(tensors: Sequence[Any], layouts: Sequence[Layout], *settings: object) -> bool:
+    """Whether the kernels cover a call with these tensors: x, the outputs' tensors, and others.
+
+    If not, warn once for each reason (except an empty x).
+    """
+    x, *rest = tensors
     if len(x) == 0:
         return False
-    reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
-    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+    reason = why_not(x.dtype, x.device, unflatten(rest, layouts))
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in tensors):
         reason = _NEGATED
     if not reason and len(x) > LONGEST:
         reason = f"the Triton kernels count to {LONGEST}, but x has {len(x)} rows"
@@ -81,17 +83,6 @@ def covers(
         _said.add(reason)
         warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=user_level())
     return not reason
-
-
-def covers_forward(tensors: Sequence[Tensor], layouts: Sequence[Layout], *_: object) -> bool:
-    """:func:`covers` for the tensors of a forward: x and the outputs' tensors, then others."""
-    return covers(tensors, layouts)
-
-
-def covers_backward(tensors: Sequence[Tensor], layouts: Sequence[Layout], *_: object) -> bool:
-    """:func:`covers` for the tensors of a backward, whose last ones are the dys."""
-    dys = tensors[-len(layouts) :]
-    return any(dy is not None for dy in dys) and covers(tensors, layouts, dys)
 
 
 def user_level() -> int:

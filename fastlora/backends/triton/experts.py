@@ -13,14 +13,13 @@ from torch.nn import functional
 
 from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
-from ...rows import Rows
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
+from . import layer
 from .at_once import aligned, runs_at_once
-from .cover import covers_backward, covers_forward, empty_gradients, kernels, precision_of
-from .layer import through_lora_b
+from .cover import empty_gradients, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
-from .verification import KernelFunction, run_kernels
+from .verification import run_kernels
 
 # The most bytes of a dense weight (all experts) that a packed one is unpacked to for one product.
 _LARGEST = 2**32
@@ -110,7 +109,7 @@ def _backward(
         # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
         # copied.
         d_lora_a, d_lora_b, _ = made = empty_gradients(pair, need)
-        dh = through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
+        dh = layer.through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
                             needs_x or need.lora_a, plain)  # fmt: skip
         dhs += [] if dh is None else [dh]
         gradients.append(made)
@@ -123,29 +122,8 @@ def _backward(
     return [dx, *flatten([Output(Base(None, None), tuple(gradients))], layouts)]
 
 
-def _forward_by_torch(
-    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *_: object
-) -> list[Tensor]:
-    *inputs, ends, seeds = tensors
-    ys, hs = torch_backend.forward(inputs, seeds, _torch_call(layouts, dropout, ends))
-    return ys + hs
-
-
-def _backward_by_torch(
-    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *others: Any
-) -> list[Tensor | None]:
-    needs = others[-1]
-    inputs, (ends, seeds, *hs, dy) = tensors[: len(needs)], tensors[len(needs) :]
-    call = _torch_call(layouts, dropout, ends)
-    return torch_backend.backward(BackwardCall([dy], inputs, hs, needs, seeds, call))
-
-
-def _torch_call(layouts: tuple[Layout, ...], dropout: float, ends: Tensor) -> Call:
-    return Call(layouts, dropout, torch_backend, Rows(ends))
-
-
-_FORWARD = KernelFunction(_forward, _forward_by_torch, covers_forward, has_layouts=True)
-_BACKWARD = KernelFunction(_backward, _backward_by_torch, covers_backward, has_layouts=True)
+_FORWARD = layer.FORWARD._replace(run=_forward)
+_BACKWARD = layer.BACKWARD._replace(run=_backward)
 
 
 def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Output[Tensor]:

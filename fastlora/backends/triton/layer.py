@@ -17,12 +17,12 @@ from torch.nn.functional import linear
 
 from ...formats.format import product_of
 from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
+from ...rows import Rows
 from .. import torch as torch_backend
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import (
-    covers_backward,
-    covers_forward,
+    covers,
     empty_gradients,
     empty_like,
     kernels,
@@ -40,7 +40,7 @@ def forward(
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
     settings = call.layouts, call.dropout, precision_of(x)
-    made = run_kernels(_FORWARD, [*inputs, seeds], settings, call.captured)
+    made = run_kernels(FORWARD, [*inputs, None, seeds], settings, call.captured)
     return made[:count], made[count:]
 
 
@@ -49,8 +49,10 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
     dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts):
         return of_dense(backward, given)
+    if all([dy is None for dy in dys]):
+        return torch_backend.backward(given)
     settings = call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)
-    return run_kernels(_BACKWARD, [*inputs, seeds, *hs, *dys], settings)
+    return run_kernels(BACKWARD, [*inputs, None, seeds, *hs, *dys], settings)
 
 
 class Common(NamedTuple):
@@ -74,7 +76,7 @@ def _forward(
     output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
     For outputs with 8-bit products, ``project`` also rounds x, once for the group.
     """
-    x, *flat, seeds = tensors
+    x, *flat, _, seeds = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
@@ -128,9 +130,10 @@ def _backward(
     Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
     """
     needs_x, *rest = needs_flat
-    (x, *flat), (seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    (x, *flat), (_, seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
-    # After the seeds: one h for each adapter, one dy for each output.
+    # After the ends (of experts, here None) and the seeds: one h for each adapter, one dy for each
+    # output.
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
@@ -175,25 +178,31 @@ def _backward(
     return [dx, *flatten(gradients, layouts)]
 
 
-def _forward_by_torch(
-    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, _: str
+def _by_torch(
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor]:
-    *inputs, seeds = tensors
-    ys, hs = torch_backend.forward(inputs, seeds, Call(layouts, dropout, torch_backend))
+    *inputs, ends, seeds = tensors
+    ys, hs = torch_backend.forward(inputs, seeds, _torch_call(layouts, dropout, ends))
     return ys + hs
 
 
 def _backward_by_torch(
-    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, _: str, needs: Any
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor | None]:
-    inputs, (seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
+    needs = settings[-1]
+    inputs, (ends, seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
-    call = Call(layouts, dropout, torch_backend)
+    call = _torch_call(layouts, dropout, ends)
     return torch_backend.backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
 
 
-_FORWARD = KernelFunction(_forward, _forward_by_torch, covers_forward, has_layouts=True)
-_BACKWARD = KernelFunction(_backward, _backward_by_torch, covers_backward, has_layouts=True)
+def _torch_call(layouts: tuple[Layout, ...], dropout: float, ends: Tensor | None) -> Call:
+    return Call(layouts, dropout, torch_backend, None if ends is None else Rows(ends))
+
+
+# Also of experts, with other kernels.
+FORWARD = KernelFunction(_forward, _by_torch, covers, has_layouts=True)
+BACKWARD = KernelFunction(_backward, _backward_by_torch, covers, has_layouts=True)
 
 
 class _Term(NamedTuple):

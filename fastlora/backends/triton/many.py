@@ -35,7 +35,7 @@ def forward(
     """Every output's y and h, as the torch backend returns them; here one of each."""
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if not _is_covered(inputs, call):
+    if len(call.layouts) > 1 or not covers(inputs, call.layouts):
         return torch_backend.forward(inputs, seeds, call)
     (output,) = unflatten(flat, call.layouts)
     count, base_call = _base_call(inputs, call)
@@ -56,7 +56,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
     (dy, *_), inputs, (h, *_), needs, seeds, call = given
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if dy is None or not _is_covered(inputs, call, [dy]):
+    if dy is None or len(call.layouts) > 1 or not covers([*inputs, dy], call.layouts):
         return torch_backend.backward(given)
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
     # First the layer without adapters, then the adapters' part of dx is added to it.
@@ -81,10 +81,6 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
             own = _cut(made, place, output.adapters[i], wanted.adapters[i])
             gradients[2 * i : 2 * i + 2] = own
     return [*base, *gradients]
-
-
-def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | None] = ()) -> bool:
-    return len(call.layouts) == 1 and covers(inputs, call.layouts, dys)
 
 
 def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
@@ -168,7 +164,7 @@ def _segments(
 
 
 def _covers(*_: object) -> bool:
-    """All calls, because ``_is_covered`` was asked before."""
+    """All calls, because :func:`covers` was asked before."""
     return True
 
 

@@ -22,7 +22,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -464,7 +464,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 
 def _long_rows(tensor: Tensor) -> Tensor:
-    """The tensor as a matrix whose rows have enough elements to estimate an error, or as one row."""
+    """The tensor as a matrix with at least _FEW columns, or as one row."""
     matrix = tensor.reshape(-1, tensor.shape[-1])
     if matrix.shape[1] < _FEW <= len(matrix):
         return matrix.T
