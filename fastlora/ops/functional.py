@@ -66,7 +66,7 @@ def lora_linear(
     or classes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
-    return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
+    return linears(x, (projection,), dropout, training, backend)[0][0]
 
 
 def lora_linears(

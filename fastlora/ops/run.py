@@ -75,12 +75,11 @@ def run_checked(
             name = backend_name(backend, x.device)
             few = rows is None and is_few(x, outputs, name)
             captured: dict | None = {} if captures and not few else None
-            call = Call(layouts, dropout, find_backend(name), rows, captured, few, count, autocasts)
+            call = Call(layouts, dropout, find_backend(name), rows, captured, few, count)
             # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
             # no key, so a cached call has none.
-            return _run_cast(
-                unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds
-            ), call
+            ys = run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds)
+            return ys, call._replace(autocasts=autocasts)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -94,15 +93,11 @@ def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tu
 
     ``seeds``: of the adapters' dropout; drawn if None.
     """
-    if not call.autocasts:
-        return _run_cast(inputs, call, seeds)
-    x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
-    with autocast_off(x.device.type):
-        return _run_cast((x, *flatten(outputs, call.layouts)), call, seeds)
-
-
-def _run_cast(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None) -> tuple[Tensor, ...]:
-    """:func:`run` without autocast."""
+    if call.autocasts:
+        x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
+        with autocast_off(x.device.type):
+            inputs = x, *flatten(outputs, call.layouts)
+            return run(inputs, call._replace(autocasts=False), seeds)
     rows = call.rows
     if seeds is None and call.seeds:
         seeds = draw_seed(call.seeds, inputs[0].device)
