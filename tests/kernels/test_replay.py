@@ -151,9 +151,8 @@ class Slow(dict):
 def test_threads_may_capture_calls_concurrently(monkeypatch):
     """Each thread evicts the oldest entry for its own new one."""
     monkeypatch.setattr(replay, "_MOST", 2)
-    monkeypatch.setattr(
-        kernels, "capture_call", lambda *_: CapturedCall(lambda stream, x: [x], "", [], frozenset())
-    )
+    captured = CapturedCall(lambda stream, x: [x], "", [], frozenset())
+    monkeypatch.setattr(kernels, "capture_call", lambda *_: captured)
     calls = Slow()
 
     function = verification.KernelFunction(step, step, lambda *_: True)
