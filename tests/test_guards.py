@@ -72,15 +72,15 @@ def test_untying_gate_and_up_is_seen(how):
 
 
 def test_a_change_by_another_thread_during_a_read_is_seen():
-    model, read = two_adapters(), peft_layer.read_active
+    model, read = two_adapters(), peft_layer.read
 
-    def changing(layer):
-        found = read(layer)
+    def changing(layer, names):
+        found = read(layer, names)
         if model.active_adapter != "b":
             model.set_adapter("b")  # simulates another thread in between
         return found
 
-    with mock.patch.object(peft_layer, "read_active", changing):
+    with mock.patch.object(peft_layer, "read", changing):
         model(inputs())
     assert torch.equal(model(inputs()), read_anew(model, inputs()))
 
@@ -146,7 +146,7 @@ def test_packed_numbers_that_change_in_place_are_read_again(kind, name):
     (layer,) = adapt(nn.Sequential(quantized(kind, 256, 32)), target_modules=["0"]).base_model.model
 
     def found():
-        return guards.record_of(layer, peft_layer._RECORDER)[1]
+        return guards.record_of(layer)[1]
 
     assert isinstance(found(), guards.Record)
     assert isinstance(found(), list)
@@ -166,7 +166,7 @@ def test_a_layer_of_another_class_is_read_again():
 def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
     model, x = own_model()
     before = model.up(x)
-    cached = vars(model.up)["_fastlora_record_followed"]
+    cached = vars(model.up)["_fastlora_record"]
 
     def given_up():  # between two steps of the call
         cached.guard = None

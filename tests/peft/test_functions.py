@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.layers.guards import _PLACES
+from fastlora.layers.guards import _PLACE
 
 # Each function takes a PEFT model, does something with it, and returns all results.
 
@@ -134,7 +134,7 @@ def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
     assert repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-    assert vars(up(ours)).keys() - set(_PLACES) == vars(up(theirs)).keys()
+    assert vars(up(ours)).keys() - {_PLACE} == vars(up(theirs)).keys()
     assert isinstance(up(ours), lora.Linear)
     assert type(up(ours)).__name__ == type(up(theirs)).__name__
     files = []

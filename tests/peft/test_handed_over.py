@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
-from fastlora.peft import read as peft_read
+from fastlora.peft import layer as peft_layer
 
 K, N = 8, 6
 
@@ -64,8 +64,8 @@ def step(layer: nn.Module) -> list:
 @pytest.fixture
 def records(monkeypatch):
     """The results of reading layers: one element each time a layer is read anew."""
-    seen, read = [], peft_read.read
-    monkeypatch.setattr(peft_read, "read", lambda *all: seen.append(read(*all)) or seen[-1])
+    seen, read = [], peft_layer.read
+    monkeypatch.setattr(peft_layer, "read", lambda *all: seen.append(read(*all)) or seen[-1])
     monkeypatch.setattr("fastlora.ops.kinds._calls", {})
     return seen
 
