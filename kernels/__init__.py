@@ -2,7 +2,8 @@
 
 The package knows nothing of ``nn.Module``; only ``fastlora.backends`` imports it.  Reading order:
 on the device ``common``, ``segments``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
-``gemm_lowrank`` (the kernel of y and dx), ``weight_grad``, ``dequant``, ``gated``, ``row_loss``; on
+``base_product``, ``gemm_lowrank`` (the kernel of y and dx), ``gemm_lowrank_few_rows``,
+``quantize_rows``, ``gemm_int8_lowrank``, ``weight_grad``, ``dequant``, ``gated``, ``row_loss``; on
 the host ``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``capture``,
 ``replay``.
 """
@@ -34,12 +35,15 @@ else:
     from .dequant import dequant
     from .faults import ptxas
     from .gated import gated, gated_backward, why_not_gated
-    from .gemm_lowrank import Scales, gemm_lowrank, one_launch_pays
+    from .gemm_int8_lowrank import gemm_int8_lowrank
+    from .gemm_lowrank import gemm_lowrank
+    from .gemm_lowrank_few_rows import gemm_lowrank_few_rows, one_launch_pays
     from .launch import Launch, intercept
     from .lowrank import lowrank
     from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
     from .plan import Plan, low_rank_pays, plan_for
-    from .project import Rounded, project
+    from .project import project
+    from .quantize_rows import quantize_rows
     from .row_loss import row_loss
     from .segments import SegmentNumbers
     from .target import TARGETS, target_of, use_target

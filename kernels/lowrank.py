@@ -163,6 +163,25 @@ def low_rank_tile(
 
 
 @triton.jit
+def masked_low_rank_tile(
+    u, v, seeds, threshold, i_m, i_n, rows, columns,
+    i: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in its own accumulator, because masks differ."""
+    b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_low = low_rank_tile(
+        u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+    )
+    # keep_i [BM, BN], from the same seed as in the forward
+    keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(keep, b_low, 0.0)  # [BM, BN]
+
+
+@triton.jit
 def add_kept(b_sum, b_term, keep, i: tl.constexpr):
     """b_sum + keep ∘ b_term.  For the first term (i = 0), b_sum is zero and is left out."""
     b_kept = tl.where(keep, b_term, 0.0)

@@ -147,12 +147,12 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
     Returns (bytes with each element counted once, bytes as all tiles load them).
     """
-    packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
+    packing, transposed = arguments.get("PACKING"), arguments["Q_TRANSPOSED"]
     if packing is None:
         return 0, 0
     N, depths = arguments["N"], arguments["K"]
     block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
-    m_tiles = row_tiles(arguments["M"], arguments["BLOCK_M"], arguments["segments"])
+    m_tiles = row_tiles(arguments["M"], arguments["BLOCK_M"], arguments.get("segments"))
     n_tiles = cdiv(N, block_n)
     once = by_tiles = 0
     for operands, K in zip(arguments["q_operands"], depths, strict=True):

@@ -11,7 +11,7 @@ from marks import DEVICE
 from torch import Tensor
 
 from benchmarks.forms import Form, Operands
-from fastlora.kernels import gemm_lowrank, weight_grad
+from fastlora.kernels import gemm_lowrank_few_rows, weight_grad
 from fastlora.kernels.config import (
     DEFAULTS,
     MAX_PROJECTIONS,
@@ -68,7 +68,7 @@ def test_every_call_has_a_default_that_fits(target, kernel):
 
 @pytest.mark.parametrize(
     ("kernel", "kind"),
-    [("gemm_lowrank", "int8"), ("gemm_lowrank", "rotated int8"), ("project", "int8")],
+    [("gemm_lowrank", "int8"), ("gemm_lowrank", "rotated int8"), ("quantize_rows", "")],
 )
 @every_target
 def test_every_call_of_8_bits_has_a_default_that_fits(target, kernel, kind):
@@ -192,8 +192,8 @@ def thin(*columns: int) -> list[Tensor]:
 
 # The launch also computes the named result, which is complete only if one step covers the rank.
 OF_RANK_200 = {
-    "h": lambda x, u, v, config: gemm_lowrank(
-        *thin(30), [x], [x.T @ x], [u], [v.T], precision="ieee", a=v, config=config and GEMM
+    "h": lambda x, u, v, config: gemm_lowrank_few_rows(
+        *thin(30), x, x.T @ x, v, u, v.T, 1.0, precision="ieee", config=config and GEMM
     ),
     "dh": lambda x, u, v, config: weight_grad(
         x, [u], [v.clone()], precision="ieee", b=v, config=config and WEIGHT_GRAD

@@ -82,7 +82,7 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "gemm_lowrank of rotated int8": (
         ["dx 8bit mask", "dx 8bit"], ["dx 8bit n3", "dx 8bit n3 mask r64", "dx 8bit f16 r200"],
     ),
-    "project of int8": (["h 8bit mask", "dh 8bit"], ["h 8bit n3", "h 8bit r64 n3 mask"]),
+    "quantize_rows": (["x8", "dy8"], ["x8 f16"]),
     "packed": (
         ["y bias M64 nf4-nested"],
         ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8", "y M64 mxfp4"],
@@ -192,7 +192,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
     number = {word[0]: int(word[1:]) for word in rest if word[1:].isdigit()}
     dtype = next((word for word in rest if word in ("f16", "f32-tf32", "f32-ieee")), dtype)
     kind, _, precision = dtype.partition("-")
-    n = number.get("n", 1)
+    n = 0 if name in ("x8", "dy8") else number.get("n", 1)
     form = Form(
         name, number.get("M", 8192), number.get("N", 4096), (number.get("r", 16),) * n,
         depths=(4096,) * n if name in ("y", "y,h", "dx") else (), dtype=_DTYPES[kind],
