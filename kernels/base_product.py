@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import cast, load_tile, store_tile
+from .common import cast, dropout_threshold, load_tile, store_tile
 from .config import MAX_PROJECTIONS, Call, cdiv, chosen_config, row_tiles
 from .faults import races_when_turned, small_views_fault
 from .gemm_config import GemmConfig
@@ -53,12 +53,8 @@ def product_work(arguments: Mapping[str, Any]) -> Work:
 @triton.jit
 def load_q_tile(
     q, operands, tables, i_k, i_n, i_segment, K, N, strides,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PACKING: tl.constexpr,
-    dtype: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, PACKING: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile [BK, BN] of Q [K, N] at (i_k, i_n), unpacked if Q is packed.
 
@@ -70,13 +66,11 @@ def load_q_tile(
     # The matrix in memory is Qᵀ or Q.
     ROWS: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
     COLUMNS: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
-    i_row, i_column, rows, columns = i_k, i_n, K, N
-    row_stride, column_stride = strides[1], strides[2]
-    if TRANSPOSED:
-        i_row, i_column, rows, columns = i_n, i_k, N, K
-        row_stride, column_stride = strides[2], strides[1]
+    i_row, i_column, rows, columns = (i_n, i_k, N, K) if TRANSPOSED else (i_k, i_n, K, N)
+    stride_e, stride_k, stride_n = strides
+    row_stride, column_stride = (stride_n, stride_k) if TRANSPOSED else (stride_k, stride_n)
     if PACKING is not None:
-        if strides[0] is not None:
+        if stride_e is not None:
             # The experts' packed weights are one tall matrix, so rows count from the first expert.
             i_row += i_segment * rows
             rows *= i_segment + 1  # the row after this expert's last
@@ -86,11 +80,11 @@ def load_q_tile(
         )  # fmt: skip
     else:
         i_matrix = None
-        if strides[0] is not None:
+        if stride_e is not None:
             # A descriptor describes all matrices and takes the matrix's number; a pointer is moved.
             i_matrix = i_segment
             if not DESCRIPTOR:
-                q += i_segment.to(tl.int64) * strides[0]
+                q += i_segment.to(tl.int64) * stride_e
         b_q = load_tile(
             q, i_row, i_column, rows, columns, row_stride, column_stride, ROWS, COLUMNS,
             DESCRIPTOR, i_matrix,
@@ -101,8 +95,7 @@ def load_q_tile(
 @triton.jit
 def finish_tile(
     out, b_out, bias, i_m, i_n, i_segment, rows, columns, end, N, bias_strides, out_row_stride,
-    ADD: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
+    ADD: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """Store b_out (+ bias) (+ OUT, if ADD) as OUT's tile [BM, BN] at (i_m, i_n).
 
@@ -131,24 +124,35 @@ def finish_tile(
 class Operands(NamedTuple):
     """The operands of one launch, and the choice of its tiles."""
 
+    target: Target
     call: Call
     tiles: GemmConfig
-    processors: int
     ps: Sequence[Tensor] | Sequence[TensorDescriptor]
     qs: Sequence[Tensor] | Sequence[TensorDescriptor]  # codes, if packed
     arguments: dict[str, Any]  # of all kernels with a base product
 
-    def numbered(self) -> dict[str, Any]:
-        """P_i and Q_i as arguments p0 … p3 and q0 … q3, None for the unused ones."""
-        absent = [None] * (MAX_PROJECTIONS - len(self.ps))
+    def of_group(
+        self, us: Sequence[Tensor], vs: Sequence[Tensor], seeds: Tensor | None, dropout: float
+    ) -> dict[str, Any]:
+        """The arguments of kernels that take several P_i, Q_i, U_i and V_i, with masks."""
+        absent = [None] * (MAX_PROJECTIONS - len(self.ps))  # for the unused ones of p0 … p3
         p, q = [*self.ps, *absent], [*self.qs, *absent]
-        return {f"p{i}": e for i, e in enumerate(p)} | {f"q{i}": e for i, e in enumerate(q)}
+        # A call with several dropout masks isn't persistent.  Otherwise the addresses of its
+        # low-rank operands would stay in registers from tile to tile, beside two accumulators.
+        has_masks = self.call.masked and len(us) > 1
+        persistent = self.arguments["DESCRIPTORS"] and not self.call.segments and not has_masks
+        return {
+            **{f"p{i}": each for i, each in enumerate(p)},
+            **{f"q{i}": each for i, each in enumerate(q)},
+            "u": tuple(us), "v": tuple(vs), "seeds": seeds,
+            "threshold": dropout_threshold(dropout), "PERSISTENT": persistent,
+        }  # fmt: skip
 
     def run(self, kernel: Any, arguments: dict[str, Any], work: Callable) -> None:
         """Launch a program for each tile; a persistent launch has one for each processor."""
         count, tiles = self.tiles.tiles(self.call), self.tiles
         if arguments.get("PERSISTENT"):
-            count = min(count, self.processors)
+            count = min(count, self.target.processors)
         arguments = {**self.arguments, **arguments}
         launch(Launch(kernel, (count,), arguments, tiles.warps, tiles.stages, work))
 
@@ -211,7 +215,7 @@ def operands_of(
             arguments["out"] = describe(out, [tiles.block_m, tiles.block_n // 2])
         ps = [describe(p, [tiles.block_m, block_k]) for p in ps]
         qs = [describe(q.mT if transposed else q, q_tile) for q in qs]
-    return Operands(call, tiles, target.processors, ps, qs, arguments)
+    return Operands(target, call, tiles, ps, qs, arguments)
 
 
 def _has_descriptor(matrix: Tensor, target: Target) -> bool:

@@ -3,10 +3,10 @@
 This is ``gemm_lowrank`` for 8-bit products.  P_i is x or dy_i, whose rows :func:`quantize_rows`
 rounded to codes, and Q_i is a weight of codes:
 
-    |      | P_i Q_i       | rows_i [M]       | columns [N]        | then           |
-    |------|---------------|------------------|--------------------|----------------|
-    | y    | xq Wqᵀ        | the scales of xq | the weight's scales| -              |
-    | dx   | dq_i Wq_i     | those of dq_i    | -                  | rotate columns |
+    |    | P_i Q_i   | rows_i [M]      | columns [N] | then           |
+    |----|-----------|-----------------|-------------|----------------|
+    | y  | xq Wqᵀ    | scales of xq    | scales of W | -              |
+    | dx | dq_i Wq_i | scales of dq_i  | -           | rotate columns |
 
 dx has no column scales, because dy was multiplied by the weight's scales before it was rounded.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_product import finish_tile, load_q_tile, operands_of, product_work
-from .common import dot, dropout_threshold, hadamard_matrix, load_tile, rotate_tile, tile_of
+from .common import dot, hadamard_matrix, load_tile, rotate_tile, tile_of
 from .config import chunks
 from .gemm_config import GemmConfig
 from .launch import stated
@@ -44,16 +44,9 @@ def scaled_sum(
 def gemm_int8_lowrank_kernel(
     p0, p1, p2, p3, q0, q1, q2, q3, row_scales, column_scales, u, v, bias, out, seeds,
     M, N, K, R, threshold, strides,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    Q_TRANSPOSED: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr, MULTIPLES_OF_8: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i rows_i ∘ (P_i Q_i) ∘ columns + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
@@ -107,21 +100,9 @@ def gemm_int8_lowrank_kernel(
                     i, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION,
                 )  # fmt: skip
         finish_tile(
-            out,
-            b_out,
-            bias,
-            i_m,
-            i_n,
-            0,
-            M,
-            N,
-            M,
-            N,
-            bias_strides,
-            out_row_stride,
-            ADD,
-            DESCRIPTORS,
-        )
+            out, b_out, bias, i_m, i_n, 0, M, N, M, N, bias_strides, out_row_stride,
+            ADD, DESCRIPTORS,
+        )  # fmt: skip
 
 
 def gemm_int8_lowrank(
@@ -141,28 +122,21 @@ def gemm_int8_lowrank(
 ) -> None:
     """Fill ``out`` with Σ_i rows_i ∘ (p_i q_i) ∘ columns + Σ_i keep_i ∘ (u_i v_i) (+ bias).
 
-    p_i and q_i are int8, with at most 133,000 columns of p_i.  ``row_scales`` has a rows_i, float32
-    [M], for each p_i, and ``column_scales`` is float32 [N]; without it, the scaled sum of the
-    products is rotated.  The other operands as in :func:`gemm_lowrank`.
+    p_i and q_i are int8, and p_i has at most 133,000 columns.  ``row_scales``: float32 [M] for each
+    p_i.  ``column_scales``: float32 [N]; without them, the sum of the scaled products is rotated.
+    The other operands as in :func:`gemm_lowrank`.
     """
-    launches = enumerate(chunks(us, ps, vs, qs, seeds, row_scales))
-    for i, (u, p, v, q, launch_seeds, scales) in launches:
+    launches = chunks(us, ps, vs, qs, seeds, row_scales)
+    for i, (u, p, v, q, launch_seeds, scales) in enumerate(launches):
         if not p:  # earlier launches had all products; adapters are left
             options = {"precision": precision, "dropout": dropout}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
             continue
-        masked, kind = (
-            launch_seeds is not None,
-            "int8" if column_scales is not None else "rotated int8",
-        )
+        kind = "rotated int8" if column_scales is None else "int8"
         operands = operands_of(
             out, p, q, u, v, None if i else bias, precision, (config, None),
-            adds=i > 0, masked=masked, int8=kind,
+            adds=i > 0, masked=launch_seeds is not None, int8=kind,
         )  # fmt: skip
-        descriptors = operands.tiles.uses_descriptors(operands.call)
-        arguments = {
-            "row_scales": tuple(scales), "column_scales": column_scales, "u": tuple(u),
-            "v": tuple(v), "seeds": launch_seeds, "threshold": dropout_threshold(dropout),
-            "PERSISTENT": descriptors and not (masked and len(u) > 1), "ADD": i > 0,
-        }  # fmt: skip
-        operands.run(gemm_int8_lowrank_kernel, operands.numbered() | arguments, product_work)
+        arguments = operands.of_group(u, v, launch_seeds, dropout)
+        arguments |= {"row_scales": tuple(scales), "column_scales": column_scales, "ADD": i > 0}
+        operands.run(gemm_int8_lowrank_kernel, arguments, product_work)

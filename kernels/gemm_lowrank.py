@@ -29,14 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_product import finish_tile, load_q_tile, operands_of, product_work
-from .common import dot, dropout_threshold, load_tile, tile_of
+from .common import dot, load_tile, tile_of
 from .config import chunks
 from .gemm_config import GemmConfig
 from .launch import stated
 from .lowrank import load_u_v_tiles, low_rank_tile, lowrank, masked_low_rank_tile, v_operand
 from .packed import Packed, tables_of
 from .segments import segment_arguments, segment_of_tile
-from .target import target_of
 
 
 # M changes with the batch; Triton would compile again for 1 and for multiples of 16.
@@ -44,19 +43,10 @@ from .target import target_of
 def gemm_lowrank_kernel(
     p0, p1, p2, p3, q0, q1, q2, q3, q_operands, u, v, bias, out, seeds, ends,
     M, N, K, R, threshold, segments, strides,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    Q_TRANSPOSED: tl.constexpr,
-    PACKING: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-    ADD: tl.constexpr,
-    SEGMENT_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr, PACKING: tl.constexpr, LOW_RANK: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr, ADD: tl.constexpr, SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
@@ -197,7 +187,6 @@ def gemm_lowrank(
 
     ``config`` must fit the call; ``preferred`` is used only if it fits.
     """
-    target = target_of(out.device)
     # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
     # u, v, p and q are the lists of one launch.
     for i, (u, p, v, q, launch_seeds) in enumerate(chunks(us, ps, vs, qs, seeds)):
@@ -210,16 +199,10 @@ def gemm_lowrank(
             out, p, q, u, v, None if i else bias, precision, (config, preferred),
             adds=adds, ends=ends, masked=masked,
         )  # fmt: skip
-        call, tiles = operands.call, operands.tiles
         packed = q[0] if isinstance(q[0], Packed) else None
-        # A call with several dropout masks isn't persistent.  Otherwise the addresses of its
-        # low-rank operands would stay in registers from tile to tile, beside two accumulators.
-        persistent = tiles.uses_descriptors(call) and ends is None and not (masked and len(u) > 1)
-        arguments = {
+        arguments = operands.of_group(u, v, launch_seeds, dropout) | {
             "q_operands": () if packed is None else tuple(each.operands for each in q),
-            "PACKING": packed and packed.packing(target), **segment_arguments(ends),
-            "u": tuple(u), "v": tuple(v), "seeds": launch_seeds,
-            "threshold": dropout_threshold(dropout), "PERSISTENT": persistent,
-            "LOW_RANK": tiles.low_rank(target, call), "ADD": adds,
+            "PACKING": packed and packed.packing(operands.target), **segment_arguments(ends),
+            "LOW_RANK": operands.tiles.low_rank(operands.target, operands.call), "ADD": adds,
         }  # fmt: skip
-        operands.run(gemm_lowrank_kernel, operands.numbered() | arguments, product_work)
+        operands.run(gemm_lowrank_kernel, arguments, product_work)

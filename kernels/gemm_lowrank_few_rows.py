@@ -17,14 +17,12 @@ from .gemm_config import GemmConfig
 from .launch import Work, size_of, stated
 from .lowrank import v_operand
 from .packed import Packed, packed_work, tables_of
-from .target import target_of
 
 
 def _work_of(arguments: Mapping[str, Any]) -> Work:
     """The FLOPs and bytes of a launch.  Every tile of columns computes U, which counts once."""
-    p, q, u, v, a, bias, out = (
-        arguments[name] for name in ("p", "q", "u", "v", "a", "bias", "out")
-    )
+    p, q, a, u, v = (arguments[name] for name in ("p", "q", "a", "u", "v"))
+    bias, out = arguments["bias"], arguments["out"]
     M, N, (K,), (R,) = (arguments[name] for name in ("M", "N", "K", "R"))
     m_tiles, n_tiles = cdiv(M, arguments["BLOCK_M"]), cdiv(N, arguments["BLOCK_N"])
     scales = packed_work(arguments)  # (bytes counted once, bytes as all tiles load them)
@@ -44,16 +42,9 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work_of))
 def gemm_lowrank_few_rows_kernel(
     p, q, q_operands, a, u, v, bias, out, M, N, K, R, factor, a_strides, strides,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    Q_TRANSPOSED: tl.constexpr,
-    PACKING: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, Q_TRANSPOSED: tl.constexpr,
+    PACKING: tl.constexpr, MULTIPLES_OF_8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U = factor · P A and OUT = P Q + U V (+ bias).
 
@@ -117,13 +108,13 @@ def gemm_lowrank_few_rows(
     when it is loaded.  The rank must fit into one step.  :func:`one_launch_pays` says when the
     launch saves time.
     """
-    options = {"project": True}
-    operands = operands_of(out, [p], [q], [u], [v], bias, precision, (config, preferred), **options)
+    configs = config, preferred
+    operands = operands_of(out, [p], [q], [u], [v], bias, precision, configs, project=True)
     packed = q if isinstance(q, Packed) else None
     arguments = {
         "p": operands.ps[0], "q": operands.qs[0], "q_operands": packed and (packed.operands,),
         "a": a, "u": u, "v": v, "factor": factor, "a_strides": a.stride(),
-        "PACKING": packed and packed.packing(target_of(out.device)),
+        "PACKING": packed and packed.packing(operands.target),
     }  # fmt: skip
     operands.run(gemm_lowrank_few_rows_kernel, arguments, _work_of)
 

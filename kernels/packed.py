@@ -184,8 +184,7 @@ def tables_of(operands, PACKING: tl.constexpr):
 def scale_tile(
     operands, offset, i_row, i_column, rows, columns,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PACKING: tl.constexpr,
+    GROUPS: tl.constexpr, PACKING: tl.constexpr,
 ):  # fmt: skip
     """The scales of the tile at (i_row, i_column), float32 [ROWS, GROUPS].
 
@@ -240,10 +239,8 @@ def float8_of(b_bits):
 @triton.jit
 def unpack_tile(
     codes, operands, tables, i_row, i_column, rows, columns, width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PACKING: tl.constexpr,
-    dtype: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACKING: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile of a packed weight [rows, columns] at (i_row, i_column), rounded to ``dtype`` once.
 

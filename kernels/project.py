@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    cast,
-    dot,
-    dropout_threshold,
-    keep_tile,
-    known_multiple,
-    load_tile,
-    store_tile,
-)
+from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
 from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, row_tiles, splits
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
@@ -111,13 +103,8 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
 def project_kernel(
     x, v, u, planes, seeds, ends, order, own_factors, own_thresholds,
     M, K, factors, threshold, steps, segments, x_strides, v_strides,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    R_TILES: tl.constexpr,
-    V_ROWS_OF_8: tl.constexpr,
-    SEGMENT_BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    R_TILES: tl.constexpr, V_ROWS_OF_8: tl.constexpr, SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U_i = factor_i · (keep_i ∘ X) V_i, or the planes PLANES_i, whose sum is U_i.

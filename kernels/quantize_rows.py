@@ -76,8 +76,7 @@ def numbers_to_round(b_x, column_factors, b_hadamard, i_k, K, PRECISION: tl.cons
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work_of))
 def quantize_rows_kernel(
     x, codes, row_scales, column_factors, M, K, x_strides,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """CODES = round(X' · 127 / largest), ties to even; ROW_SCALES = largest / 127.
