@@ -66,18 +66,21 @@ def test_every_call_has_a_default_that_fits(target, kernel):
     assert not without, f"(itemsize, projections, r) without a config: {sorted(without)}"
 
 
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [("gemm_lowrank", "int8"), ("gemm_lowrank", "rotated int8"), ("quantize_rows", "")],
-)
+@pytest.mark.parametrize("kind", ["int8", "rotated int8"])
 @every_target
-def test_every_call_of_8_bits_has_a_default_that_fits(target, kernel, kind):
+def test_every_call_of_8_bits_has_a_default_that_fits(target, kind):
     for one in calls(target, int8=kind):
         for pointers in (False, True):
             call_of = replace(one, pointers=pointers)
-            config = default_config(kernel, target, call_of)
+            config = default_config("gemm_lowrank", target, call_of)
             assert config is not None, call_of
             assert config.why_not(target, call_of) == ""
+
+
+@every_target
+def test_rows_are_rounded_with_a_default_that_fits(target):
+    for one in calls(target, groups=[1], masks=[False]):
+        assert default_config("quantize_rows", target, one) is not None, one
 
 
 @pytest.mark.parametrize(
