@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from .config import DEFAULTS, Config
 from .gemm_config import GemmConfig
-from .lowrank import LowRankConfig
-from .project import ProjectConfig
-from .quantize_rows import QuantizeConfig
-from .weight_grad import WeightGradConfig
+from .lowrank_kernel import LowRankConfig
+from .project_kernel import ProjectConfig
+from .quantize_rows_kernel import QuantizeConfig
+from .weight_grad_kernel import WeightGradConfig
 
 PRODUCTS = ("16-bit", "tf32", "float32")
 Table = dict[str, tuple[Config, ...]]

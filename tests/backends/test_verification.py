@@ -88,7 +88,10 @@ def run_on_torch(run, expected, kernel=""):
     return said
 
 
-def faulty(monkeypatch, change, names=("project", "lowrank", "gemm_lowrank")):
+NAMES = ("project", "lowrank", "gemm_lowrank", "gemm_lowrank_few_rows")
+
+
+def faulty(monkeypatch, change, names=NAMES):
     """From now on, ``change`` is done to the results of calls with one of these kernels."""
     real, counts = kernels.capture_call, []
 
@@ -171,7 +174,7 @@ def test_a_wrong_kernel_gives_pytorch_s_result_and_one_warning(monkeypatch, chan
     x, layers = rows(), group()
     expected = step(x, layers, backend="torch")
     faulty(monkeypatch, change)
-    run_on_torch(lambda: step(x, layers), expected, "gemm_lowrank")
+    run_on_torch(lambda: step(x, layers), expected, "gemm_lowrank_few_rows")
     assert faults()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -23,9 +23,9 @@ from fastlora.kernels.config import (
 )
 from fastlora.kernels.defaults import PRODUCTS
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.project_kernel import ProjectConfig
 from fastlora.kernels.target import TARGETS
-from fastlora.kernels.weight_grad import WeightGradConfig
+from fastlora.kernels.weight_grad_kernel import WeightGradConfig
 
 KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
 SIZES = [1, 17, 4096, 10**6]

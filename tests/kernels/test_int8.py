@@ -11,7 +11,7 @@ from fastlora.backends.triton.verification import _exact_rows
 from fastlora.formats.rotated_int8 import quantize_rows
 from fastlora.kernels import gemm_int8_lowrank
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.quantize_rows import QuantizeConfig
+from fastlora.kernels.quantize_rows_kernel import QuantizeConfig
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -16,7 +16,7 @@ from kernel_cases import (
 from marks import pairwise
 
 from fastlora.kernels import project
-from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.project_kernel import ProjectConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

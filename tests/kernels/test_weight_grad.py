@@ -23,7 +23,7 @@ from fastlora.kernels import low_rank_pays, lowrank, one_pass_pays, project, wei
 from fastlora.kernels.config import Call, default_config
 from fastlora.kernels.plan import MANY_ROWS
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.kernels.weight_grad import WeightGradConfig
+from fastlora.kernels.weight_grad_kernel import WeightGradConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -186,7 +186,7 @@ for name in ("kernels.layer", "kernels"):
     except ModuleNotFoundError as error:
         found.append(error.name)
 import fastlora.kernels
-assert fastlora.kernels.gemm_lowrank.__module__ == "fastlora.kernels.gemm_lowrank"
+assert fastlora.kernels.gemm_lowrank.__module__ == "fastlora.kernels.gemm_lowrank_kernel"
 print(json.dumps(found))
 """
 
@@ -197,7 +197,7 @@ def test_a_clone_on_the_path_hands_over_to_hugging_face_s_kernels(name, clones, 
     """Without this package, the import works as far as transformers' look at its version."""
     other, site = tmp_path / "clone", tmp_path / "site"
     (other / "kernels").mkdir(parents=True)
-    for file in ("__init__.py", "lowrank.py"):
+    for file in ("__init__.py", "lowrank_kernel.py"):
         (other / "kernels" / file).write_text((ROOT / "kernels" / file).read_text())
     (site / "kernels").mkdir(parents=True)
     (site / "kernels-0.18.2.dist-info").mkdir()
