@@ -180,7 +180,7 @@ class Operands:
             factors = [FACTOR] * len(form.ranks)
             return project(self.v, self.adapters, factors, **shared, **sorted_)
         if form.kernel == "quantize_rows":
-            quantize_rows(self.v, *self.rounded, precision=form.precision, config=config)
+            quantize_rows(self.v, *self.rounded, precision=form.precision)
             return [*self.rounded[:2]]
         if form.kernel == "weight_grad":
             options = {"b": self.b, "factor": FACTOR, **shared, **sorted_}

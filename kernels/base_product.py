@@ -136,16 +136,15 @@ class Operands(NamedTuple):
     ) -> dict[str, Any]:
         """The arguments of kernels that take several P_i, Q_i, U_i and V_i, with masks."""
         absent = [None] * (MAX_PROJECTIONS - len(self.ps))  # for the unused ones of p0 … p3
-        p, q = [*self.ps, *absent], [*self.qs, *absent]
         # A call with several dropout masks isn't persistent.  Otherwise the addresses of its
         # low-rank operands would stay in registers from tile to tile, beside two accumulators.
         has_masks = self.call.masked and len(us) > 1
-        persistent = self.arguments["DESCRIPTORS"] and not self.call.segments and not has_masks
+        is_persistent = self.arguments["DESCRIPTORS"] and not (self.call.segments or has_masks)
         return {
-            **{f"p{i}": each for i, each in enumerate(p)},
-            **{f"q{i}": each for i, each in enumerate(q)},
+            **{f"p{i}": each for i, each in enumerate([*self.ps, *absent])},
+            **{f"q{i}": each for i, each in enumerate([*self.qs, *absent])},
             "u": tuple(us), "v": tuple(vs), "seeds": seeds,
-            "threshold": dropout_threshold(dropout), "PERSISTENT": persistent,
+            "threshold": dropout_threshold(dropout), "PERSISTENT": is_persistent,
         }  # fmt: skip
 
     def run(self, kernel: Any, arguments: dict[str, Any], work: Callable) -> None:
@@ -153,7 +152,7 @@ class Operands(NamedTuple):
         count, tiles = self.tiles.tiles(self.call), self.tiles
         if arguments.get("PERSISTENT"):
             count = min(count, self.target.processors)
-        arguments = {**self.arguments, **arguments}
+        arguments = self.arguments | arguments
         launch(Launch(kernel, (count,), arguments, tiles.warps, tiles.stages, work))
 
 

@@ -108,8 +108,8 @@ def gemm_lowrank_few_rows(
     when it is loaded.  The rank must fit into one step.  :func:`one_launch_pays` says when the
     launch saves time.
     """
-    configs = config, preferred
-    operands = operands_of(out, [p], [q], [u], [v], bias, precision, configs, project=True)
+    lists = [p], [q], [u], [v]
+    operands = operands_of(out, *lists, bias, precision, (config, preferred), project=True)
     packed = q if isinstance(q, Packed) else None
     arguments = {
         "p": operands.ps[0], "q": operands.qs[0], "q_operands": packed and (packed.operands,),

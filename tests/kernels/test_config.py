@@ -77,12 +77,6 @@ def test_every_call_of_8_bits_has_a_default_that_fits(target, kind):
             assert config.why_not(target, call_of) == ""
 
 
-@every_target
-def test_rows_are_rounded_with_a_default_that_fits(target):
-    for one in calls(target, groups=[1], masks=[False]):
-        assert default_config("quantize_rows", target, one) is not None, one
-
-
 @pytest.mark.parametrize(
     ("over", "options"),
     [("dy", {"groups": [1], "masks": [False], "project": True}), ("x", {"low_rank": True})],

@@ -36,7 +36,6 @@ def check_rounding(
     factors: Tensor | None = None,
     *,
     precision: str = "ieee",
-    config: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Round the rows of x to (codes, scales); memory around them stays unwritten.
 
@@ -46,7 +45,7 @@ def check_rounding(
     M, K = x.shape
     memory, all_scales = torch.full((M + 2, K), GUARD, dtype=torch.int8), poisoned(M + 2)
     found = codes, scales = memory[1:-1], all_scales[1:-1]
-    quantize_rows(x, codes, scales, factors, precision=precision, config=config)
+    quantize_rows(x, codes, scales, factors, precision=precision)
     assert (memory[0] == GUARD).all()
     assert (memory[-1] == GUARD).all()
     assert all_scales[0].isnan()
