@@ -4,7 +4,6 @@ All contestants share the frozen tensors.  Each has its own adapters, with equal
 """
 
 import copy
-import warnings
 from functools import partial
 
 import torch
@@ -13,23 +12,27 @@ from torch import Tensor, nn
 import fastlora
 
 from .cases import PACKS, Case
-from .contestants import SCALE, Contestant, Maker, Tensors
+from .contestants import Contestant, Maker, Tensors, lora_config, with_adapters
 
 _VOCABULARY = 21760  # Qwen3's vocabulary, scaled from its 28 layers to 4
-_TARGETS = {
-    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+TARGETS = {
+    "experts": {
+        "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
     "mlp": {"target_modules": r"mlp\.\w+_proj"},
     "projections": {"target_modules": "all-linear"},
     "step": {"target_modules": r"model\..*_proj"},
-}
+}  # fmt: skip
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer", because another model would take too long."""
     apart = {"layer by layer": partial(_adapted, gated_mlps=False)} if case.block == "mlp" else {}
-    fast = _over_packed if case.kind in PACKS else partial(_adapted, gated_mlps=True)
+    fast = partial(_adapted, gated_mlps=True)
     if case.in_8_bits:
         apart, fast = {"peft, optimized": fast}, partial(fast, base="int8")
+    elif case.kind in PACKS or case.block == "step":
+        fast = _injected
     adapted = {"peft": _adapted, **apart, "fastlora": fast}
     return {"frozen": _frozen, **adapted}
 
@@ -153,26 +156,40 @@ def _adapted(
     case: Case, tensors: Tensors, dropout: float, gated_mlps: bool | None = None,
     **options: object,
 ) -> Contestant:  # fmt: skip
-    """PEFT's block, optimized with ``gated_mlps`` and the ``options``, if that isn't None.
+    """PEFT's block, optimized with ``gated_mlps`` and the ``options``, if that isn't None."""
+    import peft
+
+    torch.manual_seed(1)
+    config = lora_config(case, dropout, init_lora_weights=False, **TARGETS[case.block])
+    model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
+    module = model.base_model.model
+    if gated_mlps is not None:
+        fastlora.optimize(module, strict=True, gated_mlps=gated_mlps, **options)
+    return _training(module)
+
+
+def _injected(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """fastlora's block; packed experts are packed again, to the same values."""
+    module = _copy(tensors.base)
+    if case.kind in PACKS:
+        fastlora.pack(module, case.kind, modules=["experts"])
+    config = lora_config(case, dropout, **TARGETS[case.block])
+    contestant = _training(with_adapters(module, config))
+    theirs = _adapted(case, tensors, dropout).adapter
+    for own, parameter in zip(contestant.adapter, theirs, strict=True):
+        own.data.copy_(parameter)
+    return contestant
+
+
+def _training(module: nn.Module) -> Contestant:
+    """A contestant with adapters.
 
     A step's backward ends at the first adapter.  A step trains and clips the gradients' norm.  The
     learning rate is 0, so all steps start from the same values.
     """
-    import peft
-
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, init_lora_weights=False,
-        **{"target_modules": [], **_TARGETS[case.block]},
-    )  # fmt: skip
-    with warnings.catch_warnings():  # about tied embeddings, which have no adapter
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
-    module = model.train().base_model.model
+    module.train()
     if isinstance(module, Routed):
         module.weights.requires_grad_()
-    if gated_mlps is not None:
-        fastlora.optimize(module, strict=True, gated_mlps=gated_mlps, **options)
     if not isinstance(module, Step):
         return Contestant(module)
     module.from_x = False
@@ -184,19 +201,6 @@ def _adapted(
         optimizer.step()
 
     return Contestant(module, finish=finish, needs_dx=False)
-
-
-def _over_packed(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """A model without PEFT, whose experts are packed again, to the same values."""
-    module = _copy(tensors.base)
-    fastlora.pack(module, case.kind, modules=["experts"])
-    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    fastlora.apply_lora(module, fastlora.LoRAConfig(**settings, **_TARGETS["experts"]))
-    module.weights.requires_grad_()
-    theirs = _adapted(case, tensors, dropout).adapter
-    for own, parameter in zip(Contestant(module).adapter, theirs, strict=True):
-        own.data.copy_(parameter)
-    return Contestant(module.train())
 
 
 def _copy(base: nn.Module) -> nn.Module:

@@ -8,8 +8,6 @@ import torch
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
-# fastlora with adapters in x's dtype, where the others' are float32
-SAME_DTYPE = "fastlora, same dtype"
 DECODE = 16
 ADAPTERS = 8  # in a mixed batch, with one sequence each
 BLOCKS = ("experts", "mlp", "projections", "step")
@@ -117,8 +115,7 @@ class Case:
         if self.has_peak:  # ``limits`` has the targets of blocks and quantized bases
             return []
         if self.table == "host":
-            limit = 0.65 if len(self.outputs) == 1 else 0.45
-            return [("modeled", "fastlora/peft", limit), ("modeled", "peft, optimized/peft", 0.75)]
+            return [("modeled", "fastlora/peft", 0.75 if len(self.outputs) == 1 else 0.45)]
         if self.table == "mixed":
             limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
             return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
@@ -130,13 +127,10 @@ class Case:
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
         if self.table == "few":  # with dropout, only the masks are a gain
-            names = "fastlora/peft", "peft, optimized/peft"
             quantities = ("both",) if self.dropout else ("forward", "inference", "both")
             limit = 1.3 if self.dropout else 1.0
-            return [(quantity, name, limit) for name in names for quantity in quantities]
+            return [(quantity, "fastlora/peft", limit) for quantity in quantities]
         targets = [("both", "fastlora/peft", 1.0)]
-        if self.table == "layers" and self.mixed:
-            targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
         if self.id in _OVER_FROZEN:
             targets.append(("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
         return targets
@@ -169,15 +163,9 @@ def cpu_cases() -> list[Case]:
     cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
     for M, size in _SQUARES:
         cases += _layers("", M, size, (size,), (F32, BF16))
-    layers: list[Case] = []
-    for name, (M, hidden, query, _, mlp) in _MODELS.items():
-        layers += _layers(f"{name}-q", M, hidden, (query,))
-        layers += _layers(f"{name}-up", M, hidden, (mlp,))
-        layers += _layers(f"{name}-down", M, mlp, (hidden,))
-    layers += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
-    layers += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
-    # PEFT's adapters are float32; fastlora is timed with these, and with adapters in x's dtype.
-    cases += [case for case in layers if case.mixed]
+    groups = [*_layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))]
+    groups += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+    cases += [case for case in groups if case.mixed]  # as in PEFT, whose adapters are float32
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
         for K in (256, 1024, 2048):

@@ -59,10 +59,10 @@ class Pair:
 
 @contextmanager
 def pair_with(ref: str, device: str) -> Iterator[Pair]:
-    """Yield the Pair; REF's two packages are in a temporary folder until the end."""
+    """Yield the Pair; REF's packages and tests/support are in a temporary folder until the end."""
     with ExitStack() as stack:
         base = Path(stack.enter_context(TemporaryDirectory(prefix="fastlora-base-")))
-        command = ["git", "archive", ref, "fastlora", "kernels"]
+        command = ["git", "archive", ref, "fastlora", "kernels", "tests/support"]
         archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
             packed.extractall(base, filter="data")
@@ -77,7 +77,6 @@ class Served:
     """A worker's requests: it times the fastlora that it imports, one step at a time."""
 
     def __init__(self, device: str) -> None:
-        add_current_names()
         self.device = torch.device(device)
         self.cases = {case.id: case for case in (*cpu_cases(), *gpu_cases())}
 
@@ -98,18 +97,3 @@ class Served:
     def step(self) -> dict[str, float]:
         with threads_for(self.case):
             return self.timed()
-
-
-def add_current_names() -> None:
-    """Give a commit of 0.3 or older the names that the benchmarks use."""
-    import fastlora
-    from fastlora import formats
-    from fastlora.formats import format
-
-    if hasattr(formats, "quantized_weight"):
-        return
-    formats.quantized_weight, format.Quantized = formats.quantised_weight, format.Quantised
-    old = fastlora.optimize
-    fastlora.optimize = lambda model, *, gated_mlps=True, **options: old(
-        model, blocks=gated_mlps, **options
-    )

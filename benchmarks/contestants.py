@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,12 +105,11 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def fastlora_layer(
-    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None,
+    case: Case, tensors: Tensors, dropout: float,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Contestant:  # fmt: skip
     settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
-    layers = []
+    layers, pairs = [], tensors.adapters[case.adapter_dtype]
     for base, pair in zip(linears(tensors.weights), pairs, strict=True):
         layers.append(fastlora.LoRALinear.from_linear(base, **settings))
         layers[-1].lora_A, layers[-1].lora_B = pair
@@ -138,14 +138,31 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def quantized_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """A layer with a quantized base, after :func:`fastlora.apply_lora`."""
-    group = base_group(case, tensors)
-    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-    fastlora.apply_lora(group, fastlora.LoRAConfig(target_modules=r"layers\.\d+", **settings))
-    layer = group.train().layers[0]
-    layer.lora_A, layer.lora_B = tensors.adapters[case.adapter_dtype][0]
-    return Contestant(layer)
+def injected_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A layer after :func:`fastlora.get_peft_model`."""
+    config = lora_config(case, dropout, target_modules=r"layers\.\d+")
+    (layer,) = with_adapters(base_group(case, tensors), config).train().layers
+    contestant = Contestant(layer)
+    for own, shared in zip(
+        contestant.adapter, tensors.adapters[case.adapter_dtype][0], strict=True
+    ):
+        own.data = shared.data
+    return contestant
+
+
+def lora_config(case: Case, dropout: float, **settings: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, **settings)
+
+
+def with_adapters(model: nn.Module, config: Any) -> nn.Module:
+    """The model with fastlora's adapters, by the function that its version has for that."""
+    if hasattr(fastlora, "get_peft_model"):
+        return fastlora.get_peft_model(model, config).base_model.model
+    names = "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"
+    settings = {name: getattr(config, name) for name in names}
+    return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
 
 
 def base_group(case: Case, tensors: Tensors) -> Group:
@@ -166,10 +183,8 @@ def peft_group(case: Case, tensors: Tensors, dropout: float, optimized: bool) ->
 
     names = [f"adapter{i}" for i in range(ADAPTERS if case.table == "mixed" else 1)]
     names += ["other"] * (case.kind == "two-adapters")
-    config = peft.LoraConfig(
-        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
-        target_modules=r"layers\.\d+",
-    )  # fmt: skip
+    targets = {"target_modules": r"layers\.\d+", "use_dora": case.kind == "dora"}
+    config = lora_config(case, dropout, **targets)
     if case.table == "quantized":
         from transformers.integrations.gguf.utils import GgufLinear
 

@@ -24,9 +24,7 @@ from .measure import Step, in_turn, row_of, step_of, threads_for
 
 LAUNCH = 3e-6  # seconds of the driver's part of a launch: assumed, not measured
 TINY = ("peft", "frozen", "torch backend")  # contestants with tiny layers
-# Contestants with layers of real sizes.  "fastlora" runs the default plan; in the row of a block it
-# is PEFT's model after ``optimize``.
-REAL = ("peft, optimized", "fused", "in place", "fastlora")
+REAL = ("fused", "in place", "fastlora")  # with layers of real sizes; "fastlora": default plan
 
 
 def measure(case: Case, seconds: float) -> dict:
@@ -34,12 +32,9 @@ def measure(case: Case, seconds: float) -> dict:
     clock = HostClock(torch.device("cpu"), time.process_time)
     steps: dict[str, Step] = {}
     kernels: dict[str, list[int]] = {}
-    # Without "peft, optimized" in a group: autograd would add up the layers' dx of real size on the
-    # CPU, and that time isn't the host's.
-    real = REAL[1:] if len(case.outputs) > 1 and not case.block else REAL
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, inner=8)
     with fastlora.use_backend("triton"), threads_for(case):
-        for each, names in ((small, TINY), (case, real)):
+        for each, names in ((small, TINY), (case, REAL)):
             tensors, makers = make_tensors(each, clock.device), makers_for(each)
             for name in filter(makers.__contains__, names):
                 contestant = makers[name](each, tensors, case.dropout)

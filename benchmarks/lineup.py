@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastlora
 
 from . import blocks, contestants
-from .cases import ADAPTERS, SAME_DTYPE, Case
+from .cases import ADAPTERS, Case
 from .contestants import Maker, Tensors, fastlora_layer, frozen, peft_batch, peft_layer
 
 
@@ -26,35 +26,30 @@ def _by_plan(name: str) -> Iterator[None]:
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """Makers by name: first the frozen layer, the baseline of all; fastlora last."""
-    peft = {"peft": peft_layer, "peft, optimized": partial(peft_layer, optimized=True)}
+    optimized = partial(peft_layer, optimized=True)
     if case.block:
         return blocks.makers_for(case)
-    if case.table == "quantized":  # no quantized layer can be faster than the dequantized weight
-        own = {"fastlora": contestants.quantized_layer}
-        return {"frozen": frozen, "dense base": fastlora_layer, **peft, **own}
     if case.table == "optimized":
-        return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
+        return {"frozen": frozen, "peft": peft_layer, "fastlora": optimized}
     if case.table == "mixed":
         apart = {"single calls": contestants.single_calls}
         of_peft = {"peft": peft_batch, "peft, optimized": partial(peft_batch, optimized=True)}
         return {"frozen": frozen, **apart, **of_peft, "fastlora": contestants.at_once}
     if case.table == "8 bits":
-        in_8_bits = partial(peft_layer, base="int8", int8_from=0)
-        return {"frozen": frozen, **peft, "fastlora": in_8_bits}
-    if case.table == "few":
-        return {"frozen": frozen, **peft, "fastlora": fastlora_layer}
+        peft = {"peft": peft_layer, "peft, optimized": optimized}
+        return {"frozen": frozen, **peft, "fastlora": partial(peft_layer, base="int8", int8_from=0)}
+    is_plain = case.table == "layers" or len(case.outputs) > 1  # LoRALinear, or a group of them
+    fast = fastlora_layer if is_plain else contestants.injected_layer
     if case.table not in ("gpu", "host"):
-        same_dtype = {SAME_DTYPE: partial(fastlora_layer, adapter_dtype=case.dtype)}
-        others = same_dtype if case.mixed else {}
-        return {"frozen": frozen, **others, "peft": peft_layer, "fastlora": fastlora_layer}
+        return {"frozen": frozen, "peft": peft_layer, "fastlora": fast}
     return {
         "frozen": frozen,
         "fused": partial(fastlora_layer, chosen=partial(_by_plan, "FUSED")),
         "in place": partial(fastlora_layer, chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": partial(fastlora_layer, chosen=partial(fastlora.use_backend, "torch")),
-        **peft,
+        "peft": peft_layer,
         **({"merged": contestants.merged} if case.decodes else {}),
-        "fastlora": fastlora_layer,
+        "fastlora": fast,
     }
 
 

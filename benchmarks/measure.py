@@ -35,7 +35,7 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
     Returns each step's seconds, as median and 10th percentile, and quartiles of ratios: of each to
-    the first, of the last to each, and of optimized PEFT to PEFT.
+    the first, and of the last to each.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):
@@ -44,8 +44,6 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
             times[name].append(step())
     first, *others = times
     pairs = [(name, first) for name in others] + [(others[-1], name) for name in others[:-1]]
-    if {"peft", "peft, optimized"} <= set(others):
-        pairs.append(("peft, optimized", "peft"))
     count = len(times[first])
     found: dict = {"rounds": count, "seconds": {}, "tenths": {}, "ratios": {}}
     for quantity in times[first][0]:

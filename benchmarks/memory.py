@@ -1,7 +1,7 @@
 """The bytes that a forward saves for the backward, with each setting that saves memory.
 
     python -m benchmarks.memory RESULTS.json     # measures
-    python benchmarks/memory.py RESULTS.json     # prints the table of docs/memory.md
+    python benchmarks/memory.py RESULTS.json     # prints the table of docs/loss.md
 
 The model has SmolLM2 135M's shapes and random weights, which save as much as trained weights.
 """
@@ -24,8 +24,7 @@ def measured() -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import fastlora
-    from fastlora.estimates import adapted, frozen, kept_bytes
+    from fastlora.estimates import frozen, injected, kept_bytes
 
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
@@ -33,21 +32,18 @@ def measured() -> dict[str, float]:
     model, fresh = (LlamaForCausalLM(shapes).to(torch.bfloat16).train() for _ in range(2))
     ids = torch.zeros(4, 256, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
-    settings = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.05}
-    config, found = fastlora.LoRAConfig(**settings), {}
+    config = peft.LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.05)
+    found = {"PEFT": kept_bytes(peft.get_peft_model(fresh, config), batch)}
     with frozen(model, batch):
         found["the frozen model"] = kept_bytes(model, batch)
     for name, (freezes_a, loss, checkpointing) in SAVINGS.items():
-        with adapted(model, config, loss):
+        with injected(model, config, loss=loss):
             for key, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_B" in key or ("lora_A" in key and not freezes_a))
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             found[name] = kept_bytes(model, batch)
             model.gradient_checkpointing_disable()
-    found = {
-        "PEFT": kept_bytes(peft.get_peft_model(fresh, peft.LoraConfig(**settings)), batch)
-    } | found
     return {name: size / ids.numel() for name, size in found.items()}
 
 

@@ -12,11 +12,13 @@ import json
 import sys
 from pathlib import Path
 
+import peft
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV4Config, GptOssConfig, Qwen3MoeConfig
 
 import fastlora
 
+from .blocks import TARGETS
 from .report import pipes
 
 TOKENS, RANK, _GIB = 4096, 8, 2**30
@@ -28,9 +30,7 @@ MODELS = {
     }),
     "DeepSeek V4 Flash": ("mxfp4", DeepseekV4Config, {}),
 }  # fmt: skip
-_LORA = fastlora.LoRAConfig(
-    target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-)
+_LORA = peft.LoraConfig(**TARGETS["experts"])
 
 
 def cost(config, kind: str = "", tokens: int = 0) -> fastlora.estimates.count.Estimate:

@@ -25,9 +25,9 @@ _TITLES = {
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward runs down to its embeddings.",
-    "quantized": "A quantized base, compared with the frozen layer with the dequantized weight; "
-    "dense base: fastlora with that weight. Peak: torch's peak allocation in a step.",
-    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "quantized": "A quantized base, compared with the frozen layer with the dequantized weight. "
+    "Peak: torch's peak allocation in a step.",
+    "few": "CPU time of a call of few rows, one thread.",
     "host": "The host's time of a step on a GPU. forward, both: measured, without the driver's "
     "part of launches; modeled: both + 3 µs for each launch, torch's and Triton's (assumed).",
     "gpu": "On the GPU. wall: the caller's waiting time; graph: the forward in a CUDA graph; all "

@@ -52,7 +52,7 @@ def import_from(root: Path = ROOT) -> None:
     modules such as ``report`` or ``judge`` could hide others of the same name.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
-    sys.path.append(str(ROOT / "tests" / "support"))  # as in pytest: oracles, vendors' layers
+    sys.path.append(str(root / "tests" / "support"))  # as in pytest: oracles, vendors' layers
     sys.meta_path.insert(0, _Tree(root))
 
 

@@ -5,7 +5,7 @@
     python examples/finetune.py --steps 40       the same for longer
     python examples/finetune.py --experts        a small mixture of experts, dense and packed
     python examples/finetune.py --quantized      over NF4 and over GGUF's blocks, and dense
-    python examples/finetune.py --int8           also with products in 8 bits
+    python examples/finetune.py --int8           also over a base in 8 bits
     python examples/finetune.py --model gemma    Gemma 3 270M, under the Gemma Terms of Use
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
@@ -37,7 +37,7 @@ def main() -> None:
     texts = read_texts(options.data)
     packaged = PACKAGED.get(options.model)
     of_model = packaged.needs() if packaged else []
-    check_packages(options.compare, of_model, options.quantized, options.experts)
+    check_packages(of_model, options.quantized, options.experts)
     # By default, threads of Intel's OpenMP spin for 200 ms after their work, which would use the
     # cores during the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
@@ -94,7 +94,7 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
 def sides_of(settings: dict) -> list[str]:
     """The names of the sides, in the order of the table."""
     names = [*["frozen"] * settings["frozen"], *["PEFT"] * settings["compare"]]
-    names += [*["optimized"] * settings["optimize"], *["int8"] * settings["int8"], "fastlora"]
+    names += ["fastlora", *["int8"] * settings["int8"]]
     if settings["quantized"]:
         names += ["dense", *["GGUF"] * any(Path(settings["model"]).glob("*.gguf"))]
     return names + PACKED_EXPERTS * settings["experts"]
@@ -108,7 +108,7 @@ def side_settings(name: str, settings: dict) -> dict:
     """
     named = "dense", "GGUF", *PACKED_EXPERTS
     base = name if name in named else "NF4" if settings["quantized"] else "dense"
-    return {"side": name, "base": base, "with_peft": name in ("PEFT", "optimized", "int8")}
+    return {"side": name, "base": base}
 
 
 def take_turns(sides: list[Worker], steps: int) -> None:

@@ -51,14 +51,10 @@ def parse_options(description: str) -> Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=number(int, 0), default=0, help="for adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    helped = "add a side: PEFT after fastlora.optimize(model) (default: over a dense model)"
     without = "compute the loss without logits, except on PEFT's and the frozen side (%(default)s)"
     add("--loss", action=BooleanOptionalAction, default=True, help=without)
-    add("--optimize", action=BooleanOptionalAction, help=helped)
     add("--checkpointing", action="store_true", help="use transformers' gradient checkpointing")
-    helped = (
-        'add a side: PEFT after fastlora.optimize(model, base="int8"), all its layers in 8 bits'
-    )
+    helped = 'add a side: fastlora with base="int8", all its layers in 8 bits'
     add("--int8", action="store_true", help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:
@@ -71,15 +67,10 @@ def parse_options(description: str) -> Namespace:
         stop("--quantized is for linear layers, and --experts already packs experts: choose one")
     if options.experts and options.compare and options.dropout:
         stop("--experts: PEFT has no dropout for experts: use --dropout 0, or add --no-compare")
-    for name in ("optimize", "int8"):
-        if getattr(options, name) and not options.compare:
-            stop(f"--{name} speeds up PEFT's layers, and --no-compare leaves PEFT out: choose one")
     if options.int8 and options.quantized:
         stop("--int8 is for dense layers, and --quantized packs them as NF4: choose one")
     # --experts and --quantized compare kinds of weights instead.
-    plain = options.compare and not (options.experts or options.quantized)
-    options.frozen = plain
-    options.optimize = plain if options.optimize is None else options.optimize
+    options.frozen = options.compare and not (options.experts or options.quantized)
     return options
 
 
@@ -121,12 +112,11 @@ def folder(text: str) -> Path:
 
 
 def check_packages(
-    compare: bool, of_model: Sequence[str] = (), quantized: bool = False, experts: bool = False
+    of_model: Sequence[str] = (), quantized: bool = False, experts: bool = False
 ) -> None:
     """``of_model``: the modules that :func:`packaged.prepare` needs."""
-    needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers", *of_model]
-    needed += ["peft"] * compare + ["bitsandbytes", "gguf"] * quantized
-    needed += ["bitsandbytes"] * experts
+    needed = ["accelerate", "fastlora", "matplotlib", "peft", "torch", "tqdm", "transformers"]
+    needed += [*of_model, *["bitsandbytes", "gguf"] * quantized, *["bitsandbytes"] * experts]
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
         extra = "demo-quantized" if quantized or experts else "demo"

@@ -29,8 +29,7 @@ def main() -> None:
     set_seed(0)  # every rank starts with the same adapter
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    model = peft.get_peft_model(model, lora)  # before prepare
-    fastlora.optimize(model, loss=True)
+    model = fastlora.get_peft_model(model, lora, loss=True)  # before prepare
     accelerator.print(fastlora.coverage(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     loader = torch.utils.data.DataLoader(read_rows(options), options.batch, shuffle=True)

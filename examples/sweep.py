@@ -22,7 +22,7 @@ def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     packaged = PACKAGED.get(options.model)
-    check_packages(False, packaged.needs() if packaged else [])
+    check_packages(packaged.needs() if packaged else [])
     texts = read_texts(options.data)
     # Imported after the checks, because the checks don't need these packages.
     import torch

@@ -53,9 +53,8 @@ def sentence_of(report: dict) -> str:
     results, ratios = report["results"], report.get("step_time_over_peft")
     if not ratios:
         return ""
-    side = "optimized" if "optimized" in results else "fastlora"
-    ours, theirs = results[side], results["PEFT"]
-    ratio, (low, high) = ratios[side]["median"], ratios[side]["quartiles"]
+    ours, theirs, over = results["fastlora"], results["PEFT"], ratios["fastlora"]
+    ratio, (low, high) = over["median"], over["quartiles"]
     faster = f"{1 / ratio:.2f} × faster" if ratio < 1 else f"{ratio:.2f} × slower"
     said = ["neither faster nor slower (the steps vary too much)" if low <= 1 <= high else faster]
     growth = ours["peak_memory_growth"], theirs["peak_memory_growth"]
@@ -65,8 +64,7 @@ def sentence_of(report: dict) -> str:
     loss, peft_s = (each["held_out_loss"][-1][1] for each in (ours, theirs))
     same = abs(loss - peft_s) <= 0.005 * abs(peft_s)
     said.append(f"{'the same' if same else 'another'} held-out loss ({loss:.3f}, {peft_s:.3f})")
-    name = "PEFT with fastlora.optimize" if side == "optimized" else "fastlora"
-    return f"{name}, compared with PEFT: {', '.join(said)}"
+    return f"fastlora, compared with PEFT: {', '.join(said)}"
 
 
 def with_quartiles(ratio: dict) -> str:
@@ -83,9 +81,9 @@ def in_mib(values: dict[str, int | None], side: str) -> str:
 
 def name_of(side: str) -> str:
     """A side's name in tables.  A side with the name of its base runs fastlora."""
-    known = {"frozen": "frozen", "fastlora": "fastlora", "PEFT": "PEFT"}
-    known |= {"optimized": "PEFT, optimized", "int8": "PEFT, optimized in 8 bits"}
-    return known.get(side, f"fastlora, {side}")
+    if side == "optimized":  # of 0.4 and older
+        return "PEFT, optimized"
+    return side if side in ("frozen", "fastlora", "PEFT") else f"fastlora, {side}"
 
 
 def sweep_table(report: dict) -> str:

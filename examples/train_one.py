@@ -1,4 +1,4 @@
-"""One fine-tuning run with fastlora, PEFT, or optimized PEFT.  Copy from add_adapter and finish.
+"""One fine-tuning run with fastlora or with PEFT.  Copy from add_adapter and finish.
 
 finetune.py runs main once for each side, in a process of its own.  One side is the frozen model
 without an adapter.  ``run`` has the options; ``run.scratch`` is a folder for files.
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import torch
 from memory import Growth, bytes_kept_for_backward, bytes_of_weights
 from options import stop
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from turns import Turns
 
 import fastlora
-from fastlora.trainer import AdapterTrainer
 
 HELD_OUT_ROWS = 8  # at most, so that the curve's held-out points stay cheap
 PROMPT_TOKENS, NEW_TOKENS = 24, 24  # in a sample
@@ -52,28 +52,21 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
         model.requires_grad_(False).enable_input_require_grads()
         return model
     initial = run.scratch / "initial"
-    if run.with_peft:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, initial, is_trainable=True)
-        if run.side == "optimized":
-            fastlora.optimize(model, loss=run.loss)
-            print(fastlora.coverage(model))
-        if run.side == "int8":
-            fastlora.optimize(model, loss=run.loss, base="int8", int8_from=0)
-            print(fastlora.coverage(model))
-        return model
+    if run.side == "PEFT":
+        return PeftModel.from_pretrained(model, initial, is_trainable=True)
     set_seed(run.seed)
-    config = fastlora.LoRAConfig(
+    config = LoraConfig(
         r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout, target_modules=run.target,
         target_parameters=run.parameters,
     )  # fmt: skip
+    in_8_bits = {"base": "int8", "int8_from": 0} if run.side == "int8" else {}
     try:
-        fastlora.apply_lora(model, config, loss=run.loss)
+        model = fastlora.get_peft_model(model, config, loss=run.loss, **in_8_bits)
     except ValueError as error:
         stop(f"--target: {error}")
     print(fastlora.coverage(model))
-    fastlora.save_adapter(model, initial)
+    if run.side == "fastlora":
+        model.save_pretrained(initial)
     return model
 
 
@@ -124,26 +117,27 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
         label_names=["labels"],  # Trainer can't find it in a PeftModel's signature
         report_to="none",
     )
-    kind, settings = Trainer if run.with_peft else AdapterTrainer, {}
+    settings = {}
     if run.side == "frozen":  # Trainer needs a parameter to optimize
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        kind, settings = Trainer, {"optimizers": (nothing, None)}
-    trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
-    trainer.loss = run.loss  # AdapterTrainer's switch
-    return trainer
+        settings = {"optimizers": (nothing, None)}
+    return Trainer(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
 
 
 def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
     """The adapter's effective rank, and the held-out loss after resizing it to lower ranks."""
     model, whole = trainer.model, run.scratch / "whole"
-    fastlora.save_adapter(model, whole)
+    model.save_pretrained(whole)
     losses = {}
     for rank in [rank for rank in (8, 4, 2, 1) if rank < run.rank]:
-        fastlora.resize_adapter(whole, rank=rank, output=run.scratch / f"rank-{rank}")
-        fastlora.load_adapter(fastlora.remove_lora(model), run.scratch / f"rank-{rank}")
+        smaller = f"rank-{rank}"
+        fastlora.resize_adapter(whole, rank=rank, output=run.scratch / smaller)
+        fastlora.load_adapter(model, run.scratch / smaller, smaller)
+        model.set_adapter(smaller)
         print(f"measuring the held-out loss at rank {rank}", flush=True)
         losses[rank] = trainer.evaluate()["eval_loss"]
-    fastlora.load_adapter(fastlora.remove_lora(model), whole)
+        model.set_adapter("default")
+        model.delete_adapter(smaller)
     return {"effective_rank": fastlora.resize_adapter(whole).effective_rank, "losses": losses}
 
 
@@ -151,7 +145,7 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     """Save the adapter, load it into a fresh base, and merge it.  Check both, and print samples."""
     adapter, prompt = run.scratch / "adapter", row[:PROMPT_TOKENS]
     trained = logits(model.eval(), row)
-    fastlora.save_adapter(model, adapter)
+    model.save_pretrained(adapter)
 
     print(f"\nwriting two samples of {NEW_TOKENS} tokens (some seconds each)", flush=True)
     fresh = load_model(run).eval().to(model.device)
@@ -160,15 +154,13 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     print_sample("before training", tokenizer, continuation(fresh, prompt))
 
     if run.compare:
-        from peft import PeftModel
-
         fresh = PeftModel.from_pretrained(fresh, adapter).eval()
     else:
-        fastlora.load_adapter(fresh, adapter)
+        fresh = fastlora.load_adapter(fresh, adapter)
     differences["loaded"] = difference(trained, logits(fresh, row))
-    fastlora.merge_lora(model, requantize=False)  # quantizing again would change the model
-    differences["merged"] = difference(trained, logits(model, row))
-    print_sample("after training", tokenizer, continuation(model, prompt))
+    with fastlora.merged(model):
+        differences["merged"] = difference(trained, logits(model, row))
+        print_sample("after training", tokenizer, continuation(model, prompt))
 
     # Rounding can change which expert a token goes to.
     limit = TOLERANCE[run.dtype] * (10 if run.parameters else 1)

@@ -183,7 +183,7 @@ def _wrap(tuners: Any) -> None:
         if settings is None:
             return theirs(self, model, adapter_name, *rest, **named)
         from .peft.inject import shown_if_packed
-        from .peft.optimize import peft_layers
+        from .peft.targets import peft_layers
 
         with shown_if_packed(model, self.peft_config[adapter_name]):
             result = theirs(self, model, adapter_name, *rest, **named)

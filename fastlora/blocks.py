@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Elements in one block.  On a CPU, smaller blocks save no time, and threads wait for each other
-# more often (docs/performance.md).  On a GPU, blocks are larger, because each block costs launches.
+# more often (docs/cpu.md).  On a GPU, blocks are larger, because each block costs launches.
 SMALLEST_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
 
@@ -49,6 +49,12 @@ class Source(Protocol):
         """
 
 
+class HasSource(Protocol):
+    """A quantized weight."""
+
+    def source(self) -> Source: ...
+
+
 class Dense(NamedTuple):
     """A plain tensor as a source."""
 
@@ -67,10 +73,10 @@ class Dense(NamedTuple):
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
-def source_of(weight: "Tensor | Source") -> Source:
-    """The weight as a source: a tensor is wrapped, and a source stays."""
+def source_of(weight: Tensor | HasSource) -> Source:
+    """The weight as a source of rows."""
     # torch 2.13's copy from a negated float16 view to float32 loses the sign.
-    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight
+    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight.source()
 
 
 def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .layers.modules import check_model, unwrap
 from .peft.merged import active, bytes_of, lock, merge_layers, why_not_merged
-from .peft.optimize import peft_layers
+from .peft.targets import peft_layers
 from .report import NO_LAYERS
 from .text import shown
 
@@ -65,12 +65,7 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
 
     def __str__(self) -> str:
         count, size = len(self._peft), self.bytes / 2**20
-        where = {
-            "corrections": "are rebuilt from corrections",
-            "device": "stay on their device",
-            "cpu": "stay on the CPU",
-        }[self.keep]
-        return f"{count} layers; merging takes {size:,.0f} MiB, the originals {where}"
+        return f"{count} layers; merging takes {size:,.0f} MiB (keep={self.keep!r})"
 
     def __enter__(self) -> nn.Module:
         model = self.model

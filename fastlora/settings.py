@@ -93,7 +93,7 @@ def doubt_of(scaling: Any, r: int, sizes: tuple[float, ...]) -> str:
 
     ``scaling``: any multiple of lora_alpha.
     """
-    if scaling == 0:
+    if is_number(scaling) and scaling == 0:
         return "the scaling is 0 (lora_alpha), so the adapter has no effect and doesn't learn"
     if r > max(sizes):
         return f"r is {r}, above both sizes of the layer: rank {min(sizes)} can express any change"

@@ -19,7 +19,7 @@ from .automatic import check_settings, log_line, optimize_and_log, optimize_sile
 from .layers.modules import unwrap
 from .peft.learning import embedding_notes
 from .peft.merged import merge_adapter, why_not_sent
-from .peft.optimize import peft_layers
+from .peft.targets import peft_layers
 from .sampling import merged
 
 try:

@@ -1,7 +1,7 @@
 """Faults of compilers and drivers, by version: callers avoid a case if its predicate is true.
 
-docs/kernels.md describes each fault and how it was found.  A fault in all versions, or one that
-costs nothing to avoid, has no predicate here: a comment names it where the code avoids it.
+A fault in all versions, or one that costs nothing to avoid, has no predicate here: a comment names
+it where the code avoids it.
 """
 
 import re

@@ -6,7 +6,7 @@
 
 A measurement on this device decides, if there is one (``fastlora tune``).  Otherwise :func:`rule`
 decides, which no GPU has measured yet.  In 16 bits on some NVIDIA targets it follows a model of
-time (docs/gpu.md).  Elsewhere it chooses torch's product, because the speed of that is known.
+time (docs/kernels.md).  Elsewhere it chooses torch's product, because the speed of that is known.
 """
 
 import math
@@ -58,7 +58,7 @@ class Row:
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
 UNPACKING = Plan(fused=True, unpacks=True)
-# Both limits come from the model of time in docs/gpu.md.
+# Both limits come from the model of time in docs/kernels.md.
 MANY_ROWS = 1449  # from so many rows on, a fused kernel has a tile for every processor
 SHORT = 2896  # up to this depth, a pass over the output is a large part of a product's time
 _NEAR = 2.0  # a measured row decides for calls up to this distance, in doublings

@@ -1,4 +1,4 @@
-"""The base layers that apply_lora and optimize accept: both must give the same answer."""
+"""The base layers that optimize and LoRALinear accept."""
 
 import re
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from operator import methodcaller
 import peft
 import pytest
 import torch
-from models import assert_untouched, randomize, refused, snapshot
+from models import randomize, refused
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import LoRAConfig, LoRALinear
+from fastlora import LoRALinear
 
 
 class Packed(torch.Tensor):
@@ -43,16 +43,6 @@ class LouderConv1D(Conv1D):
 class Called(nn.Linear):
     def __call__(self, x):
         return 2 * super().__call__(x)
-
-
-def with_member(**members) -> nn.Linear:
-    """A layer of a subclass of nn.Linear with these members."""
-    return type("Own", (nn.Linear,), members)(6, 6)
-
-
-def with_attribute(linear: nn.Linear) -> nn.Linear:
-    linear.scaling = 0.5
-    return linear
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -105,89 +95,33 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", TAKEN.values(), ids=TAKEN)
-def test_apply_lora_and_optimize_accept_the_layer(make):
+def test_optimize_accepts_the_layer(make):
     model, x = with_peft(make()), torch.randn(3, 8)
     y = model(x)
     fastlora.optimize(model, strict=True)
     torch.testing.assert_close(model(x), y)
 
-    linear = make()
-    model = nn.Sequential(linear)
-    before, y, kind = snapshot(model), model(x), type(linear)
-    state = model.state_dict()
-    fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
-    assert model[0] is linear
-    assert isinstance(linear, kind)
-    assert isinstance(linear, LoRALinear) == isinstance(linear, nn.Linear)
-    torch.testing.assert_close(model(x), y)
-    model.load_state_dict(state)
-    assert repr(model[0]).startswith(f"LoRA{kind.__name__}(in_features=8, out_features=6, bias=")
-    fastlora.remove_lora(model)
-    assert_untouched(model, before)
-    assert torch.equal(model(x), y)
-
 
 @pytest.mark.parametrize(("make", "message"), CLASSES.values(), ids=CLASSES)
-def test_apply_lora_and_optimize_refuse_the_class(make, message):
-    model = nn.Sequential(make())
-    with refused(model, re.escape(f"0 can't take an adapter: it is {message}")):
-        fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+def test_the_class_is_refused(make, message):
     model, linear = with_peft(nn.Linear(8, 6)), make()
     model.base_model.model[0].base_layer = linear
     (layer,) = fastlora.coverage(fastlora.optimize(model)).layers
     assert layer.reason.replace("its base layer is", "its base is") == f"its base is {message}"
+    with refused(linear, f"it is a {type(linear).__name__}, no torch.nn.Linear"):
+        LoRALinear.from_linear(linear, r=2, lora_alpha=4)
 
 
 @pytest.mark.parametrize(("change", "message"), TENSORS.values(), ids=TENSORS)
-def test_apply_lora_and_optimize_refuse_the_tensor(change, message):
+def test_the_tensor_is_refused(change, message):
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
     change(model[0])
-    for targets in (["0", "1"], ["0"]):
-        with pytest.raises(ValueError, match=f"0 can't take an adapter: its {message}"):
-            fastlora.apply_lora(model, LoRAConfig(target_modules=targets))
-    with pytest.raises(ValueError, match=f"its {message}"):
-        LoRALinear.from_linear(model[0], r=2, lora_alpha=4)
-    with pytest.warns(UserWarning, match=message):
-        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
-    assert [type(layer) for layer in model] == [nn.Linear, LoRALinear]
+    with pytest.raises(ValueError, match=f"0 can't take an adapter: its {message}"):
+        fastlora.replace_linears(model, ["1", "0"], r=2, lora_alpha=4)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
     model = with_peft(nn.Linear(8, 6))
     change(base_of(model))
     (layer,) = fastlora.coverage(fastlora.optimize(model)).layers
     assert not layer.fast
     assert re.search(message, layer.reason)
-
-
-def test_a_layer_that_fsdp2_has_already():
-    from torch.distributed.fsdp import FSDPModule
-
-    model = nn.Sequential(nn.Linear(8, 6))
-    model[0].__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
-    with refused(model, "0 can't take an adapter: FSDP or DDP has it already"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
-
-
-OWN_NAMES = {
-    "property": (lambda: with_member(r=property(lambda layer: 6)), "r"),
-    "method": (lambda: with_member(unmerge=lambda layer: None), "unmerge"),
-    "attribute": (lambda: with_attribute(nn.Linear(6, 6)), "scaling"),
-}
-
-
-@pytest.mark.parametrize(("make", "name"), OWN_NAMES.values(), ids=OWN_NAMES)
-def test_a_layer_that_already_uses_a_lora_layer_s_attribute_names(make, name):
-    """They would be overwritten by apply_lora, and be gone after remove_lora."""
-    linear = make()
-    model = nn.Sequential(nn.Linear(8, 6), linear)
-    with refused(model, f"1 can't take an adapter: it has a {name!r} of its own"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules=["0", "1"]))
-    assert hasattr(linear, name)
-
-
-def test_from_linear_takes_subclasses_of_nn_linear():
-    with pytest.raises(ValueError, match="apply_lora adapts it in place"):
-        LoRALinear.from_linear(Conv1D(6, 8), r=2, lora_alpha=4)
-    linear, x = FalconLinear(8, 6), torch.randn(3, 8)
-    layer = LoRALinear.from_linear(linear, r=2, lora_alpha=4)
-    assert layer.weight is linear.weight
-    torch.testing.assert_close(layer(x), linear(x))

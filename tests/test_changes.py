@@ -13,12 +13,12 @@ from model_kinds import KINDS
 from peft.tuners.lora.layer import LoraLayer
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastlora import LoRALinear
 from fastlora.layers import guards
-from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
 # The number of random models of a kind; each is changed 12 times.
-MODELS = dict.fromkeys(KINDS, 3) | dict.fromkeys(("linear", "block", "peft", "peft-block"), 14)
+MODELS = dict.fromkeys(KINDS, 3) | dict.fromkeys(("own", "linear", "block"), 14)
 LONG = settings.get_current_profile_name() == "long"
 
 
@@ -31,28 +31,23 @@ def test_calls_follow_random_changes(kind, compiled):
 
 # Changes of compiled models, with a call after each.  Compiling takes too long for random ones.
 WALKS = {
-    "linear": (
-        "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",
-        "train dropout one-frozen adapters-train x step data", "load parametrized cast world",
+    "own": (
+        "merge unmerge load merge-one", "scaling pair bias tied base-trains",
+        "train dropout one-frozen adapters-train x step data", "parametrized cast world",
         "forward forward rows layer-mode adapters-replaced",
     ),
-    "saved": ("merge unmerge step remove",),
-    "conv1d": ("merge unmerge bias",),
-    "quantized": ("merge unmerge merge-plain unmerge remove",),
-    "block": ("merge activation remove",),
-    "experts": ("merge-one rescaled implementation", "pack remove"),
-    "router": ("merge",),
-    "peft": (
+    "linear": (
         "merge unmerge disable enable layer-disabled", "add set-adapter merge-some unmerge delete",
         "set-scale scale-layer unscale-layer scaling scaling-tensor pair",
         "train dropout-edited dropout-replaced step",
         "restore optimize forward cast", "load hotswap unload",
     ),
-    "peft-saved": ("disable add delete",),
-    "peft-dora": ("merge unmerge variant-dropped",),
-    "peft-quantized": ("merge restore",),
-    "peft-block": ("activation restore optimize",),
-    "peft-experts": ("merge restore",),
+    "saved": ("disable add delete",),
+    "dora": ("merge unmerge variant-dropped",),
+    "quantized": ("merge restore",),
+    "block": ("activation restore optimize",),
+    "experts": ("merge restore", "implementation"),
+    "packed-experts": ("merge unmerge",),
 }  # fmt: skip
 ROWS = [(kind, walk) for kind, walks in WALKS.items() for walk in walks if kind in KINDS]
 WAYS = ("model", "in-place", "layers")
@@ -81,18 +76,18 @@ def follow(kind: str, walk: str, way: str, p: float = 0.3, **how) -> None:
 def test_each_change_is_followed(kind, walk, number):
     """The three ways of compiling take turns.
 
-    Only "linear" has all changes of tensors, which AOTAutograd guards.
+    Only "own" has all changes of tensors, which AOTAutograd guards.
     """
-    compiler = "aot_eager" if kind == "linear" else "eager"
+    compiler = "aot_eager" if kind == "own" else "eager"
     follow(kind, walk, WAYS[number % 3], backend=compiler)
 
 
-@pytest.mark.parametrize(("kind", "walk"), [("linear", "merge"), ("peft", "merge disable")])
+@pytest.mark.parametrize(("kind", "walk"), [("own", "merge"), ("linear", "merge disable")])
 def test_inductor_follows(kind, walk):
     follow(kind, walk, "model", p=0.0, fullgraph=True)
 
 
-@pytest.mark.parametrize("kind", ["linear", "peft"])
+@pytest.mark.parametrize("kind", ["own", "linear"])
 def test_hooks_are_followed_with_torch_s_setting(kind):
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         follow(kind, "hook hook unhook", "model", backend="eager")
@@ -115,9 +110,7 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
     assert not records
 
 
-@pytest.mark.parametrize(
-    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantized"]
-)
+@pytest.mark.parametrize("kind", ["own", "linear", "dora", "block", "quantized"])
 def test_cached_records_keep_no_weights_alive(kind):
     """A removed layer is freed at once, without the garbage collector."""
     freed = []
@@ -126,7 +119,7 @@ def test_cached_records_keep_no_weights_alive(kind):
         for _ in range(calls):
             state.numbers()
         (layer, *_) = (
-            m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
+            m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALinear))
         )
         assert bool(calls) == any(place in vars(layer) for place in guards._PLACES)
         weights = [weakref.ref(each) for each in (layer, *layer.parameters())]
@@ -145,7 +138,7 @@ def test_cached_records_keep_no_weights_alive(kind):
     assert any(freed[0]) or "block" in kind
 
 
-@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantized") if k in KINDS])
+@pytest.mark.parametrize("kind", [k for k in ("conv1d", "quantized") if k in KINDS])
 def test_a_replaced_weight_is_freed(kind):
     """For a view, a record holds the layout, but no reference to the memory."""
     state = State(kind)

@@ -1,6 +1,6 @@
 """Frozen linear layers without an adapter, on a CPU that multiplies 16-bit numbers slowly.
 
-Tested by themselves, and as layers of a model that apply_lora changed.
+Tested by themselves, and as layers of a model with adapters.
 """
 
 import copy
@@ -8,21 +8,11 @@ import pickle
 
 import pytest
 import torch
-from models import (
-    Mlp,
-    Tied,
-    assert_untouched,
-    counted_frozen_calls,
-    fast_layers,
-    randomize,
-    snapshot,
-)
+from models import Mlp, Tied, adapt, counted_frozen_calls, fast_layers
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastlora
-from fastlora import LoRAConfig
-from fastlora.backends import products
 from fastlora.layers import frozen
 from fastlora.layers.classes import change_classes, own_classes
 from fastlora.report import cover_frozen
@@ -181,55 +171,17 @@ def test_copies_are_fast_and_can_be_restored_separately(again):
     assert type(layer) is frozen.Linear
 
 
-def tied(**settings):
-    config = LoRAConfig(r=2, target_modules=["mix"])
-    return fastlora.apply_lora(Tied().bfloat16(), config, **settings)
-
-
-def test_the_head_is_fast_tied_and_listed_apart():
-    model = tied()
-    assert fast_layers(model) == {"head"}
-    assert model.head.weight is model.embed.weight
-    report = fastlora.coverage(model)
-    assert report.frozen_linears == ("head",)
-    assert str(report) == (
-        "1 of 1 layers fast (backend torch)\n"
-        "1 without an adapter: head: in float32, a block of the weight at a time, because this CPU "
-        "multiplies 16 bits slowly; attention in 16 bits stays slow, which a float32 model avoids"
-    )
-
-
-def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
-    assert fast_layers(tied(frozen_linears=False)) == set()
-    assert fast_layers(tied().float()) == {"head"}  # the class stays, and calls are torch's
-    config = LoRAConfig(r=2, target_modules=["mix"])
-    assert fast_layers(fastlora.apply_lora(Tied(), config)) == set()
-    monkeypatch.setattr(products, "FORCED", False)
-    assert fast_layers(tied()) == set()
+def test_a_tied_head_is_fast():
+    model = adapt(Tied().bfloat16(), target_modules=["mix"])
+    assert fast_layers(model) == {"base_model.model.head", "base_model.model.mix.base_layer"}
+    base = model.get_base_model()
+    assert base.head.weight is base.embed.weight
+    assert fastlora.coverage(model).frozen_linears == ("base_model.model.head",)
 
 
 def test_modules_to_save_are_left_unchanged():
-    config = LoRAConfig(r=2, target_modules=["up"], modules_to_save=["head"])
-    model = fastlora.apply_lora(Mlp().bfloat16(), config)
-    assert fast_layers(model) == {"down"}
-    report = fastlora.coverage(model)
-    assert report.frozen_linears == ("down",)
-    assert len(report.layers) == 1
-
-
-def test_remove_lora_gives_them_back():
-    model = Tied().bfloat16()
-    before = snapshot(model)
-    fastlora.apply_lora(model, LoRAConfig(r=2, target_modules=["mix"]))
-    assert fastlora.remove_lora(model) is model
-    assert_untouched(model, before)
-    assert fastlora.coverage(model).frozen_linears == ()
-
-
-def test_files_load_and_take_them_in(tmp_path):
-    fastlora.save_adapter(randomize(tied()), tmp_path)
-    model = fastlora.load_adapter(Tied().bfloat16(), tmp_path)
-    assert fast_layers(model) == {"head"}
-    plain = tied(frozen_linears=False)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert repr(model) == repr(plain)
+    model = adapt(Mlp().bfloat16(), target_modules=["up"], modules_to_save=["head"])
+    assert not any("modules_to_save" in name for name in fast_layers(model))
+    with counted_frozen_calls() as calls:
+        model(torch.randn(3, 8).bfloat16()).sum().backward()
+    assert len(calls) == 1  # down

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from vendor_layers import quantized
 
-from fastlora.layers import adapted, guards
+from fastlora import replace_linears
+from fastlora.layers import guards
 from fastlora.peft import layer as peft_layer
 
 
@@ -23,9 +24,10 @@ def read_anew(model: nn.Module, *inputs):
 
 
 def own_model() -> tuple[nn.Module, torch.Tensor]:
-    """A model with one adapted layer, ``up``, and an input of that layer."""
-    model = randomize(adapt(Mlp(), target_modules=["up"]))
-    return model, torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+    """A model with one LoRALinear, ``up``, and an input of that layer."""
+    model = Mlp()
+    replace_linears(model, ["up"], r=4, lora_alpha=8)
+    return randomize(model), torch.randn(40, 8)
 
 
 def two_adapters() -> nn.Module:
@@ -50,11 +52,13 @@ def test_untying_the_weights_of_two_adapters_is_seen(world, replaced):
 @pytest.mark.parametrize("how", ["assign", "functional"])
 def test_untying_gate_and_up_is_seen(how):
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
-    model = randomize(adapt(block, target_modules="all-linear"))
-    model[0].up_proj.lora_A = model[0].gate_proj.lora_A
+    model = adapt(block, target_modules="all-linear")
+    gate, up_proj = (block[0].get_submodule(f"{name}_proj").lora_A for name in ("gate", "up"))
+    up_proj["default"].weight = gate["default"].weight
     x = torch.randn(64, 32, requires_grad=True)
     model(x)
-    new = {"0.up_proj.lora_A": nn.Parameter(torch.randn_like(model[0].up_proj.lora_A))}
+    weight = nn.Parameter(torch.randn_like(gate["default"].weight))
+    new = {"base_model.model.0.up_proj.lora_A.default.weight": weight}
     if how == "assign":
         model.load_state_dict(model.state_dict() | new, assign=True)
         assert torch.equal(model(x), read_anew(model, x))
@@ -120,7 +124,7 @@ def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
     """Its memory has an address only through the wrapper that torch.func.grad made."""
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
     make = {
-        "own": lambda: adapt(Mlp(), target_modules=["up"]).up,
+        "own": lambda: own_model()[0].up,
         "peft": lambda: up(two_adapters()),
         "block": lambda: adapt(block, target_modules="all-linear"),
     }
@@ -160,13 +164,13 @@ def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
 @pytest.mark.parametrize(("kind", "name"), [("gguf-q8_0", "weight"), ("rotated-int8", "codes")])
 def test_packed_numbers_that_change_in_place_are_read_again(kind, name):
     """A record may depend on them, for example on the order of a GPTQ layer's columns."""
-    (layer,) = adapt(nn.Sequential(quantized(kind, 256, 32)), target_modules=["0"])
+    (layer,) = adapt(nn.Sequential(quantized(kind, 256, 32)), target_modules=["0"]).base_model.model
 
     def found():
-        return guards.record_of(layer, adapted._RECORDER)[1]
+        return guards.record_of(layer, peft_layer._RECORDER)[1]
 
     assert isinstance(found(), guards.Record)
     assert isinstance(found(), list)
     with torch.no_grad():
-        getattr(layer, name).add_(0)
+        getattr(layer.base_layer, name).add_(0)
     assert isinstance(found(), guards.Record)

@@ -11,7 +11,7 @@ import peft_worker
 import pytest
 import torch
 import transformers
-from models import Reverse, randomize, tiny_llama
+from models import Reverse, randomize, refused, tiny_llama
 from process import Ranks
 from torch import nn
 from torch.nn import functional
@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from trainer_runs import trainer_for, weights
 
 import fastlora
-from fastlora.layers.head import LazyHead
 from fastlora.layers.logits import HeadCall, LazyLogits
 from fastlora.layers.modules import plain_name
 
@@ -36,12 +35,6 @@ def peft_model(kind: str = "frozen", words: int = 100, **settings) -> nn.Module:
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, **HEADS[kind] | settings)
     return randomize(peft.get_peft_model(tiny_llama(vocab_size=words), config)).train()
-
-
-def own_model(kind: str, loss: bool) -> nn.Module:
-    torch.manual_seed(1)
-    config = fastlora.LoRAConfig(r=4, **HEADS[kind])
-    return randomize(fastlora.apply_lora(tiny_llama(), config, loss=loss)).train()
 
 
 def is_fused(logits: torch.Tensor) -> bool:
@@ -80,17 +73,6 @@ def test_a_peft_model_s_loss_needs_no_logits(kind):
     assert_same_step(model, fastlora.optimize(expected))
     assert [type(module) for module in fastlora.restore(model).modules()] == classes
     assert type(model(**DATA).logits) is torch.Tensor
-
-
-@pytest.mark.parametrize("kind", HEADS)
-def test_an_own_model_s_loss_needs_no_logits(kind):
-    model, expected = own_model(kind, loss=True), own_model(kind, loss=False)
-    assert "\nloss without logits: lm_head" in str(fastlora.coverage(model))
-    assert is_fused(step(model)[2])
-    assert_same_step(model, expected)
-    fastlora.remove_lora(model)
-    assert type(model.lm_head) is nn.Linear
-    assert not any(isinstance(module, LazyHead) for module in model.modules())
 
 
 def test_dropout_of_the_head_s_adapter_is_that_of_the_logits():
@@ -330,18 +312,16 @@ def test_a_head_of_another_class_is_left_alone_with_a_warning():
     with pytest.warns(UserWarning, match=r"loss=True has no effect.*it is a Sequential, no torch"):
         fastlora.optimize(model, loss=True)
     assert type(model.get_output_embeddings()) is nn.Sequential
-    torch.manual_seed(1)
+    model, config = nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"])
     with pytest.warns(UserWarning, match="returns no module"):
-        fastlora.apply_lora(
-            nn.Sequential(nn.Linear(4, 4)), fastlora.LoRAConfig(target_modules=["0"]), loss=True
-        )
+        fastlora.get_peft_model(model, config, loss=True)
 
 
 def test_loss_must_be_a_bool():
     with pytest.raises(ValueError, match="loss"):
         fastlora.optimize(peft_model(), loss="yes")
-    with pytest.raises(ValueError, match="loss"):
-        fastlora.apply_lora(tiny_llama(), fastlora.LoRAConfig(target_modules=["q_proj"]), loss=1)
+    with refused(model := tiny_llama(), "loss"):
+        fastlora.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]), loss=1)
 
 
 @pytest.mark.parametrize("kind", HEADS)

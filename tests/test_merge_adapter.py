@@ -18,7 +18,6 @@ from trainer_runs import (
     ADAPTER,
     SIZES,
     STEPS,
-    adapted,
     base_model,
     frozen_bits,
     trainer_for,
@@ -257,7 +256,6 @@ def merged_by_peft() -> nn.Module:
 
 VOCABULARIES = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
 REFUSED = {
-    "own": (adapted, "LlamaForCausalLM is not a PeftModel: with vLLM"),
     "injected": (injected, "LlamaForCausalLM is not a PeftModel: with vLLM"),
     "fsdp": (lambda: marked("_fsdp_flattened"), "q_proj is sharded over ranks"),
     "zero": (lambda: marked("ds_id"), "q_proj is sharded over ranks"),

@@ -38,13 +38,11 @@ KINDS = {
     "peft-experts": lambda: adapted(MODELS["experts"].make(), **EXPERTS),
     "peft-tied": lambda: adapted(Tied(), target_modules=["mix", "head"]),
     "peft-embedding": lambda: adapted(Tied(), target_modules=["mix", "embed"]),
-    "own": lambda: randomize(adapt(Mlp(), **UP_DOWN)).eval(),
-    "own-experts": lambda: randomize(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
     "peft-int8": lambda: in_8_bits(adapted(Mlp(), lora_bias=True, **UP_DOWN)),
-    "own-int8": lambda: randomize(adapt(packed(Mlp()), **UP_DOWN)).eval(),
+    "packed-int8": lambda: randomize(adapt(packed(Mlp()), **UP_DOWN)).eval(),
 }
 if BITSANDBYTES:
-    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantized"].make(), target_modules=["0", "2"])
+    KINDS["peft-nf4"] = lambda: adapted(MODELS["quantized"].make(), target_modules=["0", "2"])
 
 
 def inputs(model: nn.Module) -> Tensor:
@@ -98,7 +96,7 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
     # x isn't rounded in the merged layer; a repacked NF4 layer rounds its scales to 16 bits.
-    tolerance = {"peft-nf4": 0.02, "peft-int8": 0.02, "own-int8": 0.02}.get(name, 2e-5)
+    tolerance = {"peft-nf4": 0.02, "peft-int8": 0.02, "packed-int8": 0.02}.get(name, 2e-5)
     assert (y - expected).norm() <= tolerance * expected.norm()
     # PEFT's forward uses the same merged weights for experts
     assert not torch.equal(y, model(x)) or "experts" in name
@@ -115,7 +113,7 @@ def test_an_error_inside_leaves_no_trace(name):
 
 
 @pytest.mark.parametrize("keep", ["corrections", "device", "cpu"])
-@pytest.mark.parametrize("name", ["peft", "peft-tied", "peft-int8", "own", "own-int8"])
+@pytest.mark.parametrize("name", ["peft", "peft-tied", "peft-int8", "packed-int8"])
 @pytest.mark.filterwarnings("ignore")
 def test_cycles_in_bfloat16_leave_the_bits(name, keep):
     model = KINDS[name]().bfloat16()
@@ -247,9 +245,8 @@ def test_a_cast_inside_that_loses_bits_is_an_error():
         model.to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("name", ["peft", "own"])
-def test_originals_on_the_cpu_train_behind_samples_in_inference_mode(name, monkeypatch):
-    model, to = KINDS[name](), Tensor.to
+def test_originals_on_the_cpu_train_behind_samples_in_inference_mode(monkeypatch):
+    model, to = KINDS["peft"](), Tensor.to
 
     def moved(tensor, *args, **named):  # simulates a move between two devices
         moves = args and isinstance(args[0], torch.device)
@@ -342,7 +339,6 @@ REFUSED = {
     "buffer": (lambda: with_base(buffered), FIXED),
     "no layers": (lambda: nn.Linear(2, 2), "no LoRA layers"),
     "NaN": (lambda: broken(KINDS["peft"]()), "down can't be merged: NaN"),
-    "own NaN": (lambda: broken(KINDS["own"]()), "NaN"),
     "meta": (lambda: KINDS["peft"]().to("meta"), "meta device"),
 }
 
@@ -369,11 +365,10 @@ def test_attention_modules_that_peft_s_merge_changes_are_refused():
 
 
 def test_a_merged_model_and_bad_arguments_are_refused():
-    for name, merge in (("peft", lambda m: m.merge_adapter()), ("own", fastlora.merge_lora)):
-        model = KINDS[name]()
-        merge(model)
-        with pytest.raises(ValueError, match="merged already"), fastlora.merged(model):
-            pytest.fail("the block was entered")
+    model = KINDS["peft"]()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged already"), fastlora.merged(model):
+        pytest.fail("the block was entered")
     with pytest.raises(ValueError, match="keep is 'disk'"):
         fastlora.merged(KINDS["peft"](), keep="disk")
     with pytest.raises(TypeError, match="must be a torch"):
@@ -389,13 +384,12 @@ def test_a_model_cast_inside_stays_cast_afterwards():
         assert torch.equal(p, expected[name]), name
 
 
-@pytest.mark.parametrize("name", ["peft", "own"])
-def test_originals_go_to_the_cpu_one_after_the_other_unless_they_share_memory(name, monkeypatch):
+def test_originals_go_to_the_cpu_one_after_the_other_unless_they_share_memory(monkeypatch):
     """Besides the merged weights, at most one original is on the device at a time.
 
     A view of an original would otherwise see other values, or lose its memory.
     """
-    model, sent = KINDS[name](), []
+    model, sent = KINDS["peft"](), []
     layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
     first = layers[0].weight
     model.register_parameter("view", nn.Parameter(first.detach()[:1], requires_grad=False))

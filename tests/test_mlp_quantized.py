@@ -5,10 +5,11 @@ import pytest
 import torch
 from judge import saved_bytes
 from models import assert_near, counted_blocks, numbers
+from peft.tuners.lora.awq import AwqLoraLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import BITSANDBYTES, KINDS, quantized
+from vendor_layers import BITSANDBYTES, KINDS, AwqTorchLinear, quantized
 
 import fastlora
 from fastlora.layers import mlp
@@ -35,7 +36,11 @@ def frozen(kinds, compute=torch.float32) -> nn.Module:
         sizes = (HIDDEN, IN) if name == "down_proj" else (IN, HIDDEN)
         layer = quantized(kind, *sizes, compute) if kind != "dense" else nn.Linear(*sizes)
         setattr(block, name, layer.requires_grad_(False))
-    return nn.Sequential(block)
+    model = nn.Sequential(block)
+    model.hf_device_map = {
+        "": "cpu"
+    }  # PEFT asks a parameter otherwise, and GPTQ's layers have none
+    return model
 
 
 def peft_s(model: nn.Module, **settings) -> nn.Module:
@@ -47,7 +52,9 @@ def peft_s(model: nn.Module, **settings) -> nn.Module:
 
 def optimized(model: nn.Module, **settings) -> nn.Module:
     settings = {"r": R, "target_modules": list(mlp.PARTS), "init_lora_weights": False} | settings
-    return fastlora.get_peft_model(model, peft.LoraConfig(**settings), strict=True)
+    config = peft.LoraConfig(**settings)
+    config._register_custom_module({AwqTorchLinear: AwqLoraLinear})
+    return fastlora.get_peft_model(model, config, strict=True)
 
 
 def x_of(dtype=torch.float32) -> Tensor:

@@ -1,14 +1,13 @@
-"""Every kind of adapted model: copies compute the same, and removing the adapters restores it."""
+"""Every kind of adapted model: copies compute the same, and restore gives PEFT's back."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from changes import State
+from changes import State, changes_of
 from model_kinds import KINDS
-from models import adapt, assert_untouched, snapshot
-from peft_models import adapted
+from models import assert_untouched, snapshot
 from torch import nn
 
 import fastlora
@@ -29,10 +28,8 @@ COPIES = {  # a way to copy, and whether the model is merged before
 @pytest.mark.parametrize(("copied", "merged"), COPIES.values(), ids=COPIES)
 def test_a_copy_computes_the_same(kind, copied, merged):
     state = State(kind)
-    if merged and "peft" in state.words:
-        state.model.merge_adapter()
-    elif merged:
-        fastlora.merge_lora(state.model)
+    if merged:
+        changes_of(kind)["merge"](state)
     expected, model = state.numbers(), state.model
     state.model = state.call = copied(model)
     assert [type(module) for module in state.model.modules()] == [*map(type, model.modules())]
@@ -41,19 +38,13 @@ def test_a_copy_computes_the_same(kind, copied, merged):
         assert value is found[name] is None or torch.equal(found[name], value), name
 
 
-# "saved" is left out: its copy of a tied weight was trained in full, and stays.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
-def test_removing_the_adapters_restores_the_model(kind):
-    words, make, settings, size = KINDS[kind]
-    model, give_back = make(), fastlora.remove_lora
-    if "peft" in words:
-        model, give_back = adapted(model, **settings), fastlora.restore
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own"])
+def test_restore_gives_peft_s_model_back(kind):
+    state = State(kind)
+    model = fastlora.restore(state.model)
     before = snapshot(model)
-    if "peft" in words:
-        fastlora.optimize(model)
-    else:
-        adapt(model, **settings)
+    fastlora.optimize(model)
     assert [*map(type, model.modules())] != [*before["classes"].values()]
-    model(torch.randn(4, 10, size) if size else torch.arange(20))  # this call caches records
-    assert_untouched(give_back(model), before)
+    state.numbers()  # this call caches records
+    assert_untouched(fastlora.restore(model), before)
     assert not any(name.startswith("_fastlora") for m in model.modules() for name in vars(m))

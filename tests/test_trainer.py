@@ -1,4 +1,4 @@
-"""AdapterTrainer: transformers' Trainer with checkpoints that hold only fastlora's adapters.
+"""transformers' Trainer on optimized models, and MergedSampling.
 
 The models are tiny Llamas with dropout in the adapters.  "The same" means bit-equal.
 """
@@ -14,11 +14,9 @@ import peft
 import pytest
 import torch
 import transformers
-from models import randomize, refused
-from pages import tiny_tokenizer
+from models import adapt
 from peft_models import assert_same
 from process import Ranks
-from safetensors import safe_open
 from torch import nn
 from trainer_runs import (
     ADAPTER,
@@ -28,25 +26,17 @@ from trainer_runs import (
     adapted,
     base_model,
     frozen_bits,
-    losses,
     result,
     stopped_and_resumed,
     train_in_ranks,
     trainer_for,
-    weights,
 )
 from transformers import Trainer
 
 import fastlora
-from fastlora.trainer import AdapterTrainer, MergedSampling
+from fastlora.trainer import MergedSampling
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-EVERY_STEP = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-BEST = EVERY_STEP | {
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "loss",
-    "greater_is_better": True,  # so that it isn't the last
-}
 
 
 @kinds
@@ -62,8 +52,7 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, tmp_path):
     not hasattr(transformers.modeling_utils, "save_on_cpu"), reason="needs transformers 5.17"
 )
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("kind", ["own", "optimized"])
-def test_offloaded_checkpoints_change_no_bit(kind, tmp_path, monkeypatch):
+def test_offloaded_checkpoints_change_no_bit(tmp_path, monkeypatch):
     stores, store = [], transformers.modeling_utils.save_on_cpu
     monkeypatch.setattr(
         transformers.modeling_utils,
@@ -72,13 +61,7 @@ def test_offloaded_checkpoints_change_no_bit(kind, tmp_path, monkeypatch):
     )
 
     def run(name: str, **settings) -> dict[str, Any]:
-        model = adapted()
-        if kind == "optimized":
-            torch.manual_seed(2)
-            config = peft.LoraConfig(**ADAPTER, init_lora_weights=False)
-            model = fastlora.optimize(peft.get_peft_model(base_model(), config), loss=True)
-        trainer = AdapterTrainer if kind == "own" else Trainer
-        trainer = trainer_for(model, tmp_path / name, trainer, **settings)
+        trainer = trainer_for(adapted(loss=True), tmp_path / name, **settings)
         trainer.train()
         return result(trainer)
 
@@ -89,15 +72,8 @@ def test_offloaded_checkpoints_change_no_bit(kind, tmp_path, monkeypatch):
     assert len(stores) == 2 * STEPS  # each of the two blocks in each step
 
 
-@pytest.mark.parametrize(
-    ("name", "trainer"),
-    [
-        ("mixtral", Trainer),
-        ("nemotron", Trainer),
-        ("gpt-oss", AdapterTrainer),
-    ],
-)
-def test_a_resumed_mixture_is_the_run_without_a_stop(name, trainer, tmp_path):
+@pytest.mark.parametrize("name", ["mixtral", "nemotron", "gpt-oss"])
+def test_a_resumed_mixture_is_the_run_without_a_stop(name, tmp_path):
     """transformers saves Mixtral's experts, and all of Nemotron, under other names."""
     moe_models = pytest.importorskip("moe_models")
 
@@ -107,133 +83,9 @@ def test_a_resumed_mixture_is_the_run_without_a_stop(name, trainer, tmp_path):
         targets = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
         targets |= {"target_parameters": moe_models.parameters_of(name)}
         torch.manual_seed(seed)
-        return randomize(fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets)), 0.1)
+        return adapt(model, 0.1, r=2, **targets)
 
-    assert_same(*map(result, stopped_and_resumed(mixture, tmp_path, trainer)), 0.0)
-
-
-def test_the_best_adapter_is_loaded_at_the_end(tmp_path, caplog):
-    kind = KINDS["modules-to-save"]
-    trainer = trainer_for(adapted(**kind), tmp_path, **BEST, save_total_limit=2)
-    trainer.train()
-    assert trainer.state.best_global_step == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", f"checkpoint-{STEPS}"}
-    for step, is_best in ((1, True), (STEPS, False)):
-        saved = fastlora.load_adapter(adapted(**kind), tmp_path / f"checkpoint-{step}")
-        same = [saved.state_dict()[k].equal(v) for k, v in trainer.model.state_dict().items()]
-        assert all(same) == is_best
-    before = weights(trainer.model)
-    trainer.state.best_model_checkpoint = str(tmp_path / "on-another-machine")
-    with caplog.at_level("WARNING", "transformers"):
-        trainer._load_best_model()
-    assert "Could not locate the best model" in caplog.text
-    assert_same(weights(trainer.model), before, 0.0)
-
-
-@pytest.fixture
-def words():
-    """A tokenizer that can pad."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def test_a_checkpoint_has_the_files_of_trainer_s_for_a_peft_model(words, tmp_path):
-    theirs = peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER))
-    for folder, model, kind in (("theirs", theirs, Trainer), ("ours", adapted(), AdapterTrainer)):
-        trainer_for(model, tmp_path / folder, kind, max_steps=3, processing_class=words).train()
-    names, ours = (
-        {path.name for path in (tmp_path / folder / "checkpoint-3").iterdir()}
-        for folder in ("theirs", "ours")
-    )
-    assert {"adapter_model.safetensors", "tokenizer.json", "training_args.bin"} < names
-    assert ours == names - {"README.md"}  # PEFT also writes the model's card
-    files = [tmp_path / f / "checkpoint-3/adapter_model.safetensors" for f in ("theirs", "ours")]
-    assert keys_of(files[0]) == keys_of(files[1])
-
-
-def keys_of(file: Path) -> set[str]:
-    with safe_open(file, "pt") as opened:
-        return set(opened.keys())
-
-
-def test_save_model_writes_to_a_folder_with_the_collator_s_tokenizer(words, tmp_path):
-    trainer = trainer_for(adapted(), tmp_path)
-    trainer.data_collator = transformers.DataCollatorWithPadding(words)
-    for folder in (None, tmp_path / "saved"):
-        trainer.save_model(folder)
-        folder = folder or tmp_path
-        assert (folder / "tokenizer.json").is_file()
-        loaded = fastlora.load_adapter(base_model(), folder)
-        assert_same(weights(loaded), weights(trainer.model), 0.0)
-
-
-def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    trainer = trainer_for(adapted(), tmp_path, save_total_limit=1)
-
-    def full_disk(model, folder):
-        if folder.endswith(f"checkpoint-{STEPS}"):
-            raise OSError("the disk is full")
-        fastlora.save_adapter(model, folder)
-
-    monkeypatch.setattr("fastlora.trainer.save_adapter", full_disk)
-    with pytest.raises(OSError, match="the disk is full"):
-        trainer.train()
-    monkeypatch.undo()
-    resumed = trainer_for(adapted(), tmp_path)
-    resumed.train(resume_from_checkpoint=True)
-    assert len(losses(resumed)) == STEPS
-
-
-NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* use transformers.Trainer"
-MODELS = {
-    "plain": (base_model, NO_ADAPTERS),
-    "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),
-    "changed": (lambda: changed(adapted()), "adapters changed after apply_lora"),
-}
-
-
-def changed(model: nn.Module) -> nn.Module:
-    model.model.layers[0].mlp.down_proj = nn.Linear(24, 16)
-    return model
-
-
-@pytest.mark.parametrize(("make", "message"), MODELS.values(), ids=MODELS)
-def test_a_model_that_it_can_t_save_is_refused_at_once(make, message, tmp_path):
-    model = make()
-    with refused(model, message):
-        trainer_for(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=message):
-        trainer_for(None, tmp_path / "out", model_init=make)
-
-
-def test_no_model(tmp_path):
-    with pytest.raises(TypeError, match=r"^model is .* but must be a torch\.nn\.Module"):
-        trainer_for("gpt2", tmp_path / "out")
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_path):
-    class Engine(AdapterTrainer):
-        """Simulates the settings by accelerate's plugin for the engine."""
-
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            setattr(self, f"is_{engine}_enabled", True)
-
-    with pytest.raises(
-        ValueError, match=f"(?i)only adapters under {engine}.*use transformers.Trainer"
-    ):
-        trainer_for(adapted(), tmp_path, Engine)
-
-
-def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
-    model = adapted()
-    # FSDP1 marks its flattened parameters with this attribute
-    model.lm_head.weight._fsdp_flattened = True
-    with pytest.raises(ValueError, match="only adapters under FSDP"):
-        trainer_for(model, tmp_path)
+    assert_same(*map(result, stopped_and_resumed(mixture, tmp_path)), 0.0)
 
 
 def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_path):
@@ -264,18 +116,16 @@ class Sample(transformers.TrainerCallback):
 
 def sampling_trainer(kind: str, folder: Path, *callbacks: Any) -> Trainer:
     config = peft.LoraConfig(**ADAPTER, init_lora_weights=False)
-    model = adapted() if kind == "own" else peft.get_peft_model(base_model(), config)
+    model = peft.get_peft_model(base_model(), config)
     if kind == "optimized":
         fastlora.optimize(model)
-    trainer = trainer_for(model, folder, AdapterTrainer if kind == "own" else Trainer)
+    trainer = trainer_for(model, folder)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
 
 
-@pytest.mark.parametrize(
-    ("kind", "keep"), [("peft", "device"), ("optimized", "cpu"), ("own", "device")]
-)
+@pytest.mark.parametrize(("kind", "keep"), [("peft", "device"), ("optimized", "cpu")])
 def test_samples_in_training_are_merged_and_the_bits_stay(kind, keep, tmp_path):
     sample = Sample()
     trainer = sampling_trainer(kind, tmp_path, MergedSampling(keep=keep), sample)
@@ -358,9 +208,8 @@ def test_a_copy_of_a_model_in_training_trains_by_itself(tmp_path):
     assert not is_sampled_merged(model)
 
 
-@pytest.mark.parametrize("kind", ["peft", "own"])
-def test_a_copy_in_training_samples_from_its_own_weights(kind, tmp_path):
-    model = sampling_trainer(kind, tmp_path).model
+def test_a_copy_in_training_samples_from_its_own_weights(tmp_path):
+    model = sampling_trainer("peft", tmp_path).model
     sampling, ids = MergedSampling(), torch.ones(1, 3, dtype=torch.long)
     sampling.on_train_begin(None, None, None, model=model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

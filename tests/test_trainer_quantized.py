@@ -19,6 +19,7 @@ import transformers
 from gguf_models import INNER, WIDTH, write_model
 from models import randomize, tiny_llama
 from packed import NEEDS_5
+from pages import ROOT, blocks_of
 from torch import nn
 from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for
 from transformers import Trainer
@@ -143,6 +144,19 @@ def test_trainer_loads_the_best_one_at_the_end(kind, folder, tmp_path):
     assert run.evaluate()["eval_loss"] == run.state.best_metric
 
 
+@pytest.mark.parametrize("kind", ["gguf", "float8"])
+def test_the_example_of_the_documentation_trains_it(kind, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load_model, ids = partial(_MAKERS[kind], folder(kind)), torch.arange(8)
+    names = {"load_model": load_model, "model": load_model(), "batch": {"input_ids": ids[None]}}
+    names["arguments"] = transformers.TrainingArguments("run", max_steps=1, use_cpu=True)
+    names["rows"] = [{"input_ids": ids, "labels": ids}]
+    for code in blocks_of(ROOT / "docs/quantized.md", "python"):
+        exec(code, names)
+    assert not fastlora.coverage(names["model"]).not_fast
+    assert names["trainer"].state.global_step == 1
+
+
 def test_model_init_makes_a_quantized_model(folder, tmp_path):
     run = trainer_for(None, tmp_path, max_steps=1, model_init=lambda: adapted("gguf", folder))
     run.train()
@@ -155,9 +169,9 @@ def test_copies_train_too(copied, folder, tmp_path):
     trainer_for(model, tmp_path, Trainer, max_steps=1).train()
 
 
-def test_a_merged_model_of_a_gguf_file_that_is_dense_here_is_saved(folder, tmp_path):
-    model = adapted("gguf-made-dense", folder)
-    merged = model.merge_and_unload()
+@pytest.mark.parametrize("kind", ["int8", "torchao-int8", "gguf-made-dense", "float8"])
+def test_a_merged_model_is_saved_and_loaded(kind, folder, tmp_path):
+    merged = adapted(kind, folder).merge_and_unload()
     merged.save_pretrained(tmp_path)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(VOCABULARY)[None]

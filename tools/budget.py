@@ -111,9 +111,7 @@ def budget() -> dict[str, dict]:
 
 
 def measured(kind: str, folders: str) -> int:
-    if (
-        kind == "lines"
-    ):  # the emulator of GPUs and suites of other projects aren't part of the package
+    if kind == "lines":  # without the emulator of GPUs, and suites of other projects
         return sum(map(lines_of_code, files_of(folders, without=("machine", "suites"))))
     paths = files_of(folders) + files_of(folders, ".md")
     counts = [hard(sentences_of(path)) for path in paths]

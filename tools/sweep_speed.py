@@ -3,8 +3,8 @@
     python -m tools.sweep_speed [16 256 …]
 
 The arguments are tokens for each configuration.  The model has Qwen3 0.6B's shapes, with 4 of its
-28 layers and 4/28 of its vocabulary, in float32.  A separate run uses ``apply_lora``.  The results
-file is sweep-DATE.json in the folder of the benchmarks' results.
+28 layers and 4/28 of its vocabulary, in float32.  A separate run uses ``get_peft_model``.  The
+results file is sweep-DATE.json in the folder of the benchmarks' results.
 """
 
 import sys
@@ -12,6 +12,7 @@ import time
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import peft
 import torch
 
 import fastlora
@@ -29,7 +30,7 @@ LIMITS = {16: 0.6, 256: 1.0}
 
 def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
     """Seconds of a step of one configuration: forward, backward, clipping, AdamW."""
-    fastlora.apply_lora(model, fastlora.LoRAConfig(r=r, target_modules="all-linear"))
+    adapted = fastlora.get_peft_model(model, peft.LoraConfig(r=r, target_modules="all-linear"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     start = time.perf_counter()
@@ -39,7 +40,7 @@ def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: d
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     seconds = time.perf_counter() - start
-    fastlora.remove_lora(model)
+    fastlora.restore(adapted).unload()
     return seconds / STEPS
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..blocks import Dense, Source, slices, source_of, widened
+from ..blocks import Dense, slices, source_of, widened
 from ..formats.format import Quantized
 from ..projection import HALF_DTYPES, Base, Output
 
@@ -164,7 +164,7 @@ def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
     return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
 
 
-def weight_rows(weight: Tensor | Source, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
     (total, columns), source = weight.shape, source_of(weight)
     rows = min(total, _rows_of_weight(columns, dtype))
@@ -177,14 +177,16 @@ def weight_rows(weight: Tensor | Source, dtype: torch.dtype) -> Iterator[tuple[s
 
 def _comes_in_blocks(weight: Tensor | Quantized, x: Tensor) -> bool:
     """Whether a product with x goes block by block: on a CPU, to unpack or widen the weight."""
-    return x.is_cpu and (isinstance(weight, Quantized) or weight.dtype != x.dtype)
+    if isinstance(weight, Quantized):
+        return x.is_cpu and weight.format.by_rows
+    return x.is_cpu and weight.dtype != x.dtype
 
 
 def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias [M, N], a new tensor or written ``into`` this one.
 
-    The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by
-    block.
+    The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by block
+    if the format can.
     """
     weight, bias = base.weight, cast(base.bias, x.dtype)
     if _comes_in_blocks(weight, x):

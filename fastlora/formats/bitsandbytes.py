@@ -189,26 +189,6 @@ def read_weight(layer: Any) -> PackedLayer | str:
         return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
 
 
-def pack(layer: Any, weight: Tensor) -> None:
-    kind, device = type(layer.weight), layer.weight.device
-    if hasattr(layer, "state"):
-        layer.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
-        layer.state = copy(layer.state)
-        layer.state.CB = layer.state.SCB = None  # the next call takes them from the weight
-        return
-    state = _state_of(layer)
-    made = kind(
-        weight.to(state.dtype).cpu(),
-        requires_grad=False,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=layer.weight.dtype,
-    )
-    layer.weight = made.to(device)
-    layer.quant_state = layer.weight.quant_state
-
-
 def keep_gradients(layer: Any) -> None:
     """Keep x's gradient available after a call of a frozen Linear4bit in evaluation mode.
 
@@ -244,12 +224,6 @@ def cast_bias(layer: Any, x: Tensor) -> None:
             layer.bias.data = layer.bias.data.to(dtype)
 
 
-def before_loading(layer: Any) -> None:
-    """Let a Linear8bitLt load SCB from a state dict after a call, which moved SCB to its state."""
-    if derived_from(type(layer), _MODULES, "Linear8bitLt") and layer.state.SCB is not None:
-        layer.weight.SCB = layer.state.SCB
-
-
 def _state_of(layer: Any) -> Any:
     """The quantization state; where FSDP has replaced the weight, only the layer still has it."""
     state = getattr(layer.weight, "quant_state", None)
@@ -261,8 +235,8 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if state is None:
         return "its weight isn't quantized as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes' kernel for it has no gradient, and a call with an adapter can't use it.
-        if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
+        # bitsandbytes' kernel for it has no gradient.
+        if torch.is_grad_enabled():
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # A weight that FSDP has replaced lacks quant_storage, and FSDP doesn't cast bytes.
@@ -288,20 +262,16 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
 
 
 def _read_repacked(layer: Any, state: Any) -> PackedLayer:
-    """A weight that a call in evaluation mode repacked for bitsandbytes' CPU kernel; copied.
-
-    Bytes [rows / 32, columns / 2, 16, 2]: byte (…, b, c) holds the codes of rows b and b + 16 of
-    32, in column c of two.  absmax is bfloat16 [blocks of a row, rows].
-    """
+    """A weight that a call in evaluation mode repacked for bitsandbytes' CPU kernel; copied."""
     rows, columns = state.shape
-    # [rows / 32, columns / 2, half, 16, 2]; the half is the low or the high 4 bits
-    laid = layer.weight.detach().view(rows // 32, columns // 2, 1, 16, 2)
-    numbers = torch.cat([laid & 15, laid >> 4], 2)
-    pairs = numbers[..., 0] << 4 | numbers[..., 1]
-    packed = pairs.permute(0, 2, 3, 1).reshape(-1)
-    absmax = state.absmax.t().reshape(-1).float()
+    plain = copy(state)
+    plain.original_nested = False  # otherwise absmax is quantized again
+    unpack = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
+    packed, _ = unpack(layer.weight.detach(), plain)
+    absmax = state.absmax.t().reshape(-1).float()  # bfloat16 [blocks of a row, rows]
     format = FourBit(rows, columns, state.quant_type, state.blocksize)
-    return PackedLayer(Quantized(format, (packed, absmax)), layer.compute_dtype, restores=True)
+    weight = Quantized(format, (packed.view(torch.uint8).view(-1), absmax))
+    return PackedLayer(weight, layer.compute_dtype, restores=True)
 
 
 def _read_int8(layer: Any) -> PackedLayer | str:

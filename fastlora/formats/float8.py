@@ -4,10 +4,8 @@ Also transformers' ``FP8Linear`` and ``FP8Experts`` (DeepSeek's checkpoints, for
 scale for each block, each row or the whole weight.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -131,19 +129,3 @@ def _block(layer: Any) -> tuple[int, int]:
         return 1, columns
     block_rows, block_columns = layer.block_size
     return int(block_rows), int(block_columns)
-
-
-def pack(layer: Any, weight: Tensor) -> None:
-    codes, scale = layer.weight, layer.weight_scale_inv
-    rounds = "ue8m0" if scale.dtype == torch.float8_e8m0fnu else "float"
-    config = SimpleNamespace(weight_block_size=_block(layer), scale_fmt=rounds)
-    quantizer = sys.modules[_MODULE].Fp8Quantize(SimpleNamespace(quantization_config=config))
-    made = quantizer.convert({"weight": weight})
-    if made["weight"].dtype != codes.dtype:
-        raise ValueError(
-            f"transformers makes no {codes.dtype} of a weight {tuple(weight.shape)} in blocks of "
-            f"{_block(layer)}: leave the merged weight dense"
-        )
-    layer.weight = nn.Parameter(made["weight"], requires_grad=False)
-    new_scale = made["weight_scale_inv"].view(scale.shape).to(scale.dtype)
-    layer.weight_scale_inv = nn.Parameter(new_scale, requires_grad=False)

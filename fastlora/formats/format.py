@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
-from ..blocks import rows_at_a_time, slices
+from ..blocks import Dense, Source, rows_at_a_time, slices
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name: shape and dtypes
@@ -47,6 +47,8 @@ class Format:
     columns: int
     # Dimensions of the first tensor of one weight; a stack adds one.
     dims: ClassVar[int] = 2
+    # Whether rows can be dequantized without the others.
+    by_rows: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):  # a base class has one
@@ -174,6 +176,10 @@ class Quantized(NamedTuple):
     def read(self, first: int, out: Tensor) -> Tensor:
         made = self.format.make(self.tensors, first, len(out), out.dtype)
         return self.format.read(self.tensors, first, out) if made is None else made
+
+    def source(self) -> Source:
+        """A matrix that gives the weight's rows block by block."""
+        return self if self.format.by_rows else Dense(self.dense(torch.float32))
 
     def dim(self) -> int:
         return len(self.size())

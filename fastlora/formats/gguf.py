@@ -222,7 +222,3 @@ def experts_weight(experts: Any, name: str) -> Quantized | str:
         return f"the GGUF type of its {name} has number {number}, which no format reads"
     columns = experts.intermediate_dim if is_down else experts.hidden_dim
     return Quantized(Gguf(blocks.shape[1], columns, _NAMES[number]), (blocks,))
-
-
-def pack(layer: Any, weight: Tensor) -> None:
-    raise ValueError("GGUF's blocks are read, and not made: leave the merged weight dense")

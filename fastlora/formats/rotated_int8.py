@@ -149,7 +149,3 @@ def owns(layer: Any, kind: type[nn.Module]) -> bool:
 def read(layer: Any) -> PackedLayer:
     tensors = layer.codes.view(torch.int8), layer.scale.view(torch.float32)
     return PackedLayer(Quantized(layer.format, tensors))
-
-
-def pack(layer: Any, weight: Tensor) -> None:
-    layer.hold(pack_rotated(weight.to(layer.format.dtype)))

@@ -39,7 +39,3 @@ def read(layer: Any) -> PackedLayer | str:
     if weight.requires_grad:
         return "its weight trains"
     return PackedLayer(Quantized(Stored(*weight.shape), (weight.detach(),)))
-
-
-def pack(layer: Any, weight: Tensor) -> None:
-    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)

@@ -4,7 +4,6 @@ Also torchao's weight-only tensors of integers and of float8, as the weight of a
 ``torch.nn.Linear``.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import PLAIN, derived_from, is_class
-from .arithmetic import place_for, write_scaled
+from .arithmetic import write_scaled
 from .float8 import Float8
 from .format import FLOATS, Coding, Expected, Format, Quantized, name_of, of_rows
+from .opaque import Opaque
 from .vendor import Once, PackedLayer, checked
 
 # torchao's dequantize_affine computes the same bits for whole blocks of rows, but makes more
 # copies.  With it a float32 step with 512 rows and a 2048² weight in groups of 64 takes 1.19 × the
 # time and 1.96 × the peak memory, a bfloat16 step 1.14 × and 1.56 × (process time, one thread,
-# torchao 0.18).  torchao has no dequantization for Int4Tensor.
+# torchao 0.18).
 
 
 @dataclass(frozen=True)
@@ -72,42 +72,21 @@ class Affine(Format):
         return Coding("int8", 1, 0, factor=self.factor)
 
 
-@dataclass(frozen=True)
-class Int4Groups(Format):
-    """weight = code · scale + zero_point: torchao's ``Int4Tensor``, of signed codes, two in a byte.
+class Int4(Opaque):
+    """weight = code · scale + zero_point in float32: torchao's ``Int4Tensor``.
 
-    packed int8 or uint8 [rows, columns / 2], the code of an even column in the low bits; scale and
-    zero_point [columns / group, rows], of the dtype ``compute``.  The zero point is added to the
-    scaled code.  Computed in out's dtype, or float32 if that is wider, and rounded once.
+    packed [rows, columns / 2] holds two signed codes in a byte, the code of an even column in the
+    low bits; scale and zero_point [columns / group, rows].  torchao has no function for it.
     """
 
-    group: int
-    compute: str
-
     label: ClassVar[str] = "int4"
+    names: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
 
-    def expected(self) -> Expected:
-        if self.columns % 2 or self.group < 1 or self.columns % self.group:
-            raise ValueError(
-                f"groups of {self.group} and pairs don't divide {self.columns} columns"
-            )
-        each = ((self.columns // self.group, self.rows), (self.dtype,))
-        if self.dtype not in FLOATS:
-            raise ValueError(f"its scale has dtype {self.dtype}, but must be floating")
-        packed = ((self.rows, self.columns // 2), (torch.int8, torch.uint8))
-        return {"packed": packed, "scale": each, "zero_point": each}
-
-    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        wide = torch.promote_types(out.dtype, torch.float32)
-        rows = slice(first, first + len(out))
-        packed = tensors[0][rows].view(torch.int8)
-        scale, zero = (tensor[:, rows].t().to(wide)[..., None] for tensor in tensors[1:])
-        values = place_for(out, wide)
+    def values(self, *tensors: Tensor) -> Tensor:
+        packed, (scale, zero) = tensors[0].view(torch.int8), (t.T.float() for t in tensors[1:])
         # A right shift of int8 extends the sign of the code at its top.
-        values[:, 0::2] = (packed << 4) >> 4
-        values[:, 1::2] = packed >> 4
-        values.unflatten(1, (-1, self.group)).mul_(scale).add_(zero)
-        return out if values is out else out.copy_(values)
+        codes = torch.stack([packed << 4 >> 4, packed >> 4], 2).view(self.rows, -1, self.group)
+        return (codes * scale[..., None]).add_(zero[..., None]).flatten(1)
 
 
 # torchao's tensors.
@@ -144,26 +123,6 @@ def read(layer: Any) -> PackedLayer | str:
     return _READ[name](weight)
 
 
-def pack(layer: Any, weight: Tensor) -> None:
-    packed, kind = layer.weight, type(layer.weight)
-    settings: dict[str, Any] = {}
-    if kind.__name__ == "Int4Tensor":
-        raise ValueError(
-            "torchao's Int4Tensor is read, and not made: leave the merged weight dense"
-        )
-    if kind.__name__ == "IntxUnpackedToInt8Tensor":
-        mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
-        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(packed) else mapping.ASYMMETRIC
-        settings |= {"block_size": tuple(packed.block_size), "target_dtype": packed.target_dtype}
-    else:
-        settings["granularity"] = _granularity(packed)
-    if kind.__name__ == "Float8Tensor":
-        settings |= {"float8_dtype": packed.qdata.dtype, "mm_config": packed.mm_config}
-        settings["kernel_preference"] = packed.kernel_preference
-    made = kind.from_hp(weight.to(packed.dtype), **settings)
-    layer.weight = nn.Parameter(made, requires_grad=False)
-
-
 def _rounds_to(weight: Any) -> str:
     """The name of the numbers that a call rounds its input to; "": it keeps its input."""
     if getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16:
@@ -187,7 +146,7 @@ def _int4(weight: Any) -> PackedLayer | str:
     (rows, columns), (height, group) = weight.shape, map(int, weight.block_size)
     if height != 1:
         return f"its groups are blocks of {(height, group)}"
-    format = Int4Groups(rows, columns, group, name_of(weight.scale.dtype))
+    format = Int4(rows, columns, 4, group, name_of(weight.scale.dtype))
     return PackedLayer(Quantized(format, (weight.qdata, weight.scale, weight.zero_point)))
 
 
@@ -211,11 +170,3 @@ def _is_zero(weight: Any) -> bool:
     """Whether all zero points are 0, as symmetric quantization makes them."""
     zero: Tensor | None = weight.zero_point
     return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
-
-
-def _granularity(weight: Any) -> Any:
-    made = sys.modules["torchao.quantization.granularity"]
-    block = tuple(weight.block_size or weight.shape)
-    if block == tuple(weight.shape):
-        return made.PerTensor()
-    return made.PerRow() if block == (1, weight.shape[1]) else made.PerGroup(block[1])

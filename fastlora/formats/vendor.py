@@ -90,13 +90,6 @@ class Vendor(Protocol):
     def read(self, layer: Any) -> PackedLayer | str:
         """The layer's current weight, or the reason why it can't be read."""
 
-    def pack(self, layer: Any, weight: Tensor) -> None:
-        """Replace the layer's weight by ``weight`` [N, K], packed by the vendor's quantizer.
-
-        The settings stay the same, and the old tensors aren't written to.  Raises ValueError if the
-        vendor has no quantizer for the format.
-        """
-
 
 class Once:
     """A cached predicate on a tensor's values: on a GPU each evaluation would synchronize.

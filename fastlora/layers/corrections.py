@@ -52,7 +52,8 @@ class Corrections(NamedTuple):
             lowest = (predicted[some].view(torch.int32) >> shift).sub_(1)
             exact = lowest + (last - lowest).bitwise_and_(3)  # the one in lowest … lowest + 3
             weight[some] = (exact << shift).view(torch.float32)
-        stretches = torch.arange(len(counts), device=bits.device).repeat_interleave(counts)
+        stretches = torch.arange(len(counts), dtype=torch.int64, device=bits.device)
+        stretches = stretches.repeat_interleave(counts)
         weight[stretches * 2**16 + places + 2**15] = values
         if not torch.equal(_total(weight), total):
             raise RuntimeError(

@@ -33,7 +33,6 @@ _SETTINGS = {
 OTHER = "its gate or activation is unknown to fastlora, or is hooked or patched"
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
-_DOWN = "down_proj"  # the last weight in every class of experts
 _OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # if one is set, FP8Experts' gate differs
 # Names for the number of experts of each token in configs of transformers.
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
@@ -200,6 +199,13 @@ def _scaled(module: nn.Module) -> list[str]:
     if gguf.is_experts(plain_class_of(module)):
         ends = [*read_module(module).names]
     return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
+
+
+def sort_weights(module: nn.Module) -> None:
+    """Put parameters of experts in the order of their class, by which PEFT nests its wrappers."""
+    for name in read_module(module).names:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
 
 
 def weight_in(module: nn.Module, name: str) -> Any:

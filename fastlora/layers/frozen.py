@@ -49,8 +49,6 @@ class Linear(Fast, nn.Linear):
 # the bias in a separate step.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
-# Tensor classes that are replaced by plain tensors before a call: FSDP2's shards, and fake tensors.
-_PLAIN_IN_CALLS = ("DTensor", "FakeTensor")
 
 
 def why_not_class(kind: type[nn.Module]) -> str:

@@ -52,7 +52,7 @@ _SILENT = {*vars(nn.Module()), *_PLACES}.difference(
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
 _DEPTH = 3  # levels of a vendor's objects: a weight's state contains the state of its scales
-_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # of a GuardedRecord: its cached keys, and its ``attempts``
+_MOST_CALLS = 64  # cached keys of a GuardedRecord
 _get: Callable = dict.get
 # The properties of a tensor that a call depends on, except its address and its elements.
 _GET = attrgetter("dtype", "shape", "requires_grad", "device")
@@ -294,10 +294,6 @@ class GuardedRecord:
         self.record = record  # without outputs once it is cached, because outputs hold tensors
         self.calls: dict[Hashable, Any] = {}  # cache key (``ops.kinds.key_of_x``) -> kind of call
         self.guard: Guard | None = None  # None if the record can't be cached
-        # If a module changes before every call, caching its record only costs time.  ``attempts``
-        # counts consecutive records that were invalid at the next call.  After each of them,
-        # 2**attempts - 1 calls read the module without a guard; ``wait`` of these are left.
-        self.attempts, self.wait = 0, 0
         self._layouts = layouts_of(record.outputs)
         # Where each input comes from: the index of a guarded tensor, or a view of one.
         self._sources: list[int | View] = []
@@ -362,12 +358,7 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
     if before is not None:
         tensors = before.tensors_now(module)
         if tensors is not None:
-            before.attempts = before.wait = 0
             return before, before.inputs(tensors)
-        if before.wait:  # records were invalid lately: don't build a guard yet
-            before.wait, before.guard = before.wait - 1, None
-            record = recorder.read(module)
-            return GuardedRecord(record), record
     for each in _PLACES:
         home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
@@ -375,8 +366,6 @@ def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, lis
     guard = Guard(module, [*recorder.parts(module)])
     record = recorder.read(module)
     made = GuardedRecord(record)
-    made.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
-    made.wait = 2**made.attempts - 1
     other: GuardedRecord | None = home.get(other_place)
     if other is not None and other.tensors_now(module) is None:
         other = None  # because its guard may keep replaced objects alive
@@ -399,7 +388,6 @@ def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | 
         if call is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
-                cached.attempts = cached.wait = 0
                 return recorder.run([x, *cached.inputs(tensors)], call)
     if recorder.why_not(module, x):
         return None

@@ -28,10 +28,6 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_parameter("weight", None)
         self.register_parameter("bias", bias)
-        self.hold(weight)
-
-    def hold(self, weight: Quantized) -> None:
-        """Replace the weight."""
         self.format = weight.format
         for name, tensor in zip(weight.format.names, weight.tensors, strict=True):
             self.register_buffer(name, tensor.detach().view(torch.uint8))

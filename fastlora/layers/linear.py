@@ -202,6 +202,8 @@ def replace_linears(
     named = {name: module for name, module in model.named_modules() if name}
     around, chosen = bypassed(model), dict[str, Any]()
     is_regex = isinstance(targets, str)
+    if not targets:
+        raise ValueError(f"targets is {shown(targets)}, but must name a layer")
     for target in [targets] if isinstance(targets, str) else targets:
         test = name_test(target if is_regex else [target])
         matched = [n for n, m in named.items() if test(n) and (is_plain_linear(m) or not is_regex)]

@@ -27,7 +27,7 @@ from ..backends import BackwardCall, Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
-from ..ops.node import Function, once_differentiable, run_backward, run_forward
+from ..ops.node import Function, refuse_by_torch_only, run_backward, run_forward
 from ..projection import flatten, layouts_of, unflatten
 
 Change = Callable[[Tensor], Tensor]
@@ -316,11 +316,11 @@ class LazyHeadFunction(Function):
         return LazyLogits.make(Cell(call, like, None, Step(lambda z: z)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         call, needs = ctx.head_call, ctx.needs_input_grad[1:]
         if dy is None:
             return None, *[None] * len(needs)
+        refuse_by_torch_only([dy], "a lazy head", "optimize the model with loss=False")
         if call.hs is None:  # an autograd Function has a gradient, but read no element
             call.logits()
         given = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
@@ -341,7 +341,8 @@ class Recipe(NamedTuple):
             head = of_tensors(head, Tensor.detach)
         x, numbers = head.x, None
         if head.seeds is not None:
-            numbers = torch.arange(head.rows, device=x.device).view(*x.shape[:-1], 1)
+            numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
+            numbers = numbers.view(*x.shape[:-1], 1)
         for change in [step.rows for step in steps if step.rows is not None]:
             x, numbers = change(x), None if numbers is None else change(numbers)
         mask_rows = None if numbers is None else numbers.squeeze(-1)

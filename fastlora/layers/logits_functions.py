@@ -125,7 +125,8 @@ def _index(func: Any, lazy: LazyLogits, indices: Any) -> Step | None:
     used = sum(each.dim() if mask else 1 for each, mask in zip(indices, is_mask, strict=True))
     if used >= lazy.dim() or any(isinstance(each, LazyLogits) for each in indices):
         return None
-    rows = func(torch.empty(*lazy.shape[:-1], 1, device=lazy.device), indices).shape[:-1]
+    column = torch.empty(*lazy.shape[:-1], 1, dtype=lazy.dtype, device=lazy.device)
+    rows = func(column, indices).shape[:-1]
 
     def run(z: Tensor) -> Tensor:
         return z.new_empty(*rows, z.shape[-1]) if z.is_meta else func(z, indices)

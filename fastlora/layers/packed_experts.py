@@ -21,6 +21,7 @@ from .experts import (
     packed_names,
     read_module,
     run_experts,
+    sort_weights,
     stack_in,
     takes,
     weight_in,
@@ -130,9 +131,10 @@ def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
 
 
 def settle(module: Any) -> None:
-    """Set the class of a module, so that it runs its current weights."""
+    """Set the class of a module, so that it runs its current weights, and sort these."""
     kind = plain_class_of(module)
     packed = needs_class(module)
+    sort_weights(module)
     change_class(module, class_over(PackedExperts, kind, "Packed") if packed else kind)
 
 

@@ -40,13 +40,14 @@ from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import are_batched, by_autograd, by_composite, run_backward, run_forward
+from .node import refuse_by_torch_only, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of
 from .run import draw_seed, run_checked
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
 # are the halves of pre's columns.
 Activate = str | Callable[[Tensor], Tensor]
+_EACH = "call fastlora.lora_linear for each expert"
 _ARGUMENTS = 4  # the node's arguments before ``inputs``: node, seeds, order, ends
 
 
@@ -166,11 +167,9 @@ class LoRAExpertsFunction(torch.autograd.Function):
         seeds, order, ends, *saved = ctx.saved_tensors
         inputs, results = saved[: len(needs)], saved[len(needs) :]
         this = _Pass(node, Routing(order, ends, node.k), seeds, inputs)
-        if torch.is_grad_enabled() or are_batched([d_out]):
-            gradients = by_autograd(this.by_composite, inputs, needs, [d_out])
-        else:
-            with autocast_off(d_out.device.type):
-                gradients = this.gradients(d_out, needs, results)
+        refuse_by_torch_only([d_out], "a call of all experts", _EACH)
+        with autocast_off(d_out.device.type):
+            gradients = this.gradients(d_out, needs, results)
         return (*[None] * _ARGUMENTS, *gradients)
 
 
@@ -309,16 +308,6 @@ class _Pass(NamedTuple):
         del d_product
         d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])
         return [d_rows, d_row_weights, *of_up, *of_down]
-
-    def by_composite(self, inputs: Sequence[Tensor]) -> tuple[Tensor]:
-        """out for these inputs, by operations that autograd records, all experts at once."""
-        (x, weights, *_), routing = inputs, self.routing
-        (part,) = routing.whole()
-        up, down = self._replace(inputs=inputs).products(part)
-        (pre,) = by_composite([x[routing.tokens], *up.tensors], up.seed, up.call)
-        product = _recorded_activation(pre, self.node.activate)
-        (y,) = by_composite([product, *down.tensors], down.seed, down.call)
-        return (routing.plain_sums(y, weights, self.node.dtype),)
 
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:

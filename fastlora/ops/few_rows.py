@@ -1,7 +1,7 @@
 """Calls with few rows on a CPU run torch's operations instead of a node.
 
 The time of such a call is almost only overhead, and within a training step it grows with the amount
-of distinct code that runs (docs/performance.md, "Few rows").  Three paths use :func:`has_few_rows`:
+of distinct code that runs (docs/cpu.md, "A layer's time").  Three paths use :func:`has_few_rows`:
 
 * A layer with one output runs :func:`run_few_rows` under torch's autograd.
 * A gated MLP runs layer by layer, because reading the module takes longer than its products.

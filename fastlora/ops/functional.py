@@ -142,7 +142,8 @@ def grouped_lora_linear(
     end belong to no expert: their y and dx are zero, whatever x holds.
 
     :func:`fastlora.lora_linear` describes dtypes, ``scale``, ``dropout``, ``training``,
-    ``backend``, autocast, gradients of gradients, and the errors.  Dropout has one mask [S, K].
+    ``backend``, autocast, and the errors.  Dropout has one mask [S, K].  Gradients of gradients
+    raise RuntimeError.
     Offsets that decrease or exceed S raise ValueError on a CPU.  On a GPU the kernels don't check
     them, and the result is undefined.
 
@@ -194,7 +195,7 @@ def multi_lora_linear(
 
     ``dropout`` is one probability for all adapters, or a list with one for each.  The mask of an
     adapter is [its rows, K].  :func:`fastlora.lora_linear` describes dtypes, ``training``,
-    autocast, packed weights, gradients of gradients, and the errors.
+    autocast, packed weights, and the errors.  Gradients of gradients raise RuntimeError.
 
     An adapter without rows gets no gradient (None) in a list, and a zero gradient in a bank.
 

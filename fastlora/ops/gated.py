@@ -14,7 +14,6 @@ Saved for backward: x, gate, up, every h, and the seeds.  act(gate) and the prod
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,10 +29,8 @@ from .kinds import call_of, key_of_outputs, remember
 from .node import (
     Function,
     LoRALinearFunction,
-    are_batched,
     as_matrix,
-    by_autograd,
-    by_composite,
+    refuse_by_torch_only,
     run_backward,
     run_forward,
     to_save,
@@ -76,7 +73,7 @@ def gated_call(
     16-bit x, compute the activation, the product and their gradients in float32, as modules do
     whose layers return float32.  Each result is then rounded to 16 bits for the next product.
 
-    Gradients of gradients are correct, but not fast.
+    Gradients of gradients raise RuntimeError.
 
     Also returns a record, which serves all calls of this kind by :func:`run_gated`.  It is None if
     autocast is on or the call has no key.
@@ -172,10 +169,7 @@ class GatedLinearFunction(Function):
         inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:
             return (*nothing, *[None] * len(inputs))
-        if torch.is_grad_enabled() or are_batched([dy]):
-            function = partial(_by_composite, seeds=seeds, call=ctx.call)
-            needs = ctx.needs_input_grad[_ARGUMENTS:]
-            return (*nothing, *by_autograd(function, inputs, needs, [dy]))
+        refuse_by_torch_only([dy], "a fused MLP", "optimize the model with gated_mlps=False")
         (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
         shape, middle = gate.shape, GatedProduct(as_matrix(gate), as_matrix(up), activation, wide)
         if ctx.reads_product:  # for the gradient of a lora_a or of the weight
@@ -197,12 +191,3 @@ def _needs(ctx) -> list[bool]:
     """Whether the product and each of down's tensors need a gradient."""
     gate, up, *tensors = ctx.needs_input_grad[_ARGUMENTS:]
     return [gate or up, *tensors]
-
-
-def _by_composite(
-    inputs: Sequence[Tensor], seeds: Tensor | None, call: GatedCall
-) -> tuple[Tensor, ...]:
-    """The node's y for gate, up and down's tensors, by operations that autograd records."""
-    gate, up = [matrix.float() if call.wide else matrix for matrix in inputs[:2]]
-    product = (ACTIVATIONS[call.activation].function(gate) * up).to(inputs[0].dtype)
-    return by_composite([product, *inputs[2:]], seeds, call.last)

@@ -24,7 +24,7 @@ from ..settings import is_number
 from ..text import shown
 from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import Function, as_matrix, once_differentiable
+from .node import Function, as_matrix, refuse_by_torch_only
 from .run import draw_seed
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -313,9 +313,9 @@ class LinearCrossEntropyFunction(Function):
         return call.reduced(losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
+        refuse_by_torch_only([upstream], "the fused loss", "compute the logits and their loss")
         if ctx.later:
             of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
             *inputs, target = saved

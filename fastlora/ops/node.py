@@ -7,8 +7,7 @@ ARGS=host``, docs/kernels.md).
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial, wraps
-from typing import Any
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -16,10 +15,12 @@ from torch import Tensor
 from ..backends import BackwardCall, Call
 from ..projection import HALF_DTYPES, Layout, reads_x, unflatten
 from ..rows import Share
-from .composite import Drop, run_composite
+from .composite import run_composite
 from .dispatch import autocast_dtype, autocast_off
 
 _ARGUMENTS = 3  # the node's arguments before ``inputs``: seeds, ends, call
+_EACH = "call fastlora.lora_linear for each expert or adapter"
+_TRAIN_A = "lora_a and weight are frozen, so let lora_a require gradients"
 
 
 def run_forward(
@@ -114,33 +115,31 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
     return any([dy is not None and is_batched(dy) for dy in dys])
 
 
+def by_torch_only(dys: Sequence[Tensor | None]) -> bool:
+    """Whether only torch's own operations can compute the gradients that a backward asks for."""
+    return torch.is_grad_enabled() or are_batched(dys)
+
+
+def refuse_by_torch_only(dys: Sequence[Tensor | None], what: str, instead: str) -> None:
+    """Raise RuntimeError for gradients of gradients and for batched gradients of ``what``."""
+    if by_torch_only(dys):
+        raise RuntimeError(
+            f"{what} has neither gradients of gradients (create_graph=True) nor batched gradients "
+            f"(is_grads_batched=True): {instead}"
+        )
+
+
 def by_composite(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """Every output by the composite path, with the same dropout masks as the node."""
     x, *tensors = inputs
-    return run_composite(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
 
+    def drop(number: int, x: Tensor, _: Share | None) -> Tensor:
+        assert seeds is not None
+        shape = math.prod(x.shape[:-1]), x.shape[-1]
+        mask = call.backend.dropout_mask(seeds[number], shape, call.dropout).view(x.shape)
+        return torch.where(mask, x / (1.0 - call.dropout), 0.0)
 
-def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
-    """A dropout by torch's own operations, with the backend's masks; None without dropout."""
-    if seeds is None:
-        return None
-    rows = call.rows
-
-    # Many adapters have a seed and a mask for each segment.  Experts have one mask of all rows, so
-    # a segment skips the ``before`` rows of the mask that lie before its own.
-    def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
-        p, before, at = call.dropout, 0, number
-        if share is not None and rows is not None and rows.numbers is not None:
-            p, at = rows.numbers.dropouts[share.segment], share.segment
-        elif share is not None and rows is not None:
-            before = rows.first + share.place.start
-        if not p:
-            return x
-        shape = before + math.prod(x.shape[:-1]), x.shape[-1]
-        mask = call.backend.dropout_mask(seeds[at], shape, p)[before:].view(x.shape)
-        return torch.where(mask, x / (1.0 - p), 0.0)
-
-    return drop
+    return run_composite(x, unflatten(tensors, call.layouts), None if seeds is None else drop)
 
 
 def by_autograd(
@@ -183,23 +182,6 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*arguments)
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator for a backward of one gradient, with an error in each second backward.
-
-    torch's own returns constants if the upstream gradient requires no gradient, as at the start of
-    a backward.  A part of the second-order gradients would then be missing without an error.
-    """
-    once = torch.autograd.function.once_differentiable(backward)
-
-    @wraps(backward)
-    def run(ctx, gradient: Tensor | None) -> Any:
-        if gradient is not None and torch.is_grad_enabled():  # create_graph=True
-            gradient = gradient.detach().requires_grad_()
-        return once(ctx, gradient)
-
-    return run
-
-
 class LoRALinearFunction(Function):
     """One node for all outputs of one x.
 
@@ -238,9 +220,13 @@ class LoRALinearFunction(Function):
         has_x = inputs[0] is not None
         if not has_x:  # no needed gradient reads x, but backends take a tensor of its shape
             inputs[0] = inputs[1].new_empty(ctx.shape, dtype=ctx.dtype)
-        if torch.is_grad_enabled() or are_batched(dys):
+        if call.rows is not None:
+            refuse_by_torch_only(dys, "a call of experts or of many adapters", _EACH)
+        if by_torch_only(dys):
             if not has_x:
-                inputs[0] = _zeros_for(inputs[0], needs[0], hs)
+                if any(h is not None for h in hs):  # they are computed from x
+                    refuse_by_torch_only(dys, "a layer that saves no x", _TRAIN_A)
+                inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
             function = partial(by_composite, seeds=seeds, call=call)
             gradients = by_autograd(function, inputs, needs, dys)
         else:
@@ -264,16 +250,3 @@ def _with_zeros(
         for gradient, tensor, need in last
     ]
     return [*gradients[:-2], *filled]
-
-
-def _zeros_for(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
-    """Zeros in place of an x that isn't saved, when the composite path computes the gradients.
-
-    Raises NotImplementedError if an h was saved, because the composite path computes h from x.
-    """
-    if any(h is not None for h in hs):
-        raise NotImplementedError(
-            "gradients of gradients, and batched gradients, need x, but x isn't saved for backward "
-            "because lora_a and weight are frozen: let lora_a require gradients"
-        )
-    return torch.zeros_like(x, requires_grad=needs_x)

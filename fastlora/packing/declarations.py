@@ -52,11 +52,11 @@ def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[No
       ``load_packed`` and ``load_state_dict`` read, and config.json makes ``from_pretrained``
       refuse.
     """
-    outers, before = list(_pretrained(model)), _packed(model)
+    outers, before = list(_pretrained(model)), [*_packed(model).values()]
     # Everything that may fail is done here, before anything changes.
     declarations = {outer: _declaration(outer, next(iter(linears), None)) for outer in outers}
     yield
-    changed = _packed(model) != before
+    changed = [*_packed(model).values()] != before
     for outer, said in declarations.items():
         # transformers reads a GGUF file into a dense model on a CPU, but leaves its quantizer.
         if changed or (said.config is not None and _method_of(said.config) == "gguf"):

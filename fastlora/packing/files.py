@@ -2,13 +2,10 @@
 
 import json
 import os
-import platform
 import re
-import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +17,16 @@ from ..text import shown
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."  # of PEFT's keys
-# Incomplete files are in a scratch folder, named by this prefix, the host and a random suffix.
-_SCRATCH, _HOST = ".fastlora-", re.sub(r"[^\w.]", "_", platform.node())[:64] + "-"
-_OLD = 3600.0  # seconds without a change, after which another host's scratch folder is deleted
+_SCRATCH = ".fastlora-"  # of the name of a folder with incomplete files
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 _DTYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.uint16: "U16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "U16": torch.uint16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_TORCH_S = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Planned(NamedTuple):
@@ -118,7 +112,7 @@ def read_header(path: Path) -> dict[str, Planned]:
     with _opened(path, "damaged, or not a safetensors file") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
-        return {k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()}
+        return {k: Planned(shape, _DTYPES.get(name, name)) for k, (shape, name) in facts.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -162,13 +156,13 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write each file atomically: if the process dies, the file is the old or the new one.
 
-    All files are written to a scratch folder first, and then renamed.  Scratch folders of processes
-    that died are deleted.
+    All files are written to a scratch folder first, and then renamed.  A process that dies leaves
+    its scratch folder, which later calls ignore.
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, but must be a folder: give another path")
     folder.mkdir(parents=True, exist_ok=True)
-    with _writing(folder), tempfile.TemporaryDirectory(prefix=_SCRATCH + _HOST, dir=folder) as made:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as made:
         for name, content in files.items():
             with open(Path(made) / name, "wb") as file:
                 file.write(content)
@@ -180,41 +174,4 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def is_scratch(path: Path) -> bool:
     """Whether it is a scratch folder of ``write_whole``, of a running or a dead process."""
-    return path.name.startswith(_SCRATCH) and path.is_dir() and not path.is_symlink()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Delete leftovers, and keep other processes from deleting this one's scratch folder.
-
-    Every writer holds a shared lock on the folder, which the system releases when the process ends.
-    A process that gets the exclusive lock is therefore the only writer, so every scratch folder is
-    a leftover.
-    """
-    try:
-        import fcntl  # missing on Windows, where leftovers stay
-
-        place = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):  # another process writes, or the file system has no locks
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _delete_leftovers(folder)
-        with suppress(OSError):
-            fcntl.flock(place, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(place)
-
-
-def _delete_leftovers(folder: Path) -> None:
-    """Delete this host's scratch folders, and old ones of other hosts.
-
-    A network file system may not show another host's lock here, so only the age tells.
-    """
-    for path in filter(is_scratch, list(folder.iterdir())):
-        changed = [entry.stat().st_mtime for entry in (path, *path.iterdir())]
-        if path.name.startswith(_SCRATCH + _HOST) or time.time() - max(changed) > _OLD:
-            shutil.rmtree(path, ignore_errors=True)
+    return path.name.startswith(_SCRATCH)

@@ -78,10 +78,9 @@ class ParamWrapper(Fast, PeftParamWrapper):
             super().unmerge()
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's.  Experts that are dense now in a class for packed ones get a class that runs."""
+        """PEFT's.  Experts that are dense now get a class that runs dense weights."""
         base = super().unload_and_optionally_merge_module(*args, **kwargs)
-        if needs_class(base):
-            settle(base)
+        settle(base)
         return base
 
 

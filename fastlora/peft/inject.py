@@ -9,10 +9,10 @@ Importing this file doesn't import PEFT.
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
-from dataclasses import replace
+from copy import copy, deepcopy
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
 from ..layers.classes import change_class
-from ..layers.experts import lies_transposed, packed_names, read_module, stack_in
+from ..layers.experts import lies_transposed, packed_names, read_module, sort_weights, stack_in
+from ..layers.int8 import Int8Linear
 from ..layers.modules import bypassed, check_places, owners_of, some
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection
-from .optimize import optimize, peft_layers
-from .targets import matched, name_all_linear
+from .optimize import optimize
+from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
 from .trainable import admit_training
 
 # PEFT has its own layers for linear layers of these packages, and for these tensors of torchao.
@@ -70,13 +71,16 @@ def get_peft_model(
     _check(model, peft_config)
     import peft
 
-    config, base = copy(peft_config), _base_of(model)
+    config, base = deepcopy(peft_config), _base_of(model)
     wanted = matched(base, config)
     how: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
     how["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
-        with shown_dense(base, config, adds_dropout=True):
-            _check_names(base, config)
+        with shown_dense(base, config):
+            _check_names(base, peft_config, config)
+            dropout = config.lora_dropout if config.target_parameters else 0.0
+            if dropout:
+                config.lora_dropout = 0.0
             if isinstance(model, peft.PeftModel):
                 model.add_adapter(adapter_name, config, **how)
                 made: Any = model
@@ -84,8 +88,25 @@ def get_peft_model(
                 how |= {"mixed": mixed, "revision": revision}
                 made = peft.get_peft_model(model, config, adapter_name, **how)
         _check_layers(base, adapter_name, wanted)
+        if dropout:
+            _add_dropout(base, adapter_name, dropout)
+        optimize(made, **settings)
         admit_training(base)
-        return optimize(made, **settings)
+        return made
+
+
+def _add_dropout(base: nn.Module, adapter: str, p: float) -> None:
+    """Give every layer's adapter this dropout; PEFT's injection refuses it for experts' weights."""
+    for name, layer in peft_layers(base):
+        if adapter not in layer.lora_dropout:
+            continue
+        owner = layer.get_base_layer()
+        if hasattr(layer, "parameter_name") and read_module(owner).reason:
+            raise ValueError(
+                f"lora_dropout is {p}, but the adapter of {layer.parameter_name} in {name}, a "
+                f"{type(owner).__name__}, can't have dropout: set it to 0, or leave this target out"
+            )
+        layer.lora_dropout[adapter] = nn.Dropout(p)
 
 
 def load_adapter(
@@ -113,40 +134,46 @@ def load_adapter(
     """
     _check(model, config)
     if config is not None:
+        config = copy(config)
+        config.inference_mode = not is_trainable
         with _undone_on_error(model, adapter_name):
             how: Any = {"autocast_adapter_dtype": autocast_adapter_dtype}
             made = get_peft_model(model, config, adapter_name, **how, **settings)
             _load_whole(_base_of(made), Path(folder), adapter_name)
-            return made.train(is_trainable)
+            return made if is_trainable else made.eval()
     import peft
     from peft.utils.save_and_load import load_peft_weights
 
     if Path(folder).exists():  # PEFT would also open a pickle
         check_files(Path(folder))
-        read_json(Path(folder) / CONFIG)
+        stored = read_json(path := Path(folder) / CONFIG)
+        if not isinstance(stored, dict) or "peft_type" not in stored:
+            raise ValueError(f"{path} is not a PEFT config: it has no peft_type")
         read_header(Path(folder) / WEIGHTS)
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
+    config.inference_mode = not is_trainable
     tensors = load_peft_weights(os.fspath(folder), device="cpu")
     _check_finite(tensors, folder)
-    how = {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype}
-    base = _base_of(model)
+    how, base = {"autocast_adapter_dtype": autocast_adapter_dtype}, _base_of(model)
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             if isinstance(model, peft.PeftModel):
-                model.load_adapter(os.fspath(folder), adapter_name, **how)
+                model.add_adapter(adapter_name, config, **how)
                 made = model
             else:
                 load = peft.PeftModel.from_pretrained
-                made = load(model, os.fspath(folder), adapter_name, config=config, **how)
+                how |= {"config": config, "is_trainable": is_trainable}
+                made = load(model, os.fspath(folder), adapter_name, **how)
             loaded = peft.set_peft_model_state_dict(made, tensors, adapter_name)
         own = [key for key in loaded.missing_keys if f".{adapter_name}" in key]
         missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
         _check_keys(missing, loaded.unexpected_keys, folder)
         _check_layers(base, adapter_name, set())
+        optimize(made, **settings)
         admit_training(base)
-        return optimize(made, **settings)
+        return made if is_trainable else made.eval()
 
 
 def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
@@ -215,34 +242,30 @@ def _check(model: Any, config: Any = None) -> None:
 
 
 @contextmanager
-def shown_dense(model: nn.Module, config: Any, adds_dropout: bool = False) -> Iterator[None]:
+def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
     """Inside, PEFT can inject adapters by ``config`` over the packed weights of the model.
 
-    ``adds_dropout``: experts get the config's dropout, and the config loses it.
+    The targets in the config are resolved (:func:`.resolve_targets`), and stay so.
     """
     from peft.tuners import lora
 
-    name_all_linear(model, config)
-    custom: dict[Any, Any] = {}
-    before = config._custom_modules
+    before, custom, linear = config._custom_modules, dict[Any, Any](), linear_layers(model)
     with ExitStack() as undo:
+        undo.callback(setattr, config, "_custom_modules", before)
+        shown = []
         for owner, module in list(model.named_modules()):
-            is_experts = not read_module(module).reason
-            for name, shape in _packed_shapes(module).items():
-                if not is_experts:
-                    _refuse_reading(owner.removesuffix(".base_layer"), module, config)
-                    custom |= {} if isinstance(module, nn.Linear) else {type(module): lora.Linear}
-                _show(module, name, shape, undo)
-            if is_experts and adds_dropout and config.target_parameters and config.lora_dropout:
-                custom[type(module)] = _wrapper_with(config.lora_dropout)
+            shapes = _packed_shapes(module)
+            shown += [(owner.replace(".base_layer", ""), name, module) for name in shapes]
+            if "weight" in shapes and not isinstance(module, nn.Linear):
+                custom[type(module)] = lora.Linear
+            if shapes:
+                _show(module, shapes, undo)
+        resolve_targets(model, config, linear)
+        for owner, name, module in shown:
+            _refuse_reading(owner, name, module, config)
         if custom:
             config._custom_modules = {**custom, **(before or {})}
-        try:
-            yield
-        finally:
-            config._custom_modules = before
-    if adds_dropout and config.target_parameters:
-        config.lora_dropout = 0.0
+        yield
 
 
 @contextmanager
@@ -274,54 +297,61 @@ def _is_peft_s(module: nn.Module) -> bool:
     return type(module).__module__.startswith(_PEFT_PACKAGES) or weight in _PEFT_TENSORS
 
 
-def _refuse_reading(name: str, module: nn.Module, config: Any) -> None:
-    """Raise ValueError if an adapter of this packed layer would be computed from its weight."""
+def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> None:
+    """Raise ValueError if PEFT would compute or copy something from this packed weight."""
     from peft.tuners.tuners_utils import check_target_module_exists as matches
 
-    init = config.init_lora_weights
-    reader = "" if init in _PLAIN_INITS else f"init_lora_weights={init!r}"
-    reader = "use_dora=True" if config.use_dora else reader
-    if reader and matches(config, name):
+    init, reader = config.init_lora_weights, ""
+    weights = tuple(f".{each}" for each in config.target_parameters or ())
+    if matches(config, owner) or f".{owner}.{name}".endswith(weights):
+        reader = "" if init in _PLAIN_INITS else f"init_lora_weights={init!r}"
+        reader = "use_dora=True" if config.use_dora else reader
+    around = [*accumulate(owner.split("."), "{}.{}".format)]
+    saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in around)]
+    reader = f"modules_to_save={saved}" if saved else reader
+    if reader:
         raise ValueError(
-            f"{reader} computes the adapter from the weight, which PEFT can't read in {name}, a "
+            f"{reader} needs the dense weight, which PEFT can't read in {owner}, a "
             f"{type(module).__name__}: leave this setting out, or the layer"
         )
 
 
-def _show(module: nn.Module, name: str, shape: Iterable[int], undo: ExitStack) -> None:
-    """Show the packed weight of this name as a float32 parameter, until ``undo`` closes."""
-    parameters, modules = module._parameters, module._modules
+def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitStack) -> None:
+    """Show packed weights as parameters of these shapes, until ``undo`` closes.
+
+    They are float32, or of an ``Int8Linear``'s dtype, which PEFT then gives to an adapter.
+    Afterwards the weights are frozen, as PEFT freezes weights that it sees.
+    """
     tensors = (*module.buffers(), *module.parameters())
-    stand_in = torch.zeros((), device=tensors[0].device if tensors else None).expand(*shape)
-    if name in modules:
-        undo.callback(modules.__setitem__, name, modules.pop(name))
-        undo.callback(parameters.pop, name)
-    else:
-        undo.callback(parameters.__setitem__, name, parameters[name])
-    parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = module.format.dtype if isinstance(module, Int8Linear) else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=device)
+    both: tuple[dict[str, Any], ...] = module._parameters, module._modules
+    for members in both:
+        undo.callback(members.update, dict(members))
+        undo.callback(members.clear)
+    for name, shape in shapes.items():
+        packed = module._parameters.get(name)
+        if packed is not None:
+            undo.callback(packed.requires_grad_, False)
+        module._modules.pop(name, None)
+        module._parameters[name] = nn.Parameter(zero.expand(*shape), requires_grad=False)
+    sort_weights(module)
 
 
-def _wrapper_with(dropout: float) -> Any:
-    """PEFT's wrapper of experts' weights, with a dropout, which only fastlora's call applies."""
-    from peft.tuners.lora.layer import ParamWrapper
+def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
+    """Raise ValueError if a name in the config matches nothing in the model.
 
-    def make(target: Any, adapter_name: str, *, config: Any, **how: Any) -> nn.Module:
-        layer = ParamWrapper(target, adapter_name, config=replace(config, lora_dropout=0.0), **how)
-        layer.lora_dropout[adapter_name] = nn.Dropout(dropout)
-        return layer
-
-    return make
-
-
-def _check_names(model: nn.Module, config: Any) -> None:
-    """Raise ValueError if a name in the config matches nothing in the model."""
+    ``resolved``: the config with the targets that PEFT renamed.
+    """
     modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
     weights = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
     for field, names in (
         ("target_modules", modules), ("modules_to_save", modules), ("target_parameters", weights)
     ):  # fmt: skip
         given = getattr(config, field) or ()
-        for wanted in () if isinstance(given, str) else given:
+        kept = () if isinstance(given, str) else getattr(resolved, field)
+        for wanted in [name for name in given if name in kept]:
             if not any(f".{name}".endswith(f".{wanted}") for name in names):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
                 some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])
@@ -358,7 +388,8 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
             "adapter: merging would change both, and files for vLLM can't say it",
             stacklevel=4,
         )
-    if lost := sorted(wanted - {name for name, _ in peft_layers(base)}):
+    without = sorted(wanted - {name for name, _ in peft_layers(base)})
+    if lost := [name for name in without if is_linear(base.get_submodule(name))]:
         warnings.warn(
             f"{len(lost)} layers get no adapter ({some(lost)}): in this architecture PEFT reads "
             "their names as those of experts",
@@ -380,23 +411,29 @@ class _Undo(Exception):  # noqa: N818
 
 @contextmanager
 def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
-    """Removes the adapter from the model if the code inside raises an error."""
+    """Removes the adapter from the model if the code inside raises an error.
+
+    Raises ValueError if the model has an adapter of this name already.
+    """
+    if adapter in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(f"the model has an adapter {adapter!r} already: give another adapter_name")
     modules = dict(model.named_modules())
-    had = adapter in (getattr(model, "peft_config", None) or {})
-    kinds = {module: (type(module), module.training) for module in modules.values()}
+    kinds = {m: (type(m), m.training, {**m._forward_hooks}) for m in modules.values()}
     trained = [(p, p.requires_grad) for p in model.parameters()]
     attributes = dict(vars(model))
     try:
         yield
     except BaseException:
-        if not had and hasattr(model, "delete_adapter"):
+        if hasattr(model, "delete_adapter"):
             with suppress(Exception):
                 model.delete_adapter(adapter)
         for name, module in reversed([*modules.items()]):
             outer, _, last = name.rpartition(".")
             if name:
                 setattr(modules[outer], last, module)
-            kind, module.training = kinds[module]
+            kind, module.training, hooks = kinds[module]
+            for number in module._forward_hooks.keys() - hooks.keys():
+                del module._forward_hooks[number]
             if type(module) is not kind:
                 change_class(module, kind)
         vars(model).clear()

@@ -234,7 +234,8 @@ def _enlarge(unit: nn.Module, swap: _Swap) -> Iterator[str]:
         for adapter, lora_b in layer.lora_B.items():
             up, down = lora_b.weight.detach(), layer.lora_A[adapter].weight.detach()
             if not up.any():
-                up = (_STD * torch.randn(up.shape, generator=draw, device="cpu")).to(up)
+                how: Any = {"dtype": torch.float32, "device": "cpu"}
+                up = (_STD * torch.randn(up.shape, generator=draw, **how)).to(up)
                 yield name
             product = up.float().norm() * down.float().norm() * abs(layer.scaling[adapter])
             exponent = (size * len(down) ** 0.5 / product).log2()
@@ -252,7 +253,7 @@ def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype
         for name, child in children.items():
             packed = None if child is None else quantized_weight(child)
             if isinstance(packed, PackedLayer) and not isinstance(child, Int8Linear):
-                dense: Any = nn.Linear(1, 1, bias=False, device="meta")
+                dense: Any = nn.Linear(1, 1, bias=False, device="meta", dtype=torch.float32)
                 weight = packed.weight.dense(packed.compute_dtype or inside)
                 dense.weight = nn.Parameter(weight, requires_grad=False)
                 dense._parameters["bias"] = child.bias  # in HQQ it is no parameter

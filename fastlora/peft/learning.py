@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
 from ..settings import doubt_of
+from .targets import peft_layers
 
 # A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.
 _STEPS = 10
@@ -67,8 +68,6 @@ def _look(*_: Any) -> None:
     """The hook: judge each watched model that has gradients now."""
     if torch.compiler.is_compiling():
         return
-    from .optimize import peft_layers  # here, because it imports this module
-
     for model, (steps, say) in [*_watched.items()]:
         del _watched[model]
         if has_sharded(model):  # a shard of zeros says nothing about the others

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
-from ..formats import vendor_of, weight_of
+from ..formats import vendor_of
 from ..layers import merging
 from ..layers.classes import change_class, twin
 from ..layers.corrections import Corrections, corrections, has_corrections
@@ -65,7 +65,6 @@ def why_not_merged(layers: Layers) -> str:
         base, kind = layer.get_base_layer(), type(layer)
         tensors = [*layer.parameters(), *base.parameters()]
         held, packed = _held(layer), is_packed(layer)
-        unread = weight_of(base) if packed and not hasattr(layer, "parameter_name") else None
         if held is not None and layer.merged:
             if set(layer.merged_adapters) == {a for a in layer.active_adapters if a in layer.r}:
                 continue
@@ -81,8 +80,6 @@ def why_not_merged(layers: Layers) -> str:
             )
         elif any(tensor.is_meta for tensor in tensors):
             reason = "is on the meta device (accelerate's offload?), without numbers"
-        elif isinstance(unread, str):
-            reason = f"has a packed base that can't be read: {unread}"
         elif packed:
             continue
         elif "parametrizations" in base._modules or _weight_name(layer) not in base._parameters:
@@ -98,18 +95,16 @@ def why_not_merged(layers: Layers) -> str:
 
 def bytes_of(model: nn.Module, layers: Layers, keep: str) -> int:
     """The bytes that a merge takes in addition; for corrections, those of a trained adapter."""
-    costs: dict[tuple[int, str], int] = {}
-    around = _dtype_around(model)
+    size, around = 0, _dtype_around(model)
     for _, layer in active(layers):
-        base, name = layer.get_base_layer(), _weight_name(layer)
+        weight = layer.get_base_layer()._parameters.get(_weight_name(layer))
         if is_packed(layer):
-            experts = getattr(layer, "num_experts", 1)
-            size = experts * layer.in_features * layer.out_features
-            costs[id(base), name] = size * (around or torch.float32).itemsize
-        elif (weight := base._parameters.get(name)) is not None:
+            numbers = getattr(layer, "num_experts", 1) * layer.in_features * layer.out_features
+            size += numbers * (around or torch.float32).itemsize
+        elif weight is not None:
             small = keep == "corrections" and has_corrections(weight)
-            costs[id(base), name] = int(0.35 * weight.numel()) if small else weight.nbytes
-    return sum(costs.values())
+            size += int(0.35 * weight.numel()) if small else weight.nbytes
+    return size
 
 
 def _weight_name(layer: Any) -> str:
@@ -118,15 +113,14 @@ def _weight_name(layer: Any) -> str:
 
 
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The most common dtype of parameters outside adapters and packed layers, or None."""
-    count: Counter[torch.dtype] = Counter()
-    for name, module in model.named_modules():
-        if "lora_" in name or vendor_of(module) is not None or packed_names(module):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dtype in DTYPES:
-                count[parameter.dtype] += parameter.numel()
-    return max(count, key=count.__getitem__, default=None)
+    """The dtype of the first parameter outside adapters and packed layers, or None."""
+    parameters = (
+        parameter
+        for name, module in model.named_modules()
+        if not ("lora_" in name or vendor_of(module) or packed_names(module))
+        for parameter in module._parameters.values()
+    )
+    return next((p.dtype for p in parameters if p is not None and p.dtype in DTYPES), None)
 
 
 def merge_layers(
@@ -209,7 +203,10 @@ def _merge(
             original = base._parameters[place]
             if not packed:
                 _use_copies(base, (place, "bias"), undo)
-            type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+            own = vars(layer).get("merge")  # ms-swift's, for example, skips some layers
+            is_theirs = own is not None and getattr(own, "__func__", None) is not merge
+            run = own if is_theirs else partial(type(layer).merge, layer)
+            run(safe_merge=safe_merge, adapter_names=adapter_names)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{name} can't be merged: {error}") from error
         if not layer.merged:
@@ -276,33 +273,16 @@ def enable_adapters(layer: Any, enabled: bool) -> None:
 _METHODS: tuple[Callable, ...] = (merge, unmerge, enable_adapters)  # replaced on merged layers
 
 
-def _refuse_training(layer: Any, inputs: tuple, output: Any) -> Any:
+def _refuse_training(layer: Any, inputs: tuple, output: Any) -> None:
     """A forward hook: the backward of a call in training raises an error that says why."""
     follows = layer.merged and layer.training and torch.is_grad_enabled()
-    if not (follows and isinstance(output, Tensor)):
-        return output
-    return _Untrained.apply(output, torch.empty(0, requires_grad=True))
+    if follows and isinstance(output, Tensor):
+        output = output if output.requires_grad else output.requires_grad_()
+        output.register_hook(_refuse_gradient)
 
 
-class _Untrained(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(_UNTRAINED)
-
-
-def _use_plain_class(layer: Any, undo: ExitStack) -> None:
-    """Make a layer of PEFT's for a packed base one for a dense base, until ``undo`` closes."""
-    if not hasattr(layer, "parameter_name"):
-        vars(layer).setdefault("fan_in_fan_out", False)  # GPTQLoraLinear has none
-        undo.callback(change_class, layer, change_class(layer, _peft_linear()))
-
-
-def _peft_linear() -> Any:
-    return sys.modules["peft.tuners.lora.layer"].Linear
+def _refuse_gradient(gradient: Tensor) -> None:
+    raise RuntimeError(_UNTRAINED)
 
 
 def _keep_corrections(

@@ -22,7 +22,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..layers.classes import Fast
+from ..layers.classes import Fast, change_classes
+from ..layers.experts import packed_names
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -132,13 +133,33 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
 
 
 class LoraModel(Fast, PeftModel):
-    """PEFT's model around the layers, with mixed batches in training.
+    """PEFT's model around the layers, with mixed batches in training and merges of packed layers.
 
     It has the name of PEFT's class, and no state of its own.
     """
 
     plain_class = PeftModel
+    model: nn.Module
     training: bool  # nn.Module's
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **named: Any) -> None:
+        """PEFT's, also over packed experts, whose new wrappers become fast."""
+        from .inject import shown_if_packed
+        from .layer import fast_classes
+
+        if not any(map(packed_names, model.modules())):
+            super().inject_adapter(model, adapter_name, *args, **named)
+            return
+        with shown_if_packed(model, self.peft_config[adapter_name]):
+            super().inject_adapter(model, adapter_name, *args, **named)
+        change_classes(fast_classes(model.modules()))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's.  A transformers model then declares the layers that are still packed."""
+        from ..packing.declarations import declared
+
+        with declared(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..formats import bitsandbytes
 from ..layers import mlp
 from ..layers.classes import change_classes, own_classes
 from ..layers.experts import PackedWeight
@@ -33,6 +34,7 @@ from ..settings import check_switches
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .int8 import check_base, convert, give_back_dense, notes_of
 from .learning import doubts, untrained_note
+from .targets import peft_layers
 
 _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
@@ -68,7 +70,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
-    parts = [module.children() for module in model.modules()]
+    adapted = {layer.get_base_layer() for _, layer in layers}
+    parts = [module.children() for module in model.modules() if module not in adapted]
     count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
@@ -77,13 +80,6 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     doubtful = doubts(unwrap(model), layers)
     said = (*first, *notes, *others, *doubtful, *untrained, *notes_of(unwrap(model), layers))
     return Coverage(records(model, layers, unreached), said)
-
-
-def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Every LoRA layer of PEFT in the model, with its name; none if PEFT isn't imported."""
-    lora = sys.modules.get("peft.tuners.lora")
-    kind = getattr(lora, "LoraLayer", ())
-    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:
@@ -220,6 +216,9 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         if switches["gated_mlps"]:
             classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
         undo.callback(change_classes, change_classes(classes))
+        for module in inner.modules():
+            undo.callback(bitsandbytes.repack_again, module)
+            bitsandbytes.keep_gradients(module)
         if switches["loss"]:  # a lazy head is derived from the head's new class
             undo.callback(change_classes, make_lazy(inner))
             undo.callback(inner.__dict__.pop, ASKED, None)
@@ -238,6 +237,8 @@ def restore(model: nn.Module) -> nn.Module:
     modules = list(inner.modules())
     give_back_heads(modules)
     change_classes(own_classes(modules))
+    for module in modules:
+        bitsandbytes.repack_again(module)
     give_back_dense(inner, peft_layers(inner))
     return model
 

@@ -4,7 +4,10 @@ Importing this file doesn't import PEFT; its functions do.
 """
 
 import math
-from copy import copy
+import re
+import sys
+from collections.abc import Set
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +16,18 @@ from torch import Tensor, nn
 from ..formats import PackedLayer, quantized_weight
 from ..layers.experts import read_module, stack_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of
-from ..layers.modules import embeddings_of, full_name
-from .optimize import peft_layers
+from ..layers.members import plain_class_of
+from ..layers.modules import embeddings_of, full_name, plain_name
+
+# Classes that choose experts.  Some are linear layers, others hold one.
+_ROUTER = re.compile(r"(Router|Gating|MoE\w*Gate)$")
+
+
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every LoRA layer of PEFT in the model, with its name; none if PEFT isn't imported."""
+    lora = sys.modules.get("peft.tuners.lora")
+    kind = getattr(lora, "LoraLayer", ())
+    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 class Target(NamedTuple):
@@ -56,10 +69,14 @@ def find_targets(model: nn.Module, config: Any) -> dict[str, Target]:
 
     Raises ValueError if nothing matches.
     """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
     from peft.utils.other import get_pattern_key
 
-    config = copy(config)
-    name_all_linear(model, config)
+    config = deepcopy(config)
+    resolve_targets(model, config, linear_layers(model))
+    if config.target_modules is None:
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        config.target_modules = DEFAULTS.get(kind)
     names = dict.fromkeys(n for n, _ in model.named_modules() if n in matched(model, config))
     found: dict[str, tuple[nn.Module, str]] = {n: (model.get_submodule(n), "") for n in names}
     ends = tuple(f".{name}" for name in config.target_parameters or ())
@@ -84,9 +101,10 @@ def matched(model: nn.Module, config: Any) -> set[str]:
     from peft.tuners.tuners_utils import check_target_module_exists as matches
 
     linear = linear_layers(model)
-    if not config.target_modules or is_all_linear(config):
-        return linear if config.target_modules else set()
-    return {name for name in linear if matches(config, name)}
+    if is_all_linear(config):
+        config = copy(config)
+        config.target_modules = linear
+    return {name for name in linear if config.target_modules and matches(config, name)}
 
 
 def is_all_linear(config: Any) -> bool:
@@ -95,36 +113,41 @@ def is_all_linear(config: Any) -> bool:
 
 
 def linear_layers(model: nn.Module) -> set[str]:
-    """The names of all linear layers, dense and packed, except the output head."""
-    head = embeddings_of(model, "output")
+    """The names of all linear layers, dense and packed, except the output head and routers."""
     layers = {layer: layer.get_base_layer() for _, layer in peft_layers(model)}
-    inside = {each for layer in layers for each in layer.modules() if each is not layer}
-    named = {n: layers.get(m, m) for n, m in model.named_modules() if n and m not in inside}
-    return {name for name, module in named.items() if module is not head and _is_linear(module)}
+    out = {each for layer in layers for each in layer.modules() if each is not layer}
+    routers = (m for m in model.modules() if _ROUTER.search(plain_class_of(m).__name__))
+    out |= {each for router in routers for each in router.modules()}
+    out |= {embeddings_of(model, "output")} - {None}
+    named = {n: layers.get(m, m) for n, m in model.named_modules() if n and m not in out}
+    return {name for name, module in named.items() if is_linear(module)}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     is_dense = isinstance(module, nn.Linear) or is_conv1d(type(module))
     return is_dense or isinstance(quantized_weight(module), PackedLayer)
 
 
-def name_all_linear(model: nn.Module, config: Any) -> None:
-    """Replace "all-linear" in the config by names: packed layers too, and no routers."""
-    if not is_all_linear(config):
-        return
-    from peft.utils import transformers_weight_conversion as conversion
+def resolve_targets(model: nn.Module, config: Any, linear: Set[str]) -> None:
+    """Replace targets in the config that aren't names of the model, as PEFT's injection does.
 
-    linear = linear_layers(model)
-    if hasattr(getattr(model, "config", None), "model_type"):
-        # In some mixtures PEFT also adapts experts' parameters, under names of its own.
+    PEFT renames experts' layers of transformers 4, in some mixtures.  "all-linear" means the names
+    ``linear``; in these mixtures, also the experts' weights.
+    """
+    from peft.import_utils import is_transformers_ge_v5
+
+    was_all = is_all_linear(config)
+    if is_transformers_ge_v5 and hasattr(getattr(model, "config", None), "model_type"):
+        from peft.utils import transformers_weight_conversion as conversion
+
         conversion.convert_peft_config_for_transformers(config, model, None)
-    if isinstance(config.target_modules, str):
-        config.target_modules = linear
-        return
-    names = {name for name, module in model.named_modules() if is_router(module)}
-    ends = tuple(f".{name}.weight" for name in {name.rpartition(".")[2] for name in names})
-    weights = config.target_parameters
-    config.target_parameters = {name for name in weights if not f".{name}".endswith(ends)}
-    # PEFT renames layers with names of experts again when it injects.
-    known = {old for table in conversion._MOE_TARGET_MODULE_MAPPING.values() for old in table}
-    config.target_modules |= {n for n in linear if n.rpartition(".")[2] not in known}
+    if is_all_linear(config):
+        config.target_modules = {*linear}
+    elif was_all:
+        routers = {name for name, module in model.named_modules() if is_router(module)}
+        ends = tuple(f".{name.rpartition('.')[2]}.weight" for name in routers)
+        weights = config.target_parameters
+        config.target_parameters = {name for name in weights if not f".{name}".endswith(ends)}
+        # PEFT renames layers with names of experts again when it injects.
+        known = {old for table in conversion._MOE_TARGET_MODULE_MAPPING.values() for old in table}
+        config.target_modules |= {n for n in linear if n.rpartition(".")[2] not in known}

@@ -7,11 +7,8 @@ are read once for all.  Eight configurations take 0.48 to 0.83 × the time of ei
 
 import json
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,9 @@ from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
 from ..settings import check_switches
 from ..text import shown
 from . import record
-from .fingerprint import check_same, of_base, of_batches
 from .layer import attached
 from .record import State, Sweep
-from .training import Feed, Loss, Training, as_batch, causal_loss, counted, drawing
+from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip
 from .trial import Options, Trial, as_trials
 
 
@@ -61,7 +57,7 @@ def sweep(
     default the fields that differ make the name.
 
     ``data``: batches, read again from the start when they end: a list, a DataLoader, or an
-    iterator, which is first read into a list.  A batch maps names to tensors [examples, …]; one of
+    iterator, whose batches are kept.  A batch maps names to tensors [examples, …]; one of
     them is ``labels``, and all others are keyword arguments of ``model``.
 
     In each of ``steps`` every trial sees the same batch, as rows of one call.  Each trial has
@@ -70,9 +66,8 @@ def sweep(
     ``loss(logits, labels)`` returns a trial's mean loss.
 
     ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
-    is left.  The remaining trials take over the free rows: two, four … batches a step.  These are
-    joined into one batch; if their lengths differ, this needs an ``attention_mask`` or the default
-    ``loss``.
+    is left.  The remaining trials take over the free rows: two, four … batches a step, in one call
+    if their shapes are equal.
 
     ``eval_data``: the batches of the held-out loss, which is computed every ``eval_steps`` (by
     default a quarter of the steps) and at the end.  ``schedule``: "linear" to zero, "cosine" or
@@ -80,11 +75,11 @@ def sweep(
     shuffling loader and dropout.
 
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
-    all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation and
-    on Ctrl-C, which first finishes the running step.  With ``resume`` the sweep continues from
-    ``state.pt``, over the same base and data, and ends with the same result.  A folder that already
-    has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes the old sweep's
-    files when the new one writes its first file.
+    all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation.
+    With ``resume`` an interrupted sweep continues from there, over the same base and data, and ends
+    with the same result.  A folder that already has a sweep is refused without ``resume`` or
+    ``replace``.  ``replace`` deletes the adapters and results in it when the new sweep writes its
+    first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
     unchanged, also if the sweep fails.  Rows must be independent of each
@@ -98,8 +93,8 @@ def sweep(
     check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
     _check(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
-    if eval_steps is None and type(steps) is int:
-        eval_steps = max(1, steps // 4)
+    if eval_steps is None:
+        eval_steps = max(1, steps // 4) if type(steps) is int else 1
     options = Options(
         steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
     )
@@ -113,22 +108,21 @@ def sweep(
             "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
-    fingerprints = {"base": of_base(inner), "eval_data": of_batches(held_out)}
-    before = state.fingerprints if state else {}
-    check_same(before, fingerprints, folder / record.FILE)
     norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
         run = Training(inner, trials, parts, options, loss, held_out, replace)
         state = run.restored(state) if state else run.begun(settings)
-        with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
-            for norm in norms.values():
+        with torch.random.fork_rng(), in_mode(inner, training=True):
+            for norm in norms:
                 norm.eval()
-            # Skipping batches may draw random numbers, so the random state is set afterwards.
-            feed = Feed(data, seed, state.batches, options.batches(len(trials)))
-            check_same(before, {"data": feed.fingerprint}, folder / record.FILE)
-            state.fingerprints = fingerprints | {"data": feed.fingerprint}
-            record.set_random_state(state.random)
-            run.train(state, feed, folder, interrupted, progress)
+            batches = feed(data, seed)
+            skip(batches, state)
+            # Afterwards, because reading batches may draw random numbers.
+            if state.random:
+                record.set_random_state(state.random)
+            else:
+                torch.manual_seed(seed)
+            run.train(state, batches, folder, progress)
     return _finish(run, state, folder)
 
 
@@ -162,48 +156,22 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     return sweep
 
 
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; a second Ctrl-C raises KeyboardInterrupt as usual.
-
-    Python allows signal handlers only in the main thread; elsewhere the event is never set.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(*_: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The model's batch norms, with a warning: in training they would mix trials.
 
     The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
     statistics, because it uses the batch's statistics in evaluation as well.
     """
-    norms: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    mixing = [called(name) for name, norm in norms.items() if norm.running_mean is None]
-    if mixing:
+    named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    norms: list[Any] = [norm for _, norm in named]
+    names = some([name for name, _ in named])
+    if any(norm.running_mean is None for norm in norms):
         raise ValueError(
-            f"{some(mixing)} would mix trials, because it normalizes by the statistics of the "
-            "batch: set track_running_stats=True, or train each configuration in a separate run"
+            f"{names} would mix trials, because it normalizes by the statistics of the batch: set "
+            "track_running_stats=True, or train each configuration in a separate run"
         )
     if norms:
-        warnings.warn(
-            f"{some(list(map(called, norms)))} stays in evaluation: a batch norm in training would "
-            "mix trials",
-            stacklevel=3,
-        )
+        warnings.warn(f"{names} stays in evaluation: in training it would mix trials", stacklevel=3)
     return norms
 
 

@@ -30,8 +30,7 @@ class TrialRows:
     Before the first batch, layers compute the base only.
     """
 
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
+    def __init__(self) -> None:
         self._owners: tuple[int, ...] = ()
         self._lengths: frozenset[int] = frozenset()
         self._mappings: dict[tuple[int, ...], AdapterMapping] = {}
@@ -131,7 +130,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             pairs.append({n: new_pair(target, trial) for n, target in of_trial.items()})
-    rows = TrialRows(len(trials))
+    rows = TrialRows()
     # Each change registers its undo, so an error inside restores the model.
     with ExitStack() as stack:
         if disabled := getattr(model, "disable_adapter", None):
@@ -140,8 +139,14 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         for name, layer in model.named_modules():
-            adapters = _adapters_of(name, trials, targets, pairs, rows)
-            if adapters.members:
+            members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
+            if members:
+                made = [pairs[i][name] for i in members]
+                numbers = {
+                    "scales": [scale_of(targets[i][name], trials[i]) for i in members],
+                    "dropout": [trials[i].config.lora_dropout for i in members],
+                }
+                adapters = Adapters(name, members, made, numbers, rows)
                 layer = getattr(layer, "base_layer", layer)
                 layer.__dict__[_RECORD] = adapters
                 stack.callback(layer.__dict__.pop, _RECORD)
@@ -167,19 +172,5 @@ def new_pair(target: Target, trial: Trial) -> Pair:
     return pair
 
 
-def _adapters_of(
-    name: str,
-    trials: Sequence[Trial],
-    targets: Sequence[dict[str, Target]],
-    pairs: Sequence[dict[str, Pair]],
-    rows: TrialRows,
-) -> Adapters:
-    """The adapters of the layer of this name, of the trials that target it."""
-    members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
-    scales, dropout = [], []
-    for i in members:
-        target, config = targets[i][name], trials[i].config
-        scales.append(scaling_of(target.lora_alpha, target.r, config.use_rslora))
-        dropout.append(config.lora_dropout)
-    numbers = {"scales": scales, "dropout": dropout}
-    return Adapters(name, members, [pairs[i][name] for i in members], numbers, rows)
+def scale_of(target: Target, trial: Trial) -> float:
+    return scaling_of(target.lora_alpha, target.r, trial.config.use_rslora)

@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..layers.modules import some
-from ..packing.files import CONFIG, WEIGHTS, read_json, write_whole
+from ..packing.files import CONFIG, WEIGHTS, write_whole
 from ..text import columns, shown
-from .fingerprint import Fingerprint
-from .trial import Trial, can_name_folder
+from .trial import Trial
 
 FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
 ADAPTERS, BEST = "adapters", "best"
@@ -26,17 +24,17 @@ class State:
     """The state of a sweep between two steps; a resumed sweep must have the same ``settings``."""
 
     settings: dict[str, Any]
+    # The numbers of the trials that continue; and for each trial its losses, seconds and steps.
+    alive: list[int]
+    losses: list[list[tuple[int, float]]]
+    seconds: list[float]
+    steps: list[int]
+    adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0
-    alive: list[int] = field(default_factory=list)
-    losses: list[list[tuple[int, float]]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    adapters: list[dict[str, Tensor]] = field(default_factory=list)
+    checksum: int = 0  # of the batches
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
-    # Of the base, the held-out data and the first batches; fastlora 0.2.0 wrote none.
-    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
 def save(state: State, folder: Path) -> None:
@@ -61,11 +59,6 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
             f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it, "
             "replace=True deletes it, and another output_dir keeps it"
         )
-    if FILE not in there:
-        raise ValueError(
-            f"{folder} has no {FILE}, so its sweep can't be resumed: replace=True deletes it, and "
-            "another output_dir keeps it"
-        )
     earlier = _read(folder / FILE)
     # Only the same trials and options end with the same result as an uninterrupted sweep.
     for name, value in settings.items():
@@ -75,12 +68,6 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
                 f"not {shown(value)}: give the same value, another output_dir, or replace=True "
                 "instead of resume"
             )
-    if not earlier.fingerprints:
-        warnings.warn(
-            f"{folder / FILE} was written by an older fastlora without fingerprints: make sure "
-            "that the base and the data are the same",
-            stacklevel=3,
-        )
     return earlier
 
 
@@ -94,18 +81,17 @@ def _read(path: Path) -> State:
 def delete(folder: Path) -> None:
     """Delete the files of the folder's sweep; the next sweep overwrites its state file.
 
-    Only the sweep's files are deleted; a folder goes only if it is empty afterwards.
+    Only a sweep's files are deleted; a folder goes only if it is empty afterwards.
     """
-    for name in _names(folder):
-        delete_adapter(folder / ADAPTERS / name)
+    for adapter in [*(folder / ADAPTERS).glob("*"), folder / BEST]:
+        delete_adapter(adapter)
     _delete_empty(folder / ADAPTERS)
-    delete_adapter(folder / BEST)
     for name in (TABLE, PICTURE):
         (folder / name).unlink(missing_ok=True)
 
 
 def delete_adapter(folder: Path) -> None:
-    if not folder.is_symlink():  # the target of a link doesn't belong to the sweep
+    if folder.is_dir() and not folder.is_symlink():  # a link's target doesn't belong to the sweep
         for name in (WEIGHTS, CONFIG):
             (folder / name).unlink(missing_ok=True)
         _delete_empty(folder)
@@ -114,15 +100,6 @@ def delete_adapter(folder: Path) -> None:
 def _delete_empty(folder: Path) -> None:
     with suppress(OSError):  # it isn't empty, or doesn't exist
         folder.rmdir()
-
-
-def _names(folder: Path) -> set[str]:
-    """The names of the trials of the folder's sweep, from the files that can be read."""
-    names: list[Any] = []
-    for read in (lambda: _read(folder / FILE).settings, lambda: read_json(folder / TABLE)):
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            names += [trial["name"] for trial in read()["trials"]]
-    return set(filter(can_name_folder, names))
 
 
 def random_state() -> list[Tensor]:
@@ -181,23 +158,16 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """The results as plain dicts, numbers and texts."""
-        outcomes = [
-            {
-                "name": outcome.trial.name,
-                "learning_rate": outcome.trial.learning_rate,
-                "config": outcome.trial.settings,
-                **{name: value for name, value in vars(outcome).items() if name != "trial"},
-                "losses": [(step, _finite(loss)) for step, loss in outcome.losses],
-                "effective_rank": _finite(outcome.effective_rank),
-            }
-            for outcome in self.outcomes
-        ]
-        return {
-            "best": self.best and self.best.trial.name,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "trials": outcomes,
-        }
+        trials = []
+        for outcome in self.outcomes:
+            numbers = dict(vars(outcome))
+            trial = numbers.pop("trial")
+            numbers["losses"] = [(step, _finite(loss)) for step, loss in outcome.losses]
+            numbers["effective_rank"] = _finite(outcome.effective_rank)
+            named = {"name": trial.name, "learning_rate": trial.learning_rate}
+            trials.append(named | {"config": trial.settings} | numbers)
+        best = self.best and self.best.trial.name
+        return {"best": best, "steps": self.steps, "seconds": self.seconds, "trials": trials}
 
     def __str__(self) -> str:
         ranked = sorted(self.outcomes, key=lambda trial: (-trial.steps, nan_last(trial.loss)))

@@ -1,88 +1,75 @@
 """Training of a sweep: a step of all trials, the held-out losses, and saving the state."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
+from math import isclose
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from ..layers.batch import in_mode
 from ..text import shown
-from .fingerprint import FIRST, Fingerprint, of_batch
 from .layer import Attached
 from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
-_PADDING = {"labels": -100}  # ignored by the loss; other tensors are padded with 0
+_ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
-class Feed:
+def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
     """The batches of ``data``, repeated without end, in an order that the seed determines.
 
     While ``data`` is read, torch's CPU random numbers come from a separate generator.
-    ``fingerprint`` covers the first batches that were read.  ``skip``: the number of batches that a
-    resumed sweep has already used.  ``count``: the number of batches that will be taken in all
-    (None: unknown); an iterator is read that far now.  Raises ValueError if a list holds an invalid
-    batch.
     """
-
-    def __init__(
-        self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0, count: int | None = None
-    ) -> None:
-        self.fingerprint: Fingerprint = {}
-        if isinstance(data, Iterator):  # such as a generator: it can be read only once
-            data = list(islice(data, count))
-        elif (length := _length(data)) is not None:
-            self.fingerprint["the number of batches"] = str(length)
-        if isinstance(data, list | tuple):
-            data = [as_batch(batch) for batch in data]
-        self.data, self.seed, self.taken = data, seed, 0
-        self._batches = self._forever()
-        for _ in range(skip):
-            next(self._batches)
-        self.taken = skip
-
-    def take(self, count: int) -> list[Batch]:
-        """The next ``count`` batches."""
-        self.taken += count
-        return [next(self._batches) for _ in range(count)]
-
-    def _forever(self) -> Iterator[Batch]:
-        epoch = number = 0
-        while True:
-            # A shuffling loader draws its order when its first batch is read.
-            random = torch.Generator("cpu").manual_seed(self.seed + epoch)
+    if isinstance(data, list | tuple):
+        data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
+    for epoch in count():
+        # An iterator can be read only once, so its batches are kept.
+        kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
+        # A shuffling loader draws its order when its first batch is read.
+        random = torch.Generator("cpu").manual_seed(seed + epoch)
+        with drawing(random):
+            batches = iter(data)
+            batch = next(batches, None)
+        if batch is None:
+            problem = "ends, and can't be read again" if epoch else "gives no batch"
+            raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
+        while batch is not None:
+            batch = as_batch(batch)
+            if kept is not None:
+                kept.append(batch)
+            yield batch
             with drawing(random):
-                batches = iter(self.data)
                 batch = next(batches, None)
-            if batch is None:
-                problem = "gives no batch" if epoch == 0 else "ends, and can't be read again"
-                raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
-            while batch is not None:
-                batch, number = as_batch(batch), number + 1
-                if number <= FIRST:
-                    self.fingerprint[f"batch {number}"] = of_batch(batch)
-                yield batch
-                with drawing(random):
-                    batch = next(batches, None)
-            epoch += 1
+        data = kept or data
 
 
-def _length(data: Any) -> int | None:
-    """The number of batches, or None if ``data`` doesn't tell."""
-    try:
-        return len(data)
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+def skip(batches: Iterator[Batch], state: State) -> None:
+    """Read the batches that the state has used.  Raises ValueError if they are others."""
+    checksum = 0
+    for batch in islice(batches, state.batches):
+        checksum = _checksum(batch, checksum)
+    if checksum != state.checksum:
+        raise ValueError(
+            "the sweep to resume had other data: give the same (what a loader draws must come from "
+            "torch), another output_dir, or replace=True instead of resume"
+        )
+
+
+def _checksum(batch: Batch, before: int) -> int:
+    for name in sorted(batch):
+        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
+        before = crc32(numbers, crc32(name.encode(), before))
+    return before
 
 
 @contextmanager
@@ -114,28 +101,13 @@ def as_batch(batch: Any) -> Batch:
     return tensors
 
 
-def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
-    """Join batches into one, padded on the right to the longest.
-
-    One larger call is faster than several.  Batches stay separate if their names differ, or their
-    shapes differ in more than the length.  Padding also needs an ``attention_mask`` that hides it,
-    or a ``causal`` loss, which it can't affect.
-    """
-    apart, first = list(batches), batches[0]
-    like = "attention_mask" if "attention_mask" in first else "labels" if causal else ""
-    if any(batch.keys() != first.keys() for batch in apart):
-        return apart
-    whole = {}
-    for name in first:
-        parts = [batch[name] for batch in apart]
-        if len({part.shape[1:] for part in parts}) > 1:
-            shapes = [batch[like].shape for batch in apart if like]
-            if [part.shape for part in parts] != shapes or any(len(size) != 2 for size in shapes):
-                return apart
-            length, fill = max(size[1] for size in shapes), _PADDING.get(name, 0)
-            parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
-        whole[name] = torch.cat(parts)
-    return [whole]
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch in place of batches of equal names and shapes: one larger call is faster."""
+    first = batches[0]
+    shapes = [{name: tensor.shape[1:] for name, tensor in batch.items()} for batch in batches]
+    if any(each != shapes[0] for each in shapes):
+        return list(batches)
+    return [{name: torch.cat([batch[name] for batch in batches]) for name in first}]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -167,7 +139,6 @@ class Training:
     replaces: bool = False  # whether to delete an earlier sweep's files before the first write
 
     def __post_init__(self) -> None:
-        self.eval_steps = self.options.eval_steps or self.options.steps
         self.device = next(self.model.parameters()).device
         groups = [
             {"params": list(parameters.values()), "lr": trial.learning_rate}
@@ -176,40 +147,41 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
 
     def begun(self, settings: dict[str, Any]) -> State:
-        count = len(self.trials)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.options.seed)
-            random = random_state()
-        return State(
-            settings, alive=list(range(count)), losses=[[] for _ in self.trials],
-            seconds=[0.0] * count, steps=[0] * count, random=random,
-        )  # fmt: skip
+        number = len(self.trials)
+        losses: list[list] = [[] for _ in self.trials]
+        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
 
     def restored(self, state: State) -> State:
-        """Load a state's adapters and optimizer.  Raises ValueError if they don't fit the model."""
-        for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
-            shapes, known = ({n: t.shape for n, t in each.items()} for each in (parameters, saved))
-            if shapes != known:
-                raise ValueError(
-                    "the sweep to resume is of another model: give that model, another output_dir, "
-                    "or replace=True instead of resume"
-                )
-        with torch.no_grad():  # nothing is written before all shapes fit
-            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+        """Load a state's adapters and optimizer.
+
+        Raises ValueError if the initial adapters have other held-out losses than in the state: then
+        the base or the held-out data are others.
+        """
+        pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
+        before = [losses[0][1] for losses in state.losses]
+        if any(now.keys() != then.keys() for now, then in pairs) or not all(
+            isclose(now, then, rel_tol=_ROUNDING)
+            for now, then in zip(self._held_out(range(len(before))), before, strict=True)
+        ):
+            raise ValueError(
+                "the sweep to resume had another base model or other held-out data (eval_data): "
+                "its first held-out losses were others.  Give the same, another output_dir, or "
+                "replace=True instead of resume"
+            )
+        with torch.no_grad():
+            for parameters, saved in pairs:
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)
         return state
 
-    def train(
-        self, state: State, feed: Feed, folder: Path, interrupted: threading.Event, progress: bool
-    ) -> None:
+    def train(self, state: State, batches: Iterator[Batch], folder: Path, progress: bool) -> None:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
         while (left := self.options.steps - state.step) > 0:
             started = time.perf_counter()
-            losses = self.step(state, feed)
+            losses = self.step(state, batches)
             elapsed = time.perf_counter() - started
             for i in state.alive:
                 state.seconds[i] += elapsed / len(state.alive)
@@ -220,34 +192,29 @@ class Training:
                 said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
                 print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
             keep = stops.get(state.step)
-            if keep or not left or state.step % self.eval_steps == 0:
+            if keep or not left or state.step % self.options.eval_steps == 0:
                 self._evaluate(state)
                 if keep:
                     by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
                     state.alive = sorted(by_loss[:keep])
-                self._keep(state, feed, folder)
-            elif interrupted.is_set():
-                self._keep(state, feed, folder)
-            if interrupted.is_set() and left:
-                raise KeyboardInterrupt(
-                    f"stopped after step {state.step}: resume=True continues from there"
-                )
+                self._keep(state, folder)
 
-    def step(self, state: State, feed: Feed) -> list[float]:
+    def step(self, state: State, batches: Iterator[Batch]) -> list[float]:
         """Do one step of every remaining trial.  Returns their losses."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
-        batches = feed.take(len(self.trials) // len(state.alive))
-        batches = joined(batches, self.loss is causal_loss)
-        sizes = [counted(batch["labels"], self.loss) for batch in batches]
+        taken = list(islice(batches, len(self.trials) // len(state.alive)))
+        for batch in taken:
+            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
+        taken = joined(taken)
+        sizes = [counted(batch["labels"], self.loss) for batch in taken]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
-        for batch, size in zip(batches, sizes, strict=True):
-            if size or not batches[1:]:
+        for batch, size in zip(taken, sizes, strict=True):
+            if size:  # without labels the mean loss would be NaN
                 # Weighted by labels, so that the sum is the mean over the labels of all batches.
-                share = size / sum(sizes) if batches[1:] else 1.0
-                losses = share * torch.stack(self._losses(state.alive, batch))
+                losses = size / sum(sizes) * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
                 sums += losses.detach()
         if self.options.max_grad_norm:  # clipped separately, as in separate runs
@@ -259,37 +226,39 @@ class Training:
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
-        count = len(batch["labels"])
+        examples = len(batch["labels"])
         self.parts.rows.share_out(alive, batch)
         whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
         logits = _logits(self.model(**inputs))
-        if len(logits) != count * len(alive):
+        if len(logits) != examples * len(alive):
             raise ValueError(
-                f"the model returned logits {tuple(logits.shape)} for {count * len(alive)} "
+                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
                 "examples, but must return [examples, …]"
             )
-        return [self.loss(of_trial, labels) for of_trial in logits.split(count)]
+        return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
-    @torch.no_grad()
     def _evaluate(self, state: State) -> None:
         """Append the held-out losses of all remaining trials to the state."""
-        total, weight = torch.zeros(len(state.alive), dtype=torch.float64, device="cpu"), 0
+        for i, loss in zip(state.alive, self._held_out(state.alive), strict=True):
+            state.losses[i].append((state.step, loss))
+
+    @torch.no_grad()
+    def _held_out(self, trials: Sequence[int]) -> list[float]:
+        total, weight = torch.zeros(len(trials), dtype=torch.float64, device="cpu"), 0
         with in_mode(self.model, training=False):
             for batch in self.held_out:
                 size = counted(batch["labels"], self.loss)
-                if size:  # without labels the mean loss would be NaN
-                    total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
+                if size:
+                    total += size * torch.stack(self._losses(trials, batch)).cpu().double()
                     weight += size
-        for i, loss in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
-            state.losses[i].append((state.step, loss))
+        return (total / max(weight, 1)).tolist()
 
-    def _keep(self, state: State, feed: Feed, folder: Path) -> None:
+    def _keep(self, state: State, folder: Path) -> None:
         """Complete the state, so that a sweep can resume from here, and write it to the folder."""
-        state.batches, state.random = feed.taken, random_state()
-        state.optimizer = self.optimizer.state_dict()
+        state.random, state.optimizer = random_state(), self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
             for parameters in self.parts.parameters

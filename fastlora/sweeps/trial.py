@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..foreign import optional
@@ -18,6 +18,7 @@ _TRIED = {
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "task_type", "base_model_name_or_path",
 }  # fmt: skip
+_NAME = r"(?!\.)[\w.,=+-]+"  # can't lead out of the parent folder
 _LONGEST = 200  # bytes of a name; file systems allow 255
 _SHORT = {"lora_alpha": "alpha", "lora_dropout": "dropout", _RATE: "lr", "target_modules": ""}
 
@@ -63,38 +64,25 @@ def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
 
 def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
     kind = optional("peft", "sweep needs PEFT", "peft").LoraConfig
-    known = {field.name for field in fields(kind)}
-    unknown = [key for key in entry if key not in known | {_RATE, "name"}]
+    unknown = [key for key in entry if key not in _TRIED | {_RATE, "name"}]
     if unknown:
         raise ValueError(
-            f"configs[{number}] has {shown(unknown[0])}, but its fields must be fields of "
-            f"peft.LoraConfig, {_RATE!r} or 'name'"
+            f"configs[{number}] has {shown(unknown[0])}, but trials have plain LoRA adapters of "
+            f"linear layers: give {_RATE!r}, 'name', or these fields of peft.LoraConfig: "
+            f"{', '.join(sorted(_TRIED))}"
         )
     rate: Any = entry.get(_RATE)
     if not is_number(rate) or not 0 < rate < float("inf"):
         raise ValueError(f"configs[{number}] has {_RATE} {shown(rate)}, but it must be above 0")
-    settings = {"target_modules": "all-linear"} | {k: v for k, v in entry.items() if k in known}
+    settings = {"target_modules": "all-linear"} | {k: v for k, v in entry.items() if k in _TRIED}
     config = kind(**settings)
     check_settings(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora)
-    others = sorted(settings.keys() - _TRIED)
-    if others:
+    if not re.fullmatch(_NAME, name) or len(name.encode()) > _LONGEST:
         raise ValueError(
-            f"configs[{number}] sets {', '.join(others)}, but trials have plain LoRA adapters of "
-            f"linear layers, and share all other parameters: set only {', '.join(sorted(_TRIED))}"
-        )
-    if not can_name_folder(name):
-        raise ValueError(f"configs[{number}] is called {shown(name)}, which can't name a folder")
-    if len(name.encode()) > _LONGEST:
-        raise ValueError(
-            f"configs[{number}] is called {shown(name)}, too long for a folder: give it a 'name' "
-            f"of at most {_LONGEST} bytes"
+            f"configs[{number}] is called {shown(name)}, which can't name a folder: give it a "
+            f"'name' of letters, digits and .,=+-, of at most {_LONGEST} bytes"
         )
     return Trial(name, config, settings, float(rate))
-
-
-def can_name_folder(name: object) -> bool:
-    """Whether it can name a folder, and can't lead out of the parent folder."""
-    return isinstance(name, str) and bool(re.fullmatch(r"(?!\.)[\w.,=+-]+", name))
 
 
 def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
@@ -121,7 +109,7 @@ class Options(NamedTuple):
 
     steps: int
     halving: bool
-    eval_steps: int | None
+    eval_steps: int
     schedule: str
     warmup_steps: int
     weight_decay: float
@@ -153,18 +141,6 @@ class Options(NamedTuple):
             self.steps * (i + 1) // (halvings + 1): -(-trials // 2 ** (i + 1))
             for i in range(halvings)
         }
-
-    def batches(self, trials: int) -> int:
-        """The number of batches that a sweep takes.
-
-        A step has a place for each trial of the start.  After a halving, each remaining trial has
-        several places, and trains on as many batches in a step.
-        """
-        stops, left, taken = self.rungs(trials), trials, 0
-        for step in range(self.steps):
-            taken += trials // left
-            left = stops.get(step + 1, left)
-        return taken
 
     def _halvings(self, trials: int) -> int:
         """The number of halvings until one trial is left."""

@@ -13,7 +13,8 @@ from ..backends.sizes import Sizes
 from ..layers.experts import experts_of_a_token
 from ..layers.linear import LoRALinear
 from ..layers.mlp import PARTS, GatedMLP
-from ..peft.optimize import checked, peft_layers
+from ..peft.optimize import checked
+from ..peft.targets import peft_layers
 from ..projection import Output
 from ..report import NO_LAYERS
 

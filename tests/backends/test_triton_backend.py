@@ -127,7 +127,7 @@ def test_a_row_too_many_is_a_reason(monkeypatch):
 def test_a_cpu_without_the_interpreter_runs_on_torch():
     code = (
         "import sys; sys.stderr = sys.stdout; import fastlora, torch\n"
-        "print(fastlora.LoRALinear(4, 3)(torch.randn(2, 4)).shape)"
+        "print(fastlora.LoRALinear(4, 3, r=2)(torch.randn(2, 4)).shape)"
     )
     assert "UserWarning" not in run_forked(code, TRITON_INTERPRET="0")
     output = run_forked(code, TRITON_INTERPRET="0", FASTLORA_BACKEND="triton")

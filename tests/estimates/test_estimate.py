@@ -165,7 +165,12 @@ def test_kept_bytes_have_no_bytes_of_a_packed_weight(kind):
     packed, dense = quantized(kind, 256, 96), nn.Linear(256, 96)
     packed.bias = dense.bias = None  # HQQ's bias is no parameter
     found, expected = (
-        fastlora.estimate(nn.Sequential(layer, nn.Tanh()), [4], batch=torch.randn(2, 256), rounds=1)
+        fastlora.estimate(
+            nn.Sequential(layer, nn.Tanh(), nn.LayerNorm(96)),
+            [4],
+            batch=torch.randn(2, 256),
+            rounds=1,
+        )
         for layer in (packed, dense)
     )
     assert found.rank_costs[0].kept_bytes == expected.rank_costs[0].kept_bytes

@@ -44,14 +44,6 @@ def test_float8_has_transformers_numbers(make):
     assert torch.equal(found.weight.dense(torch.bfloat16), expected.bfloat16())
 
 
-def test_a_float8_weight_is_packed_in_the_layer_s_own_format():
-    linear = fp8_linear((40, 128))  # blocks that divide the weight; transformers has no others
-    changed = float8.read(linear).weight.dense(torch.float32) * 3
-    float8.pack(linear, changed)
-    after = float8.read(linear).weight.dense(torch.float32)
-    assert ((after - changed).abs() <= changed.abs() / 8 + changed.abs().max() / 2**9).all()
-
-
 def test_broken_and_other_layers_have_a_reason():
     linear = fp8_linear()
     linear.weight_scale_inv.data = torch.ones(3, 3)
@@ -95,5 +87,3 @@ def test_unreadable_gguf_layers_have_a_reason():
     assert "number 29" in gguf.read(linear)
     linear.ggml_type = dequant.GGML_Q6_K
     assert gguf.read(linear).startswith("its blocks are broken: its blocks has shape")
-    with pytest.raises(ValueError, match="GGUF's blocks are read, and not made"):
-        gguf.pack(linear, torch.ones(7, K))

@@ -213,6 +213,7 @@ def test_adapters_of_16_bits_are_float32_unless_they_keep_the_dtype():
 MISTAKES = {
     "misspelled": (Mlp, ["up", "dwn"], "targets has 'dwn', which matches no layer.*down, head, up"),
     "no linear layer": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
+    "no name": (Mlp, [], r"targets is \[\], but must name a layer"),
     "a broken regex": (Mlp, "(", "no regular expression"),
     "a regex without a match": (Mlp, "norm", "which matches no layer"),
     "skipped by its parent": (

@@ -238,12 +238,10 @@ def test_tensors_without_numbers_pass_through(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", [("x",), ("x", "lora_a")], ids=["dx", "all"])
 def test_gradients_of_gradients_are_an_error(reduction, trained):
-    """Also beside other terms, where constants would give wrong gradients without an error."""
     given = tensors(trained=trained)
     loss = fastlora.linear_cross_entropy(target=target_of(), reduction=reduction, **given).sum()
-    (dx,) = torch.autograd.grad(loss, given["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        (loss + dx.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="compute the logits and their loss"):
+        torch.autograd.grad(loss, given["x"], create_graph=True)
 
 
 X, W, T = torch.randn(4, K), torch.randn(V, K), torch.arange(4)

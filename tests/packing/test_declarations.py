@@ -11,10 +11,10 @@ import accelerate
 import pytest
 import torch
 import transformers
-from marks import pairwise
 from models import refused, tiny_llama
 from moe_models import IDS, base_model, parameters_of
 from packed_experts import SIZES, bits_of, fp8_model
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 from trainer_runs import STEPS, stopped_and_resumed
@@ -23,7 +23,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from vendor_layers import BITSANDBYTES
 
 import fastlora
-from fastlora import LoRAConfig
 from fastlora.formats import quantized_weight
 from fastlora.layers.experts import packed_names
 
@@ -54,7 +53,7 @@ def mixture(name: str, kind: str, modules: list[str] | None = None) -> nn.Module
 def adapted(model: nn.Module, name: str, seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     names = {"target_modules": ["q_proj"], "target_parameters": parameters_of(name)}
-    return fastlora.apply_lora(model, LoRAConfig(r=2, init_lora_weights=False, **names))
+    return fastlora.get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **names))
 
 
 def empty(folder: Path) -> nn.Module:
@@ -93,15 +92,18 @@ def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
     make = lambda seed: adapted(mixture(name, kind), name, seed)  # noqa: E731
     resumed, whole = (run.model for run in stopped_and_resumed(make, tmp_path, Trainer))
     assert torch.equal(logits(resumed), logits(whole))
-    last = tmp_path / f"whole/checkpoint-{STEPS}"
-    state = load_file(last / "model.safetensors")
-    assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in state.items())
-    loaded = empty(last)
-    with pytest.warns(UserWarning, match="has adapters, which weren't loaded"):
-        fastlora.load_packed(loaded, last)
-    adapted(loaded, name, seed=3)
-    loaded.load_state_dict(state)
+    loaded = fastlora.load_adapter(mixture(name, kind), tmp_path / f"whole/checkpoint-{STEPS}")
     assert torch.equal(logits(loaded), logits(whole))
+
+
+def test_load_packed_warns_of_adapters_in_the_checkpoint(tmp_path):
+    model = mixture("mixtral", "nvfp4")
+    adapter = {"model.layers.0.self_attn.q_proj.lora_A": torch.ones(2, 64)}
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | adapter)
+    loaded = empty(tmp_path)
+    with pytest.warns(UserWarning, match="has adapters, which weren't loaded"):
+        fastlora.load_packed(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_load_packed_reads_files_of_other_save_functions(tmp_path):
@@ -118,12 +120,7 @@ def test_load_packed_reads_files_of_other_save_functions(tmp_path):
 
 @packed
 def test_a_fully_merged_model_saves_a_dense_checkpoint(name, kind, tmp_path):
-    model = adapted(mixture(name, kind), name)
-    fastlora.merge_lora(model)
-    fastlora.unmerge_lora(model)
-    model.save_pretrained(tmp_path / "packed")
-    assert "packed_by" in config_of(tmp_path / "packed")
-    fastlora.remove_lora(fastlora.merge_lora(model))
+    model = adapted(mixture(name, kind), name).merge_and_unload()
     model.save_pretrained(tmp_path / "dense")
     assert config_of(tmp_path / "dense") is None
     base_model(name, **WIDE).save_pretrained(tmp_path / "plain")
@@ -133,10 +130,19 @@ def test_a_fully_merged_model_saves_a_dense_checkpoint(name, kind, tmp_path):
     torch.testing.assert_close(logits(found), logits(model))
 
 
+def test_an_unloaded_model_saves_the_packed_checkpoint(tmp_path):
+    model = mixture("mixtral", "mxfp4")
+    expected = logits(model)
+    adapted(model, "mixtral").unload().save_pretrained(tmp_path)
+    loaded = empty(tmp_path)
+    fastlora.load_packed(loaded, tmp_path)
+    assert torch.equal(logits(loaded), expected)
+
+
 def test_a_partly_merged_model_needs_load_packed(tmp_path):
     model = mixture("mixtral", "mxfp4")
-    fastlora.apply_lora(model, LoRAConfig(target_parameters=["down_proj"], init_lora_weights=False))
-    fastlora.remove_lora(fastlora.merge_lora(model))
+    config = LoraConfig(target_parameters=["down_proj"], init_lora_weights=False)
+    model = fastlora.get_peft_model(model, config).merge_and_unload()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no `quant_method`"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -172,8 +178,8 @@ def test_load_packed_loads_packed_linear_layers_beside_packed_experts(kind, tmp_
     assert torch.equal(logits(loaded), expected)
     loaded.save_pretrained(tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path)
-    fastlora.apply_lora(loaded, LoRAConfig(target_parameters=parameters_of("mixtral")))
-    fastlora.remove_lora(fastlora.merge_lora(loaded))
+    config = LoraConfig(target_parameters=parameters_of("mixtral"))
+    loaded = fastlora.get_peft_model(loaded, config).merge_and_unload()
     loaded.save_pretrained(tmp_path / "linear")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "linear", device_map="cpu")
     torch.testing.assert_close(logits(found), expected)
@@ -196,7 +202,6 @@ QUANTIZED = {  # the arguments of bitsandbytes' config, or the name of torchao's
     "torchao-int8": "Int8WeightOnlyConfig",
     "torchao-float8": "Float8WeightOnlyConfig",
 }
-SAID = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 @pytest.fixture(scope="module")
@@ -216,64 +221,22 @@ def quantized(kind: str, dense: Path, targets: str | list[str], dtype=torch.floa
         how = BitsAndBytesConfig(**QUANTIZED[kind])
     settings = {"quantization_config": how, "device_map": "cpu", "dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(dense, **settings)
-    config = LoRAConfig(r=2, target_modules=targets, init_lora_weights=False)
-    return fastlora.apply_lora(model, config)
-
-
-@pairwise(
-    {
-        "kind": [*QUANTIZED],
-        "removes": {"removed": True, "merged": False},
-        "dtype": [torch.float32, torch.bfloat16],
-    }
-)
-def test_a_merge_into_plain_weights_loads_as_a_dense_model(kind, removes, dtype, dense, tmp_path):
-    model = quantized(kind, dense, "all-linear", dtype)
-    fastlora.merge_lora(model, requantize=False)
-    if removes:
-        fastlora.remove_lora(model)
-    assert not any(hasattr(model, name) for name in SAID)
-    assert not getattr(model, "is_quantized", False)
-    model.save_pretrained(tmp_path)
-    assert config_of(tmp_path) is None
-    found = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {type(m) for m in found.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    assert torch.equal(logits(found), logits(model))
-    found.to(torch.float16)  # transformers refuses this cast for bitsandbytes' models
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    return fastlora.get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_partly_dense_model_loads_partly_dense(kind, dense, tmp_path):
-    model = quantized(kind, dense, ["q_proj", "down_proj"])
-    given = model.hf_quantizer.quantization_config
-    fastlora.remove_lora(fastlora.merge_lora(model, requantize=False))
-    model.save_pretrained(tmp_path)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
-    kinds = [[type(module) for module in each.modules()] for each in (model, found)]
-    assert kinds[0] == kinds[1]
-    torch.testing.assert_close(logits(found), logits(model))
-    assert model.hf_quantizer.quantization_config is model.config.quantization_config
-    assert given is not model.config.quantization_config  # other models may share the given one
-
-
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_the_quantization_config_is_restored_and_stays(kind, dense, tmp_path):
-    """Unmerging restores it; it stays if merged weights are quantized again."""
+def test_the_quantization_config_stays_where_merged_weights_are_quantized_again(
+    kind, dense, tmp_path
+):
     model = quantized(kind, dense, "all-linear")
-    method = model.quantization_method
-    fastlora.merge_lora(model, requantize=False)
-    fastlora.remove_lora(fastlora.unmerge_lora(model))
-    before, said = logits(model), (model.hf_quantizer, model.config.quantization_config)
-    fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.warns(UserWarning, match="were quantized again"):
-        fastlora.remove_lora(fastlora.merge_lora(model))
-    assert (model.hf_quantizer, model.config.quantization_config) == said
-    assert (model.quantization_method, model.is_quantized) == (method, True)
-    assert model.config._is_quantized
+    base = model.get_base_model()
+    said = base.hf_quantizer, base.config.quantization_config, base.quantization_method
+    model = model.merge_and_unload()
+    assert (model.hf_quantizer, model.config.quantization_config, model.quantization_method) == said
     model.save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     torch.testing.assert_close(logits(found), logits(model))
-    assert not torch.equal(before, logits(model))
 
 
 def float8_model() -> nn.Module:
@@ -295,9 +258,8 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_float8_layers_and_experts_that_are_dense_load_so(part, tmp_path):
-    model = float8_model()
-    fastlora.apply_lora(model, LoRAConfig(r=2, init_lora_weights=False, **PARTS[part]))
-    fastlora.remove_lora(fastlora.merge_lora(model, requantize=False))
+    config = LoraConfig(r=2, init_lora_weights=False, **PARTS[part])
+    model = fastlora.get_peft_model(float8_model(), config).merge_and_unload()
     model.save_pretrained(tmp_path)
     assert (config_of(tmp_path) is None) == (part == "all")
     found = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -197,7 +197,7 @@ def test_dora_of_one_vector_and_of_dropout_in_evaluation_is_peft_s():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_checkpointed_in_a_compiled_whole_graph_it_needs_a_setting_of_torch_s(monkeypatch):
+def test_checkpointed_in_a_compiled_whole_graph_it_needs_a_setting_of_torch_s():
     """PEFT's own layer also needs this setting."""
     layer, x = up(optimized(mlp(use_dora=True))), inputs().requires_grad_()
     run = torch.compile(
@@ -207,9 +207,9 @@ def test_checkpointed_in_a_compiled_whole_graph_it_needs_a_setting_of_torch_s(mo
     )
     with pytest.raises(torch._dynamo.exc.Unsupported, match="nsafe side effect"):
         run(x)
-    monkeypatch.setattr(dynamo_config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    torch.testing.assert_close(torch.autograd.grad(run(x), x)[0], expected)
+    with dynamo_config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        torch.testing.assert_close(torch.autograd.grad(run(x), x)[0], expected)
 
 
 def trained(model) -> dict[str, torch.Tensor]:

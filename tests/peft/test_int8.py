@@ -292,7 +292,7 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
     model, config = layer_model(), peft.LoraConfig(target_modules=["0"], **settings)
     fastlora.optimize(model, **ALL)
     y = model(X)
-    with pytest.raises(ValueError, match=r"is in 8 bits: call fastlora.restore\(model\) before"):
+    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
         model.add_adapter("other", config)
     assert torch.equal(model(X), y)
     fastlora.restore(model).add_adapter("another", config)

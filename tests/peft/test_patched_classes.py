@@ -108,8 +108,9 @@ if BITSANDBYTES:
 CALLS = {"PEFT's layer, mixed": MANY, "PEFT's layer, mixed few rows": FEW, "base, mixed": MANY}
 
 
-# bitsandbytes computes in 16 bits.
-assert_close = functools.partial(torch.testing.assert_close, rtol=1e-2, atol=1e-2)
+# bitsandbytes computes in 16 bits, and on some CPUs with repacked weights where PEFT's model is not
+# optimized.
+assert_close = functools.partial(torch.testing.assert_close, rtol=2e-2, atol=2e-2)
 
 
 def patch(monkeypatch, kind: type, name: str = "forward") -> None:

@@ -149,18 +149,27 @@ def test_a_reference_forward_before_a_recomputation():
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_weight_that_was_repacked_for_evaluation(mode):
-    """Its kernel gives x no gradient in bitsandbytes, and therefore none in PEFT."""
-    model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
-    assert "1 quantized: NF4" in str(fastlora.coverage(fastlora.optimize(model)))
-    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    repack(model.base_model.model[0].base_layer)
+@pytest.mark.parametrize("evaluated", ["before", "after"])
+def test_frozen_four_bit_layers_give_x_its_gradient_after_an_evaluation(evaluated):
+    """On a CPU with AVX512-BF16, bitsandbytes repacks the weight and then gives x no gradient."""
+    base = nn.Sequential(quantized("nf4", K, 128), quantized("nf4", 128, 64))
+    base.is_loaded_in_4bit = True
+    x, frozen = torch.randn(5, K), base[1]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=R, target_modules=["0"]))
+    weight = quantized_weight(frozen).weight.dense(F32)
+    if evaluated == "before":
+        repack(frozen)
+    fastlora.optimize(model)
     with torch.no_grad():
-        (eager,) = fastlora.coverage(model).not_fast
-    assert "repacked for bitsandbytes' own CPU kernel" in eager.reason
-    (found,) = torch.autograd.grad(getattr(model, mode)()(x).square().sum(), x)
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+        model.eval()(x)
+    (lora_b,) = model.base_model.model[0].lora_B.parameters()
+    (found,) = torch.autograd.grad(model.train()(x).sum(), lora_b)
+    (expected,) = torch.autograd.grad((base[0](x) @ weight.T).sum(), lora_b)
+    bits = 8 if evaluated == "before" else 17  # repacking rounds to bfloat16
+    assert (found - expected).norm() <= 2**-bits * expected.norm()
+    repacks = type(frozen)(8, 8).support_avx512bf16_for_cpu
+    fastlora.restore(model)
+    assert frozen.support_avx512bf16_for_cpu == repacks
 
 
 @pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k", "float8"])

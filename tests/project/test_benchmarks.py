@@ -128,7 +128,7 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
         driver = row["seconds"]["modeled"][name] - row["seconds"]["both"][name]
         assert driver == pytest.approx(3e-6 * sum(launches), abs=1e-7)
     targets = [(target["quantity"], target["ratio"]) for target in row["targets"]]
-    assert targets == [("modeled", "fastlora/peft"), ("modeled", "peft, optimized/peft")]
+    assert targets == [("modeled", "fastlora/peft")]
 
 
 @IN_GIT

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from call_kinds import KINDS, made
 from marks import pairwise
-from models import Mlp
+from models import Mlp, adapt
 from peft_models import assert_same
 from torch import nn
 from torch.utils._device import _device_constructors
@@ -104,29 +104,29 @@ def test_calls(name, value, backend):
 
 def test_models(tmp_path):
     """A model is adapted, trained and merged; its files are written, resized, combined and read."""
-    plain, folders = Mlp(), iter([tmp_path / "before", tmp_path / "under"])
+    plain = Mlp()
+    adapted = adapt(copy.deepcopy(plain), r=3, target_modules="all-linear")
+    folders = iter([tmp_path / "before", tmp_path / "under"])
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    more = ({}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": False})
 
     def work():
         folder = next(folders)
-        config = {"r": 3, "target_modules": "all-linear"}
-        made = [
-            fastlora.apply_lora(copy.deepcopy(plain), fastlora.LoRAConfig(**config, **each))
-            for each in more
-        ]
-        states, model = [one.state_dict() for one in made], made[-1]
+        own, model = copy.deepcopy(plain), copy.deepcopy(adapted)
+        fastlora.replace_linears(own, ["up", "down"], r=3, lora_alpha=6)
+        fastlora.optimize(model)
         model(x).square().sum().backward()
+        states = [own.state_dict(), model.state_dict()]
         states.append({name: parameter.grad for name, parameter in model.named_parameters()})
-        fastlora.save_adapter(model, folder / "whole")
+        model.save_pretrained(folder / "whole")
         spectra = fastlora.resize_adapter(folder / "whole", rank=2, output=folder / "cut")
         pair = [folder / "whole", folder / "cut"]
         fastlora.combine_adapters(pair, [0.5, -1.0], folder / "both", rank=4)
         for name in ("whole", "cut", "both"):
             read = fastlora.load_adapter(copy.deepcopy(plain), folder / name)
             states.append(read.state_dict())
-        for change in (fastlora.merge_lora, fastlora.unmerge_lora, fastlora.remove_lora):
-            states.append(copy.deepcopy(change(model).state_dict()))
+        with fastlora.merged(model):
+            states.append(copy.deepcopy(model.state_dict()))
+        states.append(model.merge_and_unload().state_dict())
         return states, str(spectra)
 
     assert_independent(torch.bfloat16, work)

@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(inputs, tmp_path_factory):
-    """One run of all four sides without dropout: its output, its folder, and its report."""
+    """One run of all three sides without dropout: its output, its folder, and its report."""
     out = tmp_path_factory.mktemp("compared") / "out"
     code, printed, errors = finetune(*inputs, "--out", out, "--dropout", "0")
     assert code == 0, errors
@@ -57,7 +57,7 @@ def finetune(*arguments, script=SCRIPT):
 def test_results_are_written_whole(compared):
     out = compared.out
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    kept = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT", "optimized")]
+    kept = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT")]
     adapters = {f"{folder}/adapter_model.safetensors" for folder in ("adapter", *kept)}
     assert {"loss.png", "loss.json", "adapter/adapter_config.json", *adapters} <= files
     assert [path for pattern in TEMPORARY for path in out.rglob(pattern)] == []
@@ -65,9 +65,8 @@ def test_results_are_written_whole(compared):
     assert len((out / "loss.json").read_text().splitlines()) < 90
 
 
-@pytest.mark.parametrize("side", ["fastlora", "optimized"])
-def test_losses_fall_and_follow_peft(compared, side):
-    ours, theirs = (compared.report["results"][each] for each in (side, "PEFT"))
+def test_losses_fall_and_follow_peft(compared):
+    ours, theirs = (compared.report["results"][each] for each in ("fastlora", "PEFT"))
     for curve in ("loss", "held_out_loss"):
         assert numpy.isfinite(ours[curve]).all()
         assert [step for step, _ in ours[curve]] == [step for step, _ in theirs[curve]]
@@ -86,16 +85,15 @@ def test_sides_train_in_turn(compared):
     steps.sort()
     for (_, end, *_), (begin, *_) in pairwise(steps):
         assert end <= begin
-    a, b, c, d = order = ["fastlora", "frozen", "PEFT", "optimized"]
-    # the first side rotates
-    turns = [*order, b, c, d, a, c, d, a, b, d, a, b, c, *order, b, c, d, a]
+    a, b, c = order = ["fastlora", "frozen", "PEFT"]
+    turns = [*order, b, c, a, c, a, b] * 2  # the first side rotates
     assert [side for *_, side in steps] == turns
     assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in order]
 
 
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimized side
+    assert printed.count("layers fast (backend torch)") == 1
     for name, side in results.items():
         trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
         assert side["trainable_parameters"] == trained
@@ -121,7 +119,7 @@ def test_quick_is_fewer_tokens_for_the_same_sides(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--quick"])
     options = importlib.import_module("options").parse_options("")
     assert options.steps * options.batch * options.seq_len <= 8 * 4 * 256 / 8
-    assert options.frozen and options.compare and options.optimize  # noqa: PT018
+    assert (options.frozen, options.compare) == (True, True)
 
 
 def test_the_last_sentence_is_the_results(compared, monkeypatch):
@@ -129,7 +127,7 @@ def test_the_last_sentence_is_the_results(compared, monkeypatch):
     sentence_of = importlib.import_module("table").sentence_of
     last = compared.printed.splitlines()[-1]
     assert last == sentence_of(compared.report)
-    assert last.startswith("PEFT with fastlora.optimize, compared with PEFT: ")
+    assert last.startswith("fastlora, compared with PEFT: ")
 
     def said(time: float, quartiles: list[float], memory: int | None, loss: float) -> str:
         side = {"peak_memory_growth": memory, "held_out_loss": [[0, 3.0], [8, loss]]}
@@ -190,10 +188,10 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
 
 
 def test_a_side_in_8_bits(inputs, tmp_path):
-    options = ("--int8", "--steps", "2", "--batch", "2", "--seq-len", "32", "--no-optimize")
+    options = ("--int8", "--steps", "2", "--batch", "2", "--seq-len", "32")
     code, printed, errors = finetune(*inputs[:4], *options, "--out", tmp_path / "out")
     assert code == 0, errors
-    assert "PEFT, optimized in 8 bits" in printed
+    assert "fastlora, int8" in printed
     results = json.loads((tmp_path / "out" / "loss.json").read_text())["results"]
     ours, theirs = results["int8"], results["PEFT"]
     assert ours["weights_resident"] < theirs["weights_resident"]

@@ -25,7 +25,7 @@ FLOORS = (
     {"backends"},
     {"ops"},
     {"layers", "report"},
-    {"model", "peft"},
+    {"packing", "peft"},
     {"adapters", "estimates", "sweeps", "tuning", "sampling", "trainer", "doctor", "__main__"}
     | {"automatic", "run", "integrations"},
     {"public", "__init__"},

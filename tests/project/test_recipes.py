@@ -153,7 +153,7 @@ def test_grpo(recipe, tiny, tmp_path, monkeypatch):
     printed, trainer = recipe("grpo", *arguments)
     assert {grad for grad, _ in calls} == {True, False}
     assert all(merged != grad for grad, merged in calls)
-    assert "14 layers; merged weights take" in printed
+    assert "14 layers; merging takes" in printed
     assert "without logits" not in printed
     steps = json.loads((tmp_path / "rewards.json").read_text())
     assert [steps[0].keys(), len(steps)] == [{"loss", "reward", "step_time"}, 2]

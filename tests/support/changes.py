@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from random import Random
 from types import MethodType
@@ -25,7 +24,6 @@ from model_kinds import KINDS
 from models import adapt, randomize
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
-from peft_models import adapted
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -33,7 +31,6 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.layers import guards
-from fastlora.layers.adapted import Adapted
 
 _ACTIVATIONS = (nn.SiLU(), nn.GELU(), nn.GELU("tanh"))
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -61,11 +58,13 @@ class State:
         self.dtype = torch.float32 if "packed" in self.words else torch.float64
         # how it is called: x's leading sizes, a context, whether x has a gradient, hooks
         self.lead, self.world, self.x_trains, self.hooks = (4, 10), "", True, []
-        settings = {"r": 4, "lora_alpha": 6, "lora_dropout": self.p} | self.kind.settings
-        self.settings, base = settings, self.kind.make()
-        self.model = adapted(base, **settings) if "peft" in self.words else adapt(base, **settings)
+        self.settings = {"r": 4, "lora_alpha": 6, "lora_dropout": self.p} | self.kind.settings
+        self.model = self.kind.make()
         if "peft" in self.words:
-            fastlora.optimize(self.model)
+            self.model = adapt(self.model, **self.settings)
+        else:
+            fastlora.replace_linears(self.model, **self.settings)
+            randomize(self.model)
         self.call = self.model.to(self.dtype).eval()
 
     def compile(self, way: str, **how) -> "State":
@@ -78,8 +77,7 @@ class State:
 
     @property
     def layers(self) -> list[Any]:
-        kind = LoraLayer if "peft" in self.words else Adapted
-        return [module for module in self.model.modules() if isinstance(module, kind)]
+        return [m for m in self.model.modules() if isinstance(m, LoraLayer | fastlora.LoRALinear)]
 
     def layer(self) -> Any:
         return self.draw.choice(self.layers)
@@ -311,50 +309,15 @@ def _implement(state: State) -> None:
             module.config._experts_implementation = name
 
 
-def _merge_one(state: State) -> None:
-    _, weight = state.draw.choice(list(state.layer().adapted_weights()))
-    if weight.merged:
-        weight.unmerge()
-    else:
-        weight.use_merged(weight.merged_weight(torch.float32))
-
-
-def _apply(state: State) -> None:
-    settings = state.settings | {"r": state.draw.choice((3, 4, 5))}
-    adapt(state.model, **settings)
-
-
-def _pack(state: State) -> None:
-    fastlora.remove_lora(state.model)
-    try:
-        if "experts" in state.words:
-            fastlora.pack(state.model, state.draw.choice(("nf4", "mxfp4", "fp8")))
-        else:
-            fastlora.pack(state.model, "nf4", [state.draw.choice(("0", "up", "gate_proj", "2"))])
-            state.dtype = torch.float32
-            state.model.float()
-    finally:
-        _apply(state)
-
-
 def _load(state: State) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        fastlora.save_adapter(randomize(copy.deepcopy(state.model)), folder)
-        fastlora.remove_lora(state.model)
-        fastlora.load_adapter(state.model, folder)
+    state.model.load_state_dict(randomize(copy.deepcopy(state.model)).state_dict())
 
 
 def _give_adapter(state: State) -> None:
     layer, r = state.layer(), state.draw.choice((2, 4, 7))
-    (n, k), dtype = layer.shape, layer.lora_A.dtype
+    n, k, dtype = layer.out_features, layer.in_features, layer.lora_A.dtype
     layer.lora_A = nn.Parameter(torch.randn(r, k, dtype=dtype) * 0.3)
     layer.lora_B = nn.Parameter(torch.randn(n, r, dtype=dtype) * 0.3)
-
-
-def _rescale_experts(state: State) -> None:
-    layer = next(layer for layer in state.layers if hasattr(layer, "adaptations"))
-    name = state.draw.choice(list(layer.adaptations))
-    layer.adaptations[name] = replace(layer.adaptations[name], lora_alpha=state.draw.choice((3, 9)))
 
 
 def _drop_by(state: State) -> None:
@@ -435,8 +398,7 @@ def _replace_pair(state: State) -> None:
     layer.lora_B[name] = nn.Linear(6, n, bias=state.draw.random() < 0.5, **how)
 
 
-def _peft_merge_one(state: State) -> None:
-    layer = state.layer()
+def _flip_merge(layer: Any) -> None:
     layer.unmerge() if layer.merged else layer.merge()
 
 
@@ -483,28 +445,20 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
     "activates": {"activation": _activate},
     "experts": {"implementation": _implement},
     "own": {
-        "merge": lambda state: fastlora.merge_lora(state.model),
-        "merge-for-good": lambda state: fastlora.merge_lora(state.model, keep_base=False),
-        "merge-plain": lambda state: fastlora.merge_lora(state.model, requantize=False),
-        "merge-one": _merge_one,
-        "unmerge": lambda state: fastlora.unmerge_lora(state.model),
-        "remove": lambda state: fastlora.remove_lora(state.model),
-        "apply": _apply,
-        "pack": _pack,
+        "merge": lambda state: [layer.merge() for layer in state.layers],
+        "unmerge": lambda state: [layer.unmerge() for layer in state.layers],
+        "merge-one": lambda state: _flip_merge(state.layer()),
         "load": _load,
         "dropout": _drop_by,
-    },
-    "own linear": {
         "scaling": lambda state: setattr(
             state.layer(), "scaling", state.draw.choice((0.5, 2, 3.0))
         ),
         "pair": _give_adapter,
     },
-    "own experts": {"rescaled": _rescale_experts},
     "peft": {
         "merge": lambda state: state.model.merge_adapter(),
         "merge-some": lambda state: state.model.merge_adapter(adapter_names=_names(state)),
-        "merge-one": _peft_merge_one,
+        "merge-one": lambda state: _flip_merge(state.layer()),
         "unmerge": lambda state: state.model.unmerge_adapter(),
         "disable": lambda state: state.model.base_model.disable_adapter_layers(),
         "enable": lambda state: state.model.base_model.enable_adapter_layers(),

@@ -1,15 +1,13 @@
-"""Functions that a rank runs: reports and files under FSDP, own models, many adapters, QLoRA."""
+"""Functions that a rank runs: reports and files under FSDP, many adapters, QLoRA."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import peft_worker as training
 import torch
 import torch.distributed as dist
-from models import TRAINED, Mlp, counted_blocks, randomize, tiny_llama
+from models import Mlp, adapt, counted_blocks, randomize, tiny_llama
 from moe_models import IDS, base_model, parameters_of
 from peft_worker import Zero3, error_of, flat, shard, split
 from torch import Tensor, nn
@@ -155,70 +153,6 @@ def notes(kind: str, table: str) -> list[str]:
     return [*("\n".join(report.notes) for report in reports), checked]
 
 
-# Settings of own models; "frozen" and "embeddings" are treated where they are used.
-OWN = TRAINED | {
-    "a-block-to-save": {"modules_to_save": ["layers.1"]},  # FSDP shards this block by itself
-    "frozen": {},
-    "embeddings": {},
-}
-
-
-def own_model(what: str) -> nn.Module:
-    torch.manual_seed(3)
-    targets = ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]
-    config = fastlora.LoRAConfig(r=4, target_modules=targets, **OWN[what])
-    model = randomize(fastlora.apply_lora(tiny_llama(attention_bias=True), config))
-    if what == "frozen":  # the setting of LoRA-FA
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("lora_B"))
-    return model
-
-
-def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
-    """Save an own model, sharded, after a step.  Returns its report and its layers' names."""
-    model = (flat if kind == "fsdp1" else shard)(own_model(what))
-    step(model)
-    fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
-    dist.barrier()
-    assert json.loads(Path(folder, "adapter_config.json").read_text())["r"] == 4
-    report = fastlora.coverage(model)
-    return str(report), [layer.name for layer in report.layers]
-
-
-def save_under_zero3(folder: str) -> str:
-    model = own_model("adapters")
-    Zero3(model)
-    return error_of(fastlora.save_adapter, model, folder)
-
-
-def load_and_save(folder: str, to: str, what: str) -> None:
-    """Load into an FSDP2 model that has some parameters unsharded after a call, and save it."""
-    model = own_model(what)
-    for parameter in model.parameters():
-        parameter.data.mul_(2)
-    shard(model).eval()
-    with torch.no_grad():
-        model(input_ids=training.batch())
-    fastlora.load_adapter(model, folder)
-    model.reshard()
-    fastlora.save_adapter(model, to, save_embedding_layers=what == "embeddings")
-    dist.barrier()
-
-
-def refusals() -> list[str]:
-    """Errors for changes that FSDP2 and DDP would not notice: new adapters, and other weights."""
-    config = fastlora.LoRAConfig(target_modules=["q_proj", "lm_head"])
-    adapted, *plain = shard(own_model("adapters")), shard(tiny_llama()), tiny_llama()
-    plain[1] = DistributedDataParallel(plain[1])
-    with torch.no_grad():
-        for model in (adapted, *plain):
-            model(input_ids=training.batch())
-    found = [error_of(fastlora.merge_lora, adapted)]
-    found += [error_of(fastlora.apply_lora, model, config) for model in plain]
-    assert not any("lora" in name for m in plain for name, _ in m.named_parameters())
-    return found
-
-
 Found = dict[str, Tensor | None]
 # One rank's half has no sample of "s", the other's none of "q".  No sample uses "t".
 NAMES = ["p", "q", "__base__", "p", "s", "p", "s", "s"]
@@ -271,18 +205,17 @@ class Logits(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         targets = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
-        config = fastlora.LoRAConfig(r=4, **targets)
-        self.model = randomize(fastlora.apply_lora(base_model(), config), 0.1)
+        self.model = adapt(base_model(), 0.1, r=4, **targets)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids).logits
 
 
 def experts(ranks: int) -> Found:
-    """A model with adapters on its experts by apply_lora; sharded if there are several ranks."""
+    """A model with adapters on its experts; sharded if there are several ranks."""
     model = Logits()
     if ranks > 1:
-        for block in (*model.model.model.layers, model):
+        for block in (*model.model.get_base_model().model.layers, model):
             fully_shard(block)
     return train(model, 1, {}, own(IDS, ranks))
 
@@ -310,7 +243,7 @@ def quantized_mlp(
 ) -> nn.Module:
     """A gated MLP of 4-bit layers, with the same weights in every process.
 
-    ``kind``: own, peft, or optimized.
+    ``kind``: peft, or optimized.
     """
     torch.manual_seed(1)
     block = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=128))
@@ -319,27 +252,17 @@ def quantized_mlp(
         setattr(block, name, quantized("nf4", *sizes, compute, quant_storage=storage))
     settings = {"r": 3, "target_modules": list(PARTS), "init_lora_weights": False}
     model = nn.Sequential(block).requires_grad_(False)
-    if kind == "own":
-        return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
     model = peft.get_peft_model(model, peft.LoraConfig(**settings))
     if kind == "optimized":
         fastlora.optimize(model)
     return model
 
 
-def quantized_sharded(
-    kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None
-) -> Step:
+def quantized_sharded(storage: torch.dtype, units: str, cast: torch.dtype | None) -> Step:
     """``units``: modules that are sharded by themselves.  ``cast``: FSDP's param_dtype."""
-    model = quantized_mlp(kind, storage, cast or torch.float32)
+    model = quantized_mlp("optimized", storage, cast or torch.float32)
     (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
     of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}
     for module in (*of[units], model):
         fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=cast))
     return step_of(model)
-
-
-def quantized_cast() -> str:
-    """The error when FSDP casts a layer's packed values to another dtype."""
-    settings = "own", torch.bfloat16, "model", torch.float16
-    return error_of(quantized_sharded, *settings)

@@ -57,7 +57,7 @@ def check_rounding(
         assert torch.equal(scales, scale)
         return found
     step = torch.finfo(rounds_to).eps  # of the largest number
-    assert ((scales - scale).abs() <= 8 * step * scale).all()
+    assert ((scales - scale).abs() <= 8 * step * scale).all()  # √64; 4.7 on an AMD EPYC
     away = (codes.double() - expected.double()).abs()
     assert (away <= 1).all()
     assert away.mean() <= 0.02 + 64 * step * (precision == "tf32")

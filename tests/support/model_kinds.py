@@ -1,4 +1,4 @@
-"""The kinds of adapted models: fastlora's own layers and PEFT's, over each kind of base."""
+"""The kinds of adapted models: LoRALinear, and PEFT's layers over each kind of base."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,28 +49,19 @@ def _mixture(packed: str = "") -> nn.Module:
 
 
 # Settings of the adapters.
-_UP_DOWN, _ALL = {"target_modules": ["up", "down"]}, {"target_modules": "all-linear"}
 _UP = {"target_modules": ["up"]}
-_SAVED = {"target_modules": ["mix"], "modules_to_save": ["head"]}
-_EMBEDDED = {"target_modules": ["mix", "embed"]}
-_BOTH = {"target_modules": ["0", "2"]}
+_EMBEDDED = {"target_modules": ["mix", "embed"], "modules_to_save": ["head"]}
+_BOTH, _ALL = {"target_modules": ["0", "2"]}, {"target_modules": "all-linear"}
 _STACKS = {"target_modules": [], "target_parameters": _EXPERTS}
-_ROUTED = _STACKS | {"target_parameters": ["gate.weight", *_EXPERTS]}
 KINDS = {
-    "linear": Kind("own linear drops", Mlp, _UP_DOWN, 8),
-    "saved": Kind("own linear drops", Tied, _SAVED, None),
-    "conv1d": Kind("own linear drops", _transposed, _ALL, 32),
-    "block": Kind("own linear drops activates", _block, _ALL, 32),
-    "experts": Kind("own experts drops activates", _mixture, _STACKS, 32),
-    "router": Kind("own experts activates", _mixture, _ROUTED, 32),
-    "packed-experts": Kind("own experts drops packed", lambda: _mixture("nf4"), _STACKS, 32),
-    "peft": Kind("peft linear drops", Mlp, _UP, 8),
-    "peft-saved": Kind("peft linear drops", Tied, _SAVED | _EMBEDDED, None),
-    "peft-dora": Kind("peft linear drops", Mlp, _UP | {"use_dora": True}, 8),
-    "peft-conv1d": Kind("peft linear drops", _transposed, _BOTH | {"fan_in_fan_out": True}, 32),
-    "peft-block": Kind("peft linear drops activates", _block, _ALL, 32),
-    "peft-experts": Kind("peft experts activates", _mixture, _STACKS, 32),
-}  # fmt: skip
+    "own": Kind("own linear drops", Mlp, {"targets": ["up", "down"]}, 8),
+    "linear": Kind("peft linear drops", Mlp, _UP, 8),
+    "saved": Kind("peft linear drops", Tied, _EMBEDDED, None),
+    "dora": Kind("peft linear drops", Mlp, _UP | {"use_dora": True}, 8),
+    "conv1d": Kind("peft linear drops", _transposed, _BOTH | {"fan_in_fan_out": True}, 32),
+    "block": Kind("peft linear drops activates", _block, _ALL, 32),
+    "experts": Kind("peft experts activates", _mixture, _STACKS, 32),
+    "packed-experts": Kind("peft experts drops packed", lambda: _mixture("nf4"), _STACKS, 32),
+}
 if BITSANDBYTES:
-    KINDS["quantized"] = Kind("own linear drops packed", _over_nf4, _BOTH, 64)
-    KINDS["peft-quantized"] = Kind("peft linear drops packed", _over_nf4, _BOTH, 64)
+    KINDS["quantized"] = Kind("peft linear drops packed", _over_nf4, _BOTH, 64)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import LoRALinear
 from fastlora.layers import frozen, mlp
 
 
@@ -57,24 +56,6 @@ class Tied(nn.Module):
 
     def forward(self, ids):
         return self.head(self.mix(self.embed(ids)))
-
-
-class Places(nn.Module):
-    """A model whose linear layer ``one`` has two places, and whose block has three."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(8, 8)
-        self.other, self.own = self.one, nn.Linear(8, 8)
-        self.blocks = nn.ModuleList([Mlp(), nn.Linear(4, 8)])
-        self.blocks.extend(self.blocks[:1])
-        self.last = self.blocks[0]
-
-    def forward(self, x):
-        x = self.other(torch.tanh(self.own(self.one(x))))
-        for block in self.blocks:
-            x = block(x)
-        return self.last(self.blocks[1](x))
 
 
 def randomize(model: nn.Module, std: float = 0.2) -> nn.Module:
@@ -150,14 +131,6 @@ def assert_near(ours, theirs, tolerance: float) -> None:
     """Require a relative error (by norm) of at most ``tolerance`` for each tensor."""
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).double().norm() <= tolerance * other.double().norm()
-
-
-def adapted_layers(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def blocks(model: nn.Module) -> set[str]:

@@ -7,16 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.formats.awq import Awq
 from fastlora.formats.bitsandbytes import CODES, FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS, Gguf
-from fastlora.formats.gptq import Gptq
-from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
 from fastlora.formats.stored import Stored
-from fastlora.formats.torchao import Affine, Int4Groups
+from fastlora.formats.torchao import Affine, Int4
 
 NEEDS_5 = "needs transformers 5"
 
@@ -92,17 +89,6 @@ def random_nvfp4(n: int, k: int, tensor_scale: float = 0.0173):
     return Quantized(NVFP4(n, k), (packed, scales, torch.tensor(tensor_scale)))
 
 
-def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
-    fields, groups = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits], n * k // group
-    shape, packed = (-(-groups // fields), group), torch.int32 if bits == 3 else torch.uint8
-    tensors = (
-        torch.randint(0, 2 ** (bits * fields), shape, dtype=packed),
-        torch.rand(groups, 1).to(dtype) + 0.5,
-        torch.rand(groups, 1).to(dtype) * 2**bits,
-    )
-    return Quantized(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
-
-
 def random_int4(n: int, k: int, group: int, dtype=torch.float32):
     each = k // group, n
     tensors = (
@@ -110,29 +96,7 @@ def random_int4(n: int, k: int, group: int, dtype=torch.float32):
         (torch.rand(each) + 0.5).to(dtype),
         torch.randn(each).to(dtype),
     )
-    return Quantized(Int4Groups(n, k, group, str(dtype).removeprefix("torch.")), tensors)
-
-
-def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ordered=True):
-    def words(count):
-        return -(-count * bits // 32)
-
-    g_idx = torch.arange(k, dtype=torch.int32) // -(-k // groups)
-    tensors = (
-        torch.randint(-(2**31), 2**31, (words(k), n)).int(),
-        torch.randint(-(2**31), 2**31, (groups, words(n))).int(),
-        (torch.rand(groups, n) + 0.5).to(dtype),
-        g_idx if ordered else g_idx[torch.randperm(k)],
-    )
-    compute = str(dtype).removeprefix("torch.")
-    return Quantized(Gptq(n, k, bits, groups, compute), tensors)
-
-
-def random_awq(n: int, k: int, group: int, dtype=torch.float16):
-    groups = k // group
-    words = [torch.randint(-(2**31), 2**31, (rows, n // 8)).int() for rows in (k, groups)]
-    scales = ((torch.rand(groups, n) + 0.5) / 64).to(dtype)
-    return Quantized(Awq(n, k, group, str(dtype).removeprefix("torch.")), (*words, scales))
+    return Quantized(Int4(n, k, 4, group, str(dtype).removeprefix("torch.")), tensors)
 
 
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
@@ -180,36 +144,15 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
     if isinstance(format, RotatedInt8):
         codes, scale = tensors
         return torch.from_numpy(int8.rotated((codes * scale[:, None]).numpy())).float()
-    if isinstance(format, Hqq):
-        packed, scale, zero = tensors
-        # a word holds one code of each of several groups, the first in its highest bits
-        fields = torch.arange({8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[format.bits]).flip(0)
-        numbers = (packed.int() >> format.bits * fields[:, None, None]) & (2**format.bits - 1)
-        values = numbers.flatten(0, 1)[: len(scale)].to(format.dtype) - zero
-        return (values * scale).view(format.rows, format.columns)
-    if isinstance(format, Int4Groups):
+    if isinstance(format, Int4):
         packed, scale, zero = tensors
         # two signed codes in a byte; scale and zero [columns / group, rows]
         halves = torch.stack([packed.int() & 15, (packed.int() >> 4) & 15], -1).flatten(1)
-        numbers = torch.where(halves > 7, halves - 16, halves).to(wide)
+        numbers = torch.where(halves > 7, halves - 16, halves).float()
         groups = torch.arange(format.columns) // format.group
-        return numbers * scale.T[:, groups].to(wide) + zero.T[:, groups].to(wide)
-    if isinstance(format, Gptq):
-        qweight, qzeros, scales, g_idx = tensors
-        # codes run down the columns of qweight and along the rows of qzeros
-        numbers = _numbers_down(qweight, format.bits, format.columns).T
-        zeros = _numbers_down(qzeros.T, format.bits, format.rows)
-        shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
-        return shifted * scales.T[:, g_idx]
+        return numbers * scale.T[:, groups].float() + zero.T[:, groups].float()
     if isinstance(format, Stored):
         return tensors[0]
-    if isinstance(format, Awq):
-        # the lowest bits of a word hold rows 0, 2, 4, 6 of eight, the highest 1, 3, 5, 7
-        codes, zeros = (_numbers_down(words.T, 4, format.rows) for words in tensors[:2])
-        place = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) + torch.arange(0, format.rows, 8)[:, None]
-        group = torch.arange(format.columns) // format.group
-        shifted = codes[place.flatten()] - zeros[place.flatten()][:, group]
-        return shifted.to(format.dtype) * tensors[2].T[:, group]
     if isinstance(format, Gguf):  # transformers computes it, in this dtype
         dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
@@ -229,18 +172,6 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
     return values.view(format.rows, format.columns)
 
 
-def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
-    """Unpack each column: its words form one large integer, lowest bits first.
-
-    Returns [count, columns].
-    """
-    columns = []
-    for column in words.T.tolist():
-        large = sum((word % 2**32) << (32 * i) for i, word in enumerate(column))
-        columns.append([(large >> (bits * i)) % 2**bits for i in range(count)])
-    return torch.tensor(columns).T
-
-
 MAKERS: dict[str, Callable[[], Quantized]] = {
     "nf4": lambda: random_four_bit(48, 64),
     "fp4-nested": lambda: random_four_bit(48, 64, "fp4", 32, nested=16),
@@ -250,8 +181,6 @@ MAKERS: dict[str, Callable[[], Quantized]] = {
     "int8": lambda: random_int8(13, 21),
     "rotated-int8": lambda: random_rotated_int8(9, 192),
     "rotated-int8-odd": lambda: random_rotated_int8(7, 100),
-    "int4-groups": lambda: random_int4(12, 32, 8),
-    "int4-bf16": lambda: random_int4(9, 32, 16, torch.bfloat16),
     "affine-groups": lambda: random_affine(12, 32, 1, 8),
     "affine-blocks-bf16": lambda: random_affine(12, 32, 4, 16, scale=torch.bfloat16),
     "affine-one-scale": lambda: random_affine(12, 32, 12, 32, shifted=False),
@@ -262,15 +191,6 @@ MAKERS: dict[str, Callable[[], Quantized]] = {
     "mxfp4-many-parts": lambda: random_mxfp4(1100, 1024, torch.float8_e8m0fnu),
     "mxfp4-float32": lambda: random_mxfp4(8, 64, torch.float32),
     "nvfp4": lambda: random_nvfp4(9, 48),
-    "hqq-4": lambda: random_hqq(9, 32, 4, 16),
-    "hqq-3": lambda: random_hqq(9, 32, 3, 8),
-    "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),
-    "gptq-4": lambda: random_gptq(16, 32, 4, 4),
-    "gptq-3-odd-bf16": lambda: random_gptq(9, 32, 3, 2, torch.bfloat16),
-    "gptq-8-float32": lambda: random_gptq(8, 32, 8, 1, torch.float32),
-    "gptq-2-disordered": lambda: random_gptq(16, 32, 2, 4, ordered=False),
-    "awq": lambda: random_awq(24, 32, 16),
-    "awq-bf16": lambda: random_awq(16, 8, 8, torch.bfloat16),
     "stored": lambda: Quantized(Stored(9, 13), (torch.randn(9, 13).bfloat16(),)),
     **{f"gguf-{kind}": partial(random_gguf, 7, 512, kind) for kind in KINDS},
     "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),

@@ -60,10 +60,6 @@ FORMATS: dict[str, tuple[int, Callable, Callable]] = {
         pick((1, n)), pick((8, k)), pick(_EITHER), pick((F32, BF16)))),
     "float8": (1, packed.random_float8, lambda n, k, pick: (
         pick((1, 16, n)), pick((16, k)), pick(_FLOAT8), pick((F32, BF16, F16)))),
-    "hqq": (8, packed.random_hqq, lambda n, k, pick: (
-        pick((1, 2, 3, 4, 8)), 8, pick((F32, BF16)))),
-    "gptq": (4, packed.random_gptq, lambda n, k, pick: (
-        pick((2, 3, 4, 8)), pick((1, 4)), pick((F32, F16)), pick(_EITHER))),
     "mxfp4": (32, packed.random_mxfp4, lambda n, k, pick: ()),
     "nvfp4": (16, packed.random_nvfp4, lambda n, k, pick: ()),
     "gguf": (256, packed.random_gguf, lambda n, k, pick: (pick(list(GGUF)), pick(_EITHER))),

@@ -31,11 +31,12 @@ def base_model() -> nn.Module:
     return tiny_llama(attention_bias=True, **SIZES)
 
 
-def adapted(seed: int = 2, **kind) -> nn.Module:
+def adapted(seed: int = 2, loss: bool = False, **kind) -> nn.Module:
     """An adapted model.  The base is always the same; the adapters depend on the seed."""
     model = base_model()
     torch.manual_seed(seed)
-    return randomize(fastlora.get_peft_model(model, peft.LoraConfig(**ADAPTER | kind)), 0.1)
+    config = peft.LoraConfig(**ADAPTER | kind)
+    return randomize(fastlora.get_peft_model(model, config, loss=loss), 0.1)
 
 
 def rows() -> list[dict[str, Tensor]]:

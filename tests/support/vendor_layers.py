@@ -1,17 +1,17 @@
 """Quantized layers of several vendors, made on a CPU; tests of a missing vendor are skipped."""
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
-from packed import NEEDS_5, by_elements, random_awq, random_gguf, random_int4
+from packed import NEEDS_5, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
-
-from fastlora.formats import awq
 
 try:
     from transformers.integrations.gguf.utils import GgufLinear
@@ -21,6 +21,7 @@ except ImportError:
         """A placeholder, because transformers 4 has no such class."""
 
 
+_AWQ = "gptqmodel.quantization.awq.utils.packing_utils"
 # The argument's name in transformers 5 and in transformers 4.
 _BIAS = "has_bias" if "has_bias" in signature(FP8Linear).parameters else "bias"
 
@@ -153,20 +154,35 @@ def _stored(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
+def dequantize_gemm(qweight, qzeros, scales, bits, group_size):
+    """GPTQ-Model's weight [in_features, out_features] of an AWQ layer."""
+    shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
+    codes, zeros = ((words[..., None] >> shifts & 15).flatten(1) for words in (qweight, qzeros))
+    numbers = codes - zeros.repeat_interleave(group_size, 0)
+    return numbers * scales.repeat_interleave(group_size, 0)
+
+
+if not find_spec("gptqmodel"):
+    sys.modules[_AWQ] = ModuleType(_AWQ)
+    sys.modules[_AWQ].dequantize_gemm = dequantize_gemm
+
+
 @_as_if_in("gptqmodel.nn_modules.qlinear.torch_awq")
 class AwqTorchLinear(nn.Module):
     """A stand-in for GPTQ-Model's AWQ layer, with random packed values."""
 
     def __init__(self, k: int, n: int, dtype: torch.dtype) -> None:
         super().__init__()
+        import_module(_AWQ)
         self.in_features, self.out_features, self.bits, self.adapter = k, n, 4, None
-        packed = random_awq(n, k, 32, torch.float16 if dtype == torch.float32 else dtype)
-        for name, tensor in zip(packed.format.names, packed.tensors, strict=True):
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", torch.randn(n).to(self.scales.dtype))
+        groups, dtype = k // 32, torch.float16 if dtype == torch.float32 else dtype
+        for name, rows in (("qweight", k), ("qzeros", groups)):
+            self.register_buffer(name, torch.randint(-(2**31), 2**31, (rows, n // 8)).int())
+        self.register_buffer("scales", ((torch.rand(groups, n) + 0.5) / 64).to(dtype))
+        self.register_buffer("bias", torch.randn(n).to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = by_elements(awq.read(self).weight)
+        weight = dequantize_gemm(self.qweight, self.qzeros, self.scales, 4, 32).T
         return nn.functional.linear(x, weight.to(x.dtype), self.bias.to(x.dtype))
 
 

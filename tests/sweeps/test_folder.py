@@ -7,10 +7,9 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, quantized
 
 import fastlora
-from fastlora.packing.files import CONFIG, WEIGHTS
+from fastlora.packing.files import WEIGHTS
 from fastlora.sweeps.record import FILE, TABLE
 
 CONFIGS = [{"r": r, "learning_rate": 1e-2, "name": f"rank{r}"} for r in (1, 2)]
@@ -20,13 +19,11 @@ STEPS = 4
 class Words(nn.Module):
     """A causal language model."""
 
-    def __init__(self, packed: str | None = None):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.mix = nn.Embedding(40, 256), nn.Linear(256, 256)
-        if packed:
-            self.mix = quantized(packed, 256, 256)
-        self.head = nn.Linear(256, 40)
+        self.embed, self.mix = nn.Embedding(40, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40)
 
     def forward(self, input_ids, labels=None):
         return self.head(self.mix(self.embed(input_ids)).tanh())
@@ -64,33 +61,21 @@ def files_in(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def other_words(change) -> Words:
+def other_words() -> Words:
     model = Words()
     with torch.no_grad():
-        change(model)
+        model.head.weight.mul_(3.0)
     return model
 
 
 OTHER = {
-    "first-batch": ({"data": [batches(1, 9)[0], *DATA[1:]]}, r"other data, in batch 1: "),
-    "second-batch": ({"data": [DATA[0], batches(1, 9)[0], *DATA[2:]]}, r"other data, in batch 2: "),
-    "all-batches": ({"data": batches(5, 9)}, r"other data, in batch 1, batch 2, batch 3"),
-    "one-more": ({"data": [*DATA, DATA[0]]}, r"other data, in the number of batches: "),
-    "another-key": (
-        {"data": [b | {"more": b["labels"]} for b in DATA]}, r"other data, in batch 1, ",
-    ),
-    "held-out": ({"eval_data": batches(2, 9)}, r"other held-out data .*, in batch 1, batch 2: "),
-    "less-held-out": ({"eval_data": HELD_OUT[:1]}, r"other held-out data .*, in batch 2: "),
-    "base": (
-        {"model": other_words(lambda model: model.mix.weight.add_(1e-3))},
-        r"another model, whose base weights differ, in mix\.weight: ",
-    ),
-    "dtype": ({"model": Words().bfloat16()}, r"base weights differ, in embed\.weight, mix\.weight"),
-    "bias": (
-        {"model": other_words(lambda model: setattr(model.head, "bias", None))},
-        r"base weights differ, in head\.bias: ",
-    ),
-}  # fmt: skip
+    "first-batch": ({"data": [batches(1, 9)[0], *DATA[1:]]}, "had other data"),
+    "second-batch": ({"data": [DATA[0], batches(1, 9)[0], *DATA[2:]]}, "had other data"),
+    "another-key": ({"data": [b | {"more": b["labels"]} for b in DATA]}, "had other data"),
+    "held-out": ({"eval_data": batches(2, 9)}, "other held-out data"),
+    "less-held-out": ({"eval_data": HELD_OUT[:1]}, "other held-out data"),
+    "base": ({"model": other_words()}, "another base model"),
+}
 
 
 @pytest.fixture(scope="module", params=[broken_off, swept], ids=lambda begin: begin.__name__)
@@ -162,37 +147,6 @@ def test_an_iterator_may_be_resumed_from_a_list(tmp_path):
     swept(tmp_path, data=DATA, resume=True)
 
 
-@pytest.mark.parametrize("kind", [*BITSANDBYTES, *KINDS])
-def test_a_repacked_base_has_the_same_fingerprint(kind, tmp_path):
-    """An evaluation call of bitsandbytes may repack a weight."""
-    model = Words(kind)
-    by_itself = kind not in ("float8", "torchao-int4-packed")  # their own calls need a GPU
-    configs = [{**CONFIGS[0], "target_modules": ["head" if by_itself else "mix"]}]
-    swept(tmp_path, model, configs=configs)
-    if by_itself:
-        with torch.no_grad():
-            model.eval()(**DATA[0])
-    swept(tmp_path, model, configs=configs, resume=True)
-    swept(tmp_path, Words(kind), configs=configs, resume=True)
-    swept(tmp_path / "adapted", model, configs=[{**CONFIGS[0], "target_modules": ["mix"]}])
-    other = Words(kind)
-    other.mix = quantized(kind, 256, 256)  # other random numbers
-    with pytest.raises(ValueError, match=r"base weights differ, in (mix\.bias, )?mix\.weight: "):
-        swept(tmp_path, other, configs=configs, resume=True)
-
-
-def test_a_record_without_fingerprints_is_warned_of(tmp_path):
-    """Version 0.2.0 wrote such records."""
-    broken_off(tmp_path)
-    state = torch.load(tmp_path / FILE, weights_only=True)
-    assert state.pop("fingerprints")
-    torch.save(state, tmp_path / FILE)
-    with pytest.warns(UserWarning, match="older fastlora without fingerprints"):
-        swept(tmp_path, data=batches(5, 9), resume=True)
-    with pytest.raises(ValueError, match="had other data"):  # it is recorded now
-        swept(tmp_path, resume=True)
-
-
 @pytest.mark.parametrize("left", [[FILE], [FILE, TABLE], [TABLE]], ids="-".join)
 def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     (broken_off if left == [FILE] else swept)(tmp_path)
@@ -204,29 +158,24 @@ def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     with pytest.raises(ValueError, match="give only one"):
         swept(tmp_path, resume=True, replace=True)
     if FILE not in left:
-        with pytest.raises(ValueError, match=r"has no state\.pt, so .* can't be resumed"):
+        with pytest.raises(ValueError, match=r"state\.pt can't be read"):
             swept(tmp_path, resume=True)
     assert files_in(tmp_path) == before
 
 
-NOTES = ("notes.txt", "adapters/notes.txt", "adapters/mine/adapter_config.json", "best/notes.txt")
+NOTES = ("notes.txt", "adapters/notes.txt", "adapters/mine/notes.txt", "best/notes.txt")
 OTHERS = [{"r": 3, "learning_rate": 1e-2, "name": "rank3"}]
 
 
 def test_a_replaced_sweep_s_files_go_and_nothing_else(tmp_path):
     swept(tmp_path)
-    (tmp_path / "elsewhere" / "kept").mkdir(parents=True)
-    for name in (*NOTES, f"elsewhere/{WEIGHTS}", f"elsewhere/kept/{CONFIG}"):
+    (tmp_path / "elsewhere").mkdir()
+    for name in (*NOTES, f"elsewhere/{WEIGHTS}"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    table = json.loads((tmp_path / TABLE).read_text())
-    names = ["../elsewhere", str(tmp_path / "elsewhere"), "", "..", "link", 7]
-    table["trials"] += [{"name": name} for name in names]
-    (tmp_path / TABLE).write_text(json.dumps(table))
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "elsewhere")
     found = swept(tmp_path, configs=OTHERS, replace=True)
     assert (tmp_path / "elsewhere" / WEIGHTS).read_text() == "mine"
-    assert (tmp_path / "elsewhere" / "kept" / CONFIG).read_text() == "mine"
     assert all((tmp_path / name).read_text() == "mine" for name in NOTES)
     assert sorted(os.listdir(tmp_path / "adapters")) == ["link", "mine", "notes.txt", "rank3"]
     assert json.loads((tmp_path / TABLE).read_text())["best"] == found.best.trial.name == "rank3"
@@ -240,15 +189,6 @@ def test_a_replaced_sweep_is_there_until_the_new_one_s_first_record(tmp_path):
     assert files_in(tmp_path) == before
     broken_off(tmp_path, after=3, configs=OTHERS, replace=True)
     assert list(files_in(tmp_path)) == [FILE]
-
-
-@pytest.mark.parametrize("broken", [b"no record", b""], ids=["other", "empty"])
-def test_a_sweep_that_can_t_be_read_is_replaced_too(broken, tmp_path):
-    swept(tmp_path)
-    for name in (FILE, TABLE):
-        (tmp_path / name).write_bytes(broken)
-    swept(tmp_path, configs=OTHERS, replace=True)
-    swept(tmp_path, configs=OTHERS, resume=True)
 
 
 def test_there_is_no_best_where_no_loss_is_finite(tmp_path):

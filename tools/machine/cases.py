@@ -51,9 +51,7 @@ FORMATS = {
     # No kernel reads the following formats; torch unpacks them.
     "float8-e5m2": lambda n, k: packed.random_float8(n, k, 32, 64, "float8_e5m2"),
     "affine": lambda n, k: packed.random_affine(n, k, 1, 32),
-    "hqq": lambda n, k: packed.random_hqq(n, k, 4, 32),
     "int4": lambda n, k: packed.random_int4(n, k, 32),
-    "gptq": lambda n, k: packed.random_gptq(n, k, 4, 2),
     "gguf": lambda n, k: packed.random_gguf(n, k, "Q8_0"),
 }
 Results = dict[str, Tensor | None]
@@ -440,7 +438,7 @@ _ALL = """
 * layer tf32 {33x96x128 r8 weight:mxfp4,80x64x128 r8 weight:nf4}
   layer {tf32,f32} {33x96x128,80x64x128} r8 weight:{mxfp4,nvfp4,fp4-nested}
   layer {tf32,f32} {33x96x128,80x64x128} r8 weight:float8-{rows,blocks}
-* layer bf16/f32 80x64x128 r8 weight:{float8-e5m2,affine,hqq,int4,gptq,gguf}
+* layer bf16/f32 80x64x128 r8 weight:{float8-e5m2,affine,int4,gguf}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{nf4,fp4-nested,int8}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{float8-rows,float8-blocks}
 * dequant bf16 37x128x128 weight:{nf4,fp4-nested,mxfp4,nvfp4,int8,float8-rows,float8-blocks}

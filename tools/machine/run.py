@@ -182,7 +182,7 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, help="write each case's record to this file")
     # The number of this Triton and how many there are: set by --triton ci.
     add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
-    add("--save", action="store_true", help="write the counts to the table of docs/kernels.md")
+    add("--save", action="store_true", help="write the counts to the table of benchmarks/README.md")
     asked = parser.parse_args(words)
     if "ci" in asked.target:
         asked.target = ["sm_90", card_in_turn(revision.commit())]

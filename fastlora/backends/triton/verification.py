@@ -313,7 +313,7 @@ def elementwise(run: Run, by_torch: Run, matrices: Sequence[Tensor], fills: int 
         def fill_new(tensors: Sequence) -> list | State:
             # In x's dtype where that is wider, as in the exact run of :func:`compared`.
             dtypes = [torch.promote_types(tensors[0].dtype, each.dtype) for each in filled]
-            new = [_alike(m, _memory(m, dtype)) for m, dtype in zip(filled, dtypes, strict=True)]
+            new = [torch.empty_like(m, dtype=d) for m, d in zip(filled, dtypes, strict=True)]
             made = function([*tensors, *new])
             return made if isinstance(made, State) else new or made
 
@@ -349,9 +349,9 @@ def _probe_of_call(call: Call, count: int) -> Call:
     if rows is not None and rows.numbers is not None:
         rows = rows._replace(numbers=rows.numbers._replace(scales=_not_zero(rows.numbers.scales)))
     elif rows is not None:
-        ends = _alike(rows.ends, _memory(rows.ends))
-        experts = torch.arange(1, len(ends) + 1, dtype=torch.int64, device=ends.device)
-        rows = rows._replace(ends=ends.copy_(experts * count // len(ends)), shares=None)
+        experts = torch.arange(1, len(rows.ends) + 1, dtype=torch.int64, device=rows.ends.device)
+        ends = (experts * count // len(rows.ends)).to(rows.ends.dtype)
+        rows = rows._replace(ends=ends, shares=None)
     return call._replace(layouts=layouts, rows=rows)
 
 
@@ -432,26 +432,17 @@ def _is_comparable(results: Sequence[Tensor | None]) -> bool:
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
-    """Random tensors with the same layouts in memory, except tensors with the role _KEPT.
-
-    Tensors that share a storage, such as the adapters of a bank, are replaced by tensors that share
-    one.
-    """
-    memories: dict[tuple, Tensor] = {}
+    """Random tensors in place of these, except tensors with the role _KEPT."""
     made: list[Tensor | None] = []
     for tensor, role in zip(tensors, roles, strict=True):
         if tensor is None or role == _KEPT or not tensor.numel():
             made.append(tensor)
             continue
-        place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
-        if place not in memories:
-            # With these deviations, all terms of a result have a similar size.
-            spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
-            generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
-            memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
-            if role == _EXACT:
-                _alike(tensor, memories[place]).copy_(_exact_rows(tensor.shape, generator))
-        made.append(_alike(tensor, memories[place]))
+        # With these deviations, all terms of a result have a similar size.
+        spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
+        generator = torch.Generator(tensor.device).manual_seed(_SEED + len(made))
+        new = torch.empty_like(tensor).normal_(0, spread, generator=generator)
+        made.append(new.copy_(_exact_rows(new.shape, generator)) if role == _EXACT else new)
     return made
 
 
@@ -461,35 +452,6 @@ def _exact_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     rows = torch.arange(shape[0], dtype=torch.float32, device=generator.device)
     powers = rows.remainder(4).exp2()
     return torch.randint(-2, 3, tuple(shape), **options) * powers[:, None]
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The part of the tensor's storage to reproduce: its first element and number of elements.
-
-    It is the whole storage, unless that is more than 4 times as large as the tensor.
-    """
-    count = tensor.untyped_storage().nbytes() // tensor.element_size()
-    if count <= 4 * tensor.numel():
-        return 0, count
-    ends = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(tensor.storage_offset()), 1 + sum((size - 1) * stride for size, stride in ends)
-
-
-def _shift(tensor: Tensor) -> int:
-    """Elements to skip in new memory, so that a tensor there has the same address modulo 16."""
-    size = tensor.element_size()
-    return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
-
-
-def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized memory where :func:`_alike` can make a tensor like this one."""
-    return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
-
-
-def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
-    """A tensor in ``memory`` with the shape, strides, and address modulo 16 of ``tensor``."""
-    offset = int(tensor.storage_offset()) - _extent(tensor)[0] + _shift(tensor)
-    return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def compared(
