@@ -28,23 +28,18 @@ from torch import Tensor
 from fastlora.backends.dropout import dropout_mask
 from fastlora.formats.bitsandbytes import CODES
 from fastlora.formats.microscaled import E2M1
-from fastlora.kernels import (
-    FLOAT8,
-    FOUR_BIT,
-    INT8,
-    Packed,
-    SegmentNumbers,
-    dequant,
-    dropout_threshold,
-    gemm_int8_lowrank,
-    gemm_lowrank,
-    gemm_lowrank_few_rows,
-    lowrank,
-    project,
-    quantize_rows,
-    weight_grad,
-)
+from fastlora.kernels.common import dropout_threshold
 from fastlora.kernels.config import Call, Config
+from fastlora.kernels.dequant import dequant
+from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.gemm_lowrank_few_rows import gemm_lowrank_few_rows
+from fastlora.kernels.lowrank import lowrank
+from fastlora.kernels.packed import FLOAT8, FOUR_BIT, INT8, Packed
+from fastlora.kernels.project import project
+from fastlora.kernels.quantize_rows import quantize_rows
+from fastlora.kernels.segments import SegmentNumbers
+from fastlora.kernels.weight_grad import weight_grad
 
 FACTOR = 2.0
 _KERNELS = {

@@ -1,11 +1,13 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
-The package knows nothing of ``nn.Module``; only ``fastlora.backends`` imports it.  The kernel NAME
-and its launcher NAME are in NAME_kernel.py.  Reading order: on the device ``common``, ``segments``,
-``packed``, ``base_product``, and the kernels ``sum_planes``, ``project``, ``lowrank``,
-``gemm_lowrank`` (of y and dx), ``gemm_lowrank_few_rows``, ``quantize_rows``, ``gemm_int8_lowrank``,
-``weight_grad``, ``dequant``, ``gated``, ``row_loss``; on the host ``launch``, ``target``,
-``faults``, ``config``, ``defaults``, ``plan``, ``capture``, ``replay``.
+The package knows nothing of ``nn.Module``; only ``fastlora.backends`` imports it.  The kernel
+``NAME_kernel`` and its launcher ``NAME`` are in NAME.py, and ``launchers`` collects the launchers.
+
+Reading order: on the device ``common``, ``segments``, ``packed``, ``base_product``, and the kernels
+``sum_planes``, ``project``, ``lowrank``, ``gemm_lowrank`` (of y and dx), ``gemm_lowrank_few_rows``,
+``quantize_rows``, ``gemm_int8_lowrank``, ``weight_grad``, ``dequant``, ``gated``, ``row_loss``; on
+the host ``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``capture``,
+``replay``.
 """
 
 if __name__ == "kernels":  # a clone is on sys.path, and hides Hugging Face's package
@@ -14,9 +16,7 @@ if __name__ == "kernels":  # a clone is on sys.path, and hides Hugging Face's pa
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
-    _others = [
-        each for each in sys.path if not os.path.exists(f"{each or '.'}/kernels/lowrank_kernel.py")
-    ]
+    _others = [each for each in sys.path if not os.path.exists(f"{each or '.'}/kernels/lowrank.py")]
     _spec = PathFinder.find_spec("kernels", _others)
     if _spec and _spec.loader:
         sys.modules["kernels"] = _module = module_from_spec(_spec)
@@ -31,22 +31,4 @@ if __name__ == "kernels":  # a clone is on sys.path, and hides Hugging Face's pa
             raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
 
 else:
-    from . import defaults, replay  # fills the tables that launchers choose from
-    from .capture import CapturedCall, capture_call
-    from .common import dropout_threshold
-    from .dequant_kernel import dequant
-    from .faults import ptxas
-    from .gated_kernel import gated, gated_backward, why_not_gated
-    from .gemm_int8_lowrank_kernel import gemm_int8_lowrank
-    from .gemm_lowrank_few_rows_kernel import gemm_lowrank_few_rows, one_launch_pays
-    from .gemm_lowrank_kernel import gemm_lowrank
-    from .launch import Launch, intercept
-    from .lowrank_kernel import lowrank
-    from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
-    from .plan import Plan, low_rank_pays, plan_for
-    from .project_kernel import project
-    from .quantize_rows_kernel import quantize_rows
-    from .row_loss_kernel import row_loss
-    from .segments import SegmentNumbers
-    from .target import TARGETS, target_of, use_target
-    from .weight_grad_kernel import one_pass_pays, weight_grad
+    from . import defaults  # fills the tables that launchers choose from

@@ -16,7 +16,7 @@ from .config import MAX_PROJECTIONS, Call, cdiv, chosen_config, row_tiles
 from .faults import races_when_turned, small_views_fault
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of
-from .lowrank_kernel import bias_strides, load_bias_row, multiples_of_8
+from .lowrank import bias_strides, load_bias_row, multiples_of_8
 from .packed import Packed, packed_work, unpack_tile
 from .segments import small_operand_bytes, strides_of
 from .target import Target, target_of

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 from .config import DEFAULTS, Config
 from .gemm_config import GemmConfig
-from .lowrank_kernel import LowRankConfig
-from .project_kernel import ProjectConfig
-from .weight_grad_kernel import WeightGradConfig
+from .lowrank import LowRankConfig
+from .project import ProjectConfig
+from .weight_grad import WeightGradConfig
 
 PRODUCTS = ("16-bit", "tf32", "float32")
 Table = dict[str, tuple[Config, ...]]

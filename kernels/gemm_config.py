@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .config import MARGIN, Call, Config, cdiv, power_of_two
 from .faults import unpacks_wrong
-from .lowrank_kernel import loads_at_once, rank_step
+from .lowrank import loads_at_once, rank_step
 from .target import Target
 
 

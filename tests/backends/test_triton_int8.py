@@ -18,7 +18,8 @@ from fastlora.backends.triton import cover
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
-from fastlora.kernels import replay, target_of, use_target
+from fastlora.kernels import replay
+from fastlora.kernels.target import target_of, use_target
 from fastlora.ops.run import draw_seed
 from fastlora.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 

@@ -11,13 +11,13 @@ from judge import row_loss_by, row_loss_of
 from packed import random_int8
 
 import fastlora
-from fastlora import kernels
 from fastlora.backends import GatedProduct, triton
 from fastlora.backends import torch as torch_backend
 from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
 from fastlora.formats.rotated_int8 import pack_rotated
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import capture
 from fastlora.kernels.capture import capture_call
-from fastlora.kernels.sum_planes_kernel import sum_planes
+from fastlora.kernels.sum_planes import sum_planes
 
 
 def ordinary(tensors, factor):

@@ -247,7 +247,7 @@ ASKED = """
 import json
 from tools.compile_report import __main__ as report, cases
 from fastlora.kernels import config
-from fastlora.kernels.project_kernel import ProjectConfig
+from fastlora.kernels.project import ProjectConfig
 words = ("y bias", "y,h M16", "dx n2 mask", "dx+", "h M100 mask", "dA", "dB,dh", "y 8bit")
 asked = [cases._case("sm_90", None, each) for each in words] + cases.other_cases("sm_90")
 launched = []

@@ -11,7 +11,6 @@ from marks import DEVICE
 from torch import Tensor
 
 from benchmarks.forms import Form, Operands
-from fastlora.kernels import gemm_lowrank_few_rows, weight_grad
 from fastlora.kernels.config import (
     DEFAULTS,
     MAX_PROJECTIONS,
@@ -23,9 +22,10 @@ from fastlora.kernels.config import (
 )
 from fastlora.kernels.defaults import PRODUCTS
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.project_kernel import ProjectConfig
+from fastlora.kernels.gemm_lowrank_few_rows import gemm_lowrank_few_rows
+from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.target import TARGETS
-from fastlora.kernels.weight_grad_kernel import WeightGradConfig
+from fastlora.kernels.weight_grad import WeightGradConfig, weight_grad
 
 KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
 SIZES = [1, 17, 4096, 10**6]

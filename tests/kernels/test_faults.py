@@ -8,8 +8,8 @@ from kernel_cases import launched
 
 from fastlora.kernels import faults, target
 from fastlora.kernels.config import Call, default_config
-from fastlora.kernels.gemm_lowrank_kernel import gemm_lowrank
-from fastlora.kernels.project_kernel import ProjectConfig
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.target import TARGETS
 
 

@@ -19,8 +19,10 @@ from kernel_cases import (
 from marks import pairwise
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels import gemm_lowrank, gemm_lowrank_few_rows, lowrank
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.gemm_lowrank_few_rows import gemm_lowrank_few_rows
+from fastlora.kernels.lowrank import lowrank
 
 TILES = {"16x16x16": (16, 16, 16), "32x64x32": (32, 64, 32), "64x32x16": (64, 32, 16)}
 MASKED = {"plain": False, "masked": True}

@@ -6,11 +6,11 @@ from int8_products import Scales, check_product, check_rounding, random_codes
 from kernel_cases import BF16, DEVICE, F16, F32, draw_seeds, poisoned, random, recorded
 from marks import pairwise
 
-from fastlora import kernels
 from fastlora.backends.triton.verification import _exact_rows
 from fastlora.formats.rotated_int8 import quantize_rows
-from fastlora.kernels import gemm_int8_lowrank
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

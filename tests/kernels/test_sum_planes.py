@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import BF16, DEVICE, F16, F32, poisoned
 
-from fastlora.kernels.sum_planes_kernel import sum_planes
+from fastlora.kernels.sum_planes import sum_planes
 
 
 def planes(*shape):

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlora
 from benchmarks.forms import Form, Operands
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.row_loss_kernel import row_loss
-from fastlora.kernels.sum_planes_kernel import sum_planes
+from fastlora.kernels.row_loss import row_loss
+from fastlora.kernels.sum_planes import sum_planes
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="bytes are counted in the interpreter")
 

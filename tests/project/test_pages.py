@@ -309,7 +309,7 @@ def test_pages_that_the_code_names_exist():
 
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=name_of)
 def test_files_that_it_names_exist(page):
-    """For example `fastlora/ops/` or `kernels/project_kernel.py`; NAME is a placeholder."""
+    """For example `fastlora/ops/` or `kernels/project.py`; NAME is a placeholder."""
     for path in re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.\w+)?)`", PROSE[page]):
         assert "NAME" in path or (ROOT / path).exists(), path
 

@@ -14,10 +14,11 @@ from models import Mlp, adapt, assert_untouched, snapshot, tiny_llama
 from process import run_python
 
 import fastlora
-from fastlora import kernels, tuning
+from fastlora import tuning
 from fastlora.__main__ import main
 from fastlora.backends.triton import measured, verification
 from fastlora.doctor import examine
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels import plan, replay, target
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_rows
 

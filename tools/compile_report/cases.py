@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.forms import PACKED, Form, Operands, random_packed
 from fastlora.kernels.config import DEFAULTS, Config
-from fastlora.kernels.dequant_kernel import dequant
-from fastlora.kernels.gated_kernel import ACTIVATIONS, gated, gated_backward
+from fastlora.kernels.dequant import dequant
+from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
-from fastlora.kernels.row_loss_kernel import row_loss
+from fastlora.kernels.row_loss import row_loss
 from fastlora.kernels.target import TARGETS, use_target
 
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86", "sm_89", "sm_120")

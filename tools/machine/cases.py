@@ -28,9 +28,10 @@ from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantized
 from fastlora.formats.rotated_int8 import pack_rotated
-from fastlora.kernels import dequant, target_of
+from fastlora.kernels.dequant import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
-from fastlora.kernels.sum_planes_kernel import sum_planes
+from fastlora.kernels.sum_planes import sum_planes
+from fastlora.kernels.target import target_of
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated import gated_call
 from fastlora.ops.run import draw_seed, run_checked

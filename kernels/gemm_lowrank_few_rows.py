@@ -15,7 +15,7 @@ from .common import cast, dot, load_tile, store_tile, tile_of
 from .config import FEW_ROWS, cdiv
 from .gemm_config import GemmConfig
 from .launch import Work, size_of, stated
-from .lowrank_kernel import v_operand
+from .lowrank import v_operand
 from .packed import Packed, packed_work, tables_of
 
 

@@ -22,7 +22,7 @@ from .common import dot, hadamard_matrix, load_tile, rotate_tile, tile_of
 from .config import chunks
 from .gemm_config import GemmConfig
 from .launch import stated
-from .lowrank_kernel import low_rank_tile, lowrank, masked_low_rank_tile, v_operand
+from .lowrank import low_rank_tile, lowrank, masked_low_rank_tile, v_operand
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_ti
 from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, default_config, splits
 from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
-from .lowrank_kernel import add_kept
+from .lowrank import add_kept
 from .segments import (
     SegmentNumbers,
     own_number,
@@ -30,7 +30,7 @@ from .segments import (
     sorted_rows,
     strides_of,
 )
-from .sum_planes_kernel import sum_planes
+from .sum_planes import sum_planes
 from .target import Target, target_of
 
 

@@ -30,7 +30,7 @@ from .segments import (
     sorted_rows,
     strides_of,
 )
-from .sum_planes_kernel import sum_planes
+from .sum_planes import sum_planes
 from .target import Target, target_of
 
 

@@ -33,7 +33,7 @@ from .common import dot, load_tile, tile_of
 from .config import chunks
 from .gemm_config import GemmConfig
 from .launch import stated
-from .lowrank_kernel import load_u_v_tiles, low_rank_tile, lowrank, masked_low_rank_tile, v_operand
+from .lowrank import load_u_v_tiles, low_rank_tile, lowrank, masked_low_rank_tile, v_operand
 from .packed import Packed, tables_of
 from .segments import segment_arguments, segment_of_tile
 
