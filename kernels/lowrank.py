@@ -232,12 +232,12 @@ def lowrank_kernel(
     # This loop has one step.  Without it, the compiled code needs up to a tenth more registers for
     # the masks of several projections.
     for i_tile in range(i_program, i_program + 1):
-        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)  # in tiles
-        i_n = i_n * BLOCK_N  # in columns
-        # i_m becomes the tile's first row.  The tile loads rows below ``rows`` and columns below
-        # ``columns``, both 0 for rows without a segment, and stores rows below ``end``.
+        i_row_tile, i_column_tile = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+        i_n = i_column_tile * BLOCK_N
+        # The tile loads rows below ``rows`` and columns below ``columns``, both 0 for rows without
+        # a segment, and stores rows below ``end``.
         i_segment, start, i_m, end, rows, columns = segment_of_tile(
-            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+            ends, segments, i_row_tile, M, N, BLOCK_M, SEGMENT_BLOCK
         )
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
@@ -270,9 +270,7 @@ def lowrank_kernel(
             dtype: tl.constexpr = out.dtype.element_ty
             b_out += load_bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         # With ``order``, the rows of a tile aren't consecutive in OUT: load their numbers.
-        o_mem = None
-        if order is not None:
-            o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+        o_mem = None if order is None else row_numbers(order, i_m, end, BLOCK_M)  # [BM]
         if ADD:
             b_before = load_tile(
                 out, i_m, i_n, rows, N, out_row_stride, 1, BLOCK_M, BLOCK_N, o_mem=o_mem

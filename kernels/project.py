@@ -137,9 +137,7 @@ def project_kernel(
             seed, threshold = mask_numbers(seeds, own_thresholds, threshold, i, i_segment, segments)
             loaded_seeds = loaded_seeds + (seed,)
     i_mask = i_m if own_thresholds is None else i_m - start  # the tile's first row in its mask
-    o_mem = None
-    if order is not None:
-        o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+    o_mem = None if order is None else row_numbers(order, i_m, end, BLOCK_M)  # [BM]
     # The main loop: sums[i] += (keep_i ∘ X) V_i, over this split's part of K.
     split_start = i_split * steps * BLOCK_K
     for i_k in range(split_start, min(split_start + steps * BLOCK_K, depth), BLOCK_K):

@@ -150,22 +150,21 @@ def rows_of_program(ends, segments, i_split, steps, M, N, BLOCK_M: tl.constexpr)
 
 
 @triton.jit
-def store_sum(
-    out, planes, b_sum, i_r, i_n, i_split, N, R, columns, strides, IS_SEGMENT: tl.constexpr
-):  # fmt: skip
+def store_sum(out, planes, b_sum, i_r, i_n, i_split, R, columns, strides):
     """Store b_sum [BR, BN], a tile of OUTᵀ: in OUT, in OUT's segment, or in the split's plane.
 
-    ``strides`` of OUT: from segment to segment (None without segments), over N, and over R.
+    ``strides`` of OUT [columns, R]: from segment to segment (None without segments), from row to
+    row, and from column to column.
     """
     stride_e, stride_n, stride_r = strides
-    if IS_SEGMENT:
+    if stride_e is not None:
         out += i_split.to(tl.int64) * stride_e
         store_tile(out, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
     elif tl.num_programs(1) == 1:
-        store_tile(out, b_sum, i_r, i_n, R, N, stride_r, stride_n)
+        store_tile(out, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
     else:
-        plane = planes + i_split.to(tl.int64) * N * R
-        store_tile(plane, b_sum, i_r, i_n, R, N, stride_r, stride_n)
+        plane = planes + i_split.to(tl.int64) * columns * R
+        store_tile(plane, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
 
 
 # M and steps change with the batch; Triton would compile again for 1 and for multiples of 16.
@@ -217,19 +216,15 @@ def weight_grad_kernel(
     for i in tl.static_range(len(u)):
         # The accumulator has a tile of OUTᵀ.  In one pass over dy it has a tile of OUT, because
         # BLOCK_N is large there and OUTᵀ would spill.
-        if xv is None:
-            sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
-        else:
-            sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
+        shape = (BLOCK_R, BLOCK_N) if xv is None else (BLOCK_N, BLOCK_R)
+        sums = sums + (tl.zeros(shape, tl.float32),)
         if seeds is not None:
             seed, threshold = mask_numbers(seeds, own_thresholds, threshold, i, i_split, segments)
             loaded_seeds = loaded_seeds + (seed,)
     factor = own_number(own_factors, factor, i_split, segments)
     # The main loop: sums[i] += (keep_i ∘ X)ᵀ U_i over this program's rows.
     for i_m in range(first, last, BLOCK_M):
-        o_mem = None
-        if order is not None:
-            o_mem = row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
+        o_mem = None if order is None else row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
         b_x = load_tile(
             x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_mem=o_mem
         )  # [BM, BN]
@@ -258,16 +253,12 @@ def weight_grad_kernel(
             store_tile(low_rank, b_low, i_m, i_n, M, N, N, 1)
         if xv is not None:  # factor · X V_0 for these rows; here X is dy, which has no mask
             b_xv = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            # [BM, BR] = [BM, BN] @ [BN, BR]
-            b_xv = dot(b_x, cast(b_vs[0], b_x.dtype), b_xv, PRECISION)
+            b_xv = dot(b_x, cast(b_vs[0], b_x.dtype), b_xv, PRECISION)  # [BM, BN] @ [BN, BR]
             xv_plane = xv + i_tile.to(tl.int64) * M * R[0]
             store_tile(xv_plane, b_xv * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
         b_sum = sums[i] if xv is None else sums[i].T  # [BR, BN]
-        store_sum(
-            out[i], planes[i], b_sum, i_r, i_n, i_split, N, R[i], columns, out_strides[i],
-            ends is not None,
-        )  # fmt: skip
+        store_sum(out[i], planes[i], b_sum, i_r, i_n, i_split, R[i], columns, out_strides[i])
 
 
 def weight_grad(
