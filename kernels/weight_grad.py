@@ -216,8 +216,10 @@ def weight_grad_kernel(
     for i in tl.static_range(len(u)):
         # The accumulator has a tile of OUTᵀ.  In one pass over dy it has a tile of OUT, because
         # BLOCK_N is large there and OUTᵀ would spill.
-        shape = (BLOCK_R, BLOCK_N) if xv is None else (BLOCK_N, BLOCK_R)
-        sums = sums + (tl.zeros(shape, tl.float32),)
+        if xv is None:
+            sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             seed, threshold = mask_numbers(seeds, own_thresholds, threshold, i, i_split, segments)
             loaded_seeds = loaded_seeds + (seed,)
