@@ -46,7 +46,7 @@ WALKS = {
     "dora": ("merge unmerge variant-dropped",),
     "quantized": ("merge restore",),
     "block": ("activation restore optimize",),
-    "experts": ("merge restore", "implementation"),
+    "experts": ("merge restore",),
     "packed-experts": ("merge unmerge",),
 }  # fmt: skip
 ROWS = [(kind, walk) for kind, walks in WALKS.items() for walk in walks if kind in KINDS]

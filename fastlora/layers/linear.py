@@ -17,7 +17,7 @@ from .frozen import is_plain_linear, why_not_plain
 from .guards import Record, Recorder, call_recorded
 from .members import tensor_of
 from .merging import add_product
-from .modules import bypassed, called, name_test
+from .modules import REGEX_HINT, bypassed, called, name_test
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
@@ -210,6 +210,7 @@ def replace_linears(
         if not matched:
             ends = {name.rpartition(".")[2] for name, m in named.items() if is_plain_linear(m)}
             fits = f"the ends of linear layers' names are {', '.join(sorted(ends)) or 'none'}"
+            fits = f"{REGEX_HINT}; {fits}" if is_regex else fits
             raise ValueError(f"targets has {shown(target)}, which matches no layer: {fits}")
         chosen |= {name: named[name] for name in matched}
     for name, module in chosen.items():

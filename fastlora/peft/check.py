@@ -161,8 +161,10 @@ def check(
     right, the other differences come from rounding, or from tokens that a router sends to other
     experts.  The report states them.
 
-    The model runs in its current mode: after ``model.train()``, dropout is active.  Where lora_B is
-    zero, as in a new adapter, the layer's runs have small random numbers in its place.
+    The model runs in its current mode: after ``model.train()``, dropout is active, but not
+    that of experts, because PEFT has none.  Where lora_B is zero, as in a new adapter, the layer's
+    runs have small random numbers in its place.  For packed experts, which PEFT can't compute, each
+    of its calls makes dense weights.
 
     ``base`` and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the
     check.  PEFT and the exact run then round to 8 bits in the same way.

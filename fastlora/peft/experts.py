@@ -13,7 +13,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..layers.classes import Fast
+from ..layers.classes import Fast, change_class, class_over
 from ..layers.experts import (
     OTHER,
     Experts,
@@ -46,14 +46,43 @@ _PROXIES = [
 ]
 
 
-class ParamWrapper(Fast, PeftParamWrapper):
-    """PEFT's wrapper of an experts module's parameter; the outermost one's call is one node.
+class PackedWrapper(nn.Module):
+    """A mixin for PEFT's wrapper of an experts module's parameter, which may be packed.
 
-    It has the name of PEFT's class, because PEFT compares names, and no state of its own.  PEFT's
-    forward runs if :func:`read_experts` gives a reason, and in calls of an inner wrapper.
+    PEFT would add the adapters to the packed numbers, before these are scaled.
     """
 
-    plain_class = PeftParamWrapper
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        base = layer.get_base_layer()
+        if _dropout_of(layer):
+            raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(layer)}")
+        if needs_class(base) or packed_names(base):
+            return _run_dense(self, (x, *args), kwargs)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, with a dense weight in place of a packed one until :meth:`unmerge`."""
+        with dense_base(self):
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        with dense_base(self):
+            super().unmerge()  # type: ignore[misc]
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's.  Experts that are dense now get a class that runs dense weights."""
+        base: nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)  # type: ignore[misc]
+        settle(base)
+        return base
+
+
+class FastExperts(Fast, PackedWrapper):
+    """A mixin for PEFT's wrappers of experts; the outermost one's call is one node.
+
+    Without the node, the call is :class:`PackedWrapper`'s.  This is so if :func:`read_experts`
+    gives a reason, and in calls of an inner wrapper.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs and not why_not_now():
@@ -62,26 +91,29 @@ class ParamWrapper(Fast, PeftParamWrapper):
                 up, down = record.outputs
                 if takes((x, *args), (up, down)):
                     return run_experts((x, *args), record.how, up, down, _dropout_of(self))
-        if needs_class(self.get_base_layer()) or packed_names(self.get_base_layer()):
-            return _run_dense(self, (x, *args), kwargs)
-        if _dropout_of(self):
-            raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(self)}")
         return super().forward(x, *args, **kwargs)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's, with a dense weight in place of a packed one until :meth:`unmerge`."""
-        with dense_base(self):
-            super().merge(safe_merge, adapter_names)
 
-    def unmerge(self) -> None:
-        with dense_base(self):
-            super().unmerge()
+class ParamWrapper(FastExperts, PeftParamWrapper):
+    """PEFT's wrapper, with a fast forward.  It has PEFT's name, because PEFT compares names."""
 
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's.  Experts that are dense now get a class that runs dense weights."""
-        base = super().unload_and_optionally_merge_module(*args, **kwargs)
-        settle(base)
-        return base
+    plain_class = PeftParamWrapper
+
+
+# The class of wrappers of packed experts in a model that isn't optimized, and its fast class.
+PACKED_WRAPPER = class_over(PackedWrapper, PeftParamWrapper, "")
+KINDS = {
+    PeftParamWrapper: ParamWrapper,
+    PACKED_WRAPPER: class_over(FastExperts, PACKED_WRAPPER, ""),
+}
+
+
+def run_packed(model: nn.Module) -> None:
+    """Give PEFT's wrappers of packed experts the class that can run them."""
+    modules: Any = model.modules()
+    for module in modules:
+        if type(module) is PeftParamWrapper and packed_names(module.get_base_layer()):
+            change_class(module, PACKED_WRAPPER)
 
 
 def _dropout_of(layer: Any) -> float:
@@ -93,17 +125,12 @@ def _dropout_of(layer: Any) -> float:
 
 def _why(layer: Any) -> str:
     """Why a call of these experts isn't one node."""
-    return read_experts(layer).reason or why_not_now() or "its arguments are others"
+    other = "its arguments are others" if isinstance(layer, Fast) else "it isn't optimized"
+    return read_experts(layer).reason or why_not_now() or other
 
 
 def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
-    """The call of packed experts with dense weights, made for this call, with adapters added.
-
-    PEFT would add the adapters to the packed numbers, before these are scaled.
-    """
-    reason = _why(outermost)
-    if _dropout_of(outermost):
-        raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
+    """The call of packed experts with dense weights, made for this call, with adapters added."""
     base, x = outermost.get_base_layer(), args[0]
     weights: dict[str, Any] = {n: dense_weight(base, n, x.dtype) for n in packed_names(base)}
     for layer in wrappers_in(outermost):
@@ -114,7 +141,7 @@ def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
             left, right = (factor.to(x.dtype) for factor in factors)
             weight = weights.get(name, getattr(base, name))
             weights[name] = torch.baddbmm(weight, left, right, alpha=scale)
-    return run_dense(base, weights, args, kwargs, reason)
+    return run_dense(base, weights, args, kwargs, _why(outermost))
 
 
 def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:

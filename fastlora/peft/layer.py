@@ -11,7 +11,6 @@ from typing import Any
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.model import LoraModel as PeftModel
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
 from ..ops.run import run_one
 from ..projection import Adapter
+from . import experts
 from .dense import dense_base, has_packed, make_dense
-from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read_active, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -206,7 +205,7 @@ def fast_kinds() -> dict[type[nn.Module], type[nn.Module]]:
     quantized = [getattr(module, name, None) for module, names in places for name in names]
     return {
         PeftLinear: Linear,
-        PeftParamWrapper: ParamWrapper,
+        **experts.KINDS,
         PeftModel: LoraModel,  # the module around all layers
         **{kind: class_over(FastLinear, kind, "") for kind in quantized if kind is not None},
     }

@@ -31,8 +31,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..backends import asked_backend, use_backend
 from ..foreign import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
+from ..formats.float8 import SCALE
 from ..formats.rotated_int8 import quantize_rows, rotate
 from ..layers.classes import changed_classes
+from ..layers.experts import packed_names, weight_in
 from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear
 from ..layers.mlp import gated_classes
@@ -229,7 +231,11 @@ def _enlarge(unit: nn.Module, swap: _Swap) -> Iterator[str]:
         if isinstance(packed, PackedLayer):
             size = packed.weight.dense(torch.float32).norm()
         else:
-            weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+            name_of = getattr(layer, "parameter_name", "weight")
+            is_code = name_of in packed_names(base)
+            weight = (
+                weight_in(base, name_of).dense(torch.float32) if is_code else getattr(base, name_of)
+            )
             size = weight.detach().float().norm()
         for adapter, lora_b in layer.lora_B.items():
             up, down = lora_b.weight.detach(), layer.lora_A[adapter].weight.detach()
@@ -264,8 +270,10 @@ def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype
             swap(vars(module), "config", config)
     copies: dict[Any, nn.Parameter] = {}
     for module in unit.modules():
+        codes = packed_names(module)  # packed experts are dense in the call's dtype anyway
         for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point():
+            is_packed = name in codes or name.endswith(SCALE)
+            if p is not None and p.is_floating_point() and not is_packed:
                 made = nn.Parameter(p.detach().to(dtype), p.requires_grad)
                 swap(module._parameters, name, copies.setdefault(p, made))
 

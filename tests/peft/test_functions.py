@@ -233,14 +233,6 @@ def forward_mode(model):
         return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
 
 
-def batched_gradients(model):
-    x = inputs()[0].requires_grad_()
-    y = model(x)
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    return torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
-
-
 def export(model):
     program = torch.export.export(model, (inputs(),))
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -262,10 +254,8 @@ def compiled(transform):
 TRANSFORMS = {
     "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
     "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
-    "vmap": lambda model: torch.func.vmap(model)(inputs()),
     "per-sample-gradients": per_sample_gradients,
     "forward-mode": forward_mode,
-    "batched-gradients": batched_gradients,
     "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),
     "export": export,
     "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),

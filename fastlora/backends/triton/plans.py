@@ -3,12 +3,10 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ...projection import Adapter, Base, Output, flatten, layouts_of
 from ...rows import Rows
@@ -38,10 +36,10 @@ class Contest:
         def factor(*shape: int, dtype: torch.dtype = sizes.adapter_dtype) -> Tensor:
             return random(*bank, *shape, dtype=dtype, spread=shape[-1] ** -0.5)
 
-        self.x, self.weights = random(m, k), [factor(n, k, dtype=sizes.dtype) for n in sizes.outs]
+        self.x, weights = random(m, k), [factor(n, k, dtype=sizes.dtype) for n in sizes.outs]
         outputs = [
             Output(Base(weight), tuple([Adapter(factor(r, k), factor(n, r)) for r in ranks]))
-            for weight, n, ranks in zip(self.weights, sizes.outs, sizes.ranks, strict=True)
+            for weight, n, ranks in zip(weights, sizes.outs, sizes.ranks, strict=True)
         ]
         layouts = layouts_of(outputs)
         numbers: Any = {"dtype": torch.int64, "device": device}
@@ -97,20 +95,6 @@ class Contest:
         def step() -> list | verification.State:
             with kernels.plan.use_plan(plan):
                 return run(self.tensors)
-
-        return step
-
-    def frozen(self) -> Callable[[], Tensor]:
-        """The same pass without adapters, by torch.  Not for experts."""
-        if not self.sizes.backward:
-            return partial(linear, self.x, *self.weights)
-        (dy, weight), *others = zip(self.dys, self.weights, strict=True)
-
-        def step() -> Tensor:
-            dx = dy @ weight
-            for each in others:
-                dx.addmm_(*each)
-            return dx
 
         return step
 
