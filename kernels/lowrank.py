@@ -28,7 +28,7 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, power_of_
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     SegmentNumbers,
-    own_number,
+    mask_numbers,
     row_numbers,
     segment_arguments,
     segment_of_tile,
@@ -131,9 +131,7 @@ def v_operand(v, i_segment, R, strides, MULTIPLES_OF_8: tl.constexpr):
 @triton.jit
 def load_u_v_tiles(
     u, v, i_m, i_r, i_n, M, N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Load one step over the rank: U's tile at (i_m, i_r), and V's at (i_r, i_n) in U's dtype.
 
@@ -148,9 +146,7 @@ def load_u_v_tiles(
 @triton.jit
 def low_rank_tile(
     u, v, i_m, i_n, M, N, b_sum,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
@@ -163,10 +159,36 @@ def low_rank_tile(
 
 
 @triton.jit
+def masked_low_rank_tile(
+    u, v, seeds, threshold, i_m, i_n, rows, columns,
+    i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in its own accumulator, because masks differ."""
+    b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_low = low_rank_tile(
+        u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+    )
+    # keep_i [BM, BN], from the same seed as in the forward
+    keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(keep, b_low, 0.0)  # [BM, BN]
+
+
+@triton.jit
 def add_kept(b_sum, b_term, keep, i: tl.constexpr):
     """b_sum + keep ∘ b_term.  For the first term (i = 0), b_sum is zero and is left out."""
     b_kept = tl.where(keep, b_term, 0.0)
     return b_kept + b_sum if i > 0 else b_kept
+
+
+@triton.jit
+def add_term(b_sum, b_u, b_v, keep, i: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sum + keep ∘ (b_u @ b_v), [BM, BN] + [BM, BR] @ [BR, BN]; without a mask, keep is None."""
+    if keep is None:
+        return dot(b_u, b_v, b_sum, PRECISION)
+    else:
+        b_term = dot(b_u, b_v, tl.zeros(b_sum.shape, tl.float32), PRECISION)
+        return add_kept(b_sum, b_term, keep, i)
 
 
 @triton.jit
@@ -189,15 +211,9 @@ def load_bias_row(bias, i_n, i_segment, N, strides, BLOCK_N: tl.constexpr, dtype
 def lowrank_kernel(
     u, v, bias, out, seeds, ends, order, own_thresholds,
     M, N, R, threshold, segments, v_strides, bias_strides, out_row_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    ADD: tl.constexpr,
-    SEGMENT_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, MULTIPLES_OF_8: tl.constexpr, AT_ONCE: tl.constexpr, ADD: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
@@ -216,12 +232,12 @@ def lowrank_kernel(
     # This loop has one step.  Without it, the compiled code needs up to a tenth more registers for
     # the masks of several projections.
     for i_tile in range(i_program, i_program + 1):
-        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)  # in tiles
-        i_n = i_n * BLOCK_N  # in columns
-        # i_m becomes the tile's first row.  The tile loads rows below ``rows`` and columns below
-        # ``columns``, both 0 for rows without a segment, and stores rows below ``end``.
+        i_row_tile, i_column_tile = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+        i_n = i_column_tile * BLOCK_N
+        # The tile loads rows below ``rows`` and columns below ``columns``, both 0 for rows without
+        # a segment, and stores rows below ``end``.
         i_segment, start, i_m, end, rows, columns = segment_of_tile(
-            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+            ends, segments, i_row_tile, M, N, BLOCK_M, SEGMENT_BLOCK
         )
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
@@ -232,26 +248,21 @@ def lowrank_kernel(
                     u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
                 )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
-            else:
-                # Without a mask, U_i V_i is added to the output's sum.  With a mask, U_i V_i has a
-                # sum of its own, because the mask must not change the other terms.
-                b_sum = b_out
-                if seeds is not None:
-                    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                b_sum = low_rank_tile(
-                    u[i], v_i, i_m, i_n, rows, columns, b_sum, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+            elif seeds is None:
+                b_out = low_rank_tile(
+                    u[i], v_i, i_m, i_n, rows, columns, b_out, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
-                if seeds is not None:
-                    # There is a seed for each projection.  With per-segment numbers, there is one
-                    # for each segment, and row 0 of a mask is the segment's first row.
-                    i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
-                    i_mask = i_m if own_thresholds is None else i_m - start
-                    own_threshold = own_number(own_thresholds, threshold, i_segment, segments)
-                    keep = keep_tile(
-                        tl.load(seeds + i_seed), i_mask, i_n, own_threshold, BLOCK_M, BLOCK_N
-                    )
-                    b_sum = add_kept(b_out, b_sum, keep, i)
-                b_out = b_sum  # [BM, BN]
+            else:  # in a sum of its own, because the mask must not change the other terms
+                b_term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                b_term = low_rank_tile(
+                    u[i], v_i, i_m, i_n, rows, columns, b_term, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+                )
+                seed, own_threshold = mask_numbers(
+                    seeds, own_thresholds, threshold, i, i_segment, segments
+                )
+                i_mask = i_m if own_thresholds is None else i_m - start
+                keep = keep_tile(seed, i_mask, i_n, own_threshold, BLOCK_M, BLOCK_N)
+                b_out = add_kept(b_out, b_term, keep, i)
         # AT_ONCE: all loads are under way, so now multiply.
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
@@ -259,9 +270,7 @@ def lowrank_kernel(
             dtype: tl.constexpr = out.dtype.element_ty
             b_out += load_bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         # With ``order``, the rows of a tile aren't consecutive in OUT: load their numbers.
-        o_mem = None
-        if order is not None:
-            o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+        o_mem = None if order is None else row_numbers(order, i_m, end, BLOCK_M)  # [BM]
         if ADD:
             b_before = load_tile(
                 out, i_m, i_n, rows, N, out_row_stride, 1, BLOCK_M, BLOCK_N, o_mem=o_mem

@@ -96,7 +96,7 @@ def small_operand_bytes(
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
     operands = [arguments.get(name) for name in names]
     seeds, _, order, factors, thresholds = operands
-    each = bytes_to_find(arguments["segments"])
+    each = bytes_to_find(arguments.get("segments"))
     each += size_of(seeds) if thresholds is None else seeds.element_size() + 4
     each += 0 if factors is None else 4
     return size_of(*operands), each * programs + size_of(order) * passes
@@ -116,6 +116,16 @@ def own_number(numbers, number, i_segment, segments):
         return number
     else:
         return tl.load(numbers + min(i_segment, segments - 1))  # rows without a segment ignore it
+
+
+@triton.jit
+def mask_numbers(seeds, own_thresholds, threshold, i, i_segment, segments):
+    """(seed, threshold) of projection i's mask; with ``own_thresholds``, of the segment's mask.
+
+    A mask counts rows from 0; a segment's own mask counts them from the segment's first row.
+    """
+    i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+    return tl.load(seeds + i_seed), own_number(own_thresholds, threshold, i_segment, segments)
 
 
 @triton.jit

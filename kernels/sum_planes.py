@@ -38,8 +38,7 @@ _COUNTS = [f"count{i}" for i in range(MAX_PROJECTIONS)]
 def sum_planes_kernel(
     planes, out,
     size0, size1, size2, size3, count0, count1, count2, count3,
-    SIZES_OF_8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZES_OF_8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = Σ_s PLANES_i[s], in the order of s.
 
@@ -65,6 +64,17 @@ def sum_planes_kernel(
                 pointers += size  # to the next plane
             tl.store(out[i] + o_element, cast(b_sum, out[i].dtype.element_ty), mask=inside)
         i_block -= blocks
+
+
+def planes_for(sums: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Memory for ``count`` float32 planes of each sum [count, *its shape].
+
+    A kernel that isn't split (``count`` 1) writes to the sum itself.  Its planes are empty, and not
+    None, so that both cases compile to the same kernel.
+    """
+    if count == 1:
+        return [sums[0].new_empty(0, dtype=torch.float32)] * len(sums)
+    return [each.new_empty(count, *each.shape, dtype=torch.float32) for each in sums]
 
 
 def sum_planes(
