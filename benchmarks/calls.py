@@ -14,7 +14,7 @@ import torch
 
 from fastlora.backends import find_backend
 from fastlora.backends.protocol import LossRows, LossSettings
-from fastlora.clock import clock_for, medians, wait_for
+from fastlora.common.clock import clock_for, medians, wait_for
 from fastlora.kernels.config import Config, candidates, default_config
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import Plan, Row

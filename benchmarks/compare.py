@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from fastlora.clock import clock_for
+from fastlora.common.clock import clock_for
 
 from .cases import Case, cpu_cases, gpu_cases
 from .judge import Judge

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
 from fastlora.backends.protocol import BackwardCall, Call
+from fastlora.call.projection import Layout
+from fastlora.call.rows import Rows
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.projection import Layout
-from fastlora.rows import Rows
 
 # torch's operations that move no bytes.
 FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like")

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs, and the peak memory of a step; ``fastlora/clock.py`` has the clocks."""
+"""Steps as CUDA graphs, and the peak memory of a step; fastlora.common.clock has the clocks."""
 
 from collections.abc import Callable
 

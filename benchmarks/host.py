@@ -16,7 +16,7 @@ import cuda_standin
 import torch
 
 import fastlora
-from fastlora.clock import HostClock
+from fastlora.common.clock import HostClock
 
 from .cases import Case
 from .lineup import make_tensors, makers_for

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastlora.clock import Clock, HostClock, clock_for, timed, wait_for
+from fastlora.common.clock import Clock, HostClock, clock_for, timed, wait_for
 
 from .cases import Case
 from .contestants import Contestant, Maker, Tensors

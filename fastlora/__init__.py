@@ -25,7 +25,7 @@ if (
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .automatic import auto  # noqa: F401  # it needs no torch, so that a program can start with it
+from .integrations.patches import auto  # noqa: F401  # it needs no torch, so that a program can start with it
 from .version import __version__  # noqa: F401
 
 # Public names of 0.4, and what replaces them.

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .run import WHAT
-from .run import main as run_program
+from .integrations.run import WHAT
+from .integrations.run import main as run_program
 from .version import __version__
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -5,21 +5,21 @@ from .adapters.combine import combine_adapters
 from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .adapters.serving import check_adapter
-from .automatic import auto
 from .backends import use_backend
+from .call.projection import Projection
+from .call.rows import AdapterMapping
+from .doctor.model_check import check
 from .estimates import estimate
+from .integrations.patches import auto
 from .layers.linear import LoRALinear, lora_state_dict, replace_linears
+from .layers.report import Coverage
 from .ops.functional import grouped_lora_linear, lora_linear, lora_linears, multi_lora_linear
 from .ops.loss import linear_cross_entropy, token_logprobs
 from .packing.checkpoints import load_packed
 from .packing.pack_weights import pack
-from .peft.check import check
 from .peft.inject import get_peft_model, load_adapter
-from .peft.optimize import coverage, optimize, restore
-from .projection import Projection
-from .report import Coverage
-from .rows import AdapterMapping
-from .sampling import merged
+from .peft.optimized import coverage, optimize, restore
+from .peft.sampling import merged
 from .sweeps import sweep
 from .tuning import tune
 from .version import __version__

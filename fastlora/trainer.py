@@ -14,12 +14,18 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from .automatic import check_settings, log_line, optimize_and_log, optimize_silently, show_log
+from .integrations.patches import (
+    check_settings,
+    log_line,
+    optimize_and_log,
+    optimize_silently,
+    show_log,
+)
 from .layers.modules import unwrap
 from .peft.learning import embedding_notes
-from .peft.merged import merge_adapter, why_not_sent
+from .peft.merges import merge_adapter, why_not_sent
+from .peft.sampling import merged
 from .peft.targets import peft_layers
-from .sampling import merged
 
 try:
     from transformers import TrainerCallback

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from process import run_python
 
 import fastlora
-from fastlora import automatic
+from fastlora.integrations import patches
 from fastlora.layers.mlp import GatedMLP
 
 THEIRS = inspect.unwrap(BaseTuner.inject_adapter)
@@ -60,7 +60,7 @@ def test_the_line_says_how_the_loss_runs(log):
 
 
 def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
-    assert ("model", *automatic.SETTINGS) == tuple(inspect.signature(fastlora.optimize).parameters)
+    assert ("model", *patches.SETTINGS) == tuple(inspect.signature(fastlora.optimize).parameters)
     fastlora.auto()
     fastlora.auto(gated_mlps=False)
     model = model_of()
@@ -72,7 +72,7 @@ def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
         fastlora.auto(base="int4")
     with pytest.raises(TypeError, match="no setting 'model'"):
         fastlora.auto(model=model)
-    assert automatic._settings == {"gated_mlps": False}
+    assert patches._settings == {"gated_mlps": False}
 
 
 def test_off_leaves_optimized_models_and_later_ones_to_peft():
@@ -233,7 +233,7 @@ def test_a_program_sees_names_before_and_after_torch_is_imported():
     code = (
         "import sys, fastlora; assert 'optimize' in dir(fastlora); assert fastlora.__version__;"
         "from fastlora import *; assert optimize is fastlora.optimize;"
-        "assert fastlora.peft.optimize.optimize is optimize; assert not hasattr(fastlora, 'no')"
+        "assert fastlora.peft.optimized.optimize is optimize; assert not hasattr(fastlora, 'no')"
     )
     for first in ("", "import torch;"):
         run_python("-c", first + code)
@@ -257,15 +257,15 @@ def test_a_name_of_0_4_is_an_error_that_names_the_page(name):
 )
 def test_the_switch_in_the_environment(value, settings, monkeypatch):
     monkeypatch.setenv("FASTLORA", value)
-    automatic.from_environment()
-    assert automatic._settings == settings
+    patches.from_environment()
+    assert patches._settings == settings
 
 
 def test_a_wrong_setting_in_the_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("FASTLORA", '{"gates": true}')
     with pytest.raises(ValueError, match="must be 0, 1 or a JSON object with some of strict, "):
-        automatic.from_environment()
-    assert automatic._settings is None
+        patches.from_environment()
+    assert patches._settings is None
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_wrong_setting_in_the_environment_is_an_error(monkeypatch):
 )
 def test_the_line_is_shown_once_as_the_program_s_logging_says(setup, shown):
     program = (
-        "import logging, sys; sys.stderr = sys.stdout; from fastlora import automatic;"
-        f"automatic.show_log(); automatic.show_log(); {setup}; automatic.log_line(20, 'a line')"
+        "import logging, sys; from fastlora.integrations import patches; sys.stderr = sys.stdout;"
+        f"patches.show_log(); patches.show_log(); {setup}; patches.log_line(20, 'a line')"
     )
     assert run_python("-c", program) == shown.strip()

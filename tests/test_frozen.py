@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import fastlora
 from fastlora.layers import frozen
 from fastlora.layers.classes import change_classes, own_classes
-from fastlora.report import cover_frozen
+from fastlora.layers.report import cover_frozen
 
 pytestmark = pytest.mark.usefixtures("wide")
 

@@ -19,8 +19,8 @@ from process import run_python
 from pydantic import BaseModel, ValidationError
 
 import fastlora
-from fastlora import automatic
 from fastlora.__main__ import main
+from fastlora.integrations import patches
 from fastlora.layers.mlp import GatedMLP
 from fastlora.trainer import MergedSampling
 
@@ -118,7 +118,7 @@ def test_axolotl_s_entry_point_acts_only_with_its_variable(axolotl, caplog, monk
 def test_axolotl_s_model_that_auto_has_optimized_gets_one_line(axolotl, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fastlora")
     monkeypatch.setenv("FASTLORA", '{"frozen_linears": false}')
-    automatic.from_environment()
+    patches.from_environment()
     try:
         model = peft_model()
         axolotl.FastLoRAPlugin().post_model_load({}, model)
@@ -269,8 +269,8 @@ def test_verl_s_entry_point_acts_only_with_its_variable():
     """verl loads the module and calls nothing (verl/__init__.py)."""
     name = entry_point("verl.plugins")
     code = (
-        f"import sys, {name}; from fastlora import automatic; print(automatic._settings,"
-        "automatic._FINDER in sys.meta_path, 'torch' in sys.modules)"
+        f"import sys, {name}; from fastlora.integrations import patches; print(patches._settings,"
+        "patches._FINDER in sys.meta_path, 'torch' in sys.modules)"
     )
     assert run_python("-c", code, FASTLORA="1") == "{} True False"
     assert run_python("-c", code, FASTLORA=None) == "None False False"

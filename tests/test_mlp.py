@@ -20,7 +20,7 @@ from transformers import activations
 import fastlora
 from fastlora.layers import mlp
 from fastlora.layers.classes import change_classes, own_classes
-from fastlora.layers.members import activation_of
+from fastlora.layers.module_parts import activation_of
 
 IN, HIDDEN, ROWS = 8, 12, 40  # calls of up to 32 rows wouldn't be fused
 

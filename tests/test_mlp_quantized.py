@@ -12,10 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from vendor_layers import BITSANDBYTES, KINDS, AwqTorchLinear, quantized
 
 import fastlora
+from fastlora.call.projection import flatten, layouts_of
 from fastlora.layers import mlp
 from fastlora.layers.classes import change_classes, own_classes
 from fastlora.peft.baseline import shared_masks
-from fastlora.projection import flatten, layouts_of
 
 # On any CPU, bitsandbytes itself reads rows of whole blocks of 64 correctly.
 IN, HIDDEN, ROWS, R = 64, 128, 40, 3

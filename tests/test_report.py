@@ -9,7 +9,7 @@ from models import Mlp, tiny_llama
 from torch import nn
 
 import fastlora
-from fastlora.report import Coverage, LayerCoverage
+from fastlora.layers.report import Coverage, LayerCoverage
 
 
 def adapted():

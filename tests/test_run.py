@@ -18,7 +18,9 @@ import __main__, sys
 print(__name__, __package__, getattr(__spec__, "name", None), sorted(globals()), sys.argv)
 print(sys.path, sys.flags, __main__.__dict__ is globals(), "torch" in sys.modules)
 """
-STATE = "from fastlora import automatic as a; print(a._settings, a._FINDER in sys.meta_path)"
+STATE = (
+    "from fastlora.integrations import patches as a; print(a._settings, a._FINDER in sys.meta_path)"
+)
 # A shell's background jobs ignore SIGINT, and so would the program.
 _SIGNAL = """
 import os, signal, time
@@ -202,8 +204,8 @@ CHILDREN = """
 import multiprocessing, os, subprocess, sys
 
 def state(_=None):
-    from fastlora import automatic
-    return automatic._settings, automatic._FINDER in sys.meta_path, sys.argv[1:], __name__
+    from fastlora.integrations import patches
+    return patches._settings, patches._FINDER in sys.meta_path, sys.argv[1:], __name__
 
 if __name__ == "__main__":
     for how in ("spawn", "forkserver", "fork"):

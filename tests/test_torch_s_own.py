@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 import fastlora
-from fastlora.projection import Adapter, Base, Output
+from fastlora.call.projection import Adapter, Base, Output
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 

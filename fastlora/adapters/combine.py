@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.projection import Adapter
+from ..common.text import shown
+from ..common.values import check_settings, is_number
 from ..layers.modules import called, some
 from ..packing.files import write_adapter
-from ..projection import Adapter
-from ..settings import check_settings, is_number
-from ..text import shown
 from .keys import pairs_of
 from .spectrum import LayerSpectrum, Spectra, cut
 from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns

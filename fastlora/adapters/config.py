@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
-from ..settings import check_settings
-from ..text import shown
+from ..common.text import shown
+from ..common.values import check_settings
 
 _Number = TypeVar("_Number", int, float)
 # PEFT's order of an experts module's weights; it nests their adapters, the last one outermost.

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..foreign import optional
+from ..common.other_packages import optional
+from ..common.text import shown
 from ..layers.modules import some
 from ..packing.files import check_folder, read_config, write_whole
-from ..text import shown
 from .stored import is_copy, open_adapter
 
 # transformers' model types, and gguf's names for them.  For these models llama.cpp's converter only

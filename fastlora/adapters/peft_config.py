@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..text import shown
+from ..common.text import shown
 from .config import AdapterConfig
 
 _OURS = {field.name for field in fields(AdapterConfig)}

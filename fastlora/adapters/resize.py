@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.text import shown
+from ..common.values import check_settings, is_number
 from ..packing.files import write_adapter
-from ..settings import check_settings, is_number
-from ..text import shown
 from .spectrum import Spectra, cut
 from .stored import check_output, flat, open_adapter, patterns
 

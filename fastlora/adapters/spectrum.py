@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..foreign import optional
+from ..call.projection import Adapter
+from ..common.other_packages import optional
+from ..common.text import columns
 from ..layers.linear import scaling_of
 from ..layers.modules import called
 from ..packing.files import check_folder, write_whole
-from ..projection import Adapter
-from ..text import columns
 
 
 @dataclass(frozen=True)

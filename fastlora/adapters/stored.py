@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.experts import stacked
+from ..call.projection import Adapter
+from ..layers.experts_module import stacked
 from ..layers.linear import scaling_of
 from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
-from ..projection import Adapter
 from .config import AdapterConfig
 from .keys import pairs_of
 from .peft_config import as_trained, from_peft

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch as pytorch  # here `torch` is the backend
 
-from ..projection import Output
-from ..text import shown
+from ..call.projection import Output
+from ..common.text import shown
 from .protocol import Backend as Backend
 from .protocol import BackwardCall as BackwardCall
 from .protocol import Call as Call

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import blocks
+from ..call.projection import Adapter, Base, Output, map_outputs, reads_x
+from ..common import row_blocks as blocks
 from ..formats.format import Quantized
-from ..projection import Adapter, Base, Output, map_outputs, reads_x
 from .dropout import DropoutMask
 from .int8 import add_dy_in_8_bits, linear_in_8_bits, rounded
 from .products import (

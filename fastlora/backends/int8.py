@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import slices
+from ..call.projection import Base
+from ..common.row_blocks import slices
 from ..formats.format import Quantized
 from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, quantize_rows, rotate_in
-from ..projection import Base
 from .products import Scratch, rows_of
 
 SCRATCH = Scratch()

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import slices
-from ..projection import Output
+from ..call.projection import Output
+from ..common.row_blocks import slices
 from .dropout import DropoutMask
 from .formula import OutputBackward, added, backward_rows, forward_rows, from_row, no_gradients
 from .protocol import LossRows, LossSettings

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..blocks import Dense, slices, source_of, widened
+from ..call.projection import HALF_DTYPES, Base, Output
+from ..common.row_blocks import Dense, slices, source_of, widened
 from ..formats.format import Quantized
-from ..projection import HALF_DTYPES, Base, Output
 
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))

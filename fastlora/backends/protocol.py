@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..projection import Layout, Output
-from ..rows import Rows
+from ..call.projection import Layout, Output
+from ..call.rows import Rows
 
 
 class Call(NamedTuple):

@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Base, Output, flatten, per_adapter, reads_x, unflatten
-from ..rows import NO_BASE, Rows, take
+from ..call.projection import Adapter, Base, Output, flatten, per_adapter, reads_x, unflatten
+from ..call.rows import NO_BASE, Rows, take
 from .dropout import DropoutMask
 from .dropout import dropout_mask as dropout_mask
 from .formula import Masks, OutputBackward, backward_rows, forward_rows, from_row
-from .gated import gated as gated
-from .gated import gated_backward as gated_backward
+from .gated_products import gated as gated
+from .gated_products import gated_backward as gated_backward
+from .loss_of_rows import row_loss as row_loss
 from .products import h_dtype as h_dtype
 from .protocol import BackwardCall, Call
-from .row_loss import row_loss as row_loss
 
 HANDS_TO = ""  # no other backend, because this one covers every call
 

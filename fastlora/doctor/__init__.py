@@ -9,12 +9,12 @@ import torch
 
 from ..backends import BACKENDS, backend_name, find_backend
 from ..backends.products import is_slow
+from ..call.projection import HALF_DTYPES
+from ..common.text import columns
 from ..formats.format import name_of
 from ..peft import untested, why_nothing_changes
-from ..peft.check import Check, check
-from ..projection import HALF_DTYPES
-from ..text import columns
 from .machine import devices_here, hardware, installation, one_line, settings, slow_steps, versions
+from .model_check import Check, check
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..namesake import namesakes
+from ..integrations.name_clash import namesakes
 from ..version import __version__
 
 _SETTINGS = re.compile(

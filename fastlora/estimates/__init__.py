@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..clock import HostClock, median, timed
-from ..foreign import optional
+from ..common.clock import HostClock, median, timed
+from ..common.other_packages import optional
+from ..common.text import bar, shown
+from ..common.values import check_switches
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import check_model, check_plain, embeddings_of, text_config, unwrap
 from ..peft.inject import injected
-from ..settings import check_switches
-from ..text import bar, shown
 from .count import Estimate, count_adapter, count_frozen, tensors_of
 
 RANKS = (8, 16, 64, 256)

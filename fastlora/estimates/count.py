@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call.projection import is_plain
+from ..common.text import columns
 from ..formats import PackedLayer, quantized_weight
 from ..formats.float8 import SCALE
-from ..layers.experts import packed_names, weight_in
+from ..layers.experts_module import packed_names, weight_in
 from ..layers.frozen import matrix_of, why_not_class
-from ..layers.members import plain_class_of
+from ..layers.module_parts import plain_class_of
 from ..peft.targets import find_targets
-from ..projection import is_plain
-from ..text import columns
 
 
 @dataclass(frozen=True)

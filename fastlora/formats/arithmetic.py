@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..blocks import rows_at_a_time, slices
+from ..common.row_blocks import rows_at_a_time, slices
 
 # Elements per piece of a 16-bit output: the float32 copy of a piece is 1 MiB and stays in cache.
 _AT_ONCE = 2**18

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import slices
-from ..foreign import derived_from, is_dtensor
+from ..common.other_packages import derived_from, is_dtensor
+from ..common.row_blocks import slices
 from .format import FLOATS, Coding, Expected, Format, Quantized, of_rows
 from .torchao import Affine
 from .vendor import PackedLayer, checked

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..common.other_packages import is_class
 from .arithmetic import place_for, scales_of, widen
 from .format import Coding, Expected, Format, Quantized, name_of, of_rows
 from .microscaled import MXFP4

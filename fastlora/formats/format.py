@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
-from ..blocks import Dense, Source, rows_at_a_time, slices
+from ..common.row_blocks import Dense, Source, rows_at_a_time, slices
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name: shape and dtypes
@@ -147,10 +147,10 @@ def _value_of(word: str) -> Any:
 
 
 class Quantized(NamedTuple):
-    """A packed weight [N, K]; it implements :class:`fastlora.blocks.Source` and never trains.
+    """A packed weight [N, K]; it implements :class:`.row_blocks.Source`, and never trains.
 
-    It replaces the plain weight of a :class:`fastlora.projection.Base`.  For a stack [E, N, K] of
-    experts ``format`` describes one expert, and each tensor has a leading dimension E.
+    It replaces the plain weight of a :class:`.projection.Base`.  For a stack [E, N, K] of experts
+    ``format`` describes one expert, and each tensor has a leading dimension E.
     """
 
     format: Format

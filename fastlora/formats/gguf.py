@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..common.other_packages import is_class
 from .arithmetic import write_scaled
 from .format import Expected, Format, Quantized
 from .vendor import PackedLayer, checked

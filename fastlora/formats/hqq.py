@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..common.other_packages import is_class
 from .format import Quantized, name_of
 from .opaque import Opaque
 from .vendor import PackedLayer, checked

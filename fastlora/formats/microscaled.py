@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..blocks import slices
+from ..common.row_blocks import slices
 from .arithmetic import place_for, scales_of, widen
 from .format import Coding, Expected, Format
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import buffer_for, widened
-from ..foreign import optional
+from ..common.other_packages import optional
+from ..common.row_blocks import buffer_for, widened
 from .arithmetic import packed_by_rows
 from .bitsandbytes import FourBit
 from .float8 import Float8

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks import slices
-from ..foreign import is_class
+from ..common.other_packages import is_class
+from ..common.row_blocks import slices
 from .arithmetic import packed_by_rows
 from .format import Expected, Format, Quantized, name_of
 from .vendor import PackedLayer, checked

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..common.other_packages import is_class
 from .format import FLOATS, Expected, Format, Quantized
 from .vendor import PackedLayer, checked
 

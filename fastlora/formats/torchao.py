@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..foreign import PLAIN, derived_from, is_class
+from ..common.other_packages import PLAIN, derived_from, is_class
 from .arithmetic import write_scaled
 from .float8 import Float8
 from .format import FLOATS, Coding, Expected, Format, Quantized, name_of, of_rows

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..foreign import is_dtensor
+from ..common.other_packages import is_dtensor
 from .format import Quantized
 
 SHARDED = "its weight is sharded (DTensor)"  # the reason where PackedLayer.is_whole is False

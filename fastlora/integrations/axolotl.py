@@ -14,7 +14,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
-from ..automatic import is_on, optimize_or_log, settings_in, show_log
+from .patches import is_on, optimize_or_log, settings_in, show_log
 
 _LOG = logging.getLogger("fastlora")
 # axolotl switches its kernels on by itself unless one of these keys is set.

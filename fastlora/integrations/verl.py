@@ -3,6 +3,6 @@
 Importing this file calls ``fastlora.auto()`` if ``FASTLORA=1`` is set, and does nothing otherwise.
 """
 
-from ..automatic import from_environment
+from .patches import from_environment
 
 from_environment()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .guards import forget
-from .members import under
+from .module_parts import under
 
 # The names of forwards in a module's __dict__.  accelerate's hook stores the original forward under
 # the second name.

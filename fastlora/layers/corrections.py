@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..blocks import slices
-from ..projection import is_plain
+from ..call.projection import is_plain
+from ..common.row_blocks import slices
 
 # Bits of float32's mantissa that the dtype lacks.
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13}

@@ -14,14 +14,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backends.products import are_wide
-from ..foreign import is_class
+from ..call.projection import HALF_DTYPES, Base, Output
+from ..common.other_packages import is_class
 from ..formats import SHARDED, PackedLayer, quantized_weight
 from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
-from ..projection import HALF_DTYPES, Base, Output
 from .classes import Fast
 from .guards import LinearRecord, fits
-from .members import is_hooked, plain_class_of, tensor_of, why_not_part, why_not_tensor, why_patched
+from .module_parts import (
+    is_hooked,
+    plain_class_of,
+    tensor_of,
+    why_not_part,
+    why_not_tensor,
+    why_patched,
+)
 
 WATCHED = "a hook watches, or something replaces, its calls"
 

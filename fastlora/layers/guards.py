@@ -35,13 +35,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..call.projection import (
+    AUTOCAST_DTYPES,
+    DTYPES,
+    Output,
+    flatten,
+    is_plain,
+    layouts_of,
+    unflatten,
+)
 from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
 from ..ops.run import run_one
-from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
-from .members import plain_class_of
+from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
-from ..foreign import FULLY_SHARDED, derived_from
+from ..common.other_packages import FULLY_SHARDED, derived_from
 from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
 from .classes import change_classes, changed_classes, class_over
@@ -29,7 +29,7 @@ from .guards import LinearRecord, fits
 from .logits import tensors_of
 from .logits_functions import lazy_logits
 from .loss_seen import RAN, line_of_loss, watch
-from .members import is_hooked, under, why_patched
+from .module_parts import is_hooked, under, why_patched
 from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 
 _PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call.projection import HALF_DTYPES, Base, Output
 from ..formats import PackedLayer, weight_of
 from ..formats.format import Quantized, name_of
 from ..formats.packing import pack_weight
 from ..formats.rotated_int8 import read
 from ..ops.functional import lora_linears
-from ..projection import HALF_DTYPES, Base, Output
 
 
 class Int8Linear(nn.Module):

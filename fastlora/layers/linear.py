@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call.projection import Adapter, Base, Output
+from ..common.text import shown
+from ..common.values import check_settings, check_switches, suggests_arguments, warn_of
 from ..ops.functional import linears
-from ..projection import Adapter, Base, Output
-from ..settings import check_settings, check_switches, suggests_arguments, warn_of
-from ..text import shown
 from .classes import change_class
 from .frozen import is_plain_linear, why_not_plain
 from .guards import LinearRecord, Recorded, call_recorded
-from .members import tensor_of
 from .merging import add_product
+from .module_parts import tensor_of
 from .modules import REGEX_HINT, bypassed, called, name_test
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..backends import BackwardCall, Call, backend_name, find_backend
 from ..backends.protocol import LossSettings
+from ..call.projection import flatten, layouts_of, unflatten
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
 from ..ops.node import Function, refuse_by_torch_only, run_backward, run_forward
-from ..projection import flatten, layouts_of, unflatten
 
 Change = Callable[[Tensor], Tensor]
 Record = Callable[[str], None] | None  # gets the text that says how a loss ran

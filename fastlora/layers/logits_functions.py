@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backends.loss import reduced_rows
+from ..call.projection import HALF_DTYPES
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on, autocast_off
 from ..ops.loss import REDUCTIONS, Head, head_loss
 from ..ops.node import as_matrix
-from ..projection import HALF_DTYPES
 from .logits import (
     HANDLERS,
     STEPS,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import buffer_for, source_of, widened
+from ..call.projection import is_plain
+from ..common.row_blocks import buffer_for, source_of, widened
 from ..ops.dispatch import autocast_off
-from ..projection import is_plain
 
 
 def add_product(

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..foreign import is_same_code
+from ..call.projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
+from ..common.other_packages import is_same_code
 from ..formats import PackedLayer
 from ..ops.dispatch import autocast_dtype, follows, why_not_here
 from ..ops.few_rows import has_few_rows
-from ..ops.gated import GatedCall, gated_call, run_gated
-from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
+from ..ops.gated_mlp import GatedCall, gated_call, run_gated
 from .classes import Fast, class_over
 from .frozen import read_frozen
 from .guards import LinearRecord, Record, Recorded, call_recorded, fits
-from .members import activation_of, is_replaced, plain_class_of
+from .module_parts import activation_of, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _UNKNOWN = "its forward is unknown to fastlora"

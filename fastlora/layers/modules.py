@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
+from ..common.other_packages import FSDP, FULLY_SHARDED, derived_from, is_dtensor
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # Parts of names that wrappers inside of a model add: torch.compile, checkpointing, FSDP1.

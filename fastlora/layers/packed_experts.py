@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..call.projection import Base, Output
+from ..common.other_packages import is_class
 from ..formats import gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantized
 from ..ops.dispatch import why_only_torch
-from ..projection import Base, Output
 from .classes import change_class, class_over
-from .experts import (
+from .experts_module import (
     Experts,
     PackedWeight,
     dense_weight,
@@ -26,7 +26,7 @@ from .experts import (
     takes,
     weight_in,
 )
-from .members import plain_class_of, tensor_of, why_not_tensor
+from .module_parts import plain_class_of, tensor_of, why_not_tensor
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 

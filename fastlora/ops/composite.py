@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from ..backends.products import cast
+from ..call.projection import Adapter, Output
+from ..call.rows import Rows, Share, take
 from ..formats.format import Quantized
-from ..projection import Adapter, Output
-from ..rows import Rows, Share, take
 
 # drop(the adapter's number in the call, its rows of x, their segment or None) -> dropped rows.
 Drop = Callable[[int, Tensor, Share | None], Tensor]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..projection import AUTOCAST_DTYPES, Output, is_plain
+from ..call.projection import AUTOCAST_DTYPES, Output, is_plain
 
 NODE, OP, COMPOSITE = "node", "op", "composite"
 _OFF = nullcontext()

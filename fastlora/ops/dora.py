@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..blocks import rows_at_a_time
+from ..call.projection import Base, Output
+from ..common.row_blocks import rows_at_a_time
 from ..formats.format import Quantized
-from ..projection import Base, Output
 from .functional import lora_linear, lora_linears
 from .node import are_batched
 from .norm import norm_of_rows, wide_dtype

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from ..backends import BackwardCall, Call, GatedProduct, find_backend
-from ..backends.gated import ACTIVATIONS
-from ..blocks import block_of_rows, rows_at_a_time
-from ..projection import Output, flatten, layouts_of
+from ..backends.gated_products import ACTIVATIONS
+from ..call.projection import Output, flatten, layouts_of
+from ..common.row_blocks import block_of_rows, rows_at_a_time
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import refuse_by_torch_only, run_backward, run_forward
 from .routing import Part, Routing, Sums, routing_of

@@ -19,8 +19,8 @@ from torch.nn.functional import linear
 
 from ..backends.products import are_wide, cast
 from ..backends.protocol import Call
+from ..call.projection import Output
 from ..formats.format import Quantized
-from ..projection import Output
 
 # The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.17 × the time
 # of PEFT's layer, and 1.90 × with a node; without dropout 1.01 × and 1.29 × (``make bench

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..backends import Call
-from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
-from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
-from ..rows import AdapterMapping, Many, Rows
+from ..call.checks import adapters_of, check_call, check_many, check_tensor, numbers_of
+from ..call.projection import Adapter, Base, Output, Projection, as_outputs, is_plain
+from ..call.rows import AdapterMapping, Many, Rows
 from .dispatch import NODE, autocast_is_on, path_of
 from .kinds import call_of, key_of_outputs, remember
 from .run import run, run_checked

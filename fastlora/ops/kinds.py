@@ -2,7 +2,7 @@
 
 A call with a cached key skips the checks, dispatch, the choice of a backend, and the capture of its
 launches.  All of these depend only on the *kind* of a call: the facts of x and of all other tensors
-(:func:`fastlora.projection.facts_of`: shape, strides, dtype, device …), the numbers beside them,
+(:func:`.projection.facts_of`: shape, strides, dtype, device …), the numbers beside them,
 autocast's dtype, and the requested backend.  :func:`key_of` makes the key of a kind.  With this
 cache, an optimized PEFT layer takes 0.95 × the host time of PEFT's layer, on the Triton backend
 (``make bench ARGS=host``, docs/kernels.md).
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..backends import asked_backend
-from ..projection import Output, facts_of, flatten, layouts_of
+from ..call.projection import Output, facts_of, flatten, layouts_of
 from .dispatch import autocast_dtype, is_ordinary
 
 _MOST = 1024  # entries; a new sequence length makes a new one

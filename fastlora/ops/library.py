@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..backends import BackwardCall, Call, find_backend
 from ..backends.torch import widths_of_h
+from ..call.projection import Layout, Output, flatten, layouts_of, unflatten
+from ..call.rows import Many, Numbers, Rows, rows_on
 from ..formats.format import Quantized, from_text
-from ..projection import Layout, Output, flatten, layouts_of, unflatten
-from ..rows import Many, Numbers, Rows, rows_on
 from .dispatch import autocast_off
 from .node import run_backward, run_forward, to_save
 from .norm import norm_of_rows, wide_dtype

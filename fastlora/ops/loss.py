@@ -18,10 +18,19 @@ from ..backends import Backend, backend_name, find_backend
 from ..backends.dropout import DropoutMask
 from ..backends.loss import loss_of_rows
 from ..backends.protocol import LossSettings
-from ..checks import check_call, check_tensor
-from ..projection import Adapter, Base, Layout, Output, flatten, is_plain, layouts_of, unflatten
-from ..settings import is_number
-from ..text import shown
+from ..call.checks import check_call, check_tensor
+from ..call.projection import (
+    Adapter,
+    Base,
+    Layout,
+    Output,
+    flatten,
+    is_plain,
+    layouts_of,
+    unflatten,
+)
+from ..common.text import shown
+from ..common.values import is_number
 from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import Function, as_matrix, refuse_by_torch_only

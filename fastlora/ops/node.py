@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import BackwardCall, Call
-from ..projection import HALF_DTYPES, Layout, reads_x, unflatten
-from ..rows import Share
+from ..call.projection import HALF_DTYPES, Layout, reads_x, unflatten
+from ..call.rows import Share
 from .composite import run_composite
 from .dispatch import autocast_dtype, autocast_off
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..blocks import buffer_for, source_of, widened
+from ..common.row_blocks import buffer_for, source_of, widened
 from ..formats.format import Format, Quantized
 from .dispatch import autocast_off
 

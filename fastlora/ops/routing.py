@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..rows import Rows
+from ..call.rows import Rows
 
 
 class Part(NamedTuple):

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Call, backend_name, find_backend
-from ..checks import why_not_mixed
-from ..projection import Output, flatten, layouts_of, named_tensors, packed_of, unflatten
-from ..rows import Many, Rows
+from ..call.checks import why_not_mixed
+from ..call.projection import Output, flatten, layouts_of, named_tensors, packed_of, unflatten
+from ..call.rows import Many, Rows
 from .composite import run_composite, torch_dropout
 from .dispatch import (
     COMPOSITE,

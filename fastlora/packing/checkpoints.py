@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..call.projection import DTYPES
 from ..formats.format import Quantized
 from ..formats.microscaled import MXFP4
 from ..layers.classes import twin
-from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
+from ..layers.experts_module import PackedWeight, read_module, stack_in, weight_in
 from ..layers.frozen import matrix_of
 from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
 from ..layers.packed_experts import why_not_experts
-from ..projection import DTYPES
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .linears import PARTS, packed_linears, read_linear
 from .pack_weights import Packing, PackReport, packed_on_meta

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..foreign import derived_from
+from ..common.other_packages import derived_from
 from ..formats import Vendor, rotated_int8, vendor_of
-from ..layers.experts import PackedWeight, packed_names, read_module
+from ..layers.experts_module import PackedWeight, packed_names, read_module
 from ..layers.int8 import Int8Linear
 from ..layers.modules import plain_name
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foreign import optional
+from ..common.other_packages import optional
 from ..formats import quantized_weight, vendor_of
 from ..formats.format import Quantized, name_of
 from ..formats.rotated_int8 import RotatedInt8
 from ..layers.classes import twin
 from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear, int8_linear
-from ..layers.members import is_hooked
+from ..layers.module_parts import is_hooked
 from ..layers.modules import called, some
 from .declarations import other_vendor
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..foreign import DDP, FSDP, FULLY_SHARDED
+from ..common.other_packages import DDP, FSDP, FULLY_SHARDED
+from ..common.text import columns, shown
 from ..formats import quantized_weight
 from ..formats.format import Quantized
 from ..formats.packing import KINDS, pack_weight, packing_error
-from ..layers.experts import packed_names, read_module, stack_in
+from ..layers.experts_module import packed_names, read_module, stack_in
 from ..layers.frozen import is_plain_linear, matrix_of, why_not_plain
 from ..layers.modules import (
     REGEX_HINT,
@@ -30,7 +31,6 @@ from ..layers.modules import (
     unwrap,
 )
 from ..layers.packed_experts import take_packed, why_not_experts
-from ..text import columns, shown
 from .declarations import declared, is_vendors
 from .linears import pack_linear
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..formats import vendor_of, weight_of
-from ..layers.experts import dense_weight, packed_names
+from ..layers.experts_module import dense_weight, packed_names
 from ..layers.int8 import Int8Linear, dense_linear
 
 _KEPT = "_fastlora_packed"  # an attribute of merged layers: the packed base, or weight of experts

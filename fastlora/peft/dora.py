@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 
+from ..call.projection import Adapter
 from ..layers.guards import LinearRecord
 from ..ops.dora import dora_linear, dora_norm
-from ..projection import Adapter
 
 # PEFT's cache, active inside of DoraCaching in evaluation.  PEFT 0.18 has none.
 _cached: Any = getattr(dora, "cache_decorator", lambda key: lambda norm: norm)

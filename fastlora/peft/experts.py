@@ -14,8 +14,9 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
+from ..call.projection import Adapter, Base, Output
 from ..layers.classes import Fast, change_class, class_over
-from ..layers.experts import (
+from ..layers.experts_module import (
     OTHER,
     Experts,
     dense_weight,
@@ -30,9 +31,8 @@ from ..layers.experts import (
 )
 from ..layers.frozen import is_router
 from ..layers.guards import Record
-from ..layers.members import is_hooked, why_not_tensor, why_patched
+from ..layers.module_parts import is_hooked, why_not_tensor, why_patched
 from ..layers.packed_experts import run_dense, settle
-from ..projection import Adapter, Base, Output
 from . import newer
 from .dense import dense_base
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale

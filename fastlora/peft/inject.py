@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
 from ..layers.classes import change_class
-from ..layers.experts import lies_transposed, packed_names, read_module, sort_weights, stack_in
+from ..layers.experts_module import (
+    lies_transposed,
+    packed_names,
+    read_module,
+    sort_weights,
+    stack_in,
+)
 from ..layers.int8 import Int8Linear
 from ..layers.modules import (
     REGEX_HINT,
@@ -35,7 +41,7 @@ from ..layers.modules import (
 from ..packing.checkpoints import check_keys
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection, why_nothing_changes
-from .optimize import optimize
+from .optimized import optimize
 from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
 from .trainable import admit_training
 

@@ -22,7 +22,7 @@ from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import LinearRecord, Recorded, call_recorded, fits
 from ..layers.int8 import Int8Linear
-from ..layers.members import is_hooked, is_replaced, plain_class_of, under, why_patched
+from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under, why_patched
 from ..ops.functional import linears
 from . import experts
 from .dense import dense_base, has_packed, make_dense

@@ -29,19 +29,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import asked_backend, use_backend
-from ..foreign import FSDP, FULLY_SHARDED
+from ..call.projection import HALF_DTYPES
+from ..common.other_packages import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight
 from ..formats.float8 import SCALE
 from ..formats.rotated_int8 import quantize_rows, rotate
 from ..layers.classes import changed_classes
-from ..layers.experts import packed_names, weight_in
+from ..layers.experts_module import packed_names, weight_in
 from ..layers.frozen import matrix_of
 from ..layers.int8 import Int8Linear
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
+from ..layers.report import Coverage
 from ..ops.dispatch import autocast_dtype
-from ..projection import HALF_DTYPES
-from ..report import Coverage
 from .layer import PeftGatedMLP, fast_classes
 
 _SHARE = 0.01  # the largest error of a size, besides PEFT's

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..common.values import doubt_of
 from ..layers.modules import embeddings_of, has_sharded, plain_name, some, unwrap
-from ..settings import doubt_of
 from .targets import peft_layers
 
 # A step may have no gradients at all: of a GRPO batch with equal rewards, or after an overflow.

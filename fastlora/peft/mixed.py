@@ -22,15 +22,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backends import asked_backend
+from ..call.projection import is_plain
+from ..call.rows import AdapterMapping, Share
 from ..layers.classes import Fast, change_classes
 from ..layers.guards import fits
-from ..layers.members import why_patched
+from ..layers.module_parts import why_patched
 from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
 from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
-from ..projection import is_plain
-from ..rows import AdapterMapping, Share
 from .read import read
 
 _NONE = "__base__"  # PEFT's name for no adapter

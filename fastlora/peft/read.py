@@ -18,13 +18,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..foreign import is_dtensor
+from ..call.projection import Adapter, Base, Output, is_plain
+from ..common.other_packages import is_dtensor
+from ..common.values import LARGEST_SCALE, is_number
 from ..layers.frozen import read_base
 from ..layers.guards import LinearRecord, Variant
-from ..layers.members import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
+from ..layers.module_parts import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
 from ..ops.dispatch import why_not_here
-from ..projection import Adapter, Base, Output, is_plain
-from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
 from .dora import Dora

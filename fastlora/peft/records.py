@@ -8,11 +8,11 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
+from ..call.projection import Output
 from ..layers.classes import Fast
-from ..layers.members import is_hooked
+from ..layers.module_parts import is_hooked
 from ..layers.modules import has_sharded, some
-from ..projection import Output
-from ..report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
+from ..layers.report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
 from .experts import ExpertsRecord, read_experts, wrappers_in
 from .layer import why_not_swapped
 from .read import adapters_now, read, why_not_now

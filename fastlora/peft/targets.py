@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
-from ..layers.experts import read_module, stack_in
+from ..layers.experts_module import read_module, stack_in
 from ..layers.frozen import is_conv1d, is_router, matrix_of
-from ..layers.members import plain_class_of
+from ..layers.module_parts import plain_class_of
 from ..layers.modules import embeddings_of, full_name, plain_name
 
 # Classes that choose experts.  Some are linear layers, others hold one.

@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from ..foreign import is_dtensor
+from ..call.projection import Base, Output
+from ..common.other_packages import is_dtensor
 from ..layers.classes import twin
 from ..layers.guards import LinearRecord
-from ..layers.members import defined_in
+from ..layers.module_parts import defined_in
 from ..ops.functional import linears
 from ..ops.run import draw_seed
-from ..projection import Base, Output
 
 _PLACE = "transformers.distributed.tensor_parallel"
 PARALLEL = "its base layer is tensor parallel"

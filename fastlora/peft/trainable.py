@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..foreign import derived_from
+from ..common.other_packages import derived_from
 from ..layers.classes import change_class, class_over
 
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..common.text import shown
+from ..common.values import check_switches
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.head import lazy_head
 from ..layers.modules import called, check_model, some, unwrap
 from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
-from ..settings import check_switches
-from ..text import shown
 from . import record
-from .layer import attached
 from .record import State, Sweep
 from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip
 from .trial import Options, Trial, as_trials
+from .trial_layer import attached
 
 
 def sweep(

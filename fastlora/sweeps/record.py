@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.text import columns, shown
 from ..layers.modules import some
 from ..packing.files import CONFIG, WEIGHTS, write_whole
-from ..text import columns, shown
 from .trial import Trial
 
 FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"

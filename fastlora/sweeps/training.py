@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..common.text import shown
 from ..layers.batch import in_mode
-from ..text import shown
-from .layer import Attached
 from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
+from .trial_layer import Attached
 
 Batch = dict[str, Tensor]
 _ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight

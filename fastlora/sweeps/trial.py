@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..foreign import optional
-from ..settings import check_settings, is_number
-from ..text import shown
+from ..common.other_packages import optional
+from ..common.text import shown
+from ..common.values import check_settings, is_number
 
 _SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"

@@ -10,15 +10,15 @@ from torch import nn
 
 from ..backends import backend_name
 from ..backends.sizes import Sizes
-from ..clock import clock_for, medians
-from ..foreign import optional
+from ..call.projection import DTYPES
+from ..common.clock import clock_for, medians
+from ..common.other_packages import optional
+from ..common.text import bar, shown
+from ..common.values import check_settings, check_switches, is_number
 from ..layers.classes import change_classes
 from ..layers.linear import replace_linears
 from ..layers.mlp import gated_classes
 from ..peft.targets import linear_layers
-from ..projection import DTYPES
-from ..settings import check_settings, check_switches, is_number
-from ..text import bar, shown
 from .calls import products_of
 from .table import Tuned, Tuning
 

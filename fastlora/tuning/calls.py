@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.sizes import Sizes
-from ..layers.experts import experts_of_a_token
+from ..call.projection import Output
+from ..layers.experts_module import experts_of_a_token
 from ..layers.linear import LoRALinear
 from ..layers.mlp import PARTS, GatedMLP
-from ..peft.optimize import checked
+from ..layers.report import NO_LAYERS
+from ..peft.optimized import checked
 from ..peft.targets import peft_layers
-from ..projection import Output
-from ..report import NO_LAYERS
 
 # A module, its output (or the reason why it isn't fast), and its dropout probability.
 _Layer = tuple[Any, Output[Tensor] | str, float]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..text import columns
+from ..common.text import columns
 
 _TITLES = ("rows x in x out", "default", "best", "ms", "/ default")
 

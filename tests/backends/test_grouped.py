@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora.backends import BackwardCall, Call, find_backend
-from fastlora.projection import Layout
-from fastlora.rows import Rows
+from fastlora.call.projection import Layout
+from fastlora.call.rows import Rows
 
 
 @pytest.fixture(autouse=True)

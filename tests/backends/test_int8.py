@@ -12,11 +12,11 @@ from int8 import exact, random_weight
 import fastlora
 from fastlora.backends import int8 as backend
 from fastlora.backends import products
+from fastlora.call.projection import Base, Output
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import RotatedInt8, rotate
 from fastlora.ops.dora import dora_linear, dora_norm
-from fastlora.projection import Base, Output
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])

@@ -6,7 +6,7 @@ from marks import DEVICE
 
 from fastlora.backends.sizes import Sizes
 from fastlora.backends.triton.plans import Contest
-from fastlora.clock import HostClock, clock_for, medians
+from fastlora.common.clock import HostClock, clock_for, medians
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.kernels.target import TARGETS, use_target

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlora
 from fastlora import reference
 from fastlora.backends import formula, products
-from fastlora.projection import as_outputs, flatten, layouts_of
+from fastlora.call.projection import as_outputs, flatten, layouts_of
 
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),

@@ -9,7 +9,7 @@ from marks import DEVICE
 from process import run_forked
 
 import fastlora
-from fastlora.backends.triton import cover
+from fastlora.backends.triton import supported as cover
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import IN_PLACE, MANY_ROWS, use_plan
 
@@ -145,7 +145,7 @@ def test_a_cpu_without_the_interpreter_runs_on_torch():
 def test_every_switch_of_float32_precision_is_followed(switch, precision):
     code = (
         f"import torch, fastlora; {switch}\n"
-        "from fastlora.backends.triton.cover import precision_of\n"
+        "from fastlora.backends.triton.supported import precision_of\n"
         "from fastlora.kernels.target import TARGETS, use_target\n"
         "with use_target(TARGETS['sm_90']): print(precision_of(torch.ones(1, device='meta')))"
     )

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import fastlora
 from fastlora.backends.dropout import dropout_mask
-from fastlora.backends.triton import cover
+from fastlora.backends.triton import supported as cover
+from fastlora.call.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
 from fastlora.kernels import replay
 from fastlora.kernels.target import target_of, use_target
 from fastlora.ops.run import draw_seed
-from fastlora.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="its truth is computed on a CPU")
 

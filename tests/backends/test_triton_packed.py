@@ -11,8 +11,10 @@ from marks import DEVICE
 from packed import random_float8, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 import fastlora
-from fastlora.backends.triton import at_once, experts
+from fastlora.backends.triton import at_once
+from fastlora.backends.triton import grouped as experts
 from fastlora.backends.triton.packed import has_kernel
+from fastlora.call.projection import Adapter, Base, Output, as_outputs
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Format, Quantized
@@ -20,7 +22,6 @@ from fastlora.formats.microscaled import MXFP4
 from fastlora.formats.torchao import Affine
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.plan import IN_PLACE, use_plan
-from fastlora.projection import Adapter, Base, Output, as_outputs
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="expects the interpreter's launches")
 

@@ -11,11 +11,11 @@ import fastlora
 from fastlora import AdapterMapping
 from fastlora.backends import Call, find_backend
 from fastlora.backends.triton import at_once
+from fastlora.call.projection import Adapter, Base, Layout, Output
+from fastlora.call.rows import Rows
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.ops.experts import lora_experts
 from fastlora.ops.run import run_checked
-from fastlora.projection import Adapter, Base, Layout, Output
-from fastlora.rows import Rows
 
 COUNTS = [6, 0, 5, 3]
 

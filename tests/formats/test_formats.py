@@ -6,12 +6,12 @@ import pytest
 import torch
 from packed import MAKERS, by_elements, random_four_bit, random_int8
 
+from fastlora.call.projection import Base, Output, flatten, layouts_of, unflatten
 from fastlora.formats import arithmetic, float8
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantized, from_text
 from fastlora.formats.torchao import Affine
-from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
 
 @pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())

@@ -8,7 +8,7 @@ import vendor_layers
 from packed import by_elements, random_int4
 from torch import nn
 
-from fastlora.blocks import source_of
+from fastlora.common.row_blocks import source_of
 from fastlora.formats import torchao as vendor
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import from_text

@@ -7,7 +7,7 @@ from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, counted_launches, po
 from torch import Tensor
 
 from fastlora.backends import GatedProduct, find_backend
-from fastlora.backends.gated import ACTIVATIONS as OF_TORCH
+from fastlora.backends.gated_products import ACTIVATIONS as OF_TORCH
 from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward, why_not_gated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

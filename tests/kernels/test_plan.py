@@ -10,11 +10,11 @@ import torch
 from kernel_cases import launched
 
 from fastlora.backends import protocol, triton
+from fastlora.call.projection import Layout
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_plan, use_rows
 from fastlora.kernels.target import TARGETS, target_of, use_target
-from fastlora.projection import Layout
 
 CPU = torch.device("cpu")
 TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))

@@ -21,11 +21,11 @@ from torch.nn import functional
 from torch.overrides import get_testing_overrides, resolve_name
 from torch.utils import _pytree
 
+from fastlora.call.projection import Adapter, Base, Output
 from fastlora.layers import logits_functions
 from fastlora.layers.logits import LazyLogits
 from fastlora.layers.logits_functions import lazy_logits
 from fastlora.ops.loss import head_of
-from fastlora.projection import Adapter, Base, Output
 
 B, N, K, V, R, P = 2, 5, 6, 11, 2, 0.3
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlora.call.projection import Base, Output
 from fastlora.layers.logits_functions import lazy_logits
 from fastlora.ops.loss import head_of
-from fastlora.projection import Base, Output
 
 K, V = 16, 50
 TARGET = torch.randint(0, V, (2, 6), generator=torch.Generator().manual_seed(1))

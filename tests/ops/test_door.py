@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRALinear, Projection
-from fastlora.projection import Adapter, Base, Output
+from fastlora.call.projection import Adapter, Base, Output
 
 TENSORS = ("x", "weight", "lora_a", "lora_b", "bias")
 SAMPLE = torch.ones(4, 4)

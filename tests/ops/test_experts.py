@@ -7,9 +7,9 @@ from judge import peak_bytes, saved_bytes
 from torch import nn
 
 from fastlora.backends import find_backend
+from fastlora.call.projection import Adapter, Base, Output
 from fastlora.ops import experts
 from fastlora.ops.experts import lora_experts
-from fastlora.projection import Adapter, Base, Output
 
 E, K, INNER, N = 4, 8, 5, 6
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastlora
-from fastlora.backends.gated import ACTIVATIONS
-from fastlora.ops.gated import gated_call
-from fastlora.projection import Output, flatten, layouts_of, unflatten
+from fastlora.backends.gated_products import ACTIVATIONS
+from fastlora.call.projection import Output, flatten, layouts_of, unflatten
+from fastlora.ops.gated_mlp import gated_call
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 with_and_without_dropout = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)

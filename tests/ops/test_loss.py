@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import fastlora
 from fastlora.backends import loss as of_backend
+from fastlora.backends import loss_of_rows as row_loss_module
 from fastlora.backends import products
-from fastlora.backends import row_loss as row_loss_module
 from fastlora.backends.dropout import dropout_mask
 
 M, K, V, R = 27, 12, 37, 3

@@ -4,8 +4,8 @@ import torch
 from call_kinds import INDICES, RANKS, made
 
 from fastlora import AdapterMapping
-from fastlora import rows as cut_rows
 from fastlora.backends import torch as torch_backend
+from fastlora.call import rows as cut_rows
 
 
 def test_an_adapter_of_a_list_without_rows_gets_no_gradient():

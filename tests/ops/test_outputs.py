@@ -6,7 +6,7 @@ from judge import make_outputs, make_projection, saved_bytes
 from torch.nn.functional import linear
 
 import fastlora
-from fastlora.projection import Adapter, Base, Output, Projection
+from fastlora.call.projection import Adapter, Base, Output, Projection
 
 pytestmark = pytest.mark.usefixtures("backend")
 

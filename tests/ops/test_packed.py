@@ -16,9 +16,9 @@ from packed import random_four_bit, random_int8, stack
 
 import fastlora
 from fastlora.backends import formula, products
+from fastlora.call.projection import Projection, as_outputs
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.format import Quantized
-from fastlora.projection import Projection, as_outputs
 
 
 def projection(n: int, k: int, r: int, dtype: torch.dtype) -> Projection:

@@ -24,7 +24,7 @@ from vendor_layers import BITSANDBYTES
 
 import fastlora
 from fastlora.formats import quantized_weight
-from fastlora.layers.experts import packed_names
+from fastlora.layers.experts_module import packed_names
 
 WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes, also on a CPU
 needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import fastlora
 from fastlora.formats.packing import pack_weight, packing_error
-from fastlora.layers.experts import read_module, weight_in
+from fastlora.layers.experts_module import read_module, weight_in
 
 KINDS = {"nf4": "NF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "float8"}
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -9,7 +9,7 @@ from peft_models import adapted, assert_same, optimized
 from torch import nn
 
 import fastlora
-from fastlora.peft.optimize import while_optimized
+from fastlora.peft.optimized import while_optimized
 
 
 def model_of(**settings) -> peft.PeftModel:

@@ -18,12 +18,12 @@ from torch import nn
 
 import fastlora
 from fastlora.backends import formula
+from fastlora.doctor.model_check import Difference
 from fastlora.layers.batch import loss_and_outputs
 from fastlora.ops import run as ops_run
 from fastlora.peft import baseline
 from fastlora.peft import layer as fast_linear
 from fastlora.peft import read as reading
-from fastlora.peft.check import Difference
 
 MLP = ("gate", "up", "down")
 

@@ -15,7 +15,7 @@ from peft_models import adapted
 
 import fastlora
 from fastlora.backends import products
-from fastlora.peft.optimize import while_optimized
+from fastlora.peft.optimized import while_optimized
 
 BASE = "base_model.model."
 DOCS = Path(__file__).parents[2] / "docs" / "cpu.md"

@@ -16,7 +16,7 @@ import fastlora
 from fastlora.formats import rotated_int8
 from fastlora.layers import int8 as layers
 from fastlora.layers.int8 import Int8Linear, dense_linear
-from fastlora.peft import int8
+from fastlora.peft import convert_int8 as int8
 
 F32, BF16 = torch.float32, torch.bfloat16
 ALL = {"base": "int8", "int8_from": 0}

@@ -15,7 +15,7 @@ from process import run_forked
 from torch import nn
 
 import fastlora
-from fastlora.peft.optimize import while_optimized
+from fastlora.peft.optimized import while_optimized
 
 
 def adapted() -> peft.PeftModel:

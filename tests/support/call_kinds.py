@@ -14,8 +14,8 @@ from packed import random_four_bit, random_int8, stack
 from torch import Tensor
 
 import fastlora
+from fastlora.call.projection import Adapter, Base, Output
 from fastlora.formats.format import Quantized
-from fastlora.projection import Adapter, Base, Output
 
 K, N, ROWS = 16, 12, 40
 INDICES = torch.tensor([2, 0, -1, 0, 2, -1, 2, 1, 1, 1], dtype=torch.int32)  # one index for 4 rows

@@ -20,7 +20,7 @@ from judge import LAYOUTS
 from packed import random_float8, random_four_bit, random_int8
 from torch import Tensor
 
-from fastlora.projection import Adapter, Base, Output, flatten, layouts_of
+from fastlora.call.projection import Adapter, Base, Output, flatten, layouts_of
 
 RANDOM_LAYERS = 30
 _ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)

@@ -11,12 +11,12 @@ from judge import assert_close
 from kernel_cases import F32, keep_masks, poisoned
 from torch import Tensor
 
+from fastlora.call.projection import Base, Output
 from fastlora.formats import rotated_int8
 from fastlora.formats.format import Quantized
 from fastlora.formats.rotated_int8 import rotate
 from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
 from fastlora.kernels.quantize_rows import quantize_rows
-from fastlora.projection import Base, Output
 
 GUARD = -128  # no code
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import FineGrainedFP8Config
 
 from fastlora.formats.format import Quantized
-from fastlora.layers.experts import dense_weight, packed_names, read_module, weight_in
+from fastlora.layers.experts_module import dense_weight, packed_names, read_module, weight_in
 from fastlora.layers.frozen import matrix_of
 from fastlora.layers.int8 import Int8Linear
 from fastlora.layers.packed_experts import take_packed

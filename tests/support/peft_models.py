@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastlora
-from fastlora.layers import experts as fast_experts
+from fastlora.layers import experts_module as fast_experts
 from fastlora.packing.files import CONFIG, WEIGHTS
 from fastlora.peft import layer as fast_linear
 

@@ -31,8 +31,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 import fastlora
 from fastlora.backends import find_backend
 from fastlora.layers.logits import LazyLogits
+from fastlora.layers.report import LayerCoverage
 from fastlora.peft.baseline import shared_masks
-from fastlora.report import LayerCoverage
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 TARGETS = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}

@@ -25,17 +25,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import blocks
 from fastlora.backends import products
 from fastlora.backends.dropout import dropout_mask
-from fastlora.backends.gated import ACTIVATIONS
+from fastlora.backends.gated_products import ACTIVATIONS
+from fastlora.call.projection import HALF_DTYPES, Adapter, Base, Output
+from fastlora.common import row_blocks as blocks
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
 from fastlora.ops import few_rows, kinds
 from fastlora.ops.dora import dora_linear
-from fastlora.ops.gated import gated_call
+from fastlora.ops.gated_mlp import gated_call
 from fastlora.ops.run import draw_seed
-from fastlora.projection import HALF_DTYPES, Adapter, Base, Output
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _PAIR = ("lora_a", "lora_b")

@@ -16,7 +16,7 @@ import torch
 from benchmarks import calls, judge, measure, visit
 from benchmarks.cases import Case
 from benchmarks.forms import Form
-from fastlora import clock
+from fastlora.common import clock
 
 
 class Event:

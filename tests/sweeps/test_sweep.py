@@ -16,10 +16,10 @@ from vendor_layers import quantized
 
 import fastlora
 from fastlora.peft.targets import find_targets
-from fastlora.sweeps.layer import new_pair
 from fastlora.sweeps.record import PICTURE, curves
 from fastlora.sweeps.training import causal_loss, counted, feed
 from fastlora.sweeps.trial import Options, as_trials
+from fastlora.sweeps.trial_layer import new_pair
 
 STEPS, SEED = 6, 5
 CONFIGS = [

@@ -9,8 +9,8 @@ from moe_models import base_model, parameters_of
 from vendor_layers import quantized
 
 import fastlora
-from fastlora.backends.triton.cover import kernels
 from fastlora.backends.triton.plans import Contest
+from fastlora.backends.triton.supported import kernels
 from fastlora.kernels.launch import intercept
 from fastlora.layers.classes import change_classes
 from fastlora.layers.mlp import gated_classes

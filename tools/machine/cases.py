@@ -26,6 +26,16 @@ from fastlora.backends import find_backend
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton.packed import packed_of
+from fastlora.call.projection import (
+    Adapter,
+    Base,
+    Output,
+    as_outputs,
+    flatten,
+    layouts_of,
+    unflatten,
+)
+from fastlora.call.rows import Rows
 from fastlora.formats.format import Quantized
 from fastlora.formats.rotated_int8 import pack_rotated
 from fastlora.kernels.dequant import dequant
@@ -33,10 +43,8 @@ from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
 from fastlora.kernels.target import target_of
 from fastlora.ops.experts import lora_experts, routing_of
-from fastlora.ops.gated import gated_call
+from fastlora.ops.gated_mlp import gated_call
 from fastlora.ops.run import draw_seed, run_checked
-from fastlora.projection import Adapter, Base, Output, as_outputs, flatten, layouts_of, unflatten
-from fastlora.rows import Rows
 
 DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "tf32": F32}
 PLANS = {"fused": FUSED, "in-place": IN_PLACE}

@@ -22,8 +22,8 @@ def optimize_and_count(**settings: Any) -> Counter:
     """
     from peft.tuners import lora
 
-    from fastlora import automatic
-    from fastlora.layers import members
+    from fastlora.integrations import patches
+    from fastlora.layers import module_parts as members
     from fastlora.ops import few_rows
     from fastlora.peft.layer import FastLinear
 
@@ -43,8 +43,8 @@ def optimize_and_count(**settings: Any) -> Counter:
     if counter != {FAST: 1}:
         raise RuntimeError(f"a call of a plain layer, optimized, wasn't fast: {dict(counter)}")
     counter.clear()
-    automatic.optimize_or_log = automatic.optimize_and_log  # an error fails the test
-    automatic.auto(**settings)
+    patches.optimize_or_log = patches.optimize_and_log  # an error fails the test
+    patches.auto(**settings)
     return counter
 
 

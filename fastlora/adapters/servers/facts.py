@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...common.text import shown
 from ...packing import files
 from ...packing.files import CONFIG, WEIGHTS
-from ...text import shown
 from ..config import AdapterConfig
 from ..peft_config import config_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...projection import Adapter
+from ...call.projection import Adapter
 from ..config import IN_ORDER, names_any
 from ..keys import pairs_of
 from ..llama_cpp import parts_of

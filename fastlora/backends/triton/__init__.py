@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..dropout import dropout_mask as dropout_mask
 from ..protocol import BackwardCall, Call
-from . import experts, layer, many
+from . import grouped as experts
+from . import linear as layer
+from . import many
 from . import measured as measured
-from .cover import why_not as why_not
 from .gated import gated as gated
 from .gated import gated_backward as gated_backward
 from .row_loss import row_loss as row_loss
+from .supported import why_not as why_not
 from .verification import environment as environment
 from .verification import read_records as read_records
 

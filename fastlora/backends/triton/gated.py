@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import torch as torch_backend
 from ..protocol import GatedProduct
-from .cover import empty_like, kernels, why_not
+from .supported import empty_like, kernels, why_not
 from .verification import KernelFunction, run_kernels
 
 

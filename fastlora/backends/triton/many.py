@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...projection import Adapter, Base, Output, unflatten
-from ...rows import NO_BASE, Rows
+from ...call.projection import Adapter, Base, Output, unflatten
+from ...call.rows import NO_BASE, Rows
 from .. import torch as torch_backend
 from ..dropout import DropoutMask
 from ..formula import OutputBackward, backward_rows, forward_rows
 from ..protocol import BackwardCall, Call
-from . import layer
-from .cover import covers, empty_gradients, kernels, precision_of
-from .layer import through_lora_b
+from . import linear as layer
+from .linear import through_lora_b
+from .supported import covers, empty_gradients, kernels, precision_of
 from .verification import KernelFunction, run_kernels
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ... import cache
-from .cover import kernels
+from ...common import cache_folder as cache
+from .supported import kernels
 
 _FOLDER = "tuning"
 _rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use

@@ -6,10 +6,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...call.projection import Base, Layout, Output, flatten, unflatten
 from ...formats.format import Format, Quantized
-from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import BackwardCall, Call
-from .cover import LONGEST, kernels
+from .supported import LONGEST, kernels
 
 # More blocks than any weight has, so that all its blocks share one outer scale.
 _ALL = 2**40

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...projection import Adapter, Base, Output, flatten, layouts_of
-from ...rows import Rows
+from ...call.projection import Adapter, Base, Output, flatten, layouts_of
+from ...call.rows import Rows
 from .. import torch as torch_backend
 from .. import triton as triton_backend
 from ..protocol import BackwardCall, Call
 from ..sizes import Sizes
 from . import verification
-from .cover import kernels, precision_of
+from .supported import kernels, precision_of
 
 _SEED = 7  # any number
 

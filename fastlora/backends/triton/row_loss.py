@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...projection import Base, Output
+from ...call.projection import Base, Output
 from .. import torch as torch_backend
 from ..protocol import LossRows, LossSettings
-from .cover import kernels, why_not
+from .supported import kernels, why_not
 from .verification import KernelFunction, run_kernels
 
 # Rows that one verification compares: its copies of z take several times the memory of z.

@@ -33,11 +33,11 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ... import cache as files
-from ...blocks import slices
+from ...call.projection import Adapter, Base, Layout, Output, flatten, unflatten
+from ...common import cache_folder as files
+from ...common.row_blocks import slices
 from ...formats.format import Quantized
-from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
-from .cover import kernels, user_level
+from .supported import kernels, user_level
 
 # Looked up once, because every call needs them.
 plan, replay, target = kernels.plan, kernels.replay, kernels.target

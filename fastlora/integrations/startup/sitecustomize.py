@@ -12,7 +12,7 @@ from importlib.util import module_from_spec
 _here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _here]
 try:
-    from fastlora.automatic import from_environment
+    from fastlora.integrations.patches import from_environment
 except ImportError:
     pass  # a Python of another environment, without fastlora
 else:

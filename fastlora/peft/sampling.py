@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .layers.modules import check_model, unwrap
-from .peft.merged import active, bytes_of, lock, merge_layers, why_not_merged
-from .peft.targets import peft_layers
-from .report import NO_LAYERS
-from .text import shown
+from ..common.text import shown
+from ..layers.modules import check_model, unwrap
+from ..layers.report import NO_LAYERS
+from .merges import active, bytes_of, lock, merge_layers, why_not_merged
+from .targets import peft_layers
 
 _PLACES = ("corrections", "device", "cpu")
 

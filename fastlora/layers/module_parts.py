@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..foreign import FULLY_SHARDED, derived_from, is_class, is_dtensor
-from ..projection import DTYPES, is_plain
+from ..call.projection import DTYPES, is_plain
+from ..common.other_packages import FULLY_SHARDED, derived_from, is_class, is_dtensor
 
 _FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}
 _TRANSFORMERS = "transformers.activations"

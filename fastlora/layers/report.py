@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .backends import planned_backend
-from .formats.format import Quantized
-from .layers.frozen import Linear, slow_weight
-from .layers.linear import LoRALinear
-from .layers.modules import has_sharded, left_out, plain_name, some
-from .projection import Output
+from ..backends import planned_backend
+from ..call.projection import Output
+from ..formats.format import Quantized
+from .frozen import Linear, slow_weight
+from .linear import LoRALinear
+from .modules import has_sharded, left_out, plain_name, some
 
 NO_LAYERS = "no LoRA layers: fastlora.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .formats.format import Quantized
+from ..common.text import shown
+from ..common.values import check_scale
+from ..formats.format import Quantized
 from .projection import Adapter, Base, Output, is_plain
-from .settings import check_scale
-from .text import shown
 
 # The base of an output whose base product is already computed; adapters are added to that product.
 NO_BASE: Base = Base(None)

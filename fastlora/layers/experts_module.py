@@ -16,14 +16,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..call.projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
+from ..common.other_packages import is_class
 from ..formats import float8, gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantized
 from ..ops.dispatch import autocast_is_on
 from ..ops.experts import Activate, lora_experts
-from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
-from .members import activation_of, defined_in, is_hooked, plain_class_of, tensor_of, why_patched
+from .module_parts import (
+    activation_of,
+    defined_in,
+    is_hooked,
+    plain_class_of,
+    tensor_of,
+    why_patched,
+)
 
 _INTERFACE = "transformers.integrations.moe"
 _SETTINGS = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..call.rows import AdapterMapping
 from ..formats import quantized_weight
 from ..layers.classes import change_class, class_over
 from ..layers.frozen import matrix_of
@@ -16,7 +17,6 @@ from ..layers.linear import Pair, new_adapter, scaling_of
 from ..layers.modules import called
 from ..ops.functional import multi_lora_linear
 from ..peft.targets import Target, find_targets
-from ..rows import AdapterMapping
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"

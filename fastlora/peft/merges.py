@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foreign import derived_from
+from ..call.projection import DTYPES
+from ..common.other_packages import derived_from
 from ..formats import vendor_of
 from ..layers import merging
 from ..layers.classes import change_class, twin
 from ..layers.corrections import Corrections, corrections, has_corrections
-from ..layers.experts import packed_names
-from ..layers.members import plain_class_of
+from ..layers.experts_module import packed_names
+from ..layers.module_parts import plain_class_of
 from ..layers.modules import called, is_sharded, owners_of, plain_name
 from ..ops.dispatch import autocast_off
-from ..projection import DTYPES
 from .dense import is_packed, make_dense, use_packed
 
 # Classes of PEFT whose layers can be merged.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..call.projection import HALF_DTYPES
 from ..layers.classes import Fast
 from ..layers.int8 import Int8Linear, dense_linear, int8_linear
-from ..layers.members import is_hooked, plain_class_of, why_not_tensor
+from ..layers.module_parts import is_hooked, plain_class_of, why_not_tensor
 from ..layers.modules import is_sharded, owners_of, some
-from ..projection import HALF_DTYPES
 from .dense import forget_packed
 
 # An attribute of converted models: a dict from the name of each layer that stayed dense to the

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..call.projection import HALF_DTYPES
+from ..common.text import shown
+from ..common.values import is_number
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
 from ..layers.modules import some, unwrap
-from ..projection import HALF_DTYPES
-from ..report import Coverage
-from ..settings import is_number
-from ..text import shown
-from .optimize import while_optimized
+from ..layers.report import Coverage
+from ..peft.optimized import while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT
-    from .layer_check import LayerCheck
+    from ..peft.layer_check import LayerCheck
 
 # The largest relative difference between two runs of a model that counts as rounding, by the
 # coarsest dtype of the run.  In 16 bits only the model's own loss counts.
@@ -194,8 +194,8 @@ def check(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
             report = stack.enter_context(while_optimized(model, base, int8_from))
-        from .baseline import shared_masks  # here, because both files import PEFT
-        from .layer_check import Judge, coarsest_dtype
+        from ..peft.baseline import shared_masks  # here, because both files import PEFT
+        from ..peft.layer_check import Judge, coarsest_dtype
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(

@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from ..common.values import check_optimize
 from ..formats import bitsandbytes
 from ..layers import mlp
 from ..layers.classes import Fast, change_classes, own_classes
-from ..layers.experts import PackedWeight
+from ..layers.experts_module import PackedWeight
 from ..layers.frozen import frozen_classes
 from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from ..layers.linear import LoRALinear
 from ..layers.modules import has_sharded, plain_name, unwrap
-from ..report import (
+from ..layers.report import (
     IN_THE_CALL,
     PEFT_FORWARD,
     Coverage,
@@ -30,9 +31,8 @@ from ..report import (
     cover_lora_linears,
     left_out_notes,
 )
-from ..settings import check_optimize
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
-from .int8 import convert, give_back_dense, notes_of
+from .convert_int8 import convert, give_back_dense, notes_of
 from .learning import doubts, untrained_note
 from .targets import peft_layers
 

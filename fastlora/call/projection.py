@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing.NamedTuple of Python 3.10 can't be generic
 
-from .foreign import PLAIN
-from .formats.format import Format, Quantized
+from ..common.other_packages import PLAIN
+from ..formats.format import Format, Quantized
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)

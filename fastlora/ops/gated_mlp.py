@@ -21,9 +21,9 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import BackwardCall, Call, GatedProduct, find_backend
-from ..backends.gated import ACTIVATIONS
-from ..checks import check_call
-from ..projection import Output, flatten, layouts_of
+from ..backends.gated_products import ACTIVATIONS
+from ..call.checks import check_call
+from ..call.projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off
 from .kinds import call_of, key_of_outputs, remember
 from .node import (

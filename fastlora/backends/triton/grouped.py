@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from ...call.projection import Adapter, Base, Layout, Output, flatten, unflatten
 from ...formats.format import Quantized
-from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
-from . import layer
+from . import linear as layer
 from .at_once import aligned, runs_at_once
-from .cover import empty_gradients, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
+from .supported import empty_gradients, kernels, precision_of
 from .verification import run_kernels
 
 # The most bytes of a dense weight (all experts) that a packed one is unpacked to for one product.

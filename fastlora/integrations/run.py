@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .automatic import settings_in
+from .patches import settings_in
 
 WHAT = "run a program, with every PEFT model in it optimized"
 _STARTUP = str(Path(__file__).parent / "integrations" / "startup")

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...call.projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
+from ...call.rows import Rows
 from ...formats.format import product_of
-from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
-from ...rows import Rows
 from .. import torch as torch_backend
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
-from .cover import covers, empty_gradients, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded
+from .supported import covers, empty_gradients, empty_like, kernels, precision_of
 from .verification import KernelFunction, run_kernels
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...call.projection import Adapter, Layout, Output, named_tensors, unflatten
 from ...formats.format import product_of
 from ...formats.rotated_int8 import LONGEST_SUM
-from ...projection import Adapter, Layout, Output, named_tensors, unflatten
 
 try:
     from ...kernels import launchers as kernels  # it lives in kernels/

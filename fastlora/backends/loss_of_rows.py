@@ -5,7 +5,7 @@
 
 import torch
 
-from ..blocks import slices
+from ..common.row_blocks import slices
 from .products import Scratch
 from .protocol import LossRows
 

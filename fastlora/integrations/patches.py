@@ -121,7 +121,7 @@ def _is_shown(record: Any) -> bool:
 
 def optimize_silently(model: Any, **settings: Any) -> None:
     """:func:`fastlora.optimize` without its warnings, which the report repeats."""
-    from .peft.optimize import optimize
+    from ..peft.optimized import optimize
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,17 +133,17 @@ def optimize_and_log(model: Any, **settings: Any) -> None:
 
     After the first step, another line names the adapters that had no gradient.
     """
-    from .peft import is_disabled
-    from .peft.learning import watch
-    from .peft.optimize import coverage
+    from ..peft import is_disabled
+    from ..peft.learning import watch
+    from ..peft.optimized import coverage
 
     optimize_silently(model, **settings)
     watch(model, functools.partial(log_line, logging.WARNING))
     report = coverage(model)
     level, text = logging.INFO, "; ".join(str(report).splitlines())
     if settings.get("loss") and not report.loss:
-        from .layers.head import why_no_lazy_head
-        from .layers.modules import unwrap
+        from ..layers.head import why_no_lazy_head
+        from ..layers.modules import unwrap
 
         text += f"; loss with logits: {why_no_lazy_head(unwrap(model))}"
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -170,7 +170,7 @@ def log_line(level: int, text: str) -> None:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise TypeError for a setting that ``optimize`` doesn't take, ValueError for a bad value."""
-    from .settings import check_optimize
+    from ..common.values import check_optimize
 
     for name in settings:
         if name not in SETTINGS:
@@ -190,8 +190,8 @@ def _wrap(tuners: Any) -> None:
         settings = _settings
         if settings is None:
             return theirs(self, model, adapter_name, *rest, **named)
-        from .peft.inject import shown_if_packed
-        from .peft.targets import peft_layers
+        from ..peft.inject import shown_if_packed
+        from ..peft.targets import peft_layers
 
         with shown_if_packed(model, self.peft_config[adapter_name]):
             result = theirs(self, model, adapter_name, *rest, **named)

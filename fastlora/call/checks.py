@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .formats.format import Quantized
+from ..common.text import shown
+from ..common.values import check_dropout, check_scale, check_switches, is_number
+from ..formats.format import Quantized
 from .projection import AUTOCAST_DTYPES, DTYPES, Adapter, Base, Output, is_plain, named_tensors
 from .rows import AdapterMapping, Numbers, as_indices, as_list
-from .settings import check_dropout, check_scale, check_switches, is_number
-from .text import shown
 
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 

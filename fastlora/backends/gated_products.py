@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..blocks import rows_at_a_time, slices
+from ..common.row_blocks import rows_at_a_time, slices
 from .products import cast
 from .protocol import GatedProduct
 
