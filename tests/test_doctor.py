@@ -237,26 +237,6 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
     assert len(shown) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["nurse"], "invalid choice: 'nurse'"),
-        (["tune", "x", "--r", "0"], "r is 0, but the rank must be"),
-        (["tune", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["tune", "x", "--dropout", "nan"], "lora_dropout is nan"),
-    ],
-)
-def test_bad_arguments_are_an_error_without_a_traceback(capsys, arguments, error):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code in (1, 2)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    *_, line = printed.err.splitlines()
-    assert line.startswith("python -m fastlora")
-    assert error in line
-
-
 def test_without_arguments_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")

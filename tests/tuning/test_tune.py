@@ -444,6 +444,8 @@ def test_invalid_arguments_are_refused(call, message):
     ("options", "message"),
     [
         ("", "required: MODEL"),
+        ("x --r 0", "r is 0, but the rank must be"),
+        ("x --dtype int8", "invalid choice: 'int8'"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
 )
