@@ -270,7 +270,7 @@ def stacked(
     return Adapter(wide.mT, thin.mT, scale) if reverse else Adapter(thin, wide, scale)
 
 
-def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
+def runs_in_a_node(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
     """Whether ``lora_experts`` can run a call with these arguments.
 
     They must be x [tokens, in], index and weights [tokens, k], on one device with the experts'

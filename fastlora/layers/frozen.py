@@ -20,7 +20,7 @@ from ..formats import SHARDED, PackedLayer, quantized_weight
 from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from .classes import Fast
-from .guards import LinearRecord, fits
+from .guards import LinearRecord, fits_weight
 from .module_parts import (
     is_hooked,
     plain_class_of,
@@ -46,7 +46,7 @@ class Linear(Fast, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # torch's name for the argument
         weight = slow_weight(self)
         is_own = not (why_not_here() or why_patched(nn.Linear))
-        if weight is not None and is_own and fits(input, weight):
+        if weight is not None and is_own and fits_weight(input, weight):
             output = Output(Base(weight, self.bias))
             return lora_linears(input, (output,), backend="torch")[0]
         return super().forward(input)

@@ -430,7 +430,7 @@ def forget(module: nn.Module) -> None:
     vars(module).pop(_PLACE, None)
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
+def fits_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether the fast path can multiply this x by this base weight [out, in].
 
     If it can't, PEFT's or torch's forward runs.

@@ -25,7 +25,7 @@ from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
 from .classes import change_classes, changed_classes, class_over
 from .frozen import read_frozen
-from .guards import LinearRecord, fits
+from .guards import LinearRecord, fits_weight
 from .logits import tensors_of
 from .logits_functions import lazy_logits
 from .loss_seen import RAN, line_of_loss, watch
@@ -209,7 +209,7 @@ def _lazy_call(module: nn.Module, x: Any) -> Head | None:
     if not torch.is_grad_enabled() and x.shape[-2] == 1:
         return None
     record = read_head(module)
-    if why_not_lazy(module, record) or not fits(x, record.outputs[0].base.weight):
+    if why_not_lazy(module, record) or not fits_weight(x, record.outputs[0].base.weight):
         return None
     (output,), (p,) = record.outputs, record.dropouts
     if autocast_is_on(x.device.type):

@@ -21,7 +21,7 @@ from ..ops.few_rows import has_few_rows
 from ..ops.gated_mlp import GatedCall, gated_call, run_gated
 from .classes import Fast, class_over
 from .frozen import read_frozen
-from .guards import LinearRecord, Record, Recorded, call_recorded, fits
+from .guards import LinearRecord, Record, Recorded, call_recorded, fits_weight
 from .module_parts import activation_of, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -79,7 +79,7 @@ class GatedMLP(Fast, Recorded):
     def run_record(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, GatedCall | None]:
         """The nodes' output for x (None if the module's own forward must run), and their call."""
         dtypes = _dtypes_of_all(x, record) if record.outputs else None
-        if dtypes is None or not fits(x, record.outputs[0].base.weight):
+        if dtypes is None or not fits_weight(x, record.outputs[0].base.weight):
             return None, None
         (gate, up, down), (p, of_down) = record.outputs, record.dropouts
         inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside

@@ -21,9 +21,9 @@ from .experts_module import (
     packed_names,
     read_module,
     run_experts,
+    runs_in_a_node,
     sort_weights,
     stack_in,
-    takes,
     weight_in,
 )
 from .module_parts import plain_class_of, tensor_of, why_not_tensor
@@ -51,7 +51,7 @@ class PackedExperts(nn.Module):
             reason = reason or ("x is nested" if args[0].is_nested else why_only_torch())
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
-            if takes(args, (up, down)):
+            if runs_in_a_node(args, (up, down)):
                 return run_experts(args, experts, up, down)
         return run_dense(self, {}, args, named, reason or "its arguments are others")
 
@@ -90,7 +90,7 @@ def run_dense(
         read = read_module(experts)
         dense = {name: getattr(experts, name) for name in read.names} | made | {**weights}
         up, down = (Output(Base(dense[name])) for name in read.names)
-        if read.reason or named or not takes(args, (up, down)):
+        if read.reason or named or not runs_in_a_node(args, (up, down)):
             raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
         return run_experts(args, read, up, down)
     forward: Any = kind.forward
@@ -127,10 +127,10 @@ def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
     for name, weight in weights.items():
         delattr(module, name)
         setattr(module, name, PackedWeight(weight))
-    settle(module)
+    set_experts_class(module)
 
 
-def settle(module: Any) -> None:
+def set_experts_class(module: Any) -> None:
     """Set the class of a module, so that it runs its current weights, and sort these."""
     kind = plain_class_of(module)
     packed = needs_class(module)

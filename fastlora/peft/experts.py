@@ -25,14 +25,14 @@ from ..layers.experts_module import (
     packed_names,
     read_module,
     run_experts,
+    runs_in_a_node,
     stack_in,
     stacked,
-    takes,
 )
 from ..layers.frozen import is_router
 from ..layers.guards import Record
 from ..layers.module_parts import is_hooked, why_not_tensor, why_patched
-from ..layers.packed_experts import run_dense, settle
+from ..layers.packed_experts import run_dense, set_experts_class
 from . import newer
 from .dense import dense_base
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
@@ -81,7 +81,7 @@ class PackedWrapper(nn.Module):
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's.  Experts that are dense now get a class that runs dense weights."""
         base: nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)  # type: ignore[misc]
-        settle(base)
+        set_experts_class(base)
         return base
 
 
@@ -97,7 +97,7 @@ class FastExperts(Fast, PackedWrapper):
             record = read_experts(self)
             if record.outputs:
                 up, down = record.outputs
-                if takes((x, *args), (up, down)):
+                if runs_in_a_node((x, *args), (up, down)):
                     return run_experts((x, *args), record.experts, up, down, _dropout_of(self))
         return super().forward(x, *args, **kwargs)
 

@@ -20,7 +20,7 @@ from ..formats.bitsandbytes import keep_gradients, repack_again
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
-from ..layers.guards import LinearRecord, Recorded, call_recorded, fits
+from ..layers.guards import LinearRecord, Recorded, call_recorded, fits_weight
 from ..layers.int8 import Int8Linear
 from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under, why_patched
 from ..ops.functional import linears
@@ -63,7 +63,7 @@ class FastLinear(Fast, Recorded):
         return parts_of(self)
 
     def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Call | None]:
-        if record.output is None or not fits(x, record.output.base.weight):
+        if record.output is None or not fits_weight(x, record.output.base.weight):
             return None, None
         if isinstance(record.variant, Dora) and why_patched(DoraLinearVariant):
             return None, None  # checked in each call: PEFT's variant is no module for the guard

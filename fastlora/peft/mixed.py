@@ -25,7 +25,7 @@ from ..backends import asked_backend
 from ..call.projection import is_plain
 from ..call.rows import AdapterMapping, Share
 from ..layers.classes import Fast, change_classes
-from ..layers.guards import fits
+from ..layers.guards import fits_weight
 from ..layers.module_parts import why_patched
 from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
@@ -55,7 +55,7 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
     record = read(layer, used, mixed=True)
-    if record.output is None or not fits(x, record.output.base.weight):
+    if record.output is None or not fits_weight(x, record.output.base.weight):
         return None
     (weight, bias), adapters = record.output
     lora_a, lora_b, scales = zip(*adapters, strict=True)

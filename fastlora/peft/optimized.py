@@ -51,13 +51,13 @@ def coverage(model: nn.Module) -> Coverage:
     """
     inner = checked(model)
     unreached = why_nothing_changes() or "not optimized yet: fastlora.optimize(model) does it"
-    theirs = cover(model, peft_layers(inner), unreached)
+    theirs = cover_layers(model, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
     blocks = cover_gated_mlps(inner, unreached)
     return Coverage(layers, theirs.notes, cover_frozen(inner), blocks, cover_head(inner))
 
 
-def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
+def cover_layers(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
     """The report on PEFT layers.  ``unreached``: the reason for layers that aren't optimized."""
     notes = left_out_notes(model)
     if not layers:
@@ -198,7 +198,7 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=3)
     elif untested() and not reason:
         warnings.warn(untested(), stacklevel=3)
-    report = cover(model, layers, unreached=reason)
+    report = cover_layers(model, layers, unreached=reason)
     for doubt in doubts(inner, layers) if not reason else ():
         warnings.warn(f"fastlora.optimize: {doubt}", stacklevel=3)
     if switches["strict"] and report.not_fast:
@@ -218,7 +218,7 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         classes = fast_classes(modules)
         if base is not None:
             convert(inner, layers, classes, least, undo)
-            report = cover(model, layers, unreached=reason)
+            report = cover_layers(model, layers, unreached=reason)
         # Skip lora_A and lora_B.  In an inactive adapter they are also frozen, but their class must
         # stay torch's, because the LoRA layer reads their weights.
         named = inner.named_modules() if switches["frozen_linears"] else ()

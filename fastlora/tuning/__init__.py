@@ -128,9 +128,9 @@ def _measured(
 
     ``start`` and ``share``: when this product's measurement began, and its seconds.
     """
-    from ..backends.triton.plans import Contest
+    from ..backends.triton.plans import PlanRunner
 
-    contest, steps = Contest(product, device), dict[Any, Callable]()
+    contest, steps = PlanRunner(product, device), dict[Any, Callable]()
     for plan in contest.plans()[: 2 + _MOST_TILES]:
         if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
             break

@@ -5,7 +5,7 @@ import torch
 from marks import DEVICE
 
 from fastlora.backends.sizes import Sizes
-from fastlora.backends.triton.plans import Contest
+from fastlora.backends.triton.plans import PlanRunner
 from fastlora.common.clock import HostClock, clock_for, medians
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
@@ -33,7 +33,7 @@ every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 @every_size
 def test_both_plans_and_other_tiles_are_right(sizes):
-    contest = Contest(sizes, CPU)
+    contest = PlanRunner(sizes, CPU)
     in_place, *others = contest.plans()[:3]
     for plan in (in_place, *others):
         assert contest.why_wrong(plan) == ""
@@ -56,7 +56,7 @@ def test_a_plan_s_tiles_are_launched(sizes, precision):
         if target.kind == "cpu" or (sizes.dtype == F32 and not target.float32):
             continue
         with use_target(target):
-            contest = Contest(sizes, CPU)
+            contest = PlanRunner(sizes, CPU)
             plans = contest.plans()
             assert plans[:2] == [IN_PLACE, FUSED]
             assert len(plans) > 4
@@ -71,11 +71,11 @@ def test_a_plan_s_tiles_are_launched(sizes, precision):
 
 
 def test_a_default_is_the_rule_s_whatever_was_measured():
-    contest = Contest(SIZES["backward"], CPU)
+    contest = PlanRunner(SIZES["backward"], CPU)
     with use_plan(IN_PLACE):
         assert contest.default() == FUSED
     with use_target(TARGETS["sm_90"]):
-        assert Contest(SIZES["backward"], CPU).default() == IN_PLACE
+        assert PlanRunner(SIZES["backward"], CPU).default() == IN_PLACE
 
 
 def test_clocks_take_turns_and_give_medians():

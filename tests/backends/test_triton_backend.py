@@ -9,7 +9,7 @@ from marks import DEVICE
 from process import run_forked
 
 import fastlora
-from fastlora.backends.triton import supported as cover
+from fastlora.backends.triton import supported
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import IN_PLACE, MANY_ROWS, use_plan
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("on_triton")
 
 @pytest.fixture
 def on_triton(poisoned_memory, monkeypatch):
-    monkeypatch.setattr(cover, "_said", set())
+    monkeypatch.setattr(supported, "_said", set())
     with fastlora.use_backend("triton"), torch.device(DEVICE):
         yield
 
@@ -117,7 +117,7 @@ def test_no_rows_launch_nothing_and_say_nothing():
 
 
 def test_a_row_too_many_is_a_reason(monkeypatch):
-    monkeypatch.setattr(cover, "LONGEST", 10)
+    monkeypatch.setattr(supported, "LONGEST", 10)
     projection = make_projection(4, 6, 2, torch.float32)
     with pytest.warns(UserWarning, match="count to 10, but x has 11 rows"):
         fastlora.lora_linears(make_x(11, 6), [projection])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.backends.dropout import dropout_mask
-from fastlora.backends.triton import supported as cover
+from fastlora.backends.triton import supported
 from fastlora.call.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
@@ -141,7 +141,7 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(value):
 
 def test_calls_that_no_kernel_covers_give_a_reason():
     device, weight = torch.device("cpu"), pack_rotated(torch.randn(16, 64))
-    why = lambda weight: cover.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731
+    why = lambda weight: supported.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731
     assert why(weight) == ""
     long = Quantized(RotatedInt8(1, LONGEST_SUM + 1, "float32"), weight.tensors)
     assert "133000 products" in why(long)
@@ -167,7 +167,7 @@ def experts(x: Tensor) -> Callable:
 )
 def test_an_uncovered_call_runs_on_torch_with_a_warning(monkeypatch, make, reason):
     """As torch computes it, bit for bit."""
-    monkeypatch.setattr(cover, "_said", set())
+    monkeypatch.setattr(supported, "_said", set())
     x = exact(20, 64, trains=False)
     call = make(x)
     replay.calls.clear()

@@ -11,8 +11,8 @@ from marks import DEVICE
 from packed import random_float8, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 import fastlora
-from fastlora.backends.triton import at_once
 from fastlora.backends.triton import grouped as experts
+from fastlora.backends.triton import grouped_mm
 from fastlora.backends.triton.packed import has_kernel
 from fastlora.call.projection import Adapter, Base, Output, as_outputs
 from fastlora.formats.bitsandbytes import FourBit
@@ -179,7 +179,7 @@ def test_experts_have_the_numbers_of_dense_ones(case, monkeypatch):
 
 def test_experts_of_torch_s_own_product(monkeypatch):
     """If torch has a grouped_mm kernel, it takes the weights that were made dense."""
-    monkeypatch.setattr(at_once, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(grouped_mm, "_has_kernel", lambda device: True)
     weight = stack([random_int8(24, 40) for _ in range(3)])
     adapter = Adapter(
         torch.randn(3, 4, 40).requires_grad_(), torch.randn(3, 24, 4).requires_grad_()

@@ -10,7 +10,7 @@ from torch.nn import functional
 import fastlora
 from fastlora import AdapterMapping
 from fastlora.backends import Call, find_backend
-from fastlora.backends.triton import at_once
+from fastlora.backends.triton import grouped_mm
 from fastlora.call.projection import Adapter, Base, Layout, Output
 from fastlora.call.rows import Rows
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
@@ -41,7 +41,7 @@ def with_grouped_mm(monkeypatch):
         nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
         return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
 
-    monkeypatch.setattr(at_once, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(grouped_mm, "_has_kernel", lambda device: True)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
 
 
@@ -208,7 +208,7 @@ LIMITS = {
 def test_limits_of_grouped_mm(weight, fits):
     """torch accepts every weight that fastlora passes on, in both products, without an error."""
     x = torch.randn(5, weight.shape[2], dtype=weight.dtype)
-    assert at_once._takes(x, weight) is fits
+    assert grouped_mm._takes(x, weight) is fits
     if fits:
         functional.grouped_mm(x, weight.mT, offs=ends_of([1, 1, 3]))
         functional.grouped_mm(x @ weight[0].T, weight, offs=ends_of([1, 1, 3]))
@@ -221,4 +221,4 @@ def test_limits_of_grouped_mm(weight, fits):
 def test_which_gpus_have_a_kernel(version, hip, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert at_once._has_kernel.__wrapped__(torch.device("cuda", 0)) is has
+    assert grouped_mm._has_kernel.__wrapped__(torch.device("cuda", 0)) is has

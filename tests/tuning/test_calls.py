@@ -9,7 +9,7 @@ from moe_models import base_model, parameters_of
 from vendor_layers import quantized
 
 import fastlora
-from fastlora.backends.triton.plans import Contest
+from fastlora.backends.triton.plans import PlanRunner
 from fastlora.backends.triton.supported import kernels
 from fastlora.kernels.launch import intercept
 from fastlora.layers.classes import change_classes
@@ -82,7 +82,7 @@ def measured(model, **options) -> set[tuple]:
     products, notes = products_of(model, TOKENS, options.get("dtype"))
     assert notes == []
     for product in products:
-        row = Contest(product, CPU).row(kernels.plan.IN_PLACE)
+        row = PlanRunner(product, CPU).row(kernels.plan.IN_PLACE)
         size = (row.m, row.n, row.k, row.r, row.itemsize, row.masked, row.projections)
         found.add((*size, row.backward, row.segments))
     assert len(found) == len(products)

@@ -16,7 +16,7 @@ from ...formats.format import Quantized
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
 from . import linear as layer
-from .at_once import aligned, runs_at_once
+from .grouped_mm import aligned, has_grouped_mm
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .supported import empty_gradients, kernels, precision_of
 from .verification import run_kernels
@@ -34,7 +34,7 @@ def forward(
     ends = _ends_of(call)
     if ends is None:
         return torch_backend.forward(inputs, seeds, call)
-    settings = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
+    settings = call.layouts, call.dropout, precision_of(inputs[0]), _by_grouped_mm(inputs, call)
     made = run_kernels(_FORWARD, [*inputs, ends, seeds], settings)
     return made[:1], made[1:]
 
@@ -52,7 +52,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
     last = len(needs) - 2 * len(layouts[0].scales)
     by_torch = (False, *needs[1:last], *[False] * (len(needs) - last))
     by_kernels = (needs[0], *[False] * (last - 1), *needs[last:])
-    settings = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
+    settings = layouts, call.dropout, precision_of(x), _by_grouped_mm(inputs, call), by_kernels
     made = run_kernels(_BACKWARD, [*inputs, ends, seeds, *hs, dys[0]], settings)
     if any(by_torch):
         others = torch_backend.backward(given._replace(needs=by_torch))
@@ -140,9 +140,9 @@ def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Ou
     return Output(base, tuple([Adapter(stacked(a), stacked(b), float(s)) for a, b, s in adapters]))
 
 
-def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
+def _by_grouped_mm(inputs: Sequence[Tensor], call: Call) -> bool:
     """Whether torch's grouped_mm takes the call's weight without a copy.  Packed weights: False."""
-    return call.layouts[0].format is None and runs_at_once(inputs[0], inputs[1])
+    return call.layouts[0].format is None and has_grouped_mm(inputs[0], inputs[1])
 
 
 def _product(
@@ -171,7 +171,7 @@ def _product(
     # A packed weight whose dense form would need too much memory is unpacked tile by tile.
     unpacks = packed and (plan.unpacks or experts * n * k * x.element_size() > _LARGEST)
     q = read_by(weight, x, unpacks)
-    at_once = at_once or (packed and not unpacks and runs_at_once(x, q))
+    at_once = at_once or (packed and not unpacks and has_grouped_mm(x, q))
     q = q if backward else q.mT
     if plan.fused or unpacks or not at_once:
         out = x.new_empty(len(x), n)

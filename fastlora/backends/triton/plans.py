@@ -20,7 +20,7 @@ from .supported import kernels, precision_of
 _SEED = 7  # any number
 
 
-class Contest:
+class PlanRunner:
     """Runs a call of the given sizes with any plan, on random tensors from its own generator."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:

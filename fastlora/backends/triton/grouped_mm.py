@@ -9,7 +9,7 @@ from torch import Tensor
 _ALIGNMENT, _MOST_EXPERTS = 16, 1023
 
 
-def runs_at_once(x: Tensor, weight: Tensor) -> bool:
+def has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm runs as one kernel for this call, without reading offsets on the host."""
     if not (len(x) and _takes(x, weight)):
         return False
