@@ -30,6 +30,23 @@ class Fast:
 
     plain_class: Any  # the module's class before it was sped up
 
+    def train(self, mode: bool = True) -> Any:
+        """torch's.  It returns at once if all parts are in this mode, as in each Trainer step."""
+        module: Any = self
+        return module if is_in_mode(module, mode) else super().train(mode)  # type: ignore[misc]
+
+
+# Where methods ``train`` are defined that do nothing if no mode changes.
+_TRAINS = (__name__, nn.Module.__module__, "transformers.modeling_utils")
+
+
+def is_in_mode(module: nn.Module, mode: bool) -> bool:
+    """Whether ``module.train(mode)`` would change nothing."""
+    if module.training is not mode or type(module).train.__module__ not in _TRAINS:
+        return False
+    parts = module._modules.values()
+    return all([part is None or is_in_mode(part, mode) for part in parts])
+
 
 def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
     """A subclass of ``mixin`` and ``kind``, in that order, whose ``plain_class`` is ``kind``.

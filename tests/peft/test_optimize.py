@@ -8,7 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import Mlp, tiny_llama
+from models import Mlp, adapt, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls, mlp
 from process import run_forked
@@ -229,3 +229,26 @@ def test_on_the_meta_device_it_is_eager_until_there_is_data(fast_calls):
     assert len(fast_calls) == 2
     assert model.to("meta")(torch.empty(2, 8, device="meta")).shape == (2, 4)
     assert len(fast_calls) == 2
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_train_reaches_every_part_that_is_in_another_mode(mode):
+    model = adapt(tiny_llama(num_hidden_layers=1)).train(mode)
+    assert fastlora.layers.classes.is_in_mode(model.base_model, mode)
+    for part in [*model.modules()]:
+        part.training = not mode  # as a user sets one part by hand
+        assert model.train(mode) is model
+        assert {each.training for each in model.modules()} == {mode}
+
+
+def test_train_calls_a_part_s_own_train():
+    model, modes = adapt(tiny_llama(num_hidden_layers=1)).train(), []
+
+    class Kept(torch.nn.Linear):
+        def train(self, mode=True):
+            modes.append(mode)
+            return self
+
+    next(m for m in model.modules() if type(m) is torch.nn.Linear).__class__ = Kept
+    model.train()
+    assert modes == [True]
