@@ -15,11 +15,10 @@ import torch
 from fastlora.backends import find_backend
 from fastlora.backends.protocol import LossRows, LossSettings
 from fastlora.clock import clock_for, medians, wait_for
-from fastlora.kernels import target_of
 from fastlora.kernels.config import Config, candidates, default_config
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import Plan, Row
-from fastlora.kernels.target import Target, use_target
+from fastlora.kernels.target import Target, target_of, use_target
 
 from .forms import Form, Operands
 from .judge import TOLERANCE, checked

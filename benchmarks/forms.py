@@ -2,7 +2,7 @@
 
 ====== ================================================= =============
 y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
-y,h    the same, and h, in one launch (few rows)
+y,h    the same, and h, in one launch                    gemm_lowrank_few_rows
 dx     Σ dy weight + keep ∘ (dh lora_a)
 y+ dx+ only the low-rank term, for torch's base product     lowrank
 h      factor · (keep ∘ x) lora_aᵀ                       project
@@ -10,6 +10,8 @@ dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
 dA,dx+ the same, and dx+, in one pass over x
 dB     dyᵀ h
+x8     codes and scales of x, rotated                    quantize_rows
+dy8    codes and scales of dy, times the weight's scales
 dB,dh  the same, and dh, in one pass over dy
 loss   each row's loss and gradient (no operands here)   row_loss
 ====== ================================================= =============
@@ -26,27 +28,23 @@ from torch import Tensor
 from fastlora.backends.dropout import dropout_mask
 from fastlora.formats.bitsandbytes import CODES
 from fastlora.formats.microscaled import E2M1
-from fastlora.kernels import (
-    FLOAT8,
-    FOUR_BIT,
-    INT8,
-    Packed,
-    Rounded,
-    Scales,
-    SegmentNumbers,
-    dequant,
-    dropout_threshold,
-    gemm_lowrank,
-    lowrank,
-    project,
-    weight_grad,
-)
+from fastlora.kernels.common import dropout_threshold
 from fastlora.kernels.config import Call, Config
+from fastlora.kernels.dequant import dequant
+from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.gemm_lowrank_few_rows import gemm_lowrank_few_rows
+from fastlora.kernels.lowrank import lowrank
+from fastlora.kernels.packed import FLOAT8, FOUR_BIT, INT8, Packed
+from fastlora.kernels.project import project
+from fastlora.kernels.quantize_rows import quantize_rows
+from fastlora.kernels.segments import SegmentNumbers
+from fastlora.kernels.weight_grad import weight_grad
 
 FACTOR = 2.0
 _KERNELS = {
     "y": "gemm_lowrank", "dx": "gemm_lowrank", "y+": "lowrank", "dx+": "lowrank",
-    "h": "project", "dh": "project",
+    "h": "project", "dh": "project", "x8": "quantize_rows", "dy8": "quantize_rows",
 }  # fmt: skip
 
 
@@ -71,7 +69,7 @@ class Form:
     packed: str = ""  # the weights' packing, one of PACKED; "": dense
     segments: int = 0  # the number of segments, of about the same length
     own: bool = False  # each segment is an adapter: its own factor, scale and mask, unsorted rows
-    int8: bool = False  # y and dx multiply int8; h and dh also round x or dy to it
+    int8: bool = False  # y and dx multiply int8
 
     @property
     def kernel(self) -> str:
@@ -92,7 +90,7 @@ class Form:
         """The properties that a choice of tiles depends on, as the launcher states them."""
         size = self.dtype.itemsize
         return Call(
-            self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
+            self.M, self.columns, max(self.ranks, default=1), size, self.precision, len(self.ranks),
             self.dropout > 0, project=self.also and not self.adds, low_rank=self.adds,
             pointers=bool(self.packed)
             or any(e * (1 if self.int8 else size) % 16 for e in (self.columns, *self.depths)),
@@ -131,14 +129,14 @@ class Operands:
             self.numbers = SegmentNumbers(factors, thresholds)
         self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
-        self.scales, self.rounded = None, None
+        self.scales, self.rounded = None, ()
         if form.kernel.endswith("lowrank"):
             self.out = self._random(M, N)
             self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
             if form.int8:
                 self.ps = [self._codes(M, depth) for depth in form.depths]
                 columns = self._scales(N) if form.name == "y" else None
-                self.scales = Scales([self._scales(M) for _ in form.depths], columns)
+                self.scales = ([self._scales(M) for _ in form.depths], columns)
                 self.qs = [self._factor(depth, torch.int8) for depth in form.depths]
             elif form.packed:
                 self.qs = [self._packed(depth) for depth in form.depths]
@@ -148,9 +146,9 @@ class Operands:
             self.a = self._adapter(ranks[0], form.depths[0]).mT if form.also else None
             return
         self.v = self._random(M, N)  # x or dy
-        if form.int8:
-            factors = self._scales(N) if form.name == "dh" else None
-            self.rounded = Rounded(self._codes(M, N), self._scales(M), factors)
+        if form.kernel == "quantize_rows":
+            factors = self._scales(N) if form.name == "dy8" else None
+            self.rounded = (self._codes(M, N), self._scales(M), factors)
         self.b = self._adapter(N, ranks[0]) if form.also and not form.adds else None
         self.vs = [self._adapter(r, N).mT for r in ranks] if form.adds else []
         self.out = self._random(M, N) if form.adds else None
@@ -160,7 +158,8 @@ class Operands:
 
     def tensors(self) -> list[Tensor]:
         """All operands and results."""
-        tuples = [*(self.rounded or ()), *(self.scales or ())]
+        rows, columns = self.scales or ([], None)
+        tuples = [*self.rounded, *rows, columns]
         lists = [e if isinstance(e, list) else [e] for e in (*vars(self).values(), *tuples)]
         named = [each for found in lists for each in found]
         packed = [t for each in named if isinstance(each, Packed) for t in each.tensors()]
@@ -173,9 +172,11 @@ class Operands:
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
         sorted_ = {"order": self.order, "numbers": self.numbers}
         if form.kernel == "project":
-            options = {"rounded": self.rounded, **shared, **sorted_}
-            made = project(self.v, self.adapters, [FACTOR] * len(form.ranks), **options)
-            return [*made, *(self.rounded or ())[:2]]
+            factors = [FACTOR] * len(form.ranks)
+            return project(self.v, self.adapters, factors, **shared, **sorted_)
+        if form.kernel == "quantize_rows":
+            quantize_rows(self.v, *self.rounded, precision=form.precision)
+            return [*self.rounded[:2]]
         if form.kernel == "weight_grad":
             options = {"b": self.b, "factor": FACTOR, **shared, **sorted_}
             also = {"vs": self.vs, "low_rank": self.out}
@@ -185,9 +186,17 @@ class Operands:
             lowrank(self.out, self.us, self.vs, bias=self.bias, add=form.own, **shared, **sorted_)
             return [self.out]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        options = {"bias": self.bias, "a": self.a, "scales": self.scales, **shared}
-        gemm_lowrank(*operands, factor=FACTOR, **options)
-        return [self.out, *(self.us if form.also else [])]
+        if form.int8:
+            masked = {name: shared[name] for name in ("dropout", "seeds", "precision", "config")}
+            gemm_int8_lowrank(*operands, *self.scales, bias=self.bias, **masked)
+            return [self.out]
+        if not form.also:
+            gemm_lowrank(*operands, bias=self.bias, **shared)
+            return [self.out]
+        (p,), (q,), (u,), (v,) = operands[1:]
+        options = {"precision": form.precision, "config": config, "bias": self.bias}
+        gemm_lowrank_few_rows(self.out, p, q, self.a, u, v, FACTOR, **options)
+        return [self.out, u]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
         """y and dx in place: torch's product is added to the adapter's part."""
@@ -208,6 +217,8 @@ class Operands:
         if form.kernel == "project":
             parts = enumerate(self.adapters)
             return [FACTOR * self._kept(self.v.double(), i) @ a.double() for i, a in parts]
+        if form.kernel == "quantize_rows":
+            return []  # it has no products
         if form.kernel == "weight_grad":
             v = self.v.double()
             product = [] if self.b is None else [FACTOR * v @ self.b.double()]

@@ -36,9 +36,8 @@ from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, write_results
 from benchmarks.tree import ROOT, Worker
 from fastlora.backends.triton import measured
-from fastlora.kernels import target_of
 from fastlora.kernels.launch import Launch, intercept
-from fastlora.kernels.target import Target, use_target
+from fastlora.kernels.target import Target, target_of, use_target
 
 LIMITS = {  # seconds for a part
     "calls": 30, "compile": 60, "layers": 45, "tune": 45, "sanitizer": 60, "tests": 75,

@@ -49,19 +49,10 @@ def cast(b_tile, dtype: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
 
 @triton.jit
 def load_tile(
-    source,
-    i_row,
-    i_column,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr = False,
-    i_segment=None,
-    o_mem=None,
-):
+    source, i_row, i_column, rows, columns, row_stride, column_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr = False,
+    i_segment=None, o_mem=None,
+):  # fmt: skip
     """The tile of a matrix [rows, columns] at (i_row, i_column), zero outside of the matrix.
 
     ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.

@@ -40,14 +40,12 @@ class Call:
     precision: str  # "tf32" or "ieee"
     projections: int = 1
     masked: bool = False  # with dropout
-    project: bool = False  # weight_grad: also computes dh; gemm_lowrank: also computes h
-    pointers: bool = False  # gemm_lowrank: an operand can't be loaded by tensor descriptor
-    packed: str = ""  # gemm_lowrank: the kind of codes of a packed q
+    project: bool = False  # weight_grad also computes dh; it is gemm_lowrank_few_rows, with h
+    pointers: bool = False  # base products: an operand can't be loaded by tensor descriptor
+    packed: str = ""  # base products: the kind of codes of a packed q
     segments: int = 0  # how many segments the rows are cut into; 0: not cut
     low_rank: bool = False  # weight_grad: also computes the low-rank part of dx
-    # "int8": project also rounds x to 8 bits, or gemm_lowrank multiplies 8 bits; "rotated int8": it
-    # also rotates its result.
-    int8: str = ""
+    int8: str = ""  # gemm_int8_lowrank: "int8", or "rotated int8" if it rotates its result
 
     @property
     def product(self) -> str:

@@ -50,12 +50,7 @@ _HOPPER_GEMM = (
 # of four, a warp converts half as many codes, and each of the four schedulers has two warps to
 # switch between.
 _PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
-# Rows of x rounded to int8, and int8 products: of 16-bit x, of float32 x in TF32, and exact.
-_ROUNDED = (
-    "32x64-w4-s4 64x64-w8-s4 16x64-w4-s3",
-    "32x64-w4-s3 16x64-w4-s2 16x64-w4-s2-r64",
-    "32x64-w8-s3 16x64-w8-s2 16x64-w8-s2-r64",
-)
+# Int8 products: for 16-bit x, for float32 x in TF32, and exact.
 _INT8_32 = ("64x64x64-w8-s3 16x64x128-w4-s3", "32x64x64-w8-s3 16x64x128-w4-s3")
 _INT8 = ("128x128x64-w8-s4 64x64x128-w4-s3 16x64x128-w4-s3", *_INT8_32)
 # From compilation: the rotation's matrix takes 64 registers, and with larger tiles it spills.  On
@@ -93,7 +88,6 @@ _AMPERE = {
     "gemm_lowrank": _table(GemmConfig, *_AMPERE_GEMM),
     "gemm_lowrank of int8": _table(GemmConfig, *_INT8),
     "gemm_lowrank of rotated int8": _table(GemmConfig, *_ROTATED),
-    "project of int8": _table(ProjectConfig, *_ROUNDED),
     "packed": _table(GemmConfig, _PACKED, "64x32x32-w4-s3 16x32x32-w4-s3"),
     "lowrank": _table(LowRankConfig, _WIDE_LOWRANK, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _WIDE_LOWRANK, _LOWRANK),
@@ -194,7 +188,6 @@ _AMD = _AMPERE | {
     ),
     "gemm_lowrank of int8": _table(GemmConfig, "128x128x64-w8-s2 64x64x64-w4-s2 16x64x64-w4-s2"),
     "gemm_lowrank of rotated int8": _table(GemmConfig, "64x64x64-w4-s2 16x64x64-w4-s2"),
-    "project of int8": _table(ProjectConfig, "32x64-w4-s2 16x64-w4-s2 16x64-w4-s2-r64"),
     "packed": _table(GemmConfig, "64x32x64-w4-s2 16x32x128-w4-s2 16x32x64-w4-s2"),
     "lowrank": _table(LowRankConfig, f"64x128-w4-s1 {_LOWRANK}"),
     "lowrank of a masked group": _table(LowRankConfig, _LOWRANK),
@@ -227,7 +220,6 @@ _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
     "gemm_lowrank of int8": _SMALL_INT8,
     "gemm_lowrank of rotated int8": _SMALL_INT8,
-    "project of int8": _table(ProjectConfig, "32x64-w4-s2"),
     "packed": _SMALL_GEMM,
     "lowrank": _SMALL_LOWRANK,
     "lowrank of a masked group": _SMALL_LOWRANK,

@@ -41,8 +41,7 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
 def dequant_kernel(
     codes, operands, out,
     rows, columns, width,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     PACKING: tl.constexpr,
 ):  # fmt: skip
     """OUT = the unpacked weight.

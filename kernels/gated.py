@@ -64,8 +64,7 @@ def gated_kernel(
     gate, up, out,
     N,
     gate_row_stride, up_row_stride, out_row_stride,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT = act(GATE) ∘ UP.  GATE, UP and OUT are [M, N] with contiguous columns."""
     i_row, o_column = row_and_columns(N, BLOCK)
@@ -82,8 +81,7 @@ def gated_backward_kernel(
     dy, gate, up, d_gate, d_up,
     N,
     dy_row_stride, gate_row_stride, up_row_stride, d_gate_row_stride, d_up_row_stride,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """D_GATE = act'(GATE) ∘ DY ∘ UP and D_UP = DY ∘ act(GATE).
 

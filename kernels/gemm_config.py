@@ -1,4 +1,4 @@
-"""The config of ``gemm_lowrank``: its tiles, and their cost in registers and memory.
+"""The config of the kernels with a base product: tiles, and their cost in registers and memory.
 
 These costs decide what fits a target (``why_not``) and how many tiles there are.  They are
 estimates that compilation has checked (``make compile-report``) and no GPU has measured.
@@ -14,7 +14,7 @@ from .target import Target
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """Tiles of ``gemm_lowrank``: OUT is cut into block_m x block_n, its depth K into block_k."""
+    """Tiles of a base product: OUT is cut into block_m x block_n, its depth K into block_k."""
 
     block_m: int
     block_n: int
@@ -31,11 +31,9 @@ class GemmConfig(Config):
         return self.descriptors and not call.pointers
 
     def low_rank(self, target: Target, call: Call) -> str:
-        """The kernel's LOW_RANK: where it computes the low-rank term (gemm_lowrank_kernel)."""
-        if call.project:
-            return "projects"
+        """LOW_RANK of ``gemm_lowrank_kernel``: where it computes the low-rank term."""
         if call.masked:
-            return "masked" if call.int8 else "before"
+            return "before"
         return "prefetched" if loads_at_once(target, call) else "after"
 
     def tiles(self, call: Call) -> int:

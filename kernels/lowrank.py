@@ -131,9 +131,7 @@ def v_operand(v, i_segment, R, strides, MULTIPLES_OF_8: tl.constexpr):
 @triton.jit
 def load_u_v_tiles(
     u, v, i_m, i_r, i_n, M, N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Load one step over the rank: U's tile at (i_m, i_r), and V's at (i_r, i_n) in U's dtype.
 
@@ -148,9 +146,7 @@ def load_u_v_tiles(
 @triton.jit
 def low_rank_tile(
     u, v, i_m, i_n, M, N, b_sum,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum [BM, BN] plus the tile of U V at (i_m, i_n), in steps of BLOCK_R over the rank."""
@@ -160,6 +156,22 @@ def low_rank_tile(
         b_u, b_v = load_u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
     return b_sum
+
+
+@triton.jit
+def masked_low_rank_tile(
+    u, v, seeds, threshold, i_m, i_n, rows, columns,
+    i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile of keep_i ∘ (U V) at (i_m, i_n), in its own accumulator, because masks differ."""
+    b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_low = low_rank_tile(
+        u, v, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+    )
+    # keep_i [BM, BN], from the same seed as in the forward
+    keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(keep, b_low, 0.0)  # [BM, BN]
 
 
 @triton.jit
@@ -189,15 +201,9 @@ def load_bias_row(bias, i_n, i_segment, N, strides, BLOCK_N: tl.constexpr, dtype
 def lowrank_kernel(
     u, v, bias, out, seeds, ends, order, own_thresholds,
     M, N, R, threshold, segments, v_strides, bias_strides, out_row_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    ADD: tl.constexpr,
-    SEGMENT_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, MULTIPLES_OF_8: tl.constexpr, AT_ONCE: tl.constexpr, ADD: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 

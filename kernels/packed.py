@@ -147,12 +147,12 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
     Returns (bytes with each element counted once, bytes as all tiles load them).
     """
-    packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
+    packing, transposed = arguments.get("PACKING"), arguments["Q_TRANSPOSED"]
     if packing is None:
         return 0, 0
     N, depths = arguments["N"], arguments["K"]
     block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
-    m_tiles = row_tiles(arguments["M"], arguments["BLOCK_M"], arguments["segments"])
+    m_tiles = row_tiles(arguments["M"], arguments["BLOCK_M"], arguments.get("segments"))
     n_tiles = cdiv(N, block_n)
     once = by_tiles = 0
     for operands, K in zip(arguments["q_operands"], depths, strict=True):
@@ -184,8 +184,7 @@ def tables_of(operands, PACKING: tl.constexpr):
 def scale_tile(
     operands, offset, i_row, i_column, rows, columns,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PACKING: tl.constexpr,
+    GROUPS: tl.constexpr, PACKING: tl.constexpr,
 ):  # fmt: skip
     """The scales of the tile at (i_row, i_column), float32 [ROWS, GROUPS].
 
@@ -240,10 +239,8 @@ def float8_of(b_bits):
 @triton.jit
 def unpack_tile(
     codes, operands, tables, i_row, i_column, rows, columns, width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PACKING: tl.constexpr,
-    dtype: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACKING: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile of a packed weight [rows, columns] at (i_row, i_column), rounded to ``dtype`` once.
 

@@ -29,8 +29,7 @@ def row_loss_kernel(
     z, target, upstream, losses,
     V, row_stride,
     logit_scale, softcap, smoothing, z_loss,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LOSS = (1 - smoothing) (lse - s_t) + smoothing (lse - mean s) + z_loss lse²; Z = dLOSS / dZ.
 

@@ -96,7 +96,7 @@ def small_operand_bytes(
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
     operands = [arguments.get(name) for name in names]
     seeds, _, order, factors, thresholds = operands
-    each = bytes_to_find(arguments["segments"])
+    each = bytes_to_find(arguments.get("segments"))
     each += size_of(seeds) if thresholds is None else seeds.element_size() + 4
     each += 0 if factors is None else 4
     return size_of(*operands), each * programs + size_of(order) * passes

@@ -38,8 +38,7 @@ _COUNTS = [f"count{i}" for i in range(MAX_PROJECTIONS)]
 def sum_planes_kernel(
     planes, out,
     size0, size1, size2, size3, count0, count1, count2, count3,
-    SIZES_OF_8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZES_OF_8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = Σ_s PLANES_i[s], in the order of s.
 

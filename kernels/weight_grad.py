@@ -136,14 +136,8 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
 def weight_grad_kernel(
     x, u, out, planes, v, xv, low_rank, seeds, ends, order, own_factors, own_thresholds,
     M, N, factor, threshold, steps, segments, x_strides, out_strides, v_strides,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    R_TILES: tl.constexpr,
-    ADD: tl.constexpr,
-    SEGMENT_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    R_TILES: tl.constexpr, ADD: tl.constexpr, SEGMENT_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also XV or LOW_RANK.
 

@@ -18,7 +18,8 @@ from fastlora.backends.triton import cover
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
-from fastlora.kernels import replay, target_of, use_target
+from fastlora.kernels import replay
+from fastlora.kernels.target import target_of, use_target
 from fastlora.ops.run import draw_seed
 from fastlora.projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 
@@ -102,13 +103,20 @@ def test_the_launches_and_whether_dx_reads_transposed_codes(turned):
     replay.calls.clear()
     with use_target(target), recorded() as records:
         check_group(x, outputs, 0.2)
-    y, *_, dx = [each for each in records if each.name == "gemm_lowrank"]
+    y, *_, dx = [each for each in records if each.name == "gemm_int8_lowrank"]
     assert y.arguments["Q_TRANSPOSED"]
     assert dx.arguments["Q_TRANSPOSED"] is turned
     # One launch rounds x, and one rounds each dy.  No other kernel runs.
-    rounding = [each for each in records if each.arguments.get("codes") is not None]
+    rounding = [each for each in records if each.name == "quantize_rows"]
     assert len(rounding) == 1 + len(outputs)
-    names = {"project", "gemm_lowrank", "weight_grad", "sum_planes"}
+    names = {
+        "project",
+        "quantize_rows",
+        "gemm_int8_lowrank",
+        "gemm_lowrank",
+        "weight_grad",
+        "sum_planes",
+    }
     assert {each.name for each in records} <= names
 
 
@@ -177,8 +185,8 @@ def test_many_adapters_share_a_base_of_8_bits():
         with fastlora.use_backend(backend), recorded() as records:
             y = fastlora.multi_lora_linear(x, weight, *lists, indices, scales=[0.5, 2.0])
             found.append([y, *torch.autograd.grad(y.sum(), x)])
-        names = {each.name for each in records if each.arguments.get("codes") is not None}
-        assert names == ({"project"} if backend == "triton" else set())
+        names = {each.name for each in records}
+        assert ("quantize_rows" in names) is (backend == "triton")
     for ours, its in zip(*found, strict=True):
         largest = float(its.detach().abs().max())
         torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4 * largest)

@@ -78,6 +78,7 @@ def name_of(launch) -> str:
 
 def count_of(names: list[str]) -> dict[str, int]:
     kinds = {"dequant*": "dense", "gemm_lowrank*": "unpacking", "gemm_lowrank": "product"}
+    kinds |= {"gemm_lowrank_few_rows*": "unpacking", "gemm_lowrank_few_rows": "product"}
     kinds |= dict.fromkeys(("lowrank", "weight_grad+"), "in-place")
     return dict(Counter(kinds[name] for name in names if name in kinds))
 

@@ -11,13 +11,13 @@ from judge import row_loss_by, row_loss_of
 from packed import random_int8
 
 import fastlora
-from fastlora import kernels
 from fastlora.backends import GatedProduct, triton
 from fastlora.backends import torch as torch_backend
 from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton import packed, verification
 from fastlora.doctor import _compiled
 from fastlora.formats.rotated_int8 import pack_rotated
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
 
@@ -88,7 +88,10 @@ def run_on_torch(run, expected, kernel=""):
     return said
 
 
-def faulty(monkeypatch, change, names=("project", "lowrank", "gemm_lowrank")):
+NAMES = ("project", "lowrank", "gemm_lowrank", "gemm_lowrank_few_rows")
+
+
+def faulty(monkeypatch, change, names=NAMES):
     """From now on, ``change`` is done to the results of calls with one of these kernels."""
     real, counts = kernels.capture_call, []
 
@@ -171,7 +174,7 @@ def test_a_wrong_kernel_gives_pytorch_s_result_and_one_warning(monkeypatch, chan
     x, layers = rows(), group()
     expected = step(x, layers, backend="torch")
     faulty(monkeypatch, change)
-    run_on_torch(lambda: step(x, layers), expected, "gemm_lowrank")
+    run_on_torch(lambda: step(x, layers), expected, "gemm_lowrank_few_rows")
     assert faults()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

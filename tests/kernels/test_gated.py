@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastlora.backends import GatedProduct, find_backend
 from fastlora.backends.gated import ACTIVATIONS as OF_TORCH
-from fastlora.kernels import gated, gated_backward, why_not_gated
-from fastlora.kernels.gated import ACTIVATIONS
+from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward, why_not_gated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,16 +1,16 @@
-"""8-bit products: rows rounded by project, exact integer sums by gemm_lowrank."""
+"""8-bit products: rows rounded by quantize_rows, exact integer sums by gemm_int8_lowrank."""
 
 import pytest
 import torch
-from int8_products import check_product, check_rounding, random_codes
+from int8_products import Scales, check_product, check_rounding, random_codes
 from kernel_cases import BF16, DEVICE, F16, F32, draw_seeds, poisoned, random, recorded
 from marks import pairwise
 
 from fastlora.backends.triton.verification import _exact_rows
 from fastlora.formats.rotated_int8 import quantize_rows
-from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -27,36 +27,12 @@ DTYPES = {"f32": F32, "bf16": BF16, "f16": F16}
         "dtype": DTYPES,
         "layout": ["contiguous", "column-major", "every-second-column", "window", "odd"],
         "of": {"x": False, "dy": True},
-        "count": [0, 1, 2],
-        "config": {
-            "": None,
-            "64": ProjectConfig(16, 64, 4, 2),
-            "128": ProjectConfig(16, 128, 4, 2),
-        },
     }
 )
-def test_rows_are_rounded(m, k, dtype, layout, of, count, config):
+def test_rows_are_rounded(m, k, dtype, layout, of):
     """x after its rotation, or dy times factors."""
     factors = torch.rand(k) + 0.01 if of else None
-    check_rounding(random(m, k, dtype, layout), [random(k, 20)] * count, factors, config=config)
-
-
-@pairwise({"count": [0, 1, 3, 5], "dropout": [0.0, 0.4], "factors": {"x": False, "dy": True}})
-def test_a_group_rounds_x_once(count, dropout, factors):
-    """Ranks above 128 take several programs for the same rows; one of them rounds the rows."""
-    adapters = [random(100, (3, 150, 16, 70, 1)[i], F32) for i in range(count)]
-    seeds = draw_seeds(count) if dropout and count else None
-    column_factors = torch.rand(100) if factors else None
-    with recorded() as records:
-        check_rounding(random(40, 100, BF16), adapters, column_factors, p=dropout, seeds=seeds)
-    rounding = [each for each in records if each.arguments.get("codes") is not None]
-    assert len(rounding) == 1
-    assert sum(each.name == "project" for each in records) == max(1, -(-count // 4))
-
-
-def test_steps_that_cut_a_rotated_block_are_refused():
-    with pytest.raises(ValueError, match="steps of 32 columns"):
-        check_rounding(random(35, 64), config=ProjectConfig(16, 32, 4, 2))
+    check_rounding(random(m, k, dtype, layout), factors)
 
 
 def by_format(x, factors=None):
@@ -64,9 +40,9 @@ def by_format(x, factors=None):
 
 
 def by_kernel(x, factors=None):
-    rounded = Rounded(random_codes(*x.shape), poisoned(len(x)), factors)
-    project(x, [], [], precision="ieee", rounded=rounded)
-    return rounded.codes, rounded.scales
+    codes, scales = random_codes(*x.shape), poisoned(len(x))
+    kernels.quantize_rows(x, codes, scales, factors, precision="ieee")
+    return codes, scales
 
 
 @pytest.mark.parametrize("k", [5, 64, 200])
@@ -106,7 +82,7 @@ def test_a_row_that_is_not_finite_has_such_a_scale_and_the_others_keep_theirs(
     assert torch.equal(scales[~bad], expected[1][~bad])
     # A product with these codes isn't finite in the bad rows, and finite in the others.
     out, q, columns = poisoned(40, 64, dtype=BF16), random_codes(64, 96).mT, torch.ones(64)
-    gemm_lowrank(out, [codes], [q], [], [], precision="ieee", scales=Scales([scales], columns))
+    gemm_int8_lowrank(out, [codes], [q], [], [], [scales], columns, precision="ieee")
     assert torch.equal(~out.isfinite().any(1), bad)
     assert torch.equal(~out.isfinite().all(1), bad)
 

@@ -8,8 +8,8 @@ import torch
 from kernel_cases import BF16, DEVICE, F32, draw_seeds, keep_masks, poisoned, random
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.kernels import project, weight_grad
-from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.project import ProjectConfig, project
+from fastlora.kernels.weight_grad import weight_grad
 
 SEEDS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123456789, -987654321987654321]
 

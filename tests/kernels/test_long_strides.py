@@ -8,7 +8,10 @@ import pytest
 import torch
 from kernel_cases import BF16, DEVICE, F32, poisoned, random
 
-from fastlora.kernels import gemm_lowrank, project, row_loss, weight_grad
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.project import project
+from fastlora.kernels.row_loss import row_loss
+from fastlora.kernels.weight_grad import weight_grad
 
 FAR = 2**30 + 2**17  # three rows reach beyond 2³¹ elements and 2³² bytes
 

@@ -10,9 +10,11 @@ from benchmarks.forms import PACKED, random_packed
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantized
 from fastlora.formats.microscaled import MXFP4, NVFP4
-from fastlora.kernels import FLOAT8, Packed, dequant, gemm_lowrank
 from fastlora.kernels.common import INTERPRETED
+from fastlora.kernels.dequant import dequant
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.packed import FLOAT8, Packed
 
 FORMATS = {
     "nf4": lambda: random_four_bit(20, 192),

@@ -15,8 +15,7 @@ from kernel_cases import (
 )
 from marks import pairwise
 
-from fastlora.kernels import project
-from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.project import ProjectConfig, project
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,8 +11,8 @@ import triton
 from kernel_cases import buffers_of
 
 import fastlora
-from fastlora import kernels
 from fastlora.backends.triton import verification
+from fastlora.kernels import launchers as kernels
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
 from fastlora.kernels.launch import Launch, intercept, launch, recording

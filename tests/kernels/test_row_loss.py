@@ -11,7 +11,7 @@ from fastlora.backends import torch as torch_backend
 from fastlora.backends import triton
 from fastlora.backends.loss import _rows_of_chunk
 from fastlora.backends.protocol import LossSettings
-from fastlora.kernels import row_loss
+from fastlora.kernels.row_loss import row_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -9,8 +9,11 @@ from kernel_cases import BF16, F32, draw_seeds, keep_masks, random, recorded
 from marks import DEVICE, pairwise
 from torch import Tensor
 
-from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
+from fastlora.kernels import segments
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+from fastlora.kernels.project import project
+from fastlora.kernels.weight_grad import weight_grad
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -19,11 +19,12 @@ from kernel_cases import (
 )
 from marks import DEVICE, pairwise
 
-from fastlora.kernels import low_rank_pays, lowrank, one_pass_pays, project, weight_grad
 from fastlora.kernels.config import Call, default_config
-from fastlora.kernels.plan import MANY_ROWS
+from fastlora.kernels.lowrank import lowrank
+from fastlora.kernels.plan import MANY_ROWS, low_rank_pays
+from fastlora.kernels.project import project
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.kernels.weight_grad import WeightGradConfig
+from fastlora.kernels.weight_grad import WeightGradConfig, one_pass_pays, weight_grad
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -48,15 +48,15 @@ def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
 
 @pytest.mark.parametrize("file", ["__init__.py", OLD])
 def test_a_build_offers_its_layers_by_either_file(file, folder):
-    """Old clients import the folder in a build; ``__all__`` lists what is there, and layers."""
+    """Old clients import the folder in a build; each has the launchers and the layers."""
     code = """if True:
         import sys
         from importlib.util import module_from_spec, spec_from_file_location
         spec = spec_from_file_location("_some_hash", sys.argv[1])
         module = sys.modules["_some_hash"] = module_from_spec(spec)
         spec.loader.exec_module(module)
-        assert {"layers", "gemm_lowrank", "project"} <= {*module.__all__}
-        assert all(hasattr(module, name) for name in module.__all__)
+        assert module.__all__ == ["launchers", "layers"]
+        assert module.launchers.project.__name__ == "project"
         print(module.layers.LoRALinear.__name__)"""
     path = folder / "build" / "torch-cuda" / file
     assert run_python("-c", code, path, TRITON_INTERPRET="1") == "LoRALinear"
@@ -72,12 +72,12 @@ def test_the_package_s_own_tests_pass(folder, monkeypatch):
 
 
 def test_the_card_s_example_is_the_formula():
-    import fastlora.kernels
+    from fastlora.kernels import launchers
 
     shapes = {"x": (34, 40), "weight": (48, 40), "lora_a": (8, 40), "lora_b": (48, 8)}
     tensors = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
     dy, scale = torch.randn(34, 48, device=DEVICE), 2.0
-    scope = {"torch": torch, "k": fastlora.kernels, "dy": dy, "scale": scale, **tensors}
+    scope = {"torch": torch, "k": launchers, "dy": dy, "scale": scale, **tensors}
     exec(EXAMPLE, scope)
     x, weight, a, b = (tensor.double().requires_grad_() for tensor in tensors.values())
     y = x @ weight.T + scale * x @ a.T @ b.T

@@ -1,6 +1,7 @@
 """The package: its installed files, the cost of an import, and which file may import which."""
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -105,6 +106,15 @@ def test_kernels_import_torch_triton_and_each_other(path):
     assert all(node.level <= 1 for node in imports(path) if isinstance(node, ast.ImportFrom))
 
 
+def test_no_launcher_hides_the_module_of_its_name():
+    importlib.import_module("fastlora.kernels.launchers")
+    package = importlib.import_module("fastlora.kernels")
+    names = [path.stem for path in KERNELS if path.stem != "__init__"]
+    found = {name: getattr(package, name, None) for name in names}
+    assert [name for name, value in found.items() if callable(value)] == []
+    assert callable(found["project"].project)
+
+
 def test_model_and_peft_do_not_import_each_other():
     for wing, other in (("model", "peft"), ("peft", "model")):
         for path in (ROOT / "fastlora" / wing).glob("*.py"):
@@ -185,8 +195,8 @@ for name in ("kernels.layer", "kernels"):
         found += [module.__file__, module.get_kernel()]
     except ModuleNotFoundError as error:
         found.append(error.name)
-import fastlora.kernels
-assert fastlora.kernels.gemm_lowrank.__module__ == "fastlora.kernels.gemm_lowrank"
+from fastlora.kernels.gemm_lowrank import gemm_lowrank
+assert gemm_lowrank.__module__ == "fastlora.kernels.gemm_lowrank"
 print(json.dumps(found))
 """
 

@@ -1,22 +1,31 @@
 """8-bit products by the kernels, checked: rounding of x and dy, integer sums, rotation."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import int8
 import numpy
 import oracles
 import torch
 from judge import assert_close
-from kernel_cases import F32, check_thin, keep_masks, poisoned
+from kernel_cases import F32, keep_masks, poisoned
 from torch import Tensor
 
+from fastlora.formats import rotated_int8
 from fastlora.formats.format import Quantized
-from fastlora.formats.rotated_int8 import quantize_rows, rotate
-from fastlora.kernels import Rounded, Scales, gemm_lowrank, project
+from fastlora.formats.rotated_int8 import rotate
+from fastlora.kernels.gemm_int8_lowrank import gemm_int8_lowrank
+from fastlora.kernels.quantize_rows import quantize_rows
 from fastlora.projection import Base, Output
 
 GUARD = -128  # no code
+
+
+class Scales(NamedTuple):
+    """A product's scales of rows, and of columns: dx has none of these."""
+
+    rows: Sequence[Tensor]
+    columns: Tensor | None = None
 
 
 def random_codes(*shape: int) -> Tensor:
@@ -25,42 +34,35 @@ def random_codes(*shape: int) -> Tensor:
 
 def check_rounding(
     x: Tensor,
-    adapters: Sequence[Tensor] = (),
     factors: Tensor | None = None,
     *,
-    p: float = 0.0,
-    seeds: Tensor | None = None,
     precision: str = "ieee",
-    config: object = None,
-) -> tuple[list[Tensor], Rounded]:
-    """Round x in the launch that computes each x a; memory around the codes stays unwritten.
+) -> tuple[Tensor, Tensor]:
+    """Round the rows of x to (codes, scales); memory around them stays unwritten.
 
     With factors, codes and scales have the format's bits.  Rotated, they are near, because sums
     over 64 numbers are rounded in another order.
     """
     M, K = x.shape
-    memory, scales = torch.full((M + 2, K), GUARD, dtype=torch.int8), poisoned(M + 2)
-    rounded = Rounded(memory[1:-1], scales[1:-1], factors)
-    options = {"dropout": p, "seeds": seeds, "precision": precision, "config": config}
-    found = project(x, adapters, [0.5] * len(adapters), rounded=rounded, **options)
+    memory, all_scales = torch.full((M + 2, K), GUARD, dtype=torch.int8), poisoned(M + 2)
+    found = codes, scales = memory[1:-1], all_scales[1:-1]
+    quantize_rows(x, codes, scales, factors, precision=precision)
     assert (memory[0] == GUARD).all()
     assert (memory[-1] == GUARD).all()
-    assert scales[0].isnan()
-    assert scales[-1].isnan()
-    masks = keep_masks(seeds, x.shape, p, len(adapters))
+    assert all_scales[0].isnan()
+    assert all_scales[-1].isnan()
     rounds_to = torch.float16 if precision == "tf32" else x.dtype  # TF32 has its mantissa
-    check_thin(found, x, adapters, [0.5] * len(adapters), masks, rounds_to)
-    codes, scale = quantize_rows(x, factors, rotated=factors is None)
+    expected, scale = rotated_int8.quantize_rows(x, factors, rotated=factors is None)
     if factors is not None:
-        assert torch.equal(rounded.codes, codes)
-        assert torch.equal(rounded.scales, scale)
-        return found, rounded
+        assert torch.equal(codes, expected)
+        assert torch.equal(scales, scale)
+        return found
     step = torch.finfo(rounds_to).eps  # of the largest number
-    assert ((rounded.scales - scale).abs() <= 8 * step * scale).all()  # √64; 4.7 on an AMD EPYC
-    away = (rounded.codes.double() - codes.double()).abs()
+    assert ((scales - scale).abs() <= 8 * step * scale).all()  # √64; 4.7 on an AMD EPYC
+    away = (codes.double() - expected.double()).abs()
     assert (away <= 1).all()
     assert away.mean() <= 0.02 + 64 * step * (precision == "tf32")
-    return found, rounded
+    return found
 
 
 def check_product(
@@ -81,7 +83,7 @@ def check_product(
     M, N = len(ps[0]), qs[0].shape[1]
     memory = poisoned(M + 4, N, dtype=dtype)
     options = {"bias": bias, "dropout": p, "seeds": seeds, "precision": precision}
-    gemm_lowrank(memory[2:-2], ps, qs, us, vs, scales=scales, config=config, **options)
+    gemm_int8_lowrank(memory[2:-2], ps, qs, us, vs, *scales, config=config, **options)
     assert memory[:2].isnan().all()
     assert memory[-2:].isnan().all()
     masks = keep_masks(seeds, (M, N), p, len(us))

@@ -1,5 +1,6 @@
 """The calls of the compile report: every default config, in the forms of its use."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,14 @@ def run_dequant(kind: str, columns: int, dtype: str) -> None:
     dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
 
 
+def run_quantize_rows(form: str, dtype: str) -> None:
+    """Round the rows of x or dy to 8 bits."""
+    kind, _, precision = dtype.partition("-")
+    Operands(
+        Form(form, 8192, 4096, (), dtype=_DTYPES[kind], precision=precision or "ieee"), "meta"
+    ).run()
+
+
 def run_row_loss(settings: tuple, dtype: str, columns: int, gradient: bool) -> None:
     """The softmax of a loss.  With smoothing, each row has an upstream gradient."""
     z = torch.empty(2048, columns, dtype=_DTYPES[dtype], device="meta")
@@ -82,7 +91,6 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "gemm_lowrank of rotated int8": (
         ["dx 8bit mask", "dx 8bit"], ["dx 8bit n3", "dx 8bit n3 mask r64", "dx 8bit f16 r200"],
     ),
-    "project of int8": (["h 8bit mask", "dh 8bit"], ["h 8bit n3", "h 8bit r64 n3 mask"]),
     "packed": (
         ["y bias M64 nf4-nested"],
         ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8", "y M64 mxfp4"],
@@ -156,6 +164,10 @@ def other_cases(target: str) -> list[Case]:
     for kind, columns, dtype in packed:
         name = f"{target} dequant {kind} K{columns} {dtype}"
         found.append(Case(name, target, other=partial(run_dequant, kind, columns, dtype)))
+    for form, dtype in itertools.product(("x8", "dy8"), ("bf16", "f16", "f32-tf32", "f32-ieee")):
+        if dtype != "f32-tf32" or HARDWARE[target].tf32:
+            name = f"{target} {form} {dtype}"
+            found.append(Case(name, target, other=partial(run_quantize_rows, form, dtype)))
     plain, all_settings = (0.0, None, 1.0, 0.0), (0.1, 30.0, 2.0, 0.01)
     for settings, *rest in (
         (plain, "bf16", 128256, True), (plain, "f16", 50257, False), (plain, "f32", 49152, True),

@@ -8,7 +8,6 @@ loads.  Triton compiles at run time, so a build is the files of kernels/ and lay
 with their digests.  ``FASTLORA_REPOSITORY``, if set, is named as their source.
 """
 
-import ast
 import base64
 import hashlib
 import json
@@ -31,6 +30,11 @@ _FILE = Path(__file__).parents[1] / "__init__.py"
 __path__ = [str(_FILE.parent)]
 exec(compile(_FILE.read_text(), str(_FILE), "exec"))
 """
+_EXPORTS = b"""
+from . import launchers, layers  # noqa: E402
+
+__all__ = ["launchers", "layers"]
+"""
 ARCHS = {"cuda": _SETTINGS["cuda_capabilities"], "rocm": _SETTINGS["rocm_archs"]}
 
 
@@ -43,7 +47,7 @@ def write(folder: Path) -> None:
     # kernels/, and layers.py with autograd, which imports the launchers and so comes last.
     files = {path.name: path.read_bytes() for path in sorted(KERNELS.glob("*.py"))}
     files["layers.py"] = (PACKAGE / "layers.py").read_bytes()
-    files["__init__.py"] += _exports(files["__init__.py"])
+    files["__init__.py"] += _EXPORTS
     for place in ("torch-ext/" + module, *(f"build/torch-{each}" for each in ARCHS)):
         (folder / place).mkdir(parents=True)
         for name, text in files.items():
@@ -67,13 +71,6 @@ def write(folder: Path) -> None:
     if upstream:
         text = BUILD.replace("\n\n", f'\nupstream = "{upstream}"\n\n')
         (folder / "build.toml").write_text(text)
-
-
-def _exports(source: bytes) -> bytes:
-    """Code that imports ``layers``, and lists it in ``__all__`` beside the names of kernels/."""
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    names = {alias.name for node in found if node.level for alias in node.names} | {"layers"}
-    return f"\nfrom . import layers  # noqa: E402\n\n__all__ = {sorted(names)}\n".encode()
 
 
 if __name__ == "__main__":

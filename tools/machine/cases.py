@@ -28,9 +28,10 @@ from fastlora.backends.protocol import LossSettings
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantized
 from fastlora.formats.rotated_int8 import pack_rotated
-from fastlora.kernels import Scales, dequant, target_of
+from fastlora.kernels.dequant import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
+from fastlora.kernels.target import target_of
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated import gated_call
 from fastlora.ops.run import draw_seed, run_checked
@@ -329,16 +330,18 @@ def _int8(case: Case) -> Results:
     _require_int8()
     (M, K), (n,), dtype = case.sizes, case.outputs, case.dtypes[0]
     precision = "tf32" if case.dtype == "tf32" else "ieee"
-    x, dy, (r,) = random(M, K, dtype), random(M, n, dtype), case.ranks
+    x, dy = random(M, K, dtype), random(M, n, dtype)
     options = {"precision": precision}
-    (h,), of_x = int8_products.check_rounding(x, [random(K, r)], **options)
-    (dh,), of_dy = int8_products.check_rounding(dy, [random(n, r)], torch.rand(n) + 0.5, **options)
+    of_x = int8_products.check_rounding(x, **options)
+    of_dy = int8_products.check_rounding(dy, torch.rand(n) + 0.5, **options)
     weight, (rows, columns) = int8_products.random_codes(n, K), (torch.ones(M), torch.ones(n))
-    out = {"h": h, "x": of_x.codes, "dh": dh, "dy": of_dy.codes}
-    scales = Scales([rows], columns)
-    out["y"] = int8_products.check_product([of_x.codes], [weight.mT], scales, **options)
+    out = {"x": of_x[0], "dy": of_dy[0]}
+    scales = int8_products.Scales([rows], columns)
+    out["y"] = int8_products.check_product([of_x[0]], [weight.mT], scales, **options)
     for name, q in {"rows": weight, "turned": weight.mT.contiguous().mT}.items():
-        out[name] = int8_products.check_product([of_dy.codes], [q], Scales([rows]), **options)
+        out[name] = int8_products.check_product(
+            [of_dy[0]], [q], int8_products.Scales([rows]), **options
+        )
     return out
 
 

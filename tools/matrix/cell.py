@@ -158,7 +158,8 @@ def compiled(name: str) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastlora.kernels import TARGETS, intercept, use_target
+    from fastlora.kernels.launch import intercept
+    from fastlora.kernels.target import TARGETS, use_target
 
     target, made = TARGETS[name], {}
     driver = SimpleNamespace(

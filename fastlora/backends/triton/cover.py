@@ -13,7 +13,7 @@ from ...formats.rotated_int8 import LONGEST_SUM, is_rotated_int8
 from ...projection import Adapter, Layout, Output, named_tensors, unflatten
 
 try:
-    from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
+    from ...kernels import launchers as kernels  # it lives in kernels/
 except ImportError as error:
     root = __package__.partition(".")[0]
     why = f"{error}. Repair or remove the package triton, or set FASTLORA_BACKEND=torch"

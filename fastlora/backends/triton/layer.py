@@ -20,7 +20,7 @@ from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapt
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
-from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded_like
+from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded
 from .verification import State, run_kernels
 
 
@@ -75,16 +75,17 @@ def _forward(
 
     One launch of ``project`` reads x once and computes h for all adapters of the group; then each
     output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
-    For outputs with 8-bit products, ``project`` also rounds x, once for the group.
+    For outputs with 8-bit products, ``quantize_rows`` rounds x, once for the group.
     """
     seeds, x, *flat = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
+    in_8_bits = any([is_rotated_int8(output.base.weight) for output in outputs])
+    codes_of_x = rounded(x, precision) if in_8_bits else None
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
-    rounded = rounded_like(x) if any([is_rotated_int8(o.base.weight) for o in outputs]) else None
     in_one_launch = (
         seeds is None
-        and rounded is None
+        and codes_of_x is None
         and all(
             plan.fused
             and len(output.adapters) == 1
@@ -98,10 +99,10 @@ def _forward(
         hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
     else:
         factors = [common.factor(adapter) for adapter in adapters]
-        lora_as, options = [a.lora_a.T for a in adapters], common._asdict()
-        hs = kernels.project(x, lora_as, factors, rounded=rounded, **options)
+        lora_as = [adapter.lora_a.T for adapter in adapters]
+        hs = kernels.project(x, lora_as, factors, **common._asdict()) if adapters else []
     ys = [
-        _y(x, output, thin, plan, in_one_launch, precision, rounded)
+        _y(x, output, thin, plan, in_one_launch, precision, codes_of_x)
         for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
     ]
     return ys + hs
@@ -135,7 +136,7 @@ def _backward(
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
-    all_rounded: list[tuple[kernels.Rounded, Tensor]] = []
+    all_rounded: list[_Rounded] = []
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
@@ -145,25 +146,17 @@ def _backward(
             gradients.append(no_gradients(output))
             continue
         base = base_gradients(dy, x, output.base, need.base)
-        adapters, dhs = [], [None] * len(output.adapters)
         if needs_x and is_rotated_int8(output.base.weight):
-            # The launch that rounds dy also makes every dh.
             codes, scale = packed_of(output)
-            rounded = rounded_like(dy, scale)
-            all_rounded.append((rounded, codes))
-            lora_bs = [adapter.lora_b for adapter in output.adapters]
-            factors = [common.factor(adapter) for adapter in output.adapters]
-            dhs = kernels.project(dy, lora_bs, factors, precision=precision, rounded=rounded)
-        for adapter, wanted, h, seed, dh in zip(
-            output.adapters, need.adapters, *of_adapters, dhs, strict=True
+            all_rounded.append(_Rounded(*rounded(dy, precision, scale), codes))
+        adapters = []
+        for adapter, wanted, h, seed in zip(
+            output.adapters, need.adapters, *of_adapters, strict=True
         ):
             d_adapter = empty_gradients(adapter, wanted)
-            # dx and d lora_a both need dh.
-            needs_dh, factor = dh is None and (needs_x or wanted.lora_a), common.factor(adapter)
-            made = through_lora_b(
-                dy, adapter.lora_b, h, d_adapter.lora_b, factor, needs_dh, {"precision": precision}
-            )
-            dh = made if dh is None else dh
+            needs_dh = needs_x or wanted.lora_a  # dx and d lora_a both need dh
+            factor, options = common.factor(adapter), {"precision": precision}
+            dh = through_lora_b(dy, adapter.lora_b, h, d_adapter.lora_b, factor, needs_dh, options)
             adapters.append(d_adapter)
             terms += [] if dh is None else [_Term(adapter, dh, d_adapter.lora_a, seed)]
         gradients.append(Output(base, tuple(adapters)))
@@ -184,6 +177,14 @@ class _Term(NamedTuple):
     dh: Tensor
     d_lora_a: Tensor | None  # empty, to be filled; None if lora_a doesn't train
     seed: Tensor | None
+
+
+class _Rounded(NamedTuple):
+    """An output's dy in 8 bits, and the codes of its weight."""
+
+    codes: Tensor
+    scales: Tensor
+    of_weight: Tensor
 
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
@@ -207,7 +208,7 @@ def _y(
     plan: "kernels.Plan | None",
     makes_h: bool,
     precision: str,
-    rounded: "kernels.Rounded | None",
+    codes_of_x: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """x weightᵀ + Σ h lora_bᵀ + bias, [M, N].  ``makes_h``: the same launch also fills h [M, r]."""
     (weight, bias), adapters = output
@@ -215,18 +216,19 @@ def _y(
         return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
     if plan.fused:
-        p, scales, a, factor = x, None, None, 1.0
-        if rounded is not None and is_rotated_int8(weight):
-            p, (q, scale) = rounded.codes, packed_of(output)
-            scales = kernels.Scales([rounded.scales], scale)
-        else:
-            q = read_by(weight, x, plan.unpacks and is_unpackable([weight]))
+        options: dict[str, Any] = {"precision": precision, "bias": bias}
+        if codes_of_x is not None and is_rotated_int8(weight):
+            (p, of_rows), (q, of_columns) = codes_of_x, packed_of(output)
+            kernels.gemm_int8_lowrank(y, [p], [q.mT], hs, v, [of_rows], of_columns, **options)
+            return y
+        q = read_by(weight, x, plan.unpacks and is_unpackable([weight])).mT
+        options["preferred"] = plan.gemm
         if makes_h:
-            a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
-        kernels.gemm_lowrank(
-            y, [p], [q.mT], hs, v, precision=precision, bias=bias,
-            a=a, factor=factor, scales=scales, preferred=plan.gemm,
-        )  # fmt: skip
+            (adapter,), (h,), (lora_b_t,) = adapters, hs, v
+            a, factor = adapter.lora_a.T, float(adapter.scale)
+            kernels.gemm_lowrank_few_rows(y, x, q, a, h, lora_b_t, factor, **options)
+        else:
+            kernels.gemm_lowrank(y, [x], [q], hs, v, **options)
         return y
     # The adapter's part comes first.  torch's addmm then adds its product to y (beta = 1), and
     # reads y only in its epilogue, after its main loop.
@@ -268,12 +270,12 @@ def _dx(
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
     common: Common,
-    all_rounded: "Sequence[tuple[kernels.Rounded, Tensor]]",
+    all_rounded: "Sequence[_Rounded]",
 ) -> tuple[Tensor, bool]:
     """(dx, is_filled): dx = Σ dy weight + Σ mask ∘ (dh lora_a), [M, K].
 
     ``is_filled``: every d lora_a was computed by the same launch as the adapters' part of dx.
-    ``all_rounded``: dy and the weight's codes, of each output with 8-bit products.
+    ``all_rounded``: of each output with 8-bit products.
     """
     dx, is_filled = empty_like(x), False
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
@@ -283,14 +285,14 @@ def _dx(
     options = common._replace(seeds=seeds)._asdict()
     if all_rounded:  # one launch: all 8-bit products, and all dh lora_a
         by_torch = [pair for pair in used if not is_rotated_int8(pair[1].base.weight)]
-        ps, qs = [each.codes for each, _ in all_rounded], [codes for _, codes in all_rounded]
+        ps, qs = [each.codes for each in all_rounded], [each.of_weight for each in all_rounded]
         if kernels.target_of(x.device).turns_int8:
             # This device reads int8 fast only along the axis of the sum.  By an estimate, to
             # transpose the codes in each call costs less time than loads of single bytes with 2048
             # rows or more.  Unlike a second copy of the weight, it takes no memory between calls.
             qs = [codes.mT.contiguous().mT for codes in qs]
-        scales = kernels.Scales([each.scales for each, _ in all_rounded])
-        kernels.gemm_lowrank(dx, ps, qs, u, v, scales=scales, **options)
+        scales = [each.scales for each in all_rounded]
+        kernels.gemm_int8_lowrank(dx, ps, qs, u, v, scales, **options)
     elif terms:
         adapted = [(dy, output.base.weight) for dy, output in used if output.adapters]
         weights = [weight for _, weight in adapted]

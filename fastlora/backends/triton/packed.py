@@ -72,10 +72,12 @@ def read_by(
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
 
 
-def rounded_like(x: Tensor, factors: Tensor | None = None) -> "kernels.Rounded":
-    """Memory for the rows of x (or dy), rounded to 8 bits."""
+def rounded(x: Tensor, precision: str, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(codes, scales): the rows of x (or dy), rounded to 8 bits."""
     codes = x.new_empty(x.shape, dtype=torch.int8)
-    return kernels.Rounded(codes, x.new_empty(len(x), dtype=torch.float32), factors)
+    scales = x.new_empty(len(x), dtype=torch.float32)
+    kernels.quantize_rows(x, codes, scales, factors, precision=precision)
+    return codes, scales
 
 
 @lru_cache(maxsize=1024)

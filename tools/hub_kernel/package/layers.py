@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from . import gemm_lowrank, project, weight_grad
+from .launchers import gemm_lowrank, project, weight_grad
 
 _PRECISION = "ieee"  # exact float32 products; 16-bit inputs use 16-bit products
 
