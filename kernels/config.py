@@ -15,6 +15,7 @@ from typing import Any
 from .faults import miscompiles_pipelines
 from .target import Target
 
+LONGEST = 2**31 - 2**17  # 32 bits hold an index up to here, plus a few tiles
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
 # Up to so many rows, loading the weight takes most of a base product's time (an assumption).
 FEW_ROWS = 64

@@ -96,6 +96,7 @@ class Proof:
         self.programs: list[Any] = []
         self.local: set[str] = set()
         self.steps: list[Int] = []
+        self.row_lane: Int | None = None  # which the next ``arange`` takes
         self.inside = False  # the launcher's part isn't
 
     def unknown(self, name: str, local: bool = True) -> Int:
@@ -267,9 +268,11 @@ class Proof:
 
 
 def arange(first: int, end: Any) -> Int:
-    lane = values.proof.unknown("lane")
+    proof = values.proof
+    lane = proof.row_lane or proof.unknown("lane")
+    proof.row_lane = None
     claim = z3.And(lane.z >= as_int(first).z, lane.z < as_int(end).z)
-    values.proof.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
+    proof.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
     return lane
 
 
@@ -432,18 +435,41 @@ def _larger(a: Any, b: Any) -> Any:
     return values.proof.chosen(as_int(a).z >= as_int(b).z, a, b)
 
 
-def _load_tile_shape(made: Callable) -> Callable:
-    """A loaded tile has the shape that the call states; a descriptor's box must have it."""
+def _tile_function(made: Callable, loads: bool) -> Callable:
+    """``load_tile`` or ``store_tile``.
 
-    def load_tile(source: Any, *arguments: Any, **named: Any) -> Data:
-        shape = arguments[6:8]
-        if isinstance(source, Descriptor):
-            box = [as_int(n).poly for n in source.box[-2:]]
+    With ``o_mem``, the tile's rows have its lanes.  A loaded tile has the shape that the call
+    states; a descriptor's box must have it.
+    """
+
+    signature = inspect.signature(made)
+
+    def called(of: Any, *listed: Any, **named: Any) -> Any:
+        arguments = signature.bind(of, *listed, **named).arguments
+        o_mem = arguments.get("o_mem")
+        if o_mem is not None:
+            values.proof.row_lane = o_mem.lane
+        result = made(**arguments)
+        if not loads:
+            return None
+        shape = arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"]
+        if isinstance(of, Descriptor):
+            box = [as_int(n).poly for n in of.box[-2:]]
             if box != [as_int(n).poly for n in shape]:
-                values.proof.failed(f"load {source.operand.name}", "the box isn't the tile")
-        return Data(shape, made(source, *arguments, **named).dtype)
+                values.proof.failed(f"load {of.operand.name}", "the box isn't the tile")
+        return Data(shape, result.dtype)
 
-    return load_tile
+    return called
+
+
+def _row_numbers(made: Callable) -> Callable:
+    def called(order: Any, i_row: Any, rows: Any, BLOCK: Any) -> Int:
+        lane = values.proof.row_lane = values.proof.unknown("lane")
+        result = made(order, i_row, rows, BLOCK)
+        result.lane = lane
+        return result
+
+    return called
 
 
 # Device functions whose numbers no address depends on.
@@ -456,6 +482,10 @@ OPAQUE: dict[str, Callable] = {
     "keep_tile": lambda *arguments: Data(arguments[-2:]),
     "looked_up": lambda table, code: code,
     "_logits": lambda z, *_: (z, z),
+    "scaled": lambda code, _: code,
+    "float8_of": lambda bits: bits,
+    "activated": lambda gate, _: (gate, gate),
+    "add_kept": lambda total, *_: total,
 }
 
 
@@ -498,7 +528,11 @@ class Source:
                 scope[used] = value
         exec(compile(tree, f"<kernel {name}>", "exec"), scope)
         made = scope[name]
-        self.made[plain] = _load_tile_shape(made) if name == "load_tile" else made
+        if name in ("load_tile", "store_tile"):
+            made = _tile_function(made, name == "load_tile")
+        elif name == "row_numbers":
+            made = _row_numbers(made)
+        self.made[plain] = made
         return self.made[plain]
 
     def _later(self, jitted: Any) -> Callable:

@@ -15,7 +15,7 @@ import z3
 DOT = "·"  # separates the factors in a product's name
 Monomial = tuple[str, ...]  # the sorted names of the factors
 Poly = dict[Monomial, int]
-_MILLISECONDS = 20_000
+_MOST = 20_000_000  # steps of the solver for one query; not seconds, so that no result depends on them
 
 
 def plus(a: Poly, b: Poly, factor: int = 1) -> Poly:
@@ -129,9 +129,9 @@ class Solver:
         self.queries = 0
         self.least: dict[str, int] = {}  # unknowns that small counterexamples fix: the tiles
 
-    def _check(self, claims: Iterable[z3.BoolRef], milliseconds: int) -> tuple[str, z3.Solver]:
+    def _check(self, claims: Iterable[z3.BoolRef], most: int = _MOST) -> tuple[str, z3.Solver]:
         solver = z3.Solver()
-        solver.set("timeout", milliseconds)
+        solver.set("rlimit", most)
         solver.add(*claims)
         self.queries += 1
         return str(solver.check()), solver
@@ -140,7 +140,7 @@ class Solver:
         """Whether the claim follows from the facts by the laws that :func:`lemmas` states."""
         claims = [*facts, z3.Not(claim)]
         names = frozenset().union(*map(names_of, claims))
-        return self._check([*claims, *lemmas(names)], _MILLISECONDS)[0] == "unsat"
+        return self._check([*claims, *lemmas(names)])[0] == "unsat"
 
     def example(self, facts: list[z3.BoolRef]) -> dict[str, int] | str:
         """Numbers for which all facts hold; "none" if there are none, "unknown" if none is found.
@@ -152,7 +152,7 @@ class Solver:
         atoms = sorted({f for p in products for f in p} | {n for n in names if DOT not in n})
         values = {name: z3.IntVal(n) for name, n in self.least.items() if name in atoms}
         small = [z3.And(variable((a,)) <= 300, variable((a,)) >= -300) for a in atoms]
-        for bounds, fixed, seconds in ((small, True, 4), ([], True, 8), ([], False, 10)):
+        for bounds, fixed in ((small, True), ([], True), ([], False)):
             known = values if fixed else {}
             pairs = [(variable((name,)), n) for name, n in known.items()]
             pairs += [
@@ -160,7 +160,7 @@ class Solver:
                 for p in products
             ]
             claims = [z3.substitute(fact, *pairs) for fact in [*facts, *bounds]]
-            verdict, solver = self._check(claims, 1000 * seconds)
+            verdict, solver = self._check(claims)
             if verdict == "sat":
                 model = solver.model()
                 found = {a: model[variable((a,))] for a in atoms if a not in known}

@@ -1,7 +1,7 @@
 """Each element of an output is stored exactly once, by one program (or one plane)."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import z3
@@ -16,12 +16,13 @@ class Choice:
     """The program and step that store an element, and what is known of them.
 
     ``values``: by the name of an unknown, which are a program, a step of a loop, or a contract's
-    result.  ``cases``: the element is in one of these cases, and one store covers each.
+    result.  ``cases``: the element is in one of these cases, and one store covers each.  ``place``:
+    the row in sorted order, where the element's row is ``order[place]``.
     """
 
     values: dict[str, Any]
-    given: list[z3.BoolRef] = None  # type: ignore[assignment]
-    cases: list[z3.BoolRef] = None  # type: ignore[assignment]
+    cases: list[z3.BoolRef] = field(default_factory=lambda: [z3.BoolVal(True)])
+    place: Int | None = None
 
 
 Chooser = Callable[[Proof, list[Int]], Choice]
@@ -80,10 +81,8 @@ def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> 
     proof.inside, proof.memo, proof.local = False, dict(proof.setup_memo), set()
     choice = chooser(proof, element)
     chosen, relations = proof.claims(), proof.relations
-    chosen += choice.given or []
-    cases = choice.cases or [z3.BoolVal(True)]
-    proof.require(z3.Or(cases), f"{what}: cases", chosen)
-    for case in cases:
+    proof.require(z3.Or(choice.cases), f"{what}: cases", chosen)
+    for case in choice.cases:
         failures = []
         for store in stores:
             failure = _replayed(proof, store, choice, element, [*chosen, case], relations)
@@ -105,12 +104,15 @@ def _replayed(
         value = value.z if isinstance(value, Int) else z3.IntVal(value)
         found = [a for a in atoms if a == name or a.startswith(f"{name}!")]
         facts += [variable((atom,)) == value for atom in found]
-    for index, wanted in zip(store.indices, element, strict=True):
-        for monomial in index.poly:
-            if len(monomial) == 1 and monomial[0].startswith("lane!"):
-                lanes.add(monomial[0])
-                rest = Int({m: n for m, n in index.poly.items() if m != monomial}, 64)
-                facts.append(variable(monomial) == wanted.z - rest.z)
+    pairs = [(i.z, e.z) for i, e in zip(store.indices, element, strict=True)]
+    if choice.place is not None:
+        (place,) = [r.arguments[0] for r in store.relations if r.name == "order"]
+        pairs[0] = place, choice.place.z
+    for index, wanted in pairs:
+        its = {name for name in names_of(index) if name.startswith("lane!") and DOT not in name}
+        if its:  # its lane is what is left
+            facts.append(index == wanted)
+            lanes |= its
     facts += laws_among([*store.relations, *relations])
     known = {fact.claim for fact in proof.setup_facts}
     for fact in store.facts:

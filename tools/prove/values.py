@@ -22,6 +22,7 @@ class Int:
 
     def __init__(self, poly: Poly, bits: int = 32) -> None:
         self.poly, self.bits = poly, bits
+        self.lane: Int | None = None  # of a vector of row numbers
 
     @property
     def z(self) -> z3.ArithRef:
