@@ -15,7 +15,7 @@ from typing import Any
 from .faults import miscompiles_pipelines
 from .target import Target
 
-LONGEST = 2**31 - 2**17  # 32 bits hold an index up to here, plus a few tiles
+LONGEST = 2**31 - 2**17  # of an axis: 32 bits hold an index up to here, plus a few tiles
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
 # Up to so many rows, loading the weight takes most of a base product's time (an assumption).
 FEW_ROWS = 64
@@ -265,7 +265,9 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
     shortest = max(2, cdiv(least, step)) * step
     wanted = max(1, min(at_once // programs, cdiv(length, shortest)))
     steps = cdiv(cdiv(length, wanted), step)
-    return cdiv(length, steps * step), steps
+    count = cdiv(length, steps * step)
+    assert count * steps * step < 2**31  # the last split's end, an index of 32 bits
+    return count, steps
 
 
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
@@ -288,7 +290,11 @@ def cdiv(length: int, step: int) -> int:
 
 def row_tiles(rows: int, block_m: int, segments: int | None) -> int:
     """The number of tiles of rows; with segments an upper bound, which segments.py explains."""
-    return rows // block_m + segments + 1 if segments else cdiv(rows, block_m)
+    if not segments:
+        return cdiv(rows, block_m)
+    # The last tile's end, an index of 32 bits
+    assert rows + (segments + 4) * block_m < 2**31
+    return rows // block_m + segments + 1
 
 
 def power_of_two(number: int) -> int:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, load_tile
-from .config import cdiv, row_tiles
+from .config import LONGEST, cdiv, row_tiles
 from .launch import size_of
 from .target import Target
 
@@ -112,6 +112,9 @@ class Packed:
 
     def packing(self, target: Target) -> "Packing":
         """The compile-time constants of a kernel that reads this weight."""
+        # Indices of 32 bits count the rows of all experts.
+        assert max(1, self.experts) * self.rows <= LONGEST >= self.columns
+        assert self.columns + self.block_columns < 2**31
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
         numbers = self.block_rows, self.block_columns, outer_block, self.factor

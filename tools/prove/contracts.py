@@ -8,7 +8,7 @@ import z3
 from fastlora.kernels import common, segments
 
 from . import values
-from .engine import CONDITION, Fact, Proof, Relation, Source, run
+from .engine import CONDITION, Edit, Fact, Proof, Relation, Source
 from .numbers import expression, names_of, times, variable
 from .once import renaming
 from .values import Int, Operand, Pointer, Tally, as_int
@@ -37,7 +37,7 @@ def _is_tile(row: Int, column: Int, m: Int, n: Int) -> z3.BoolRef:
     return z3.And(row.z >= 0, row.z < m.z, column.z >= 0, column.z < n.z)
 
 
-def prove_tile_of(edits: dict | None = None) -> Proof:
+def prove_tile_of(edit: Edit | None = None) -> Proof:
     """Numbers give tiles, and different numbers different tiles.  There are as many of each."""
     proof = Proof()
     results: list[tuple[Int, Int]] = []
@@ -56,16 +56,16 @@ def prove_tile_of(edits: dict | None = None) -> Proof:
         same = z3.And(a.z == c.z, b.z == d.z)
         proof.prove(numbers[0].z == numbers[1].z, "tile_of is one to one", same)
 
-    _alone(proof, common.tile_of, twice, edits)
+    _alone(proof, common.tile_of, twice, edit)
     return proof
 
 
-def _alone(proof: Proof, jitted: Any, body: Callable, edits: dict | None = None) -> None:
+def _alone(proof: Proof, jitted: Any, body: Callable, edit: Edit | None = None) -> None:
     values.proof, proof.todo = proof, [[]]
     while proof.todo:
         proof.begin(proof.todo.pop())
         try:
-            body(Source({}, edits).function(jitted))
+            body(Source({}, edit).function(jitted))
         except values.Unsupported as error:
             proof.failed("not proved", str(error))
 
@@ -121,7 +121,7 @@ def tile_of_row(proof: Proof, ends: Operand, row: Int, count: Int, M: Int, BM: I
     return i
 
 
-def prove_segment_of_tile(is_sorted: bool, edits: dict | None = None) -> Proof:
+def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
     """``is_sorted``: the ends; otherwise they are any numbers of 32 bits."""
     proof = Proof()
 
@@ -183,7 +183,7 @@ def prove_segment_of_tile(is_sorted: bool, edits: dict | None = None) -> Proof:
         proof.prove(law, "segment_of_tile gives no row twice")
 
     for body in (any_tile, each_row, two_tiles)[: 3 if is_sorted else 1]:
-        _alone(proof, segments.segment_of_tile, body, edits)
+        _alone(proof, segments.segment_of_tile, body, edit)
     return proof
 
 

@@ -19,6 +19,11 @@ from . import values
 from .numbers import DOT, Poly, Solver, names_of, variable
 from .values import Bool, Data, Descriptor, Gone, Int, Operand, Pointer, Tally, Unsupported, as_int
 
+
+class Stopped(Exception):
+    """A failure was found, and one is enough."""
+
+
 GIVEN, CONDITION = "given", "condition"
 
 
@@ -84,9 +89,11 @@ class Proof:
     solver: Solver = field(default_factory=Solver)
     proved: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # site: counterexample
-    sites: dict[str, bool] = field(default_factory=dict)  # whether an access happens at all
+    reached: set[str] = field(default_factory=set)  # sites whose access happens for some numbers
     stores: list[Store] = field(default_factory=list)
     stops: bool = False  # at the first failure
+    only_accesses: bool = False
+    sites: set[str] = field(default_factory=set)
 
     def begin(self, prefix: list[bool]) -> None:
         self.facts: list[Fact] = []
@@ -148,10 +155,12 @@ class Proof:
 
     def failed(self, what: str, example: Any) -> None:
         if isinstance(example, dict):
-            example = ", ".join(f"{name} = {n}" for name, n in example.items())
+            # Sizes and strides, and the program.
+            shown = {name: n for name, n in example.items() if "!" not in name}
+            example = ", ".join(f"{name} = {n}" for name, n in shown.items())
         self.failures[what] = example
         if self.stops:
-            raise StopIteration(what)
+            raise Stopped(what)
 
     def tallied(self, _: Tally) -> None:
         """A sum in a loop: what is known where it is counted."""
@@ -238,8 +247,14 @@ class Proof:
         for axis, (index, (size, _)) in enumerate(zip(indices, operand.axes, strict=True)):
             claim = z3.And(index.z >= 0, index.z < size.z)
             self.prove(claim, f"{site}: axis {axis}", *given)
-        if not self.sites.get(site):
-            self.sites[site] = isinstance(self.solver.example([*self.claims(), *given]), dict)
+        if self.only_accesses:
+            return
+        self.sites.add(site)
+        if site not in self.reached or len(self.sites) == 1:  # and the first in each mode
+            if isinstance(self.solver.example([*self.claims(), *given]), dict):
+                self.reached.add(site)
+            elif len(self.sites) == 1:
+                self.failed(site, "no numbers show that this mode happens")
         if kind == "store":
             facts = [*self.facts, *[Fact(claim, CONDITION) for claim in given]]
             identity = [f"program{i}" for i in range(len(self.programs))]
@@ -489,24 +504,64 @@ OPAQUE: dict[str, Callable] = {
 }
 
 
-class Source:
-    """The functions of a kernel, as they run here.  ``edits``: {function: [(text, other text)]}."""
+def mask_parts(tree: ast.AST) -> list[ast.expr]:
+    """The conditions of all masks, each with others in a conjunction or by itself."""
+    parts = []
+    names, masks = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "mask":
+            masks.append(node.value)
+            names |= {node.value.id} if isinstance(node.value, ast.Name) else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
+            masks.append(node.value)
+    for mask in masks:
+        if isinstance(mask, ast.BinOp):
+            parts += [mask.left, mask.right]
+        elif not isinstance(mask, ast.Name):
+            parts.append(mask)
+    return parts
 
-    def __init__(self, contracts: dict[str, Callable], edits: dict | None = None) -> None:
-        self.contracts, self.edits = OPAQUE | contracts, edits or {}
+
+class _WithoutMask(ast.NodeTransformer):
+    def __init__(self, part: ast.expr) -> None:
+        self.part = part
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if node is self.part:
+            return ast.copy_location(ast.Name("__always", ast.Load()), node)
+        return super().generic_visit(node)
+
+
+@dataclass
+class Edit:
+    """A change of a function's source: a text, or the condition of a mask that is dropped."""
+
+    function: str
+    old: str = ""
+    new: str = ""
+    mask: int = 0
+
+
+class Source:
+    """The functions of a kernel, as they run here."""
+
+    def __init__(self, contracts: dict[str, Callable], edit: Edit | None = None) -> None:
+        self.contracts, self.edit = OPAQUE | contracts, edit
         self.made: dict[Any, Callable] = {}
-        self.used: set[str] = set()
 
     def function(self, jitted: Any) -> Callable:
         plain = getattr(jitted, "fn", jitted)
         if plain in self.made:
             return self.made[plain]
         source, name = textwrap.dedent(inspect.getsource(plain)), plain.__name__
-        for old, new in self.edits.get(name, ()):
-            assert source.count(old) == 1, f"{name} has {source.count(old)} times {old!r}"
-            source = source.replace(old, new)
-            self.used.add(name)
+        edit = self.edit if self.edit and self.edit.function == name else None
+        if edit and edit.old:
+            assert source.count(edit.old) == 1, f"{name} has {source.count(edit.old)} {edit.old!r}"
+            source = source.replace(edit.old, edit.new)
         tree = ast.parse(source)
+        if edit and not edit.old:
+            tree = _WithoutMask(mask_parts(tree)[edit.mask]).visit(tree)
         definition = tree.body[0]
         assert isinstance(definition, ast.FunctionDef)
         definition.decorator_list = []
@@ -516,7 +571,7 @@ class Source:
         ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
         scope: dict[str, Any] = {
             "tl": Language, "min": _smaller, "max": _larger, "INTERPRETED": False,
-            "__loop": loop, "__carried": carried, "__advanced": advanced,
+            "__always": Bool(z3.BoolVal(True)), "__loop": loop, "__carried": carried, "__advanced": advanced,
         }  # fmt: skip
         for used in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - scope.keys():
             value = plain.__globals__.get(used)
@@ -555,6 +610,8 @@ def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], dict
             function(**arguments)
         except Unsupported as error:
             proof.failed("not proved", str(error))
-        except StopIteration:
-            break
+        except Stopped:
+            return proof
+    for site in sorted(proof.sites - proof.reached):
+        proof.failed(site, "it never happens")
     return proof

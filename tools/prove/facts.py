@@ -128,7 +128,7 @@ def rows_of(proof: Proof, segments: str = "", order: bool = False) -> Rows:
         numbers = dense("order", M, values=(0, in_memory, 32), distinct=True)
     if not segments:
         return Rows(M, None, None, numbers, in_memory)
-    E = size(proof, "segments", 1, 2**26)
+    E = size(proof, "segments", 1, 2**27)
     size(proof, "SEGMENT_BLOCK", 1, 1024)
     is_sorted = segments == "sorted"
     ends = dense("ends", E, ordered=is_sorted, values=(0, M + 1, 32) if is_sorted else ANY)
@@ -143,7 +143,7 @@ def limit_of_segments(proof: Proof, rows: Rows, BM: Int) -> None:
 
 def grid(proof: Proof, *counts: Any) -> None:
     """What ``Launch`` asserts."""
-    proof.given(as_int(counts[0]).z <= LONGEST)
+    proof.given(as_int(counts[0]).z < 2**31)
     proof.program(*counts)
 
 
@@ -221,9 +221,11 @@ def packed(
     """
     width = up(columns, 2) if kind == "four-bit" else columns
     all_rows = rows if E is None else E * rows
-    block_rows = size(proof, "block_rows", 1, 2**17) if in_blocks else 0
-    block_columns = 0 if whole_rows else size(proof, "block_columns", 1, 2**17)
-    outer_block = size(proof, "outer_block", 1, 2**17) if outer else 0
+    block_rows = size(proof, "block_rows") if in_blocks else 0
+    block_columns = 0 if whole_rows else size(proof, "block_columns")
+    proof.given((columns + block_columns).z < 2**31)  # what ``Packed.packing`` asserts
+    outer_block = Int(size(proof, "outer_block", 1, 2**62).poly, 64) if outer else 0
+    proof.solver.least |= {"block_rows": 4, "block_columns": 8, "outer_block": 2}
     row_blocks = up(all_rows, block_rows) if in_blocks else as_int(1)
     groups = as_int(1) if whole_rows else up(columns, block_columns)
     sizes = (row_blocks,) if whole_rows else (row_blocks, groups)
@@ -264,18 +266,16 @@ def _of_tiles(
 ) -> Chooser:
     """The grid of a kernel that orders its tiles by ``tile_of``; the program of an element."""
     count = m_tiles * n_tiles
-    proof.given(count.z <= LONGEST)
     programs = count
     if persistent:
+        proof.given(count.z <= LONGEST)
         programs = size(proof, "programs", 1, 2**16)
         proof.given(programs.z <= count.z)
     grid(proof, programs)
 
-    def chosen(proof: Proof, element: list[Int], n_tile: Int | None = None) -> Choice:
+    def chosen(proof: Proof, element: list[Int]) -> Choice:
         row, column = element
         values: dict[str, Any] = {"m_tile": rows.tile_of(proof, row, BM), "n_tile": column // BN}
-        if n_tile is not None:
-            values["n_tile"] = n_tile
         number = proof.unknown("number of the tile")  # tile_of reaches every tile
         proof.given(number.z >= 0, number.z < count.z)
         step = number // programs if persistent else as_int(0)
@@ -442,11 +442,16 @@ def gemm_lowrank_few_rows(proof: Proof, **options: Any) -> Launched:
     del arguments["ps"], arguments["qs"]
     arguments |= {"a": a, "a_strides": a_strides, "factor": Data()}
 
-    def chosen_u(proof: Proof, element: list[Int]) -> Choice:
-        choice = chosen(proof, [element[0], as_int(0)])
-        return Choice(choice.values | {"n_tile": 0})
+    def chosen_out(proof: Proof, element: list[Int]) -> Choice:
+        choice, column = chosen(proof, element), element[1].z
+        sides = (column < BN.z, column >= BN.z)  # the first tile of columns also stores U
+        choice.cases = [z3.And(case, side) for case in choice.cases for side in sides]
+        return choice
 
-    return Launched(arguments, {"out": chosen, "u0": chosen_u})
+    def chosen_u(proof: Proof, element: list[Int]) -> Choice:
+        return Choice(chosen(proof, [element[0], as_int(0)]).values)
+
+    return Launched(arguments, {"out": chosen_out, "u0": chosen_u})
 
 
 def weight_grad(
@@ -525,8 +530,11 @@ def weight_grad(
     }, outputs)  # fmt: skip
 
 
-def sum_planes(proof: Proof, count: int = 1) -> Launched:
-    sizes = [size(proof, f"size{i}", 0, 2**62) for i in range(count)]
+def sum_planes(proof: Proof, count: int = 1, long: bool = False) -> Launched:
+    """``long``: sizes that don't fit 32 bits; Triton takes these in 64."""
+    sizes = [size(proof, f"size{i}", 0, 2**62 if long else 2**31 - 1) for i in range(count)]
+    for length in sizes if long else ():
+        length.bits = 64
     counts = [size(proof, f"count{i}", 0, LONGEST) for i in range(count)]
     each = [up(n, 1024) for n in sizes]
     for length, planes in zip(sizes, counts, strict=True):
@@ -552,7 +560,7 @@ def sum_planes(proof: Proof, count: int = 1) -> Launched:
     }, {f"out{i}": chooser(first) for i, first in enumerate(firsts)})  # fmt: skip
 
 
-def _elementwise(inputs: str, outputs: str) -> Callable[[Proof], Launched]:
+def elementwise(inputs: str, outputs: str) -> Callable[[Proof], Launched]:
     def launched(proof: Proof) -> Launched:
         M, N = size(proof, "M"), size(proof, "N")
         tiles = up(N, 1024)
@@ -579,64 +587,6 @@ def row_loss(proof: Proof, gradient: bool = False, upstream: bool = False) -> La
         "z": tensor("z", (M, row_stride), (V, 1)),
         "target": dense("target", M, values=(None, None, 64)),
         "upstream": dense("upstream", M) if upstream else None, "losses": dense("losses", M),
-        "V": V, "row_stride": row_stride, "logit_scale": Data(), "softcap": None,
+        "V": V, "row_stride": row_stride, "logit_scale": Data(), "softcap": Data(),
         "smoothing": Data(), "z_loss": Data(), "GRADIENT": gradient, "BLOCK": 4096,
     }, outputs)  # fmt: skip
-
-
-# Of each kernel, the modes that together have every line of it.
-_ALL_WAYS = [
-    {"segments": "sorted"}, {"segments": "any"},
-    {"segments": "sorted", "order": True, "own": True, "masked": True},
-]  # fmt: skip
-_FORMATS = [
-    {"kind": "four-bit", "in_blocks": False}, {"kind": "four-bit", "outer": True},
-    {"kind": "int8", "whole_rows": True}, {"kind": "float8"}, {"kind": "float8 by bits"},
-    {"kind": "float8", "whole_rows": True, "in_blocks": False},
-]  # fmt: skip
-MODES: dict[str, tuple[Callable[..., Launched], list[dict[str, Any]]]] = {
-    "project": (project, [
-        {}, {"count": 4, "masked": True}, {"count": 2, "split": True}, *_ALL_WAYS,
-        {"segments": "sorted", "split": True},
-    ]),
-    "quantize_rows": (quantize_rows, [{}, {"scaled": True}]),
-    "lowrank": (lowrank, [
-        {"count": 0, "bias": True}, {"count": 4, "masked": True, "add": True},
-        {"count": 2, "at_once": True, "bias": True}, *_ALL_WAYS,
-        {"segments": "sorted", "order": True, "add": True, "bias": True},
-    ]),
-    "gemm_lowrank": (gemm_lowrank, [
-        {"count": 0}, {"count": 2, "bias": True, "transposed": True},
-        {"count": 4, "depths": 4, "masked": True, "low_rank": "before", "add": True},
-        {"low_rank": "prefetched", "transposed": True},
-        {"descriptors": True, "persistent": True, "transposed": True, "bias": True},
-        {"count": 2, "depths": 2, "descriptors": True, "masked": True, "low_rank": "before"},
-        {"segments": "sorted", "bias": True}, {"segments": "any", "transposed": True},
-        {"segments": "sorted", "descriptors": True}, {"segments": "any", "descriptors": True},
-        *[{"packing": each, "transposed": i % 2 == 0} for i, each in enumerate(_FORMATS)],
-        {"packing": _FORMATS[1], "depths": 2},
-        {"packing": _FORMATS[1], "segments": "sorted", "transposed": True},
-        {"packing": _FORMATS[3], "segments": "any"},
-    ]),
-    "gemm_lowrank_few_rows": (gemm_lowrank_few_rows, [
-        {"bias": True}, {"transposed": True}, {"descriptors": True, "transposed": True},
-        {"packing": _FORMATS[1], "transposed": True}, {"packing": _FORMATS[2]},
-    ]),
-    "gemm_int8_lowrank": (gemm_int8_lowrank, [
-        {"bias": True, "transposed": True}, {"count": 2, "depths": 2, "rotated": True, "add": True},
-        {"count": 2, "masked": True, "rotated": True, "depths": 2},
-        {"descriptors": True, "persistent": True, "transposed": True},
-    ]),
-    "weight_grad": (weight_grad, [
-        {}, {"count": 4, "masked": True}, {"count": 2, "split": True, "transposed": True},
-        {"xv": True}, {"xv": True, "split": True, "transposed": True},
-        {"low_rank": True, "count": 2, "masked": True, "add": True},
-        {"low_rank": True, "split": True}, *_ALL_WAYS,
-        *[{**each, "xv": True} for each in _ALL_WAYS],
-    ]),
-    "sum_planes": (sum_planes, [{"count": count} for count in (1, 2, 3, 4)]),
-    "gated": (_elementwise("gate up", "out"), [{}]),
-    "gated_backward": (_elementwise("dy gate up", "d_gate d_up"), [{}]),
-    "row_loss": (row_loss, [{}, {"gradient": True}, {"gradient": True, "upstream": True}]),
-    "dequant": (dequant, _FORMATS),
-}  # fmt: skip
