@@ -206,17 +206,15 @@ class Proof:
         return self.memo[key]
 
     def branch(self, condition: z3.BoolRef) -> bool:
-        position = len(self.path)
+        facts, position = self.claims(), len(self.path)
         if position < len(self.prefix):
             taken = self.prefix[position]
+        elif self.solver.follows(z3.Not(condition), facts):
+            taken = False
         else:
-            facts = self.claims()
-            if self.solver.follows(condition, facts):
-                return True
-            if self.solver.follows(z3.Not(condition), facts):
-                return False
-            self.todo.append([*self.path, False])
             taken = True
+            if not self.solver.follows(condition, facts):
+                self.todo.append([*self.path, False])
         self.path.append(taken)
         self.facts.append(Fact(condition if taken else z3.Not(condition), CONDITION))
         return taken

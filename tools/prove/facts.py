@@ -37,11 +37,11 @@ def size(proof: Proof, name: str, least: int = 1, most: int = LONGEST) -> Int:
     return made
 
 
-def blocks(proof: Proof, axes: str) -> list[Int]:
+def blocks(proof: Proof, axes: Any, most: int = 512) -> list[Int]:
     """Tile sizes: multiples of 16."""
     made = []
     for axis in axes:
-        number, sixteenth = size(proof, f"BLOCK_{axis}", 16, 512), size(proof, f"BLOCK_{axis} / 16")
+        number, sixteenth = size(proof, f"BLOCK_{axis}", 16, most), size(proof, f"BLOCK_{axis} / 16")
         proof.given(number.z == 16 * sixteenth.z)
         proof.solver.least |= {f"BLOCK_{axis}": 16, f"BLOCK_{axis} / 16": 1}
         made.append(number)
@@ -242,9 +242,9 @@ def packed(
 
 def dequant(proof: Proof, kind: str = "four-bit", **options: Any) -> Launched:
     rows, columns = size(proof, "rows"), size(proof, "columns")
-    block_rows, (block_columns,) = size(proof, "BLOCK_ROWS", 1, 4096), blocks(proof, ["COLUMNS"])
+    block_rows = size(proof, "BLOCK_ROWS", 1, 4096)
+    (block_columns,) = blocks(proof, ["COLUMNS"], 4096)
     proof.solver.least["BLOCK_ROWS"] = 4
-    proof.given(block_columns.z <= 4096)
     column_tiles = up(columns, block_columns)
     grid(proof, up(rows, block_rows) * column_tiles)
     codes, operands, packing, width = packed(

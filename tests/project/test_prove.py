@@ -1,0 +1,53 @@
+"""tools/prove: proofs of small kernels, and faults that it must find.  ``make prove`` does all."""
+
+import pytest
+
+pytest.importorskip("z3", reason="z3-solver isn't installed (make .venv/prove)")
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from tools.prove import contracts, faults, modes
+from tools.prove.engine import Edit, Proof, Source, run
+from tools.prove.values import Operand, Pointer
+
+
+@pytest.mark.parametrize("kernel", ["gated", "quantize_rows", "project"])
+def test_a_kernel_is_proved(kernel):
+    assert modes.proof_of(kernel, modes.MODES[kernel][1][0]).failures == {}
+
+
+def test_tiles_and_their_numbers_belong_to_each_other_one_to_one():
+    assert contracts.prove_tile_of().failures == {}
+
+
+QUICK = ["gated", "row_loss", "quantize_rows"]
+
+
+@pytest.mark.parametrize(
+    "fault", [each for each in faults.PLANTED if each.subject in QUICK], ids=lambda each: each.name
+)
+def test_a_planted_fault_is_found_with_numbers(fault):
+    assert any(" = " in numbers for numbers in faults.failures_of(fault).values())
+
+
+def test_a_kernel_in_no_mode_is_no_proof():
+    """An access whose facts contradict each other fails."""
+
+    def setup(proof: Proof) -> dict:
+        made = modes.MODES["gated"][0](proof)
+        proof.given(made.arguments["N"].z < 1)
+        return {name: made.arguments[name] for name in modes.parameters("gated")}
+
+    proof = run(Proof(), Source(contracts.CONTRACTS), modes.jitted("gated"), setup)
+    assert "no numbers show" in " ".join(proof.failures.values())
+
+
+def test_a_mask_that_is_dropped_is_found():
+    (fault,) = [f for f in faults.all_of(["gated"]) if f.edit == Edit("gated_kernel", mask=2)]
+    assert faults.failures_of(fault)
+
+
+def test_a_stride_is_matched_with_its_axis():
+    operand = Operand("x", (4, ("s",)), (8, ()))
+    address = (Pointer(operand) + contracts.as_int(3)).address | {("i", "s"): 1}
+    rows, columns = operand.indices(address)
+    assert (rows.poly, columns.poly) == ({("i",): 1}, {(): 3})
