@@ -126,7 +126,9 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
     proof = Proof()
 
     def setup() -> tuple[Operand, list[Int]]:
-        sizes = [proof.unknown(n, False) for n in ("M", "N", "segments", "BLOCK_M", "SEGMENT_BLOCK")]
+        sizes = [
+            proof.unknown(n, False) for n in ("M", "N", "segments", "BLOCK_M", "SEGMENT_BLOCK")
+        ]
         M, N, count, BM, step = sizes
         proof.given(M.z >= 1, M.z <= LONGEST, N.z >= 1, N.z <= LONGEST, count.z >= 1)
         proof.given(BM.z >= 16, step.z >= 1, step.z <= 1024, (M + (count + 2) * BM).z < 2**31)

@@ -259,7 +259,12 @@ class Proof:
             identity += [next(iter(step.poly))[0] for step in self.steps]
             self.stores.append(
                 Store(
-                    site, operand, indices, facts, list(self.relations), identity,
+                    site,
+                    operand,
+                    indices,
+                    facts,
+                    list(self.relations),
+                    identity,
                     frozenset(self.local),
                 )
             )

@@ -41,7 +41,10 @@ def blocks(proof: Proof, axes: Any, most: int = 512) -> list[Int]:
     """Tile sizes: multiples of 16."""
     made = []
     for axis in axes:
-        number, sixteenth = size(proof, f"BLOCK_{axis}", 16, most), size(proof, f"BLOCK_{axis} / 16")
+        number, sixteenth = (
+            size(proof, f"BLOCK_{axis}", 16, most),
+            size(proof, f"BLOCK_{axis} / 16"),
+        )
         proof.given(number.z == 16 * sixteenth.z)
         proof.solver.least |= {f"BLOCK_{axis}": 16, f"BLOCK_{axis} / 16": 1}
         made.append(number)

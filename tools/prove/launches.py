@@ -49,7 +49,10 @@ def mode_of(launch: Launch) -> dict[str, Any]:
     if kernel == "quantize_rows":
         return {"scaled": a["column_factors"] is not None}
     if kernel == "sum_planes":
-        return {"count": len(a["planes"]), "long": any((a[f"size{i}"] or 0) >= 2**31 for i in range(4))}
+        return {
+            "count": len(a["planes"]),
+            "long": any((a[f"size{i}"] or 0) >= 2**31 for i in range(4)),
+        }
     if kernel == "row_loss":
         return {"gradient": a["GRADIENT"], "upstream": a["upstream"] is not None}
     if kernel == "dequant":
@@ -107,7 +110,9 @@ def why_not(launch: Launch) -> str:
     if not isinstance(numbers, dict):
         return f"no numbers for it ({numbers}) in mode {mode}"
     for name, operand, real in tensors:
-        its = _canonical([(_value(n.poly, numbers), _value({s: 1}, numbers)) for n, s in operand.axes])
+        its = _canonical(
+            [(_value(n.poly, numbers), _value({s: 1}, numbers)) for n, s in operand.axes]
+        )
         if its and its != _canonical(list(zip(real.shape, real.stride(), strict=True))):
             return f"{name} has axes {tuple(real.shape)} {real.stride()}, stated {its}"
     return ""
@@ -127,7 +132,9 @@ def _canonical(axes: list[tuple[int, int]]) -> Any:
     if any(size == 0 for size, _ in axes):
         return False
     merged: list[tuple[int, int]] = []
-    for size, stride in sorted((axis for axis in axes if axis[0] > 1), key=lambda a: (-a[1], -a[0])):
+    for size, stride in sorted(
+        (axis for axis in axes if axis[0] > 1), key=lambda a: (-a[1], -a[0])
+    ):
         if merged and merged[-1][1] == size * stride:
             merged[-1] = (merged[-1][0] * size, stride)
         else:
@@ -182,6 +189,16 @@ def pytest_configure(config: Any) -> None:
 
 def lines_of() -> tuple[bool, str]:
     files = [f"tests/kernels/{name}.py" for name in _TESTS.split()]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "tools.prove.launches", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "tools.prove.launches",
+        *files,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode != 0, f"launches of the tests: {done.stdout[-3000:]}"

@@ -15,7 +15,9 @@ import z3
 DOT = "·"  # separates the factors in a product's name
 Monomial = tuple[str, ...]  # the sorted names of the factors
 Poly = dict[Monomial, int]
-_MOST = 20_000_000  # steps of the solver for one query; not seconds, so that no result depends on them
+# Steps of the solver for one query, and for one search of an example.  They aren't seconds, so the
+# results don't depend on a machine's pace.
+_MOST, _SEARCHED = 20_000_000, 4_000_000
 
 
 def plus(a: Poly, b: Poly, factor: int = 1) -> Poly:
@@ -160,7 +162,7 @@ class Solver:
                 for p in products
             ]
             claims = [z3.substitute(fact, *pairs) for fact in [*facts, *bounds]]
-            verdict, solver = self._check(claims)
+            verdict, solver = self._check(claims, _SEARCHED)
             if verdict == "sat":
                 model = solver.model()
                 found = {a: model[variable((a,))] for a in atoms if a not in known}

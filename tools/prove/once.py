@@ -141,4 +141,3 @@ def check(proof: Proof, choosers: dict[str, Chooser]) -> None:
             continue
         check_at_most_once(proof, stores[name])
         check_at_least_once(proof, stores[name], choosers[name])
-
