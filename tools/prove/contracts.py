@@ -66,7 +66,7 @@ def _alone(proof: Proof, jitted: Any, body: Callable, edit: Edit | None = None) 
         proof.begin(proof.todo.pop())
         try:
             body(Source({}, edit).function(jitted))
-        except values.Unsupported as error:
+        except values.UnsupportedError as error:
             proof.failed("not proved", str(error))
 
 

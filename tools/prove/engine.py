@@ -16,11 +16,22 @@ from typing import Any
 import z3
 
 from . import values
-from .numbers import DOT, Poly, Solver, names_of, variable
-from .values import Bool, Data, Descriptor, Gone, Int, Operand, Pointer, Tally, Unsupported, as_int
+from .numbers import DOT, Solver, names_of
+from .values import (
+    Bool,
+    Data,
+    Descriptor,
+    Gone,
+    Int,
+    Operand,
+    Pointer,
+    Tally,
+    UnsupportedError,
+    as_int,
+)
 
 
-class Stopped(Exception):
+class FailedError(Exception):
     """A failure was found, and one is enough."""
 
 
@@ -160,7 +171,7 @@ class Proof:
             example = ", ".join(f"{name} = {n}" for name, n in shown.items())
         self.failures[what] = example
         if self.stops:
-            raise Stopped(what)
+            raise FailedError(what)
 
     def tallied(self, _: Tally) -> None:
         """A sum in a loop: what is known where it is counted."""
@@ -336,7 +347,7 @@ def advanced(value: Any, step: Any) -> Any:
 class _Loops(ast.NodeTransformer):
     """Rewrites loops: each names its variable, and says which variables it carries."""
 
-    def visit_For(self, node: ast.For) -> Any:  # noqa: N802
+    def visit_For(self, node: ast.For) -> Any:
         self.generic_visit(node)
         called = ast.unparse(node.iter.func) if isinstance(node.iter, ast.Call) else ""
         if called not in ("range", "tl.range"):
@@ -574,7 +585,8 @@ class Source:
         ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
         scope: dict[str, Any] = {
             "tl": Language, "min": _smaller, "max": _larger, "INTERPRETED": False,
-            "__always": Bool(z3.BoolVal(True)), "__loop": loop, "__carried": carried, "__advanced": advanced,
+            "__always": Bool(z3.BoolVal(True)), "__loop": loop,
+            "__carried": carried, "__advanced": advanced,
         }  # fmt: skip
         for used in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - scope.keys():
             value = plain.__globals__.get(used)
@@ -610,10 +622,11 @@ def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], dict
             claim = z3.And(program.z >= 0, program.z < as_int(count).z)
             proof.facts.append(Fact(claim, CONDITION, f"program{i}"))
         try:
-            function(**arguments)
-        except Unsupported as error:
-            proof.failed("not proved", str(error))
-        except Stopped:
+            try:
+                function(**arguments)
+            except UnsupportedError as error:
+                proof.failed("the source", str(error))
+        except FailedError:
             return proof
     for site in sorted(proof.sites - proof.reached):
         proof.failed(site, "it never happens")

@@ -436,7 +436,7 @@ def gemm_int8_lowrank(
 
 def gemm_lowrank_few_rows(proof: Proof, **options: Any) -> Launched:
     rows = rows_of(proof)
-    arguments, (BM, BN, BR), chosen = _base(proof, rows, 1, 1, "prefetched", **options)
+    arguments, (_BM, BN, _BR), chosen = _base(proof, rows, 1, 1, "prefetched", **options)
     a, a_strides = strided(proof, "a", arguments["K"][0], arguments["R"][0])
     for name in ("LOW_RANK", "PERSISTENT", "seeds", "threshold"):
         del arguments[name]

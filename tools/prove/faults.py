@@ -49,7 +49,8 @@ PLANTED = [
     _planted("project", "own_number", "min(i_segment, segments - 1)", "i_segment",
              own=True, **_SORTED),
     # Strides and operands.
-    _planted("project", "tile_pointers", "o_row[:, None] * row_stride", "o_row[:, None]"),
+    _planted("project", "tile_pointers", "o_row[:, None] * row_stride",
+             "o_row[:, None] * column_stride"),
     _planted("weight_grad", "weight_grad_kernel",
              "store_tile(out[i], b_out, i_r, i_n, R[i], N, stride_r, stride_n)",
              "store_tile(out[i], b_out, i_r, i_n, R[i], N, stride_n, stride_r)"),

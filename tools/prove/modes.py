@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from . import contracts, facts, once
-from .engine import Proof, Source, Stopped, run
+from .engine import Proof, Source, FailedError, run
 
 # The modes of each kernel that together have every line of it.
 _ALL_WAYS = [
@@ -99,7 +99,7 @@ def proof_of(
 
     run(proof, source or Source(contracts.CONTRACTS), jitted(kernel), setup)
     if mode.get("segments") != "any" and not proof.failures and not proof.only_accesses:
-        with suppress(Stopped):
+        with suppress(FailedError):
             once.check(proof, outputs)
     return proof
 

@@ -11,9 +11,13 @@ import z3
 from .numbers import Monomial, Poly, expression, plus, times
 
 proof: Any = None  # engine.py sets it
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv mod and rand or xor rshift lshift "
+    "lt le gt ge eq ne neg invert"
+)
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """The source does what this tool can't follow."""
 
 
@@ -104,7 +108,7 @@ def as_int(value: Any) -> Int:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return Int({(): value} if value else {})
-    raise Unsupported(f"{type(value).__name__} as an integer at {proof.where()}")
+    raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
 
 
 class Bool:
@@ -134,7 +138,7 @@ class Tally:
 
     def __add__(self, other: Any) -> "Tally":
         if not isinstance(other, Bool) or self.counted is not None:
-            raise Unsupported(f"a sum in a loop at {proof.where()}")
+            raise UnsupportedError(f"a sum in a loop at {proof.where()}")
         made = Tally(self.start, other.claim)
         proof.tallied(made)
         return made
@@ -150,10 +154,7 @@ class Data:
         shapes = self.shape, other.shape if isinstance(other, Data) else ()
         return Data(max(shapes, key=len), self.dtype)
 
-    for _name in (
-        "add radd sub rsub mul rmul truediv rtruediv and rand or xor rshift lshift lt le gt ge eq "
-        "ne neg mod floordiv invert"
-    ).split():
+    for _name in _OPERATORS.split():
         locals()[f"__{_name}__"] = _result
     __hash__ = None  # type: ignore[assignment]
 
@@ -161,7 +162,7 @@ class Data:
         return self
 
     def __bool__(self) -> bool:
-        raise Unsupported(f"a branch on data at {proof.where()}")
+        raise UnsupportedError(f"a branch on data at {proof.where()}")
 
     def to(self, dtype: Any, **_: Any) -> "Data":
         return Data(self.shape, dtype)
@@ -213,7 +214,9 @@ class Operand:
                 found[axis] = plus(found[axis], {tuple(rest): number})
                 break
             else:
-                raise Unsupported(f"{self.name} has no stride in {monomial} at {proof.where()}")
+                raise UnsupportedError(
+                    f"{self.name} has no stride in {monomial} at {proof.where()}"
+                )
         return [Int(poly, 64) for poly in found]
 
 
@@ -260,8 +263,8 @@ class Gone:
         self.__dict__["name"] = name
 
     def __getattr__(self, _: str) -> Any:
-        raise Unsupported(f"{self.name} carries a value through a loop")
+        raise UnsupportedError(f"{self.name} carries a value through a loop")
 
-    for _name in "add radd sub rsub mul rmul floordiv mod lt le gt ge eq ne getitem bool".split():
+    for _name in (_OPERATORS + " getitem bool").split():
         locals()[f"__{_name}__"] = lambda self, *_: self.__getattr__("")
     __hash__ = None  # type: ignore[assignment]
