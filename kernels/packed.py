@@ -197,7 +197,7 @@ def scale_tile(
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
     groups = 1  # blocks in a row of the whole weight; one if a block has all columns
-    inside = (o_row < rows)[:, None] & (o_group < 1)[None, :]
+    inside = (o_row < rows)[:, None]
     if PACKING.block_columns > 0:
         o_group += i_column // PACKING.block_columns
         groups = tl.cdiv(columns, PACKING.block_columns)

@@ -98,7 +98,7 @@ PLANTED = [
     _planted("dequant", "scale_tile", "o_block.to(tl.int64)[:, None]", "o_block[:, None]",
              kind="float8"),
     _planted("sum_planes", "sum_planes_kernel", "i_block.to(tl.int64) * BLOCK",
-             "i_block * BLOCK"),
+             "i_block * BLOCK", count=2, long=True),
     # The functions that are used as contracts.
     _planted("tile_of", "tile_of", "min(m_tiles - i_first, GROUP)", "GROUP"),
     _planted("tile_of", "tile_of", "% group_size // height", "% group_size // GROUP"),
@@ -138,13 +138,15 @@ def failures_of(fault: Fault) -> dict[str, str]:
     """By site, the numbers for which the fault shows."""
     if fault.subject in CONTRACT_PROOFS:
         return CONTRACT_PROOFS[fault.subject](fault.edit).failures
+    called = False
     for mode in fault.modes:
         source = Source(contracts.CONTRACTS, fault.edit)
         options = {} if fault.edit.old else {"widths": False, "only_accesses": True}
         proof = proof_of(fault.subject, mode, source, stops=True, **options)
         if proof.failures:
             return proof.failures
-    return {}
+        called |= fault.edit.function in {plain.__name__ for plain in source.made}
+    return {} if called else {"no mode calls it": "modes = 0"}
 
 
 def lines_of(fault: Fault) -> tuple[bool, str]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from . import contracts, facts, once
-from .engine import Proof, Source, FailedError, run
+from .engine import FailedError, Proof, Source, run
 
 # The modes of each kernel that together have every line of it.
 _ALL_WAYS = [
