@@ -1,13 +1,11 @@
 """The times of each release: ``make bench ARGS=--release`` measures the rows of this one.
 
 ``python benchmarks/releases.py`` prints a table of its results files, one for each version and
-device.  ``--plot PICTURE.png`` draws the table, and needs matplotlib.  All numbers are ratios
-within one run, because times of different runs can't be compared.
+device.  All numbers are ratios within one run, because times of different runs can't be compared.
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 
 try:
@@ -48,11 +46,7 @@ def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[flo
 
 def _order(path: Path) -> tuple[str, list[int]]:
     """The folder, and the numbers of the file's version and date."""
-    return path.parent.name, _numbers(path.stem)
-
-
-def _numbers(version: str) -> list[int]:
-    return [*map(int, re.findall(r"\d+", version))]
+    return path.parent.name, [*map(int, re.findall(r"\d+", path.stem))]
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -63,37 +57,5 @@ def table(folder: Path = RESULTS) -> str:
     return pipes(lines)
 
 
-def plot(picture: Path, folder: Path = RESULTS) -> None:
-    """Draw a panel for each row and a line for each machine, readable on a phone."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    made = releases(folder)
-    versions = sorted({version for _, version in made}, key=_numbers)
-    machines = list(dict.fromkeys(machine for machine, _ in made))
-    with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(5.2, 6.4), layout="constrained")
-        panels = figure.subplots(3, 2, sharex=True, sharey=True)
-        for panel, name in zip(panels.flat, ROWS.values(), strict=True):
-            panel.axhline(1.0, color="0.6", linewidth=1)
-            panel.set_title(name, fontsize=11)
-            for machine in machines:
-                places = [i for i, v in enumerate(versions) if name in made.get((machine, v), {})]
-                if not places:
-                    continue
-                low, middle, high = zip(*[made[machine, versions[i]][name] for i in places])  # noqa: B905
-                panel.fill_between(places, low, high, alpha=0.2)
-                panel.plot(places, middle, marker="o", label=machine)
-        for panel in panels[-1]:
-            panel.set_xticks(range(len(versions)), versions)
-        panels[0, 0].set_ylim(0, 1.1)
-        figure.supylabel("time of forward and backward / PEFT's")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
-        figure.savefig(picture, dpi=150)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--plot"]:
-        plot(Path(sys.argv[2]))
-    else:
-        print(table())
+    print(table())

@@ -26,8 +26,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .automatic import auto  # noqa: F401  # it needs no torch, so that a program can start with it
-from .namesake import warn_of_namesake
 from .version import __version__  # noqa: F401
+
+# Public names of 0.4, and what replaces them.
+_REMOVED = {
+    "apply_lora": "fastlora.get_peft_model, or fastlora.replace_linears without PEFT",
+    "LoRAConfig": "peft.LoraConfig",
+    "save_adapter": "model.save_pretrained",
+    "merge_lora": "fastlora.merged, or model.merge_adapter",
+    "unmerge_lora": "fastlora.merged, or model.unmerge_adapter",
+    "remove_lora": "model.unload",
+    "print_trainable_parameters": "model.print_trainable_parameters",
+}
 
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
@@ -40,6 +50,11 @@ else:
         public = import_module(".public", __name__)
         names = getattr(public, "__all__", ())  # not there yet while the import runs
         globals().update({each: getattr(public, each) for each in names}, __all__=names)
+        if name in _REMOVED:
+            text = f"fastlora.{name} is gone since 0.5: use {_REMOVED[name]} (docs/from-0.4.md)"
+            # Python drops the text of an AttributeError in "from fastlora import NAME".
+            is_import = sys._getframe(1).f_globals["__name__"] == "importlib._bootstrap"
+            raise ImportError(text) if is_import else AttributeError(text)
         if name not in globals():
             raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
         return globals()[name]
@@ -48,7 +63,5 @@ else:
         return sorted({*globals(), *__getattr__("__all__")})
 
 
-warn_of_namesake()
-del warn_of_namesake
 if "torch" in sys.modules and not TYPE_CHECKING:
     __getattr__("__all__")

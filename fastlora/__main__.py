@@ -1,33 +1,19 @@
 """The command line: ``python -m fastlora``, or ``fastlora``."""
 
 import json
-import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from .run import WHAT
 from .run import main as run_program
 from .version import __version__
 
-if TYPE_CHECKING:
-    import torch
-
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PLUGINS = {"swift": Path(__file__).parent / "integrations" / "swift" / "fastlora_swift.py"}
-
-
-class _Parser(ArgumentParser):
-    """A parser with errors of one line.  It takes -1e-3 as a number, as Python 3.14 does."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._negative_number_matcher = re.compile(r"-\.?\d")
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["run"]:  # first, because the program decides whether torch is imported
         return run_program(arguments[1:])
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m fastlora",
         allow_abbrev=False,
         epilog="fastlora.estimate(model) estimates the time and memory of a rank (docs/rank.md).",
@@ -59,16 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "path":
         print(_PLUGINS[options["trainer"]])
         return 0
-    plot = options.pop("plot", None)
     output = options.get("output") or options.get("path")
+    plot = options.pop("plot", None)
     try:
         report = run(**options)
         if report is not None:
             print(report)
         if plot:
             report.plot(plot)
-        if command not in ("tune", "check-adapter"):
-            print(_written(output))
+        if output:
+            print(f"written: {output}")
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {command}: {error}\n")
     loads = command != "check-adapter" or (report.fixed or report).loads
@@ -80,15 +66,6 @@ def _command(commands: Any, name: str, what: str, run: Callable | None = None) -
     parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
-
-
-def _written(output: str | None) -> str:
-    if not output:
-        return "nothing was written: --rank R --output FOLDER writes the adapter at a lower rank"
-    files = [*Path(output).glob("adapter_*")]  # none if the output is a single file
-    size = sum(file.stat().st_size for file in files or [Path(output)])
-    how = "" if files else f": llama-cli -m BASE.gguf --lora {output}"
-    return f"written: {output} ({size / 2**20:.1f} MiB){how}"
 
 
 def _add_doctor(add_command: Callable[..., ArgumentParser]) -> None:
@@ -113,13 +90,12 @@ def _add_tune(add_command: Callable[..., ArgumentParser]) -> None:
     what = "measure which plans and tiles are fastest on this GPU, and use them from now on"
     add = add_command("tune", what, tune).add_argument
     model = "a model of transformers: a folder, or a name in its cache"
-    shape = "instead of a model: a layer; can be repeated"
-    add("model", nargs="?", metavar="MODEL", help=model)
-    add("--shape", type=_shape, action="append", metavar="M,K,N", help=shape)
-    add("--tokens", type=_count, help="tokens in a model's step: batch size times length (4096)")
-    add("--r", type=_rank, default=16, help="rank of the adapters (%(default)s)")
-    add("--dtype", type=_dtype, help="dtype of x and weights (the model's, or bfloat16)")
-    add("--dropout", type=_probability, default=0.0, metavar="P", help="dropout of adapters (0)")
+    add("model", metavar="MODEL", help=model)
+    tokens = "tokens in a step: batch size times length (%(default)s)"
+    add("--tokens", type=int, default=4096, help=tokens)
+    add("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
+    add("--dtype", choices=_DTYPES, help="dtype of x and weights (the model's, or bfloat16)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="dropout of adapters (0)")
     add("--seconds", type=float, default=120.0, help="time limit, roughly (%(default)g)")
 
 
@@ -145,7 +121,7 @@ def _add_adapters(add_command: Callable[..., ArgumentParser]) -> None:
     combine.add_argument("--weights", nargs="+", type=float, required=True, help="one per adapter")
     combine.add_argument("--output", metavar="FOLDER", required=True)
     for each in (resize, combine):
-        each.add_argument("--rank", type=_rank, help="largest rank of each layer")
+        each.add_argument("--rank", type=int, help="largest rank of each layer")
     export.add_argument("folder", metavar="FOLDER")
     export.add_argument("path", metavar="FILE")
     base = "folder of the base model"
@@ -155,50 +131,7 @@ def _add_adapters(add_command: Callable[..., ArgumentParser]) -> None:
     check.add_argument("--for", dest="server", choices=SERVERS, required=True, help="the server")
     check.add_argument("--base", metavar="CONFIG", help="folder or config.json of the base model")
     check.add_argument("--fix", metavar="FOLDER", help="new folder for a mended adapter")
-    check.add_argument("--max-lora-rank", type=_rank, metavar="R", help="the server's option")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    sizes = [_whole(part) for part in text.split(",")]
-    if len(sizes) != 3 or 0 in sizes:
-        raise ArgumentTypeError(
-            f"{text!r} isn't M,K,N: give rows, in_features and out_features, such as 4096,2048,2048"
-        )
-    return sizes[0], sizes[1], sizes[2]
-
-
-def _rank(text: str, what: str = "rank") -> int:
-    if not _whole(text):
-        raise ArgumentTypeError(f"{text!r} isn't a {what}: give a whole number of at least 1")
-    return _whole(text)
-
-
-_count = partial(_rank, what="number of tokens")
-
-
-def _whole(text: str) -> int:
-    """A number from 1 to 9,999,999; 0 for any other text."""
-    return int(text) if re.fullmatch("[0-9]{1,7}", text) else 0
-
-
-def _dtype(text: str) -> "torch.dtype":
-    from .formats.format import name_of
-    from .projection import DTYPES
-
-    names = {name_of(dtype): dtype for dtype in DTYPES}
-    if text not in names:
-        raise ArgumentTypeError(f"{text!r} isn't one of {', '.join(names)}")
-    return names[text]
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise ArgumentTypeError(f"{text!r} isn't a probability from 0 to below 1")
-    return value
+    check.add_argument("--max-lora-rank", type=int, metavar="R", help="the server's option")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _TUNERS = "peft.tuners.tuners_utils"  # the module of PEFT's BaseTuner
 # The arguments of ``optimize``.  They are listed here because its signature would import torch.
 SETTINGS = ("strict", "frozen_linears", "gated_mlps", "loss", "base", "int8_from")
 _settings: dict[str, Any] | None = None  # the arguments of ``optimize``; None while ``auto`` is off
-_wrapped: dict[type, tuple[Any, Any]] = {}  # class -> (PEFT's ``inject_adapter``, the wrapper)
+_wrapped: dict[type, Any] = {}  # class -> the wrapper of PEFT's ``inject_adapter``
 
 
 def auto(on: bool = True, **settings: Any) -> None:
@@ -33,17 +33,18 @@ def auto(on: bool = True, **settings: Any) -> None:
     that have no gradient in the first step.  Models of other tuners than LoRA don't change.
 
     ``auto`` wraps ``peft.tuners.tuners_utils.BaseTuner.inject_adapter``.  If PEFT isn't imported
-    yet, it does so when the program imports PEFT.  ``auto`` imports neither torch nor PEFT.
+    yet, it does so when the program imports PEFT.  ``auto`` imports neither torch nor PEFT.  The
+    wrapper stays after ``auto(False)``, and only calls PEFT's function then.
     ``python -m fastlora run`` calls it for a program that can't be edited
     (docs/integrations.md).
 
-    Raises TypeError for a setting that ``optimize`` doesn't take.
+    Raises TypeError for a setting that ``optimize`` doesn't take, and ValueError for a value that
+    doesn't fit.
     """
     global _settings
     check_settings(settings)
     _settings = settings if on else None
     if not on:
-        _unwrap()
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
@@ -85,6 +86,10 @@ def settings_in(value: str) -> dict[str, Any] | None:
         raise ValueError(
             f"FASTLORA is {value!r}, but must be 0, 1 or a JSON object with some of {known}"
         )
+    try:
+        check_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"FASTLORA is {value!r}: {error}") from None
     return settings
 
 
@@ -164,10 +169,13 @@ def log_line(level: int, text: str) -> None:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raise TypeError for a setting that ``optimize`` doesn't take."""
+    """Raise TypeError for a setting that ``optimize`` doesn't take, ValueError for a bad value."""
+    from .settings import check_optimize
+
     for name in settings:
         if name not in SETTINGS:
             raise TypeError(f"optimize has no setting {name!r}: give some of {', '.join(SETTINGS)}")
+    check_optimize(**settings)
 
 
 def _wrap(tuners: Any) -> None:
@@ -191,21 +199,9 @@ def _wrap(tuners: Any) -> None:
             optimize_or_log(model, **settings)
         return result
 
-    pair = theirs, inject_adapter
-    if _wrapped.setdefault(kind, pair) is pair:  # atomic: another thread may be here also
+    # setdefault is atomic, because another thread may be here also.
+    if _wrapped.setdefault(kind, inject_adapter) is inject_adapter:
         kind.inject_adapter = inject_adapter
-
-
-def _unwrap() -> None:
-    """Undo :func:`auto`.
-
-    If another package has wrapped our wrapper, ours stays and only calls PEFT's function.
-    """
-    sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
-    for kind, (theirs, ours) in [*_wrapped.items()]:
-        if vars(kind).get("inject_adapter") is ours:
-            kind.inject_adapter = theirs  # type: ignore[attr-defined]
-            del _wrapped[kind]
 
 
 class _Finder:

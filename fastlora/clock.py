@@ -1,7 +1,7 @@
 """Clocks that time a call on the host or on a GPU."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,12 @@ def medians(
 ) -> dict[Any, float]:
     """Median seconds of each call, by name.  The calls take turns, so drift affects all alike."""
     laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in range(rounds)]
-    return {name: sorted(lap[name] for lap in laps)[rounds // 2] for name in calls}
+    return {name: median([lap[name] for lap in laps]) for name in calls}
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value; of an even number of values the upper one of two."""
+    return sorted(values)[len(values) // 2]
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Warnings about other modules of the same name: ``fastlora`` on PyPI installs ``fastlora.py``.
+"""Messages about other modules of the same name: ``fastlora`` on PyPI installs ``fastlora.py``.
 
 If both are in one folder, Python imports this package, because a package precedes a module.  If
 they are in two folders, Python imports the one that comes first on ``sys.path``.  pip uninstalls
@@ -6,7 +6,6 @@ either one without touching the other.
 """
 
 import sys
-import warnings
 from pathlib import Path
 
 _WHAT = (
@@ -17,16 +16,6 @@ _CLONE = (
     "{} is a clone with the package's name: programs that start beside it import an empty fastlora "
     "(no attribute 'optimize'); rename it to fastlora-source"
 )
-
-
-def warn_of_namesake() -> None:
-    """Warn if the other module is beside this package.
-
-    Only this one path is checked, so that ``import fastlora`` stays fast.
-    """
-    beside = Path(__file__).parent.with_suffix(".py")
-    if beside.is_file():
-        warnings.warn(_WHAT.format(beside), stacklevel=3)
 
 
 def namesakes() -> str:

@@ -104,7 +104,7 @@ class Coverage:
         if sharded := len(self.layers) - len(self.fast) - len(self.not_fast):
             text += f", {sharded} sharded"
         if self.fast and self.not_fast and any(layer.parameters for layer in self.layers):
-            text += f", {_percent(self.share)} of the adapted parameters"
+            text += f", {100 * self.share:.0f} % of the adapted parameters"
         return text
 
     def __str__(self) -> str:
@@ -151,13 +151,6 @@ def format_of(output: Output) -> str:
     """The name of a packed weight's format; "" for a plain weight."""
     weight = output.base.weight
     return weight.format.label if isinstance(weight, Quantized) else ""
-
-
-def _percent(share: float) -> str:
-    """A whole number of percent; 0 % only for nothing, and 100 % only for all."""
-    if 0.0 < share < 0.01:
-        return "under 1 %"
-    return "over 99 %" if 0.99 < share < 1.0 else f"{share:.0%}".replace("%", " %")
 
 
 def left_out_notes(model: nn.Module) -> tuple[str, ...]:

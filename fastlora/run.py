@@ -62,17 +62,22 @@ def main(arguments: Sequence[str]) -> NoReturn:
         paths = [_STARTUP, *(path for path in others if path != _STARTUP)]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths if others != [""] else paths[:1])
     command = _command(program, is_module)
+    if command is None:
+        parser.error(f"{program[0]!r} is neither a file nor a command of this environment")
     os.execv(command[0], command)
 
 
-def _command(program: list[str], is_module: bool) -> list[str]:
-    """The program's command: of this Python, with its options, if it is no command by itself."""
+def _command(program: list[str], is_module: bool) -> list[str] | None:
+    """The program's command: of this Python, with its options, if it is no command by itself.
+
+    None if there is no such program.
+    """
     name, *arguments = program
     is_script = name == "-" or os.path.isfile(name) or os.path.exists(f"{name}/__main__.py")
     if not is_module and not is_script:
         places = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
-        if found := shutil.which(name, path=os.pathsep.join(places)):
-            return [found, *arguments]
+        found = shutil.which(name, path=os.pathsep.join(places))
+        return [found, *arguments] if found else None
     # The options in "python -u -m fastlora run …", and in "python -u bin/fastlora run …".
     *options, _ = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     if options and options[-1].startswith("-"):

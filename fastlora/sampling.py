@@ -40,7 +40,8 @@ class merged:  # noqa: N801  # lower case, because it is used like a function
     adapters are disabled don't change.
 
     Inside of the block adapters get no gradient: the backward of a call in training raises
-    RuntimeError.  PEFT's ``disable_adapter()`` and ``unmerge_adapter()`` give the exact originals,
+    RuntimeError.  In evaluation, outputs need no gradient (unless an input does), so torch raises
+    its own error.  PEFT's ``disable_adapter()`` and ``unmerge_adapter()`` give the exact originals,
     and after ``disable_adapter()`` the model is merged again.  Nested blocks, and blocks of several
     threads, share one merge.  Leaving raises RuntimeError if the originals can't be rebuilt because
     merged weights were written to, or cast to fewer bits.

@@ -1,22 +1,14 @@
 """Checks of numbers and switches that callers set: rank, alpha, scale, dropout, True or False."""
 
 import warnings
-from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from typing import Any
 
-import torch
-
 from .text import shown
 
-LARGEST_SCALE = torch.finfo(torch.float32).max
+LARGEST_SCALE = (2 - 2**-23) * 2.0**127  # the largest float32
 LARGEST_RANK = 2**31 - 1
-_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r"}  # too far from "r" for difflib
-_ONLY_PEFT_S = {
-    "use_dora", "lora_bias", "loftq_config", "eva_config", "layer_replication", "use_qalora",
-    "trainable_token_indices",
-}  # fmt: skip
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:
@@ -52,6 +44,15 @@ def check_switches(**switches: bool) -> None:
             raise ValueError(f"{name} is {shown(value)}, but must be True or False")
 
 
+def check_optimize(base: Any = None, int8_from: Any = 0, loss: Any = None, **others: bool) -> None:
+    """Raise ValueError unless these are values for the arguments of ``fastlora.optimize``."""
+    check_switches(**others, loss=loss is not None and loss)
+    if base not in (None, "int8"):
+        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
+    if not (is_number(int8_from) and int8_from >= 0):
+        raise ValueError(f"int8_from is {shown(int8_from)}, but must be a number of features")
+
+
 def is_number(value: object) -> bool:
     """Whether it is an int or a float (numpy.float64 is a float), and not a bool."""
     return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
@@ -67,21 +68,17 @@ def check_scale(scale: float) -> None:
 
 
 def suggests_arguments(kind: type) -> type:
-    """Let the TypeError for an unknown argument of the class name the argument to use."""
+    """Let the TypeError for an unknown argument of the class list the arguments."""
     init: Any = vars(kind)["__init__"]
     known = [*signature(init).parameters][1:]
-
-    def hint(name: str) -> str:
-        if name in _ONLY_PEFT_S:
-            return f"{name} needs PEFT: make its model, and call fastlora.optimize(model)"
-        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known, 1)
-        return f"for {name} write {near[0]}" if near else f"the arguments are {', '.join(known)}"
 
     @wraps(init)
     def checked(self: Any, *values: Any, **settings: Any) -> None:
         if unknown := sorted(settings.keys() - {*known}):
-            hints = "; ".join(dict.fromkeys(map(hint, unknown)))
-            raise TypeError(f"{kind.__name__} has no {', '.join(map(repr, unknown))}: {hints}")
+            raise TypeError(
+                f"{kind.__name__} has no {', '.join(map(repr, unknown))}: its arguments are "
+                f"{', '.join(known)}; other settings of peft.LoraConfig need PEFT"
+            )
         init(self, *values, **settings)
 
     kind.__init__ = checked  # type: ignore[misc]

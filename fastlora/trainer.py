@@ -9,7 +9,6 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -29,6 +28,14 @@ except ImportError as error:
         "fastlora.trainer needs transformers and accelerate: "
         "pip install 'fastlora-kernels[trainer]'"
     ) from error
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterTrainer":  # an AttributeError would lose the text in a from-import
+        raise ImportError(
+            "AdapterTrainer is gone since 0.5: use transformers.Trainer (docs/from-0.4.md)"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Optimize(TrainerCallback):
@@ -71,7 +78,6 @@ class Optimize(TrainerCallback):
         self._logged.add(inner)
 
 
-_sampling: WeakSet[nn.Module] = WeakSet()  # models inside of a merged ``generate``
 # PEFT's models between ``merge_adapter`` and ``unmerge_adapter``, with what restores them.
 _merged: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
@@ -82,40 +88,6 @@ def _restore(model: nn.Module) -> bool:
     if undo is not None and peft_layers(model):  # merge_and_unload() keeps the merged weights
         undo.close()
     return undo is not None
-
-
-class _Method:
-    """One of MergedSampling's methods in place of a model's, stored in the model's ``__dict__``.
-
-    It calls ``ours`` with the replaced method, the model, and the call's arguments.
-    """
-
-    def __init__(self, model: Any, name: str, ours: Callable) -> None:
-        method = getattr(model, name)
-        functools.update_wrapper(self, method)  # first, because it sets attributes
-        self.name, self.ours, self.is_on = name, ours, True
-        self.before = vars(model).get(name)  # an earlier one in this model's __dict__
-        if getattr(method, "__self__", None) is model:
-            self.theirs = method.__func__
-        else:
-            self.theirs = lambda _, *inputs, **settings: method(*inputs, **settings)
-        vars(model)[name] = MethodType(self, model)  # a copy of the model gets its own
-
-    def __call__(self, model: Any, *inputs: Any, **settings: Any) -> Any:
-        if not self.is_on:
-            return self.theirs(model, *inputs, **settings)
-        return self.ours(functools.partial(self.theirs, model), model, *inputs, **settings)
-
-    def leave(self, model: Any) -> None:
-        """Restore the model's earlier method, unless another one has replaced this one."""
-        if getattr(vars(model).get(self.name), "__func__", None) is not self:
-            return
-        del vars(model)[self.name]
-        if self.before is not None:
-            is_method = getattr(self.before, "__func__", None) is self.theirs
-            is_copied = is_method and self.before.__self__ is not model
-            before = MethodType(self.theirs, model) if is_copied else self.before
-            vars(model)[self.name] = before
 
 
 class MergedSampling(TrainerCallback):
@@ -134,9 +106,9 @@ class MergedSampling(TrainerCallback):
     :class:`fastlora.merged`'s.
 
     The end of training restores the methods.  An error in training ends it without a callback: the
-    methods then stay replaced, and a merged model stays merged, until :meth:`put_back`, or until
-    the next training of the model with any MergedSampling.  A second MergedSampling on the same
-    model takes over from the first.
+    methods then stay replaced until :meth:`put_back`, or the end of this callback's next training.
+    A merged model stays merged until :meth:`put_back`, or until its next training with any
+    MergedSampling.
 
     Training raises ValueError before its first step if the model can't be merged (see
     :class:`fastlora.merged`), or if continuous batching samples, because it doesn't call
@@ -146,25 +118,21 @@ class MergedSampling(TrainerCallback):
 
     def __init__(self, *, keep: str = "corrections") -> None:
         self.keep = keep
-        self._placed: list[tuple[Any, _Method]] = []
+        self._placed: list[tuple[Any, str, Any, Any]] = []  # model, name, our method, earlier one
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
         model: Any = unwrap(kwargs["model"])
         # A PeftModel takes these two methods from its base_model.
         inner = model.base_model if hasattr(model, "merge_adapter") else model
-        ours = [(inner, "merge_adapter", self._merge), (inner, "unmerge_adapter", self._unmerge)]
-        sample = (model, "generate", self._sample)
-        for owner, name, _ in (*ours, sample):
-            while isinstance(other := getattr(vars(owner).get(name), "__func__", None), _Method):
-                other.leave(owner)  # another callback's
         _restore(inner)
         # TRL's asynchronous trainers have a server, and no switch.
         if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
             if reason := why_not_sent(model):
                 raise ValueError(reason)
-            self._merge(None, inner)  # raises here, before the first step, if it can't merge
-            _restore(inner)
+            merge_adapter(inner, self.keep).close()  # raises here, before the first step
+            self._place(inner, "merge_adapter", self._merge)
+            self._place(inner, "unmerge_adapter", self._unmerge)
         elif getattr(args, "use_transformers_continuous_batching", False):
             raise ValueError(
                 "use_transformers_continuous_batching: MergedSampling works only with "
@@ -173,31 +141,40 @@ class MergedSampling(TrainerCallback):
         else:
             with merged(model, keep=self.keep):
                 pass
-            ours = [sample]
-        self._placed = [(owner, _Method(owner, name, method)) for owner, name, method in ours]
+            self._place(model, "generate", self._sample)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()
 
     def put_back(self) -> None:
         """Restore the methods and the weights that the model had before training."""
-        for model, method in self._placed:
-            method.is_on = False  # another function may call it
-            method.leave(model)
+        placed, self._placed = self._placed, []
+        for model, name, method, before in placed:
             _restore(model)
-        self._placed = []
+            if vars(model).get(name) is method:  # not another function around it
+                del vars(model)[name]
+                if before is not None:
+                    vars(model)[name] = before
+
+    def _place(self, model: Any, name: str, ours: Callable) -> None:
+        """Replace a method of this model by ``ours``, which gets the replaced method first.
+
+        A partial, because a copy of the model then has a method of the copy.
+        """
+        theirs = getattr(model, name)
+        method = functools.update_wrapper(functools.partial(ours, theirs, model), theirs)
+        self._placed.append((model, name, method, vars(model).get(name)))
+        vars(model)[name] = method
 
     def _sample(self, theirs: Callable, model: Any, *inputs: Any, **settings: Any) -> Any:
-        if model in _sampling:
+        if not self._placed:
             return theirs(*inputs, **settings)
-        _sampling.add(model)
-        try:
-            with merged(model, keep=self.keep):
-                return theirs(*inputs, **settings)
-        finally:
-            _sampling.discard(model)
+        with merged(model, keep=self.keep):
+            return theirs(*inputs, **settings)
 
-    def _merge(self, theirs: Any, model: Any, *inputs: Any, **settings: Any) -> None:
+    def _merge(self, theirs: Callable, model: Any, *inputs: Any, **settings: Any) -> None:
+        if not self._placed:
+            return theirs(*inputs, **settings)
         if model in _merged and (inputs or settings):
             raise ValueError("the model is merged already: call unmerge_adapter() first")
         _restore(model)  # after a failed synchronization, the adapters may have changed

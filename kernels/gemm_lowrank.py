@@ -54,18 +54,19 @@ def gemm_lowrank_kernel(
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  The module's
     docstring has a table of these operands in y and in dx.
 
-    A program computes tiles [BM, BN] of OUT, each in one accumulator and four stages:
+    A program computes tiles [BM, BN] of OUT.  For each tile, with one float32 accumulator b_out:
 
-        1. before the main loop    the low-rank term, if LOW_RANK is "before"
-        2. the main loop           accumulator += P_i Q_i for every i, in steps over K_i
-        3. after the main loop     the low-rank term otherwise
-        4. the epilogue            + bias, + OUT, round, store
+        1. b_out  = Σ_i keep_i ∘ (U_i V_i)   if LOW_RANK is "before", otherwise 0
+        2. b_out += Σ_i P_i Q_i              the main loop, in steps of BLOCK_K over each K_i
+        3. b_out += Σ_i U_i V_i              unless LOW_RANK is "before"
+        4. OUT    = b_out (+ bias) (+ OUT), rounded once
 
-    LOW_RANK says where the low-rank term Σ_i keep_i ∘ (U_i V_i) is computed.
-    ``GemmConfig.low_rank`` chooses one of these:
-    "before"      with dropout: load, multiply and mask U_i V_i before the main loop.  The mask
-                  applies only to this term.  After the main loop, the term would need a second
-                  accumulator until it is masked; before it, the main accumulator is still free
+    On a first reading, take ``ends`` and PACKING as None, and DESCRIPTORS and PERSISTENT as False.
+    Then there is one segment and a dense Q_i, loads take pointers, and a program has one tile.
+
+    LOW_RANK, from ``GemmConfig.low_rank``, says when the low-rank term is computed:
+    "before"      with dropout.  The mask applies only to this term.  After the main loop, the term
+                  would need a second accumulator until it is masked; before it, b_out is still free
     "prefetched"  load U_i and V_i before the main loop, which hides the wait, and multiply after it
     "after"       load and multiply after the main loop, in steps over the rank
 
@@ -97,14 +98,14 @@ def gemm_lowrank_kernel(
     for i_tile in range(i_program, tiles_end, tl.num_programs(0) if PERSISTENT else 1):
         # Programs that run at the same time should share rows of P and columns of Q in the L2
         # cache, so GROUP rows of tiles advance together, column by column.
-        i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)  # in tiles
-        i_n = i_n * BLOCK_N  # in columns
-        # i_m becomes the tile's first row of OUT.  The tile loads rows below ``rows`` and columns
-        # below ``columns``, both 0 for rows without a segment, and stores rows below ``end``.
+        i_row_tile, i_column_tile = tile_of(i_tile, m_tiles, n_tiles, GROUP)
+        i_n = i_column_tile * BLOCK_N
+        # The tile loads rows below ``rows`` and columns below ``columns``, both 0 for rows without
+        # a segment, and stores rows below ``end``.  Without segments, these are M, N and M.
         i_segment, _, i_m, end, rows, columns = segment_of_tile(
-            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+            ends, segments, i_row_tile, M, N, BLOCK_M, SEGMENT_BLOCK
         )
-        # 1. Before the main loop: b_out = Σ_i keep_i ∘ (U_i V_i) with dropout, otherwise 0.
+        # 1. The low-rank term with dropout; without dropout, loads for step 3.
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
         for i in tl.static_range(len(u)):
@@ -140,8 +141,7 @@ def gemm_lowrank_kernel(
                     BLOCK_K, BLOCK_N, Q_TRANSPOSED, DESCRIPTORS, PACKING, dtype,
                 )  # [BK, BN]  # fmt: skip
                 b_out = dot(b_p, b_q, b_out, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
-        # 3. After the main loop: b_out += Σ_i U_i V_i, for y h Bᵀ.  These terms have no mask, so
-        # they go into the same accumulator, and U_i is needed only now.
+        # 3. The low-rank term without dropout: b_out += Σ_i U_i V_i.  For y, this is h lora_bᵀ.
         for i in tl.static_range(len(u)):
             v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if LOW_RANK == "prefetched":

@@ -38,7 +38,7 @@ from .config import (
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     SegmentNumbers,
-    own_number,
+    mask_numbers,
     row_numbers,
     segment_arguments,
     segment_of_tile,
@@ -192,6 +192,16 @@ def add_kept(b_sum, b_term, keep, i: tl.constexpr):
 
 
 @triton.jit
+def add_term(b_sum, b_u, b_v, keep, i: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sum + keep ∘ (b_u @ b_v), [BM, BN] + [BM, BR] @ [BR, BN]; without a mask, keep is None."""
+    if keep is None:
+        return dot(b_u, b_v, b_sum, PRECISION)
+    else:
+        b_term = dot(b_u, b_v, tl.zeros(b_sum.shape, tl.float32), PRECISION)
+        return add_kept(b_sum, b_term, keep, i)
+
+
+@triton.jit
 def load_bias_row(bias, i_n, i_segment, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
     """The bias [1, BN] of a tile's columns, in float32 after rounding to ``dtype``.
 
@@ -232,12 +242,12 @@ def lowrank_kernel(
     # This loop has one step.  Without it, the compiled code needs up to a tenth more registers for
     # the masks of several projections.
     for i_tile in range(i_program, i_program + 1):
-        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)  # in tiles
-        i_n = i_n * BLOCK_N  # in columns
-        # i_m becomes the tile's first row.  The tile loads rows below ``rows`` and columns below
-        # ``columns``, both 0 for rows without a segment, and stores rows below ``end``.
+        i_row_tile, i_column_tile = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+        i_n = i_column_tile * BLOCK_N
+        # The tile loads rows below ``rows`` and columns below ``columns``, both 0 for rows without
+        # a segment, and stores rows below ``end``.
         i_segment, start, i_m, end, rows, columns = segment_of_tile(
-            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+            ends, segments, i_row_tile, M, N, BLOCK_M, SEGMENT_BLOCK
         )
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
@@ -248,26 +258,21 @@ def lowrank_kernel(
                     u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
                 )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
-            else:
-                # Without a mask, U_i V_i is added to the output's sum.  With a mask, U_i V_i has a
-                # sum of its own, because the mask must not change the other terms.
-                b_sum = b_out
-                if seeds is not None:
-                    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                b_sum = low_rank_tile(
-                    u[i], v_i, i_m, i_n, rows, columns, b_sum, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+            elif seeds is None:
+                b_out = low_rank_tile(
+                    u[i], v_i, i_m, i_n, rows, columns, b_out, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
-                if seeds is not None:
-                    # There is a seed for each projection.  With per-segment numbers, there is one
-                    # for each segment, and row 0 of a mask is the segment's first row.
-                    i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
-                    i_mask = i_m if own_thresholds is None else i_m - start
-                    own_threshold = own_number(own_thresholds, threshold, i_segment, segments)
-                    keep = keep_tile(
-                        tl.load(seeds + i_seed), i_mask, i_n, own_threshold, BLOCK_M, BLOCK_N
-                    )
-                    b_sum = add_kept(b_out, b_sum, keep, i)
-                b_out = b_sum  # [BM, BN]
+            else:  # in a sum of its own, because the mask must not change the other terms
+                b_term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                b_term = low_rank_tile(
+                    u[i], v_i, i_m, i_n, rows, columns, b_term, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+                )
+                seed, own_threshold = mask_numbers(
+                    seeds, own_thresholds, threshold, i, i_segment, segments
+                )
+                i_mask = i_m if own_thresholds is None else i_m - start
+                keep = keep_tile(seed, i_mask, i_n, own_threshold, BLOCK_M, BLOCK_N)
+                b_out = add_kept(b_out, b_term, keep, i)
         # AT_ONCE: all loads are under way, so now multiply.
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
@@ -275,9 +280,7 @@ def lowrank_kernel(
             dtype: tl.constexpr = out.dtype.element_ty
             b_out += load_bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         # With ``order``, the rows of a tile aren't consecutive in OUT: load their numbers.
-        o_mem = None
-        if order is not None:
-            o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+        o_mem = None if order is None else row_numbers(order, i_m, end, BLOCK_M)  # [BM]
         if ADD:
             b_before = load_tile(
                 out, i_m, i_n, rows, N, out_row_stride, 1, BLOCK_M, BLOCK_N, o_mem=o_mem

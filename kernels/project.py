@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +30,7 @@ from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     SegmentNumbers,
+    mask_numbers,
     own_number,
     row_numbers,
     segment_arguments,
@@ -40,7 +40,7 @@ from .segments import (
     sorted_rows,
     strides_of,
 )
-from .sum_planes import sum_planes
+from .sum_planes import planes_for, sum_planes
 from .target import Target, target_of
 
 
@@ -144,14 +144,10 @@ def project_kernel(
     for i in tl.static_range(len(v)):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
         if seeds is not None:
-            i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
-            loaded_seeds = loaded_seeds + (tl.load(seeds + i_seed),)
-    threshold = own_number(own_thresholds, threshold, i_segment, segments)
-    # A mask counts rows from 0, or, with per-segment numbers, from the segment's first row.
-    i_mask = i_m if own_thresholds is None else i_m - start
-    o_mem = None
-    if order is not None:
-        o_mem = row_numbers(order, i_m, end, BLOCK_M)  # [BM]
+            seed, threshold = mask_numbers(seeds, own_thresholds, threshold, i, i_segment, segments)
+            loaded_seeds = loaded_seeds + (seed,)
+    i_mask = i_m if own_thresholds is None else i_m - start  # the tile's first row in its mask
+    o_mem = None if order is None else row_numbers(order, i_m, end, BLOCK_M)  # [BM]
     # The main loop: sums[i] += (keep_i ∘ X) V_i, over this split's part of K.
     split_start = i_split * steps * BLOCK_K
     for i_k in range(split_start, min(split_start + steps * BLOCK_K, depth), BLOCK_K):
@@ -228,10 +224,7 @@ def project(
         least = min(16 * call.r, 8 * M)
         count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]
-        if count > 1:
-            planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
-        else:  # empty planes, so that both cases compile to the same kernel
-            planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
+        planes = planes_for(us, count)
         arguments = {
             "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes),
             "seeds": launch_seeds, **segment_arguments(ends),

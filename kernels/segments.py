@@ -119,6 +119,16 @@ def own_number(numbers, number, i_segment, segments):
 
 
 @triton.jit
+def mask_numbers(seeds, own_thresholds, threshold, i, i_segment, segments):
+    """(seed, threshold) of projection i's mask; with ``own_thresholds``, of the segment's mask.
+
+    A mask counts rows from 0; a segment's own mask counts them from the segment's first row.
+    """
+    i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+    return tl.load(seeds + i_seed), own_number(own_thresholds, threshold, i_segment, segments)
+
+
+@triton.jit
 def segment_rows(ends, segments, i_segment, M):
     """(first row, row after the last) of a segment.
 

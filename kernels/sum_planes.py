@@ -66,6 +66,17 @@ def sum_planes_kernel(
         i_block -= blocks
 
 
+def planes_for(sums: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Memory for ``count`` float32 planes of each sum [count, *its shape].
+
+    A kernel that isn't split (``count`` 1) writes to the sum itself.  Its planes are empty, and not
+    None, so that both cases compile to the same kernel.
+    """
+    if count == 1:
+        return [sums[0].new_empty(0, dtype=torch.float32)] * len(sums)
+    return [each.new_empty(count, *each.shape, dtype=torch.float32) for each in sums]
+
+
 def sum_planes(
     planes: Sequence[Tensor], out: Sequence[Tensor], second_dtype: torch.dtype | None = None
 ) -> None:

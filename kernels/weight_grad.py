@@ -28,9 +28,10 @@ from .config import (
 )
 from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
-from .lowrank import add_kept
+from .lowrank import add_term
 from .segments import (
     SegmentNumbers,
+    mask_numbers,
     own_number,
     row_numbers,
     segment_arguments,
@@ -40,7 +41,7 @@ from .segments import (
     sorted_rows,
     strides_of,
 )
-from .sum_planes import sum_planes
+from .sum_planes import planes_for, sum_planes
 from .target import Target, target_of
 
 
@@ -141,6 +142,41 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
     )
 
 
+@triton.jit
+def rows_of_program(ends, segments, i_split, steps, M, N, BLOCK_M: tl.constexpr):
+    """(first row, row after the last, end, rows, columns) of the program with split i_split.
+
+    The program walks from the first row to the last, loads rows below ``rows`` and columns below
+    ``columns``, and stores rows below ``end``.  With ``ends``, i_split is a segment.  For rows
+    without a segment, the program loads nothing, so its results are zero.
+    """
+    if ends is None:
+        first = i_split * steps * BLOCK_M
+        return first, min(first + steps * BLOCK_M, M), M, M, N
+    else:
+        first, end = segment_rows(ends, segments, i_split, M)
+        has_segment = i_split < segments
+        return first, end, end, tl.where(has_segment, end, 0), tl.where(has_segment, N, 0)
+
+
+@triton.jit
+def store_sum(out, planes, b_sum, i_r, i_n, i_split, R, columns, strides):
+    """Store b_sum [BR, BN], a tile of OUTᵀ: in OUT, in OUT's segment, or in the split's plane.
+
+    ``strides`` of OUT [columns, R]: from segment to segment (None without segments), from row to
+    row, and from column to column.
+    """
+    stride_e, stride_n, stride_r = strides
+    if stride_e is not None:
+        out += i_split.to(tl.int64) * stride_e
+        store_tile(out, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
+    elif tl.num_programs(1) == 1:
+        store_tile(out, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
+    else:
+        plane = planes + i_split.to(tl.int64) * columns * R
+        store_tile(plane, b_sum, i_r, i_n, R, columns, stride_r, stride_n)
+
+
 # M and steps change with the batch; Triton would compile again for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work_of))
 def weight_grad_kernel(
@@ -152,8 +188,12 @@ def weight_grad_kernel(
     """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also XV or LOW_RANK.
 
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i.  A
-    program has BLOCK_N columns of X and walks down the rows.  If the rows are split, split s takes
-    ``steps`` steps from step s · steps on, and writes its partial sums to plane s.
+    program has BLOCK_N columns of X and walks down the rows:
+
+        for every tile b_x of X:  sum_i += (keep_i ∘ b_x)ᵀ b_u_i
+
+    If the rows are split, split s takes ``steps`` steps from step s · steps on, and writes its
+    partial sums to plane s.
 
     With V_i [N, R_i], the same pass computes one of two further results:
     XV [N / BLOCK_N, M, R_0] = factor · X V_0 (dh): partial sums, one plane for each tile of
@@ -173,26 +213,15 @@ def weight_grad_kernel(
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     # The grid's second axis counts splits of the rows, or segments.
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    # A program loads rows below ``rows`` and columns below ``columns``, and stores rows of XV below
-    # ``end``.  For rows without a segment it loads nothing, so that XV is zero there.
-    start, end, rows, columns = 0, M, M, N
-    if ends is not None:
-        i_segment = i_split.to(tl.int64)
-        start, end = segment_rows(ends, segments, i_split, M)
-        has_segment = i_split < segments
-        rows, columns = tl.where(has_segment, end, 0), tl.where(has_segment, N, 0)
+    first, last, end, rows, columns = rows_of_program(ends, segments, i_split, steps, M, N, BLOCK_M)
     # V's tiles are the same in all steps over the rows, so they are loaded once.
     b_vs = ()
     for i in tl.static_range(len(v)):
-        v_i = v[i]
-        if ends is not None:
-            v_i += i_segment * v_strides[i][0]
+        v_i = v[i] if ends is None else v[i] + i_split.to(tl.int64) * v_strides[i][0]
         b_v = load_tile(
             v_i, i_n, 0, columns, R[i], v_strides[i][1], v_strides[i][2], BLOCK_N, BLOCK_R
         )  # [BN, BR]
         b_vs = b_vs + (b_v,)
-    if xv is not None:
-        xv_plane = xv + i_tile.to(tl.int64) * M * R[0]
     sums, loaded_seeds = (), ()  # an accumulator and a seed for each projection
     for i in tl.static_range(len(u)):
         # The accumulator has a tile of OUTᵀ.  In one pass over dy it has a tile of OUT, because
@@ -202,20 +231,12 @@ def weight_grad_kernel(
         else:
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
-            i_seed = i if own_thresholds is None else min(i_split, segments - 1)
-            loaded_seeds = loaded_seeds + (tl.load(seeds + i_seed),)
-    threshold = own_number(own_thresholds, threshold, i_split, segments)
+            seed, threshold = mask_numbers(seeds, own_thresholds, threshold, i, i_split, segments)
+            loaded_seeds = loaded_seeds + (seed,)
     factor = own_number(own_factors, factor, i_split, segments)
-    if ends is not None:
-        loop_start, loop_end = start, end
-    else:
-        loop_start = i_split * steps * BLOCK_M
-        loop_end = min(loop_start + steps * BLOCK_M, M)
     # The main loop: sums[i] += (keep_i ∘ X)ᵀ U_i over this program's rows.
-    for i_m in range(loop_start, loop_end, BLOCK_M):
-        o_mem = None
-        if order is not None:
-            o_mem = row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
+    for i_m in range(first, last, BLOCK_M):
+        o_mem = None if order is None else row_numbers(order, i_m, rows, BLOCK_M)  # [BM]
         b_x = load_tile(
             x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_mem=o_mem
         )  # [BM, BN]
@@ -225,10 +246,9 @@ def weight_grad_kernel(
             # U is loaded as its transpose.  Otherwise Triton loads only one of the two tiles more
             # than one step ahead.
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
-            b_kept = b_x
+            keep, b_kept = None, b_x
             if seeds is not None:
-                # A mask counts rows from 0, or, with per-segment numbers, from the segment's start.
-                i_mask = i_m if own_thresholds is None else i_m - start
+                i_mask = i_m if own_thresholds is None else i_m - first
                 keep = keep_tile(loaded_seeds[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
             if xv is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
@@ -236,10 +256,7 @@ def weight_grad_kernel(
             else:  # [BN, BR] += [BN, BM] @ [BM, BR]
                 next_sums = next_sums + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
             if low_rank is not None:  # + keep_i ∘ (U_i V_iᵀ), with the same mask as X
-                b_term = b_low if seeds is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                # [BM, BN] += [BM, BR] @ [BR, BN]
-                b_term = dot(b_u.T, cast(b_vs[i], b_x.dtype).T, b_term, PRECISION)
-                b_low = b_term if seeds is None else add_kept(b_low, b_term, keep, i)
+                b_low = add_term(b_low, b_u.T, cast(b_vs[i], b_x.dtype).T, keep, i, PRECISION)
         sums = next_sums
         if low_rank is not None:
             if ADD:
@@ -248,21 +265,12 @@ def weight_grad_kernel(
             store_tile(low_rank, b_low, i_m, i_n, M, N, N, 1)
         if xv is not None:  # factor · X V_0 for these rows; here X is dy, which has no mask
             b_xv = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            # [BM, BR] = [BM, BN] @ [BN, BR]
-            b_xv = dot(b_x, cast(b_vs[0], b_x.dtype), b_xv, PRECISION)
+            b_xv = dot(b_x, cast(b_vs[0], b_x.dtype), b_xv, PRECISION)  # [BM, BN] @ [BN, BR]
+            xv_plane = xv + i_tile.to(tl.int64) * M * R[0]
             store_tile(xv_plane, b_xv * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
-        b_out = sums[i] if xv is None else sums[i].T  # [BR, BN]
-        # OUTᵀ is stored with OUT's strides exchanged.
-        stride_e, stride_n, stride_r = out_strides[i]
-        if ends is not None:
-            out_i = out[i] + i_segment * stride_e
-            store_tile(out_i, b_out, i_r, i_n, R[i], columns, stride_r, stride_n)
-        elif tl.num_programs(1) == 1:
-            store_tile(out[i], b_out, i_r, i_n, R[i], N, stride_r, stride_n)
-        else:
-            plane = planes[i] + i_split.to(tl.int64) * N * R[i]
-            store_tile(plane, b_out, i_r, i_n, R[i], N, stride_r, stride_n)
+        b_sum = sums[i] if xv is None else sums[i].T  # [BR, BN]
+        store_sum(out[i], planes[i], b_sum, i_r, i_n, i_split, R[i], columns, out_strides[i])
 
 
 def weight_grad(
@@ -312,10 +320,7 @@ def weight_grad(
         n_tiles, block_r = tiles.tiles(call), tiles.block_r(call)
         r_tiles = cdiv(max(ranks), block_r)
         dense = [_dense(each) for each in out]
-        if count > 1:  # planes with the same memory layout as their sums
-            planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
-        else:  # empty planes, so that both cases compile to the same kernel
-            planes = [x.new_empty(0, dtype=torch.float32)] * len(u)
+        planes = planes_for(dense, count)
         if b is not None:
             product = xv = x.new_empty(M, ranks[0])
             if n_tiles > 1:

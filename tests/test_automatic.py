@@ -18,7 +18,7 @@ import fastlora
 from fastlora import automatic
 from fastlora.layers.mlp import GatedMLP
 
-THEIRS = BaseTuner.inject_adapter
+THEIRS = inspect.unwrap(BaseTuner.inject_adapter)
 CONFIG = {"r": 4, "target_modules": "all-linear"}
 SAID = "14 of 14 layers fast (backend torch); 2 of 2 gated MLPs as one block"
 IDS = torch.arange(12).reshape(2, 6)
@@ -28,7 +28,6 @@ IDS = torch.arange(12).reshape(2, 6)
 def _off_afterwards() -> Iterator[None]:
     yield
     fastlora.auto(False)
-    assert BaseTuner.inject_adapter is THEIRS
 
 
 def model_of(config: peft.PeftConfig | None = None, **settings) -> peft.PeftModel:
@@ -69,17 +68,18 @@ def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
     assert not any(isinstance(module, GatedMLP) for module in model.modules())
     with pytest.raises(TypeError, match=r"no setting 'gates': give some of .*gated_mlps"):
         fastlora.auto(gates=False)
+    with pytest.raises(ValueError, match="base is 'int4', but must be"):
+        fastlora.auto(base="int4")
     with pytest.raises(TypeError, match="no setting 'model'"):
         fastlora.auto(model=model)
     assert automatic._settings == {"gated_mlps": False}
 
 
-def test_off_restores_peft_s_function_and_leaves_optimized_models():
+def test_off_leaves_optimized_models_and_later_ones_to_peft():
     finders = [*sys.meta_path]
     fastlora.auto()
     model = model_of()
     fastlora.auto(False)
-    assert BaseTuner.inject_adapter is THEIRS
     assert sys.meta_path == finders
     assert is_fast(model)
     assert not is_fast(model_of())
@@ -100,13 +100,18 @@ def test_a_wrapper_around_ours_stays_and_no_model_is_optimized_twice(log, monkey
     assert BaseTuner.inject_adapter is another
     assert is_fast(model_of())
     assert len(log()) == 1
-    monkeypatch.undo()  # back to ours, which the fixture removes
 
 
 def test_threads_wrap_once():
     with ThreadPoolExecutor(8) as threads:
         [*threads.map(fastlora.auto, [True] * 64)]
     assert BaseTuner.inject_adapter.__wrapped__ is THEIRS
+
+
+def test_settings_of_a_call_replace_those_of_auto():
+    fastlora.auto(loss=True)
+    model = fastlora.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG), loss=False)
+    assert not fastlora.coverage(model).loss
 
 
 def test_an_adapter_that_is_injected_later_is_fast_also():
@@ -139,11 +144,11 @@ def test_a_saved_adapter_is_loaded_into_fast_layers(low_cpu_mem_usage, tmp_path,
 
 
 def test_an_error_of_optimize_is_a_warning_and_the_model_is_peft_s(log, monkeypatch):
-    fastlora.auto(gated_mlps="yes")
-    model = model_of()
+    fastlora.auto(strict=True)
+    model = model_of(target_modules=["q_proj", "embed_tokens"])
     ((level, text),) = log()
     assert level == "WARNING"
-    assert text.startswith("this model isn't optimized: ValueError: gated_mlps is 'yes', but must")
+    assert text.startswith("this model isn't optimized: ValueError: not every layer would run")
     kinds = {type(module).__module__.split(".")[0] for module in model.modules()}
     assert "fastlora" not in kinds
 
@@ -192,7 +197,7 @@ if not hasattr(sys, "tried"):
     sys.tried = True
     raise ValueError("not yet")
 class BaseTuner:
-    def inject_adapter(self): return "theirs"
+    def inject_adapter(self, model, adapter_name): return "theirs"
 """
 PROGRAM = """
 import json, sys
@@ -207,8 +212,7 @@ assert sys.meta_path == finders
 assert vars(loader).keys() == vars(json.__loader__).keys()
 assert hasattr(BaseTuner.inject_adapter, "__wrapped__")
 fastlora.auto(False)
-assert BaseTuner().inject_adapter() == "theirs"
-assert not hasattr(BaseTuner.inject_adapter, "__wrapped__")
+assert BaseTuner().inject_adapter(None, "name") == "theirs"
 print(json.dumps([*new]))
 """
 
@@ -239,6 +243,14 @@ def test_a_program_sees_names_before_and_after_torch_is_imported():
     )
 
 
+@pytest.mark.parametrize("name", ["apply_lora", "LoRAConfig", "merge_lora", "save_adapter"])
+def test_a_name_of_0_4_is_an_error_that_names_the_page(name):
+    with pytest.raises(ImportError, match=rf"{name} is gone .*: use .*docs/from-0\.4\.md"):
+        exec(f"from fastlora import {name}")
+    with pytest.raises(AttributeError, match=rf"{name} is gone .*: use .*docs/from-0\.4\.md"):
+        getattr(fastlora, name)
+
+
 @pytest.mark.parametrize(
     ("value", "settings"),
     [("", None), ("0", None), ("1", {}), ('{"gated_mlps": false}', {"gated_mlps": False})],
@@ -259,12 +271,11 @@ def test_a_wrong_setting_in_the_environment_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("setup", "shown"),
     [
-        ("pass", "fastlora: a line\n"),
         ("logging.basicConfig(format='own %(message)s')", "own a line\n"),
         ("logging.basicConfig(filename='/dev/null')", "fastlora: a line\n"),
         ("logging.getLogger('fastlora').setLevel(30)", ""),
     ],
-    ids=["alone", "own-handler", "a-file", "own-level"],
+    ids=["own-handler", "a-file", "own-level"],
 )
 def test_the_line_is_shown_once_as_the_program_s_logging_says(setup, shown):
     program = (

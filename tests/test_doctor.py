@@ -13,26 +13,18 @@ import triton
 from process import run_forked, run_python
 
 import fastlora.doctor as doctor
-from fastlora import reference
 from fastlora.__main__ import main
-from fastlora.backends import products
 from fastlora.doctor import machine
 from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
 
-CPU, ORACLE = torch.device("cpu"), reference.lora_linear
+CPU = torch.device("cpu")
 DOCTOR = ("-m", "fastlora", "doctor")
 
 
 def examined(capsys, *arguments: str, status: int = 0) -> dict:
     assert main(["doctor", "--json", *arguments]) == status
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.fixture
-def no_self_test(monkeypatch):
-    """Most of an examination's time; the other sections don't depend on it."""
-    monkeypatch.setattr(doctor, "_self_tests", lambda *_: {})
 
 
 def test_versions_machine_and_the_text_on_about_a_screen(capsys):
@@ -97,7 +89,7 @@ print(json.dumps(found))
 def test_backends_as_the_settings_choose_them(interpret):
     settings = {"TRITON_INTERPRET": str(int(interpret)), "FASTLORA_BACKEND": "triton"}
     names = ["triton"] if interpret else ["triton", "metal"]
-    (status, found), *others = json.loads(run_forked(OF_PROCESS, *names, **settings))
+    (status, found), *unknown = json.loads(run_forked(OF_PROCESS, *names, **settings))
     assert status == 0
     for name, value in settings.items():
         assert found["settings"][name] == value
@@ -108,22 +100,11 @@ def test_backends_as_the_settings_choose_them(interpret):
     else:
         said = f"asked for, but calls run on torch: {NEEDS_INTERPRETER}"
         assert backends["triton on cpu"] == said
-    tested = ("torch on cpu", *["triton on cpu"] * interpret, "PEFT optimized")
-    assert tuple(found["self-test, relative errors"]) == tested
-    for status, found in others:
+    assert float(found["self-test, relative errors"]["PEFT optimized on cpu"]) < 1e-5
+    for status, found in unknown:
         assert status == 1
-        assert found["backends"]["triton on cpu"] == f"no: {NEEDS_INTERPRETER}"
-        text = "no backend on cpu: ValueError: FASTLORA_BACKEND asks for the backend 'metal'"
+        text = "backends: ValueError: FASTLORA_BACKEND asks for the backend 'metal'"
         assert any(each.startswith(text) for each in found["broken"]), found["broken"]
-
-
-@pytest.mark.usefixtures("no_self_test")
-@pytest.mark.parametrize(
-    ("wide", "word"), [(False, "fast"), (True, "slow, so products run in float32")]
-)
-def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
-    monkeypatch.setattr(products, "FORCED", wide)
-    assert examined(capsys)["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
 
 
 def raising(error: Exception):
@@ -133,19 +114,11 @@ def raising(error: Exception):
     return fail
 
 
-FAST_FORWARD, OPTIMIZED = FastLinear.forward, "self-test of fastlora.optimize, LoRA: fastlora (1 of"
+FAST_FORWARD, OPTIMIZED = FastLinear.forward, "self-test of fastlora.optimize on cpu: fastlora (1"
 FAULTS = {  # Values: the object to replace, its replacement, and the expected message
-    "wrong-op": (
-        reference, "lora_linear", lambda *args, **more: 1.05 * ORACLE(*args, **more),
-        "self-test of torch on cpu in bfloat16: the output is wrong: its relative error is",
-    ),
-    "nan": (
-        doctor, "relative_errors", lambda *_: {"dx": float("nan")},
-        "self-test of torch on cpu in float32: dx is wrong: its relative error is nan",
-    ),
     "raising": (
-        doctor, "relative_errors", raising(RuntimeError("no\nmemory")),
-        "self-test of torch on cpu in float32: RuntimeError: no memory",
+        doctor, "peft_check", raising(RuntimeError("no\nmemory")),
+        "self-test, relative errors: RuntimeError: no memory",
     ),
     "doubled": (
         FastLinear, "forward",
@@ -177,9 +150,9 @@ def test_a_fault_is_reported_and_the_other_checks_run(
 @pytest.mark.parametrize(
     ("version", "text"),
     [
-        ("0.17.1", "not supported: PEFT 0.17.1 is not among the tested versions"),
+        ("0.17.1", "PEFT 0.17.1 is not among the tested versions"),
         ("0.99.0", "PEFT 0.99.0 is newer than the tested versions"),
-        ("", "not supported: FASTLORA_DISABLE is set"),
+        ("", "FASTLORA_DISABLE is set"),
     ],
 )
 def test_another_peft_or_a_switch_is_a_note(capsys, monkeypatch, version, text):
@@ -189,16 +162,8 @@ def test_another_peft_or_a_switch_is_a_note(capsys, monkeypatch, version, text):
         monkeypatch.setenv("FASTLORA_DISABLE", "1")
     found = examined(capsys)
     assert found["fastlora.optimize"]["PEFT"].startswith(text)
-    assert ("PEFT optimized" in found["self-test, relative errors"]) == (version == "0.99.0")
+    assert ("self-test, relative errors" in found) == (version == "0.99.0")
     assert found["settings"].get("FASTLORA_DISABLE") == os.environ.get("FASTLORA_DISABLE")
-
-
-@pytest.mark.parametrize(
-    ("version", "has_hopper", "says"),
-    [("3.6.0", True, True), ("3.6.0", False, False), ("3.7.1", True, False)],
-)
-def test_a_triton_whose_products_lack_a_fence_is_named(version, has_hopper, says):
-    assert ("lack a fence" in machine.note_of_triton(version, has_hopper)) == says
 
 
 @pytest.mark.parametrize(
@@ -244,8 +209,8 @@ def test_without_triton_and_peft_it_is_no_fault_and_an_import_brings_no_doctor()
     )
     found = json.loads(run_python("-c", code))
     assert found["versions"]["triton"] == found["versions"]["peft"] == "not installed"
-    assert found["backends"]["triton on cpu"] == "no: the package triton isn't installed"
-    assert "fastlora.optimize" not in found
+    assert "the package triton isn't installed" in found["backends"]["triton on cpu"]
+    assert "self-test, relative errors" not in found
 
 
 def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
@@ -265,7 +230,7 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
         except ImportError as error:
             print(json.dumps([broken, str(error)]))"""
     broken, said = json.loads(run_python("-c", code, PYTHONPATH=str(tmp_path)))
-    shown = [text for text in broken if text.startswith("the backend triton can't be imported")]
+    shown = [text for text in broken if text.startswith("triton is installed, but can't be import")]
     for text in (*shown, said):
         assert cause in text
         assert "pip install --editable" not in text
@@ -276,22 +241,18 @@ def test_a_triton_that_fails_to_import_is_the_cause_that_is_shown(tmp_path):
     ("arguments", "error"),
     [
         (["nurse"], "invalid choice: 'nurse'"),
-        (["tune", "--shape", "4,5"], "'4,5' isn't M,K,N"),
-        (["tune", "--shape", "4,0,5"], "'4,0,5' isn't M,K,N"),
-        (["tune", "--shape", "4,²,5"], "'4,²,5' isn't M,K,N"),
-        (["tune", "--shape", "4,4,99999999999"], "isn't M,K,N"),
-        (["tune", "--r", "0"], "'0' isn't a rank"),
-        (["tune", "--dtype", "int8"], "'int8' isn't one of float16, bfloat16"),
-        (["tune", "--dropout", "nan"], "'nan' isn't a probability"),
+        (["tune", "x", "--r", "0"], "r is 0, but the rank must be"),
+        (["tune", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["tune", "x", "--dropout", "nan"], "lora_dropout is nan"),
     ],
 )
-def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
+def test_bad_arguments_are_an_error_without_a_traceback(capsys, arguments, error):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert stopped.value.code == 2
+    assert stopped.value.code in (1, 2)
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    *_, line = printed.err.splitlines()
     assert line.startswith("python -m fastlora")
     assert error in line
 
@@ -300,18 +261,3 @@ def test_without_arguments_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")
     assert "fastlora.estimate(model)" in printed
-
-
-def test_an_interpreter_that_needs_an_older_numpy_is_named(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "needs numpy before 2.4" in machine.note_of_triton("3.6.0", has_hopper=False)
-    assert not machine.note_of_triton("3.7.1", has_hopper=False)
-
-
-@pytest.mark.parametrize("driver", ["580.95.05", None])
-def test_a_gpu_s_driver_is_named(driver, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine, "_gpu", lambda index: "NVIDIA L4, sm_89, 22 GiB")
-    monkeypatch.setattr(machine.collect_env, "get_nvidia_driver_version", lambda run: driver)
-    found = machine.hardware([torch.device("cpu")])["accelerator"]
-    assert found == f"2 x NVIDIA L4, sm_89, 22 GiB, driver {driver or 'unknown'}"

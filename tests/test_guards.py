@@ -72,15 +72,15 @@ def test_untying_gate_and_up_is_seen(how):
 
 
 def test_a_change_by_another_thread_during_a_read_is_seen():
-    model, read = two_adapters(), peft_layer.read_active
+    model, read = two_adapters(), peft_layer.read
 
-    def changing(layer):
-        found = read(layer)
+    def changing(layer, names):
+        found = read(layer, names)
         if model.active_adapter != "b":
             model.set_adapter("b")  # simulates another thread in between
         return found
 
-    with mock.patch.object(peft_layer, "read_active", changing):
+    with mock.patch.object(peft_layer, "read", changing):
         model(inputs())
     assert torch.equal(model(inputs()), read_anew(model, inputs()))
 
@@ -110,14 +110,6 @@ def test_a_list_of_active_adapters_of_a_class_of_its_own_is_looked_into():
     assert torch.equal(model(inputs()), read_anew(model, inputs()))
 
 
-def test_a_layer_of_another_class_is_read_again():
-    model, x = own_model()
-    kind = type(model.up)
-    model(x)
-    model.up.__class__ = type("Scaled", (kind,), {"scaling": property(lambda layer: 7.0)})
-    assert torch.equal(model(x), read_anew(model, x))
-
-
 @pytest.mark.parametrize("calls_before", [0, 2])
 @pytest.mark.parametrize("kind", ["own", "peft", "block"])
 def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
@@ -137,19 +129,6 @@ def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
     assert torch.equal(module(leaked[0]), module(x))
 
 
-def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
-    model, x = own_model()
-    before = model.up(x)
-    cached = vars(model.up)["_fastlora_record_followed"]
-
-    def given_up():  # between two steps of the call
-        cached.guard = None
-
-    monkeypatch.setattr(guards.nn_module, "_has_any_global_hook", given_up)
-    assert torch.equal(model.up(x), before)
-    assert cached.guard is None
-
-
 def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -167,10 +146,31 @@ def test_packed_numbers_that_change_in_place_are_read_again(kind, name):
     (layer,) = adapt(nn.Sequential(quantized(kind, 256, 32)), target_modules=["0"]).base_model.model
 
     def found():
-        return guards.record_of(layer, peft_layer._RECORDER)[1]
+        return guards.record_of(layer)[1]
 
     assert isinstance(found(), guards.Record)
     assert isinstance(found(), list)
     with torch.no_grad():
         getattr(layer.base_layer, name).add_(0)
     assert isinstance(found(), guards.Record)
+
+
+def test_a_layer_of_another_class_is_read_again():
+    model, x = own_model()
+    kind = type(model.up)
+    model(x)
+    model.up.__class__ = type("Scaled", (kind,), {"scaling": property(lambda layer: 7.0)})
+    assert torch.equal(model(x), read_anew(model, x))
+
+
+def test_a_guard_that_another_thread_drops_meanwhile(monkeypatch):
+    model, x = own_model()
+    before = model.up(x)
+    cached = vars(model.up)["_fastlora_record"]
+
+    def given_up():  # between two steps of the call
+        cached.guard = None
+
+    monkeypatch.setattr(guards.nn_module, "_has_any_global_hook", given_up)
+    assert torch.equal(model.up(x), before)
+    assert cached.guard is None

@@ -177,18 +177,13 @@ ACTIVATIONS = {
     "": [
         nn.SiLU(inplace=True),
         nn.Tanh(),
-        nn.Identity(),
         activations.GELUActivation(use_gelu_python=True),
         activations.GELUTanh(use_gelu_tanh_python=True),
-        activations.ClippedGELUActivation(-10, 10),
-        activations.QuickGELUActivation(),
-        activations.LinearActivation(),
         partial(functional.silu, inplace=True),
         partial(functional.gelu, torch.ones(1)),
         partial(functional.gelu, input=torch.ones(1)),
         partial(functional.gelu),
         lambda gate: gate,
-        [],
         None,
     ],
 }

@@ -137,19 +137,12 @@ def computes_in_another(block):
     block.up_proj.base_layer.compute_dtype = torch.bfloat16
 
 
-def merged(block):
-    for layer in (block.gate_proj, block.up_proj, block.down_proj):
-        layer.merge()
-    block.eval()
-
-
 def broken(block):
     block.up_proj.base_layer.weight.quant_state.absmax = torch.ones(1)
 
 
 LEFT = {
     "compute": (computes_in_another, "its layers have different dtypes"),
-    "merged": (merged, "its gate_proj: its adapter is merged"),
     "broken": (broken, "its up_proj: its base is a Linear4bit: its quantization state is broken"),
 }
 

@@ -42,6 +42,11 @@ def test_the_model_is_fast_before_training_and_the_losses_are_peft_s(tmp_path, l
     assert fastlora.coverage(plain.model).not_fast
 
 
+def test_the_trainer_of_0_4_is_an_error_that_names_the_page():
+    with pytest.raises(ImportError, match=r"use transformers\.Trainer \(docs/from-0\.4\.md\)"):
+        from fastlora.trainer import AdapterTrainer  # noqa: F401
+
+
 def test_a_model_that_training_makes_is_fast(tmp_path, log):
     made = []
 
@@ -74,11 +79,6 @@ def test_a_model_without_lora_layers_is_an_error_before_the_first_step(tmp_path)
     with pytest.raises(ValueError, match="has no PEFT LoRA layers"):
         trainer.train()
     assert trainer.state.global_step == 0
-
-
-def test_an_unknown_setting_is_an_error():
-    with pytest.raises(TypeError, match="no setting 'gates'"):
-        Optimize(gates=True)
 
 
 class Skips(nn.Module):

@@ -60,16 +60,6 @@ def test_a_layer_that_the_kernels_do_not_cover_says_why():
     )
 
 
-def test_a_plain_model():
-    report = fastlora.coverage(Mlp())
-    assert report.layers == ()
-    assert "get_peft_model" in str(report)
-
-
-def test_it_sees_through_wrappers():
-    assert len(fastlora.coverage(torch.nn.DataParallel(adapted())).layers) == 2
-
-
 def test_the_share_of_adapted_parameters_counts_experts():
     experts = nn.Module()  # eight experts in one parameter, and a router beside them
     experts.router = nn.Linear(8, 8, bias=False)
@@ -97,14 +87,10 @@ def parts(*sizes: int, fast: int) -> Coverage:
 @pytest.mark.parametrize(
     ("report", "text"),
     [
-        (parts(1, 999, fast=1), "1 of 2 layers fast, under 1 % of the adapted parameters"),
-        (parts(999, 1, fast=1), "1 of 2 layers fast, over 99 % of the adapted parameters"),
         (parts(3, 97, fast=1), "1 of 2 layers fast, 3 % of the adapted parameters"),
         (parts(3, 97, fast=2), "2 of 2 layers fast"),
-        (parts(3, 97, fast=0), "0 of 2 layers fast"),
-        (parts(0, 0, fast=1), "1 of 2 layers fast"),
     ],
-    ids=["tiny", "most", "some", "all", "none", "unknown"],
+    ids=["some", "all"],
 )
 def test_the_share_is_given_where_some_layers_are_fast(report, text):
     assert report.counts == text
@@ -160,7 +146,7 @@ def test_doubtful_settings_of_a_layer_are_a_warning(settings):
 
 @pytest.mark.parametrize("sizes", [(), (4, 8)])
 def test_a_layer_s_unknown_argument_names_the_one_to_use(sizes):
-    with pytest.raises(TypeError, match="LoRALinear has no 'rank': for rank write r"):
+    with pytest.raises(TypeError, match=r"LoRALinear has no 'rank': its arguments are .*, r, "):
         fastlora.LoRALinear(*sizes, rank=4)
 
 

@@ -25,6 +25,8 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
 }
 REFERENCE = ROOT / "docs" / "reference.md"
+# An item of the reference: a name, a link to the file, and a line about it.
+_ITEM = re.compile(r"^\* \[`fastlora\.(\S+)`\]\(.*$", re.M)
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 _SENTENCE = r"(?<=[.;])\s+(?=[`A-Z])"
 _BADGE = re.compile(r"^(?:\[!\[[^\]]*\]\(\S+\)\]\(\S+\)|!\[[^\]]*\]\((?:http|\.\./)\S+\))\n", re.M)
@@ -87,8 +89,16 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     if page.file.generated_by:
         return markdown
+    if page.file.src_uri == REFERENCE.name:
+        markdown = _ITEM.sub(directive, markdown)
     text = relink(markdown, "docs")
     return re.sub(r"<!-- README\.md(?:: ([^>]*))? -->", part_of_readme, text)
+
+
+def directive(item: re.Match) -> str:
+    """The docstring in place of an item of the reference, which is for GitHub."""
+    members = "\n    options: { members: true }" if item[1] == "reference" else ""
+    return f"::: fastlora.{item[1]}{members}"
 
 
 class Roles(griffe.Extension):
@@ -101,7 +111,7 @@ class Roles(griffe.Extension):
 
     def on_package(self, *, pkg, **_):
         """Every function and class of the reference gets a table of its parameters."""
-        for name in re.findall(r"^::: fastlora\.(\S+)", REFERENCE.read_text(), re.M):
+        for name in _ITEM.findall(REFERENCE.read_text()):
             obj = pkg[name].final_target if pkg[name].is_alias else pkg[name]
             if obj.is_function or obj.is_class:
                 first, gap, rest = obj.docstring.value.partition("\n\n")

@@ -72,7 +72,7 @@ def resize_adapter(
             tensors |= zip(layer.keys, flat(name, small, layer.dtype), strict=True)
     if path is not None:
         ranks = {spectrum.name: spectrum.r_after for spectrum in spectra}
-        settings = stored.settings | patterns(config, ranks, alphas)
+        settings = stored.settings | patterns(ranks, alphas)
         write_adapter(path, settings, tensors | stored.read_others())
     return Spectra(tuple(spectra))
 

@@ -16,9 +16,11 @@ from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
 from ..projection import Adapter
-from .config import AdapterConfig, weight_of
+from .config import AdapterConfig
 from .keys import pairs_of
 from .peft_config import as_trained, from_peft
+
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Layer(NamedTuple):
@@ -106,11 +108,11 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     layers = {}
     for name, keys in pairs.items():
         (a, dtype), (b, other) = (header[key] for key in keys)
-        r, wide = config.rank_of(name), torch.float32
-        if not all(getattr(kind, "is_floating_point", False) for kind in (dtype, other)):
+        r = config.rank_of(name)
+        if not {dtype, other} <= _DTYPES:
             raise ValueError(
                 f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
-                "but both must be floating-point"
+                "but both must be floating-point, of 16 bits or more"
             )
         if max(len(a), len(b)) > 2:
             raise ValueError(
@@ -122,12 +124,11 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         if not fits or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
                 f"{path / WEIGHTS} has lora_A {a} and lora_B {b} for {called(name)}, but {CONFIG} "
-                f"says that its rank is {r}"
+                f"says that its rank is {r}: they must be [{r}, in] and [out, {r}]"
             )
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
-        if dtype == other and dtype.itemsize > 1:  # keep the file's dtype; 8-bit becomes float32
-            wide = dtype
-        layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
+        kept = dtype if dtype == other else torch.float32
+        layers[name] = Layer(keys, name in experts, a[0] // r, scale, kept)
     others = [key for key in header if "lora_" not in key]
     return Stored(path, as_trained(settings), config, layers, others)
 
@@ -140,7 +141,7 @@ def _module_of(key: str) -> str:
     return ".".join(parts)
 
 
-def patterns(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     """PEFT's r, lora_alpha and patterns that give these layers their ranks and alphas.
 
     The most common value becomes the default, and every other layer gets an anchored pattern.
@@ -152,7 +153,7 @@ def patterns(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[st
     ):
         ((fields[default], _),) = Counter(values.values()).most_common(1)
         fields[field] = {
-            "^" + re.escape(weight_of(name) if config.names_weight_of(name) else name): value
+            f"^{re.escape(name)}": value
             for name, value in values.items()
             if value != fields[default]
         }

@@ -44,7 +44,8 @@ class DropoutMask:
 
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
-        self.p, self.least = p, _least(p)
+        self.p = p
+        self.least = min(round(p * 2**16), 2**16 - 1) - 2**15  # a kept word's upper half, an int16
         self.row_keys, self.column_keys = _keys(seed, shape)
 
     def of_rows(self, rows: Tensor | slice) -> "DropoutMask":
@@ -85,17 +86,14 @@ class DropoutMask:
             _keep_above(x.view(integer), words, highest, grad_input=out.view(integer))
 
 
-def _least(p: float) -> int:
-    """The least upper half of a kept element's word, as an int16."""
-    return min(round(p * 2**16), 2**16 - 1) - 2**15
-
-
 def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The int32 keys of every row [rows, 1] and of every column [columns]."""
     rows, columns = shape
     low: Any
     high: Any
-    if _is_here(seed):
+    # Outside of tracing and transforms, a CPU's seed can be read.
+    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active():
         # 2 · half + 1 for both halves at once: the "or" puts each half's 1 in, also where the
         # shift carries the top bit of the lower half over into the upper one.
         doubled = (int(seed.item()) << 1 | 0x1_0000_0001) & (2**64 - 1)
@@ -103,12 +101,6 @@ def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         return _kept_hashes("rows", rows) ^ low, _kept_hashes("columns", columns) ^ high
     low, high = seed.view(1).view(torch.int32) * 2 + 1
     return _hashes("rows", rows, seed.device) ^ low, _hashes("columns", columns, seed.device) ^ high
-
-
-def _is_here(seed: Tensor) -> bool:
-    """Whether the seed's number can be read: on a CPU, outside of tracing and transforms."""
-    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active()
 
 
 @lru_cache(maxsize=1024)  # views: with few rows, making one takes longer than the product

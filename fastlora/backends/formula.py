@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from .. import blocks
+from ..formats.format import Quantized
 from ..projection import Adapter, Base, Output, map_outputs, reads_x
 from .dropout import DropoutMask
-from .int8 import add_dy_in_8_bits, linear_in_8_bits, rounded, runs_in_8_bits
+from .int8 import add_dy_in_8_bits, linear_in_8_bits, rounded
 from .products import (
     Scratch,
     add_dy_weight,
@@ -62,12 +63,12 @@ def forward_rows(
     if x.shape[0] == 1:
         # On a CPU torch 2.10 gives wrong products of a bfloat16 row whose elements lie apart.
         x = x.contiguous()
-    ys, hs, dtype, in_8_bits = [], [], h_dtype(x.dtype, x.device), None
+    ys, hs, dtype, x_in_8_bits = [], [], h_dtype(x.dtype, x.device), None
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
-        if runs_in_8_bits(x, base.weight):
-            in_8_bits = in_8_bits or rounded(x)  # once for all outputs
-            y = linear_in_8_bits(in_8_bits, base, x.dtype, y)
+        if isinstance(base.weight, Quantized) and _runs_in_8_bits(base.weight, x):
+            x_in_8_bits = x_in_8_bits or rounded(x)  # once for all outputs
+            y = linear_in_8_bits(x_in_8_bits, base, x.dtype, y)
         elif base.weight is not None:
             y = base_linear(x, base, y)  # D: [M, K] @ [K, N] + bias
         assert y is not None
@@ -142,18 +143,25 @@ def _backward(
             beta = 1.0  # from here on dx holds a part
         gradients.append(Output(base_gradients(dy, x, output.base, wanted.base), tuple(adapters)))
     if dx is not None:
-        pairs = [(dy, output.base.weight) for dy, output, *_ in parts if dy is not None]
-        in_8_bits: Any = [pair for pair in pairs if runs_in_8_bits(*pair)]
+        dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
+        for dy, ((weight, _), _), *_ in parts:
+            if dy is not None and weight is not None:
+                is_int8 = isinstance(weight, Quantized) and _runs_in_8_bits(weight, dy)
+                (in_8_bits if is_int8 else dense).append((dy, weight))
         if in_8_bits:
             add_dy_in_8_bits(dx, in_8_bits, beta)
             beta = 1.0
-        for dy, weight in pairs:
-            if weight is not None and not runs_in_8_bits(dy, weight):
-                add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
-                beta = 1.0
+        for dy, weight in dense:
+            add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
+            beta = 1.0
         if not beta:  # the loss uses no output
             dx.zero_()
     return gradients
+
+
+def _runs_in_8_bits(weight: Quantized, x: Tensor) -> bool:
+    """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
+    return weight.format.product == "int8" and x.dtype != torch.float64
 
 
 def _wide_backward(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..blocks import slices
 from ..formats.format import Quantized
-from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, is_rotated_int8, quantize_rows, rotate_in
+from ..formats.rotated_int8 import LARGEST, LONGEST_SUM, quantize_rows, rotate_in
 from ..projection import Base
 from .products import Scratch, rows_of
 
@@ -29,11 +29,6 @@ _SUMS, _AT_ONCE = 2**22, 2**17
 _MOST_ROWS = 4096
 # A float32 sum of so many products of two codes is exact, also on tensor cores (TF32).
 _EXACT = 1024
-
-
-def runs_in_8_bits(x: Tensor, weight: Tensor | Quantized) -> bool:
-    """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
-    return is_rotated_int8(weight) and x.dtype != torch.float64
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ class Call(NamedTuple):
     # devices and addresses modulo 16; None where they may differ from call to call.
     captured: dict | None = None
     is_few: bool = False  # has so few rows that torch's autograd records it, without a node
+    seeds: int = 0  # of dropout, that each eager call draws
+    autocasts: bool = False  # whether x and the weights are cast to autocast's dtype
 
 
 class BackwardCall(NamedTuple):

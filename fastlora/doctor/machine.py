@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch.utils import collect_env
 
 from ..namesake import namesakes
 from ..version import __version__
@@ -44,11 +43,8 @@ def devices_here() -> list[torch.device]:
 
 
 def hardware(devices: list[torch.device]) -> dict[str, str]:
-    gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
+    gpus = Counter(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
     accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
-    if gpus and not torch.version.hip:
-        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # by nvidia-smi
-        accelerators.append(f"driver {driver or 'unknown'}")
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "system": platform.platform(),
@@ -56,13 +52,6 @@ def hardware(devices: list[torch.device]) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "accelerator": ", ".join(accelerators or [d.type for d in devices[1:]]) or "none",
     }
-
-
-def _gpu(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    arch = f"sm_{properties.major}{properties.minor}"
-    arch = properties.gcnArchName if torch.version.hip else arch
-    return f"{properties.name}, {arch}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def processor_name() -> str:
@@ -95,10 +84,8 @@ def versions(broken: list[str]) -> dict[str, str]:
             entries[name] = "not installed" if missing else "can't be imported"
             if not missing:
                 broken.append(f"{name} is installed, but can't be imported: {one_line(error)}")
-    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    pair = note_of_pair(entries["triton"], torch.__version__, torch.cuda.is_available())
-    entries["triton"] += note_of_triton(entries["triton"], any(major == 9 for major, _ in gpus))
-    entries["triton"] += pair
+    has_gpu = torch.cuda.is_available()
+    entries["triton"] += note_of_pair(entries["triton"], torch.__version__, has_gpu)
     others = {name: version_of(name) for name in _OTHERS}
     entries["others"] = ", ".join(f"{name} {number}" for name, number in others.items() if number)
     return entries
@@ -110,19 +97,6 @@ def version_of(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return ""
-
-
-def note_of_triton(version: str, has_hopper: bool) -> str:
-    """Known faults in the code that this version of Triton compiles, for any kernel."""
-    if not version.startswith("3.6."):
-        return ""
-    if not has_hopper:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return ": before 3.7 its interpreter needs numpy before 2.4" if interpreted else ""
-    return (
-        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. No wrong "
-        "result of it is known; torch 2.13 comes with 3.7.1"
-    )
 
 
 def note_of_pair(triton: str, pytorch: str, has_gpu: bool) -> str:

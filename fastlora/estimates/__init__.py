@@ -1,7 +1,7 @@
 """Memory, time and file size of a LoRA rank, before training: ``fastlora.estimate``."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..clock import HostClock, timed
+from ..clock import HostClock, median, timed
 from ..foreign import optional
-from ..formats import PackedLayer, quantized_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
-from ..layers.experts import packed_names
 from ..layers.modules import check_model, check_plain, embeddings_of, text_config, unwrap
 from ..peft.inject import injected
 from ..settings import check_switches
@@ -39,7 +37,7 @@ def estimate(
 ) -> Estimate:
     """The cost of LoRA at each rank for this model.
 
-    Parameters, gradients, optimizer states, file sizes and FLOPs are counted, at once and without a
+    Parameters, gradients, optimizer states and file sizes are counted, at once and without a
     change of the model.  With ``rounds``, step time and the memory that a forward keeps are also
     measured on the model's device.
 
@@ -75,20 +73,7 @@ def estimate(
     # Count first: it finds errors in the config before anything is measured.
     counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
     rank_costs = tuple(cost for _, cost in counts)
-    name, layers = type(inner).__name__, counts[0][0]
-    about = getattr(getattr(inner, "config", None), "quantization_config", None)
-    notes: tuple[str, ...] = ()
-    if about is not None and not any(
-        isinstance(quantized_weight(module), PackedLayer) or packed_names(module)
-        for module in inner.modules()
-    ):
-        read = about.get if isinstance(about, Mapping) else partial(getattr, about)
-        notes = (
-            f"its config says that it is quantized ({read('quant_method', None)}), but it is dense "
-            "here: time and kept memory are measured for the dense model; parameters and file size "
-            "are the same for both",
-        )
-    estimate = Estimate(name, layers, count_frozen(inner), rank_costs, notes=notes)
+    estimate = Estimate(type(inner).__name__, counts[0][0], count_frozen(inner), rank_costs)
     return _measured(estimate, inner, config, batch, rounds, loss) if rounds else estimate
 
 
@@ -127,17 +112,17 @@ def _measured(
     del seconds[0]  # it warmed up
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     rank_costs = tuple(
-        replace(cost, kept_bytes=size, step=_quartiles(steps))
+        replace(cost, kept_bytes=size, step=median(steps))
         for cost, size, steps in zip(estimate.rank_costs, kept[1:], ratios[1:], strict=True)
     )
-    middle = _quartiles([times[0] for times in seconds])[1]
+    middle = median([times[0] for times in seconds])
     return replace(
         estimate,
         frozen=replace(estimate.frozen, kept_bytes=kept[0], seconds=middle),
         rank_costs=rank_costs,
         device=str(device),
         batch=text,
-        notes=(*estimate.notes, *_busy()),
+        notes=tuple(_busy()),
     )
 
 
@@ -214,13 +199,6 @@ def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
         return [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()
     return [storage for name in names for storage in _storages(getattr(tensor, name))]
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    shares = (0.25, 0.5, 0.75)
-    in_order, at = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (values, shares))
-    low, middle, high = in_order.quantile(at).tolist()
-    return low, middle, high
 
 
 def _random_tokens(model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The records of an estimate, and the part of it that is counted from shapes."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..formats import PackedLayer, quantized_weight
 from ..formats.float8 import SCALE
-from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
+from ..layers.experts import packed_names, weight_in
 from ..layers.frozen import matrix_of, why_not_class
 from ..layers.members import plain_class_of
 from ..peft.targets import find_targets
@@ -23,10 +23,9 @@ class RankCost:
 
     * ``parameters``: the number of trainable parameters;
     * ``bytes``: their size;
-    * ``flops``: per token, forward and backward, in addition to the frozen model's;
     * ``kept_bytes``: bytes per token that a forward saves for the backward, without parameters;
-    * ``step``: time of forward and backward divided by the frozen model's in the same round: lower
-      quartile, median and upper quartile.
+    * ``step``: time of forward and backward divided by the frozen model's in the same round: the
+      median.
 
     If nothing was measured, ``kept_bytes`` and ``step`` are None.
     """
@@ -34,9 +33,8 @@ class RankCost:
     r: int
     parameters: int
     bytes: int
-    flops: int
     kept_bytes: float | None = None
-    step: tuple[float, float, float] | None = None
+    step: float | None = None
 
     @property
     def optimizer_bytes(self) -> int:
@@ -54,15 +52,12 @@ class FrozenCosts:
     """The costs of the model without adapters.
 
     * ``parameters``: their number; a packed weight counts with its dense shape;
-    * ``flops``: per token, of its linear layers and of the experts that a token uses: forward, and
-      backward for the input only;
     * ``kept_bytes``: bytes per token that a forward saves for the backward;
     * ``seconds``: the median time of forward and backward;
     * ``bytes``: memory of parameters and buffers; a packed weight counts with its packed size.
     """
 
     parameters: int
-    flops: int
     kept_bytes: float | None = None
     seconds: float | None = None
     bytes: int = 0
@@ -115,9 +110,8 @@ class Estimate:
         yield row("trainable", "", lambda cost: f"{cost.parameters:,}")
         yield row("% of base", "", lambda cost: f"{100 * cost.parameters / frozen.parameters:.2f}")
         yield row("file, MiB", "", lambda cost: _mib(cost.bytes))
-        yield row("extra FLOPs, %", "", lambda cost: f"{100 * cost.flops / frozen.flops:.1f}")
         if frozen.seconds is not None:
-            yield row("step / frozen's", "1", lambda cost: _with_quartiles(cost.step))
+            yield row("step / frozen's", "1", lambda cost: f"{cost.step:.2f}")
         yield row("weights, MiB", _mib(frozen.bytes), lambda cost: _mib(cost.bytes))
         yield row("gradients, MiB", "", lambda cost: _mib(cost.bytes))
         yield row("AdamW's moments, MiB", "", lambda cost: _mib(cost.optimizer_bytes))
@@ -131,15 +125,11 @@ def _mib(size: float) -> str:
 
 
 def _kib(size: float | None) -> str:
-    return "–" if size is None else f"{size / 1024:.0f}"
-
-
-def _with_quartiles(step: tuple[float, float, float] | None) -> str:
-    return "–" if step is None else f"{step[1]:.2f} ({step[0]:.2f}–{step[2]:.2f})"
+    return f"{(size or 0) / 1024:.0f}"
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
-    """The model's parameters, and the FLOPs of its linear layers, and of a token's experts."""
+    """The number of the model's parameters, and their memory."""
     sizes: dict[Any, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for layer, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):  # packed tensors have other numbers of elements
@@ -152,8 +142,7 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
             for parameter in (name, f"{name}{SCALE}"):
                 sizes.pop(id(module._parameters.get(parameter)), None)
             sizes[id(module), name] = math.prod(weight_in(module, name).shape)
-    flops = 4 * _of_a_token(set(model.modules()))
-    return FrozenCosts(sum(sizes.values()), flops, bytes=_resident_bytes(model))
+    return FrozenCosts(sum(sizes.values()), bytes=_resident_bytes(model))
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
@@ -174,48 +163,23 @@ def _resident_bytes(model: nn.Module) -> int:
 def count_adapter(model: nn.Module, config: Any) -> tuple[int, RankCost]:
     """The number of layers and experts' weights that ``config`` targets, and their counted cost.
 
-    Raises ValueError if the config matches nothing in the model, or if the model's config doesn't
-    say how many experts each token uses.
+    Raises ValueError if the config matches nothing in the model.
     """
     targets = find_targets(model, config)
     ends = tuple(config.modules_to_save or ())
     saved = {module for name, module in model.named_modules() if ends and name.endswith(ends)}
-    inside = {part for module in saved for part in module.modules()}
     trained = {id(p): p for module in saved for p in module.parameters()}
     if config.bias != "none":
         layers = {f"{name}.bias" for name in targets}
         named = [(name, p) for name, p in model.named_parameters() if name.endswith("bias")]
         trained |= {id(p): p for name, p in named if config.bias == "all" or name in layers}
-    # Two operations (multiply, add) for each element of lora_A and lora_B, in three products of
-    # each matrix: h and y; dh and the adapter's part of dx; both gradients.  A module that trains
-    # in full adds one product, its gradient, because the frozen model's FLOPs hold the other two.
-    flops = 2 * _of_a_token(inside)
     count = sum(p.numel() for p in trained.values())
     size = sum(p.nbytes for p in trained.values())
-    for name, target in targets.items():
-        used = experts_of_a_token(target.module) if target.parameter else 1
-        if not used:
-            raise ValueError(
-                f"can't count the FLOPs of {name}: the model's config doesn't say how many experts "
-                f"each token uses: set {PER_TOKEN[0]} in it"
-            )
-        (_, K), (N, _) = shapes = target.shapes
-        flops += 2 * 3 * used * target.r * (K + N)
-        elements = sum(map(math.prod, shapes))
+    for target in targets.values():
+        elements = sum(map(math.prod, target.shapes))
         count += elements
         size += target.dtype.itemsize * elements
-    return len(targets), RankCost(config.r, count, size, flops)
-
-
-def _of_a_token(modules: Collection[nn.Module]) -> int:
-    """The number of weights that a token is multiplied with, in linear layers and its experts."""
-    weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
-    for module in modules:
-        read = read_module(module)
-        used = 0 if read.reason else experts_of_a_token(module)
-        for name in read.names if used else ():
-            weights += used * math.prod(weight_in(module, name).shape[1:])
-    return weights
+    return len(targets), RankCost(config.r, count, size)
 
 
 def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:

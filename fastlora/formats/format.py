@@ -49,6 +49,8 @@ class Format:
     dims: ClassVar[int] = 2
     # Whether rows can be dequantized without the others.
     by_rows: ClassVar[bool] = True
+    # How products with x run: "dense", with the dequantized weight, or "int8", with its codes.
+    product: ClassVar[str] = "dense"
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):  # a base class has one
@@ -221,6 +223,11 @@ class Quantized(NamedTuple):
             for rows in slices(len(out), rows_at_a_time(out)):
                 self.format.read(self.tensors, rows.start, out[rows])
         return out
+
+
+def product_of(weight: Tensor | Quantized) -> str:
+    """How products of x with this weight run (:attr:`Format.product`)."""
+    return weight.format.product if isinstance(weight, Quantized) else "dense"
 
 
 def name_of(dtype: torch.dtype) -> str:

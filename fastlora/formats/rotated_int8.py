@@ -46,6 +46,7 @@ class RotatedInt8(Format):
     compute: str
 
     label: ClassVar[str] = "rotated int8"
+    product: ClassVar[str] = "int8"
 
     def expected(self) -> Expected:
         if not getattr(getattr(torch, self.compute, None), "is_floating_point", False):
@@ -56,11 +57,6 @@ class RotatedInt8(Format):
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
         return out.copy_(rotate(codes.float().mul_(scale[:, None])))
-
-
-def is_rotated_int8(weight: Tensor | Quantized) -> bool:
-    """Whether a weight has this format."""
-    return isinstance(weight, Quantized) and isinstance(weight.format, RotatedInt8)
 
 
 @cache

@@ -20,7 +20,7 @@ from ..ops.dispatch import why_not_here
 from ..ops.functional import lora_linears
 from ..projection import HALF_DTYPES, Base, Output
 from .classes import Fast
-from .guards import Record, fits
+from .guards import LinearRecord, fits
 from .members import is_hooked, plain_class_of, tensor_of, why_not_part, why_not_tensor, why_patched
 
 WATCHED = "a hook watches, or something replaces, its calls"
@@ -150,17 +150,19 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     return reason, weight, bias, packed
 
 
-def read_frozen(linear: nn.Module) -> Record:
+def read_frozen(linear: nn.Module) -> LinearRecord:
     """Read a linear layer without an adapter: a part of a gated MLP, or a model's head."""
     if is_hooked(linear):
-        return Record(WATCHED)
+        return LinearRecord(WATCHED)
     if "parametrizations" in linear._modules:
-        return Record("its weight is computed (a parametrization)")
+        return LinearRecord("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__
         reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
-    return Record(reason) if reason else Record("", (Output(Base(weight, bias)),), packed=(packed,))
+    if reason:
+        return LinearRecord(reason)
+    return LinearRecord("", (Output(Base(weight, bias)),), (packed,))
 
 
 def slow_weight(layer: nn.Linear) -> Tensor | None:

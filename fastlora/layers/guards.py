@@ -9,9 +9,8 @@ possible, and reads the module again after a change.
 
 Three structures, from the outside in:
 
-* :class:`GuardedRecord` is stored in the module's ``__dict__``: one for calls with gradients, and
-  one for calls without.  It holds the record, the guard, and a dict from cache keys to kinds of
-  call.
+* :class:`GuardedRecord` is stored in the module's ``__dict__``.  It holds the record, the guard,
+  and a dict from cache keys to kinds of call.
 * :class:`Guard` decides whether the record is valid.
 * :class:`Table` is a part of the guard: many comparisons of one kind.
 
@@ -28,8 +27,9 @@ Modules of experts cache no record: each call reads the module (:mod:`.experts` 
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,14 @@ from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
+from ..ops.run import run_one
 from ..projection import AUTOCAST_DTYPES, DTYPES, Output, flatten, is_plain, layouts_of, unflatten
 from .members import plain_class_of
 
-# Names in a module's __dict__: the record of calls without gradients, and the record of calls with
-# gradients.  There are two, because activation checkpointing alternates between such calls.
-_PLACES = ("_fastlora_record", "_fastlora_record_followed")
+_PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes of every module that don't change its calls, such as hooks on state dicts.
-_SILENT = {*vars(nn.Module()), *_PLACES}.difference(
+_SILENT = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
@@ -61,39 +60,63 @@ _FACTS = (type, _GET, Tensor.stride)
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
-class Record(NamedTuple):
-    """The tensors and numbers that a module's calls use, or the reason why no node runs them."""
+@dataclass(frozen=True)
+class Record:
+    """The tensors that a module's calls use, or the reason why no node runs them.
+
+    A subclass for a kind of module adds its other settings.
+    """
 
     reason: str  # "" if a node can run the calls
     outputs: tuple[Output[Tensor], ...] = ()  # a layer: 1; a gated MLP: gate, up, down; experts: 2
-    # A layer: one for all adapters, or one each.  A gated MLP: gate and up's, then down's.
-    dropouts: tuple[float, ...] = (0.0,)
     packed: tuple[PackedLayer | None, ...] = (None,)  # for each output, its base if it is quantized
-    how: Any = None  # a gated MLP's activation, an ``Experts``, or a DoRA adapter's magnitude
-    drop: nn.Module | None = None  # the dropout module of a PEFT layer's last adapter
-    adapter: str = ""  # the name of a PEFT layer's first adapter
+
+
+class Variant(Protocol):
+    """A layer's own way to compute y, in place of the LoRA formula: DoRA, tensor parallelism."""
+
+    def run(self, x: Tensor, record: "LinearRecord") -> Tensor:
+        """The layer's output for x."""
+
+
+@dataclass(frozen=True)
+class LinearRecord(Record):
+    """The record of a linear layer, with adapters or without."""
+
+    dropouts: tuple[float, ...] = (0.0,)  # one for all adapters, or one for each
+    variant: Variant | None = None
 
     @property
     def output(self) -> Output[Tensor] | None:
-        """A layer's only output; None if no node runs the layer's calls."""
+        """The layer's only output; None if no node runs the layer's calls."""
         return self.outputs[0] if self.outputs else None
 
 
-class Recorder(NamedTuple):
-    """How modules of a class are read and called.
+class Recorded(nn.Module):
+    """A mixin for modules with a cached record.  A subclass says how it is read and called."""
 
-    The first argument of every function except ``run`` is the module.
-    """
+    def why_not(self, x: Any) -> object:
+        """True, or a reason, if no node can run a call with x now."""
+        return False
 
-    why_not: Callable[[Any, Any], object]  # (module, x): true if no node can run this call now
-    read: Callable[[Any], Record]
-    parts: Callable[[Any], Iterable[nn.Module]]  # the other modules that ``read`` looks at
-    # (module, x, record): runs a call, and returns two values.  The first is the output, or None if
-    # the module's own forward must run.  The second is the call's kind for ``run``, or None if the
-    # call doesn't use the record's tensors unchanged.
-    run_record: Callable[[Any, Tensor, Record], tuple[Tensor | None, Any]]
-    # (x and the record's flattened tensors, kind): returns the output of a call of a cached kind.
-    run: Callable[[Sequence[Tensor], Any], Tensor]
+    def read(self) -> Record:
+        """Read the module.  Every other module that this looks at must be in :meth:`parts`."""
+        raise NotImplementedError
+
+    def parts(self) -> Sequence[nn.Module]:
+        """The other modules that :meth:`read` looks at."""
+        return ()
+
+    def run_record(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
+        """Run a call with the record that :meth:`read` returned.  Returns (output, call).
+
+        The output is None if the module's own forward must run.  ``call`` is the call's kind for
+        :meth:`run_known`.  It is None if the call doesn't use the record's tensors unchanged.
+        """
+        raise NotImplementedError
+
+    # (x and the record's flattened tensors, a call of run_record): the output of an equal call
+    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_one)
 
 
 class Table(NamedTuple):
@@ -147,7 +170,7 @@ class Guard:
             """Guard a dict, and ``depth`` levels of objects in it."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
             # Entry by entry, if a copy of the dict would keep tensors or a cached record alive.
-            by_name = has_tensors or any(place in entries for place in _PLACES)
+            by_name = has_tensors or _PLACE in entries
             if by_name:
                 sizes.append((entries, len(entries)))
             else:
@@ -320,7 +343,8 @@ class GuardedRecord:
                 self._sources.append(number)
                 continue
             number = storages.get(tensor.untyped_storage().data_ptr())
-            if tensor.requires_grad or tensor.is_neg() or number is None:
+            # Without gradients, a view of a tensor that trains doesn't require one itself.
+            if number is None or tensors[number].requires_grad or tensor.is_neg():
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
@@ -328,7 +352,7 @@ class GuardedRecord:
         self.guard = guard
         no_weight: Any = None
         packed = [layer and layer._replace(weight=no_weight) for layer in self.record.packed]
-        self.record = self.record._replace(outputs=(), packed=tuple(packed))
+        self.record = replace(self.record, outputs=(), packed=tuple(packed))
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The guarded tensors if the record is valid, else None."""
@@ -343,68 +367,59 @@ class GuardedRecord:
 
     def now(self, inputs: Sequence[Tensor]) -> Record:
         """The record with its outputs rebuilt from these flattened tensors."""
-        return self.record._replace(outputs=tuple(unflatten(inputs, self._layouts)))
+        return replace(self.record, outputs=tuple(unflatten(inputs, self._layouts)))
 
 
-def record_of(module: nn.Module, recorder: Recorder) -> tuple[GuardedRecord, list[Tensor] | Record]:
+def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
     """A module's guarded record, and its contents.
 
     The contents are the flattened current inputs if the cached record is valid.  Otherwise they are
     the :class:`Record` that was just read.
     """
-    home, followed = vars(module), torch.is_grad_enabled()
-    place, other_place = _PLACES[followed], _PLACES[not followed]
-    before: GuardedRecord | None = home.get(place)
+    home = vars(module)
+    before: GuardedRecord | None = home.setdefault(_PLACE, None)
     if before is not None:
         tensors = before.tensors_now(module)
         if tensors is not None:
             return before, before.inputs(tensors)
-    for each in _PLACES:
-        home.setdefault(each, None)
     # The guard is built before the module is read.  If another thread changes the module in
     # between, the next comparison fails.
-    guard = Guard(module, [*recorder.parts(module)])
-    record = recorder.read(module)
+    guard = Guard(module, module.parts())
+    record = module.read()
     made = GuardedRecord(record)
-    other: GuardedRecord | None = home.get(other_place)
-    if other is not None and other.tensors_now(module) is None:
-        other = None  # because its guard may keep replaced objects alive
-    home.update({place: made, other_place: other})
+    home[_PLACE] = made
     made.keep(guard)
     return made, record
 
 
-def call_recorded(module: nn.Module, x: Tensor, recorder: Recorder) -> Tensor | None:
+def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     """The module's output for x; None if the module's own forward must run."""
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
-        if recorder.why_not(module, x):
-            return None
-        return recorder.run_record(module, x, recorder.read(module))[0]
+        return None if module.why_not(x) else module.run_record(x, module.read())[0]
     key = key_of_x(x)
-    cached: GuardedRecord | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
+    cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
         call = cached.calls.get(key)
         # The key covers all other conditions of ``why_not``.
         if call is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
-                return recorder.run([x, *cached.inputs(tensors)], call)
-    if recorder.why_not(module, x):
+                return module.run_known([x, *cached.inputs(tensors)], call)
+    if module.why_not(x):
         return None
-    for part in recorder.parts(module):
+    for part in module.parts():
         cast_bias(part, x)
-    made, answer = record_of(module, recorder)
+    made, answer = record_of(module)
     record = answer if isinstance(answer, Record) else made.now(answer)
-    y, call = recorder.run_record(module, x, record)
+    y, call = module.run_record(x, record)
     if key is not None and call is not None and made.guard is not None:
-        remember(made.calls, key, call, _MOST_CALLS)
+        remember(key, call, made.calls, _MOST_CALLS)
     return y
 
 
 def forget(module: nn.Module) -> None:
-    """Remove the module's cached records."""
-    for place in _PLACES:
-        vars(module).pop(place, None)
+    """Remove the module's cached record."""
+    vars(module).pop(_PLACE, None)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

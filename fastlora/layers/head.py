@@ -25,7 +25,7 @@ from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
 from .classes import change_classes, changed_classes, class_over
 from .frozen import read_frozen
-from .guards import Record, fits
+from .guards import LinearRecord, fits
 from .logits import tensors_of
 from .logits_functions import lazy_logits
 from .loss_seen import RAN, line_of_loss, watch
@@ -160,20 +160,20 @@ def _why_not_head(head: nn.Module) -> str:
     return "" if not record.reason else f"the head: {record.reason}"
 
 
-def read_head(head: Any) -> Record:
+def read_head(head: Any) -> LinearRecord:
     """Read the tensors and numbers of a head's calls, or the reason why no call is lazy now."""
     if hasattr(head, "read_head"):  # LoRA layers have this method
         return head.read_head()
     if derived_from(type(head), *_PEFT_LORA):
-        return Record(f"it is a {type(head).__name__} of PEFT, which isn't optimized")
+        return LinearRecord(f"it is a {type(head).__name__} of PEFT, which isn't optimized")
     return read_frozen(head)
 
 
-def why_not_lazy(head: nn.Module, record: Record) -> str:
+def why_not_lazy(head: nn.Module, record: LinearRecord) -> str:
     """Why a call of this head computes logits now; "" if the call can be lazy."""
     if record.reason:
         return record.reason
-    if record.how is not None:
+    if record.variant is not None:
         return "it is DoRA"
     if len(record.outputs[0].adapters) > 1:
         return "it has several active adapters"

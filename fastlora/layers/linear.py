@@ -8,22 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import linears
-from ..ops.run import run_one
 from ..projection import Adapter, Base, Output
 from ..settings import check_settings, check_switches, suggests_arguments, warn_of
 from ..text import shown
 from .classes import change_class
 from .frozen import is_plain_linear, why_not_plain
-from .guards import Record, Recorder, call_recorded
+from .guards import LinearRecord, Recorded, call_recorded
 from .members import tensor_of
 from .merging import add_product
-from .modules import bypassed, called, name_test
+from .modules import REGEX_HINT, bypassed, called, name_test
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
 
 @suggests_arguments
-class LoRALinear(nn.Linear):
+class LoRALinear(Recorded, nn.Linear):
     """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
 
     x is [..., in_features], y [..., out_features].
@@ -108,15 +107,19 @@ class LoRALinear(nn.Linear):
                     "unmerge() before training, or eval() for inference"
                 )
             return super().forward(x)
-        y = call_recorded(self, x, _RECORDER)
+        y = call_recorded(self, x)
         assert y is not None
         return y
 
-    def read(self) -> Record:
+    def read(self) -> LinearRecord:
         """The record of a layer that isn't merged."""
         weight, bias, a, b = [tensor_of(self, n) for n in ("weight", "bias", "lora_A", "lora_B")]
         output = Output(Base(weight, bias), (Adapter(a, b, self.scaling),))
-        return Record("", (output,), (self.lora_dropout,))
+        return LinearRecord("", (output,), dropouts=(self.lora_dropout,))
+
+    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
+        (y,), call = linears(x, record.outputs, record.dropouts[0], self.training)
+        return y, call
 
     @property
     def merged(self) -> bool:
@@ -165,15 +168,6 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, {settings}" + (", merged" if self.merged else "")
 
 
-def _run(layer: LoRALinear, x: Tensor, record: Record) -> tuple[Tensor, Any]:
-    (y,), call = linears(x, record.outputs, record.dropouts[0], layer.training)
-    return y, call
-
-
-# In the order of Recorder's fields: why_not, read, parts, run_record, run.
-_RECORDER = Recorder(lambda layer, x: False, LoRALinear.read, lambda layer: (), _run, run_one)
-
-
 def replace_linears(
     model: nn.Module,
     targets: str | Sequence[str],
@@ -210,6 +204,7 @@ def replace_linears(
         if not matched:
             ends = {name.rpartition(".")[2] for name, m in named.items() if is_plain_linear(m)}
             fits = f"the ends of linear layers' names are {', '.join(sorted(ends)) or 'none'}"
+            fits = f"{REGEX_HINT}; {fits}" if is_regex else fits
             raise ValueError(f"targets has {shown(target)}, which matches no layer: {fits}")
         chosen |= {name: named[name] for name in matched}
     for name, module in chosen.items():

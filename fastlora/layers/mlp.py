@@ -6,6 +6,7 @@ module's own forward runs where the nodes can't.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..ops.gated import GatedCall, gated_call, run_gated
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output
 from .classes import Fast, class_over
 from .frozen import read_frozen
-from .guards import Record, Recorder, call_recorded, fits
+from .guards import LinearRecord, Record, Recorded, call_recorded, fits
 from .members import activation_of, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -48,7 +49,15 @@ def _is_known(forward: Any) -> bool:
     return any(is_same_code(forward, one) for one in known)
 
 
-class GatedMLP(Fast, nn.Module):
+@dataclass(frozen=True)
+class GatedRecord(Record):
+    """The record of a gated MLP; its outputs are gate, up and down."""
+
+    dropouts: tuple[float, float] = (0.0, 0.0)  # of gate's and up's adapters, and of down's
+    activation: str = ""
+
+
+class GatedMLP(Fast, Recorded):
     """A mixin for gated MLPs: :func:`class_over` derives from this class and the module's.
 
     An ordinary call in training is two nodes.  They save neither act(gate) nor its product with up
@@ -56,7 +65,7 @@ class GatedMLP(Fast, nn.Module):
     """
 
     def forward(self, *args, **named):
-        y = None if len(args) != 1 or named else call_recorded(self, args[0], _RECORDER)
+        y = None if len(args) != 1 or named else call_recorded(self, args[0])
         return super().forward(*args, **named) if y is None else y
 
     def why_not(self, x: object) -> bool | str:
@@ -67,15 +76,17 @@ class GatedMLP(Fast, nn.Module):
         """
         return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
 
-    def run(self, x: Tensor, record: Record) -> tuple[Tensor | None, GatedCall | None]:
+    def run_record(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, GatedCall | None]:
         """The nodes' output for x (None if the module's own forward must run), and their call."""
         dtypes = _dtypes_of_all(x, record) if record.outputs else None
         if dtypes is None or not fits(x, record.outputs[0].base.weight):
             return None, None
         (gate, up, down), (p, of_down) = record.outputs, record.dropouts
         inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside
-        y, call = gated_call(inside, gate, up, down, record.how, p, of_down, is_wide)
+        y, call = gated_call(inside, gate, up, down, record.activation, p, of_down, is_wide)
         return y.to(dtypes.outside), call if inside is x and not is_wide else None
+
+    run_known = staticmethod(run_gated)
 
     def why_not_now(self) -> str:
         """Why the nodes can't run any call at this moment; "" if they can."""
@@ -93,24 +104,21 @@ class GatedMLP(Fast, nn.Module):
         """The modules inside of gate, up or down that :meth:`read` also looks at."""
         return []
 
-    def read(self) -> Record:
-        """Read gate, up, down and the activation.
-
-        The record has two dropouts: one for the adapters of gate and up, one for down's.
-        """
+    def read(self) -> GatedRecord:
+        """Read gate, up, down and the activation."""
         if not _is_known(self.plain_class.forward):
-            return Record(_UNKNOWN)
+            return GatedRecord(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Record("its activation is unknown to fastlora, or is hooked or patched")
+            return GatedRecord("its activation is unknown to fastlora, or is hooked or patched")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)
             if not isinstance(linear, nn.Module):
-                return Record(f"its {name} is no module")
+                return GatedRecord(f"its {name} is no module")
             part = self.read_part(linear)
             if part.output is None:
-                return Record(f"its {name}: {part.reason}")
+                return GatedRecord(f"its {name}: {part.reason}")
             parts.append(part)
         outputs = tuple([output for part in parts for output in part.outputs])
         packed = tuple([layer for part in parts for layer in part.packed])
@@ -118,15 +126,12 @@ class GatedMLP(Fast, nn.Module):
         if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
             reason = "its gate_proj and up_proj have different dropouts, and are training"
         if reason:
-            return Record(reason)
-        return Record("", outputs, (max(p[:2]), p[2]), packed, activation)
+            return GatedRecord(reason)
+        return GatedRecord("", outputs, packed, (max(p[:2]), p[2]), activation)
 
-    def read_part(self, linear: nn.Module) -> Record:
+    def read_part(self, linear: nn.Module) -> LinearRecord:
         """Read gate, up or down, which has no adapter."""
         return read_frozen(linear)
-
-
-_RECORDER = Recorder(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
 
 
 class _Dtypes(NamedTuple):

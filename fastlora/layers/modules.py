@@ -148,6 +148,9 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
                 )
 
 
+REGEX_HINT = "a string is a regular expression for whole names: give a list of names instead"
+
+
 def name_test(names: str | Iterable[str]) -> Callable[[str], bool]:
     """A predicate on names, as in PEFT's ``target_modules``.
 

@@ -10,7 +10,7 @@ from ..foreign import is_class
 from ..formats import gguf
 from ..formats.float8 import SCALE
 from ..formats.format import Quantized
-from ..ops.dispatch import why_composite
+from ..ops.dispatch import why_only_torch
 from ..projection import Base, Output
 from .classes import change_class, class_over
 from .experts import (
@@ -48,7 +48,7 @@ class PackedExperts(nn.Module):
         experts = self.read()
         reason = experts.reason
         if args and isinstance(args[0], Tensor):
-            reason = reason or why_composite(args[0])
+            reason = reason or ("x is nested" if args[0].is_nested else why_only_torch())
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
             if takes(args, (up, down)):

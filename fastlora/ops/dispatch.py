@@ -24,27 +24,16 @@ NODE, OP, COMPOSITE = "node", "op", "composite"
 _OFF = nullcontext()
 
 
-def path_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
-    """The path of a call with this x now, and the reason; the reason is "" for the node.
+def path_of(x: Tensor, is_cut: bool = False) -> str:
+    """The path of a call with this x now.
 
     ``is_cut``: whether a tensor holds the ends of segments, as with experts and many adapters.
     """
-    if reason := why_composite(x):
-        return COMPOSITE, reason
-    if torch.compiler.is_compiling():
-        return OP, "it is compiled"
-    if not is_plain(x):
-        return OP, f"x is a {type(x).__name__}"
-    if torch._C._len_torch_dispatch_stack():  # e.g. selective checkpointing, a FLOP counter
-        return OP, "a dispatch mode is active"
-    if is_cut and x.is_meta:
-        return OP, "on meta the ends of segments have no values"
-    return NODE, ""
-
-
-def why_composite(x: Tensor) -> str:
-    """Why the call must take the composite path; "" if it needn't."""
-    return "x is nested" if x.is_nested else why_only_torch()
+    if x.is_nested or why_only_torch():
+        return COMPOSITE
+    # A dispatch mode is selective checkpointing, a FLOP counter …  On meta, ends have no values.
+    in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return OP if in_mode or not is_plain(x) or (is_cut and x.is_meta) else NODE
 
 
 def why_only_torch() -> str:
@@ -65,12 +54,13 @@ def why_not_here() -> str:
 
 def is_eager(x: Tensor) -> bool:
     """Whether a node of several calls can take x; unlike NODE, dispatch modes are allowed."""
-    return not (why_composite(x) or torch.compiler.is_compiling()) and is_plain(x)
+    only_torch = x.is_nested or why_only_torch()
+    return not (only_torch or torch.compiler.is_compiling()) and is_plain(x)
 
 
 def is_ordinary(x: object) -> bool:
     """Whether a call with this x takes the node now."""
-    return isinstance(x, Tensor) and path_of(x)[0] == NODE
+    return isinstance(x, Tensor) and path_of(x) == NODE
 
 
 def follows(x: object) -> bool:

@@ -12,7 +12,7 @@ from ..backends import Call
 from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
 from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
 from ..rows import AdapterMapping, Many, Rows
-from .dispatch import autocast_is_on
+from .dispatch import NODE, autocast_is_on, path_of
 from .kinds import call_of, key_of_outputs, remember
 from .run import run, run_checked
 
@@ -66,7 +66,7 @@ def lora_linear(
     or classes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
-    return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
+    return linears(x, (projection,), dropout, training, backend)[0][0]
 
 
 def lora_linears(
@@ -101,18 +101,20 @@ def linears(
 
     ``seeds``: of the adapters' dropout, int64; drawn if None.
     """
-    key, inputs = key_of_outputs(x, projections, dropout, training, backend)
-    call = call_of(key)
-    if call is not None:
-        return run(inputs, call, seeds), call
+    path = path_of(x) if isinstance(x, Tensor) else None
+    outputs, key = as_outputs(projections), None
+    if path == NODE:
+        key, inputs = key_of_outputs(x, outputs, dropout, training, backend)
+        if (known := call_of(key)) is not None:
+            return run(inputs, known, seeds), known
     if not is_plain(x):
         check_tensor("x", x)
-    outputs = as_outputs(projections)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
-    ys, call = run_checked(x, outputs, p, backend, captures=key is not None, seeds=seeds)
-    if key is not None and call is not None:
-        remember(None, key, call)
+    captures = key is not None
+    ys, call = run_checked(x, outputs, p, backend, None, captures, seeds, path)
+    if captures and call is not None:
+        remember(key, call)
     return ys, call
 
 

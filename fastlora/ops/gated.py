@@ -116,7 +116,7 @@ def gated_call(
         # A tensor may come from a transform of torch.func that has ended.
         y = run_gated(unwrap_dead_wrappers(tuple(inputs)), call)
     if captures:
-        remember(None, key, call)
+        remember(key, call)
     return y, call if captures else None
 
 

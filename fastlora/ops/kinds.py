@@ -27,11 +27,11 @@ from collections.abc import Hashable, Sequence
 from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..backends import asked_backend
-from ..formats.format import Quantized
-from ..projection import Output, Projection, facts_of
+from ..projection import Output, facts_of, flatten, layouts_of
 from .dispatch import autocast_dtype, is_ordinary
 
 _MOST = 1024  # entries; a new sequence length makes a new one
@@ -54,47 +54,29 @@ def key_of(
 def key_of_x(x: Tensor) -> Hashable:
     """The key of x for a module, whose guard covers the other tensors; None: don't cache."""
     try:
-        return key_of([x]) if is_ordinary(x) else None
+        return key_of([x], (torch.is_grad_enabled(),)) if is_ordinary(x) else None
     except Exception:  # x is sparse, or came from a transform of torch.func that has ended
         return None
 
 
 def key_of_outputs(
     x: Tensor,
-    projections: Sequence[Projection | Output],
+    outputs: Sequence[Output[Tensor]],
     dropout: Hashable,
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Hashable, list[Tensor]]:
-    """The key of an eager call and the flat list of its tensors; key None: don't cache the call.
+    """The key of a call that takes the node, and the flat list of its tensors.
 
-    ``dropout``: a gated MLP gives a tuple of all its settings here.
+    The key is None if the call can't be cached.  ``dropout``: a gated MLP gives a tuple of all its
+    settings here.
     """
-    if not is_ordinary(x) or type(projections) not in (list, tuple):
-        return None, []
-    # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
-    inputs: list[Any] = [x]
-    rest: list[Any] = [dropout, type(dropout), training is True or training is False, training]
     try:
-        for projection in projections:
-            rest.append(type(projection))
-            if isinstance(projection, Projection):
-                weight, lora_a, lora_b, bias, scale = projection
-                adapters: tuple = ((lora_a, lora_b, scale),)
-            else:
-                base, adapters = projection
-                weight, bias = base
-                rest += type(base), type(adapters), len(adapters)
-            rest += weight is None, bias is None
-            if isinstance(weight, Quantized):
-                rest.append(weight.format)
-                inputs += weight.tensors
-                weight = None
-            inputs += [each for each in (weight, bias) if each is not None]
-            for lora_a, lora_b, scale in adapters:
-                rest += scale, type(scale)
-                inputs += lora_a, lora_b
-        key = key_of(inputs, rest, backend)
+        layouts = layouts_of(outputs)
+        inputs = [x, *flatten(outputs, layouts)]
+        # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
+        numbers = [training, dropout, *[scale for layout in layouts for scale in layout.scales]]
+        key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
         hash(key)
         return key, inputs
     except Exception:  # a wrong class or a number that has no hash: the checks report it
@@ -102,12 +84,12 @@ def key_of_outputs(
 
 
 def call_of(key: Hashable) -> Any:
-    """The cached call of this key, or None."""
-    return None if key is None else _calls.get(key)
+    """The cached call of this key, or None; key None: there is none."""
+    return _calls.get(key)
 
 
 def remember(
-    calls: dict[Hashable, Any] | None, key: Hashable, call: Any, most: int | None = None
+    key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int | None = None
 ) -> None:
     """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
     calls = _calls if calls is None else calls

@@ -84,23 +84,13 @@ def as_matrix(x: Tensor) -> Tensor:
     It is a copy only if the strides, or a negative bit, require one.
     """
     matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
-    strides = matrix.stride()
-    if 1 not in strides or 0 in strides or _is_read_beside(matrix):
-        return matrix.contiguous()
-    return matrix
-
-
-def _is_read_beside(matrix: Tensor) -> bool:
-    """Whether a product would read memory outside of this matrix, where a NaN spoils the result.
-
-    On a CPU with AMX, oneDNN's 16-bit products read past the end of each row, if the matrix is a
-    window of a wider one and 8 doesn't divide the row's length (torch 2.13).
-    """
-    rows, columns = matrix.stride()
-    K = matrix.shape[1]
-    return (
-        bool(K % 8) and columns == 1 and rows > K and matrix.is_cpu and matrix.dtype in HALF_DTYPES
-    )
+    strides, K = matrix.stride(), matrix.shape[1]
+    # On a CPU with AMX, oneDNN's 16-bit products read past the end of each row, if the matrix is a
+    # window of a wider one and 8 doesn't divide the row's length (torch 2.13).  A NaN there would
+    # spoil the result.
+    is_window = strides[1] == 1 and strides[0] > K
+    reads_beside = is_window and K % 8 and matrix.is_cpu and matrix.dtype in HALF_DTYPES
+    return matrix.contiguous() if 1 not in strides or 0 in strides or reads_beside else matrix
 
 
 def are_batched(dys: Sequence[Tensor | None]) -> bool:

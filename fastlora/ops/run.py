@@ -12,13 +12,12 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
-from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
+from ..projection import Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
 from .composite import run_composite, torch_dropout
 from .dispatch import (
     COMPOSITE,
     OP,
-    autocast_dtype,
     autocast_inputs,
     autocast_is_on,
     autocast_off,
@@ -39,26 +38,32 @@ def run_checked(
     rows: Rows | Many | None = None,
     captures: bool = False,
     seeds: Tensor | None = None,
+    path: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
     """The outputs of a call that passed the checks, and a Call to reuse for calls of equal kind.
 
     The Call is None on the composite path and for a registered op.  ``captures``: whether the
     caller reuses it for one kind only.  Then the Call may hold captured launches.
     ``seeds``: of the adapters' dropout; drawn if None, and always on the composite path.
+    ``path``: the call's path, if the caller knows it.
     Raises TypeError, with the reason, for tensors that torch refuses to combine.
     """
     try:
-        path, _ = path_of(x, rows is not None)
+        path = path or path_of(x, rows is not None)
         if path == COMPOSITE and rows is None:  # autocast acts on its operations itself
             return run_composite(x, outputs, torch_dropout(dropout)), None
-        if autocast_is_on(x.device.type):
+        autocasts = autocast_is_on(x.device.type)
+        if autocasts:
             x, outputs = autocast_inputs(x, outputs)
         with autocast_off(x.device.type):
             layouts = layouts_of(outputs)
+            numbers = None if rows is None else rows.numbers
+            drops = bool(dropout) if numbers is None else any(numbers.dropouts)
+            count = sum([len(layout.scales) for layout in layouts]) if drops else 0
             if path == OP:
                 name = "" if backend is None else backend_name(backend)
-                if seeds is None:
-                    seeds = _seeds(layouts, dropout, rows, x.device)
+                if seeds is None and count:
+                    seeds = draw_seed(count, x.device)
                 return call_registered(x, outputs, dropout, seeds, name, rows), None
             if isinstance(rows, Many):
                 rows = rows.on(x.device, outputs[0].adapters)
@@ -70,10 +75,11 @@ def run_checked(
             name = backend_name(backend, x.device)
             few = rows is None and is_few(x, outputs, name)
             captured: dict | None = {} if captures and not few else None
-            call = Call(layouts, dropout, find_backend(name), rows, captured, few)
+            call = Call(layouts, dropout, find_backend(name), rows, captured, few, count)
             # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
             # no key, so a cached call has none.
-            return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds), call
+            ys = run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds)
+            return ys, call._replace(autocasts=autocasts)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -87,14 +93,14 @@ def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tu
 
     ``seeds``: of the adapters' dropout; drawn if None.
     """
-    x = inputs[0]
-    if autocast_dtype(x) is not None:
-        x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
+    if call.autocasts:
+        x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
-            return run((x, *flatten(outputs, call.layouts)), call, seeds)
+            inputs = x, *flatten(outputs, call.layouts)
+            return run(inputs, call._replace(autocasts=False), seeds)
     rows = call.rows
-    if seeds is None and (call.dropout or rows is not None):
-        seeds = _seeds(call.layouts, call.dropout, rows, x.device)
+    if seeds is None and call.seeds:
+        seeds = draw_seed(call.seeds, inputs[0].device)
     if call.is_few:
         return (run_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():
@@ -106,16 +112,6 @@ def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tu
 def run_one(inputs: Sequence[Tensor], call: Call) -> Tensor:
     """The only output of :func:`run`."""
     return run(inputs, call)[0]
-
-
-def _seeds(
-    layouts: Sequence[Layout], dropout: float, rows: Rows | Many | None, device: torch.device
-) -> Tensor | None:
-    """One seed for each adapter, int64; None without dropout or adapters."""
-    numbers = None if rows is None else rows.numbers
-    count = sum([len(layout.scales) for layout in layouts])
-    drops = bool(dropout) if numbers is None else any(numbers.dropouts)
-    return draw_seed(count, device) if drops and count else None
 
 
 def draw_seed(count: int, device: torch.device) -> Tensor:

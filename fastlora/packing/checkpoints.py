@@ -5,7 +5,7 @@ gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -213,8 +213,7 @@ def _fitting(
     there = {id(tensor) for key, tensor in state.items() if key in stored}  # one key of tied ones
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
     extra = [key for key in stored if key not in expected]
-    if missing or extra:
-        raise ValueError(_unfitting(path, missing, extra))
+    check_keys(path, missing, extra)
     for key, one in stored.items():
         shape, dtype = expected[key]
         if one.planned.shape != shape:
@@ -267,9 +266,9 @@ def _home(tensor: Tensor | Quantized) -> torch.device:
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
-def _unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> str:
-    """A message on a file without some of a model's tensors, and with some that it hasn't."""
-    lacks, more = (some([*keys]) if keys else "" for keys in (missing, extra))
-    lacks = lacks and f"it lacks {lacks}, which the model has"
-    more = more and f"it has {more}, which the model lacks"
-    return f"{path} doesn't fit the model: {'; '.join(filter(None, (lacks, more)))}"
+def check_keys(path: str | os.PathLike, missing: Sequence[str], extra: Sequence[str]) -> None:
+    """Raise ValueError if the files lack some of a model's tensors, or have others."""
+    faults = [f"it lacks {some(missing)}, which the model has"] if missing else []
+    faults += [f"it has {some(extra)}, which the model lacks"] if extra else []
+    if faults:
+        raise ValueError(f"{path} doesn't fit the model: {'; '.join(faults)}")

@@ -15,6 +15,7 @@ from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import is_plain_linear, matrix_of, why_not_plain
 from ..layers.modules import (
+    REGEX_HINT,
     bypassed,
     called,
     check_model,
@@ -240,7 +241,8 @@ def _chosen(
         matched = {name: module for name, module in named.items() if name and test(name)}
         if not matched:
             what = pattern if isinstance(pattern, str) else pattern[0]
-            raise ValueError(f"modules has {shown(what)}, which matches no module")
+            hint = f": {REGEX_HINT}" if isinstance(pattern, str) else ""
+            raise ValueError(f"modules has {shown(what)}, which matches no module{hint}")
         chosen |= matched
     others = [
         name for name in chosen if name not in experts and type(chosen[name]) is not nn.Linear

@@ -1,11 +1,9 @@
-"""PEFT's own forward as the baseline, with fastlora's dropout masks; and new layers to time."""
+"""PEFT's own forward as the baseline, with fastlora's dropout masks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import peft
-import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
@@ -74,28 +72,3 @@ def shared_masks(model: nn.Module) -> Iterator[None]:
             dropout.training = mode
         for dropout in changed:
             del dropout.__dict__["layer"], dropout.__dict__["seeds"]
-
-
-def step_of(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    dropout: float,
-    dys: Sequence[Tensor],
-) -> Callable[[], Any]:
-    """A function for timing: the forward of PEFT's training layers with the same input x.
-
-    With ``dys``, the gradients of the outputs, it runs their backward instead.
-    """
-    layers, x = [], x.detach().requires_grad_()
-    for weight, r in zip(weights, ranks, strict=True):
-        how: Any = {"bias": False, "dtype": weight.dtype, "device": "meta"}
-        linear = nn.Linear(*weight.shape[::-1], **how)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        config = peft.LoraConfig(r=r, lora_dropout=dropout, target_modules=["0"])
-        layers.append(peft.get_peft_model(nn.Sequential(linear), config).base_model.model.train())
-    if not dys:
-        return lambda: [layer(x) for layer in layers]
-    ys = [layer(x) for layer in layers]
-    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-    return lambda: torch.autograd.grad(ys, [x, *trained], dys, retain_graph=True)

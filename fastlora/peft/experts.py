@@ -6,6 +6,7 @@ call of the outermost wrapper is one node (``ops.experts``) that never computes 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ _PROXIES = [
     for name in ("_LoraFactorsProxy", "_LoraParameterProxy")
     if hasattr(peft_layer, name)
 ]
+
+
+@dataclass(frozen=True)
+class ExpertsRecord(Record):
+    """The record of an experts module; its outputs are the first and the second product."""
+
+    experts: Any = None  # an ``Experts`` if there is no reason
 
 
 class PackedWrapper(nn.Module):
@@ -90,7 +98,7 @@ class FastExperts(Fast, PackedWrapper):
             if record.outputs:
                 up, down = record.outputs
                 if takes((x, *args), (up, down)):
-                    return run_experts((x, *args), record.how, up, down, _dropout_of(self))
+                    return run_experts((x, *args), record.experts, up, down, _dropout_of(self))
         return super().forward(x, *args, **kwargs)
 
 
@@ -151,38 +159,38 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
         layer = layer._modules["base_layer"]
 
 
-def read_experts(outermost: PeftParamWrapper) -> Record:
+def read_experts(outermost: PeftParamWrapper) -> ExpertsRecord:
     """The record of an experts module inside of PEFT's wrappers."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
     if len(getattr(base, innermost.parameter_name).shape) == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
-        return Record(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
+        return ExpertsRecord(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
     return _read_experts(wrappers, outermost, base)
 
 
 def _read_experts(
     wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
-) -> Record:
+) -> ExpertsRecord:
     experts = read_module(base)
     # A node runs the activation again in the backward.
     reason = experts.reason or ("" if experts.repeats else OTHER)
     reason = reason or why_patched(PeftParamWrapper) or _why_not_base(base)
     if reason:
-        return Record(reason)
+        return ExpertsRecord(reason)
     if not wrappers.keys() <= set(experts.names):
         wrapped, expected = ", ".join(wrappers), " and ".join(experts.names)
-        return Record(f"its adapters are on {wrapped}, and not on {expected}")
+        return ExpertsRecord(f"its adapters are on {wrapped}, and not on {expected}")
     outputs: list[Output[Tensor]] = []
     for name in experts.names:
         layer = wrappers.get(name)
         reason = "" if layer is None else _why_not_wrapper(layer, layer is outermost)
         output = reason or _read_output(name, layer, base, experts)
         if isinstance(output, str):
-            return Record(f"its {name}: {output}")
+            return ExpertsRecord(f"its {name}: {output}")
         outputs.append(output)
-    return Record("", tuple(outputs), how=experts)
+    return ExpertsRecord("", tuple(outputs), experts=experts)
 
 
 def _why_not_base(base: Any) -> str:

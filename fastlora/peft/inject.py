@@ -9,8 +9,8 @@ Importing this file doesn't import PEFT.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +23,16 @@ from ..formats import PackedLayer, quantized_weight
 from ..layers.classes import change_class
 from ..layers.experts import lies_transposed, packed_names, read_module, sort_weights, stack_in
 from ..layers.int8 import Int8Linear
-from ..layers.modules import bypassed, check_places, owners_of, some
+from ..layers.modules import (
+    REGEX_HINT,
+    bypassed,
+    check_model,
+    check_places,
+    name_test,
+    owners_of,
+    some,
+)
+from ..packing.checkpoints import check_keys
 from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
 from . import why_no_injection, why_nothing_changes
 from .optimize import optimize
@@ -171,7 +180,7 @@ def load_adapter(
             loaded = peft.set_peft_model_state_dict(made, tensors, adapter_name)
         own = [key for key in loaded.missing_keys if f".{adapter_name}" in key]
         missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
-        _check_keys(missing, loaded.unexpected_keys, folder)
+        check_keys(folder, missing, loaded.unexpected_keys)
         _check_layers(base, adapter_name, set())
         optimize(made, **settings)
         admit_training(base)
@@ -204,7 +213,7 @@ def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
     there = {id(here[key]) for key in tensors}  # one key of a tied tensor is enough
     missing = [key for key, tensor in here.items() if id(tensor) not in there]
     buffers = {name.replace(".base_layer", "") for name, _ in base.named_buffers()}
-    _check_keys(missing, [key for key in stored if key not in here.keys() | buffers], folder)
+    check_keys(folder, missing, [key for key in stored if key not in here.keys() | buffers])
     wrong = [key for key, value in tensors.items() if value.shape != here[key].shape]
     if wrong:
         raise ValueError(f"{folder} has other shapes of {some(wrong)}: is it another model's?")
@@ -219,21 +228,13 @@ def _check_finite(tensors: Mapping[str, Tensor], folder: Any) -> None:
         raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
 
 
-def _check_keys(missing: Sequence[str], unexpected: Sequence[str], folder: Any) -> None:
-    """Raise ValueError if a file's tensors and the model's differ."""
-    for keys, what in ((missing, "lacks"), (unexpected, "has, for no layer,")):
-        if keys:
-            raise ValueError(f"{folder} {what} {some(keys)}: is the adapter for another model?")
-
-
 def _base_of(model: Any) -> Any:
     """The model whose layers get adapters: PEFT's base model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check(model: Any, config: Any = None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
+    check_model(model)
     if reason := why_no_injection():
         raise ImportError(reason)
     import peft
@@ -274,14 +275,15 @@ def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def shown_if_packed(model: nn.Module, config: Any) -> Iterator[None]:
-    """:func:`shown_dense` for a model with packed weights that PEFT can't read, if it is LoRA's."""
+def shown_if_packed(model: nn.Module, config: Any) -> Iterator[bool]:
+    """:func:`shown_dense` for a model with packed weights that PEFT can't read, if it is LoRA's.
+
+    Yields whether it is such a model.
+    """
     is_lora = hasattr(config, "_custom_modules") and not why_no_injection()
-    if is_lora and any(_packed_shapes(module) for module in model.modules()):
-        with shown_dense(model, config):
-            yield
-    else:
-        yield
+    is_packed = is_lora and any(_packed_shapes(module) for module in model.modules())
+    with shown_dense(model, config) if is_packed else nullcontext():
+        yield is_packed
 
 
 def _packed_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -315,9 +317,11 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
     saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in around)]
     reader = f"modules_to_save={saved}" if saved else reader
     if reader:
+        hint = "; fastlora.restore(model) makes PEFT's layers in 8 bits dense"
         raise ValueError(
             f"{reader} needs the dense weight, which PEFT can't read in {owner}, a "
             f"{type(module).__name__}: leave this setting out, or the layer"
+            f"{hint if isinstance(module, Int8Linear) else ''}"
         )
 
 
@@ -355,14 +359,16 @@ def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
         ("target_modules", modules), ("modules_to_save", modules), ("target_parameters", weights)
     ):  # fmt: skip
         given = getattr(config, field) or ()
-        kept = () if isinstance(given, str) else getattr(resolved, field)
-        for wanted in [name for name in given if name in kept]:
-            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+        kept: Any = getattr(resolved, field) or ()
+        is_regex = isinstance(kept, str)
+        for wanted in [kept] if is_regex else [name for name in given if name in kept]:
+            if not any(map(name_test(wanted if is_regex else [wanted]), names)):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
                 some_ends = ", ".join(sorted(n for n in ends if not n.isdigit())[:20])
+                hint = f"{REGEX_HINT}; " if is_regex else ""
                 raise ValueError(
                     f"{field} has {wanted!r}, which matches nothing in the {type(model).__name__}: "
-                    f"the ends of names are {some_ends}"
+                    f"{hint}the ends of names are {some_ends}"
                 )
 
 

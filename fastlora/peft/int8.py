@@ -17,8 +17,6 @@ from ..layers.int8 import Int8Linear, dense_linear, int8_linear
 from ..layers.members import is_hooked, plain_class_of, why_not_tensor
 from ..layers.modules import is_sharded, owners_of, some
 from ..projection import HALF_DTYPES
-from ..settings import is_number
-from ..text import shown
 from .dense import forget_packed
 
 # An attribute of converted models: a dict from the name of each layer that stayed dense to the
@@ -29,14 +27,6 @@ _NO_VNNI = "this CPU has no VNNI, so products in 8 bits are slower than others"
 # and 1.4 × in bfloat16 (torch 2.13).
 _AMX = "this CPU multiplies 16 bits by AMX, faster than torch multiplies and rounds to 8 bits"
 Layers = list[tuple[str, Any]]
-
-
-def check_base(base: Any, least: Any) -> None:
-    """Raise ValueError unless these are arguments ``base`` and ``int8_from`` of optimize."""
-    if base not in (None, "int8"):
-        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
-    if not (is_number(least) and least >= 0):
-        raise ValueError(f"int8_from is {shown(least)}, but must be a number of features")
 
 
 def convert(

@@ -6,9 +6,9 @@ An optimized layer is the same object with another class, whose forward is fastl
 import sys
 from collections.abc import Iterable
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
-from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel as PeftModel
@@ -20,24 +20,22 @@ from ..formats.bitsandbytes import keep_gradients, repack_again
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
-from ..layers.guards import Record, Recorder, call_recorded, fits
+from ..layers.guards import LinearRecord, Recorded, call_recorded, fits
 from ..layers.int8 import Int8Linear
 from ..layers.members import is_hooked, is_replaced, plain_class_of, under, why_patched
-from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
-from ..ops.run import run_one
-from ..projection import Adapter
 from . import experts
 from .dense import dense_base, has_packed, make_dense
+from .dora import Dora
 from .mixed import LoraModel, mixed_forward
-from .read import adapters_now, parts_of, read_active, why_not_now
+from .read import adapters_now, parts_of, read, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
 
 # Decorates a function with another one's signature, in which diffusers looks for arguments.
 _with_signature_of: Any = partial(wraps, assigned=(), updated=())
 
 
-class FastLinear(Fast, nn.Module):
+class FastLinear(Fast, Recorded):
     """A mixin for PEFT's LoRA layers of linear layers, whose ordinary call is one fused node.
 
     For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
@@ -50,13 +48,36 @@ class FastLinear(Fast, nn.Module):
         y = _fast_call(self, x, args, kwargs)
         return super().forward(x, *args, **kwargs) if y is None else y
 
+    # A mixed batch names its adapters and reads them itself.  Other calls use the record.
+
+    def why_not(self, x: object) -> str:
+        return why_not_now()
+
+    def read(self) -> LinearRecord:
+        names = adapters_now(self)
+        if not names:
+            return LinearRecord("its adapter is merged, disabled or not active")
+        return read(self, names)
+
+    def parts(self) -> list[nn.Module]:
+        return parts_of(self)
+
+    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Call | None]:
+        if record.output is None or not fits(x, record.output.base.weight):
+            return None, None
+        if isinstance(record.variant, Dora) and why_patched(DoraLinearVariant):
+            return None, None  # checked in each call: PEFT's variant is no module for the guard
+        return fast_forward(x, record)
+
     @_with_signature_of(PeftLinear.update_layer)
     def update_layer(self, *args, **kwargs) -> None:
         """PEFT's.  Raises ValueError for a new adapter that reads a weight in 8 bits."""
+        update: Any = super().update_layer  # type: ignore[misc]
+        signature(update).bind(*args, **kwargs)  # raises TypeError for wrong arguments
         try:
-            super().update_layer(*args, **kwargs)  # type: ignore[misc]
-        except (AttributeError, TypeError) as error:  # the weight is None
-            if not isinstance(self.base_layer, Int8Linear) or "NoneType" not in str(error):
+            update(*args, **kwargs)
+        except (AttributeError, TypeError) as error:
+            if not isinstance(self.base_layer, Int8Linear):  # whose weight is None
                 raise
             text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
             raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
@@ -97,14 +118,14 @@ class FastLinear(Fast, nn.Module):
             make_dense(layer)
         return layer.get_base_layer()
 
-    def read_head(self) -> Record:
+    def read_head(self) -> LinearRecord:
         """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
         layer: Any = self
         if layer.merged and layer.disable_adapters:  # PEFT unmerges it in the call
-            return Record("its adapter is merged and disabled")
+            return LinearRecord("its adapter is merged and disabled")
         if not adapters_now(layer):
             return read_frozen(layer.base_layer)
-        return _of_one_rank(read_active(layer))
+        return _of_one_rank(self.read())
 
     forward.__qualname__ = "Linear.forward"  # Python's errors of wrong arguments read as PEFT's
 
@@ -135,68 +156,28 @@ def _can_requantize(layer: Any) -> bool:
 def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
     """The output of a layer's forward; None if PEFT's forward must run."""
     if not args and not kwargs:
-        return call_recorded(layer, x, _RECORDER)
+        return call_recorded(layer, x)
     if not args and kwargs.keys() == {"adapter_names"} and not why_not_now():
         return mixed_forward(layer, x, kwargs["adapter_names"])
     return None
 
 
-def _of_one_rank(record: Record) -> Record:
+def _of_one_rank(record: LinearRecord) -> LinearRecord:
     """The record for a caller that runs no :class:`.tensor_parallel.Part`."""
-    return Record(PARALLEL) if isinstance(record.how, Part) else record
+    return LinearRecord(PARALLEL) if isinstance(record.variant, Part) else record
 
 
-def _run_record(layer: LoraLayer, x: Tensor, record: Record) -> tuple[Tensor | None, Call | None]:
-    if record.output is None or not fits(x, record.output.base.weight):
-        return None, None
-    if isinstance(record.how, Part):
-        return record.how.run(x, record), None
-    if record.how is not None and why_patched(DoraLinearVariant):
-        return None, None  # checked in each call: a variant is no module, so no guard covers it
-    return fast_forward(x, record)
-
-
-# For calls with the active adapters.  A mixed batch names its adapters and reads them itself.
-_RECORDER = Recorder(lambda *_: why_not_now(), read_active, parts_of, _run_record, run_one)
-
-
-def fast_forward(x: Tensor, record: Record) -> tuple[Tensor, Call | None]:
+def fast_forward(x: Tensor, record: LinearRecord) -> tuple[Tensor, Call | None]:
     """fastlora's output for x, and the call's kind if it is one node with the record's tensors."""
-    (output,), (packed,), p = record.outputs, record.packed, max(record.dropouts)
-    if packed is not None:
-        return packed.run(x, lambda x: fast_forward(x, record._replace(packed=(None,))))
-    magnitude = record.how
-    if magnitude is None:
-        (y,), call = linears(x, (output,), p)
+
+    def run(x: Tensor) -> tuple[Tensor, Call | None]:
+        if record.variant is not None:
+            return record.variant.run(x, record), None
+        (y,), call = linears(x, record.outputs, max(record.dropouts))
         return y, call
-    (weight, bias), (adapter,) = output
-    lora_a, lora_b, scale = adapter
-    y = dora_linear(
-        x,
-        weight,
-        lora_a,
-        lora_b,
-        magnitude.weight,
-        bias=bias,
-        scale=scale,
-        drop=record.drop if p > 0.0 else None,
-        p=p,
-        norm=_norm(magnitude, weight, adapter, adapter_name=record.adapter),
-    )
-    # PEFT multiplies by a gain [1, N], so its output for a single row x [K] is [1, N] also.
-    return y if x.dim() > 1 else y.unsqueeze(0), None
 
-
-# PEFT's cache, active inside of DoraCaching in evaluation.  PEFT 0.18 has none.
-_cached = getattr(dora, "cache_decorator", lambda key: lambda norm: norm)
-
-
-@_cached("weight-norm")
-def _norm(
-    magnitude: dora.DoraLinearLayer, weight: Tensor, adapter: Adapter[Tensor], *, adapter_name: str
-) -> Tensor:
-    """The norms of the rows of a DoRA layer's weight."""
-    return dora_norm(weight, *adapter)
+    (packed,) = record.packed
+    return run(x) if packed is None else packed.run(x, run)
 
 
 def fast_kinds() -> dict[type[nn.Module], type[nn.Module]]:
@@ -239,15 +220,16 @@ class PeftGatedMLP(mlp.GatedMLP):
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
         return parts_of(module) if isinstance(module, LoraLayer) else []
 
-    def read_part(self, linear: nn.Module) -> Record:
+    def read_part(self, linear: nn.Module) -> LinearRecord:
         """Read gate, up or down; a reason if the layer's own call wouldn't be fast."""
         if not isinstance(linear, LoraLayer):
             return read_frozen(linear)
-        optimized = isinstance(linear, Fast)
-        reason = why_not_swapped(linear) or ("" if optimized else "it isn't optimized")
+        reason = why_not_swapped(linear)
+        if not reason and not isinstance(linear, FastLinear):
+            reason = "it isn't optimized"
         if not reason and is_hooked(linear):
             reason = WATCHED
         if reason:
-            return Record(reason)
-        record = _of_one_rank(read_active(linear))
-        return record if record.how is None else Record("it is DoRA")
+            return LinearRecord(reason)
+        record = _of_one_rank(linear.read())
+        return record if record.variant is None else LinearRecord("it is DoRA")

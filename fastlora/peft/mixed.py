@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..layers.classes import Fast, change_classes
-from ..layers.experts import packed_names
 from ..layers.guards import fits
 from ..layers.members import why_patched
 from ..layers.modules import has_sharded, some
@@ -143,16 +142,14 @@ class LoraModel(Fast, PeftModel):
     training: bool  # nn.Module's
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **named: Any) -> None:
-        """PEFT's, also over packed experts, whose new wrappers become fast."""
+        """PEFT's, also over packed weights, whose new wrappers become fast."""
         from .inject import shown_if_packed
         from .layer import fast_classes
 
-        if not any(map(packed_names, model.modules())):
+        with shown_if_packed(model, self.peft_config[adapter_name]) as is_packed:
             super().inject_adapter(model, adapter_name, *args, **named)
-            return
-        with shown_if_packed(model, self.peft_config[adapter_name]):
-            super().inject_adapter(model, adapter_name, *args, **named)
-        change_classes(fast_classes(model.modules()))
+        if is_packed:
+            change_classes(fast_classes(model.modules()))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's.  A transformers model then declares the layers that are still packed."""

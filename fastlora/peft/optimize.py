@@ -14,10 +14,10 @@ from torch import nn
 
 from ..formats import bitsandbytes
 from ..layers import mlp
-from ..layers.classes import change_classes, own_classes
+from ..layers.classes import Fast, change_classes, own_classes
 from ..layers.experts import PackedWeight
 from ..layers.frozen import frozen_classes
-from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy
+from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from ..layers.linear import LoRALinear
 from ..layers.modules import has_sharded, plain_name, unwrap
 from ..report import (
@@ -30,9 +30,9 @@ from ..report import (
     cover_lora_linears,
     left_out_notes,
 )
-from ..settings import check_switches
+from ..settings import check_optimize
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
-from .int8 import check_base, convert, give_back_dense, notes_of
+from .int8 import convert, give_back_dense, notes_of
 from .learning import doubts, untrained_note
 from .targets import peft_layers
 
@@ -40,6 +40,7 @@ _PASSED_OVER = (
     "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
     "fastlora.auto(), gives them adapters"
 )
+_LEFT = "left alone (gated_mlps=False)"
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -104,7 +105,8 @@ def cover_gated_mlps(model: nn.Module, unreached: str) -> tuple[GatedMLPCoverage
             if not reason:
                 reason = IN_THE_CALL if has_sharded(module) else module.read().reason
         elif mlp.looks_gated(module) and any(hasattr(m, "lora_A") for m in module.children()):
-            reason = mlp.why_not_block(module) or unreached
+            is_left = any(isinstance(each, Fast) for each in module.children())
+            reason = mlp.why_not_block(module) or (_LEFT if is_left else unreached)
         else:
             continue
         blocks_found.append(GatedMLPCoverage(plain_name(name), not reason, reason))
@@ -117,7 +119,7 @@ def optimize(
     strict: bool = False,
     frozen_linears: bool = True,
     gated_mlps: bool = True,
-    loss: bool = False,
+    loss: bool | None = None,
     base: str | None = None,
     int8_from: int = 1024,
 ) -> nn.Module:
@@ -128,7 +130,7 @@ def optimize(
     call of a layer checks whether it can run fast; otherwise it runs PEFT's forward.
     :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
     ``optimize``.  What an earlier call switched on stays on, such as ``loss``, also without that
-    argument; :func:`restore` undoes all of it.
+    argument; an argument of False switches it off.  :func:`restore` undoes all of it.
 
     ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
     ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and base layers
@@ -164,7 +166,7 @@ def optimize(
     isn't the name of a backend.  With ``strict``, also raises ValueError, whose text is the report,
     if a layer would not run fast.  An error leaves the model unchanged.
     """
-    switches = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
+    switches: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps, "loss": loss}
     with ExitStack() as undo:  # because Python's filters may turn a warning into an error
         report = _change(model, undo, base, int8_from, strict=strict, **switches)
         nothing_is_fast = len(report.not_fast) == len(report.layers)
@@ -179,7 +181,7 @@ def while_optimized(
     model: nn.Module, base: str | None = None, int8_from: int = 0
 ) -> Iterator[Coverage]:
     """Optimizes the model within the context, and yields the report; then undoes the changes."""
-    switches = {"frozen_linears": True, "gated_mlps": True, "loss": False}
+    switches: Any = {"frozen_linears": True, "gated_mlps": True, "loss": None}
     with ExitStack() as undo:
         yield _change(model, undo, base, int8_from, strict=False, **switches)
 
@@ -187,8 +189,7 @@ def while_optimized(
 def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches: bool) -> Coverage:
     """Optimize the model; returns the report.  Closing ``undo`` restores classes and bases."""
     inner = checked(model)
-    check_switches(**switches)
-    check_base(base, least)
+    check_optimize(base=base, int8_from=least, **switches)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -205,7 +206,16 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
     if not reason:
         from .layer import PeftGatedMLP, fast_classes  # here, because it imports PEFT
 
-        classes = fast_classes(inner.modules())
+        modules = list(inner.modules())
+        if False in (switches["frozen_linears"], switches["gated_mlps"], switches["loss"]):
+            # An earlier call may have switched it on: begin with the plain classes.
+            if was_asked := inner.__dict__.pop(ASKED, False):
+                undo.callback(inner.__dict__.__setitem__, ASKED, True)
+            if switches["loss"] is None:
+                switches["loss"] = was_asked
+            undo.callback(change_classes, change_classes(own_heads(modules)))
+            undo.callback(change_classes, change_classes(own_classes(modules)))
+        classes = fast_classes(modules)
         if base is not None:
             convert(inner, layers, classes, least, undo)
             report = cover(model, layers, unreached=reason)
@@ -214,7 +224,7 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         named = inner.named_modules() if switches["frozen_linears"] else ()
         classes |= frozen_classes(layer for name, layer in named if ".lora_" not in name)
         if switches["gated_mlps"]:
-            classes |= mlp.gated_classes(inner.modules(), PeftGatedMLP)
+            classes |= mlp.gated_classes(modules, PeftGatedMLP)
         undo.callback(change_classes, change_classes(classes))
         for module in inner.modules():
             undo.callback(bitsandbytes.repack_again, module)
@@ -222,7 +232,7 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
         if switches["loss"]:  # a lazy head is derived from the head's new class
             undo.callback(change_classes, make_lazy(inner))
             undo.callback(inner.__dict__.pop, ASKED, None)
-    covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
+    covered = cover_gated_mlps(inner, reason or _LEFT)
     fast: Any = {"frozen_linears": cover_frozen(inner), "gated_mlps": covered}
     return replace(report, **fast, loss=cover_head(inner))
 

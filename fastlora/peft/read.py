@@ -20,13 +20,14 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_dtensor
 from ..layers.frozen import read_base
-from ..layers.guards import Record
+from ..layers.guards import LinearRecord, Variant
 from ..layers.members import is_hooked, plain_class_of, tensor_of, why_not_part, why_patched
 from ..ops.dispatch import why_not_here
 from ..projection import Adapter, Base, Output, is_plain
 from ..settings import LARGEST_SCALE, is_number
 from . import why_never
 from .baseline import DROPOUTS
+from .dora import Dora
 from .tensor_parallel import Part, part_of
 
 _never = why_never()  # computed once, because it takes as long as a small op
@@ -56,53 +57,52 @@ def parts_of(layer: LoraLayer) -> list[nn.Module]:
     return modules_read
 
 
-def read_active(layer: LoraLayer) -> Record:
-    """Read the layer for a call with its active adapters."""
-    names = adapters_now(layer)
-    return read(layer, names) if names else Record("its adapter is merged, disabled or not active")
-
-
-def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Record:
+def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> LinearRecord:
     """Read the layer for a call with these adapters, at least one.
 
     ``mixed``: each sample uses one of the adapters, or none.  Otherwise every row uses all of them.
     """
     if not layer.cast_input_dtype_enabled:
-        return Record("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+        return LinearRecord(
+            "PEFT's casting of inputs is switched off (disable_input_dtype_casting)"
+        )
     if patched := why_patched(plain_class_of(layer)):
-        return Record(patched)
+        return LinearRecord(patched)
     base, reason, part = layer._modules["base_layer"], "", None
     if is_hooked(base):
         reason, part = part_of(layer, names, mixed)
         base = base if part is None else part.local(base)
         # Checked before reading a weight, because ZeRO-3 gathers it when it is read.
         if reason or is_hooked(base):
-            return Record(reason or _why_hooked(base, "its base layer"))
+            return LinearRecord(reason or _why_hooked(base, "its base layer"))
     reason, weight, bias, packed = read_base(base, adapted=True)
     if reason:
-        return Record(reason)
-    adapters, dropouts, drop, magnitude = [], [], None, None
+        return LinearRecord(reason)
+    adapters, dropouts = [], []
+    variant: Variant | None = part
     for name in names:
         reason, adapter, shift, drop = _read_adapter(layer, name, weight, part)
         if adapter is None:
-            return Record(reason)
+            return LinearRecord(reason)
         if mixed and (name in layer.lora_variant or shift is not None):
             what = "is no plain LoRA (DoRA, …)" if shift is None else "has a bias (lora_bias)"
-            return Record(f"its adapter {name} {what}")
+            return LinearRecord(f"its adapter {name} {what}")
         if shift is not None:
             bias = shift if bias is None else bias + shift
         adapters.append(adapter)
         dropouts.append(_rate(drop))
     if not mixed and len(set(dropouts)) > 1:
-        return Record("its active adapters have different dropouts, and are training")
+        return LinearRecord("its active adapters have different dropouts, and are training")
     if layer.lora_variant and not mixed:
         reason, magnitude = _read_variant(layer, names, weight)
         if reason:
-            return Record(reason)
-        if magnitude is not None and not layer.training:
-            dropouts = [0.0]  # in PEFT's DoRA the layer's mode counts, not its dropout's
+            return LinearRecord(reason)
+        if magnitude is not None:
+            variant = Dora(magnitude, drop, names[0])
+            if not layer.training:
+                dropouts = [0.0]  # in PEFT's DoRA the layer's mode counts, not its dropout's
     output = Output(Base(weight, bias), tuple(adapters))
-    return Record("", (output,), tuple(dropouts), (packed,), part or magnitude, drop, names[0])
+    return LinearRecord("", (output,), (packed,), tuple(dropouts), variant)
 
 
 def _read_adapter(

@@ -13,7 +13,7 @@ from ..layers.members import is_hooked
 from ..layers.modules import has_sharded, some
 from ..projection import Output
 from ..report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
-from .experts import read_experts, wrappers_in
+from .experts import ExpertsRecord, read_experts, wrappers_in
 from .layer import why_not_swapped
 from .read import adapters_now, read, why_not_now
 
@@ -102,16 +102,13 @@ def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, O
         return plan, "", None
     if has_sharded(called) and not is_hooked(layer.get_base_layer()):
         return SHARDED, IN_THE_CALL, None
-    if isinstance(called, ParamWrapper):
-        record = read_experts(called)
-        outputs = record.outputs
-        output = outputs[record.how.names.index(layer.parameter_name)] if outputs else None
-    else:
-        record = read(layer, names)
-        output = record.output
-    if output is None:
+    is_wrapper, place = isinstance(called, ParamWrapper), 0
+    record = read_experts(called) if is_wrapper else read(layer, names)
+    if not record.outputs:
         return PEFT_FORWARD, record.reason, None
-    return *planned_backend([output]), output
+    if isinstance(record, ExpertsRecord):
+        place = record.experts.names.index(layer.parameter_name)
+    return *planned_backend([record.outputs[place]]), record.outputs[place]
 
 
 def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:

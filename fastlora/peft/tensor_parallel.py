@@ -32,7 +32,7 @@ from torch import Tensor, distributed, nn
 
 from ..foreign import is_dtensor
 from ..layers.classes import twin
-from ..layers.guards import Record
+from ..layers.guards import LinearRecord
 from ..layers.members import defined_in
 from ..ops.functional import linears
 from ..ops.run import draw_seed
@@ -64,7 +64,7 @@ class Part(NamedTuple):
                 alike._parameters[name] = tensor.to_local()
         return alike
 
-    def run(self, x: Tensor, record: Record) -> Tensor:
+    def run(self, x: Tensor, record: LinearRecord) -> Tensor:
         """The layer's output for this rank's x."""
         ((weight, bias), adapters), p, whole = record.outputs[0], max(record.dropouts), self._whole
         if not self.is_rowwise:

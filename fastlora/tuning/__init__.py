@@ -1,8 +1,7 @@
 """Measure which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext
 from time import monotonic
 from typing import Any
 
@@ -18,16 +17,14 @@ from ..layers.linear import replace_linears
 from ..layers.mlp import gated_classes
 from ..peft.targets import linear_layers
 from ..projection import DTYPES
-from ..settings import check_switches, is_number
+from ..settings import check_settings, check_switches, is_number
 from ..text import bar, shown
-from .calls import distinct, products_of
+from .calls import products_of
 from .table import Tuned, Tuning
 
-_TOKENS = 4096  # rows of a step, the command's default
 _FEWEST, _ROUNDS = 3, 9  # least and most rounds of timing
 _MOST_TILES = 8  # in addition to the default tiles
 _FOR_TILES = 0.7  # share of a product's time after which no further tiles are tried
-_LONGEST = 1e9  # seconds; a finite limit, because the number of rounds is computed from it
 _CLEARLY = 0.99  # another plan must take less than this share of the default plan's time
 
 
@@ -45,8 +42,7 @@ def tune(
     forward and backward, two plans are timed: *fused*, where one Triton kernel computes the base
     product and the adapter, with the default tiles and up to eight others; and *in place*, where
     torch adds the base product to the adapter's part.  A plan with a wrong result is not timed.
-    torch's frozen layer is timed for comparison, and PEFT's layer if PEFT is installed.  Tensors
-    are random: the model isn't called, and may be on ``meta``.
+    Tensors are random: the model isn't called, and may be on ``meta``.
 
     The fastest plans and tiles are written to a file for this device in the user's cache
     (``FASTLORA_CACHE``), together with earlier results.  Calls of similar sizes (within two
@@ -67,61 +63,17 @@ def tune(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
     check_switches(progress=progress)
-    _check_seconds(seconds)
-    with torch.no_grad():
-        products, notes = products_of(model, tokens, dtype)
-    here = [weight.device for weight in model.parameters() if weight.device.type == "cuda"]
-    return _tuned(products, notes, here, seconds, progress)
-
-
-def command(
-    model: str | None, shape: Sequence | None, tokens: int | None, seconds: float, **about: Any
-) -> Tuning:
-    """``python -m fastlora tune``: tunes for a named model, all linear layers adapted, or shapes.
-
-    ``about``: r, dropout and dtype.
-    """
-    _check_seconds(seconds)
-    r, dropout, dtype = about["r"], about["dropout"], about["dtype"]
-    if bool(model) == bool(shape):
-        raise ValueError("give either a model or --shape")
-    if model:
-        return tune(_on_meta(model, r, dropout), tokens or _TOKENS, dtype=dtype, seconds=seconds)
-    if tokens:
-        raise ValueError("--tokens goes with a model: a --shape states its rows, so leave it out")
-    dtype = dtype or torch.bfloat16
-    forward = [Sizes(m, k, (n,), ((r,),), dtype, dropout=dropout) for m, k, n in shape or ()]
-    backward = [replace(sizes, backward=True) for sizes in forward]
-    return _tuned(distinct([*forward, *backward]), [], [], seconds, progress=True)
-
-
-def _on_meta(name: str, r: int, dropout: float) -> nn.Module:
-    """A causal language model of transformers on meta, with adapters; only its config is read."""
-    transformers = optional("transformers", f"tune {name} needs transformers", "demo")
-    about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    dtype = getattr(about, "dtype", None) or torch.bfloat16
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(about).to(dtype)
-        layers = sorted(linear_layers(model))
-        replace_linears(model, layers, r=r, lora_alpha=r, lora_dropout=dropout)
-        change_classes(gated_classes(model.modules()))  # so that gate and up count as one product
-    return model
-
-
-def _check_seconds(seconds: float) -> None:
     if not is_number(seconds) or not seconds > 0:
         raise ValueError(f"seconds is {shown(seconds)}, but must be a number above 0")
-
-
-def _tuned(
-    products: Sequence[Sizes], said: list[str], devices: list, seconds: float, progress: bool
-) -> Tuning:
-    """Measure as many products as time allows, on the first device, and write the results."""
     # Imported late: ``import fastlora`` needs neither the doctor nor the kernels.
     from ..doctor.machine import devices_here
 
-    device = devices[0] if devices else devices_here()[-1]
-    name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, _LONGEST)
+    with torch.no_grad():
+        products, said = products_of(model, tokens, dtype)
+    here = [weight.device for weight in model.parameters() if weight.device.type == "cuda"]
+    device = here[0] if here else devices_here()[-1]
+    # Finite, because the number of rounds is computed from it.
+    name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, 1e9)
     if backend_name(device=device) == "triton":
         from ..backends.triton import measured, why_not
 
@@ -130,11 +82,7 @@ def _tuned(
         nothing = f"there is nothing to tune on {device}: it runs no compiled Triton kernels"
         return Tuning(str(device), (), (nothing,))
     measured_rows = []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws random numbers
-        torch.cuda.device(device) if is_gpu else nullcontext(),
-    ):
+    with torch.no_grad(), torch.cuda.device(device) if is_gpu else nullcontext():
         for i, product in enumerate(bar(products, "tuning", "product") if progress else products):
             reason, now = why_not(product.dtype, device, ()), monotonic()
             if now >= end:
@@ -153,6 +101,26 @@ def _tuned(
     return Tuning(name, tuple(line for line, _ in measured_rows), tuple(said), path)
 
 
+def command(
+    model: str, tokens: int, r: int, dtype: str | None, dropout: float, seconds: float
+) -> Tuning:
+    """``python -m fastlora tune``: tunes for a named model, all of whose linear layers train.
+
+    The model is made on meta, so only its config is read.
+    """
+    check_settings(r, 1, dropout)
+    transformers = optional("transformers", f"tune {model} needs transformers", "demo")
+    about = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+    with torch.device("meta"):
+        made = transformers.AutoModelForCausalLM.from_config(about)
+        made.to(getattr(about, "dtype", None) or torch.bfloat16)
+        layers = sorted(linear_layers(made))
+        replace_linears(made, layers, r=r, lora_alpha=r, lora_dropout=dropout)
+        change_classes(gated_classes(made.modules()))  # so that gate and up count as one product
+    kind = getattr(torch, dtype) if dtype else None
+    return tune(made, tokens, dtype=kind, seconds=seconds)
+
+
 def _measured(
     product: Sizes, device: torch.device, start: float, share: float, said: list[str]
 ) -> list[tuple[Tuned, Any]]:
@@ -162,7 +130,7 @@ def _measured(
     """
     from ..backends.triton.plans import Contest
 
-    contest, steps = Contest(product, device), dict[Any, Callable[[], object]]()
+    contest, steps = Contest(product, device), dict[Any, Callable]()
     for plan in contest.plans()[: 2 + _MOST_TILES]:
         if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
             break
@@ -178,25 +146,15 @@ def _measured(
             steps[plan] = contest.step(plan)
     if not steps:
         return []
-    default, ours = contest.default(), list(steps)
-    if not product.experts:
-        steps["frozen"] = contest.frozen()
-    if not product.experts and len(contest.ranks) == len(product.outs):
-        with suppress(ImportError), torch.enable_grad():
-            from ..peft.baseline import step_of
-
-            of_x = contest.x, contest.weights, contest.ranks
-            steps["PEFT"] = step_of(*of_x, product.dropout, contest.dys)
-    clock, before = clock_for(device), monotonic()
+    default, clock, before = contest.default(), clock_for(device), monotonic()
     medians(clock, steps, 1)  # warms up
     now = monotonic()
     left = int((start + share - now) / max(now - before, 1e-9))
     seconds = medians(clock, steps, min(max(left, _FEWEST), _ROUNDS))
     # The default plan wins unless another one is clearly faster.
-    best = min(ours, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
-    others = [seconds.get(side) for side in (default, "frozen", "PEFT")]
-    line = Tuned(str(product), _named(default), _named(best), seconds[best], *others)
-    return [(line, contest.row(best))]
+    best = min(steps, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
+    times = seconds[best], seconds.get(default)
+    return [(Tuned(str(product), _named(default), _named(best), *times), contest.row(best))]
 
 
 def _named(plan: Any) -> str:

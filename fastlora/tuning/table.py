@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..text import columns
 
-_TITLES = ("rows x in x out", "default", "best", "ms", "/ default", "/ frozen", "/ PEFT")
+_TITLES = ("rows x in x out", "default", "best", "ms", "/ default")
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,7 @@ class Tuned:
 
     ``best``: the plan that runs from now on, with its tiles unless they are the default ones.
     ``default``: the plan without tuning.  Times are the device's, in seconds, of the whole forward
-    or backward, adapter included.  ``frozen_seconds``: time of torch's product without an adapter.
-    ``peft_seconds``: time of PEFT's layer.  None means not measured.
+    or backward, adapter included.  None means that the default plan doesn't run.
     """
 
     product: str
@@ -22,8 +21,6 @@ class Tuned:
     best: str
     seconds: float
     default_seconds: float | None = None
-    frozen_seconds: float | None = None
-    peft_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,9 @@ class Tuning:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [_TITLES]
         for line in self.lines:
-            others = (line.default_seconds, line.frozen_seconds, line.peft_seconds)
-            ratios = ["–" if time is None else f"{line.seconds / time:.3f}" for time in others]
-            rows.append(
-                (line.product, line.default, line.best, f"{line.seconds * 1e3:.3f}", *ratios)
-            )
+            before, ms = line.default_seconds, f"{line.seconds * 1e3:.3f}"
+            ratio = "–" if before is None else f"{line.seconds / before:.3f}"
+            rows.append((line.product, line.default, line.best, ms, ratio))
         table = [f"on {self.device}", *columns(rows, left=3)] if self.lines else []
         where = [f"written to {self.path}"] if self.path else []
         return "\n".join([*table, *self.notes, *where])

@@ -372,13 +372,6 @@ def test_a_tower_s_adapter_needs_an_option_if_the_model_has_one(name, option, tm
     assert ("Merge the adapter" in text) != option
 
 
-@pytest.mark.parametrize("server", ["vllm", "sglang"])
-def test_a_rank_above_the_limit_is_named_with_the_limit(server, tmp_path):
-    folder = write(tmp_path / "a", layers("q_proj", "v_proj", r=16), r=16)
-    report = fastlora.check_adapter(folder, server, max_lora_rank=8)
-    assert "rank 16 is above the server's max_lora_rank, which is 8 here" in str(report)
-
-
 def test_a_mended_pattern_targets_the_same_layers(tmp_path):
     """Further training of the mended adapter must not add layers that the pattern excluded."""
     pattern = r".*\.layers\.0\.self_attn\.[qv]_proj"

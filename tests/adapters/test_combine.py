@@ -1,17 +1,14 @@
 """combine_adapters: the weighted sum of the adapters' changes, as PEFT computes the changes."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from models import Mlp
 from moe_models import parameters_of, seeded_model
 from peft_models import assert_changes, by_peft, change_config, change_tensors, changes, cut, llama
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import fastlora
-from fastlora.packing.files import CONFIG, WEIGHTS
+from fastlora.packing.files import WEIGHTS
 
 WEIGHTS_OF_EACH = [0.75, -2.0, 1.0]
 
@@ -73,25 +70,11 @@ def test_adapters_on_one_and_on_both_expert_weights_are_summed(tmp_path):
     assert_changes(changes(tmp_path / "sum", seeded_model), wanted)
 
 
-def test_modules_to_save_must_be_the_same(tmp_path):
+def test_modules_that_trained_in_full_are_refused(tmp_path):
     settings = {"target_modules": ["up"], "modules_to_save": ["head"]}
-    folders = [by_peft(tmp_path / name, Mlp(), **settings) for name in "ab"]
-    with pytest.raises(ValueError, match=r"have unlike .*head.*can't be summed"):
-        fastlora.combine_adapters(folders, [1, 1], tmp_path / "sum")
-    one = {key: value for key, value in load_file(folders[0] / WEIGHTS).items() if "head" in key}
-    save_file(load_file(folders[1] / WEIGHTS) | one, folders[1] / WEIGHTS)
-    fastlora.combine_adapters(folders, [1, 1], tmp_path / "sum")
-    found = load_file(tmp_path / "sum" / WEIGHTS)
-    assert all(found[key].equal(value) for key, value in one.items())
-
-
-def test_a_list_in_another_order_is_the_same(tmp_path):
-    settings = {"target_modules": ["up"], "modules_to_save": ["head", "down"]}
     folder = by_peft(tmp_path / "a", Mlp(), **settings)
-    shutil.copytree(folder, tmp_path / "b")
-    change_config(tmp_path / "b", modules_to_save=["down", "head"])
-    fastlora.combine_adapters([folder, tmp_path / "b"], [1, 1], tmp_path / "sum")
-    assert load_file(tmp_path / "sum" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
+    with pytest.raises(ValueError, match=r"have .*head.*can't be summed"):
+        fastlora.combine_adapters([folder, folder], [1, 1], tmp_path / "sum")
 
 
 def test_a_name_that_ends_others_is_its_own(tmp_path):
@@ -107,8 +90,6 @@ def test_a_name_that_ends_others_is_its_own(tmp_path):
         by_peft(tmp_path / "a", base(), target_modules="q", r=2),
         by_peft(tmp_path / "b", base(), target_modules=["layers.0.q"], r=3),
     ]
-    for folder in folders:  # which share no layer
-        change_config(folder, base_model_name_or_path="one/base")
     fastlora.combine_adapters(folders, [1, 2], tmp_path / "sum")
     wanted, found = summed(folders, [1, 2], base), changes(tmp_path / "sum", base)
     assert found.keys() == {"q.weight", "layers.0.q.weight"}
@@ -132,14 +113,6 @@ def test_a_head_s_adapter_and_none_are_summed(tmp_path):
     assert_changes(changes(tmp_path / "sum"), summed(both, [1, 0.5]))
 
 
-def test_one_base_may_be_spelled_in_two_ways(folders, tmp_path):
-    for folder, name in zip(folders, ("llama", "./llama", "llama/"), strict=True):
-        change_config(folder, base_model_name_or_path=name)
-    fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum")
-    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "llama"
-
-
 def unlike_base(folders):
     for folder, name in zip(folders, ("gpt2", "opt", None), strict=True):
         change_config(folder, base_model_name_or_path=name)
@@ -152,18 +125,7 @@ def unlike_shape(folders):
     change_tensors(folders[2], narrow)
 
 
-def other_layers(folders):
-    by_peft(folders[2], Mlp(), target_modules=["up"])
-
-
-def other_layers_of_another_base(folders):
-    other_layers(folders)
-    unlike_base(folders)
-
-
 BAD = {
-    "no-layer": (other_layers, {}, r"b and .*c share no layer \(model.*; up\): are they"),
-    "no-layer-of-no-base": (other_layers_of_another_base, {}, "share no layer"),
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
     "weights": (None, {"weights": [1]}, "a list of as many weights"),
@@ -182,9 +144,3 @@ def test_adapters_that_can_t_be_summed_give_a_one_line_error(name, folders, tmp_
         fastlora.combine_adapters(**call)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sum").exists()
-
-
-def test_an_output_that_is_one_of_them(folders):
-    with pytest.raises(ValueError, match="which is also an input"):
-        fastlora.combine_adapters(folders, [1, 1, 1], folders[2])
-    assert json.loads((folders[2] / CONFIG).read_text())["r"] == 1

@@ -1,19 +1,15 @@
 """The plans that tuning compares: each one computes a call's product, with the tiles it names."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from marks import DEVICE
 
-from fastlora.backends import torch as torch_backend
 from fastlora.backends.sizes import Sizes
 from fastlora.backends.triton.plans import Contest
 from fastlora.clock import HostClock, clock_for, medians
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.peft.baseline import step_of
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -72,29 +68,6 @@ def test_a_plan_s_tiles_are_launched(sizes, precision):
                 blocks = [launch.arguments[f"BLOCK_{each}"] for each in "MNK"]
                 found = (*blocks, launch.warps, launch.stages, launch.arguments["GROUP"])
                 assert found == tuple(vars(plan.gemm).values())[:6], target.name
-
-
-@pytest.mark.parametrize("name", [name for name in SIZES if "experts" not in name])
-def test_the_frozen_layer_is_beside(name):
-    contest = Contest(SIZES[name], CPU)
-    frozen = Contest(replace(SIZES[name], ranks=((),) * len(contest.weights)), CPU)
-    right, *_ = frozen._by(torch_backend)(frozen.tensors)
-    torch.testing.assert_close(frozen.frozen()(), right)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("backward", [False, True])
-def test_peft_s_layers_are_beside(p, backward):
-    """Fresh PEFT adapters change no result except the adapters' own gradients."""
-    contest = Contest(Sizes(40, 48, (32, 24), ((4,), (8,)), F32, backward=backward), CPU)
-    found = step_of(contest.x, contest.weights, contest.ranks, p, contest.dys)()
-    if not backward:
-        torch.testing.assert_close(found, [contest.x @ weight.T for weight in contest.weights])
-        return
-    dx, *adapters = found
-    torch.testing.assert_close(dx, contest.frozen()())
-    assert [tuple(each.shape) for each in adapters] == [(4, 48), (32, 4), (8, 48), (24, 8)]
-    assert adapters[1].count_nonzero()
 
 
 def test_a_default_is_the_rule_s_whatever_was_measured():

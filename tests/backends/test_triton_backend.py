@@ -138,10 +138,8 @@ def test_a_cpu_without_the_interpreter_runs_on_torch():
 @pytest.mark.parametrize(
     ("switch", "precision"),
     [
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
         ("torch.set_float32_matmul_precision('highest')", "ieee"),
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
     ],
 )
 def test_every_switch_of_float32_precision_is_followed(switch, precision):

@@ -3,22 +3,18 @@
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable
 
 import peft
 import pytest
 import torch
 import transformers
 from models import around_values, tiny_llama
-from moe_models import IDS, base_model, experts_of, parameters_of
+from moe_models import IDS, base_model, parameters_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from vendor_layers import BITSANDBYTES, quantized
 
 import fastlora
-from fastlora import estimates
-from fastlora.estimates import frozen
 
 
 class Net(nn.Module):
@@ -71,38 +67,8 @@ def test_patterns_and_targets_hold():
     assert (found.layers, [cost.parameters for cost in found.rank_costs]) == (1, [128, 128])
 
 
-def counted(run: Callable, tokens: int) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run().sum().backward()
-    return counter.get_total_flops() // tokens
-
-
-def test_flops_match_torch_s_counter():
-    """FLOPs of the frozen layers, of the composite formula's products, and of full training."""
-    net, x = Net(), torch.randn(10, 24, requires_grad=True)
-    found = fastlora.estimate(net, [4])
-
-    def adapted() -> torch.Tensor:
-        y = x
-        for layer in (net.first, net.last):
-            a = torch.randn(4, layer.in_features, requires_grad=True)
-            b = torch.randn(layer.out_features, 4, requires_grad=True)
-            y = fastlora.reference.lora_linear(y, layer.weight, a, b)
-        return y
-
-    with frozen(net, x):
-        alone = counted(lambda: net(x), 10)
-        assert found.frozen.flops == alone
-        assert found.rank_costs[0].flops == counted(adapted, 10) - alone
-    config = peft.LoraConfig(target_modules=["first"])
-    full = dataclasses.replace(config, modules_to_save=["last"])
-    plain, full = (fastlora.estimate(net, [4], config=each) for each in (config, full))
-    assert full.rank_costs[0].flops - plain.rank_costs[0].flops == 2 * 40 * 8
-
-
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
 def test_experts_have_a_price(name):
-    """Two of the four experts run for each token."""
     model = base_model(name)
     config = peft.LoraConfig(target_parameters=parameters_of(name))
     classes = [type(module) for module in model.modules()]
@@ -110,21 +76,11 @@ def test_experts_have_a_price(name):
     found = fastlora.estimate(model, [3], config=config, batch=batch, rounds=1)
     assert [type(module) for module in model.modules()] == classes
     (cost,) = found.rank_costs
-    assert cost.step[0] > 0
-    assert cost.flops == 6 * cost.parameters * 2 // 4
+    assert cost.step > 0
     fastlora.get_peft_model(model, dataclasses.replace(config, r=3))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert cost.parameters == sum(p.numel() for p in trained)
     assert found.layers == 2 * len([n for n, _ in model.named_modules() if n.endswith("experts")])
-
-
-def test_frozen_flops_of_experts_match_torch_s_counter():
-    experts, x = experts_of(base_model()), torch.randn(6, 32, requires_grad=True)
-    experts.requires_grad_(False)
-    index = torch.stack([torch.randperm(4)[:2] for _ in x])
-    config = peft.LoraConfig(target_parameters=["down_proj"])
-    found = fastlora.estimate(experts, [2], config=config)
-    assert found.frozen.flops == counted(lambda: experts(x, index, torch.rand(6, 2)), 6)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gguf-q4_k", "torchao-int8"])
@@ -133,19 +89,16 @@ def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
     model = nn.Sequential(quantized(kind, 256, 96), nn.Tanh(), nn.Linear(96, 8))
     found = fastlora.estimate(model, [4])
     assert found.frozen.parameters == weights + 96 + 97 * 8
-    assert found.frozen.flops == 4 * (weights + 96 * 8)
     assert (found.layers, found.rank_costs[0].parameters) == (2, 4 * (256 + 96 + 96 + 8))
     assert found.rank_costs[0].bytes == 4 * found.rank_costs[0].parameters
 
 
-def test_a_model_on_meta_is_counted_and_a_dense_one_of_a_quantized_config_says_so():
-    packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+def test_a_model_on_meta_is_counted():
     expected = fastlora.estimate(tiny_llama(), [2])
     with torch.device("meta"):
-        found = fastlora.estimate(tiny_llama(**packed), [2])
+        found = fastlora.estimate(tiny_llama(), [2])
     assert found.rank_costs == expected.rank_costs
-    assert (expected.notes, "counted: " in str(found)) == ((), True)
-    assert "quantized (bitsandbytes), but it is dense here" in str(found)
+    assert "counted: " in str(found)
 
 
 def test_kept_bytes_of_an_adapter():
@@ -155,8 +108,7 @@ def test_kept_bytes_of_an_adapter():
     # sin saves its input, the loss its factors; the layers save their inputs and h.
     assert found.frozen.kept_bytes == 4 * (40 + 8)
     assert found.rank_costs[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
-    low, middle, high = found.rank_costs[0].step
-    assert 0 < low <= middle <= high
+    assert found.rank_costs[0].step > 0
     assert x.grad is None
 
 
@@ -206,27 +158,6 @@ def test_without_rounds_it_only_counts(monkeypatch):
     found = fastlora.estimate(model, [8])
     assert found.rank_costs[0].step is None
     assert "step / frozen" not in str(found)
-
-
-def test_measuring_shows_a_bar_of_its_rounds(monkeypatch):
-    bars = []
-    monkeypatch.setattr(
-        estimates, "bar", lambda items, *names: bars.append((items, names)) or items
-    )
-    fastlora.estimate(tiny_gpt2(), [2], rounds=2)
-    assert bars == [(range(3), ("measuring", "round"))]
-
-
-@pytest.mark.parametrize(("load", "noted"), [(2.0, False), (3.0, True)])
-def test_a_busy_machine_is_noted(load, noted, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
-    found = fastlora.estimate(tiny_gpt2(), [2], rounds=1)
-    assert ("this machine was busy (load 3.0 on 2 cores)" in str(found)) == noted
-
-
-def test_a_model_of_few_positions_gets_as_many_tokens():
-    assert fastlora.estimate(tiny_gpt2(), [2], rounds=1).batch == "1 x 16 tokens"
 
 
 def test_the_model_is_unchanged():

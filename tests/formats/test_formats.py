@@ -9,7 +9,7 @@ from packed import MAKERS, by_elements, random_four_bit, random_int8
 from fastlora.formats import arithmetic, float8
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
-from fastlora.formats.format import Format, Quantized, from_text
+from fastlora.formats.format import Quantized, from_text
 from fastlora.formats.torchao import Affine
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
@@ -59,11 +59,6 @@ def test_rows_are_read_into_a_part_of_a_larger_tensor(weight):
     assert torch.equal(memory, expected)
 
 
-def test_a_source_gives_the_same_rows(weight):
-    rows = weight.read(2, torch.empty(5, weight.shape[1]))
-    assert torch.equal(rows, by_elements(weight)[2:7])
-
-
 def test_the_text_tells_the_format(weight):
     assert from_text(weight.format.text) == weight.format
 
@@ -72,10 +67,6 @@ def test_the_text_tells_the_format(weight):
 def test_another_text_tells_none(text):
     with pytest.raises(ValueError, match="tells of no format"):
         from_text(text)
-
-
-def test_the_checks_take_it(weight):
-    weight.format.check(weight.tensors)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "stride", "missing"])
@@ -117,11 +108,6 @@ def test_a_packed_weight_is_flat_as_all_its_tensors():
     assert unflatten(needs, layouts) == [Output(Base(False, True)), Output(Base(False))]
     gradients = [Output(Base(None, bias)), Output(Base(None))]
     assert flatten(gradients, layouts) == [None] * 5 + [bias] + [None] * 2
-
-
-def test_a_hash_is_written_once_for_all_formats(weight):
-    """A dataclass would generate one for each format, in code that has no source lines."""
-    assert type(weight.format).__hash__ is Format.__hash__
 
 
 def test_formats_are_hashable_and_compare_by_their_numbers():

@@ -47,7 +47,6 @@ def test_tuning_changes_later_calls(tmp_path, monkeypatch):
         found = fastlora.tune(layer, len(x), seconds=10.0, progress=False)
         assert [line.product.split()[0] for line in found.lines] == ["y", "dx"]
         assert all(0 < line.seconds <= line.default_seconds for line in found.lines)
-        assert all(line.frozen_seconds > 0 for line in found.lines)
         assert found.path
         step(layer, x)
     finally:

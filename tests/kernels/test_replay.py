@@ -151,14 +151,15 @@ class Slow(dict):
 def test_threads_may_capture_calls_concurrently(monkeypatch):
     """Each thread evicts the oldest entry for its own new one."""
     monkeypatch.setattr(replay, "_MOST", 2)
-    monkeypatch.setattr(
-        kernels, "capture_call", lambda *_: CapturedCall(lambda stream, x: [x], "", [], frozenset())
-    )
+    captured = CapturedCall(lambda stream, x: [x], "", [], frozenset())
+    monkeypatch.setattr(kernels, "capture_call", lambda *_: captured)
     calls = Slow()
+
+    function = verification.KernelFunction(step, step, lambda *_: True)
 
     def call(first):
         for i in range(first, 40, 4):
-            verification.run_kernels(step, [torch.empty(1)], (i,), lambda: True, calls)
+            verification.run_kernels(function, [torch.empty(1)], (i,), calls)
 
     with ThreadPoolExecutor(4) as threads:
         assert [*threads.map(call, range(4))] == [None] * 4  # and no error

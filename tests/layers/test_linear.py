@@ -40,8 +40,17 @@ def test_a_new_layer_is_its_base_and_trains_only_its_adapter():
     layer, x = LoRALinear(8, 12, r=3), torch.randn(5, 8)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    assert "r=3, lora_alpha=16" in repr(layer)
     assert layer.scaling == 16 / 3
     assert LoRALinear(8, 12, r=4, use_rslora=True).scaling == 8
+
+
+def test_initialization_is_peft_s():
+    """kaiming-uniform(a=√5) is uniform within 1/√in_features."""
+    lora_a = LoRALinear(400, 7, r=64).lora_A
+    assert lora_a.abs().max() <= 1 / 20
+    assert lora_a.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.05)
 
 
 def test_dropout_acts_in_training_on_the_adapter_s_input():
@@ -215,7 +224,9 @@ MISTAKES = {
     "no linear layer": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no name": (Mlp, [], r"targets is \[\], but must name a layer"),
     "a broken regex": (Mlp, "(", "no regular expression"),
-    "a regex without a match": (Mlp, "norm", "which matches no layer"),
+    "a regex without a match": (
+        Mlp, "norm", "which matches no layer: a string is a regular expression .*down, head, up"
+    ),
     "skipped by its parent": (
         lambda: nn.TransformerEncoderLayer(8, 2), ["linear1"], "TransformerEncoderLayer around it"
     ),

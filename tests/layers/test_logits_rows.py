@@ -112,32 +112,6 @@ def test_numbers_of_rows_need_no_logits(name):
     torch.testing.assert_close(found, expected)
 
 
-def test_an_entropy_that_trains_has_its_gradient():
-    leaves = draw(torch.float32)
-    found = torch.autograd.grad(entropy_from_logits(lazy(leaves)).sum(), leaves)
-    expected = torch.autograd.grad(entropy_from_logits(functional.linear(*leaves)).sum(), leaves)
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_product_with_other_log_probabilities_is_no_entropy():
-    leaves = draw(torch.float32)
-
-    def cross(logits: Tensor) -> Tensor:
-        p, q = logits.log_softmax(-1), (2.0 * logits).log_softmax(-1)
-        return (p.exp() * q).sum(-1)
-
-    torch.testing.assert_close(cross(lazy(leaves)), cross(functional.linear(*leaves)))
-
-
-def test_probabilities_are_no_logits_of_a_loss():
-    leaves = draw(torch.float32)
-
-    def loss(logits: Tensor) -> Tensor:
-        return functional.cross_entropy(logits[0].log_softmax(-1).exp(), TARGET[0, :1].expand(7))
-
-    torch.testing.assert_close(loss(lazy(leaves)), loss(functional.linear(*leaves)))
-
-
 @pytest.mark.parametrize("reader", [nn.Identity(), torch.detach], ids=["same", "detached"])
 def test_a_log_sum_exp_has_the_gradient_of_its_own_logits(reader):
     """The pass of ``gather`` on the logits must not lend its graph to a detached copy."""

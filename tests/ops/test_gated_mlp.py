@@ -5,12 +5,10 @@ import torch
 from judge import HIDDEN, K, N, make_mlp, make_x, saved_bytes
 from marks import DEVICE
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 import fastlora
 from fastlora.backends.gated import ACTIVATIONS
-from fastlora.ops.dispatch import follows
 from fastlora.ops.gated import gated_call
 from fastlora.projection import Output, flatten, layouts_of, unflatten
 
@@ -133,17 +131,3 @@ def test_a_bool_dropout_does_not_match_the_cache_key_of_a_number(name):
     gated_call(x, *outputs, "silu", **{name: 0.0})
     with pytest.raises(ValueError, match="dropout is False"):
         gated_call(x, *outputs, "silu", **{name: False})
-
-
-def test_calls_that_need_a_node():
-    x = make_x(5, K)
-    assert follows(x)
-    assert not follows((x,))
-    assert not follows(torch.nested.nested_tensor([x.detach()]))
-    with torch.no_grad():
-        assert not follows(x)
-    with forward_ad.dual_level():
-        assert not follows(x)
-    found = []
-    torch.func.vmap(lambda row: found.append(follows(row)) or row)(x)
-    assert found == [False]

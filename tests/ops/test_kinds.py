@@ -6,7 +6,6 @@ from torch import nn
 
 import fastlora
 from fastlora.ops import functional, kinds
-from fastlora.projection import Adapter, Base, Output
 
 M, K, N, R = 5, 8, 6, 2
 
@@ -35,24 +34,6 @@ def test_a_second_call_is_not_checked(checks):
     call(**tensors())
     call(**tensors(weight=torch.randn(N, K)), scale=1.0, training=True)
     assert len(checks) == 1
-
-
-def test_arguments_other_than_lists_of_records_are_checked(checks):
-    each = tensors()
-    x, base = each["x"], Base(each["weight"])
-    adapters = (Adapter(each["lora_a"], each["lora_b"]),)
-    fastlora.lora_linears(x, [Output(base, adapters)])
-    for wrong in (
-        [(base, adapters)],
-        [Output((*base,), adapters)],
-        [Output(base, list(adapters))],
-        iter([Output(base, adapters)]),
-        {0: Output(base, adapters)},
-        [],
-        None,
-    ):
-        with pytest.raises((ValueError, TypeError)):
-            fastlora.lora_linears(x, wrong)
 
 
 def test_a_base_with_two_adapters_is_not_two_bases(checks):

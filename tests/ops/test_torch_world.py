@@ -81,11 +81,3 @@ print(y.shape == (5, 9), type(y) is torch.Tensor)
 def test_the_first_call_of_a_process_may_be_compiled():
     """If a backend were imported during compilation, its constants would become fake tensors."""
     assert run_forked(FIRST_CALL) == "True True"
-
-
-@on_both_backends
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("rows", [5, 64])
-def test_jit_trace(rows):
-    layer, (x, other) = make_layer(), torch.randn(2, 1, rows, 12)
-    torch.testing.assert_close(torch.jit.trace(layer, (x,))(other), layer(other))

@@ -121,7 +121,7 @@ HEAD = {"kind": "nf4", "modules": ["lm_head"]}
 REFUSED = {
     "kind": ({"kind": "int3"}, "'int3', but must be one of nf4, mxfp4, nvfp4, fp8"),
     "nothing": ({"modules": ["experts", "quux"]}, "'quux', which matches no module"),
-    "pattern": ({"modules": "quux"}, "'quux', which matches no module"),
+    "pattern": ({"modules": "quux"}, "'quux', which matches no module: a string is a regular"),
     "neither": ({"modules": ["norm"]}, "a GptOssRMSNorm is neither experts that fastlora knows"),
     "linear": ({"modules": ["experts", "q_proj"]}, "torchao's mxfp4 linear layers"),
     "adapters": ({}, "has an adapter already"),

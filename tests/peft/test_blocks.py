@@ -42,11 +42,11 @@ def test_layers_without_an_adapter_and_with_several(settings):
 def test_the_switch_and_the_end_of_with():
     """tests/test_there_and_back.py tests that restore changes everything back."""
     model = model_of()
-    with pytest.raises(ValueError, match="gated_mlps is None, but must be True or False"):
-        fastlora.optimize(model, gated_mlps=None)
     fastlora.optimize(model, gated_mlps=False)
     assert not blocks(model)
-    assert "2 layer by layer" in str(fastlora.coverage(model))
+    report = str(fastlora.coverage(model))
+    assert "2 layer by layer" in report
+    assert "mlp: left alone (gated_mlps=False)" in report
     with while_optimized(model):
         assert len(blocks(model)) == 2
     assert not blocks(model)
@@ -54,10 +54,6 @@ def test_the_switch_and_the_end_of_with():
 
 def hook_on_lora_a(model):
     mlps(model)[0].down_proj.lora_A["default"].register_forward_hook(lambda *_: None)
-
-
-def hook_on_a_layer(model):
-    mlps(model)[0].gate_proj.register_forward_hook(lambda layer, x, y: y * 2)
 
 
 def other_adapter(model, **settings):
@@ -77,12 +73,10 @@ def dora(model):
 IDLE = "its adapter is merged, disabled or not active"
 LEFT = {  # Values: the change, how many blocks still run fused, and the first block's reason
     "disabled": (lambda m: m.base_model.disable_adapter_layers(), 0, f"its gate_proj: {IDLE}"),
-    "merged": (lambda model: model.merge_adapter(), 0, f"its gate_proj: {IDLE}"),
     "one-merged": (lambda model: mlps(model)[0].up_proj.merge(), 1, f"its up_proj: {IDLE}"),
     "other-adapter": (q_proj, 0, IDLE),
     "dora": (dora, 0, "its gate_proj: it is DoRA"),
     "hook-lora_A": (hook_on_lora_a, 1, "its down_proj: a hook watches, or something replaces"),
-    "hook-layer": (hook_on_a_layer, 1, "its gate_proj: a hook watches"),
 }
 
 

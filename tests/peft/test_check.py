@@ -109,7 +109,7 @@ def broken(run, part):
         tensor = getattr(adapter, part)
         faulty = adapter._replace(**{part: tensor * 1.5 - 0.5 * tensor.detach()})
         output = reading.output._replace(adapters=(faulty,))
-        return run(x, reading._replace(outputs=(output,)))[0], None
+        return run(x, replace(reading, outputs=(output,)))[0], None
 
     return wrong
 

@@ -38,7 +38,6 @@ PACKED = [
     pytest.param(kind, dtype, id=f"{kind}-{name}")
     for kind in (*KINDS, "rotated-int8")
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
-    if not (name == "f32" and kind in ("gptq", "awq"))  # these layers have 16 bits
 ]
 
 

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.layers.guards import _PLACES
+from fastlora.layers.guards import _PLACE
 
 # Each function takes a PEFT model, does something with it, and returns all results.
 
@@ -134,7 +134,7 @@ def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
     assert repr(ours) == repr(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-    assert vars(up(ours)).keys() - set(_PLACES) == vars(up(theirs)).keys()
+    assert vars(up(ours)).keys() - {_PLACE} == vars(up(theirs)).keys()
     assert isinstance(up(ours), lora.Linear)
     assert type(up(ours)).__name__ == type(up(theirs)).__name__
     files = []
@@ -233,14 +233,6 @@ def forward_mode(model):
         return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
 
 
-def batched_gradients(model):
-    x = inputs()[0].requires_grad_()
-    y = model(x)
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    return torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
-
-
 def export(model):
     program = torch.export.export(model, (inputs(),))
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -262,10 +254,8 @@ def compiled(transform):
 TRANSFORMS = {
     "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
     "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
-    "vmap": lambda model: torch.func.vmap(model)(inputs()),
     "per-sample-gradients": per_sample_gradients,
     "forward-mode": forward_mode,
-    "batched-gradients": batched_gradients,
     "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),
     "export": export,
     "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),

@@ -292,8 +292,10 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
     model, config = layer_model(), peft.LoraConfig(target_modules=["0"], **settings)
     fastlora.optimize(model, **ALL)
     y = model(X)
-    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
+    with pytest.raises(ValueError, match=r"needs the dense weight.*; fastlora\.restore\(model\)"):
         model.add_adapter("other", config)
+    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
+        peft.inject_adapter_in_model(config, model.base_model.model, "by hand")
     assert torch.equal(model(X), y)
     fastlora.restore(model).add_adapter("another", config)
     with pytest.raises(TypeError):  # PEFT's own errors stay
@@ -317,17 +319,6 @@ def test_a_later_adapter_has_the_base_s_device_and_dtype(device):
     model.base_model.inject_adapter(model.base_model.model, "other", autocast_adapter_dtype=False)
     found = layer_of(model).lora_A["other"].weight
     assert (found.device.type, found.dtype) == (device, BF16)
-
-
-def test_merged_for_a_while():
-    model, expected = in_8_bits(layer_model())
-    expected.merge_adapter()
-    y, base, before = model(X), layer_of(model).base_layer, snapshot(model)
-    with fastlora.merged(model):
-        torch.testing.assert_close(model(X), expected(X))
-    assert layer_of(model).base_layer is base
-    assert torch.equal(model(X), y)
-    assert_untouched(model, before)
 
 
 def test_copies_and_pickles_keep_the_bits():
@@ -360,42 +351,20 @@ def test_a_cast_of_the_model_changes_the_dtype_of_dense_weights_only(merged):
     assert_near(found, [y] * 3, 0.02)
 
 
-def test_calls_reuse_their_record():
-    model = fastlora.optimize(layer_model(), **ALL)
-    y, layer = model(X), layer_of(model)
-    record = vars(layer)["_fastlora_record_followed"]
-    assert record.guard is not None
-    assert torch.equal(model(X), y)
-    assert vars(layer)["_fastlora_record_followed"] is record
-    with torch.no_grad():
-        layer.base_layer.codes.zero_()
-    assert not torch.equal(model(X), y)
-
-
-@pytest.mark.parametrize("way", ["compiled", "transformed", "hooked", "autocast", "rows", "mixed"])
+@pytest.mark.parametrize("way", ["compiled", "transformed", "hooked", "mixed"])
 def test_calls_that_aren_t_ordinary(way):
     model, exact = in_8_bits(layer_model(adapters=("default", "other")).eval())
-    expected = exact(X)
+    found, names = model, {}
     if way == "compiled":
         torch._dynamo.reset()
-        found = torch.compile(model, backend="aot_eager")(X)
-        assert torch.equal(found, model(X))
+        found = torch.compile(model, backend="aot_eager")
     elif way == "transformed":
-        found = torch.func.vmap(model)(X)
+        found = torch.func.vmap(model)
     elif way == "hooked":
         layer_of(model).lora_A["default"].register_forward_hook(lambda *_: None)
-        found = model(X)
-    elif way == "autocast":
-        with torch.autocast("cpu", BF16):
-            found = model(X)
-        assert found.dtype == BF16
-    elif way == "rows":
-        found = [model(X[:1]), model(X[1:3]), model(X[:0]), model(X[3])[None], model(X[4:])]
-        found = torch.cat(found)
     else:
-        names = ["default", "other", "__base__", "default"] * 10
-        found, expected = (each(X, adapter_names=names) for each in (model, exact))
-    assert_near([found], [expected], 0.02)
+        names = {"adapter_names": ["default", "other", "__base__", "default"] * 10}
+    assert_near([found(X, **names)], [exact(X, **names)], 0.02)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -414,13 +383,6 @@ def test_check_judges_a_model_as_if_in_8_bits(dtype):
     assert len(found.layers) == 5
 
 
-def test_check_of_a_model_in_8_bits():
-    model = layer_model().train()
-    with torch.no_grad():  # without gradients
-        assert fastlora.check(model, X, **ALL)
-    assert fastlora.check(fastlora.optimize(model, **ALL), X)
-
-
 @pytest.mark.parametrize("part", ["linear_in_8_bits", "add_dy_in_8_bits"])
 def test_check_finds_a_wrong_product(monkeypatch, part):
     from fastlora.backends import formula
@@ -435,11 +397,3 @@ def test_check_finds_a_wrong_product(monkeypatch, part):
 
     monkeypatch.setattr(formula, part, wrong)
     assert not fastlora.check(layer_model().train(), X.clone().requires_grad_(), **ALL)
-
-
-def test_auto_passes_it_on():
-    fastlora.auto(**ALL)
-    try:
-        assert isinstance(layer_of(layer_model()).base_layer, Int8Linear)
-    finally:
-        fastlora.auto(False)

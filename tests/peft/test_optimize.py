@@ -8,7 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import Mlp
+from models import Mlp, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls, mlp
 from process import run_forked
@@ -87,6 +87,18 @@ def test_optimizing_twice_and_restoring_without_are_no_ops():
         assert str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
     fastlora.restore(model)
     assert type(model.base_model.model.up) is PeftLinear
+
+
+@pytest.mark.parametrize(
+    ("switch", "blocks", "loss"), [("gated_mlps", 0, True), ("loss", 2, False)]
+)
+def test_a_switch_stays_on_until_an_argument_of_false(switch, blocks, loss):
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
+    before = str(fastlora.coverage(fastlora.optimize(model, loss=True)))
+    assert str(fastlora.coverage(fastlora.optimize(model))) == before
+    report = fastlora.coverage(fastlora.optimize(model, **{switch: False}))
+    assert sum(mlp.fast for mlp in report.gated_mlps) == blocks
+    assert bool(report.loss) == loss
 
 
 def test_while_optimized_undoes_only_its_own_call(fast_calls):
@@ -168,19 +180,6 @@ def test_fast_classes_have_the_signatures_of_peft_s(kind):
                 for method in (getattr(FAST_KINDS[kind], name), getattr(kind, name))
             )
             assert found == expected, name
-
-
-def test_importing_fastlora_changes_nothing_until_optimize():
-    code = (
-        "import sys, torch, fastlora;"
-        "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
-        "fastlora.coverage(model), fastlora.restore(model);"
-        "import peft; config = peft.LoraConfig(r=2, target_modules=['0']);"
-        "model = peft.get_peft_model(model, config);"
-        "assert 'fastlora.peft.layer' not in sys.modules;"
-        "print(fastlora.coverage(fastlora.optimize(model)))"
-    )
-    assert run_forked(code) == "1 of 1 layers fast (backend torch)"
 
 
 def test_accelerate_s_instance_forward_is_reached(fast_calls):

@@ -1,7 +1,6 @@
 """PEFT layers on vendors' quantized layers: PEFT's numbers, and no dense copy of the weight."""
 
 import copy
-import pickle
 
 import peft
 import pytest
@@ -16,7 +15,6 @@ from vendor_layers import (
     KINDS,
     AwqTorchLinear,
     GgufLinear,
-    dequantized,
     quantized,
     repack,
 )
@@ -114,28 +112,6 @@ def test_only_x_and_h_are_saved_and_files_copies_and_restore_stay_peft_s(kind):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("kind", BITSANDBYTES)
-def test_pickles_disabling_and_merging(kind):
-    import bitsandbytes as bnb
-
-    model, x = peft_model(kind), torch.randn(3, K, requires_grad=True)
-    fastlora.optimize(model)
-    if kind == "int8":
-        other = pickle.loads(pickle.dumps(model))
-        assert not fastlora.coverage(other).not_fast
-        assert torch.equal(other(x), model(x))
-    base = model.base_model.model[0].base_layer
-    with model.disable_adapter():
-        expected = nn.functional.linear(x, dequantized(base), base.bias)
-        torch.testing.assert_close(model(x), expected)
-    model.merge_adapter()
-    assert torch.isfinite(model(x)).all()
-    model.unmerge_adapter()
-    assert not fastlora.coverage(model).not_fast
-    assert type(model.unload()[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-
-
-@needs_bitsandbytes
 def test_a_reference_forward_before_a_recomputation():
     """bitsandbytes' first forward casts the bias, and the recomputation must save the same."""
     model, x = peft_model("nf4", torch.bfloat16), torch.randn(3, K)
@@ -170,19 +146,6 @@ def test_frozen_four_bit_layers_give_x_its_gradient_after_an_evaluation(evaluate
     repacks = type(frozen)(8, 8).support_avx512bf16_for_cpu
     fastlora.restore(model)
     assert frozen.support_avx512bf16_for_cpu == repacks
-
-
-@pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k", "float8"])
-def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
-    model, x = peft_model(kind), torch.randn(1, K)
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        model(x)  # the vendor's own forward
-    fastlora.optimize(model, strict=True)
-    layer = model.base_model.model[0]
-    weight = quantized_weight(layer.base_layer).weight.dense(torch.float32)
-    a, b = (p.detach() for p in trained(model))
-    y = x @ weight.T + layer.base_layer.bias + layer.scaling["default"] * (x @ a.T @ b.T)
-    assert_near([model(x)], [y], 2e-6)
 
 
 def test_inputs_that_torchao_rounds_are_left_to_peft_and_the_report_says_why():

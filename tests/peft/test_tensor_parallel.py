@@ -167,14 +167,6 @@ def test_a_model_has_the_numbers_of_peft_and_of_one_rank(size, kind, ranks, fold
         ]
 
 
-def test_dropout_has_the_masks_that_peft_s_forward_would_share(ranks, folder_of):
-    folder = folder_of(dropout=0.3)
-    theirs = ranks(4).run(worker.run_step, folder, optimized=False, masks=True)
-    for one, other in zip(ranks(4).run(worker.run_step, folder), theirs, strict=True):
-        assert (one.fast, other.fast) == (LAYERS, 0)
-        assert_same(one, other)
-
-
 @pytest.mark.parametrize("optimized", [True, False], ids=["fastlora", "peft"])
 def test_adapters_stay_equal_if_random_states_differ(optimized, ranks, folder_of):
     """In PEFT's forward, the ranks' copies of a colwise lora_A get different gradients."""

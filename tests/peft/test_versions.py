@@ -60,16 +60,6 @@ def test_restore_works_under_an_old_peft(monkeypatch):
     assert type(model.base_model.model.up) is PeftLinear
 
 
-def test_the_environment_s_off_switch_wins(monkeypatch):
-    monkeypatch.setenv("FASTLORA_DISABLE", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert "FASTLORA_DISABLE is set" in str(
-            fastlora.coverage(fastlora.optimize(model := mlp()))
-        )
-    assert type(model.base_model.model.up) is PeftLinear
-
-
 def test_dora_is_fast_in_a_peft_without_its_cache():
     code = (
         "import torch, peft, fastlora; from peft.tuners.lora import dora;"

@@ -89,17 +89,6 @@ def test_a_quantized_layer_may_keep_no_dense_weight():
     assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer saves the dense weight
 
 
-def test_ratios_are_of_pairs():
-    """A slow round affects only its own pair."""
-    seconds = {"frozen": iter([9.0, 9.0, 1.0, 1.0]), "fastlora": iter([1.5, 1.5, 1.5, 1.5])}
-    steps = {name: lambda t=t: {"both": next(t)} for name, t in seconds.items()}
-    summary = measure.in_turn(steps, rounds=2)
-    assert summary["rounds"] == 2
-    low, middle, high = measure.ratios([1.5, 1.5], [9.0, 1.0])
-    assert summary["ratios"]["both"]["fastlora/frozen"] == [low, middle, high]
-    assert (low, high) == (pytest.approx(0.5, abs=0.05), pytest.approx(1.17, abs=0.05))
-
-
 def test_a_results_file_has_the_measured_numbers(tmp_path):
     row = row_with()
     machine = describe_machine(torch.device("cpu"))

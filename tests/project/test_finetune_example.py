@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,20 +76,6 @@ def test_losses_fall_and_follow_peft(compared):
     assert after < before - 0.05
 
 
-def test_sides_train_in_turn(compared):
-    steps = []
-    for side, result in compared.report["results"].items():
-        times = zip(result["step_began"], result["seconds_per_step"], strict=True)
-        steps += [(began, began + took, step, side) for step, (began, took) in enumerate(times)]
-    steps.sort()
-    for (_, end, *_), (begin, *_) in pairwise(steps):
-        assert end <= begin
-    a, b, c = order = ["fastlora", "frozen", "PEFT"]
-    turns = [*order, b, c, a, c, a, b] * 2  # the first side rotates
-    assert [side for *_, side in steps] == turns
-    assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in order]
-
-
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
     assert printed.count("layers fast (backend torch)") == 1
@@ -112,14 +97,6 @@ def test_table_has_all_sides(compared):
     if sys.platform == "linux":  # each side's memory is measured in its own process
         for side in results.values():
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
-
-
-def test_quick_is_fewer_tokens_for_the_same_sides(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--quick"])
-    options = importlib.import_module("options").parse_options("")
-    assert options.steps * options.batch * options.seq_len <= 8 * 4 * 256 / 8
-    assert (options.frozen, options.compare) == (True, True)
 
 
 def test_the_last_sentence_is_the_results(compared, monkeypatch):
@@ -199,7 +176,7 @@ def test_a_side_in_8_bits(inputs, tmp_path):
         assert one[1] == pytest.approx(other[1], rel=0.01)
 
 
-def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
+def test_a_sweep_writes_its_table_and_adapters(inputs, tmp_path):
     model_and_data, out = inputs[:4], tmp_path / "sweep"
     options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)
     script = SCRIPT.with_name("sweep.py")
@@ -207,7 +184,6 @@ def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
     assert code == 0, errors
     trials = json.loads((out / "sweep.json").read_text())["trials"]
     assert len(trials) == 8
-    assert (out / "losses.png").exists()
     assert f"are in {out}" in printed
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)

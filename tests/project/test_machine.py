@@ -118,8 +118,8 @@ print(json.dumps(found))
 """
 # One pass over x with the default tiles of sm_90, launched as in a call.
 ONE_PASS = """
-from fastlora.kernels import weight_grad
 from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.weight_grad import weight_grad
 from tools.machine import driver
 driver.install("sm_90")
 answers = {}

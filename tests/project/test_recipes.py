@@ -230,24 +230,6 @@ DIFFUSION = {
         JOINT | ROPE | {"in_channels": 16, "num_single_layers": 1, "pooled_projection_dim": 32},
         TEXTS | TIME | POOLED | IDS | {"hidden_states": draw(2, 16, 16)},
     ),
-    "wan": (
-        "WanTransformer3DModel",
-        HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 32}
-        | {"ffn_dim": 48, "patch_size": (1, 2, 2), "rope_max_seq_len": 32},
-        TEXTS | TIME | {"hidden_states": draw(2, 4, 2, 8, 8)},
-    ),
-    "qwen-image": (
-        "QwenImageTransformer2DModel",
-        JOINT | ROPE | {"in_channels": 16, "out_channels": 4},
-        TEXTS | TIME | {"hidden_states": draw(2, 16, 16), "img_shapes": [[(1, 4, 4)]] * 2}
-        | {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long)},
-    ),
-    "sd3": (
-        "SD3Transformer2DModel",
-        JOINT | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
-        | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "num_layers": 2},
-        TEXTS | TIME | POOLED | {"hidden_states": draw(2, 4, 8, 8)},
-    ),
     "unet": (
         "UNet2DConditionModel",
         {"block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8}

@@ -1,14 +1,11 @@
 """make suites: its notion of a difference, its choice of tests, and its stand-ins for the hub."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 from suites import compare, run, source
 from suites.selection import is_about_lora, is_chosen
 from suites.suite import SUITES
-from suites.zen import replace_load_dataset
 
 PASSED = {"outcome": "passed", "seconds": 0.1}
 FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
@@ -87,24 +84,3 @@ def test_a_folder_that_isn_t_the_project_s_is_refused(checkout, capsys):
     with pytest.raises(SystemExit):
         run.parse(["diffusers"])
     assert "diffusers needs PATH" in capsys.readouterr().err
-
-
-SCRIPT = """
-from datasets import DatasetDict
-def main(test_size, push_to_hub, repo_id):
-    DatasetDict(train=["a"], test=["b"]).push_to_hub(repo_id, config_name="plain")
-"""
-
-
-def test_trl_s_own_script_makes_the_data_set_of_its_tests(tmp_path, monkeypatch):
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "generate_zen_dataset.py").write_text(SCRIPT)
-    monkeypatch.chdir(tmp_path)
-    datasets = SimpleNamespace(DatasetDict=type("DatasetDict", (dict,), {}))
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
-    replace_load_dataset()
-    name = "trl-internal-testing/zen"
-    assert datasets.load_dataset(name, "plain") == {"train": ["a"], "test": ["b"]}
-    assert datasets.load_dataset(name, "plain", split="test") == ["b"]
-    with pytest.raises(KeyError):
-        datasets.load_dataset(name, "other")

@@ -166,8 +166,8 @@ def _outcome(numbers: Callable[[], dict]) -> dict | Exception:
 def _read_anew() -> Iterator[None]:
     """Inside the block, modules are always read anew, and no call's record is cached."""
 
-    def record_of(module, reader):
-        found = reader.read(module)
+    def record_of(module):
+        found = module.read()
         return guards.GuardedRecord(found), found
 
     with (

@@ -21,15 +21,6 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes | heads | settings)).to(dtype).eval()
 
 
-# Settings of an adapter of a tiny Llama, by the other things that they train.
-TRAINED: dict[str, dict] = {
-    "adapters": {},
-    "biases": {"bias": "lora_only"},
-    "all-biases": {"bias": "all"},
-    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
-}
-
-
 class Mlp(nn.Module):
     """Two linear layers with biases, a norm and a head."""
 

@@ -1,7 +1,6 @@
 """The functions that a rank runs: a tiny Llama that transformers and PEFT shard over ranks."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import fastlora
-from fastlora.peft.baseline import shared_masks
 
 R, SCALE, SECOND = 3, 2.0, "second"
 LAYERS = 2 * len(TARGETS)
@@ -147,15 +145,10 @@ def step(model: nn.Module, ids: Tensor | None = None) -> Step:
     return Step(loss.item(), gradients_of(model), len(fast), fastlora.coverage(model))
 
 
-def run_step(folder: Path, optimized: bool = True, masks: bool = False, mend: bool = False) -> Step:
-    """:func:`step` of the saved model.
-
-    ``masks``: PEFT's forward has fastlora's masks.  ``mend``: layers may run PEFT's forward.
-    """
+def run_step(folder: Path, optimized: bool = True, mend: bool = False) -> Step:
+    """:func:`step` of the saved model.  ``mend``: layers may run PEFT's forward."""
     model = load(folder, optimized=optimized)
-    model = mended(model) if mend else model
-    with shared_masks(model) if masks else nullcontext():
-        return step(model)
+    return step(mended(model) if mend else model)
 
 
 def run_with_own_random_states(folder: Path, optimized: bool) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
-from models import TRAINED, randomize, tiny_llama
+from models import randomize, tiny_llama
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -20,7 +20,13 @@ import fastlora
 STEPS, VOCABULARY = 6, 20
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.2}
-KINDS = TRAINED
+# Settings of an adapter of a tiny Llama, by the other things that they train.
+KINDS: dict[str, dict] = {
+    "adapters": {},
+    "biases": {"bias": "lora_only"},
+    "all-biases": {"bias": "all"},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+}
 ARGUMENTS = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 ARGUMENTS |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
 ARGUMENTS |= {"use_cpu": True, "dataloader_pin_memory": False}

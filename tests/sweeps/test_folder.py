@@ -142,11 +142,6 @@ def test_a_loader_gives_the_same_again(make, tmp_path):
     assert found[0][0]["losses"] == found[1][0]["losses"]
 
 
-def test_an_iterator_may_be_resumed_from_a_list(tmp_path):
-    broken_off(tmp_path, data=iter(DATA))
-    swept(tmp_path, data=DATA, resume=True)
-
-
 @pytest.mark.parametrize("left", [[FILE], [FILE, TABLE], [TABLE]], ids="-".join)
 def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     (broken_off if left == [FILE] else swept)(tmp_path)
@@ -180,15 +175,6 @@ def test_a_replaced_sweep_s_files_go_and_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path / "adapters")) == ["link", "mine", "notes.txt", "rank3"]
     assert json.loads((tmp_path / TABLE).read_text())["best"] == found.best.trial.name == "rank3"
     swept(tmp_path, configs=OTHERS, resume=True)
-
-
-def test_a_replaced_sweep_is_there_until_the_new_one_s_first_record(tmp_path):
-    swept(tmp_path)
-    before = files_in(tmp_path)
-    broken_off(tmp_path, after=1, configs=OTHERS, replace=True)
-    assert files_in(tmp_path) == before
-    broken_off(tmp_path, after=3, configs=OTHERS, replace=True)
-    assert list(files_in(tmp_path)) == [FILE]
 
 
 def test_there_is_no_best_where_no_loss_is_finite(tmp_path):

@@ -25,45 +25,33 @@ def llama(**settings):
     return tiny_llama(num_hidden_layers=1, **settings)
 
 
-def own(p=0.0, **settings):
-    return adapt(llama(**settings), r=4, lora_dropout=p, target_modules="all-linear")
-
-
-def of_peft(p=0.0, optimized=True, **settings):
-    config = peft.LoraConfig(r=4, lora_dropout=p, target_modules="all-linear", **settings)
-    model = peft.get_peft_model(llama(), config)
+def adapted(p=0.0, optimized=True, **settings):
+    config = peft.LoraConfig(r=4, lora_dropout=p, target_modules="all-linear")
+    model = peft.get_peft_model(llama(**settings), config)
     if optimized:
         fastlora.optimize(model)
     return model
 
 
 def two_adapters():
-    model = of_peft()
+    model = adapted()
     model.add_adapter("other", peft.LoraConfig(r=8, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
     fastlora.optimize(model)
     return model
 
 
-def mixture(by_peft):
-    model, names = base_model("qwen3", num_hidden_layers=1), parameters_of("qwen3")
-    if not by_peft:
-        return adapt(model, r=2, target_modules=["q_proj"], target_parameters=names)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names)
-    model = peft.get_peft_model(model, config)
-    fastlora.optimize(model)
-    return model
+def mixture():
+    names = {"target_modules": ["q_proj"], "target_parameters": parameters_of("qwen3")}
+    return adapt(base_model("qwen3", num_hidden_layers=1), r=2, **names)
 
 
 MODELS = {
-    "own": own,
-    "own, dropout": lambda: own(0.1),
-    "own, bfloat16": lambda: own(dtype=torch.bfloat16),
-    "PEFT": of_peft,
-    "PEFT, dropout": lambda: of_peft(0.1),
-    "PEFT, two adapters": two_adapters,
-    "experts": lambda: mixture(False),
-    "experts of PEFT": lambda: mixture(True),
+    "plain": adapted,
+    "dropout": lambda: adapted(0.1),
+    "bfloat16": lambda: adapted(dtype=torch.bfloat16),
+    "two adapters": two_adapters,
+    "experts": mixture,
 }
 
 
@@ -111,7 +99,7 @@ def test_measured_products_match_a_training_step(name, monkeypatch):
 
 def test_layers_that_are_not_optimized_count_and_their_mlp_is_no_block():
     for optimized, groups in ((False, [(96,)]), (True, [(96, 96)])):
-        products, _ = products_of(of_peft(optimized=optimized), TOKENS, None)
+        products, _ = products_of(adapted(optimized=optimized), TOKENS, None)
         assert [each.outs for each in products if each.backward] == [(64,), (32,), *groups, (64,)]
 
 
@@ -129,7 +117,7 @@ def test_layers_without_an_active_adapter_are_noted():
     for layer in (model.up, model.down):
         layer.merge()
     assert products_of(model, TOKENS, None) == ([], ["2 layers weren't measured: merged"])
-    model = of_peft()
+    model = adapted()
     with model.disable_adapter():
         assert products_of(model, TOKENS, None) == ([], ["7 layers weren't measured: disabled"])
 
@@ -139,4 +127,4 @@ def test_a_model_on_meta_has_the_same():
         model = llama()
         fastlora.replace_linears(model, r".*_proj", r=4, lora_alpha=8)
         change_classes(gated_classes(model.modules()))
-    assert products_of(model, TOKENS, None) == products_of(own(), TOKENS, None)
+    assert products_of(model, TOKENS, None) == products_of(adapted(), TOKENS, None)

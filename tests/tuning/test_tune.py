@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands 
 GPU = "A GPU"
 ROWS, IN, OUT, R = 40, 24, 32, 4
 PRODUCTS = [f"y {ROWS}x{IN}x{OUT}, r {R}, float32", f"dx {ROWS}x{IN}x{OUT}, r {R}, float32"]
-COMMAND = ["tune", "--shape", f"{ROWS},{IN},{OUT}", "--r", str(R), "--dtype", "float32"]
 
 
 def device(name):
@@ -107,18 +106,17 @@ def resolved(monkeypatch, change=None):
 
 
 def test_the_fastest_plan_is_written_and_the_next_process_goes_by_it(timed, tmp_path):
-    timed.of = lambda plan: {IN_PLACE: 0.5, "frozen": 0.25, "PEFT": 2.0}.get(plan, 1.0)
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     found = tuned()
     assert [line.product for line in found.lines] == PRODUCTS
     for line in found.lines:
         assert (line.default, line.best) == ("fused", "in place")
         assert (line.seconds, line.default_seconds) == (0.5, 1.0)
-        assert (line.frozen_seconds, line.peft_seconds) == (0.25, 2.0)
     assert planned() == planned(backward=True) == planned(m=2 * ROWS) == IN_PLACE
     assert planned(m=8 * ROWS) == planned(name="Another") == FUSED
     assert found.path == str(tmp_path / "tuning" / "A-GPU.json")
     words = [" ".join(line.split()) for line in str(found).splitlines()]
-    assert f"{PRODUCTS[0]} fused in place 500.000 0.500 2.000 0.250" in words
+    assert f"{PRODUCTS[0]} fused in place 500.000 0.500" in words
     assert str(found).endswith(f"written to {found.path}")
     code = f"""if True:
         import torch
@@ -205,12 +203,12 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
 
     def spoil(plan, results):
         results = list(results)
-        if type(plan) is Plan and plan.gemm:
+        if plan and plan.gemm:
             change(results)
         return results
 
     resolved(monkeypatch, spoil)
-    timed.of = lambda plan: 0.1 if type(plan) is Plan and plan.gemm else 1.0
+    timed.of = lambda plan: 0.1 if plan and plan.gemm else 1.0
     found = tuned()
     assert {line.best for line in found.lines} == {"fused"}
     assert [steps[:2] for steps in timed.steps] == [[IN_PLACE, FUSED]] * 2
@@ -279,13 +277,7 @@ def test_a_first_product_is_measured_by_a_real_clock_although_the_time_ends(monk
     found = tuned(seconds=1e-3)
     assert [line.product for line in found.lines] == PRODUCTS[:1]
     (line,) = found.lines
-    times = (line.seconds, line.default_seconds, line.frozen_seconds, line.peft_seconds)
-    assert min(times) > 0
-
-
-@pytest.mark.parametrize("seconds", [float("inf"), 10**400])
-def test_an_infinite_time_limit(timed, seconds):
-    assert tuned(seconds=seconds).lines
+    assert min(line.seconds, line.default_seconds) > 0
 
 
 def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
@@ -317,12 +309,6 @@ def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
         assert torch.equal(model.get_parameter(name).grad, gradient)
 
 
-def test_random_numbers_are_drawn_as_without_it(timed):
-    random = torch.get_rng_state()
-    assert main([*COMMAND, "--dropout", "0.5"]) == 0
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", os.devnull)
     found = tuned()
@@ -347,13 +333,8 @@ def of_tiles(**changes):
     ("change", "why_not"),
     [
         ({"triton": "3.5.1"}, f"it is of Triton 3.5.1, and this is {triton.__version__}"),
-        ({"format": 2}, "its format is 2, not 1"),
         ({"rows": 3}, "it can't be read (TypeError"),
-        ({"m": "40"}, "it can't be read (ValueError: m is '40')"),
-        ({"masked": 0}, "it can't be read (ValueError: masked is 0)"),
-        ({"k": 0}, "it can't be read (ValueError: k is 0)"),
-        (of_tiles(block_n=-1), "it can't be read (ValueError: block_n is -1)"),
-        (of_tiles(warps="4"), "it can't be read (ValueError: warps is '4')"),
+        ({"unknown": 1}, "it can't be read (TypeError"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -382,27 +363,11 @@ def loaded(text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"a"', "[" * 100_000], ids=lambda text: text[:3])
-def test_files_with_other_contents_are_ignored(text):
-    loaded(text)
-    assert planned() == FUSED
-    assert "isn't used, it can't be read" in measured.described(GPU)
-
-
 def test_tuning_replaces_a_file_that_is_not_used(timed):
     loaded("{")
     tuned()
     assert planned() == IN_PLACE
     assert measured.described(GPU).startswith("2 products, 20")
-
-
-def test_a_folder_that_can_not_be_read_has_no_files(monkeypatch):
-    def refuse(path):
-        raise PermissionError(path)
-
-    monkeypatch.setattr(Path, "is_dir", refuse)
-    measured.load()
-    assert measured.written(GPU) is None
 
 
 def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(timed, tmp_path):
@@ -430,22 +395,17 @@ def test_doctor_reports_the_measurements(timed, monkeypatch):
     assert said() == "not possible: it runs no compiled kernels"
 
 
-def test_the_command_prints_the_table_with_a_bar(timed, capsys, tmp_path):
-    assert main([*COMMAND, "--seconds", "30"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.splitlines()[0] == f"on {GPU}"
-    assert printed.out.splitlines()[-1] == f"written to {tmp_path / 'tuning' / 'A-GPU.json'}"
-    assert "tuning:" in printed.err
-    assert planned() == IN_PLACE
-
-
-def test_the_command_takes_a_model_of_transformers(timed, tmp_path, capsys, monkeypatch):
+def test_the_command_takes_a_model_and_shows_a_bar(timed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "_MOST_TILES", 0)
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
     tiny_llama(**sizes).config.save_pretrained(tmp_path / "llama")
     options = ("--tokens", "33", "--r", "2", "--dropout", "0.1")
     assert main(["tune", str(tmp_path / "llama"), *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == f"on {GPU}"
+    assert lines[-1] == f"written to {tmp_path / 'tuning' / 'A-GPU.json'}"
+    assert "tuning:" in printed.err
     products = [line.partition("  ")[0] for line in lines[2:-1]]
     assert [each for each in products if each.startswith("dx")] == [
         f"dx 33x{sizes}, bfloat16, dropout"
@@ -454,12 +414,10 @@ def test_the_command_takes_a_model_of_transformers(timed, tmp_path, capsys, monk
     assert len(products) == 8
 
 
-def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
+def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, tmp_path):
     said = "there is nothing to tune on cpu: it runs no compiled Triton kernels"
     with fastlora.use_backend("torch"):
         assert str(tuned()) == said
-        assert main(COMMAND) == 0
-    assert capsys.readouterr().out == f"{said}\n"
     monkeypatch.setattr(target, "_of_cpu", target.TARGETS["interpreter"])
     assert str(tuned()) == said
     assert files(tmp_path) == {}
@@ -485,14 +443,11 @@ def test_invalid_arguments_are_refused(call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "give either a model or --shape"),
-        ("x --shape 1,2,3", "give either a model or --shape"),
-        ("--shape 1,2,3 --tokens 5", "--tokens goes with a model: a --shape states its rows"),
-        ("x --tokens 0", "'0' isn't a number of tokens"),
+        ("", "required: MODEL"),
         ("nowhere/at/all", "nowhere/at/all"),
     ],
 )
-def test_a_wrong_command_is_one_line(options, message, capsys):
+def test_a_wrong_command_is_an_error(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["tune", *options.split()])
     assert stop.value.code in (1, 2)

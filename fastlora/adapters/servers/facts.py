@@ -22,7 +22,6 @@ _KINDS = {
     "copy": r"(.*)\.base_layer\.weight", "full": r"(.*?)(?:\.base_layer)?(?:\.\w+)?",
 }  # fmt: skip
 PAIRED = "lora expert head stack embedding"  # the kinds of lora_A and lora_B
-_READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -77,7 +76,7 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     settings, base = files.read_json(path / CONFIG), _base(base)
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
-    config = config_of({k: v for k, v in settings.items() if k in _READ}, str(path / CONFIG))
+    config = config_of(settings, str(path / CONFIG))
     items = [Item(name, "", value) for name, value in settings.items()]
     if isinstance(targets := settings.setdefault("target_modules", None), list):
         items += [Item(str(name), "target", None) for name in targets]

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ..dropout import dropout_mask as dropout_mask
 from ..protocol import BackwardCall, Call
-from . import experts, layer, many, verification
+from . import experts, layer, many
 from . import measured as measured
 from .cover import why_not as why_not
 from .gated import gated as gated
 from .gated import gated_backward as gated_backward
 from .row_loss import row_loss as row_loss
-from .verification import State
 from .verification import environment as environment
 from .verification import read_records as read_records
 
@@ -29,16 +28,12 @@ def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See :meth:`fastlora.backends.protocol.Backend.forward`."""
-    run = _module_of(call).forward
-    made = run(inputs, seeds, call)
-    return verification.forward(made, run, inputs, seeds, call) if isinstance(made, State) else made
+    return _module_of(call).forward(inputs, seeds, call)
 
 
 def backward(given: BackwardCall) -> list[Tensor | None]:
     """See :meth:`fastlora.backends.protocol.Backend.backward`."""
-    run = _module_of(given.call).backward
-    made = run(given)
-    return verification.backward(made, run, given) if isinstance(made, State) else made
+    return _module_of(given.call).backward(given)
 
 
 def _module_of(call: Call) -> Any:

@@ -5,11 +5,13 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...formats.rotated_int8 import LONGEST_SUM, is_rotated_int8
+from ...formats.format import product_of
+from ...formats.rotated_int8 import LONGEST_SUM
 from ...projection import Adapter, Layout, Output, named_tensors, unflatten
 
 try:
@@ -43,7 +45,7 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         weight = output.base.weight
         if weight.dim() == 3 and weight.shape[0] > _MOST_EXPERTS:
             return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
-        if is_rotated_int8(weight):
+        if product_of(weight) == "int8":
             if weight.dim() == 3:
                 return "the Triton kernels have no 8-bit products of experts"
             if not target.int8:
@@ -64,15 +66,16 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def covers(
-    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
-) -> bool:
-    """Whether the kernels cover a call.  If not, warn once for each reason (except an empty x)."""
-    x, *tensors = inputs
+def covers(tensors: Sequence[Any], layouts: Sequence[Layout], *settings: object) -> bool:
+    """Whether the kernels cover a call with these tensors: x, the outputs' tensors, and others.
+
+    If not, warn once for each reason (except an empty x).
+    """
+    x, *rest = tensors
     if len(x) == 0:
         return False
-    reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
-    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+    reason = why_not(x.dtype, x.device, unflatten(rest, layouts))
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in tensors):
         reason = _NEGATED
     if not reason and len(x) > LONGEST:
         reason = f"the Triton kernels count to {LONGEST}, but x has {len(x)} rows"

@@ -15,11 +15,11 @@ from ...formats.format import Quantized
 from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import BackwardCall, Call
+from . import layer
 from .at_once import aligned, runs_at_once
-from .cover import covers, empty_gradients, kernels, precision_of
-from .layer import through_lora_b
+from .cover import empty_gradients, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
-from .verification import REFUSED, State, run_kernels
+from .verification import run_kernels
 
 # The most bytes of a dense weight (all experts) that a packed one is unpacked to for one product.
 _LARGEST = 2**32
@@ -27,39 +27,33 @@ _LARGEST = 2**32
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Any], list[Any]] | State:
+) -> tuple[list[Tensor], list[Tensor]]:
     """The output's y and its adapter's h, as the torch backend returns them."""
     if needs_torch(call.layouts, of_experts=True):
         inputs, call = made_dense(inputs, call)
     ends = _ends_of(call)
     if ends is None:
-        return REFUSED
-    facts = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
-    tensors = [seeds, ends, *inputs]
-    made = run_kernels(_forward, tensors, facts, lambda: covers(inputs, call.layouts))
-    if isinstance(made, State):
-        return made
+        return torch_backend.forward(inputs, seeds, call)
+    settings = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
+    made = run_kernels(_FORWARD, [*inputs, ends, seeds], settings)
     return made[:1], made[1:]
 
 
-def backward(given: BackwardCall) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
     dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts, of_experts=True):
         return of_dense(backward, given)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
     if ends is None or dys[0] is None:
-        return REFUSED
+        return torch_backend.backward(given)
     # torch computes the gradients of the weight and the bias.  The kernels compute the gradients of
     # x, which is first, and of the adapter, which is last.
     last = len(needs) - 2 * len(layouts[0].scales)
     by_torch = (False, *needs[1:last], *[False] * (len(needs) - last))
     by_kernels = (needs[0], *[False] * (last - 1), *needs[last:])
-    facts = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
-    tensors = [seeds, ends, *inputs, *hs, dys[0]]
-    made = run_kernels(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
-    if isinstance(made, State):
-        return made
+    settings = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
+    made = run_kernels(_BACKWARD, [*inputs, ends, seeds, *hs, dys[0]], settings)
     if any(by_torch):
         others = torch_backend.backward(given._replace(needs=by_torch))
         made = [b if a is None else a for a, b in zip(made, others, strict=True)]
@@ -85,7 +79,7 @@ def _forward(
     at_once: bool,
 ) -> list[Tensor]:
     """[y], or [y, h] with an adapter."""
-    seeds, ends, x, *flat = tensors
+    x, *flat, ends, seeds = tensors
     ((weight, bias), adapters) = _stacked(flat, layouts, x)
     plain = {"precision": precision, "ends": ends}
     masked, hs = plain | {"dropout": dropout, "seeds": seeds}, []
@@ -104,9 +98,9 @@ def _backward(
     needs_flat: Sequence[bool],
 ) -> list[Tensor | None]:
     """dx, then the gradients of the output's tensors as a flat list."""
-    seeds, ends, x, *flat = tensors
     needs_x, *rest = needs_flat
-    flat, (*hs, dy) = flat[: len(rest)], flat[len(rest) :]
+    (x, *flat), others = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    ends, seeds, *hs, dy = others
     ((weight, _), adapters), (given,) = _stacked(flat, layouts, x), unflatten(flat, layouts)
     ((_, needs),) = unflatten(rest, layouts)
     plain = {"precision": precision, "ends": ends}
@@ -115,7 +109,7 @@ def _backward(
         # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
         # copied.
         d_lora_a, d_lora_b, _ = made = empty_gradients(pair, need)
-        dh = through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
+        dh = layer.through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
                             needs_x or need.lora_a, plain)  # fmt: skip
         dhs += [] if dh is None else [dh]
         gradients.append(made)
@@ -126,6 +120,10 @@ def _backward(
         if d_lora_a is not None:
             kernels.weight_grad(x, [dh], [d_lora_a.mT], **masked)
     return [dx, *flatten([Output(Base(None, None), tuple(gradients))], layouts)]
+
+
+_FORWARD = layer.FORWARD._replace(run=_forward)
+_BACKWARD = layer.BACKWARD._replace(run=_backward)
 
 
 def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Output[Tensor]:

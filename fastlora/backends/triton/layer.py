@@ -15,45 +15,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...formats.rotated_int8 import is_rotated_int8
+from ...formats.format import product_of
 from ...projection import Adapter, Layout, Output, flatten, packed_of, per_adapter, unflatten
+from ...rows import Rows
+from .. import torch as torch_backend
 from ..formula import base_gradients, no_gradients
 from ..protocol import BackwardCall, Call
 from .cover import covers, empty_gradients, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by, rounded
-from .verification import State, run_kernels
+from .verification import KernelFunction, run_kernels
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Any], list[Any]] | State:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Every output's y [M, N], and every adapter's h [M, r], as the torch backend returns them."""
     x, count = inputs[0], len(call.layouts)
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
-    made = run_kernels(
-        _forward,
-        [seeds, *inputs],
-        (call.layouts, call.dropout, precision_of(x)),
-        lambda: covers(inputs, call.layouts),
-        call.captured,
-    )
-    if isinstance(made, State):
-        return made
+    settings = call.layouts, call.dropout, precision_of(x)
+    made = run_kernels(FORWARD, [*inputs, None, seeds], settings, call.captured)
     return made[:count], made[count:]
 
 
-def backward(given: BackwardCall) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
     dys, inputs, hs, needs, seeds, call = given
     if needs_torch(call.layouts):
         return of_dense(backward, given)
-    return run_kernels(
-        _backward,
-        [seeds, *inputs, *hs, *dys],
-        (call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)),
-        lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
-    )
+    if all([dy is None for dy in dys]):
+        return torch_backend.backward(given)
+    settings = call.layouts, call.dropout, precision_of(inputs[0]), tuple(needs)
+    return run_kernels(BACKWARD, [*inputs, None, seeds, *hs, *dys], settings)
 
 
 class Common(NamedTuple):
@@ -77,10 +70,10 @@ def _forward(
     output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
     For outputs with 8-bit products, ``quantize_rows`` rounds x, once for the group.
     """
-    seeds, x, *flat = tensors
+    x, *flat, _, seeds = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
-    in_8_bits = any([is_rotated_int8(output.base.weight) for output in outputs])
+    in_8_bits = any([product_of(output.base.weight) == "int8" for output in outputs])
     codes_of_x = rounded(x, precision) if in_8_bits else None
     # All outputs or none: as soon as one needs ``project``, x is read anyway.
     in_one_launch = (
@@ -130,10 +123,10 @@ def _backward(
     Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
     """
     needs_x, *rest = needs_flat
-    seeds, x, *others = tensors
+    (x, *flat), (_, seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
-    # After seeds and x: the outputs' tensors, one h for each adapter, one dy for each output.
-    flat, others = others[: len(rest)], others[len(rest) :]
+    # After the ends (of experts, here None) and the seeds: one h for each adapter, one dy for each
+    # output.
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[_Rounded] = []
@@ -146,7 +139,7 @@ def _backward(
             gradients.append(no_gradients(output))
             continue
         base = base_gradients(dy, x, output.base, need.base)
-        if needs_x and is_rotated_int8(output.base.weight):
+        if needs_x and product_of(output.base.weight) == "int8":
             codes, scale = packed_of(output)
             all_rounded.append(_Rounded(*rounded(dy, precision, scale), codes))
         adapters = []
@@ -170,6 +163,33 @@ def _backward(
     return [dx, *flatten(gradients, layouts)]
 
 
+def _by_torch(
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
+) -> list[Tensor]:
+    *inputs, ends, seeds = tensors
+    ys, hs = torch_backend.forward(inputs, seeds, _torch_call(layouts, dropout, ends))
+    return ys + hs
+
+
+def _backward_by_torch(
+    tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
+) -> list[Tensor | None]:
+    needs = settings[-1]
+    inputs, (ends, seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
+    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    call = _torch_call(layouts, dropout, ends)
+    return torch_backend.backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
+
+
+def _torch_call(layouts: tuple[Layout, ...], dropout: float, ends: Tensor | None) -> Call:
+    return Call(layouts, dropout, torch_backend, None if ends is None else Rows(ends))
+
+
+# Also of experts, with other kernels.
+FORWARD = KernelFunction(_forward, _by_torch, covers, has_layouts=True)
+BACKWARD = KernelFunction(_backward, _backward_by_torch, covers, has_layouts=True)
+
+
 class _Term(NamedTuple):
     """An adapter with its dh, from which its part of dx and its d lora_a are computed."""
 
@@ -189,7 +209,7 @@ class _Rounded(NamedTuple):
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
     """The plan of an output; None without adapters, where torch computes y (not in 8 bits)."""
-    if is_rotated_int8(output.base.weight):
+    if product_of(output.base.weight) == "int8":
         return kernels.plan.FUSED
     if not output.adapters:
         return None
@@ -217,7 +237,7 @@ def _y(
     y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
     if plan.fused:
         options: dict[str, Any] = {"precision": precision, "bias": bias}
-        if codes_of_x is not None and is_rotated_int8(weight):
+        if codes_of_x is not None and product_of(weight) == "int8":
             (p, of_rows), (q, of_columns) = codes_of_x, packed_of(output)
             kernels.gemm_int8_lowrank(y, [p], [q.mT], hs, v, [of_rows], of_columns, **options)
             return y
@@ -284,7 +304,7 @@ def _dx(
     seeds = _join([term.seed for term in terms], common.seeds) if terms else None
     options = common._replace(seeds=seeds)._asdict()
     if all_rounded:  # one launch: all 8-bit products, and all dh lora_a
-        by_torch = [pair for pair in used if not is_rotated_int8(pair[1].base.weight)]
+        by_torch = [pair for pair in used if product_of(pair[1].base.weight) == "dense"]
         ps, qs = [each.codes for each in all_rounded], [each.of_weight for each in all_rounded]
         if kernels.target_of(x.device).turns_int8:
             # This device reads int8 fast only along the axis of the sum.  By an estimate, to

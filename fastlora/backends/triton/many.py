@@ -9,7 +9,7 @@ several ranks are copied to one tensor, padded to the largest rank.  Adapters of
 already are slices of one tensor (a bank) aren't copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,57 +17,51 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...projection import Adapter, Output, unflatten
-from ...rows import Rows
+from ...projection import Adapter, Base, Output, unflatten
+from ...rows import NO_BASE, Rows
+from .. import torch as torch_backend
+from ..dropout import DropoutMask
+from ..formula import OutputBackward, backward_rows, forward_rows
 from ..protocol import BackwardCall, Call
 from . import layer
 from .cover import covers, empty_gradients, kernels, precision_of
 from .layer import through_lora_b
-from .verification import REFUSED, State, run_kernels
+from .verification import KernelFunction, run_kernels
 
 
 def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
-) -> tuple[list[Any], list[Any]] | State:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Every output's y and h, as the torch backend returns them; here one of each."""
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if not _is_covered(inputs, call):
-        return REFUSED
+    if len(call.layouts) > 1 or not covers(inputs, call.layouts):
+        return torch_backend.forward(inputs, seeds, call)
     (output,) = unflatten(flat, call.layouts)
     count, base_call = _base_call(inputs, call)
-    base = layer.forward(inputs[:count], None, base_call)
-    if isinstance(base, State):
-        return base
-    (y,), _ = base
+    (y,), _ = layer.forward(inputs[:count], None, base_call)
     width, places = _width(output), _places(x, rows)
     if not places.rows:
         return [y], [x.new_zeros(len(x), width)]
     lora_a, lora_b = _banks(output, rows)
-    tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
-    # It covers all calls, because ``_is_covered`` was asked above.
-    made = run_kernels(_added, tensors, (precision_of(x),), lambda: True)
-    if isinstance(made, State):
-        return made
-    (h,) = made
+    tensors = [places.of(x), places.of(y), lora_a, lora_b, *_shared(places, rows, seeds)]
+    (h,) = run_kernels(_ADDED, tensors, (precision_of(x),))
     if len(h) < len(x):  # h has the sorted rows; rows without an adapter follow, as zeros
         h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
     return [y], [h]
 
 
-def backward(given: BackwardCall) -> list[Tensor | None] | State:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None, as the torch backend returns them."""
     (dy, *_), inputs, (h, *_), needs, seeds, call = given
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    if dy is None or not _is_covered(inputs, call, [dy]):
-        return REFUSED
+    if dy is None or len(call.layouts) > 1 or not covers([*inputs, dy], call.layouts):
+        return torch_backend.backward(given)
     (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
     # First the layer without adapters, then the adapters' part of dx is added to it.
     count, base_call = _base_call(inputs, call)
     base = layer.backward(BackwardCall([dy], inputs[:count], [], needs[:count], None, base_call))
-    if isinstance(base, State):
-        return base
     dx = base[0]
     places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
     some = [wanted.adapters[i] for i in segments]
@@ -77,27 +71,21 @@ def backward(given: BackwardCall) -> list[Tensor | None] | State:
     if places.rows and (needs[0] or need.lora_a or need.lora_b):
         lora_a, lora_b = _banks(output, rows)
         tensors = [
-            *_shared(places, rows, seeds), places.of(x), places.of(dy),
-            None if dx is None else places.of(dx), lora_a, lora_b,
+            places.of(x), None if dx is None else places.of(dx), lora_a, lora_b, places.of(dy),
             h[: places.rows] if need.lora_b and h is not None else None,
+            *_shared(places, rows, seeds),
         ]  # fmt: skip
-        facts = precision_of(x), need.lora_a, need.lora_b
-        made = run_kernels(_added_backward, tensors, facts, lambda: True)
-        if isinstance(made, State):
-            return made
+        settings = precision_of(x), need.lora_a, need.lora_b
+        made = run_kernels(_ADDED_BACKWARD, tensors, settings)
         for place, i in enumerate(segments):
             own = _cut(made, place, output.adapters[i], wanted.adapters[i])
             gradients[2 * i : 2 * i + 2] = own
     return [*base, *gradients]
 
 
-def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | None] = ()) -> bool:
-    return len(call.layouts) == 1 and covers(inputs, call.layouts, dys)
-
-
 def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
     """Return h [rows, r], and add h lora_bᵀ to y in place."""
-    seeds, ends, order, *numbers, x, y, lora_a, lora_b = tensors
+    x, y, lora_a, lora_b, seeds, ends, order, *numbers = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
     # The factor 1.0 isn't used: each segment has its own.
@@ -110,7 +98,7 @@ def _added_backward(
     tensors: Sequence[Tensor], precision: str, needs_a: bool, needs_b: bool
 ) -> list[Tensor | None]:
     """Return the gradients of both banks, and add mask ∘ (dh lora_a) to dx, unless dx is None."""
-    seeds, ends, order, *numbers, x, dy, dx, lora_a, lora_b, h = tensors
+    x, dx, lora_a, lora_b, dy, h, seeds, ends, order, *numbers = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
     needs = Adapter(needs_a, needs_b)
@@ -121,6 +109,67 @@ def _added_backward(
     if dh is not None and d_lora_a is not None:
         kernels.weight_grad(x, [dh], [d_lora_a.mT], seeds=seeds, **shared)
     return [d_lora_a, d_lora_b]
+
+
+def _added_by_torch(tensors: Sequence[Tensor], _: str) -> list[Tensor]:
+    """:func:`_added` by the torch backend's formulas, one segment after another."""
+    x, y, lora_a, lora_b, *shared = tensors
+    hs = []
+    for at, rows, factor, mask in _segments(x, *shared):
+        output, y_rows = Output(NO_BASE, (Adapter(lora_a[at], lora_b[at], factor),)), y[rows]
+        hs += forward_rows(x[rows], [output], [[mask]], [y_rows])[1]
+        y[rows] = y_rows
+    return [torch.cat(hs)]
+
+
+def _added_backward_by_torch(
+    tensors: Sequence[Tensor], _: str, needs_a: bool, needs_b: bool
+) -> list[Tensor | None]:
+    x, dx, lora_a, lora_b, dy, h, *shared = tensors
+    wanted, gradients, first = Output(Base(False), (Adapter(needs_a, needs_b),)), [], 0
+    for at, rows, factor, mask in _segments(x, *shared):
+        output, x_rows = Output(NO_BASE, (Adapter(lora_a[at], lora_b[at], factor),)), x[rows]
+        h_rows = None if h is None else h[first : first + len(x_rows)]
+        dx_rows = None if dx is None else dx[rows]
+        part = OutputBackward(dy[rows], output, [h_rows], wanted, [mask])
+        gradients.append(backward_rows(x_rows, [part], dx_rows)[0].adapters[0][:2])
+        if dx is not None:
+            dx[rows] = dx_rows
+        first += len(x_rows)
+    return [
+        None if of_all[0] is None else torch.stack(of_all)
+        for of_all in zip(*gradients, strict=True)
+    ]
+
+
+def _segments(
+    x: Tensor,
+    seeds: Tensor | None,
+    ends: Tensor,
+    order: Tensor | None,
+    factors: Tensor,
+    thresholds: Tensor,
+) -> Iterator[tuple[int, Any, float, DropoutMask | None]]:
+    """Yield each segment's number, its rows of x, its factor, and its dropout mask."""
+    first = 0
+    for at, (end, factor, least) in enumerate(
+        zip(*map(Tensor.tolist, (ends, factors, thresholds)), strict=True)
+    ):
+        rows, mask = slice(first, end) if order is None else order[first:end].long(), None
+        if seeds is not None:
+            mask = DropoutMask(seeds[at : at + 1], (end - first, x.shape[1]), 0.0)
+            mask.least = least >> 16  # of p, whose 1 / (1 - p) is part of the factor
+        yield at, rows, factor, mask
+        first = end
+
+
+def _covers(*_: object) -> bool:
+    """All calls, because :func:`covers` was asked before."""
+    return True
+
+
+_ADDED = KernelFunction(_added, _added_by_torch, _covers, writes=(1,))
+_ADDED_BACKWARD = KernelFunction(_added_backward, _added_backward_by_torch, _covers, writes=(1,))
 
 
 class _Places(NamedTuple):

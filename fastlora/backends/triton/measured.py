@@ -8,7 +8,7 @@ the files of the cache.
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ import triton
 from ... import cache
 from .cover import kernels
 
-FORMAT = 1  # version of the files' format
 _FOLDER = "tuning"
 _rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use
 
@@ -34,19 +33,17 @@ class Tuned(NamedTuple):
 
 def as_text(device: str, rows: Iterable) -> str:
     """The text of a file with these rows, measured on this device with the installed Triton."""
-    head = {"format": FORMAT, "device": device, "triton": triton.__version__}
+    head = {"device": device, "triton": triton.__version__}
     head |= {"torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat()}
     plain = [asdict(row) for row in _by_kind(rows).values()]
     return json.dumps(head | {"rows": plain}, indent=1) + "\n"
 
 
 def from_text(text: str) -> Tuned:
-    """Parse a file's text.  Its rows are used only for the same format and Triton version."""
+    """Parse a file's text.  Its rows are used only for the same Triton version."""
     try:
         fields = json.loads(text)
-        format, version = fields["format"], fields["triton"]
-        if format != FORMAT:
-            return Tuned(why_not=f"its format is {format}, not {FORMAT}")
+        version = fields["triton"]
         if version != triton.__version__:
             return Tuned(why_not=f"it is of Triton {version}, and this is {triton.__version__}")
         return Tuned(tuple(map(as_row, fields["rows"])), fields["date"])
@@ -55,17 +52,10 @@ def from_text(text: str) -> Tuned:
 
 
 def as_row(plain: Mapping[str, Any]) -> "kernels.plan.Row":
-    """The row of a dictionary from ``dataclasses.asdict``.  Raises an error if it isn't valid."""
+    """The row of a dictionary from ``dataclasses.asdict``.  Raises an error for other fields."""
     plan = dict(plain["plan"])
     tiles = None if plan["gemm"] is None else kernels.gemm_config.GemmConfig(**plan["gemm"])
-    row = kernels.plan.Row(**{**plain, "plan": kernels.plan.Plan(**{**plan, "gemm": tiles})})
-    for record in filter(None, (row, row.plan, tiles)):
-        for field in fields(record):
-            value, least = getattr(record, field.name), int(field.name != "segments")
-            simple = field.type in (bool, int, str)
-            if simple and (type(value) is not field.type or (field.type is int and value < least)):
-                raise ValueError(f"{field.name} is {value!r}")
-    return row
+    return kernels.plan.Row(**{**plain, "plan": kernels.plan.Plan(**{**plan, "gemm": tiles})})
 
 
 def name_of(device: torch.device) -> str:

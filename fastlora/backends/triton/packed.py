@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from ...formats.format import Format, Quantized
-from ...formats.rotated_int8 import RotatedInt8
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import BackwardCall, Call
 from .cover import LONGEST, kernels
-from .verification import State
 
 # More blocks than any weight has, so that all its blocks share one outer scale.
 _ALL = 2**40
@@ -100,21 +98,18 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
 
 
 def of_dense(
-    run: Callable[[BackwardCall], list[Tensor | None] | State], given: BackwardCall
-) -> list[Tensor | None] | State:
+    run: Callable[[BackwardCall], list[Tensor | None]], given: BackwardCall
+) -> list[Tensor | None]:
     """Run the backward ``run`` with dense weights in place of formats that no kernel reads."""
     (needs_x, *needs), layouts = given.needs, given.call.layouts
     inputs, call = made_dense(given.inputs, given.call)
     needs = [needs_x, *flatten(unflatten(needs, layouts), call.layouts)]
-    made = run(given._replace(inputs=inputs, needs=needs, call=call))
-    if isinstance(made, State):
-        return made
-    dx, *gradients = made
+    dx, *gradients = run(given._replace(inputs=inputs, needs=needs, call=call))
     return [dx, *flatten(unflatten(gradients, call.layouts), layouts)]
 
 
 def _is_for_torch(layout: Layout, of_experts: bool) -> bool:
     format = layout.format
-    if format is None or isinstance(format, RotatedInt8):
+    if format is None or format.product == "int8":
         return False
     return not has_kernel(format, of_experts)

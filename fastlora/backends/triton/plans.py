@@ -1,14 +1,12 @@
 """The plans that ``fastlora tune`` measures for one call, each verified against PyTorch first."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ...projection import Adapter, Base, Output, flatten, layouts_of
 from ...rows import Rows
@@ -16,7 +14,7 @@ from .. import torch as torch_backend
 from .. import triton as triton_backend
 from ..protocol import BackwardCall, Call
 from ..sizes import Sizes
-from . import experts, layer, verification
+from . import verification
 from .cover import kernels, precision_of
 
 _SEED = 7  # any number
@@ -38,10 +36,10 @@ class Contest:
         def factor(*shape: int, dtype: torch.dtype = sizes.adapter_dtype) -> Tensor:
             return random(*bank, *shape, dtype=dtype, spread=shape[-1] ** -0.5)
 
-        self.x, self.weights = random(m, k), [factor(n, k, dtype=sizes.dtype) for n in sizes.outs]
+        self.x, weights = random(m, k), [factor(n, k, dtype=sizes.dtype) for n in sizes.outs]
         outputs = [
             Output(Base(weight), tuple([Adapter(factor(r, k), factor(n, r)) for r in ranks]))
-            for weight, n, ranks in zip(self.weights, sizes.outs, sizes.ranks, strict=True)
+            for weight, n, ranks in zip(weights, sizes.outs, sizes.ranks, strict=True)
         ]
         layouts = layouts_of(outputs)
         numbers: Any = {"dtype": torch.int64, "device": device}
@@ -83,45 +81,39 @@ class Contest:
             self._by(triton_backend)(self.tensors)  # verified as any first call
         for each in self.dys or [self.x]:  # new numbers: results left in memory are wrong now
             each.normal_(generator=self.draw)
+        before = verification.fallbacks
         results = self.step(plan)()
-        if isinstance(results, verification.State):
-            return str(said[-1].message) if said else f"it doesn't run: {results}"
+        if verification.fallbacks > before:
+            return str(said[-1].message) if said else "it doesn't run, and PyTorch runs instead"
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
         return verification.compared(by_torch, self.tensors, plain, results, right)
 
-    def step(self, plan: "kernels.Plan") -> Callable[[], list | verification.State]:
-        """The pass by the kernels; the step returns a State if they are refused or unverified."""
-        run = self._by(experts if self.sizes.experts else layer)
+    def step(self, plan: "kernels.Plan") -> Callable[[], list]:
+        """The pass by the kernels."""
+        run = self._by(triton_backend)
 
-        def step() -> list | verification.State:
+        def step() -> list:
             with kernels.plan.use_plan(plan):
                 return run(self.tensors)
 
         return step
 
-    def frozen(self) -> Callable[[], Tensor]:
-        """The same pass without adapters, by torch.  Not for experts."""
-        if not self.sizes.backward:
-            return partial(linear, self.x, *self.weights)
-        (dy, weight), *others = zip(self.dys, self.weights, strict=True)
-
-        def step() -> Tensor:
-            dx = dy @ weight
-            for each in others:
-                dx.addmm_(*each)
-            return dx
-
-        return step
-
-    def _by(self, module: Any) -> verification.Run:
-        """The pass as a function of the tensors, by ``module``: a backend, or a part of one."""
-        if not self.sizes.backward:
-            return verification.of_forward(module.forward, self.seeds, self.call)
+    def _by(self, backend: Any) -> Callable[[Sequence[Tensor]], list]:
+        """The pass as a function of the tensors."""
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
         needs = [True, *flatten(alike, self.call.layouts)]
-        given = BackwardCall((), (), (), needs, self.seeds, self.call)
-        return verification.of_backward(module.backward, given, self.call)
+
+        def run(tensors: Sequence[Tensor]) -> list:
+            inputs, others = tensors[: len(needs)], tensors[len(needs) :]
+            if not self.sizes.backward:
+                ys, hs = backend.forward(inputs, self.seeds, self.call)
+                return [*ys, *hs]
+            hs, dys = others[: len(self.ranks)], others[len(self.ranks) :]
+            given = BackwardCall(dys, inputs, hs, needs, self.seeds, self.call)
+            return backend.backward(given)
+
+        return run
 
     def _choice(self) -> "tuple[kernels.config.Call, int]":
         """The key of a plan's choice: the call, and its depth."""
