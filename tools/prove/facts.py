@@ -443,6 +443,8 @@ def gemm_lowrank_few_rows(proof: Proof, **options: Any) -> Launched:
     single = {"p": "ps", "q": "qs", "u": "u", "v": "v"}
     arguments |= {name: arguments[plural][0] for name, plural in single.items()}
     del arguments["ps"], arguments["qs"]
+    if arguments["PACKING"] is None:
+        arguments["q_operands"] = None
     arguments |= {"a": a, "a_strides": a_strides, "factor": Data()}
 
     def chosen_out(proof: Proof, element: list[Int]) -> Choice:
@@ -525,7 +527,7 @@ def weight_grad(
         "low_rank": dense("low_rank", rows.M, N) if low_rank else None,
         **rows.arguments, "order": rows.order, **numbers_of(rows, own, masked, count),
         "own_factors": dense("own_factors", rows.E) if own and xv else None,
-        "N": N, "factor": Data(), "steps": steps, "x_strides": x_strides,
+        "N": N, "factor": Data(), "steps": steps if rows.E is None else 0, "x_strides": x_strides,
         "out_strides": tuple(strides for _, strides in outs),
         "v_strides": tuple(strides for _, strides in vs), "R": ranks,
         "BLOCK_M": BM, "BLOCK_N": BN, "BLOCK_R": BR, "R_TILES": r_tiles, "ADD": add,
