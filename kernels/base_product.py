@@ -180,8 +180,8 @@ def operands_of(
     # A weight is stored row by row.  In the forward q is its transpose, for dx the weight.
     transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in qs)
     matrices = [] if packed else [*ps, *(q.mT if transposed else q for q in qs), out]
-    ranks, depths = ([each.shape[1] for each in tensors] for tensors in (us, ps))
-    assert max(M, N, *depths, *ranks) <= LONGEST
+    ranks = [each.shape[1] for each in us]
+    assert max(each.shape[1] for each in ps) <= LONGEST
     call = Call(
         M, N, max(ranks, default=0), size, precision,
         max(len(us), len(ps) * ("int8" in properties)),
@@ -195,7 +195,7 @@ def operands_of(
     descriptors = tiles.uses_descriptors(call)
     arguments = {
         "bias": bias, "out": out, "M": M, "N": N,
-        "K": tuple(depths), "R": tuple(ranks),
+        "K": tuple(each.shape[1] for each in ps), "R": tuple(ranks),
         "strides": (
             tuple(each.stride() for each in ps), strides_of(qs, ends), strides_of(vs, ends),
             bias_strides(bias, ends), out.stride(0),

@@ -226,6 +226,7 @@ def chosen_config(
 
     Raises ValueError with the reason of :meth:`Config.why_not` if the chosen config doesn't fit.
     """
+    assert max(call.m, call.n, call.r) <= LONGEST
     if config is None and preferred is not None and not preferred.why_not(target, call):
         return preferred
     chosen = config or default_config(kernel, target, call) or rows(kernel, target, call)[-1]
@@ -290,11 +291,8 @@ def cdiv(length: int, step: int) -> int:
 
 def row_tiles(rows: int, block_m: int, segments: int | None) -> int:
     """The number of tiles of rows; with segments an upper bound, which segments.py explains."""
-    if not segments:
-        return cdiv(rows, block_m)
-    # The last tile's end, an index of 32 bits
-    assert rows + (segments + 4) * block_m < 2**31
-    return rows // block_m + segments + 1
+    assert rows + ((segments or 0) + 4) * block_m < 2**31  # the last tile's end, in 32 bits
+    return rows // block_m + segments + 1 if segments else cdiv(rows, block_m)
 
 
 def power_of_two(number: int) -> int:

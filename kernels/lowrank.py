@@ -24,17 +24,7 @@ from .common import (
     store_tile,
     tile_of,
 )
-from .config import (
-    LONGEST,
-    MARGIN,
-    Call,
-    Config,
-    cdiv,
-    chosen_config,
-    chunks,
-    power_of_two,
-    row_tiles,
-)
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, power_of_two, row_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     SegmentNumbers,
@@ -317,7 +307,6 @@ def lowrank(
     for i, (u, v, launch_seeds) in enumerate(chunks(us, vs, seeds)):
         # Only the first launch adds the bias; later ones add to the first one's output.
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
-        assert max(M, N, *ranks) <= LONGEST
         call = Call(
             M, N, max(ranks, default=0), out.element_size(), precision, len(u),
             launch_seeds is not None, segments=segments["segments"] or 0,

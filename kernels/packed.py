@@ -112,7 +112,7 @@ class Packed:
 
     def packing(self, target: Target) -> "Packing":
         """The compile-time constants of a kernel that reads this weight."""
-        # Indices of 32 bits count the rows of all experts.
+        # Indices of 32 bits count the rows of all experts, and the columns.
         assert max(1, self.experts) * self.rows <= LONGEST >= self.columns
         assert self.columns + self.block_columns < 2**31
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"

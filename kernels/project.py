@@ -15,17 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import (
-    LONGEST,
-    MARGIN,
-    Call,
-    ThinConfig,
-    cdiv,
-    chosen_config,
-    chunks,
-    row_tiles,
-    splits,
-)
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, row_tiles, splits
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
@@ -208,7 +198,6 @@ def project(
     results: list[Tensor] = []
     for vs, launch_factors, launch_seeds in chunks(adapters, factors, seeds):
         ranks = [v.shape[-1] for v in vs]
-        assert max(M, K, *ranks) <= LONGEST
         call = Call(
             M, K, max(ranks, default=1), x.element_size(), precision, len(vs),
             launch_seeds is not None, segments=0 if ends is None else len(ends),

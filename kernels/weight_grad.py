@@ -15,17 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import (
-    LONGEST,
-    MARGIN,
-    Call,
-    ThinConfig,
-    cdiv,
-    chosen_config,
-    chunks,
-    default_config,
-    splits,
-)
+from .config import MARGIN, Call, ThinConfig, cdiv, chosen_config, chunks, default_config, splits
 from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_term
@@ -309,7 +299,6 @@ def weight_grad(
     launches = chunks(us, outs, vs if b is None else [b], seeds)
     for i, (u, out, v, launch_seeds) in enumerate(launches):
         ranks = [each.shape[1] for each in u]
-        assert max(M, N, *ranks) <= LONGEST
         call = Call(
             M, N, max(ranks), x.element_size(), precision, len(u),
             launch_seeds is not None, b is not None,

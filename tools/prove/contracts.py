@@ -1,4 +1,4 @@
-"""What kernels rely on of ``tile_of`` and ``segment_of_tile``, and the proofs from their source."""
+"""The contracts of ``tile_of`` and ``segment_of_tile``, and their proofs from the source."""
 
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +87,7 @@ def segment_of_tile(
 
 
 def _of_tile(results: list[Int], count: Int, M: Int, N: Int, BM: Int) -> list[z3.BoolRef]:
-    """What holds of a tile, whatever the ends are."""
+    """A tile's properties under any ends."""
     segment, start, row, end, rows, columns = (each.z for each in results)
     has_rows = z3.And(segment < count.z, row < end)
     return [
@@ -196,8 +196,8 @@ def _laws(one: Relation, other: Relation) -> list[z3.BoolRef]:
 def _counted(proof: Proof, tally: Tally, count: Int, step: Int, is_sorted: bool) -> Int:
     """The number of the last segment whose condition holds.
 
-    The loop visits each number from 0 to ``count`` once.  The condition holds for 0, for no number
-    above ``count``, and with sorted ends for each number before one for which it holds.  So the sum
+    The loop visits each number from 0 to ``count`` once.  The condition holds for 0, for no
+    number above ``count``, and with sorted ends for each number before one for which it holds.  So the sum
     says for which numbers it holds.
     """
     lane = next(fact.of for fact in reversed(proof.tallied_facts) if fact.of.startswith("lane!"))

@@ -94,7 +94,7 @@ class Store:
 
 @dataclass
 class Proof:
-    """What one kernel in one mode showed."""
+    """The claims and failures of one kernel in one mode."""
 
     widths: bool = True
     solver: Solver = field(default_factory=Solver)
@@ -174,7 +174,7 @@ class Proof:
             raise FailedError(what)
 
     def tallied(self, _: Tally) -> None:
-        """A sum in a loop: what is known where it is counted."""
+        """Keep the facts at a sum in a loop."""
         self.tallied_facts, self.tallied_relations = list(self.facts), list(self.relations)
         self.tallied_step = self.steps[-1]
 

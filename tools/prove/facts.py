@@ -139,19 +139,19 @@ def rows_of(proof: Proof, segments: str = "", order: bool = False) -> Rows:
 
 
 def limit_of_segments(proof: Proof, rows: Rows, BM: Int) -> None:
-    """What ``row_tiles`` asserts."""
+    """The assertion of ``row_tiles``."""
     if rows.E is not None:
         proof.given((rows.M + (rows.E + 4) * BM).z < 2**31)
 
 
 def grid(proof: Proof, *counts: Any) -> None:
-    """What ``Launch`` asserts."""
+    """The assertion of ``Launch``."""
     proof.given(as_int(counts[0]).z < 2**31)
     proof.program(*counts)
 
 
 def splits_of(proof: Proof, length: Int, block: Int, splits: bool) -> tuple[Int, Int]:
-    """(count, steps) of ``config.splits``, and what it asserts."""
+    """(count, steps) of ``config.splits``, and its assertion."""
     steps = up(up(length, size(proof, "wanted splits")), block)
     count = up(length, steps * block)
     proof.given(count.z >= 2 if splits else count.z == 1)

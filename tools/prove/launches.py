@@ -61,7 +61,7 @@ def mode_of(launch: Launch) -> dict[str, Any]:
         return {
             **rows, "count": len(a["u"]), "split": split and not is_sorted, "add": a["ADD"],
             "xv": a["xv"] is not None, "low_rank": a["low_rank"] is not None,
-            "transposed": not is_sorted and a["out_strides"][0][2] != 1,
+            "transposed": not is_sorted and a["out_strides"][0][1:] != (a["R"][0], 1),
         }  # fmt: skip
     if kernel in ("gated", "gated_backward"):
         return {}

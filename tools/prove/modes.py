@@ -89,7 +89,7 @@ def parameters(kernel: str) -> tuple[str, ...]:
 def proof_of(
     kernel: str, mode: dict[str, Any], source: Source | None = None, **options: Any
 ) -> Proof:
-    """What is proved, and what isn't, of a kernel in a mode."""
+    """The proof of a kernel in a mode."""
     proof, outputs = Proof(reached=_reached.setdefault(kernel, set()), **options), {}
 
     def setup(proof: Proof) -> dict[str, Any]:

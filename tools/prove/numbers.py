@@ -112,7 +112,7 @@ def lemmas(names: frozenset[str]) -> tuple[z3.BoolRef, ...]:
     products = {tuple(name.split(DOT)) for name in names if DOT in name}
     laws = {}
     todo = list(products)
-    while todo:  # each way to see a product as that of two others
+    while todo:  # each split of a product into two factors
         product = todo.pop()
         for factor in {*product}:
             rest = _without(product, (factor,))

@@ -13,7 +13,7 @@ from .values import Int
 
 @dataclass
 class Choice:
-    """The program and step that store an element, and what is known of them.
+    """The program and step that store an element.
 
     ``values``: by the name of an unknown, which are a program, a step of a loop, or a contract's
     result.  ``cases``: the element is in one of these cases, and one store covers each.  ``place``:
@@ -69,7 +69,7 @@ def check_at_most_once(proof: Proof, stores: list[Store]) -> None:
 
 
 def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> None:
-    """Replays a store's facts, in order, for the program and lanes that should store an element."""
+    """Replay a store's facts, in order, with the program and lanes that store an element."""
     operand = stores[0].operand
     what = f"every element stored: {operand.name}"
     element = [Int({(f"element{axis}",): 1}, 64) for axis in range(len(operand.axes))]
@@ -110,7 +110,7 @@ def _replayed(
         pairs[0] = place, choice.place.z
     for index, wanted in pairs:
         its = {name for name in names_of(index) if name.startswith("lane!") and DOT not in name}
-        if its:  # its lane is what is left
+        if its:  # the rest of the index is its lane
             facts.append(index == wanted)
             lanes |= its
     facts += laws_among([*store.relations, *relations])

@@ -131,7 +131,7 @@ class Bool:
 
 
 class Tally:
-    """A sum over a loop of how many lanes fulfil a condition; a contract says what it is."""
+    """The number of lanes that fulfil a condition, summed over a loop."""
 
     def __init__(self, start: int, counted: z3.BoolRef | None = None) -> None:
         self.start, self.counted = start, counted
@@ -257,7 +257,7 @@ class Descriptor:
 
 
 class Gone:
-    """What a loop left behind; its value isn't known, and any use fails."""
+    """A variable after a loop, with an unknown value; any use fails."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["name"] = name
