@@ -197,8 +197,8 @@ def _counted(proof: Proof, tally: Tally, count: Int, step: Int, is_sorted: bool)
     """The number of the last segment whose condition holds.
 
     The loop visits each number from 0 to ``count`` once.  The condition holds for 0, for no
-    number above ``count``, and with sorted ends for each number before one for which it holds.  So the sum
-    says for which numbers it holds.
+    number above ``count``, and with sorted ends for each number before one for which it holds.  So
+    the sum says for which numbers it holds.
     """
     lane = next(fact.of for fact in reversed(proof.tallied_facts) if fact.of.startswith("lane!"))
     (k,) = next(iter(proof.tallied_step.poly))
