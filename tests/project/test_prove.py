@@ -1,5 +1,9 @@
 """tools/prove: proofs of small kernels, and faults that it must find.  ``make prove`` does all."""
 
+import inspect
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("z3", reason="z3-solver isn't installed (make .venv/prove)")
@@ -19,6 +23,7 @@ def test_tiles_and_their_numbers_belong_to_each_other_one_to_one():
     assert contracts.prove_tile_of().failures == {}
 
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["gated", "row_loss", "quantize_rows"]
 
 
@@ -50,3 +55,13 @@ def test_a_stride_is_matched_with_its_axis():
     address = (Pointer(operand) + contracts.as_int(3)).address | {("i", "s"): 1}
     rows, columns = operand.indices(address)
     assert (rows.poly, columns.poly) == ({("i",): 1}, {(): 3})
+
+
+@pytest.mark.parametrize("fault", faults.PLANTED, ids=lambda each: each.name)
+def test_a_planted_fault_is_in_its_source(fault):
+    names = [path.stem for path in (ROOT / "kernels").glob("*.py")]
+    files = [import_module(f"fastlora.kernels.{name}") for name in names if name != "__init__"]
+    (plain,) = {
+        vars(file)[fault.edit.function].fn for file in files if fault.edit.function in vars(file)
+    }
+    assert inspect.getsource(plain).count(fault.edit.old) == 1
