@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test recipes integrations suites peft-suite zoo bench compile-report matrix machine release-check docs lint clean
+.PHONY: help demo sweep test recipes integrations suites peft-suite zoo bench compile-report matrix machine prove release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ matrix: .venv/matrix $(if $(findstring triton,$(ARGS)),.venv/test) ## Try the wh
 
 machine: .venv/test ## Run the kernels as compiled for every NVIDIA card on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)
+
+prove: .venv/prove ## Prove for all sizes that the kernels touch only their operands and store each element once (ARGS="project", --faults, --launches, --all)
+	.venv/bin/python -m tools.prove $(ARGS)
 
 release-check: .venv/release ## Build sdist and wheel into dist/, and try the wheel in an empty environment (ARGS=--built …)
 	.venv/bin/python -m tools.release_check $(ARGS)

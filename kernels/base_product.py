@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import cast, dropout_threshold, load_tile, store_tile
-from .config import MAX_PROJECTIONS, Call, cdiv, chosen_config, row_tiles
+from .config import LONGEST, MAX_PROJECTIONS, Call, cdiv, chosen_config, row_tiles
 from .faults import races_when_turned, small_views_fault
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of
@@ -150,6 +150,7 @@ class Operands(NamedTuple):
     def run(self, kernel: Any, arguments: dict[str, Any], work: Callable) -> None:
         """Launch a program for each tile; a persistent launch has one for each processor."""
         count, tiles = self.tiles.tiles(self.call), self.tiles
+        assert count <= LONGEST  # a persistent program adds the number of processors
         if arguments.get("PERSISTENT"):
             count = min(count, self.target.processors)
         arguments = self.arguments | arguments
@@ -180,6 +181,7 @@ def operands_of(
     transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in qs)
     matrices = [] if packed else [*ps, *(q.mT if transposed else q for q in qs), out]
     ranks = [each.shape[1] for each in us]
+    assert max(each.shape[1] for each in ps) <= LONGEST
     call = Call(
         M, N, max(ranks, default=0), size, precision,
         max(len(us), len(ps) * ("int8" in properties)),

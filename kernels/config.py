@@ -15,6 +15,7 @@ from typing import Any
 from .faults import miscompiles_pipelines
 from .target import Target
 
+LONGEST = 2**31 - 2**17  # of an axis: 32 bits hold an index up to here, plus a few tiles
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
 # Up to so many rows, loading the weight takes most of a base product's time (an assumption).
 FEW_ROWS = 64
@@ -225,6 +226,7 @@ def chosen_config(
 
     Raises ValueError with the reason of :meth:`Config.why_not` if the chosen config doesn't fit.
     """
+    assert max(call.m, call.n, call.r) <= LONGEST
     if config is None and preferred is not None and not preferred.why_not(target, call):
         return preferred
     chosen = config or default_config(kernel, target, call) or rows(kernel, target, call)[-1]
@@ -264,7 +266,9 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
     shortest = max(2, cdiv(least, step)) * step
     wanted = max(1, min(at_once // programs, cdiv(length, shortest)))
     steps = cdiv(cdiv(length, wanted), step)
-    return cdiv(length, steps * step), steps
+    count = cdiv(length, steps * step)
+    assert count * steps * step < 2**31  # the last split's end, an index of 32 bits
+    return count, steps
 
 
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
@@ -287,6 +291,7 @@ def cdiv(length: int, step: int) -> int:
 
 def row_tiles(rows: int, block_m: int, segments: int | None) -> int:
     """The number of tiles of rows; with segments an upper bound, which segments.py explains."""
+    assert rows + ((segments or 0) + 4) * block_m < 2**31  # the last tile's end, in 32 bits
     return rows // block_m + segments + 1 if segments else cdiv(rows, block_m)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast
-from .config import cdiv
+from .config import LONGEST, cdiv
 from .launch import Launch, Work, launch, size_of, stated
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -124,6 +124,7 @@ def gated_backward(
 def _launch(kernel: Any, activation: str, **matrices: Tensor) -> None:
     assert activation in ACTIVATIONS
     M, N = matrices["gate"].shape
+    assert N <= LONGEST
     arguments: dict[str, Any] = {
         **matrices,
         "N": N,

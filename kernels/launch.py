@@ -58,6 +58,9 @@ class Launch:
     stages: int
     work_of: Callable[[Mapping[str, Any]], Work]
 
+    def __post_init__(self) -> None:
+        assert self.grid[0] < 2**31  # a program's number has 32 bits
+
     @property
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")

@@ -6,6 +6,7 @@ A launcher has the name of its module, so the package ``kernels`` can't offer it
 from . import config, faults, gemm_config, launch, plan, replay, target
 from .capture import CapturedCall, capture_call
 from .common import dropout_threshold
+from .config import LONGEST
 from .dequant import dequant
 from .faults import ptxas
 from .gated import gated, gated_backward, why_not_gated

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, load_tile
-from .config import cdiv, row_tiles
+from .config import LONGEST, cdiv, row_tiles
 from .launch import size_of
 from .target import Target
 
@@ -112,6 +112,9 @@ class Packed:
 
     def packing(self, target: Target) -> "Packing":
         """The compile-time constants of a kernel that reads this weight."""
+        # Indices of 32 bits count the rows of all experts, and the columns.
+        assert max(1, self.experts) * self.rows <= LONGEST >= self.columns
+        assert self.columns + self.block_columns < 2**31
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
         numbers = self.block_rows, self.block_columns, outer_block, self.factor
@@ -194,7 +197,7 @@ def scale_tile(
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
     groups = 1  # blocks in a row of the whole weight; one if a block has all columns
-    inside = (o_row < rows)[:, None] & (o_group < 1)[None, :]
+    inside = (o_row < rows)[:, None]
     if PACKING.block_columns > 0:
         o_group += i_column // PACKING.block_columns
         groups = tl.cdiv(columns, PACKING.block_columns)

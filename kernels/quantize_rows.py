@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, hadamard_matrix, load_tile, rotate_tile, store_tile
-from .config import cdiv
+from .config import LONGEST, cdiv
 from .launch import Launch, Work, launch, size_of, stated
 
 
@@ -97,6 +97,7 @@ def quantize_rows(
     has any strides.
     """
     (M, K), block_m = x.shape, 32
+    assert max(M, K) <= LONGEST
     arguments = {
         "x": x, "codes": codes, "row_scales": row_scales, "column_factors": factors,
         "M": M, "K": K, "x_strides": x.stride(),

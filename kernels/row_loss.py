@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast
+from .config import LONGEST
 from .launch import Launch, Work, launch, size_of, stated
 
 # A program computes one row with 512 threads.  Each thread has 8 columns of a block: one load of
@@ -108,6 +109,7 @@ def row_loss(
     stride 1, its rows any stride.  ``settings``: label smoothing, softcap or None, logit scale,
     z_loss.
     """
+    assert z.shape[1] <= LONGEST
     smoothing, softcap, logit_scale, z_loss = settings
     arguments: dict[str, Any] = {
         "z": z, "target": target, "upstream": upstream if gradient else None, "losses": losses,

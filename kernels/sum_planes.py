@@ -54,7 +54,7 @@ def sum_planes_kernel(
         # Here i_block counts from the sum's first block.  It is negative in programs of earlier
         # sums, and at least ``blocks`` in programs of later sums.
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = (o_element >= 0) & (o_element < size)
+        inside = o_element < size
         blocks = tl.cdiv(size.to(tl.int64), BLOCK)
         if (i_block >= 0) & (i_block < blocks):
             b_sum = tl.zeros((BLOCK,), tl.float32)

@@ -111,8 +111,8 @@ def budget() -> dict[str, dict]:
 
 
 def measured(kind: str, folders: str) -> int:
-    if kind == "lines":  # without the emulator of GPUs, and suites of other projects
-        return sum(map(lines_of_code, files_of(folders, without=("machine", "suites"))))
+    if kind == "lines":  # without the emulator of GPUs, the proofs, and suites of other projects
+        return sum(map(lines_of_code, files_of(folders, without=("machine", "prove", "suites"))))
     paths = files_of(folders) + files_of(folders, ".md")
     counts = [hard(sentences_of(path)) for path in paths]
     return round(1000 * sum(len(s) for _, s in counts) / max(1, sum(n for n, _ in counts)))

@@ -97,7 +97,9 @@ def build() -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--built", action="store_true", help="check the files in dist/")
-    parser.add_argument("--no-machine", action="store_true", help="leave `make machine` out")
+    parser.add_argument(
+        "--no-machine", action="store_true", help="leave `make machine` and `make prove` out"
+    )
     asked, start = parser.parse_args(), time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not asked.built:
@@ -121,6 +123,7 @@ def main() -> None:
         for name in commands:
             check(f"{name} --help", python, "-m", "fastlora", name, "--help", cwd=place)
     if not asked.no_machine:
+        print(check("proofs of all kernels", "make", "prove", "ARGS=--all", cwd=ROOT), end="")
         words = "ARGS=--misses --save"
         print(check("every case on every card", "make", "machine", words, cwd=ROOT), end="")
     print(f"{time.monotonic() - start:5.1f} s  all of {wheel.name}")

@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError(f"{root}.kernels can't be imported: {why}") from error
 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
-LONGEST = 2**31 - 2**17  # 32 bits hold an index up to here, plus a few tiles
+LONGEST = kernels.LONGEST
 _MOST_EXPERTS = 2**16 - 2  # a grid's y axis has 2¹⁶ - 1; one is for rows without an expert
 # Views such as z.conj().imag: kernels read memory, which doesn't contain the minus sign.
 _NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"

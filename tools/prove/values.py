@@ -1,0 +1,270 @@
+"""The values that a kernel's source computes with: integers, conditions, pointers, opaque numbers.
+
+An operation asks ``proof``, the current :class:`~.engine.Proof`, for new unknowns, and tells it
+which claims it needs.
+"""
+
+from typing import Any
+
+import z3
+
+from .numbers import Monomial, Poly, expression, plus, times
+
+proof: Any = None  # engine.py sets it
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv mod and rand or xor rshift lshift "
+    "lt le gt ge eq ne neg invert"
+)
+
+
+class UnsupportedError(Exception):
+    """The source does what this tool can't follow."""
+
+
+class Int:
+    """An integer, or one element of a vector of integers, of 32 bits or 64."""
+
+    def __init__(self, poly: Poly, bits: int = 32) -> None:
+        self.poly, self.bits = poly, bits
+        self.lane: Int | None = None  # of a vector of row numbers
+
+    @property
+    def z(self) -> z3.ArithRef:
+        return expression(self.poly)
+
+    def _made(self, poly: Poly, other: "Int | None" = None) -> "Int":
+        made = Int(poly, max(self.bits, other.bits if other else 0))
+        proof.fits(made)
+        return made
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Pointer | Data | float | Tally):
+            return other + self
+        other = as_int(other)
+        return self._made(plus(self.poly, other.poly), other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        other = as_int(other)
+        return self._made(plus(self.poly, other.poly, -1), other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return as_int(other) - self
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, Data | float):
+            return Data()
+        other = as_int(other)
+        return self._made(times(self.poly, other.poly), other)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> "Int":
+        return proof.divided(self, as_int(other))[0]
+
+    def __rfloordiv__(self, other: Any) -> "Int":
+        return as_int(other) // self
+
+    def __mod__(self, other: Any) -> "Int":
+        return proof.divided(self, as_int(other))[1]
+
+    def __lt__(self, other: Any) -> "Bool":
+        return Bool(self.z < as_int(other).z)
+
+    def __le__(self, other: Any) -> "Bool":
+        return Bool(self.z <= as_int(other).z)
+
+    def __gt__(self, other: Any) -> "Bool":
+        return Bool(self.z > as_int(other).z)
+
+    def __ge__(self, other: Any) -> "Bool":
+        return Bool(self.z >= as_int(other).z)
+
+    def __eq__(self, other: Any) -> Any:
+        return Bool(self.z == as_int(other).z)
+
+    def __ne__(self, other: Any) -> Any:
+        return Bool(self.z != as_int(other).z)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, _: Any) -> "Int":
+        return self
+
+    def to(self, dtype: str, **_: Any) -> Any:
+        if dtype in ("int32", "int64"):
+            made = Int(self.poly, int(dtype[3:]))
+            proof.fits(made)
+            return made
+        return Data()
+
+    def __truediv__(self, other: Any) -> "Data":
+        return Data()
+
+
+def as_int(value: Any) -> Int:
+    if isinstance(value, Int):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Int({(): value} if value else {})
+    raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
+
+
+class Bool:
+    """A condition.  An ``if`` on it runs the kernel once for each outcome."""
+
+    def __init__(self, claim: z3.BoolRef) -> None:
+        self.claim = claim
+
+    def __and__(self, other: "Bool") -> "Bool":
+        return Bool(z3.And(self.claim, other.claim))
+
+    def __getitem__(self, _: Any) -> "Bool":
+        return self
+
+    def __bool__(self) -> bool:
+        return proof.branch(self.claim)
+
+    def to(self, _: str) -> "Bool":
+        return self
+
+
+class Tally:
+    """The number of lanes that fulfil a condition, summed over a loop."""
+
+    def __init__(self, start: int, counted: z3.BoolRef | None = None) -> None:
+        self.start, self.counted = start, counted
+
+    def __add__(self, other: Any) -> "Tally":
+        if not isinstance(other, Bool) or self.counted is not None:
+            raise UnsupportedError(f"a sum in a loop at {proof.where()}")
+        made = Tally(self.start, other.claim)
+        proof.tallied(made)
+        return made
+
+
+class Data:
+    """Numbers that no address depends on."""
+
+    def __init__(self, shape: tuple = (), dtype: str = "float32") -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def _result(self, other: Any = None, *_: Any) -> "Data":
+        shapes = self.shape, other.shape if isinstance(other, Data) else ()
+        return Data(max(shapes, key=len), self.dtype)
+
+    for _name in _OPERATORS.split():
+        locals()[f"__{_name}__"] = _result
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, _: Any) -> "Data":
+        return self
+
+    def __bool__(self) -> bool:
+        raise UnsupportedError(f"a branch on data at {proof.where()}")
+
+    def to(self, dtype: Any, **_: Any) -> "Data":
+        return Data(self.shape, dtype)
+
+    def reshape(self, *shape: Any) -> "Data":
+        return Data(shape, self.dtype)
+
+    def broadcast_to(self, *shape: Any) -> "Data":
+        return Data(shape, self.dtype)
+
+    def permute(self, *order: int) -> "Data":
+        return Data(tuple(self.shape[i] for i in order), self.dtype)
+
+    def split(self) -> tuple["Data", "Data"]:
+        return (Data(self.shape[:-1], self.dtype),) * 2
+
+    @property
+    def T(self) -> "Data":  # noqa: N802
+        return Data(self.shape[::-1], self.dtype)
+
+
+class Operand:
+    """A tensor of the launch.  ``axes``: each axis's size, and its stride as a product of unknowns.
+
+    The stride () is 1.  ``values``: of integers that addresses depend on, (least, end, bits), where
+    None is any.  ``ordered`` and ``distinct``: the values grow with the index; no two are equal.
+    """
+
+    def __init__(
+        self, name: str, *axes: tuple[Any, Monomial], values: tuple | None = None,
+        ordered: bool = False, distinct: bool = False, dtype: str = "bfloat16",
+    ) -> None:  # fmt: skip
+        self.name, self.values, self.dtype = name, values, dtype
+        self.axes = [(as_int(size), stride) for size, stride in axes]
+        self.ordered, self.distinct = ordered, distinct
+
+    def indices(self, address: Poly) -> list[Int]:
+        """The index on each axis, from the address: a term belongs to the longest stride in it."""
+        found: list[Poly] = [{} for _ in self.axes]
+        order = sorted(range(len(self.axes)), key=lambda axis: -len(self.axes[axis][1]))
+        for monomial, number in address.items():
+            for axis in order:
+                rest = list(monomial)
+                try:
+                    for factor in self.axes[axis][1]:
+                        rest.remove(factor)
+                except ValueError:
+                    continue
+                found[axis] = plus(found[axis], {tuple(rest): number})
+                break
+            else:
+                raise UnsupportedError(
+                    f"{self.name} has no stride in {monomial} at {proof.where()}"
+                )
+        return [Int(poly, 64) for poly in found]
+
+
+class Pointer:
+    def __init__(self, operand: Operand, address: Poly | None = None) -> None:
+        self.operand, self.address = operand, address or {}
+        self.dtype = type("Type", (), {"element_ty": operand.dtype})
+
+    def __add__(self, other: Any) -> "Pointer":
+        return Pointer(self.operand, plus(self.address, as_int(other).poly))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> "Pointer":
+        return Pointer(self.operand, plus(self.address, as_int(other).poly, -1))
+
+
+class Descriptor:
+    """A tensor descriptor: its operand's shape, and the box that a load or store has.
+
+    The hardware leaves out a box's elements outside of the shape, as a mask does.
+    """
+
+    def __init__(self, operand: Operand, *box: Any) -> None:
+        self.operand, self.box, self.dtype = operand, box, operand.dtype
+
+    def _access(self, kind: str, start: list) -> None:
+        proof.descriptor_access(kind, self, [as_int(each) for each in start])
+
+    def load(self, start: list) -> Data:
+        self._access("load", start)
+        return Data(self.box, self.dtype)
+
+    def store(self, start: list, value: Data) -> None:
+        if [as_int(n).poly for n in value.shape] != [as_int(n).poly for n in self.box]:
+            proof.failed(f"store {self.operand.name} {proof.where()}", "the box isn't the tile")
+        self._access("store", start)
+
+
+class Gone:
+    """A variable after a loop, with an unknown value; any use fails."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["name"] = name
+
+    def __getattr__(self, _: str) -> Any:
+        raise UnsupportedError(f"{self.name} carries a value through a loop")
+
+    for _name in (_OPERATORS + " getitem bool").split():
+        locals()[f"__{_name}__"] = lambda self, *_: self.__getattr__("")
+    __hash__ = None  # type: ignore[assignment]
