@@ -348,9 +348,7 @@ def from_row(masks: Masks, first: int) -> Masks:
     if first == 0:
         return masks
     rest = slice(first, None)
-    return [
-        [None if mask is None else mask.of_rows(rest) for mask in own_masks] for own_masks in masks
-    ]
+    return [[None if mask is None else mask.of_rows(rest) for mask in group] for group in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:

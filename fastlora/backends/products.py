@@ -42,8 +42,8 @@ _KEPT = 2 * _BLOCK  # bytes of the largest buffer that a thread keeps after a ca
 # Rows of x in a block.  Each block of x widens the whole weight again, so it must have many rows.
 _FEWEST_ROWS, _MOST_ROWS = 256, 512
 # Unused elements between rows of the widened weight.  Without the gap, rows that are a power of 2
-# apart map to the same few cache sets.  With it, dy weight took 14 % less time at 16 rows of dy, and
-# 3 to 5 % less at 64.
+# apart map to the same few cache sets.  With it, dy weight took 14 % less time at 16 rows of dy,
+# and 3 to 5 % less at 64.
 _GAP = 16
 # Elements in a block of dx that is summed in float32 while its products have 16 bits
 # (``_add_rounding_once``).
