@@ -152,12 +152,9 @@ def _acts_as_its_class(module: nn.Module) -> bool:
     """
     forward = module.__dict__["forward"]
     if "forward_origin" in module.__dict__:
-        function: Any = getattr(forward, "__func__", None)
-        if (
-            defined_in(function) == "swift.tuners.peft"
-            and function.__name__ == "keep_device_forward"
-        ):
-            forward = module.__dict__["forward_origin"]  # the one that it calls
+        method: Any = getattr(forward, "__func__", None)
+        if defined_in(method) == "swift.tuners.peft" and method.__name__ == "keep_device_forward":
+            forward = module.__dict__["forward_origin"]  # the forward that it calls
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         return True
     hook: Any = module.__dict__.get("_hf_hook")
