@@ -130,7 +130,7 @@ def _backward(
     # output.
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
-    all_rounded: list[_Rounded] = []
+    all_rounded: list[_Rounded] = []  # for each output with 8-bit products
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)

@@ -478,7 +478,10 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 
 def _long_rows(tensor: Tensor) -> Tensor:
-    """The tensor as a matrix with at least _FEW columns, or as one row."""
+    """The tensor as a matrix whose rows have at least _FEW elements, or as one row.
+
+    A matrix with fewer columns is transposed, because a row's error is estimated from its elements.
+    """
     matrix = tensor.reshape(-1, tensor.shape[-1])
     if matrix.shape[1] < _FEW <= len(matrix):
         return matrix.T
