@@ -58,9 +58,9 @@ class WeightGradConfig(ThinConfig):
         return splits(self.capacity(target, call), programs, call.m, self.block_m, 16 * call.r)
 
     def sums(self, call: Call) -> int:
-        thin = call.projections * self.block_n + call.project * self.block_m
+        thin_sums = call.projections * self.block_n + call.project * self.block_m
         tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as in LowRankConfig
-        return thin * self.block_r(call) + tiles * self.block_m * self.block_n
+        return thin_sums * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
         # (bytes from L2) / (bytes from DRAM), with X's bytes from DRAM.  L2 serves X for every step

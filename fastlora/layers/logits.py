@@ -109,10 +109,10 @@ class HeadCall:
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         return not self.is_computed and _top_hooks() in (None, self.hooks) and not is_transformed
 
-    def say(self, how: str) -> None:
+    def say(self, text: str) -> None:
         """Record how the loss of this call ran.  The first operation decides."""
         if self.record is not None:
-            self.record(how)
+            self.record(text)
         self.record = None
 
     def compute(self, reader: Any = "the elements were read") -> None:

@@ -216,5 +216,5 @@ def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
 
 def under(cls: type) -> type:
     """The class from which FSDP2 derived this one, or itself."""
-    first, *others = cls.__bases__
-    return others[0] if len(others) == 1 and derived_from(first, *FULLY_SHARDED) else cls
+    first, *bases = cls.__bases__
+    return bases[0] if len(bases) == 1 and derived_from(first, *FULLY_SHARDED) else cls

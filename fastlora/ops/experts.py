@@ -249,12 +249,12 @@ class _Pass(NamedTuple):
         of_parts = []
         for part in parts:
             of_part = [next(remaining) for _ in range(len(results) // len(parts))]
-            d_rows, d_row_weights, *others = self._gradients_of_part(d_out, needs, part, of_part)
+            d_rows, d_row_weights, *d_tensors = self._gradients_of_part(d_out, needs, part, of_part)
             if d_rows is not None:
                 dx.add(d_rows, part)
             if d_row_weights is not None:  # each row writes to its own entry of [T, k]
                 d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
-            of_parts.append(others)
+            of_parts.append(d_tensors)
         return [
             dx.sums if needs_x else None,
             d_weights.view(weights.shape) if needs_weights else None,
@@ -271,8 +271,8 @@ class _Pass(NamedTuple):
         because they have fewer columns than dy [rows, N].
         """
         (x, weights, *_), (pre, *hs), node = self.inputs, results, self.node
-        needs_x, needs_weights, *others = needs
-        needs_up, needs_down = others[: node.split], others[node.split :]
+        needs_x, needs_weights, *needs_flat = needs
+        needs_up, needs_down = needs_flat[: node.split], needs_flat[node.split :]
         needs_pre = needs_x or any(needs_up)
         up, down = self.products(part)
         (up_layout,), (layout,) = up.call.layouts, down.call.layouts

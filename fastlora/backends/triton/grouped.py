@@ -100,8 +100,8 @@ def _backward(
 ) -> list[Tensor | None]:
     """dx, then the gradients of the output's tensors as a flat list."""
     needs_x, *rest = needs_flat
-    (x, *flat), others = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
-    ends, seeds, *hs, dy = others
+    (x, *flat), saved = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    ends, seeds, *hs, dy = saved
     ((weight, _), adapters), (given,) = _stacked(flat, layouts, x), unflatten(flat, layouts)
     ((_, needs),) = unflatten(rest, layouts)
     options = {"precision": precision, "ends": ends}

@@ -124,11 +124,11 @@ def _backward(
     Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
     """
     needs_x, *rest = needs_flat
-    (x, *flat), (_, seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    (x, *flat), (_, seeds, *saved) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
     # After the ends (of experts, here None) and the seeds: one h for each adapter, one dy for each
     # output.
-    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    hs, dys = saved[: -len(layouts)], saved[-len(layouts) :]
     outputs = unflatten(flat, layouts)
     all_rounded: list[_Rounded] = []  # for each output with 8-bit products
     gradients: list[Output[Tensor | None]] = []
@@ -176,8 +176,8 @@ def _backward_by_torch(
     tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor | None]:
     needs = settings[-1]
-    inputs, (ends, seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
-    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    inputs, (ends, seeds, *saved) = tensors[: len(needs)], tensors[len(needs) :]
+    hs, dys = saved[: -len(layouts)], saved[-len(layouts) :]
     call = _torch_call(layouts, dropout, ends)
     return torch_backend.backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
 

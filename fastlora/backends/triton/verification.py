@@ -433,37 +433,40 @@ def compared(
     truth, pairs = None, zip(tensors, roles, strict=True)
     if x.dtype != torch.float32 or _EXACT not in roles:
         with contextlib.suppress(torch.OutOfMemoryError):
-            wide = _WIDE[x.dtype]
+            wider = _WIDE[x.dtype]
             truth = by_torch(
-                [t if t is None or role in (_KEPT, _ENDS) else t.to(wide) for t, role in pairs]
+                [t if t is None or role in (_KEPT, _ENDS) else t.to(wider) for t, role in pairs]
             )
-    for i, (ours, its) in enumerate(zip(results, right, strict=True)):
+    for i, (ours, expected) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
-        if ours is None or its is None:  # None stands for a gradient of zeros
-            present = its if ours is None else ours
+        if ours is None or expected is None:  # None stands for a gradient of zeros
+            present = expected if ours is None else ours
             if present is not None and torch.count_nonzero(present):
                 return f"{name} is missing"
-        elif its.numel():
+        elif expected.numel():
             eps = max(step, torch.finfo(x.dtype).eps)
-            ratio = _worst(ours, its, None if truth is None else truth[i], eps)
+            ratio = _worst(ours, expected, None if truth is None else truth[i], eps)
             if not ratio <= 1:
-                shape = f"{name}, {list(its.shape)}"
+                shape = f"{name}, {list(expected.shape)}"
                 return f"{shape}, has an error of {ratio:.3g} times what rounding explains"
     return ""
 
 
-def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
+def _worst(ours: Tensor, expected: Tensor, truth: Tensor | None, eps: float) -> float:
     """The largest |ours - truth| / allowed over all elements; at most 1 if the kernels are right.
 
-    For each row, with ``its`` PyTorch's results:
+    For each row, with ``expected`` PyTorch's results:
 
-        allowed = _SLACK · max |its - truth| + 2 · eps · max |truth|
+        allowed = _SLACK · max |expected - truth| + 2 · eps · max |truth|
 
-    So large numbers in one row can't hide an error in another one.  Without ``truth``, it is
-    ``its``, and _SLACK · eps · max |its| replaces the first term.  Elements where PyTorch's result
-    isn't finite are skipped.
+    So large numbers in one row can't hide an error in another one.  If ``truth`` is None, it is
+    ``expected``, and _SLACK · eps · max |expected| replaces the first term.  Elements where
+    PyTorch's result isn't finite are skipped.
     """
-    matrices, worst = [*map(_long_rows, (ours, its, its if truth is None else truth))], 0.0
+    matrices, worst = (
+        [*map(_long_rows, (ours, expected, expected if truth is None else truth))],
+        0.0,
+    )
     # In float64, block by block, because whole matrices would take more memory.
     for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
         our, their, true = (matrix[rows].double() for matrix in matrices)
