@@ -433,9 +433,9 @@ def compared(
     truth, pairs = None, zip(tensors, roles, strict=True)
     if x.dtype != torch.float32 or _EXACT not in roles:
         with contextlib.suppress(torch.OutOfMemoryError):
-            wider = _WIDE[x.dtype]
+            wide = _WIDE[x.dtype]
             truth = by_torch(
-                [t if t is None or role in (_KEPT, _ENDS) else t.to(wider) for t, role in pairs]
+                [t if t is None or role in (_KEPT, _ENDS) else t.to(wide) for t, role in pairs]
             )
     for i, (ours, expected) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
