@@ -452,21 +452,18 @@ def compared(
     return ""
 
 
-def _worst(ours: Tensor, expected: Tensor, truth: Tensor | None, eps: float) -> float:
+def _worst(ours: Tensor, right: Tensor, truth: Tensor | None, eps: float) -> float:
     """The largest |ours - truth| / allowed over all elements; at most 1 if the kernels are right.
 
-    For each row, with ``expected`` PyTorch's results:
+    For each row, with ``right`` PyTorch's results:
 
-        allowed = _SLACK · max |expected - truth| + 2 · eps · max |truth|
+        allowed = _SLACK · max |right - truth| + 2 · eps · max |truth|
 
     So large numbers in one row can't hide an error in another one.  If ``truth`` is None, it is
-    ``expected``, and _SLACK · eps · max |expected| replaces the first term.  Elements where
-    PyTorch's result isn't finite are skipped.
+    ``right``, and _SLACK · eps · max |right| replaces the first term.  Elements where PyTorch's
+    result isn't finite are skipped.
     """
-    matrices, worst = (
-        [*map(_long_rows, (ours, expected, expected if truth is None else truth))],
-        0.0,
-    )
+    matrices, worst = [*map(_long_rows, (ours, right, right if truth is None else truth))], 0.0
     # In float64, block by block, because whole matrices would take more memory.
     for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
         our, their, true = (matrix[rows].double() for matrix in matrices)
