@@ -171,7 +171,7 @@ def operands_of(
     ends: Tensor | None = None,
     **properties: Any,
 ) -> Operands:
-    """Choose the tiles of a launch, and whether it loads by descriptor.
+    """Choose the config of a launch, and whether it loads by descriptor; collect its arguments.
 
     ``configs``: the launcher's ``config`` and ``preferred``.  ``properties``: more fields of Call.
     """

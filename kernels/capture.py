@@ -19,19 +19,19 @@ the function of h = x lora_aᵀ is this, where the columns are summed in eight p
 
 The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
-* A buffer is allocated by ``torch.empty_like`` of an expanded tensor with one element: that takes
-  half the time of a call with shape and dtype.
+* ``buffer`` is ``torch.empty_like`` of an expanded tensor with one element.  That takes half the
+  time of ``torch.empty`` with shape and dtype.
 * Buffers that only launches use are parts of one allocation, the workspace.  Two buffers share
-  bytes of it if they are needed at different times.
-* The generated function drops a value after its last use.  A launch gets only addresses, which keep
-  no tensor alive.  So a call of ``_held`` after the launch is the last use of its buffers.
+  bytes of it if the last launch with one is before the first launch with the other.
+* The generated function deletes a variable after its last use.  A launch gets only an address,
+  which doesn't keep the tensor alive.  So ``held(tensor)``, which does nothing, follows the last
+  launch that uses the tensor.
 
-The capture runs the call on stand-ins, which are tensors of the device "meta".  They have shapes,
-strides and dtypes, but no memory, so a failure leaves nothing half done.  If the call reads a
-stand-in's device or address, the recorder gives the device of the real tensor, and an address with
-its alignment.  The recorder is a torch function mode, so it sees every operation, also views.
-Without it, backends would have to list their operations, and a forgotten one would give wrong
-results.
+The capture runs the call once on stand-ins: tensors of the device "meta", with shape, strides and
+dtype, but without memory.  So it computes nothing, and a failure changes no tensor.  If the call
+reads the device or the address of a stand-in, it gets the real tensor's device, and an address with
+the real one's alignment.  The recorder is a torch function mode, so it sees every operation,
+including views.
 """
 
 from collections.abc import Callable, Hashable, Sequence, Set
@@ -71,9 +71,9 @@ def capture_call(
     tensors: Sequence[Tensor | None],
     settings: Sequence[Hashable],
 ) -> CapturedCall:
-    """Capture ``function(tensors, *settings)`` for all tensors of the same kind.
+    """Capture ``function(tensors, *settings)`` for all tensors with the facts of these.
 
-    The caller of a replay has to keep the tensors alive until it returns.
+    The caller of a replay must keep the tensors alive until the replay returns.
     """
     # The caller's torch modes must not see stand-ins.  They see the operations of replays.
     # Inference mode is off, because its views have no ``_base``, which their address is computed
@@ -94,10 +94,10 @@ class _Recorder(TorchFunctionMode):
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}  # the id of a value -> the node that computes it
-        self.alive: list[Any] = []  # these values, kept so that no id is reused
+        self.alive: list[Any] = []  # these values: while they live, Python reuses no id
         self.constants = SimpleNamespace()
         self.buffers: dict[Node, Tensor] = {}
-        self.effects: set[Node] = set()  # nodes that are needed even if their results aren't used
+        self.effects: set[Node] = set()  # nodes with side effects: launches, writes in place
         self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
         self.launches: list[Node] = []
@@ -120,10 +120,10 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
-            # Callers read only the address modulo 16, and whether it is 0, so the base can be 2²⁰.
+            # Callers use only (address % 16) and (address == 0), so 2²⁰ can stand for any base.
             base = self.nodes[id(_base(arguments[0]))]
             return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
-        if getattr(function, "__self__", None) is Tensor.device:
+        if getattr(function, "__self__", None) is Tensor.device:  # tensor.device is read
             return self.device
         out = keywords.get("out")  # if given, it is the result, and a stand-in needs no values
         with DisableTorchFunction():  # turns off this mode and the caller's modes
@@ -230,8 +230,8 @@ class _Recorder(TorchFunctionMode):
     def _address(self, tensor: Tensor) -> Node:
         """A node for the tensor's address: its base's address plus an offset.
 
-        So a replay makes no views for launches.  Triton's interpreter takes the tensor itself in
-        place of an address.
+        A view is never created in a replay if only launches use it.  Triton's interpreter takes the
+        tensor itself in place of an address.
         """
         base, offset = (tensor, 0) if INTERPRETED.value else (_base(tensor), _offset(tensor))
         node = self._argument(base)
@@ -273,7 +273,7 @@ class _Recorder(TorchFunctionMode):
         return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
     def _hold(self, returned: Sequence[Node]) -> None:
-        """Keep each new tensor alive until its last launch; the launch has only its address."""
+        """Add ``held(tensor)`` after the last launch with each new tensor, to keep it alive."""
         for node, uses in self.uses.items():
             if node.op.startswith("call") and node not in returned:
                 with self.graph.inserting_after(self.launches[max(uses)]):
@@ -287,10 +287,10 @@ class _Recorder(TorchFunctionMode):
 
 
 def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-    """The C function that Triton's launcher calls for these arguments, and its arguments.
+    """(C function, arguments) that Triton's launcher would call for these arguments.
 
-    Calling it directly saves host time.  If the launcher does more than this call (scratch memory,
-    a sanitizer), the result is the launcher.
+    A direct call saves host time.  If the launcher does more than this call (scratch memory, a
+    sanitizer), returns the launcher and its arguments.
     """
     fields = vars(launcher)
     scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
@@ -305,10 +305,11 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
 
 
 def _placed(lives: dict, sizes: dict) -> tuple[dict, int]:
-    """Offsets of buffers in the workspace, by first fit, and the size of the workspace, in bytes.
+    """(offset of each buffer in the workspace, size of the workspace), in bytes.
 
-    ``lives``: the numbers of the first and the last launch with each buffer, sorted by the first.
-    Two buffers may share bytes if the last launch of one is before the first launch of the other.
+    ``lives``: (first launch, last launch) with each buffer, sorted by the first.  Two buffers may
+    share bytes if the last launch of one is before the first launch of the other.  Each buffer gets
+    the first offset that doesn't overlap a buffer alive at the same time ("first fit").
     """
     placed: list[tuple[int, int, int]] = []  # first byte, byte after the last, last launch
     offsets = {}
@@ -327,26 +328,27 @@ def _base(tensor: Tensor) -> Tensor:
 
 
 def _offset(tensor: Tensor) -> int:
-    """The bytes from the address of the tensor's base to the tensor's own address."""
+    """address of the tensor - address of its base, in bytes."""
     base, own = (t.storage_offset() * t.element_size() for t in (_base(tensor), tensor))
     return own - base
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """Returns the tensor; a call of this after a launch keeps the tensor alive until then."""
+    """Returns the tensor.  A call after a launch keeps the tensor alive until after the launch."""
     return tensor
 
 
 class _Address(int):
-    """An address in place of a tensor descriptor's base, whose address is all that Triton reads."""
+    """An address with ``data_ptr()``.  Triton reads nothing else of a tensor descriptor's base."""
 
     data_ptr = int.__int__
 
 
 class _Described(TensorDescriptor):
-    """A tensor descriptor for replays.  Its fields are class attributes, except the base.
+    """A tensor descriptor for replays, with only its base as an instance attribute.
 
-    A replay creates it without the checks of the fields, which have passed in the capture.
+    The other fields are attributes of a subclass (:func:`_describing`).  Their checks passed in the
+    capture, so a replay skips them.
     """
 
     def __init__(self, base: Any) -> None:

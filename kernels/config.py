@@ -1,9 +1,10 @@
 """Launch configs (tiles, warps, stages): how one is chosen for a call, and what fits a target.
 
-The choice follows a cost model (:meth:`Config.through_l2`, :meth:`Config.tiles`,
-:meth:`ThinConfig.capacity`): counts of bytes and programs, which rank configs that compile well.
-No GPU has measured it.  ``fastlora tune`` measures plans and tiles on the user's device, and its
-result takes the model's place (plan.py).
+For each target and kernel, the table in defaults.py has configs that compile well.  A cost model
+chooses one of them for a call.  It counts bytes (:meth:`Config.through_l2`) and programs
+(:meth:`Config.tiles`, :meth:`ThinConfig.capacity`).  No GPU has measured the model.  ``fastlora
+tune`` measures plans and tiles on the user's device, and its result replaces the model's choice
+(plan.py).
 """
 
 import math
@@ -17,10 +18,11 @@ from .target import Target
 
 LONGEST = 2**31 - 2**17  # of an axis: 32 bits hold an index up to here, plus a few tiles
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
-# Up to so many rows, loading the weight takes most of a base product's time (an assumption).
+# A call has few rows if it has at most this many: then loading the weight takes most of a base
+# product's time (an assumption).
 FEW_ROWS = 64
 MARGIN = 2048  # bytes of shared memory for barriers and alignment
-# The most float32 sums of products in a thread: half of its 255 registers.  Configs with more spill
+# The most float32 accumulators in a thread: half of its 255 registers.  Configs with more spill
 # when compiled (`make compile-report`).
 _MOST_SUMS = 128
 # A config prints as a word, for example 64x64-w8-s4-r256: these letters name its numbers.
@@ -29,7 +31,7 @@ _LETTERS = {"w": "warps", "s": "stages", "g": "group", "r": "width"}
 
 @dataclass(frozen=True)
 class Call:
-    """The properties of a launch that the choice of tiles depends on: the key of that choice.
+    """All properties of a launch that the choice of its config depends on.
 
     Sizes belong to the kernel's operands, not to the layer's: for dx, ``n`` is the layer's K.
     """
@@ -41,7 +43,9 @@ class Call:
     precision: str  # "tf32" or "ieee"
     projections: int = 1
     masked: bool = False  # with dropout
-    project: bool = False  # weight_grad also computes dh; it is gemm_lowrank_few_rows, with h
+    # Whether the launch also computes a thin product: dh in weight_grad, h in a base product (then
+    # the kernel is gemm_lowrank_few_rows).
+    project: bool = False
     pointers: bool = False  # base products: an operand can't be loaded by tensor descriptor
     packed: str = ""  # base products: the kind of codes of a packed q
     segments: int = 0  # how many segments the rows are cut into; 0: not cut
@@ -79,16 +83,16 @@ class Config:
 
     def __str__(self) -> str:
         tile = "x".join(str(size) for name, size in vars(self).items() if name[:6] == "block_")
-        usual = {each.name: each.default for each in fields(self)}
+        defaults = {each.name: each.default for each in fields(self)}
         numbers = [
             f"{letter}{getattr(self, name)}"
             for letter, name in _LETTERS.items()
-            if name in usual and (letter in "ws" or getattr(self, name) != usual[name])
+            if name in defaults and (letter in "ws" or getattr(self, name) != defaults[name])
         ]
         return "-".join([tile, *numbers] + ["tma"] * getattr(self, "descriptors", False))
 
     def block_r(self, call: Call) -> int:
-        """BLOCK_R: the columns of one step over the rank, a power of two from 16 on."""
+        """BLOCK_R: the columns of one step over the rank, a power of two, at least 16."""
         raise NotImplementedError
 
     def tiles(self, call: Call) -> int:
@@ -96,14 +100,14 @@ class Config:
         raise NotImplementedError
 
     def sums(self, call: Call) -> int:
-        """The number of float32 sums of products that a program holds at once."""
+        """The number of float32 accumulators that a program holds at once."""
         raise NotImplementedError
 
     def through_l2(self, call: Call) -> float:
         """Ratio of L2 requests to DRAM traffic, both in bytes, of a thin product.
 
-        DRAM serves a byte once, L2 every time that a program loads it.  The smaller the tiles, the
-        more often programs load the adapter, or x.
+        A byte is read from DRAM once, and from L2 each time that a program loads it.  Smaller tiles
+        mean more programs, and each of them loads the adapter, or x, again.
         """
         return 0.0
 
@@ -156,12 +160,12 @@ class ThinConfig(Config):
     def capacity(self, target: Target, call: Call) -> int:
         """The number of programs of a thin product that should run at once.
 
-        That is one program for each processor.  A group with several masks has ``target.masking``
-        programs, so that one loads while another computes masks; but not at high ranks, where a
-        processor's registers hold only one program.
+        It is one program for each processor.  With several masks (dropout in a group), it is
+        ``target.masking`` programs, so that one loads while another computes masks.  But if all
+        ranks together exceed 64, a processor's registers hold only one program.
         """
-        is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
-        return target.processors * (target.masking if is_many else 1)
+        several_masks = call.masked and call.projections > 1 and call.projections * call.r <= 64
+        return target.processors * (target.masking if several_masks else 1)
 
 
 # DEFAULTS[target, kernel][product]: configs in the order of preference.  defaults.py fills it.
@@ -186,27 +190,29 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
 def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     """The config that the cost model chooses from the target's table; None if no config fits.
 
-    Thin products (``project``, ``lowrank``, ``weight_grad``): the first that fits and whose L2
-    requests stay below the target's limit.  Base products (``gemm_lowrank``): the first that fits
-    and has a tile for nearly every processor.  A layer's thin products have the same config for all
-    numbers of rows, and its base products have one for few and one for many rows: each further
-    config would be compiled in the middle of training, when a batch has another length.
+    Thin products (``project``, ``lowrank``, ``weight_grad``): the first fitting config with
+    through_l2 <= limit.  Base products (``gemm_lowrank``): the first fitting config with tiles >=
+    0.9 · processors.
+
+    The choice must not depend much on the number of rows, because a new config is compiled in the
+    middle of training when a batch has a new length.  So a layer's thin products have one config,
+    and its base products have one for few rows and one for many.
     """
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
     if kernel != "gemm_lowrank":
-        # L2 has more time while the masks are computed, so the limit is higher.  If no config stays
-        # below the limit, the one with the fewest requests is chosen.
-        # (All below the limit count as equal, and min() takes the first of equals.)
+        # L2 can serve more requests while masks are computed, so masks raise the limit.
+        # max(…, limit) makes all configs below the limit equal; min() takes the first of equals, or
+        # the config with the fewest requests if none is below the limit.
         limit = target.l2 + call.masked * (call.projections - 1) / 2
         return min(fitting, key=lambda each: max(each.through_l2(call), limit), default=None)
     few = call.m <= FEW_ROWS * max(1, call.segments)
-    # Tiles are counted for FEW_ROWS rows in all calls with few rows, and for 2048 rows in all
-    # others, because the fused plan is meant for about 2048 rows and more (plan.py).
+    # Count tiles for FEW_ROWS rows if there are few, and for 2048 rows otherwise, not for call.m.
+    # (2048, because the fused plan is meant for about 2048 rows and more; see plan.py.)
     counted_call = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
     if call.packed:
-        # Every tile of rows unpacks the weight again.  So one tile should hold all rows (up to
-        # FEW_ROWS), in the smallest such size.  With one tile of rows, m no longer counts.
+        # Every tile of rows unpacks the weight again.  So a tile should hold all rows (up to
+        # FEW_ROWS): take the smallest block_m >= min(rows, FEW_ROWS), and count one tile of rows.
         m = cdiv(call.m, call.segments or 1)
         heights = [c.block_m for c in fitting if c.block_m >= min(m, FEW_ROWS)]
         suited = [config for config in fitting if config.block_m == min(heights, default=0)]
@@ -224,7 +230,7 @@ def chosen_config(
 ) -> Any:
     """``config`` if it is given, else ``preferred`` if that fits the call, else the default.
 
-    Raises ValueError with the reason of :meth:`Config.why_not` if the chosen config doesn't fit.
+    Raises ValueError with the text of :meth:`Config.why_not` if the chosen config doesn't fit.
     """
     assert max(call.m, call.n, call.r) <= LONGEST
     if config is None and preferred is not None and not preferred.why_not(target, call):
@@ -239,7 +245,8 @@ def chosen_config(
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
     """The configs that tuning tries: the target's tables and their neighbors, if they fit the call.
 
-    The default comes first.  The others follow by their distance from it, counted in doublings.
+    They are sorted by distance from the default: Σ |log2 of the ratio| over tile sizes, warps, ….
+    The default comes first, with distance 0.
     """
     kind = type(rows(kernel, target, call)[0])
     tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
@@ -257,11 +264,12 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
 
 
 def splits(at_once: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
-    """(number of splits of the summed axis, steps in each), so that ``at_once`` programs can run.
+    """(number of splits of the summed axis, steps in each), so that ``at_once`` programs run.
 
+    A split sums only a part of the axis, into a plane of partial sums of its own ("split-K").  The
+    plane costs memory traffic, so a split has at least two steps and about ``least`` elements.
     ``programs``: how many there are without splits.  ``length``: the elements of the summed axis.
-    ``step``: its elements in a step of the loop.  A split costs a plane of partial sums, so it has
-    at least two steps and about ``least`` elements.
+    ``step``: its elements in one step of the loop.
     """
     shortest = max(2, cdiv(least, step)) * step
     wanted = max(1, min(at_once // programs, cdiv(length, shortest)))
@@ -272,9 +280,10 @@ def splits(at_once: int, programs: int, length: int, step: int, least: int) -> t
 
 
 def chunks(*groups: Sequence | None) -> Iterator[tuple]:
-    """The operands of each launch: lists with one entry per projection, cut to MAX_PROJECTIONS.
+    """Yield the operands of each launch: all lists, sliced to MAX_PROJECTIONS entries.
 
-    The longer of the first two lists counts.  A list that is None is None in every launch.
+    Each list has an entry for each projection, or is None in all launches.  The number of launches
+    follows from the longer of the first two lists.
     """
     most = max(len(group or ()) for group in groups[:2])
     if most <= MAX_PROJECTIONS:  # no slices: slicing a tensor takes host time

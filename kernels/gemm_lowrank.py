@@ -76,7 +76,10 @@ def gemm_lowrank_kernel(
     With segments (``ends``): Q_i [segments, K_i, N], V_i [segments, R_i, N], bias [segments, N].  A
     row uses the matrices of its segment; rows without a segment get zero.  PACKING, unless None:
     Q_i is packed, q_i has its codes and ``q_operands`` its scales and tables (packed.py).
-    ``strides``: of each P_i, Q_i and V_i, of the bias, and of OUT's rows.
+    ``strides``: of each P_i, Q_i and V_i, of the bias, and of OUT's rows.  Q_TRANSPOSED: each Q_iᵀ
+    has contiguous rows (in the forward, Q_0ᵀ is the weight).  MULTIPLES_OF_8: whether 8 divides all
+    R_i, and whether it divides all column strides of V_i.  ``operands_of`` (base_product.py) makes
+    most arguments.
     """
     # One argument for each P_i and Q_i: Triton's launcher finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
@@ -195,6 +198,7 @@ def gemm_lowrank(
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
             continue
         adds, masked = add or i > 0, launch_seeds is not None
+        # The config, descriptors, and the arguments that all kernels with a base product share.
         operands = operands_of(
             out, p, q, u, v, None if i else bias, precision, (config, preferred),
             adds=adds, ends=ends, masked=masked,

@@ -45,8 +45,8 @@ class ProjectConfig(ThinConfig):
     width: int = 128
 
     def why_not(self, target: Target, call: Call) -> str:
-        # A product of 64 rows or more (wgmma) reads the masked tile from registers.  ptxas may let
-        # other code overwrite them while it still reads (faults.overwrites_operands).
+        # wgmma (products of 64 rows or more) reads the masked tile from registers, asynchronously.
+        # ptxas may let other code overwrite them before it has read (faults.overwrites_operands).
         is_exposed = call.masked and call.product == "tf32" and self.block_m >= 64
         if is_exposed and overwrites_operands(target):
             return f"ptxas before 13.3 miscompiles masked TF32 in tiles of {self.block_m} rows"
@@ -60,8 +60,8 @@ class ProjectConfig(ThinConfig):
         return self.block_m * (call.projections * self.block_r(call) + masked)
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves X once.  L2 serves X for every step over the rank, and V (float32, 4 bytes)
-        # for every tile of rows.
+        # (bytes from L2) / (bytes from DRAM), with X's bytes from DRAM.  L2 serves X for every step
+        # over the rank, and V (float32, 4 bytes) for every tile of rows.
         v = 4 * call.projections * call.r / (self.block_m * call.itemsize)
         return cdiv(call.r, self.block_r(call)) + v
 
@@ -81,7 +81,8 @@ class ProjectConfig(ThinConfig):
 def _work_of(arguments: Mapping[str, Any]) -> Work:
     """The FLOPs and bytes of a launch.  Names that end in ``bytes`` count each element once."""
     x, v, planes = (arguments[name] for name in ("x", "v", "planes"))
-    # count: the number of splits, or 0 if K isn't split.
+    # planes[i] is projection i's, [splits, M, R_i]; planes is () without splits.  So count is the
+    # number of splits, or 0 if K isn't split.
     (M, K), ranks = (arguments["M"], arguments["K"]), arguments["R"]
     segments, r_tiles, count = arguments["segments"], arguments["R_TILES"], len((*planes, ())[0])
     m_tiles, passes = row_tiles(M, arguments["BLOCK_M"], segments), r_tiles * max(1, count)
@@ -206,10 +207,9 @@ def project(
         block_r = tiles.block_r(call)
         r_tiles = cdiv(call.r, block_r)
         programs = tiles.tiles(call) * r_tiles
-        # A split should load at least four times the bytes that its plane costs.  The plane costs
-        # 8 · M · r bytes, because it is written and read.  For each column, a split loads 2 · M
-        # bytes of x and 4 · r bytes of V.  So 16 r columns are enough because of x, or 8 M columns
-        # because of V.
+        # A split of c columns should load at least 4 × the bytes of its plane's traffic.  It loads
+        # 2 M c bytes of x and 4 r c of V.  Its plane, float32, is written and read: 8 M r bytes.
+        # 2 M c >= 4 · 8 M r from c = 16 r on; 4 r c >= 4 · 8 M r from c = 8 M on.  One is enough.
         least = min(16 * call.r, 8 * M)
         count, steps = splits(tiles.capacity(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]

@@ -4,19 +4,22 @@ A segment is the rows of one expert or one adapter.  Segment e has the rows from
 ends[e].  Rows behind the last end have no segment (no expert or adapter); kernels treat them as one
 more segment, number ``segments``, whose results are zero.
 
-No tile has rows of two segments, because a tile is multiplied by one segment's matrices.  With
-BLOCK rows in a tile, segment e's tiles have consecutive numbers, and its first tile has the number
-start // BLOCK + e.  The segments' first numbers grow with e, so a tile belongs to the last segment
-whose first number isn't above the tile's.  For example, BLOCK 16 and ends [20, 24]:
+A tile is multiplied by one segment's matrices, so it has rows of one segment only.  With BLOCK rows
+in a tile:
+
+    first_tile(e) = start(e) // BLOCK + e                      grows with e
+    segment(tile) = the largest e with first_tile(e) <= tile
+
+For example, BLOCK 16 and ends [20, 24]:
 
     segment   rows      first number       tiles
     0         0 … 19    0 // 16 + 0 = 0    0 (rows 0 … 15), 1 (rows 16 … 19)
     1         20 … 23   20 // 16 + 1 = 2   2 (rows 20 … 23)
     none      24 …      24 // 16 + 2 = 3   3 …
 
-Some numbers between two segments may belong to no rows.  Such a tile starts after its segment's end
-and loads and stores nothing.  Every program finds its segment by one load of all ends, so that no
-table has to be computed before the launch.
+If a segment needs fewer tiles than there are numbers up to the next first_tile, the last numbers
+are tiles that start after the segment's end.  They load and store nothing.  Every program finds its
+segment by one load of all ends, so no table has to be computed before the launch.
 
 Adapters have a factor and a mask for each segment (:class:`SegmentNumbers`).  Where the rows of x
 aren't sorted by segment in memory, the launch visits them in sorted order: ``order`` [M], int32,
@@ -81,7 +84,7 @@ def strides_of(tensors: Sequence[Any], ends: Tensor | None) -> tuple[tuple, ...]
 
 
 def bytes_to_find(segments: int | None) -> int:
-    """An upper bound of the bytes that a program loads to find its tile's segment."""
+    """The most bytes that a program loads to find its tile's segment: ends, int32, and two more."""
     return 4 * (segments + 2) if segments else 0
 
 
@@ -111,7 +114,7 @@ def row_numbers(order, i_row, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def own_number(numbers, number, i_segment, segments):
-    """The segment's entry of ``numbers`` [segments]; without ``numbers``, the launch's number."""
+    """numbers[i_segment], for one number per segment; ``number`` if ``numbers`` is None."""
     if numbers is None:
         return number
     else:
@@ -130,11 +133,11 @@ def mask_numbers(seeds, own_thresholds, threshold, i, i_segment, segments):
 
 @triton.jit
 def segment_rows(ends, segments, i_segment, M):
-    """(first row, row after the last) of a segment.
+    """(first row, row after the last) of segment i_segment: ends[i_segment - 1], ends[i_segment].
 
     Both are clamped to 0 … M, so wrong ``ends`` cause no access outside of the tensors.
 
-    Number ``segments`` stands for the rows without a segment, from the last end to M.
+    i_segment = ``segments`` has the rows without a segment, from the last end to M.
     """
     start = tl.load(ends + i_segment - 1, mask=i_segment > 0, other=0)
     end = tl.load(ends + i_segment, mask=i_segment < segments, other=M)
@@ -154,8 +157,8 @@ def segment_of_tile(
     if ends is None:
         return 0, 0, i_tile * BLOCK_M, M, M, N
     else:
-        # Count the segments whose first tile number isn't above i_tile.  Segment 0 always counts:
-        # its start, which isn't loaded, is 0.
+        # i_segment = (number of e with start(e) // BLOCK_M + e <= i_tile) - 1, where start(e) is
+        # ends[e - 1].  start(0) is 0, which isn't loaded, so e = 0 is always counted.
         i_segment = -1
         for i_first in tl.range(0, segments + 1, SEGMENT_BLOCK, num_stages=1):
             o_segment = i_first + tl.arange(0, SEGMENT_BLOCK)

@@ -53,27 +53,26 @@ class WeightGradConfig(ThinConfig):
         if call.segments:
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
-        # A split should load four times the bytes that its plane costs.  The plane costs 8 · N · r
-        # bytes, because it is written and read, and a split loads 2 · N bytes of X for each row.
-        # So 16 r rows suffice.
+        # A split of m rows should load at least 4 × the bytes of its plane's traffic.  It loads
+        # 2 N m bytes of X.  Its plane, float32, is written and read: 8 N r bytes.  So m >= 16 r.
         return splits(self.capacity(target, call), programs, call.m, self.block_m, 16 * call.r)
 
     def sums(self, call: Call) -> int:
-        thin = call.projections * self.block_n + call.project * self.block_m
+        thin_sums = call.projections * self.block_n + call.project * self.block_m
         tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as in LowRankConfig
-        return thin * self.block_r(call) + tiles * self.block_m * self.block_n
+        return thin_sums * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
-        # DRAM serves X once.  L2 serves X for every step over the rank, and U for every tile of
-        # columns.
+        # (bytes from L2) / (bytes from DRAM), with X's bytes from DRAM.  L2 serves X for every step
+        # over the rank, and U for every tile of columns.
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
 
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
         v = call.project * (self.block_n + self.block_m) * r * 4
-        # On Hopper, a product of fewer than 64 rows reads registers, as on older devices, so it
-        # needs one stage less of buffers.
+        # A product of fewer than 64 rows reads registers (mma, also on Hopper), not shared memory
+        # (wgmma), so it needs buffers for one stage less.
         rows = self.block_n if call.project else r
         copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
         low_rank = call.low_rank * (n * self.block_n * r + self.block_m * self.block_n) * size
@@ -81,10 +80,10 @@ class WeightGradConfig(ThinConfig):
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
-        """See :meth:`Config.why_not`; also refuses tiles that make Triton's code for one pass race.
+        """See :meth:`Config.why_not`; also refuses tiles with a data race in Triton's code.
 
-        One pass uses a loaded tile in two products (faults.overwrites_tiles).  In one pass over dy
-        it is the tile of X, in one pass over x the tiles of U_i.  With a mask there is no race,
+        The race is possible where one loaded tile is an operand of two products
+        (faults.overwrites_tiles): X in one pass over dy, U_i in one pass over x.  Not with a mask,
         because the masked X is in registers, so the loop waits for each product.
         """
         kept = self.block_n if call.project else self.block_r(call)
@@ -136,9 +135,10 @@ def _work_of(arguments: Mapping[str, Any]) -> Work:
 def rows_of_program(ends, segments, i_split, steps, M, N, BLOCK_M: tl.constexpr):
     """(first row, row after the last, end, rows, columns) of the program with split i_split.
 
-    The program walks from the first row to the last, loads rows below ``rows`` and columns below
-    ``columns``, and stores rows below ``end``.  With ``ends``, i_split is a segment.  For rows
-    without a segment, the program loads nothing, so its results are zero.
+    The program's loop runs from the first row to the last.  Loads are masked to rows below ``rows``
+    and columns below ``columns``, stores to rows below ``end``.  With ``ends``, i_split is the
+    number of a segment.  For rows without a segment, ``rows`` and ``columns`` are 0, so the program
+    loads zeros and its results are zero.
     """
     if ends is None:
         first = i_split * steps * BLOCK_M
@@ -233,8 +233,8 @@ def weight_grad_kernel(
         next_sums = ()  # a tuple's entries can't be assigned, so each step makes a new tuple
         b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(len(u)):
-            # U is loaded as its transpose.  Otherwise Triton loads only one of the two tiles more
-            # than one step ahead.
+            # b_u is a tile of U_iᵀ (strides 1, R_i).  If it were loaded as a tile of U_i and then
+            # transposed, Triton would load only one of X and U_i more than one step ahead.
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             keep, b_kept = None, b_x
             if seeds is not None:
@@ -338,7 +338,7 @@ def weight_grad(
 
 
 def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
-    """Whether one pass over x costs fewer bytes, in partial sums, than reading x a second time."""
+    """Whether one pass over x saves bytes: partial sums (written, read) < a second read of x."""
     (M, N), r = x.shape, b.shape[-1]
     target = target_of(x.device)
     segments = len(b) if b.dim() == 3 else 0
@@ -350,5 +350,5 @@ def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, or its transpose if only that is contiguous."""
+    """The tensor if it is contiguous, else its transpose, which is contiguous then."""
     return tensor if tensor.is_contiguous() else tensor.mT

@@ -1,19 +1,23 @@
 """The dropout mask: a function of (seed, row, column), however the rows are cut into blocks.
 
-Every row and every column has an odd key of 32 bits, 2 · (hash of its number ^ half the seed) + 1:
-rows with the lower half, columns with the upper one.  An element's word is the product of its two
-keys, modulo 2³².  An element is kept if the word's upper half, read as an int16, is at least
-round(p · 2¹⁶) - 2¹⁵.  So the probability is exact to 2⁻¹⁶, which is coarse for a p beyond 0.999.
-An element costs one multiplication, because hashes are computed only per row and per pair of
-columns.
+All integers have 32 bits and wrap.  ``low`` and ``high`` are the halves of the 64-bit seed:
 
-Two rows are correlated if the ratio of their keys, modulo 2³², is a ratio of two small numbers; the
-same holds for two columns.  About n² of 2³⁰ pairs have a ratio of numbers up to n, and a few pairs
-of 2³¹ have equal keys.  Masks need seeds whose 64 bits are all random.  Don't use this as a source
-of random numbers for anything else.
+    row_key(i)    = 2 · (hash(i) ^ low) + 1
+    column_key(j) = 2 · (column_hash(j) ^ high) + 1
+                    column_hash(2 j) = hash(~j), column_hash(2 j + 1) = c · hash(~j)
+    word(i, j)    = row_key(i) · column_key(j)
+    keep(i, j)    = (word(i, j) >> 16) >= round(p · 2¹⁶) - 2¹⁵      words are signed
 
-The mask takes only integer arithmetic that wraps, on whole tensors: it runs on any device and never
-reads the seed back to the host.  On a CPU ``threshold_backward`` clears elements in one pass over
+The probability is exact to 2⁻¹⁶, which is coarse for p > 0.999.  An element costs one
+multiplication, because hashes are computed only per row and per pair of columns.
+
+Rows i and j are correlated if row_key(i) / row_key(j) = a / b (mod 2³²) for small integers a and b;
+the same holds for columns.  About n² of 2³⁰ pairs have such a ratio with a, b <= n, and a few of
+2³¹ pairs have equal keys.  All 64 bits of a seed must be random.  Don't use the mask as a source of
+random numbers for anything else.
+
+The mask is computed by integer operations on whole tensors, so it runs on any device.  On a GPU the
+host never reads the seed.  On a CPU ``threshold_backward`` zeroes dropped elements in one pass over
 integers of the elements' size, several times faster than a bool mask.
 """
 
@@ -31,7 +35,7 @@ from .products import Scratch
 SCRATCH = Scratch()
 # Multipliers and shifts, from Wellons' hash lowbias32; as an int32 the second one is negative.
 _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
-# Two columns beside each other share a hash, multiplied by this number (from PCG) for the second.
+# c: columns 2 j and 2 j + 1 share one hash, which is multiplied by c (from PCG) for the second.
 _OF_THE_SECOND = 0x2C9277B5
 _HALVES = Struct("<ii")
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,7 +49,8 @@ class DropoutMask:
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
         self.p = p
-        self.least = min(round(p * 2**16), 2**16 - 1) - 2**15  # a kept word's upper half, an int16
+        # An element is kept if the upper half of its word, an int16, is at least this.
+        self.least = min(round(p * 2**16), 2**16 - 1) - 2**15
         self.row_keys, self.column_keys = _keys(seed, shape)
 
     def of_rows(self, rows: Tensor | slice) -> "DropoutMask":
@@ -55,7 +60,8 @@ class DropoutMask:
         return chosen
 
     def rows(self, first: int, count: int) -> Tensor:
-        """bool [count, columns], from row ``first`` on: true where an element is kept."""
+        """The mask of rows first … first + count - 1: bool [count, columns], true where kept."""
+        # word >= least · 2¹⁶ is the same test as (word >> 16) >= least.
         return self.row_keys[first : first + count] * self.column_keys >= self.least << 16
 
     def drop(self, first: int, *tensors: tuple[Tensor, Tensor]) -> None:
@@ -79,7 +85,7 @@ class DropoutMask:
         integer = _INTEGER_OF_SIZE[x.element_size()]
         words, highest = SCRATCH.matrix_like("words", x, torch.int32), (self.least << 16) - 1
         torch.mul(self.row_keys[first : first + len(x)], self.column_keys, out=words)
-        if integer != torch.int32:
+        if integer != torch.int32:  # compare upper halves, in integers of the elements' size
             words, highest = words.bitwise_right_shift_(16), self.least - 1
             words = SCRATCH.matrix_like("halves", x, integer).copy_(words)
         for x, out in tensors:
@@ -91,11 +97,12 @@ def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     rows, columns = shape
     low: Any
     high: Any
-    # Outside of tracing and transforms, a CPU's seed can be read.
-    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active():
-        # 2 · half + 1 for both halves at once: the "or" puts each half's 1 in, also where the
-        # shift carries the top bit of the lower half over into the upper one.
+    # Read a CPU's seed on the host, except under a compiler, a dispatch mode or a transform, where
+    # it may have no value.
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if seed.is_cpu and not is_traced and not torch._C._are_functorch_transforms_active():
+        # low = 2 · lower half + 1 and high = 2 · upper half + 1, by one shift of the 64 bits.  The
+        # shift moves the lower half's top bit into bit 32, and the "or" sets that bit to 1.
         doubled = (int(seed.item()) << 1 | 0x1_0000_0001) & (2**64 - 1)
         low, high = _HALVES.unpack(doubled.to_bytes(8, "little"))
         return _kept_hashes("rows", rows) ^ low, _kept_hashes("columns", columns) ^ high
@@ -103,29 +110,33 @@ def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     return _hashes("rows", rows, seed.device) ^ low, _hashes("columns", columns, seed.device) ^ high
 
 
-@lru_cache(maxsize=1024)  # views: with few rows, making one takes longer than the product
-def _kept_hashes(of: str, count: int) -> Tensor:
-    return _first_hashes(of, count.bit_length())[:count]
+# The cache holds views.  With few rows, creating a view takes longer than the product of keys.
+@lru_cache(maxsize=1024)
+def _kept_hashes(axis: str, count: int) -> Tensor:
+    return _first_hashes(axis, count.bit_length())[:count]
 
 
 @lru_cache(maxsize=64)
-def _first_hashes(of: str, bits: int) -> Tensor:
-    """The hashes of all numbers with so many bits.  Each count takes the first of them."""
+def _first_hashes(axis: str, bits: int) -> Tensor:
+    """The hashes of 0 … 2^bits - 1.  All counts with this bit length use the first of them."""
     # A tensor made in inference mode could not be used by later calls outside of it.
     with torch.inference_mode(False):
-        return _hashes(of, 2**bits, torch.device("cpu"))
+        return _hashes(axis, 2**bits, torch.device("cpu"))
 
 
-def _hashes(of: str, count: int, device: torch.device) -> Tensor:
-    """Even int32 hashes: [count, 1] for "rows", [count] for "columns"."""
-    if of == "rows":
+def _hashes(axis: str, count: int, device: torch.device) -> Tensor:
+    """2 · hash of each row or column: int32, [count, 1] for "rows", [count] for "columns".
+
+    The result ^ (2 · half + 1) is the key 2 · (hash ^ half) + 1.
+    """
+    if axis == "rows":
         return _hash(torch.arange(count, dtype=torch.int32, device=device)).unsqueeze(1)
     pairs = _hash(~torch.arange((count + 1) // 2, dtype=torch.int32, device=device))
     return torch.stack([pairs, pairs * _OF_THE_SECOND], 1).flatten()[:count]
 
 
 def _hash(numbers: Tensor) -> Tensor:
-    """Replace each int32 by twice its hash, in place."""
+    """2 · hash of each int32, in place."""
     for multiplier, shift in _ROUNDS:
         numbers *= multiplier
         numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # a logical shift

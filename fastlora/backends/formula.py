@@ -1,8 +1,8 @@
 """The formulas of :mod:`.torch` over some rows: the rows of a whole call, or of one segment.
 
-A call *runs wide* where this CPU multiplies its 16-bit dtype slowly (:mod:`.products`): an outer
-loop copies a block of rows to float32, runs the same formulas on the copy, and rounds each result
-once.  With D for the dtype of x:
+A call is *wide* where this CPU multiplies its 16-bit dtype slowly (:mod:`.products`): an outer loop
+copies a block of rows to float32, runs the same formulas on the copy, and rounds each result once.
+D is the dtype of x:
 
     tensor                   in other calls                     in a wide call (D has 16 bits)
     x, y, dy, dx             D                                  D; the copy of a block is float32
@@ -10,10 +10,11 @@ once.  With D for the dtype of x:
     lora_a, lora_b, bias     cast to D                          cast to float32
     h                        D, or float32 (``h_dtype``)        float32
     dh                       D                                  float32
-    gradients of parameters  each in its parameter's own dtype  summed in float32, then the same
+    gradients of parameters  the parameter's dtype              summed in float32, rounded to the
+                                                                parameter's dtype
 
-If x has no more rows than a wider lora_a, the adapter's products run in the adapter's dtype instead
-of D (``_thin``).
+Exception: if x has at most r rows and the adapter's dtype is wider than D, the adapter's products
+run in the adapter's dtype instead of D (``_thin``).  "Thin" products have r rows or columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,8 +55,8 @@ def forward_rows(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter.
 
-    y is a new tensor, or is written ``into`` one of these.  An output without a base is added to
-    the numbers that its tensor holds already.
+    With ``into``, each y is written to its tensor there: y = base + low rank.  An output without a
+    base, only with ``into``: y += low rank.
     """
     # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
     if x.shape[0] > 1 and are_wide(x):
@@ -64,7 +65,7 @@ def forward_rows(
         # On a CPU torch 2.10 gives wrong products of a bfloat16 row whose elements lie apart.
         x = x.contiguous()
     ys, hs, dtype, x_in_8_bits = [], [], h_dtype(x.dtype, x.device), None
-    for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
+    for i, ((base, adapters), own_masks) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
         if isinstance(base.weight, Quantized) and _runs_in_8_bits(base.weight, x):
             x_in_8_bits = x_in_8_bits or rounded(x)  # once for all outputs
@@ -72,7 +73,7 @@ def forward_rows(
         elif base.weight is not None:
             y = base_linear(x, base, y)  # D: [M, K] @ [K, N] + bias
         assert y is not None
-        for adapter, mask in zip(adapters, some, strict=True):
+        for adapter, mask in zip(adapters, own_masks, strict=True):
             thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # all three in one dtype
             h = _project(thin_x, lora_a, factor, mask)  # [M, r], in that dtype
             add_product(y, h, lora_b.T)  # [M, r] @ [r, N], added in y's accumulator if that is D
@@ -85,19 +86,19 @@ def _wide_forward(
     x: Tensor, outputs: Sequence[Output[Tensor]], masks: Masks, into: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """:func:`forward_rows` in float32, one block of rows after another."""
-    outputs, parts = [_in_float32(output) for output in outputs], []
+    outputs, hs_of_blocks = [_in_float32(output) for output in outputs], []
     ys = list(into or [x.new_empty(len(x), base.weight.shape[0]) for base, _ in outputs])
     for rows in wide_rows(x, outputs):
         x_rows = SCRATCH.widen("x", rows_of(x, rows))  # float32, so the call below isn't wide
-        for y, output, some in zip(ys, outputs, from_row(masks, rows.start), strict=True):
+        for y, output, own_masks in zip(ys, outputs, from_row(masks, rows.start), strict=True):
             y_rows = rows_of(y, rows)
-            wide = SCRATCH.take("y", *y_rows.shape)
-            if output.base.weight is None:  # y holds an earlier part, and this one is added to it
-                wide.copy_(y_rows)
-            parts += forward_rows(x_rows, [output], [some], [wide])[1]
-            y_rows.copy_(wide)  # the only rounding to 16 bits
+            y_float32 = SCRATCH.take("y", *y_rows.shape)
+            if output.base.weight is None:  # forward_rows adds to y
+                y_float32.copy_(y_rows)
+            hs_of_blocks += forward_rows(x_rows, [output], [own_masks], [y_float32])[1]
+            y_rows.copy_(y_float32)  # the only rounding to 16 bits
     count = sum(len(output.adapters) for output in outputs)
-    return ys, [_joined(parts[i::count]) for i in range(count)]
+    return ys, [_joined(hs_of_blocks[i::count]) for i in range(count)]
 
 
 class OutputBackward(NamedTuple):
@@ -115,9 +116,9 @@ def backward_rows(
 ) -> list[Output[Tensor | None]]:
     """The gradients of each output's tensors.  dx is written in place, unless it is None.
 
-    If no output has a base, their parts are added to the numbers in dx.
+    If no output has a base, the result is added to dx.  Otherwise dx is overwritten.
     """
-    # 1: dx holds an earlier part, which counts.  0: dx holds nothing, and isn't read.
+    # As in torch.addmm: beta 1 adds to dx; beta 0 overwrites dx without reading it.
     beta = float(all([part.output.base.weight is None for part in parts]))
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
@@ -130,9 +131,9 @@ def _backward(
 ) -> list[Output[Tensor | None]]:
     """:func:`backward_rows` in the dtype of x; dx = beta · dx + the part of each output."""
     gradients: list[Output[Tensor | None]] = []
-    # The adapters' part of dx comes before the base's.  The first adapter writes it into dx, where
-    # its dropout mask is applied in place, and the base's product is then added in its accumulator.
-    # In the other order that part would need a buffer for its mask, and one more pass to add it.
+    # The order: dx = mask ∘ (dh lora_a) first, then dx += dy weight.  So the mask is applied in dx
+    # itself, and addmm adds to dx in its accumulator.  In the other order, mask ∘ (dh lora_a) would
+    # need a buffer, and one more pass to add it.
     for dy, output, hs, wanted, masks in parts:
         if dy is None:
             gradients.append(no_gradients(output))
@@ -140,7 +141,7 @@ def _backward(
         adapters = []
         for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
-            beta = 1.0  # from here on dx holds a part
+            beta = 1.0  # dx is written now, so all later terms add to it
         gradients.append(Output(base_gradients(dy, x, output.base, wanted.base), tuple(adapters)))
     if dx is not None:
         dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
@@ -154,7 +155,7 @@ def _backward(
         for dy, weight in dense:
             add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
             beta = 1.0
-        if not beta:  # the loss uses no output
+        if not beta:  # nothing was written, because the loss uses no output
             dx.zero_()
     return gradients
 
@@ -168,42 +169,42 @@ def _wide_backward(
     x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None, beta: float
 ) -> list[Output[Tensor | None]]:
     """:func:`backward_rows` in float32; gradients of parameters are summed over blocks of rows."""
-    wide = [_in_float32(part.output) for part in parts]
+    in_float32 = [_in_float32(part.output) for part in parts]
     total = [no_gradients(part.output) for part in parts]
     is_read = reads_x([part.wanted for part in parts])
-    for rows in wide_rows(x, wide):
-        some = rows_of(x, rows)
-        # If only dx and d lora_b are needed, only the shape of x is read, so x isn't copied.
-        x_rows = SCRATCH.widen("x", some) if is_read else SCRATCH.take("x", *some.shape)
-        dx_rows, of_block = None, beta
+    for rows in wide_rows(x, in_float32):
+        x_block = rows_of(x, rows)
+        # Only d lora_a and d weight read x.  If neither is needed, the block is left uninitialized.
+        x_rows = SCRATCH.widen("x", x_block) if is_read else SCRATCH.take("x", *x_block.shape)
+        dx_rows, block_beta = None, beta
         if dx is not None:
-            dx_rows = SCRATCH.take("dx", *some.shape)  # float32, over all outputs
+            dx_rows = SCRATCH.take("dx", *x_block.shape)  # float32, over all outputs
             if beta:
                 dx_rows.copy_(rows_of(dx, rows))
         for i, (dy, _, hs, wanted, masks) in enumerate(parts):
             if dy is None:
                 continue
-            dy_rows, thin = SCRATCH.widen("dy", rows_of(dy, rows)), [rows_of(h, rows) for h in hs]
-            (its_masks,) = from_row([masks], rows.start)
-            one = OutputBackward(dy_rows, wide[i], thin, wanted, its_masks)
-            (part,) = _backward(x_rows, [one], dx_rows, of_block)
+            dy_rows, h_rows = SCRATCH.widen("dy", rows_of(dy, rows)), [rows_of(h, rows) for h in hs]
+            (own_masks,) = from_row([masks], rows.start)
+            block = OutputBackward(dy_rows, in_float32[i], h_rows, wanted, own_masks)
+            (part,) = _backward(x_rows, [block], dx_rows, block_beta)
             total[i] = added(total[i], part, torch.float32)
-            of_block = 1.0
+            block_beta = 1.0
         if dx is not None and dx_rows is not None:
-            rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())  # rounded once
+            rows_of(dx, rows).copy_(dx_rows if block_beta else dx_rows.zero_())  # rounded once
     outputs = [part.output for part in parts]
     return [map_outputs(_as, *pair) for pair in zip(total, outputs, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """The rows of all parts, in order."""
+    """The parts, concatenated along their rows; no copy of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def added(
     total: Output[Tensor | None], part: Output[Tensor | None], dtype: torch.dtype
 ) -> Output[Tensor | None]:
-    """total + part in this dtype, in the memory of ``total`` where it has a tensor."""
+    """total += part for each gradient; a total of None becomes the part, in this dtype."""
 
     def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
         if total is None or part is None:
@@ -228,13 +229,13 @@ def base_gradients(
 ) -> Base[Tensor | None]:
     """d weight = dyᵀ x and d bias = Σ dy over the rows, if the weight or the bias trains.
 
-    The sum of the bias is made in float32, or in float64 for float64.
+    d bias is summed in float32, or in float64 for a float64 x.
     """
     d_weight = torch.mm(dy.T, x) if need.weight else None
     d_bias = None
     if need.bias and base.bias is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        d_bias = cast(dy.sum(0, dtype=wide), base.bias.dtype)
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
+        d_bias = cast(dy.sum(0, dtype=sum_dtype), base.bias.dtype)
     return Base(d_weight, d_bias)
 
 
@@ -265,10 +266,10 @@ def _adapter_gradients(
 def _thin(
     x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """x, lora_a and lora_b in the one dtype of the adapter's products; and scale / (1 - p).
+    """(x, lora_a, lora_b, scale / (1 - p)), with all three in the dtype of the adapter's products.
 
-    Usually the adapter is cast to the dtype of x.  If x has at most r rows, as in decoding, casting
-    x is cheaper.  Then x is cast to the adapter's dtype if that is wider.
+    The dtype is x's.  Exception: if x has at most r rows, as in decoding, it is the wider of x's
+    and the adapter's, because x is then the smaller tensor to cast.
     """
     lora_a, lora_b, scale = adapter
     factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)
@@ -302,7 +303,7 @@ def _through_lora_a(
 ) -> Tensor | None:
     """dx = beta · dx + mask ∘ (dh lora_a), unless dx is None; and d lora_a = dhᵀ (mask ∘ x)."""
     if dx is not None and not beta and dx.dtype != x.dtype:
-        dx.zero_()  # the product has another dtype, so it can only be added
+        dx.zero_()  # torch.mm can't write a product of another dtype to dx, so add it to zeros
         beta = 1.0
     if mask is None:
         if dx is not None and beta:
@@ -311,29 +312,29 @@ def _through_lora_a(
             torch.mm(dh, lora_a, out=dx)
         return torch.mm(dh.T, x) if need_a else None
     d_lora_a = None
-    wide = torch.promote_types(x.dtype, torch.float32)  # for the sum over blocks
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)  # for the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
-        pairs, change, dropped = [], dx_rows, None
+        pairs, dx_part, dropped = [], dx_rows, None
         if dx is not None:
-            # With beta 0 the product and its mask go into dx itself; else into a buffer, to be
-            # added below.
-            change = SCRATCH.matrix_like("change", x_rows) if beta else dx_rows
-            pairs.append((torch.mm(dh_rows, lora_a, out=change), change))
+            # beta 0: dx = mask ∘ (dh lora_a), computed in dx.  beta 1: compute it in a buffer, and
+            # add the buffer to dx below.
+            dx_part = SCRATCH.matrix_like("change", x_rows) if beta else dx_rows
+            pairs.append((torch.mm(dh_rows, lora_a, out=dx_part), dx_part))
         if need_a:
             dropped = SCRATCH.matrix_like("dropped", x_rows)
             pairs.append((x_rows, dropped))
-        mask.drop(first, *pairs)  # both in one call, because the mask is made only once
-        if change is not dx_rows:
-            dx_rows.add_(change)
+        mask.drop(first, *pairs)  # one call for dx's part and x, so the mask is computed once
+        if dx_part is not dx_rows:
+            dx_rows.add_(dx_part)
         if dropped is not None:
             part = torch.mm(dh_rows.T, dropped)
-            # One block stays in the products' dtype; several are summed in float32 or float64.
-            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
+            # A single block keeps the product's dtype.  Several are summed in sum_dtype.
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(sum_dtype)
     return d_lora_a
 
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
-    """Yield the first row of each block, and the block's rows of every tensor."""
+    """Yield (first row, rows of x, rows of each other tensor or None) for each block of rows."""
     if x.numel() <= blocks.SMALLEST_BLOCK:  # skips the computation of a block's size
         yield 0, x, *others
         return
@@ -343,11 +344,11 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
 
 
 def from_row(masks: Masks, first: int) -> Masks:
-    """All masks without the rows before ``first``."""
+    """The masks of the rows from ``first`` on."""
     if first == 0:
         return masks
     rest = slice(first, None)
-    return [[None if mask is None else mask.of_rows(rest) for mask in some] for some in masks]
+    return [[None if mask is None else mask.of_rows(rest) for mask in group] for group in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:

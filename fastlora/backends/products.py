@@ -1,15 +1,15 @@
 """The matrix products of the torch backend; in float32 where this CPU multiplies 16 bits slowly.
 
-Most CPUs have no 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch multiplies bfloat16
-and float16 number by number, and dy weight is its slowest product.  On such a CPU a call of these
-dtypes *runs wide* (:mod:`.formula`): rows of x, y and dy are copied to float32, and so are adapters
-and h; sums are float32.  This module widens the weight a block of rows at a time, with the code
-that unpacks a packed weight.  Each result is rounded once, so it has a smaller error than torch's
-own 16-bit product.  A bfloat16 step of Gemma 3 270M takes 1.14 × the time of its float32 step;
-with PEFT's own layers, 64 × (docs/cpu.md).
+Most CPUs have no instructions for 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch
+multiplies bfloat16 and float16 one number at a time, and dy weight is its slowest product.  On such
+a CPU a 16-bit call is a *wide call* (:mod:`.formula`): rows of x, y and dy, the adapters and h are
+converted to float32, and sums are float32.  This module converts ("widens") the weight a block of
+rows at a time, with the code that unpacks a packed weight.  Each result is rounded once, so it has
+a smaller error than torch's own 16-bit product.  A bfloat16 step of Gemma 3 270M takes 1.14 × the
+time of its float32 step; with PEFT's own layers, 64 × (docs/cpu.md).
 
-A CPU runs wide in a dtype unless torch reports that oneDNN multiplies this dtype on it
-(:func:`is_slow`), so every process on a machine decides the same.  The decision isn't measured,
+A CPU's calls of a dtype are wide unless torch reports that oneDNN multiplies the dtype on this CPU
+(:func:`is_slow`), so all processes on a machine decide the same.  The decision isn't measured,
 because on a busy machine threads wait for each other, and float32 looks as slow as 16 bits.
 """
 
@@ -33,18 +33,20 @@ _FLAGS = {  # names of torch's functions that report oneDNN's 16-bit products
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
-# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x again for each block:
-# on a Xeon, a product with 512 rows took up to 8 % more time than with 1024, and 2048 save little
-# more.
+# A block of the weight has at most _BLOCK bytes after it is widened or unpacked, and from
+# _FEWEST_OF_WEIGHT to _MOST_OF_WEIGHT rows.  MKL copies x into its own layout for each block.  On a
+# Xeon, blocks of 512 rows took up to 8 % more time than 1024, and 2048 took little less.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
-_ROWS = 2**20  # elements of a block of x, y or dy, widened (4 MiB)
+_ROWS = 2**20  # elements of a float32 block of x, y or dy (4 MiB)
 _KEPT = 2 * _BLOCK  # bytes of the largest buffer that a thread keeps after a call
-# Rows of x in a block: enough to pay for widening the weight.
+# Rows of x in a block.  Each block of x widens the whole weight again, so it must have many rows.
 _FEWEST_ROWS, _MOST_ROWS = 256, 512
-# Unused elements between rows of the widened weight.  Rows that lie a power of 2 apart compete for
-# a few sets of the cache.  With the gap, dy weight took 14 % less time at 16 rows, 3 to 5 % at 64.
+# Unused elements between rows of the widened weight.  Without the gap, rows that are a power of 2
+# apart map to the same few cache sets.  With it, dy weight took 14 % less time at 16 rows of dy,
+# and 3 to 5 % less at 64.
 _GAP = 16
-# Elements of dx in one float32 sum, where dy and the unpacked weight have 16 bits.
+# Elements in a block of dx that is summed in float32 while its products have 16 bits
+# (``_add_rounding_once``).
 _SUMMED = 2**21
 
 
@@ -76,13 +78,14 @@ def _torch_has(dtype: torch.dtype) -> bool:
 
 
 class Scratch(threading.local):
-    """Buffers that a thread keeps between calls, one for each use and dtype.
+    """Buffers that a thread reuses between calls, one for each (use, dtype, memory order).
 
-    Each file of the backend has a scratch of its own, so the buffers that its functions hold never
-    share memory with another file's.  Within a file, calls with an equal use and dtype do.
+    ``use`` is a name for the buffer's purpose.  Taking a buffer overwrites the last one with the
+    same use and dtype.  Each file has its own Scratch, so files can't overwrite each other's
+    buffers.
 
-    Without the buffers each call would get fresh pages from the system, which takes longer than the
-    work in them.
+    Without reuse, each call would get fresh pages from the operating system, which takes longer
+    than the work in them.
     """
 
     def __init__(self) -> None:
@@ -102,16 +105,17 @@ class Scratch(threading.local):
         ``by_columns``: columns are contiguous instead of rows.  ``gap``: unused elements after each
         row, or after each column with ``by_columns``.
         """
+        # A vector is a row, or with ``by_columns`` a column; ``distance`` is its stride.
         buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
-        lines, step = (columns, rows + gap) if by_columns else (rows, columns + gap)
-        size = lines * step
+        vectors, distance = (columns, rows + gap) if by_columns else (rows, columns + gap)
+        size = vectors * distance
         # A buffer made in inference mode could not be used by later calls outside of it.
         with torch.inference_mode(False):
             if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
-            strides = (1, step) if by_columns else (step, 1)
+            strides = (1, distance) if by_columns else (distance, 1)
             matrix = buffer.as_strided((rows, columns), strides)
         if size * matrix.element_size() <= _KEPT:
             self.matrices[use, dtype, by_columns] = buffer, matrix
@@ -120,7 +124,7 @@ class Scratch(threading.local):
     def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
         """An uninitialized float32 matrix of ``rows`` rows, in the memory order of this one.
 
-        A copy from one order to the other would take 70 times as long.
+        A copy between row-major and column-major order would take 70 times as long.
         """
         first, second = matrix.stride()
         return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
@@ -145,7 +149,10 @@ SCRATCH = Scratch()
 
 
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
-    """The slices of x's rows that a wide call of these outputs computes one after another."""
+    """The blocks of x's rows for a wide call of these outputs, as slices.
+
+    The widest tensor of a block (x, y or dy) has at most _ROWS elements, within the bounds of rows.
+    """
     widths = [base.weight.shape[0] for base, _ in outputs if base.weight is not None]
     step = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS // max(x.shape[1], *widths, 1)))
     return [*slices(x.shape[0], step)]
@@ -191,9 +198,9 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     weight, bias = base.weight, cast(base.bias, x.dtype)
     if _comes_in_blocks(weight, x):
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
-        for rows, some in weight_rows(weight, x.dtype):
-            _write_linear(y[:, rows], x, some, None if bias is None else bias[rows])
-            del some  # a packed weight's block is freed before the next one is made
+        for rows, weight_block in weight_rows(weight, x.dtype):
+            _write_linear(y[:, rows], x, weight_block, None if bias is None else bias[rows])
+            del weight_block  # free this unpacked block before the next one is unpacked
         return y
     if isinstance(weight, Quantized):
         weight = weight.dense(x.dtype)
@@ -214,24 +221,27 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: floa
     elif dx.dtype in HALF_DTYPES:
         _add_rounding_once(dx, dy, weight, beta)
     else:
-        for rows, some in weight_rows(weight, dx.dtype):
-            torch.addmm(dx, dy[:, rows], some, beta=beta, out=dx)
-            del some
-            beta = 1.0  # further blocks of the weight add to dx
+        for rows, weight_block in weight_rows(weight, dx.dtype):
+            torch.addmm(dx, dy[:, rows], weight_block, beta=beta, out=dx)
+            del weight_block
+            beta = 1.0  # the next blocks of the weight add to dx
 
 
 def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
-    """:func:`add_dy_weight` for a 16-bit dx: a float32 sum of the blocks' products."""
+    """:func:`add_dy_weight` for a 16-bit dx.  The products of the weight's blocks have 16 bits.
+
+    Their sum is float32 and is rounded once, so its error doesn't grow with the number of blocks.
+    """
     columns = dx.shape[1]
     for block in slices(dx.shape[0], _SUMMED // columns):
-        some, dy_rows = dx[block], dy[block]
-        total = SCRATCH.take("total", len(some), columns)
-        total.copy_(some) if beta else total.zero_()
-        product = SCRATCH.take("product", len(some), columns, some.dtype)
-        for rows, made in weight_rows(weight, dx.dtype):
-            total.add_(torch.mm(dy_rows[:, rows], made, out=product))
-            del made
-        some.copy_(total)
+        dx_rows, dy_rows = dx[block], dy[block]
+        total = SCRATCH.take("total", len(dx_rows), columns)
+        total.copy_(dx_rows) if beta else total.zero_()
+        product = SCRATCH.take("product", len(dx_rows), columns, dx_rows.dtype)
+        for rows, weight_block in weight_rows(weight, dx.dtype):
+            total.add_(torch.mm(dy_rows[:, rows], weight_block, out=product))
+            del weight_block
+        dx_rows.copy_(total)
 
 
 def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
@@ -251,7 +261,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
     if h.shape[0] >= 256 and h.dtype == torch.float32:
-        # For many rows (hᵀ dy)ᵀ takes down to half the time on some CPUs, and pays for the copy.
+        # With many rows, (hᵀ dy)ᵀ and the copy take as little as half the time on some CPUs.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)
 

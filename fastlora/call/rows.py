@@ -16,7 +16,8 @@ from ..common.values import check_scale
 from ..formats.format import Quantized
 from .projection import Adapter, Base, Output, is_plain
 
-# The base of an output whose base product is already computed; adapters are added to that product.
+# In place of a base that many adapters share: its product is computed once for all rows, and each
+# adapter's part is added to its rows.
 NO_BASE: Base = Base(None)
 
 
@@ -25,7 +26,7 @@ class Share(NamedTuple):
 
     segment: int
     items: slice | Tensor  # a slice if the items are contiguous, else their indices, ascending
-    place: slice  # the items' positions in the sorted order
+    place: slice  # the items' positions among all items, sorted by segment
 
 
 class HostNumbers(NamedTuple):
@@ -39,23 +40,24 @@ class HostNumbers(NamedTuple):
 class Rows(NamedTuple):
     """The rows of x, cut into segments; a segment may be empty.
 
-    *Experts*: rows are sorted by expert, and each segment has a separate layer: weight [E, N, K],
-    and so on.  *Many adapters*: all segments share one base, and each segment has an adapter and an
-    entry in ``numbers``.  Here the items are sorted, not the rows: ``order`` holds the index of
-    each item.
+    *Experts*: the rows of x are sorted by expert.  Segment e has its own layer: weight[e], …
 
-    ``ends``, int32 [segments], holds the index after each segment's last row or item, as in
-    ``torch.nn.functional.grouped_mm``.  Rows after the last end belong to no segment: experts
+    *Many adapters*: all segments share one base.  Segment i has adapter i and entry i of
+    ``numbers``.  The rows of x aren't sorted.  Position s of the sorted order is item order[s].
+
+    Segment e has the sorted rows (or items) ends[e - 1] … ends[e] - 1, as in
+    ``torch.nn.functional.grouped_mm``.  Rows from the last end on belong to no segment: experts
     return zeros there, and a call with many adapters returns the base's output.
     """
 
-    ends: Tensor
+    ends: Tensor  # int32 [segments]
     order: Tensor | None = None  # int64 [items]; None: rows are already sorted
     numbers: HostNumbers | None = None
-    first: int = 0  # index in the call of the first of these rows; the dropout mask depends on it
+    first: int = 0  # row 0 of x is row ``first`` of the call, and of its dropout mask
     shares: list[Share] | None = None  # nonempty segments, if they are known on the host
     memo: dict | None = None  # a backend's cache, shared by all layers with these rows
-    of_banks: bool = False  # whether many adapters' tensors are views of two banks, by unbind
+    # Whether all lora_a are views of one bank [n, r, K], and all lora_b of another, by ``unbind``.
+    of_banks: bool = False
 
     @property
     def shares_base(self) -> bool:
@@ -74,8 +76,8 @@ class Rows(NamedTuple):
         if self.shares is not None:
             return self.shares
         ends = self.ends.tolist()  # on a GPU this waits for the device
-        starts, edges = [0, *ends[:-1]], [0, *ends, rows]
-        if edges != sorted(edges):
+        starts, bounds = [0, *ends[:-1]], [0, *ends, rows]
+        if bounds != sorted(bounds):
             raise ValueError(
                 f"offsets are {shown(ends)}, but must be the ends of the experts' rows: in "
                 f"ascending order, and none above {rows}, the rows of x"
@@ -181,10 +183,11 @@ class AdapterMapping:
 
 
 def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
-    """The indices as a tensor.  Raises TypeError unless they are a dense integer tensor or list."""
+    """The indices as an integer tensor.  Raises TypeError for anything but the documented types."""
     if not isinstance(indices, Tensor):
         try:
-            numbers = torch.tensor(indices, dtype=None, device="cpu")  # None: infer it
+            # dtype None: torch infers it.
+            numbers = torch.tensor(indices, dtype=None, device="cpu")
             if numbers.numel() and numbers.dtype != torch.int64:
                 raise TypeError
             return numbers.to(torch.int32)
@@ -203,10 +206,10 @@ def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
 
 
 def sort_items(indices: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
-    """Sort items by adapter.  Returns their order, int64 [items], and ends, int32 [adapters + 1].
+    """Sort items by adapter.  Returns (order, int64 [items]; ends, int32 [adapters + 1]).
 
-    After the items of all adapters come the items without an adapter, which have the last end.
-    Items with an invalid index come after that end.  Nothing is read on the host.
+    The sorted order: items of adapter 0, 1, …; then items without an adapter, up to ends[-1]; then
+    items with an invalid index.  Nothing is read on the host.
     """
     flat = indices.reshape(-1)
     # Sort keys: the adapter's index; n for -1 (no adapter); n + 1 for an invalid index.
@@ -222,23 +225,23 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
 
     Raises ValueError if an item has an invalid index.
     """
-    *stops, last = ends.tolist()
+    *adapter_ends, last = ends.tolist()
     if last != len(order):
         raise ValueError(
             f"adapter_indices has numbers beyond the adapters: each must be -1 (none) or 0 to "
-            f"{len(stops) - 1}, because there are {len(stops)} adapters"
+            f"{len(adapter_ends) - 1}, because there are {len(adapter_ends)} adapters"
         )
-    places = [slice(*pair) for pair in zip([0, *stops[:-1]], stops, strict=True)]
+    places = [slice(*pair) for pair in zip([0, *adapter_ends[:-1]], adapter_ends, strict=True)]
     used = [(i, place) for i, place in enumerate(places) if place.stop > place.start]
-    # The sort is stable, so a segment's indices ascend: its first and last index tell whether its
-    # items are contiguous.  One transfer to the host reads both for all segments.
+    # The sort is stable, so the indices in a segment ascend.  Its items are contiguous if
+    # last index - first index == count - 1.  One transfer reads both indices of all segments.
     edges = [edge for _, place in used for edge in (place.start, place.stop - 1)]
     numbers = iter(order[edges].tolist())
     shares = []
     for adapter, place in used:
         first, final = next(numbers), next(numbers)
-        together = final - first == place.stop - 1 - place.start
-        items = slice(first, final + 1) if together else order[place].to(device)
+        adjacent = final - first == place.stop - 1 - place.start
+        items = slice(first, final + 1) if adjacent else order[place].to(device)
         shares.append(Share(adapter, items, place))
     return Rows(ends[:-1], order, shares=shares, memo={})
 

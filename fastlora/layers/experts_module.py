@@ -4,9 +4,9 @@ fastlora recognizes a module by its class's forward.  It must be the forward tha
 ``use_experts_implementation`` makes, and run one of transformers' own functions.  PEFT's wrappers
 of experts also use this file.
 
-Every call reads the module again, while a layer keeps its record (:mod:`.guards`).  A kept record
-would save 3.4 % of a step's time.  Its guard would have to compare state outside of modules also:
-the model's config, and transformers' table of implementations.
+Every call reads the module again.  A linear layer caches its record instead (:mod:`.guards`), which
+would save 3.4 % of a step's time here.  But the guard would have to compare state outside of
+modules also: the model's config, and transformers' table of implementations.
 """
 
 import re
@@ -33,6 +33,7 @@ from .module_parts import (
 )
 
 _INTERFACE = "transformers.integrations.moe"
+# Attributes that transformers' decorator sets on a module of experts, in the tested versions.
 _SETTINGS = {
     "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
     "_is_expert_parallel",
@@ -85,7 +86,7 @@ class Experts(NamedTuple):
     transposed: bool = False  # weights are [E, in, out]
     has_bias: bool = False
     activate: Activate = ""
-    repeats: bool = True  # the activation may run again in the backward
+    repeats: bool = True  # whether the backward may call the activation again
     autocasts: bool = True  # autocast casts x and the weights; else x is cast to the weights' dtype
 
 
@@ -108,13 +109,14 @@ def read_module(base: Any, kind: Any = None) -> Experts:
     name = getattr(base.config, "_experts_implementation", None)
     eager = name in (None, "eager")
     run = forward
-    while eager and hasattr(run, "__wrapped__"):  # FP8Experts' is decorated anew for every layer
+    # The forward under all decorators.  (FP8Experts' forward is decorated again for every layer.)
+    while eager and hasattr(run, "__wrapped__"):
         run = run.__wrapped__
     if not eager:
-        # The decorator's forward finds its implementation in a table of functions, by the name in
-        # the module's config.  The table is a variable of the decorator, so it is a closure cell.
-        inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-        cell = inside.get("experts_interface")
+        # The decorated forward looks its implementation up: experts_interface[name], with the name
+        # from the module's config.  The table ``experts_interface`` is a closure cell of it.
+        closure = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+        cell = closure.get("experts_interface")
         run = None if cell is None else cell.cell_contents.get(name)
     if not _is_transformers(run):
         return Experts("its forward, or its experts implementation, isn't one of transformers' own")
@@ -137,12 +139,12 @@ def _is_transformers(thing: Any) -> bool:
 
 
 def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
-    """The function between the experts' two products, and whether the backward may repeat it.
+    """(activate, repeats): the function between the two products; whether it may run again.
 
-    Returns None if the gate is unknown.  ``eager``: the class's own forward if that runs, else
-    None.  The function is a name (``silu`` …) or a callable.  The backward runs a callable again
-    under autograd.  That is correct if it draws no random numbers, doesn't write to its input, and
-    has no parameters.
+    ``activate`` is a name (``silu`` …) or a callable.  The backward calls a callable again, under
+    autograd.  ``repeats`` says that this is correct: it draws no random numbers, doesn't write to
+    its input, and has no parameters.  ``eager``: the class's own forward, or None if another
+    implementation runs.  Returns None if the gate is unknown.
     """
     act: Any = getattr(base, "act_fn", None)
     if not base.has_gate:
@@ -162,8 +164,8 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     known = activation_of(act) if is_default else ""
     if known:
         return known, True
-    others = {n for n in base._parameters if not _WEIGHT.fullmatch(n)}
-    repeats = not is_own and _is_transformers(function) and not others
+    other_parameters = {n for n in base._parameters if not _WEIGHT.fullmatch(n)}
+    repeats = not is_own and _is_transformers(function) and not other_parameters
     return gate, repeats and (act is None or _is_plain_function(act))
 
 
@@ -171,9 +173,9 @@ def _is_plain_function(act: Any) -> bool:
     """Whether an activation depends only on its input, and doesn't write to it."""
     if not isinstance(act, nn.Module):
         return _is_transformers(act) or bool(activation_of(act))
-    known = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
+    from_library = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
     return (
-        known
+        from_library
         and type(act) is not nn.RReLU
         and not getattr(act, "inplace", False)
         and not any(map(is_hooked, act.modules()))
@@ -182,34 +184,40 @@ def _is_plain_function(act: Any) -> bool:
 
 
 def needs_class(module: nn.Module) -> bool:
-    """Whether the module's plain class can't run its weights.
+    """Whether the module must have fastlora's class, because its own class can't run its weights.
 
-    This is so if a weight is a :class:`PackedWeight`, or if it is dense in a class for float8.
+    True if a weight is a :class:`PackedWeight`, or is dense in a class for packed weights.
     """
     return bool(_held(module) or {*_scaled(module)} - {*packed_names(module)})
 
 
 def packed_names(module: nn.Module) -> list[str]:
     """The names of the module's packed weights."""
-    codes = [name for name in _scaled(module) if tensor_of(module, name).element_size() == 1]
-    return _held(module) + codes
+    in_bytes = [name for name in _scaled(module) if tensor_of(module, name).element_size() == 1]
+    return _held(module) + in_bytes
 
 
 def _held(module: nn.Module) -> list[str]:
     """The names of weights that fastlora packed."""
-    return [name for name, each in module._modules.items() if isinstance(each, PackedWeight)]
+    return [name for name, part in module._modules.items() if isinstance(part, PackedWeight)]
 
 
 def _scaled(module: nn.Module) -> list[str]:
-    """The names of weights in classes for packed ones: FP8Experts (with scales), GgufExperts."""
-    ends = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
+    """The names of weights, if the class is for packed weights: FP8Experts or GgufExperts.
+
+    The weights themselves may be dense (more than 1 byte in an element).
+    """
+    names = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
     if gguf.is_experts(plain_class_of(module)):
-        ends = [*read_module(module).names]
-    return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
+        names = [*read_module(module).names]
+    return [name for name in names if isinstance(getattr(module, name, None), Tensor)]
 
 
 def sort_weights(module: nn.Module) -> None:
-    """Put parameters of experts in the order of their class, by which PEFT nests its wrappers."""
+    """Restore the order of the experts' parameters: first product, then second product.
+
+    PEFT nests its wrappers of parameters in the order of ``_parameters``.
+    """
     for name in read_module(module).names:
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
@@ -220,9 +228,9 @@ def weight_in(module: nn.Module, name: str) -> Any:
 
     Raises ValueError if a packed weight can't be read.
     """
-    held = module._modules.get(name)
-    if isinstance(held, PackedWeight):
-        return held.quantized
+    packed = module._modules.get(name)
+    if isinstance(packed, PackedWeight):
+        return packed.quantized
     weight = tensor_of(module, name)
     if name not in _scaled(module) or weight.element_size() > 1:
         return weight
@@ -246,8 +254,8 @@ def stack_in(module: nn.Module, name: str) -> Any:
 
 def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A packed weight as a new dense tensor of this dtype, in the module's layout."""
-    made = weight_in(module, name).dense(dtype)
-    return made.mT if lies_transposed(module) else made
+    dense = weight_in(module, name).dense(dtype)
+    return dense.mT if lies_transposed(module) else dense
 
 
 def experts_of_a_token(module: Any) -> int:
@@ -265,9 +273,9 @@ def stacked(
     PEFT stores lora_A [E · r, p], with the expert as its slowest index, and lora_B [q, r · E], with
     the expert as its fastest.  Here in = p and out = q, or with ``reverse`` in = q and out = p.
     """
-    thin = lora_A.view(experts, -1, lora_A.shape[1])  # [E, r, p]
-    wide = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1)  # [E, q, r]
-    return Adapter(wide.mT, thin.mT, scale) if reverse else Adapter(thin, wide, scale)
+    a_stack = lora_A.view(experts, -1, lora_A.shape[1])  # [E, r, p]
+    b_stack = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1)  # [E, q, r]
+    return Adapter(b_stack.mT, a_stack.mT, scale) if reverse else Adapter(a_stack, b_stack, scale)
 
 
 def runs_in_a_node(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
@@ -280,11 +288,11 @@ def runs_in_a_node(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> 
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
     x, index, weights = args
-    dense = {each.dtype for each in (weight, other) if isinstance(each, Tensor)}
+    dtypes = {stack.dtype for stack in (weight, other) if isinstance(stack, Tensor)}
     if autocast_is_on(x.device.type):
-        one_dtype = len(dense) < 2 and dense | {x.dtype} <= set(AUTOCAST_DTYPES)
+        one_dtype = len(dtypes) < 2 and dtypes | {x.dtype} <= set(AUTOCAST_DTYPES)
     else:
-        one_dtype = dense <= {x.dtype} and x.dtype in DTYPES
+        one_dtype = dtypes <= {x.dtype} and x.dtype in DTYPES
     return (
         one_dtype
         and x.device == index.device == weights.device == weight.device == other.device
@@ -305,7 +313,7 @@ def run_experts(
     down: Output[Tensor],
     dropout: float = 0.0,
 ) -> Tensor:
-    """Run the call as one node, or with autograd's operations.  :func:`takes` must allow it."""
+    """Run the call as one node, or step by step.  :func:`runs_in_a_node` must be true for it."""
     x, index, weights = args
     return lora_experts(
         x,
@@ -321,16 +329,17 @@ def run_experts(
 
 
 def _is_watched() -> bool:
-    """Whether a mode must see the single operations: a compiler, selective checkpointing …"""
+    """Whether a compiler or a dispatch mode (selective checkpointing …) must see each operation."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _are_in(index: Tensor, experts: int) -> bool:
-    """Whether every entry is the number of an expert.
+    """Whether every entry of ``index`` is the number of an expert.
 
-    Skipped (true) on a GPU, where it would wait for the device, and inside of a compiler or a mode.
+    True without a check on a GPU, where reading the entries would wait for the device, and under a
+    compiler or a mode.
     """
     if index.device.type != "cpu" or _is_watched():
         return True
-    least, most = index.aminmax()
-    return bool(least >= 0) and bool(most < experts)
+    lowest, highest = index.aminmax()
+    return bool(lowest >= 0) and bool(highest < experts)

@@ -20,8 +20,8 @@ belongs in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`, which run 
 read.  A call with a cached key skips both, so :func:`fastlora.ops.kinds.key_of_x` or
 :func:`call_recorded` must check the condition also.
 
-A guard keeps no parameter alive.  It stores where each parameter is found (a dict and a name), and
-each call looks there.
+A guard refers to no parameter, so it keeps none alive.  It stores the dict that contains the
+parameter, and the name in that dict.  Each call looks the parameter up there.
 
 Modules of experts cache no record: each call reads the module (:mod:`.experts` gives the reason).
 """
@@ -53,7 +53,7 @@ from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes of every module that don't change its calls, such as hooks on state dicts.
+# Attributes of every module that its calls don't depend on, such as hooks on state dicts.
 _SILENT = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
@@ -123,7 +123,8 @@ class Recorded(nn.Module):
         """
         raise NotImplementedError
 
-    # (x and the record's flattened tensors, a call of run_record): the output of an equal call
+    # run_known([x, *flattened tensors of the record], call): the output of a later call of the same
+    # kind, without checks.  ``call`` is the one that run_record returned.
     run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_one)
 
 
@@ -177,7 +178,8 @@ class Guard:
         def look_at(entries: dict, depth: int = 0) -> None:
             """Guard a dict, and ``depth`` levels of objects in it."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
-            # Entry by entry, if a copy of the dict would keep tensors or a cached record alive.
+            # A copy of a dict would keep its tensors, or a cached record, alive.  So such a dict is
+            # guarded entry by entry.
             by_name = has_tensors or _PLACE in entries
             if by_name:
                 sizes.append((entries, len(entries)))
@@ -214,13 +216,13 @@ class Guard:
             look_into(name, value, 0)
         for part in parts:
             look_at(vars(part))
-        whole = [module, *parts]
-        packed = [each for each in whole if vendor_of(each, plain_class_of(each)) is not None]
+        modules = [module, *parts]
+        packed = [each for each in modules if vendor_of(each, plain_class_of(each)) is not None]
         for layer in packed:  # a packed weight has attributes, such as bitsandbytes' quant_state
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     look_at(vars(value), _DEPTH)
-        kinds = dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])
+        kinds = dict.fromkeys([*map(type, modules), *map(plain_class_of, modules)])
         attributes = [(kind, name) for kind in kinds for name in _OF_A_CLASS if hasattr(kind, name)]
         attributes += [(part, "__class__") for part in parts]
         self._class, self._places = type(module), [*zip(*places, strict=True)] or [(), ()]
@@ -237,10 +239,11 @@ class Guard:
         if self.is_whole:
             self._facts = [[*map(fact, tensors)] for fact in self._facts_of]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
-            # A tied tensor has several places, and the record may have used any of them.
-            first: dict[int, int] = {}
-            firsts = [first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
-            self._tied = [(i, j) for i, j in enumerate(firsts) if i != j]
+            # If several places hold one tensor (tied weights), the record uses one of them.  All of
+            # them must still hold the same tensor: pairs (place, first place with this tensor).
+            index_of: dict[int, int] = {}
+            first_indices = [index_of.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)]
+            self._tied = [(i, j) for i, j in enumerate(first_indices) if i != j]
 
     def tensors(self) -> list[Any]:
         """The tensors that are at the guarded places now; None for a place without one."""
@@ -249,9 +252,9 @@ class Guard:
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
         """The guarded tensors if the guard holds, else None.
 
-        The values of tensors that train may change.  ``at_their_places``: the tensors must also
-        have their old addresses.  Otherwise they may have moved, as under FSDP, but must have the
-        same alignment to 16 bytes, because kernels depend on it.
+        Elements of tensors may change if the tensor trains.  ``at_their_places``: each tensor must
+        have its old address.  Otherwise the address may change, as under FSDP, but not the address
+        modulo 16, because kernels are compiled for an alignment.
         """
         home, (names, values, length) = vars(module), self._home
         try:
@@ -259,7 +262,7 @@ class Guard:
             holds = (
                 type(module) is self._class
                 and len(home) == length
-                # Lists compare their items by identity first, and by value otherwise.
+                # Comparing lists compares items by identity first, and calls == only if that fails.
                 and [*map(home.get, names)] == values
                 and all([(*map(f, *columns),) == old for f, columns, old in self._tables])
                 and not any(self._empty)
@@ -273,13 +276,14 @@ class Guard:
         except Exception:  # a tensor is gone or isn't a plain one, or values can't be compared
             return None
         if holds and addresses != self._addresses:
+            # A bit of now ^ then is 1 where the addresses differ; the last 4 bits are modulo 16.
             moves = [now ^ then for now, then in zip(addresses, self._addresses, strict=True)]
             holds = not (at_their_places or any([move & 15 for move in moves]))
         return tensors if holds else None
 
 
 def _version_of(tensor: Tensor) -> int | None:
-    """The number of writes to a frozen tensor; None for a tensor that trains."""
+    """A frozen tensor's version counter, which counts in-place writes; None if it trains."""
     return None if tensor.requires_grad else tensor._version
 
 
@@ -351,14 +355,15 @@ class GuardedRecord:
                 self._sources.append(number)
                 continue
             number = storages.get(tensor.untyped_storage().data_ptr())
-            # Without gradients, a view of a tensor that trains doesn't require one itself.
+            # ``View.of`` passes no gradient on, so the viewed tensor must be frozen.  Its view may
+            # not tell: under no_grad, a view of a tensor that trains has requires_grad False.
             if number is None or tensors[number].requires_grad or tensor.is_neg():
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
             self._has_views = True
         self.guard = guard
-        no_weight: Any = None
+        no_weight: Any = None  # the record must not keep tensors alive
         packed = [layer and layer._replace(weight=no_weight) for layer in self.record.packed]
         self.record = replace(self.record, outputs=(), packed=tuple(packed))
 
@@ -379,25 +384,25 @@ class GuardedRecord:
 
 
 def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
-    """A module's guarded record, and its contents.
+    """(guarded record, contents) of a module.
 
-    The contents are the flattened current inputs if the cached record is valid.  Otherwise they are
-    the :class:`Record` that was just read.
+    If the cached record is valid, contents are its flattened current tensors.  Otherwise the module
+    is read, and contents are the new :class:`Record`.
     """
     home = vars(module)
-    before: GuardedRecord | None = home.setdefault(_PLACE, None)
-    if before is not None:
-        tensors = before.tensors_now(module)
+    cached: GuardedRecord | None = home.setdefault(_PLACE, None)
+    if cached is not None:
+        tensors = cached.tensors_now(module)
         if tensors is not None:
-            return before, before.inputs(tensors)
+            return cached, cached.inputs(tensors)
     # The guard is built before the module is read.  If another thread changes the module in
     # between, the next comparison fails.
     guard = Guard(module, module.parts())
     record = module.read()
-    made = GuardedRecord(record)
-    home[_PLACE] = made
-    made.keep(guard)
-    return made, record
+    guarded = GuardedRecord(record)
+    home[_PLACE] = guarded
+    guarded.keep(guard)
+    return guarded, record
 
 
 def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
@@ -408,7 +413,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
         call = cached.calls.get(key)
-        # The key covers all other conditions of ``why_not``.
+        # A global hook is the only condition of ``why_not`` that the key doesn't cover.
         if call is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
@@ -417,11 +422,11 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
         return None
     for part in module.parts():
         cast_bias(part, x)
-    made, answer = record_of(module)
-    record = answer if isinstance(answer, Record) else made.now(answer)
+    guarded, contents = record_of(module)
+    record = contents if isinstance(contents, Record) else guarded.now(contents)
     y, call = module.run_record(x, record)
-    if key is not None and call is not None and made.guard is not None:
-        remember(key, call, made.calls, _MOST_CALLS)
+    if key is not None and call is not None and guarded.guard is not None:
+        remember(key, call, guarded.calls, _MOST_CALLS)
     return y
 
 

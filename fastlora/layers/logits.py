@@ -43,12 +43,15 @@ _aten = torch.ops.aten
 
 
 class Step(NamedTuple):
-    """An operation on a lazy tensor: it selects rows, or changes the elements."""
+    """An operation on a lazy tensor.  It selects rows (``rows``), or changes elements (``number``).
 
-    run: Change  # on the logits
-    rows: Change | None = None  # the same selection of the rows of any [..., n]
-    # ("mul", factor), ("tanh",) or ("log_softmax",); after log_softmax ("neg",), ("exp",) or
-    # ("p_log_p",).
+    ``logits[:, :-1]``, for example, selects rows, and ``logits / 2`` is ("mul", 0.5).
+    """
+
+    run: Change  # the operation itself, applied to the logits [..., V] when they are computed
+    rows: Change | None = None  # the same selection for any [..., n], such as x [..., K]
+    # The change, as data for the fused loss: ("mul", factor), ("tanh",) or ("log_softmax",); after
+    # log_softmax ("neg",), ("exp",) or ("p_log_p",).  Empty for a selection of rows.
     number: tuple = ()
 
 
@@ -58,20 +61,22 @@ class HeadCall:
     def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
         """``is_current()``: False if the head changed without a change of its tensors."""
         self.record = record
-        # No optimizer changes the hidden states.
+        # For each of tensors_of(head): whether an optimizer may change it.  The first one is x, the
+        # hidden states, which no optimizer changes.
         self.trained = [False, *[tensor.requires_grad for tensor in tensors_of(head)[1:]]]
         self.head, self.is_current = of_tensors(head, _alias), is_current
         self.state = self._state()
         self.hooks = _top_hooks()
         self.lock = threading.RLock()
         self.is_computed = False
-        self.hs: list[Tensor] | None = None  # h of the adapter, for the backward
-        self.cells: WeakSet[Cell] = WeakSet()
+        self.hs: list[Tensor] | None = None  # the adapter's h, saved for backward
+        self.cells: WeakSet[Cell] = WeakSet()  # of all lazy tensors that are still in use
 
     def _state(self) -> list[tuple[int, Any]]:
-        """The version of each tensor, and the row sums of a tensor that trains.
+        """(version counter, row sums) of each tensor; sums are None if the tensor doesn't train.
 
-        Fused optimizers change a tensor without a new version, so the sums tell.
+        A fused optimizer changes a tensor without incrementing its version, so the sums are
+        compared also.
         """
         pairs = zip(tensors_of(self.head), self.trained, strict=True)
         with torch.no_grad():
@@ -83,6 +88,7 @@ class HeadCall:
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
         pairs = zip(self.state, self._state(), strict=True)
+        # (a, sums) is the state in the head's call, and (b, now) the state now.
         is_same = [
             a == b and (sums is None or torch.equal(sums, now)) for (a, sums), (b, now) in pairs
         ]
@@ -96,23 +102,24 @@ class HeadCall:
     def can_fuse(self) -> bool:
         """Whether a loss may run without logits now.
 
-        It may not inside of a checkpoint that began after the head's call.  Checkpointing runs a
-        function twice, and both runs must take the same path, but the first one may compute the
-        logits.
+        It may not under ``torch.utils.checkpoint`` if the checkpoint began after the head's call.
+        Checkpointing runs a function twice, and both runs must save the same tensors.  If the first
+        run computes the logits, the second one would find them computed, and take another path.
         """
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         return not self.is_computed and _top_hooks() in (None, self.hooks) and not is_transformed
 
-    def say(self, how: str) -> None:
+    def say(self, text: str) -> None:
         """Record how the loss of this call ran.  The first operation decides."""
         if self.record is not None:
-            self.record(how)
+            self.record(text)
         self.record = None
 
     def compute(self, reader: Any = "the elements were read") -> None:
         """Compute the elements of all lazy tensors of this call, once, for ``reader``.
 
-        The caller may write to the logits next.  This changes their views, but no copies.
+        All are computed together, because the caller may next write to one of them in place.  That
+        write must change its views, but no tensor that was computed from the old elements.
         """
         with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
             if not self.is_computed:
@@ -128,24 +135,25 @@ class HeadCall:
         return y
 
     def of_backend(self) -> Call:
+        """The settings of this call for a backend."""
         backend = find_backend(backend_name(self.head.backend, self.head.x.device))
         return Call(layouts_of([self.head.output]), self.head.dropout, backend)
 
 
 def tensors_of(head: Head) -> list[Tensor]:
-    """The tensors that autograd follows: x, and the head's."""
+    """The tensors that autograd tracks: x, then the head's weight, bias and adapters."""
     return [head.x, *flatten([head.output], layouts_of([head.output]))]
 
 
 def of_tensors(head: Head, change: Change) -> Head:
-    """The call with other tensors.  ``change`` gets each tensor that autograd follows."""
+    """The head with ``change(tensor)`` in place of each of its :func:`tensors_of`."""
     x, *tensors = map(change, tensors_of(head))
     (output,) = unflatten(tensors, layouts_of([head.output]))
     return head._replace(x=x, output=output)
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The same tensor, which keeps its place in autograd's graph if ``requires_grad`` changes."""
+    """A view of the tensor.  A later change of the tensor's ``requires_grad`` doesn't affect it."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
 
@@ -155,10 +163,13 @@ def _top_hooks() -> Any:
 
 
 class Cell:
-    """The elements of a lazy tensor, and of each tensor that detach made of it."""
+    """The elements of a lazy tensor.  Its results of ``detach`` and ``alias`` share the cell.
+
+    The elements are step.run(parent's elements); without a parent, they are the head's output.
+    """
 
     def __init__(self, call: HeadCall, like: Tensor, parent: "Cell | None", step: Step) -> None:
-        """``like``: shape, strides and dtype, as a tensor without memory."""
+        """``like``: a meta tensor with the shape, strides and dtype of the elements."""
         self.call, self.like, self.parent, self.step = call, like, parent, step
         self.data: Tensor | None = None
         self.lse: Tensor | None = None  # log-sum-exp [..., 1], if ``gather`` has computed it
@@ -184,14 +195,14 @@ class LazyLogits(Tensor):
     @staticmethod
     def make(cell: Cell) -> "LazyLogits":
         like = cell.like
-        made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        lazy: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             LazyLogits, like.shape, strides=like.stride(), storage_offset=like.storage_offset(),
             dtype=like.dtype, device=cell.call.head.x.device,
         )  # fmt: skip
-        # C++ code that asks for its memory raises.  Otherwise it would read address 0.
-        torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
-        made.cell = cell
-        return made
+        # Makes C++ code raise when it asks for the address.  Otherwise it would read address 0.
+        torch._C._set_throw_on_mutable_data_ptr(lazy)  # type: ignore[attr-defined]
+        lazy.cell = cell
+        return lazy
 
     def elements(self) -> Tensor:
         """The ordinary tensor with these logits: a view of this one in autograd's graph."""
@@ -204,14 +215,15 @@ class LazyLogits(Tensor):
 
         "leaf" stands for a detached tensor that requires a gradient again.
         """
-        node, number, found = self.grad_fn, self.output_nr, list[str]()
+        node, number, names = self.grad_fn, self.output_nr, list[str]()
         while node is not None and getattr(node, "head_call", None) is not self.cell.call:
             edges = node.next_functions
             if isinstance(node, torch.autograd.function.BackwardCFunction):
-                found.append(type(node).__name__)
-                edges = edges[number:]  # output i of a Function that passes gradients on is input i
+                names.append(type(node).__name__)
+                # Output i of such a Function is its input i, unchanged: follow that input.
+                edges = edges[number:]
             node, number = edges[0] if edges else (None, 0)
-        return [*found, "leaf"] if node is None and self.requires_grad else found
+        return [*names, "leaf"] if node is None and self.requires_grad else names
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
@@ -227,9 +239,9 @@ class LazyLogits(Tensor):
         first, handler = args[0] if args else kwargs.get("input"), HANDLERS.get(func)
         if handler is not None and isinstance(first, LazyLogits) and first.cell.call.can_fuse():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
-            made = handler(first, *args[1:], **rest)
-            if made is not NotImplemented:
-                return made
+            result = handler(first, *args[1:], **rest)
+            if result is not NotImplemented:
+                return result
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise _refusal("logits.data = …")
         if func in _OF_GRADIENTS:
@@ -249,29 +261,30 @@ class LazyLogits(Tensor):
             if func in (_aten.detach.default, _aten.alias.default):
                 return LazyLogits.make(first.cell)
             step = STEPS.get(func)
-            found = None if step is None else step(func, *args, **kwargs)
-            if isinstance(found, Tensor):
-                return found
-            if isinstance(found, list):
-                return [after(first.cell, each) for each in found]
-            if found is not None:
-                return after(first.cell, found)
+            steps = None if step is None else step(func, *args, **kwargs)
+            if isinstance(steps, Tensor):
+                return steps
+            if isinstance(steps, list):
+                return [after(first.cell, each) for each in steps]
+            if steps is not None:
+                return after(first.cell, steps)
         if torch.Tag.inplace_view in func.tags:
             raise _refusal(func)
-        owners: dict[int, LazyLogits] = {}
+        # The operation needs elements.  It runs on ordinary tensors.  If it returns one of them (an
+        # in-place operation does), the caller must get the lazy tensor again.
+        lazy_of: dict[int, LazyLogits] = {}
 
-        def real(lazy: LazyLogits) -> Tensor:
+        def with_elements(lazy: LazyLogits) -> Tensor:
             lazy.cell.call.compute(f"{func} read them")
             data = lazy.cell.compute()
-            owners[id(data)] = lazy
+            lazy_of[id(data)] = lazy
             return data
 
-        args, kwargs = tree_map_only(LazyLogits, real, (args, kwargs))
-        made = func(*args, **kwargs)
-        if made is None:  # torch._foreach_mul_ …
-            torch.autograd.graph.increment_version(owners.values())
-        # An operation that writes to its argument returns it.
-        return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), made)
+        args, kwargs = tree_map_only(LazyLogits, with_elements, (args, kwargs))
+        result = func(*args, **kwargs)
+        if result is None:  # in place on a list, such as torch._foreach_mul_
+            torch.autograd.graph.increment_version(lazy_of.values())
+        return tree_map_only(Tensor, lambda tensor: lazy_of.get(id(tensor), tensor), result)
 
 
 # Functions that read memory without an operation of ATen.  They get ordinary tensors.
@@ -280,7 +293,7 @@ _OF_MEMORY = {
     Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.__dlpack__, torch.as_tensor,
     Tensor.__dlpack_device__, torch.asarray, torch.from_dlpack, Tensor.as_subclass,
 }  # fmt: skip
-# Functions that ask for the gradient of the logits, which a loss without logits doesn't have.
+# Functions that need the gradient of the logits.  A loss without logits never computes it.
 _OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad}
 _disabled: list[Callable[..., Any]] = []
 
@@ -300,6 +313,7 @@ def _refusal(name: Any) -> RuntimeError:
 
 
 def after(cell: Cell, step: Step) -> LazyLogits:
+    """The lazy result of a step on this cell's tensor."""
     return LazyLogits.make(Cell(cell.call, step.run(cell.like), cell, step))
 
 
@@ -321,17 +335,20 @@ class LazyHeadFunction(Function):
         if dy is None:
             return None, *[None] * len(needs)
         refuse_by_torch_only([dy], "a lazy head", "optimize the model with loss=False")
-        if call.hs is None:  # an autograd Function has a gradient, but read no element
+        if call.hs is None:  # dy comes from a Function that read no element, so compute h now
             call.logits()
-        given = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
-        return None, *run_backward(BackwardCall(*given))
+        arguments = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
+        return None, *run_backward(BackwardCall(*arguments))
 
 
 class Recipe(NamedTuple):
-    """How a loss computes a lazy tensor: a call of a head, and the steps after it."""
+    """How a loss computes a lazy tensor: a call of a head, and the steps after it.
+
+    Steps that select rows are already applied to the head's x.
+    """
 
     head: Head
-    numbers: tuple[tuple, ...] = ()  # of the steps
+    numbers: tuple[tuple, ...] = ()  # ``Step.number`` of the other steps, in order
 
     @staticmethod
     def of(lazy: LazyLogits) -> "Recipe":
@@ -339,15 +356,15 @@ class Recipe(NamedTuple):
         head, steps = lazy.cell.call.head, lazy.cell.steps()
         if not lazy.requires_grad:
             head = of_tensors(head, Tensor.detach)
-        x, numbers = head.x, None
-        if head.seeds is not None:
-            numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
-            numbers = numbers.view(*x.shape[:-1], 1)
+        x, row_numbers = head.x, None
+        if head.seeds is not None:  # the dropout mask of a selected row needs the row's old number
+            row_numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
+            row_numbers = row_numbers.view(*x.shape[:-1], 1)
         for change in [step.rows for step in steps if step.rows is not None]:
-            x, numbers = change(x), None if numbers is None else change(numbers)
-        mask_rows = None if numbers is None else numbers.squeeze(-1)
-        found = tuple([step.number for step in steps if step.number])
-        return Recipe(head._replace(x=x, mask_rows=mask_rows), found)
+            x, row_numbers = change(x), None if row_numbers is None else change(row_numbers)
+        mask_rows = None if row_numbers is None else row_numbers.squeeze(-1)
+        changes = tuple([step.number for step in steps if step.number])
+        return Recipe(head._replace(x=x, mask_rows=mask_rows), changes)
 
     @property
     def is_logprob(self) -> bool:
@@ -359,10 +376,11 @@ class Recipe(NamedTuple):
         return (-1.0) ** self.numbers.count(("neg",))
 
     def settings(self) -> LossSettings | None:
-        """The settings of a loss that have the effect of the steps; None if no settings have it.
+        """LossSettings that equal the steps; None if no settings do.
 
-        after · tanh(before · z) equals a softcap of ``after``, applied to logits scaled by
-        before · after.
+        With z the head's output and s the product of the factors: s · z is logit_scale = s.
+        after · tanh(before · z) is softcap = after, logit_scale = before · after, because
+        a loss computes softcap · tanh(logit_scale · z / softcap).
         """
         before, after, is_capped = 1.0, 1.0, False
         for name, *number in self.numbers:

@@ -24,7 +24,8 @@ _OF_TRANSFORMERS = {
 def tensor_of(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)``, faster for parameters.
 
-    A parametrized weight, or FSDP's while it is gathered, is an attribute but no parameter.
+    A parametrized weight, and FSDP's weight during a call, are attributes but not in
+    ``_parameters``.
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
@@ -33,8 +34,8 @@ def tensor_of(module: nn.Module, name: str) -> Any:
 def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> str:
     """Why a weight (``ndim`` 2) or a bias (1) isn't supported: "has dtype torch.int8" …; or "".
 
-    ``is_part``: it is FSDP's shard between calls, so its class and shape don't count.  A call sees
-    the whole tensor.  None (no bias) is supported.
+    ``is_part``: the tensor is FSDP's shard, which a module has between calls.  A call gets the
+    whole tensor, so the class and shape of the shard aren't checked.  None (no bias) is supported.
     """
     if tensor is None:
         return ""
@@ -51,7 +52,7 @@ def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> s
 def why_not_part(
     name: str, tensor: Tensor, shape: tuple[int, ...], of: str = "the weight of "
 ) -> str:
-    """Why a weight or bias with this expected shape isn't supported; "" if it is."""
+    """Why this weight or bias isn't supported; "" if it is.  ``shape`` is the expected shape."""
     reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
     if reason:
         return f"{of}{name} {reason}" if is_weight else f"{name} {reason}"
@@ -59,7 +60,7 @@ def why_not_part(
         return f"{name} is on the meta device, without data"
     records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if is_weight and records and tensor.is_inference():
-        return f"{name} was made in inference mode"  # it can't be saved for backward
+        return f"{name} was made in inference mode"  # autograd can't save it for backward
     if tensor.shape == shape:
         return ""
     return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
@@ -73,13 +74,13 @@ _SAME = ("transformers.integrations.moe", "torch._dynamo.")
 def why_patched(kind: Any) -> str:
     """Why a class doesn't run the forward that its library defined; "" if it does.
 
-    The fast path replaces forwards, so it must not skip a patched one.  The check applies to each
-    class whose forward it doesn't call.  The function must come from the body of a class in
-    ``__mro__``, so that a patch made before ``import fastlora`` is found also.  Calls with a cached
-    record skip this check, because their guard compares the functions themselves.
+    The fast path runs in place of a class's forward, so it must not replace a patched forward.  A
+    forward is unpatched if it was defined in the body of a class in ``__mro__``.  This also finds
+    patches made before ``import fastlora``.  Calls with a cached record skip the check, because
+    their guard compares the functions themselves.
     """
     kind = getattr(kind, "plain_class", kind)
-    # torch.compile guards a function that is compared, and recompiles when it is replaced.
+    # The comparison makes torch.compile guard ``forward``, so that it recompiles after a patch.
     return "" if getattr(kind, "forward", None) is None else _why_patched(kind)
 
 
@@ -91,7 +92,7 @@ def _why_patched(kind: Any) -> str:
     return ""
 
 
-# The effect of torch.compiler.assume_constant_result, without importing torch's compiler.
+# Same as the decorator torch.compiler.assume_constant_result, without importing the compiler.
 _why_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -142,15 +143,18 @@ def _guard(module: nn.Module) -> None:
 def _acts_as_its_class(module: nn.Module) -> bool:
     """Whether the forward in this module's ``__dict__`` computes the same as its class's.
 
-    Three kinds of forwards do.  accelerate's and ms-swift's forwards only move inputs to the
-    weight's device, which the fast path requires anyway.  The third kind is the class's own forward
-    on the instance: accelerate leaves it there when it removes its hook.
+    True for three forwards:
+
+    * accelerate's and ms-swift's, which only move inputs to the weight's device.  (The fast path
+      requires inputs on that device.)
+    * the class's own forward, bound to this module.  accelerate leaves it in ``__dict__`` when it
+      removes its hook.
     """
     forward = module.__dict__["forward"]
     if "forward_origin" in module.__dict__:
-        theirs: Any = getattr(forward, "__func__", None)
-        if defined_in(theirs) == "swift.tuners.peft" and theirs.__name__ == "keep_device_forward":
-            forward = module.__dict__["forward_origin"]  # the one that it calls
+        method: Any = getattr(forward, "__func__", None)
+        if defined_in(method) == "swift.tuners.peft" and method.__name__ == "keep_device_forward":
+            forward = module.__dict__["forward_origin"]  # the forward that it calls
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         return True
     hook: Any = module.__dict__.get("_hf_hook")
@@ -182,9 +186,9 @@ def _name_of_function(function: Any) -> str:
     if function is functional.gelu:
         return "gelu"
     if type(function) is partial:
-        known = function.func is functional.gelu and not function.args
-        given = function.keywords
-        return _gelu(given.get("approximate", "")) if known and len(given) == 1 else ""
+        is_gelu = function.func is functional.gelu and not function.args
+        keywords = function.keywords
+        return _gelu(keywords.get("approximate", "")) if is_gelu and len(keywords) == 1 else ""
     try:
         return _FUNCTIONS.get(function, "")
     except TypeError:  # it isn't hashable
@@ -196,15 +200,15 @@ def _gelu(approximate: str) -> str:
 
 
 def plain_class_of(module: nn.Module) -> Any:
-    """The module's class without the one that fastlora gave it, and without FSDP2's."""
+    """The module's original class, from which fastlora's or FSDP2's class was derived."""
     kind = type(module)
     return getattr(kind, "plain_class", None) or under(kind)
 
 
 def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
-    """Whether the instance has a forward of its own that is none of these.
+    """Whether ``__dict__`` has a forward that isn't a method of one of these functions.
 
-    If accelerate wrapped the forward, the wrapped one counts.
+    If accelerate wrapped the forward, the forward under the wrapper is tested.
     """
     forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return forward is not None and getattr(forward, "__func__", None) not in forwards
@@ -212,5 +216,5 @@ def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
 
 def under(cls: type) -> type:
     """The class from which FSDP2 derived this one, or itself."""
-    first, *others = cls.__bases__
-    return others[0] if len(others) == 1 and derived_from(first, *FULLY_SHARDED) else cls
+    first, *bases = cls.__bases__
+    return bases[0] if len(bases) == 1 and derived_from(first, *FULLY_SHARDED) else cls

@@ -3,30 +3,30 @@
 Forward and backward take 1.07 to 1.14 × the frozen module's time, PEFT's 3.2 to 3.5 ×.  PEFT saves
 13 to 21 × as many bytes for the backward (``make bench ARGS="-k experts"``, docs/experts.md).
 
-There are T tokens, and each is sent to k of E experts.  That makes S = T · k rows, sorted by
-expert.  With e the expert of a row, and token its token:
+T tokens are each sent to k of E experts: S = T · k rows, sorted by expert.  For a row with expert e
+and token ``token``:
 
     pre        = up[e](x[token])           [S, F]
     product    = activate(pre)             [S, I]
     y          = down[e](product)          [S, N]
     out[token] = Σ weight · y              [T, N], the sum over the token's k rows
 
-Order of the rows: row i is entry order[i] of index [T, k] read as one vector of S entries, so its
-token is order[i] // k (:mod:`.routing`).  A routing weight has the place of its entry in [T, k].
+Order of the rows: row i has expert index.view(-1)[order[i]], routing weight
+weights.view(-1)[order[i]] and token order[i] // k (:mod:`.routing`).
 
 Saved for backward: the inputs, the dropout seeds, order, ends, pre, and h of both products.  The
-backward recomputes the gathered x and the product, and never needs y.  It multiplies dy = d
-out[token] by down's weights, without the routing weights.  The result dp is the gradient of the
-product as if every routing weight were 1.  The gradient of a routing weight follows from it:
+backward recomputes x[token] and product, and never needs y.  With dy = d out[token]:
 
-    d weight = dy · y = dp · product + dy · bias
+    dp        = dy through down[e]                 [S, I]; routing weights not yet included
+    d weight  = dy · y = dp · product + dy · bias  [S], because y = product through down[e] + bias
+    d product = weight · dp                        [S, I]
 
-On a CPU, one product of all experts is no faster, so the node runs one :class:`Part` of a few
-experts after the other.  Then only pre and h have all S rows.  On other devices, all experts run at
-once.
+On a CPU, one product of all experts is no faster than one for each expert.  So the node runs a few
+experts at a time (:class:`Part`), and only pre and h have all S rows.  On other devices, all
+experts run at once.
 
-Compiled calls, and calls whose activation must not run twice, compute the formula step by step
-instead, with a grouped LoRA call for each product.
+Two kinds of calls take two grouped LoRA calls instead of the node: compiled calls, and calls whose
+activation must not run twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,10 +84,10 @@ def lora_experts(
     ``up`` and ``down`` have one dtype outside of autocast.
     """
     device, dtype = x.device, x.dtype
-    on = autocast_is_on(device.type)
-    if on and autocasts:
+    is_autocast = autocast_is_on(device.type)
+    if is_autocast and autocasts:
         x, (up, down) = autocast_inputs(x, [up, down])
-    elif on and isinstance(up.base.weight, Tensor):
+    elif is_autocast and isinstance(up.base.weight, Tensor):
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
         routing = routing_of(index, up.base.weight.shape[0])
@@ -98,8 +98,8 @@ def lora_experts(
             return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
-        # A flat list, because autograd finds only tensors that are direct arguments of a node.
-        # Each part slices the tensors of this list.
+        # A flat list, because autograd tracks only tensors that are direct arguments of ``apply``.
+        # Each part of the experts slices the tensors of this list.
         of_up, of_down = flatten([up], layouts[:1]), flatten([down], layouts[1:])
         call, hidden = Call(layouts, dropout, backend), up.base.weight.shape[1]
         node = _Node(call, activate, dtype, routing.k, hidden, len(of_up))
@@ -176,7 +176,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
 class _Product(NamedTuple):
     """One of the two products of a part."""
 
-    tensors: Sequence[Tensor]  # of the part's experts: views, flat
+    tensors: Sequence[Tensor]  # the flat tensors of up or down: views of the part's experts
     seed: Tensor | None
     call: Call
 
@@ -215,8 +215,8 @@ class _Pass(NamedTuple):
         for i, layout in enumerate(call.layouts):
             flat = tensors[split:] if i else tensors[:split]
             seed = None if self.seeds is None or not layout.scales else self.seeds[i : i + 1]
-            its_call = call._replace(layouts=(layout,), rows=part.segments)
-            products.append(_Product(flat, seed, its_call))
+            part_call = call._replace(layouts=(layout,), rows=part.segments)
+            products.append(_Product(flat, seed, part_call))
         up, down = products
         return up, down
 
@@ -229,8 +229,7 @@ class _Pass(NamedTuple):
         parts, results = self.parts(), []
         out, tokens = Sums(self.routing, parts, self.node.dtype), self.routing.tokens
         for part in parts:
-            # x[tokens[part.rows]] [rows, K], the product [rows, I] and y [rows, N] are freed after
-            # each part.
+            # Freed after each part: x[tokens] [rows, K], product [rows, I] and y [rows, N].
             up, down = self.products(part)
             pre, hs = up.forward(x[tokens[part.rows]])
             y, down_hs = down.forward(self.node.activated(pre))
@@ -245,17 +244,17 @@ class _Pass(NamedTuple):
         (x, weights, *_), routing = self.inputs, self.routing
         needs_x, needs_weights, *_ = needs
         # The same parts as in the forward, because they depend only on sizes and ends.
-        parts, d_out, left = self.parts(), d_out.to(x.dtype), iter(results)
+        parts, d_out, remaining = self.parts(), d_out.to(x.dtype), iter(results)
         dx, d_weights = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape)
         of_parts = []
         for part in parts:
-            of_part = [next(left) for _ in range(len(results) // len(parts))]
-            d_rows, d_row_weights, *others = self._gradients_of_part(d_out, needs, part, of_part)
+            of_part = [next(remaining) for _ in range(len(results) // len(parts))]
+            d_rows, d_row_weights, *d_tensors = self._gradients_of_part(d_out, needs, part, of_part)
             if d_rows is not None:
                 dx.add(d_rows, part)
             if d_row_weights is not None:  # each row writes to its own entry of [T, k]
                 d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
-            of_parts.append(others)
+            of_parts.append(d_tensors)
         return [
             dx.sums if needs_x else None,
             d_weights.view(weights.shape) if needs_weights else None,
@@ -272,8 +271,8 @@ class _Pass(NamedTuple):
         because they have fewer columns than dy [rows, N].
         """
         (x, weights, *_), (pre, *hs), node = self.inputs, results, self.node
-        needs_x, needs_weights, *others = needs
-        needs_up, needs_down = others[: node.split], others[node.split :]
+        needs_x, needs_weights, *needs_flat = needs
+        needs_up, needs_down = needs_flat[: node.split], needs_flat[node.split :]
         needs_pre = needs_x or any(needs_up)
         up, down = self.products(part)
         (up_layout,), (layout,) = up.call.layouts, down.call.layouts
@@ -283,12 +282,12 @@ class _Pass(NamedTuple):
         weighted = (product * row_weights).to(product.dtype)
         count = len(up_layout.scales)  # the first ``count`` of hs are up's
         down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
-        # This backward leaves out the bias.  The bias's gradient, Σ weight · dy, has no product or
-        # h that could carry the routing weights, so it needs a second backward below, with dy
-        # multiplied.  d_product is the gradient as if every routing weight were 1.
-        at, d_row_weights = layout.bias_at, None
-        first = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
-        d_product, *of_down = down.backward(dy, weighted, down_hs, first)
+        # This backward computes all gradients except d bias = Σ weight · dy.  In the others, the
+        # routing weights are a factor of product or h; in d bias, they must be a factor of dy, so a
+        # second backward below computes it.  d_product is dp of the module's docstring.
+        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's flat tensors
+        wanted = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
+        d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
             d_row_weights = torch.linalg.vecdot(d_product, product)
@@ -303,7 +302,7 @@ class _Pass(NamedTuple):
         if not needs_pre:
             return [None, d_row_weights, *[None] * len(needs_up), *of_down]
         assert d_product is not None
-        # From here on gradients include the routing weights.
+        # d product = weight · dp; all gradients from here on include the routing weights.
         d_pre = node.through_activation(d_product.mul_(row_weights), pre)
         del d_product
         d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])

@@ -1,23 +1,29 @@
 """The cache of calls: two levels, and one function that makes their keys.
 
 A call with a cached key skips the checks, dispatch, the choice of a backend, and the capture of its
-launches.  All of these depend only on the *kind* of a call: the facts of x and of all other tensors
-(:func:`.projection.facts_of`: shape, strides, dtype, device …), the numbers beside them,
-autocast's dtype, and the requested backend.  :func:`key_of` makes the key of a kind.  With this
+launches.  All of these depend only on the *kind* of a call:
+
+    kind = (facts of x and of all other tensors, scales and other settings, autocast's dtype,
+            requested backend)
+
+Facts are shape, strides, dtype, device … (:func:`.projection.facts_of`), never elements.
+:func:`key_of` makes the key of a kind.  With this
 cache, an optimized PEFT layer takes 0.95 × the host time of PEFT's layer, on the Triton backend
 (``make bench ARGS=host``, docs/kernels.md).
 
-Level 1, in a module: a guarded record (:mod:`fastlora.layers.guards`) holds the module's calls by
-the key of x.  The guard compares everything else: parameters, settings, hooks.  An entry is valid
-while the guard holds.
+Level 1, in each module: a dict from the key of x to the call (:mod:`fastlora.layers.guards`).  A
+guard compares everything else: parameters, settings, hooks.  An entry is valid while the guard
+holds.
 
-Level 2, in this file: calls by the key of all their tensors.  An entry is a :class:`Call`, or a
-record of several.  ``Call.captured`` holds the launches of its forward.
+Level 2, in this file: a dict from the key of all tensors to the call, for functions that are called
+without a module.  An entry is a :class:`Call`, or a record of several.
 
-* An entry depends on nothing outside of its key, so it is always valid.  The cache drops the oldest
-  entries when it is full.
-* Captured launches depend also on plans and on verification.  kernels/replay.py compares both
-  before each replay.  That file also caches the launches of backwards, experts and many adapters.
+* An entry depends on nothing outside of its key, so it is always valid.  A full cache drops its
+  oldest entries.
+* ``Call.captured`` holds the captured launches of the call's forward.  They depend also on plans
+  and on verification.  So ``run_kernels`` (backends/triton/verification.py) puts the edition of the
+  plans in their keys, and caches launches only after verification.  kernels/replay.py caches the
+  other captured launches: of backwards, experts and many adapters.
 
 A new check of a call must add everything it reads to :func:`key_of` or ``facts_of``.  Otherwise a
 cached call skips the check when it would fail.
@@ -35,7 +41,7 @@ from ..call.projection import Output, facts_of, flatten, layouts_of
 from .dispatch import autocast_dtype, is_ordinary
 
 _MOST = 1024  # entries; a new sequence length makes a new one
-_changes = Lock()  # held while the oldest entry is found and deleted; lookups need no lock
+_changes = Lock()  # protects insertion and the deletion of the oldest entry; lookups need no lock
 _calls: dict[Hashable, Any] = {}
 
 
@@ -44,15 +50,18 @@ def key_of(
 ) -> Hashable:
     """The key of an eager call with these tensors, x first, under torch's present modes.
 
-    ``rest`` are the numbers and other settings of the call.  Calls with equal keys are equally
-    valid, so the checks can be skipped.  Raises an error of torch for a tensor without strides or
-    without an address.
+    ``rest``: the scales and other settings of the call.  If a call passed the checks, so do all
+    calls with an equal key.  Raises an error of torch for a tensor without strides or without an
+    address.
     """
     return autocast_dtype(inputs[0]), asked_backend(backend), *rest, *map(facts_of, inputs)
 
 
 def key_of_x(x: Tensor) -> Hashable:
-    """The key of x for a module, whose guard covers the other tensors; None: don't cache."""
+    """The key of x for a module's cache, whose guard covers the other tensors.
+
+    None if the call can't be cached.
+    """
     try:
         return key_of([x], (torch.is_grad_enabled(),)) if is_ordinary(x) else None
     except Exception:  # x is sparse, or came from a transform of torch.func that has ended
@@ -66,15 +75,15 @@ def key_of_outputs(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Hashable, list[Tensor]]:
-    """The key of a call that takes the node, and the flat list of its tensors.
+    """(key, flat list of tensors) of a call that runs as one node.
 
-    The key is None if the call can't be cached.  ``dropout``: a gated MLP gives a tuple of all its
-    settings here.
+    The key is None if the call can't be cached.  ``dropout``: the probability, or for a gated MLP a
+    tuple of all its settings.
     """
     try:
         layouts = layouts_of(outputs)
         inputs = [x, *flatten(outputs, layouts)]
-        # Types belong in the key, because 1 == 1.0 == True, and the checks refuse some of them.
+        # The key contains types, because 1 == 1.0 == True, and the checks refuse some of them.
         numbers = [training, dropout, *[scale for layout in layouts for scale in layout.scales]]
         key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
         hash(key)
@@ -84,7 +93,7 @@ def key_of_outputs(
 
 
 def call_of(key: Hashable) -> Any:
-    """The cached call of this key, or None; key None: there is none."""
+    """The cached call of this key, or None.  No call has the key None."""
     return _calls.get(key)
 
 

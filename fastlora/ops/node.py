@@ -19,6 +19,7 @@ from .composite import run_composite
 from .dispatch import autocast_dtype, autocast_off
 
 _ARGUMENTS = 3  # the node's arguments before ``inputs``: seeds, ends, call
+# Two next steps in errors.
 _EACH = "call fastlora.lora_linear for each expert or adapter"
 _TRAIN_A = "lora_a and weight are frozen, so let lora_a require gradients"
 
@@ -36,7 +37,7 @@ def run_forward(
 
 
 def run_backward(given: BackwardCall) -> list[Tensor | None]:
-    """The gradient of each input; None if it needs none, or its adapter has no rows."""
+    """The gradient of each input; None if the input needs none, or if its adapter has no rows."""
     x, *tensors = given.inputs
     if autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
@@ -56,41 +57,43 @@ def to_save(
     layouts: tuple[Layout, ...],
     one_h: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The tensors to save for backward: x and every h; None for each that the backward won't read.
+    """(x, hs) to save for backward, with None in place of a tensor that the backward won't read.
 
-    ``needs``: whether x and each of its tensors need a gradient.  ``one_h``: whether all adapters
-    of an output share one h, as in calls with many adapters.
+    ``needs``: whether each input (x, then the outputs' tensors) needs a gradient.  ``one_h``:
+    whether all adapters of an output share one h, as in calls with many adapters.
     """
     is_read, reads_h = _is_read(tuple(needs), layouts, one_h)
-    read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
-    return x if is_read else None, read
+    saved_hs = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
+    return x if is_read else None, saved_hs
 
 
 @lru_cache(maxsize=1024)
 def _is_read(
     needs: tuple[bool, ...], layouts: tuple[Layout, ...], one_h: bool
 ) -> tuple[bool, list[bool]]:
-    """Whether a backward reads x, and whether it reads each h: d lora_b is a product with h."""
+    """(whether the backward reads x, whether it reads each h).
+
+    x is read for d weight = dyᵀ x and d lora_a = dhᵀ x, and h for d lora_b = dyᵀ h.
+    """
     wanted, reads_h = unflatten(needs[1:], layouts), []
     for _, adapters in wanted:
-        of_each = [adapter.lora_b for adapter in adapters]
-        reads_h += [any(of_each)] if one_h else of_each
+        needs_lora_b = [adapter.lora_b for adapter in adapters]
+        reads_h += [any(needs_lora_b)] if one_h else needs_lora_b
     return reads_x(wanted), reads_h
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], with dense rows or dense columns.
+    """x [..., K] as [M, K], with stride 1 along its rows or along its columns.
 
-    It is a copy only if the strides, or a negative bit, require one.
+    A view if possible.  A copy if no such view exists, or if x has torch's lazy negative bit.
     """
     matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
     strides, K = matrix.stride(), matrix.shape[1]
-    # On a CPU with AMX, oneDNN's 16-bit products read past the end of each row, if the matrix is a
-    # window of a wider one and 8 doesn't divide the row's length (torch 2.13).  A NaN there would
-    # spoil the result.
+    # A bug of torch 2.13 with AMX: if the matrix is a window of a wider one and K % 8 != 0, 16-bit
+    # products of oneDNN read elements past the end of each row.  A NaN there makes the result NaN.
     is_window = strides[1] == 1 and strides[0] > K
-    reads_beside = is_window and K % 8 and matrix.is_cpu and matrix.dtype in HALF_DTYPES
-    return matrix.contiguous() if 1 not in strides or 0 in strides or reads_beside else matrix
+    reads_past = is_window and K % 8 and matrix.is_cpu and matrix.dtype in HALF_DTYPES
+    return matrix.contiguous() if 1 not in strides or 0 in strides or reads_past else matrix
 
 
 def are_batched(dys: Sequence[Tensor | None]) -> bool:
@@ -140,8 +143,8 @@ def by_autograd(
 ) -> list[Tensor | None]:
     """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
 
-    It is None if the input needs no gradient, or if no output depends on the input.  Gradients of
-    gradients and batched gradients are computed so.
+    It is None if the input needs no gradient, or if no output depends on the input.  Used for
+    gradients of gradients and for batched gradients.
     """
     create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
     with torch.enable_grad(), autocast_off(device):
@@ -185,8 +188,8 @@ class LoRALinearFunction(Function):
     ) -> tuple[Tensor, ...]:
         """``inputs``: x and the flat tensors of the outputs; each may require a gradient.
 
-        ``ends``: of experts.  The backward reads it from ``call``.  It is saved only so that
-        autograd reports an in-place change of it.
+        ``ends``: ``call.rows.ends`` of experts, else None.  The backward reads it from ``call``.
+        The node saves it only so that autograd raises an error after an in-place change of it.
         """
         ys, hs = run_forward(inputs, seeds, call)
         x, *tensors = inputs
@@ -208,13 +211,13 @@ class LoRALinearFunction(Function):
         if all([dy is None for dy in dys]):
             return (*nothing, *[None] * len(needs))
         has_x = inputs[0] is not None
-        if not has_x:  # no needed gradient reads x, but backends take a tensor of its shape
+        if not has_x:  # no gradient reads x's elements, but backends read its shape and dtype
             inputs[0] = inputs[1].new_empty(ctx.shape, dtype=ctx.dtype)
         if call.rows is not None:
             refuse_by_torch_only(dys, "a call of experts or of many adapters", _EACH)
         if by_torch_only(dys):
             if not has_x:
-                if any(h is not None for h in hs):  # they are computed from x
+                if any(h is not None for h in hs):  # h depends on x, so its derivative needs x
                     refuse_by_torch_only(dys, "a layer that saves no x", _TRAIN_A)
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
             function = partial(by_composite, seeds=seeds, call=call)

@@ -1,8 +1,8 @@
 """Experts by the Triton kernels: each segment of x's rows has a layer of its own.
 
-Inside of the kernels (``kernels/segments.py``), a tile finds its expert's tensors.  So nothing is
-gathered, and the host reads no offset.  The exception is a weight or bias that trains: the torch
-backend computes its gradient, and reads the offsets.
+Each tile of a kernel finds its expert's tensors on the device (``kernels/segments.py``), so no
+weights are gathered, and the host never reads the ends.  Exception: if a weight or bias trains, the
+torch backend computes its gradient, and reads the ends on the host.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 from .supported import empty_gradients, kernels, precision_of
 from .verification import run_kernels
 
-# The most bytes of a dense weight (all experts) that a packed one is unpacked to for one product.
+# A packed weight is unpacked as a whole only if its dense form (all experts) has at most so many
+# bytes.
 _LARGEST = 2**32
 
 
@@ -35,8 +36,8 @@ def forward(
     if ends is None:
         return torch_backend.forward(inputs, seeds, call)
     settings = call.layouts, call.dropout, precision_of(inputs[0]), _by_grouped_mm(inputs, call)
-    made = run_kernels(_FORWARD, [*inputs, ends, seeds], settings)
-    return made[:1], made[1:]
+    results = run_kernels(_FORWARD, [*inputs, ends, seeds], settings)
+    return results[:1], results[1:]
 
 
 def backward(given: BackwardCall) -> list[Tensor | None]:
@@ -53,18 +54,18 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
     by_torch = (False, *needs[1:last], *[False] * (len(needs) - last))
     by_kernels = (needs[0], *[False] * (last - 1), *needs[last:])
     settings = layouts, call.dropout, precision_of(x), _by_grouped_mm(inputs, call), by_kernels
-    made = run_kernels(_BACKWARD, [*inputs, ends, seeds, *hs, dys[0]], settings)
+    gradients = run_kernels(_BACKWARD, [*inputs, ends, seeds, *hs, dys[0]], settings)
     if any(by_torch):
-        others = torch_backend.backward(given._replace(needs=by_torch))
-        made = [b if a is None else a for a, b in zip(made, others, strict=True)]
-    return made
+        torch_gradients = torch_backend.backward(given._replace(needs=by_torch))
+        gradients = [b if a is None else a for a, b in zip(gradients, torch_gradients, strict=True)]
+    return gradients
 
 
 def _ends_of(call: Call) -> Tensor | None:
-    """The segments' ends, contiguous; None if the kernels don't take the call.
+    """The segments' ends, contiguous; None if the kernels don't support the call.
 
-    They take one output with at most one adapter, and rows whose dropout masks begin with them
-    (``rows.first`` is 0).
+    They support one output with at most one adapter, and rows.first == 0: the dropout mask's row 0
+    must be row 0 of x.
     """
     rows, (layout, *others) = call.rows, call.layouts
     assert rows is not None
@@ -76,17 +77,17 @@ def _forward(
     layouts: Sequence[Layout],
     dropout: float,
     precision: str,
-    at_once: bool,
+    by_grouped_mm: bool,
 ) -> list[Tensor]:
     """[y], or [y, h] with an adapter."""
     x, *flat, ends, seeds = tensors
     ((weight, bias), adapters) = _stacked(flat, layouts, x)
-    plain = {"precision": precision, "ends": ends}
-    masked, hs = plain | {"dropout": dropout, "seeds": seeds}, []
+    options = {"precision": precision, "ends": ends}
+    with_dropout, hs = options | {"dropout": dropout, "seeds": seeds}, []
     for lora_a, _, scale in adapters:
-        hs += kernels.project(x, [lora_a.mT], [scale / (1.0 - dropout)], **masked)
+        hs += kernels.project(x, [lora_a.mT], [scale / (1.0 - dropout)], **with_dropout)
     lora_bs = [adapter.lora_b.mT for adapter in adapters]
-    return [_product(x, weight, hs, lora_bs, at_once, plain | {"bias": bias}), *hs]
+    return [_product(x, weight, hs, lora_bs, by_grouped_mm, options | {"bias": bias}), *hs]
 
 
 def _backward(
@@ -94,31 +95,32 @@ def _backward(
     layouts: Sequence[Layout],
     dropout: float,
     precision: str,
-    at_once: bool,
+    by_grouped_mm: bool,
     needs_flat: Sequence[bool],
 ) -> list[Tensor | None]:
     """dx, then the gradients of the output's tensors as a flat list."""
     needs_x, *rest = needs_flat
-    (x, *flat), others = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
-    ends, seeds, *hs, dy = others
+    (x, *flat), saved = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    ends, seeds, *hs, dy = saved
     ((weight, _), adapters), (given,) = _stacked(flat, layouts, x), unflatten(flat, layouts)
     ((_, needs),) = unflatten(rest, layouts)
-    plain = {"precision": precision, "ends": ends}
-    masked, dhs, gradients = plain | {"dropout": dropout, "seeds": seeds}, [], []
+    options = {"precision": precision, "ends": ends}
+    with_dropout, dhs, gradients = options | {"dropout": dropout, "seeds": seeds}, [], []
     for (_, lora_b, scale), pair, need, h in zip(adapters, given.adapters, needs, hs, strict=True):
         # Gradients have the shapes and dtypes of the given tensors, which ``_stacked`` may have
         # copied.
-        d_lora_a, d_lora_b, _ = made = empty_gradients(pair, need)
+        d_lora_a, d_lora_b, _ = d_adapter = empty_gradients(pair, need)
         dh = layer.through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
-                            needs_x or need.lora_a, plain)  # fmt: skip
+                            needs_x or need.lora_a, options)  # fmt: skip
         dhs += [] if dh is None else [dh]
-        gradients.append(made)
+        gradients.append(d_adapter)
     dx, lora_as = None, [adapter.lora_a for adapter in adapters]
     if needs_x:
-        dx = _product(dy, weight, dhs, lora_as, at_once, masked, backward=True)
-    for dh, (d_lora_a, _, _) in zip(dhs, gradients, strict=False):  # no dh, no gradient
+        dx = _product(dy, weight, dhs, lora_as, by_grouped_mm, with_dropout, backward=True)
+    # dhs is empty if neither dx nor d lora_a is needed.
+    for dh, (d_lora_a, _, _) in zip(dhs, gradients, strict=False):
         if d_lora_a is not None:
-            kernels.weight_grad(x, [dh], [d_lora_a.mT], **masked)
+            kernels.weight_grad(x, [dh], [d_lora_a.mT], **with_dropout)
     return [dx, *flatten([Output(Base(None, None), tuple(gradients))], layouts)]
 
 
@@ -129,8 +131,8 @@ _BACKWARD = layer.BACKWARD._replace(run=_backward)
 def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Output[Tensor]:
     """The output with adapters in a layout that kernels read well, copied if necessary.
 
-    In PEFT's lora_b, the expert is the fastest index, so the elements that a thread needs are never
-    adjacent.  Such a tensor is copied in x's dtype.
+    Kernels need stride 1 along the rows or the columns of each expert's matrix.  In PEFT's lora_b,
+    the expert's index has stride 1.  Such a tensor is copied, in x's dtype.
     """
     ((base, adapters),) = unflatten(flat, layouts)
 
@@ -141,7 +143,7 @@ def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Ou
 
 
 def _by_grouped_mm(inputs: Sequence[Tensor], call: Call) -> bool:
-    """Whether torch's grouped_mm takes the call's weight without a copy.  Packed weights: False."""
+    """Whether torch's grouped_mm accepts the call's weight without a copy; false if packed."""
     return call.layouts[0].format is None and has_grouped_mm(inputs[0], inputs[1])
 
 
@@ -150,14 +152,14 @@ def _product(
     weight: Tensor | Quantized,
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
-    at_once: bool,
+    by_grouped_mm: bool,
     options: dict[str, Any],
     backward: bool = False,
 ) -> Tensor:
     """x weight[e]ᵀ + u v[e] (+ bias[e]) for x [S, K] and weight [E, N, K].
 
     ``backward``: dy weight[e] + u v[e], with dy [S, N] passed as ``x``.  Without an adapter, ``us``
-    and ``vs`` are empty.  ``at_once``: grouped_mm takes the weight.
+    and ``vs`` are empty.  ``by_grouped_mm``: torch's grouped_mm accepts the weight.
     """
     experts, n, k = weight.shape
     if backward:
@@ -171,9 +173,9 @@ def _product(
     # A packed weight whose dense form would need too much memory is unpacked tile by tile.
     unpacks = packed and (plan.unpacks or experts * n * k * x.element_size() > _LARGEST)
     q = read_by(weight, x, unpacks)
-    at_once = at_once or (packed and not unpacks and has_grouped_mm(x, q))
+    by_grouped_mm = by_grouped_mm or (packed and not unpacks and has_grouped_mm(x, q))
     q = q if backward else q.mT
-    if plan.fused or unpacks or not at_once:
+    if plan.fused or unpacks or not by_grouped_mm:
         out = x.new_empty(len(x), n)
         kernels.gemm_lowrank(out, [x], [q], us, vs, preferred=plan.gemm, **options)
         return out

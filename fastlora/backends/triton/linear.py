@@ -5,7 +5,7 @@
     d lora_a = dhᵀ (mask ∘ x)              d lora_b = dyᵀ h
 
 ``_forward`` and ``_backward`` are captured once for each kind of call and replayed later.  So they
-may use only torch operations and launchers, and no tensor's elements on the host.
+consist of torch operations and launches, and never read a tensor's elements on the host.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def forward(
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
     settings = call.layouts, call.dropout, precision_of(x)
-    made = run_kernels(FORWARD, [*inputs, None, seeds], settings, call.captured)
-    return made[:count], made[count:]
+    results = run_kernels(FORWARD, [*inputs, None, seeds], settings, call.captured)
+    return results[:count], results[count:]
 
 
 def backward(given: BackwardCall) -> list[Tensor | None]:
@@ -66,16 +66,17 @@ def _forward(
 ) -> list[Tensor]:
     """Every y, then every h.
 
-    One launch of ``project`` reads x once and computes h for all adapters of the group; then each
-    output's y follows, by its plan.  With few rows and no dropout, each y's launch computes its h.
-    For outputs with 8-bit products, ``quantize_rows`` rounds x, once for the group.
+    One launch of ``project`` reads x once and computes h for all adapters of the group.  Then each
+    output's plan says how y is computed (``_y``).  With few rows and no dropout, there is no
+    ``project``: the launch that computes y also computes h.  If an output has 8-bit products, x is
+    rounded to 8 bits, once for the group.
     """
     x, *flat, _, seeds = tensors
     outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     in_8_bits = any([product_of(output.base.weight) == "int8" for output in outputs])
     codes_of_x = rounded(x, precision) if in_8_bits else None
-    # All outputs or none: as soon as one needs ``project``, x is read anyway.
+    # For all outputs or for none: if one output needs ``project``, it serves all for one read of x.
     in_one_launch = (
         seeds is None
         and codes_of_x is None
@@ -88,15 +89,15 @@ def _forward(
         )
     )
     adapters = [adapter for output in outputs for adapter in output.adapters]
-    if in_one_launch:  # empty: ``_y`` fills them
+    if in_one_launch:  # uninitialized; ``_y`` fills each h
         hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
     else:
         factors = [common.factor(adapter) for adapter in adapters]
         lora_as = [adapter.lora_a.T for adapter in adapters]
         hs = kernels.project(x, lora_as, factors, **common._asdict()) if adapters else []
     ys = [
-        _y(x, output, thin, plan, in_one_launch, precision, codes_of_x)
-        for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
+        _y(x, output, own_hs, plan, in_one_launch, precision, codes_of_x)
+        for output, own_hs, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
     ]
     return ys + hs
 
@@ -123,18 +124,18 @@ def _backward(
     Each of these launches may be followed by one of ``sum_planes``, which adds its partial sums.
     """
     needs_x, *rest = needs_flat
-    (x, *flat), (_, seeds, *others) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
+    (x, *flat), (_, seeds, *saved) = tensors[: len(needs_flat)], tensors[len(needs_flat) :]
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
     # After the ends (of experts, here None) and the seeds: one h for each adapter, one dy for each
     # output.
-    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    hs, dys = saved[: -len(layouts)], saved[-len(layouts) :]
     outputs = unflatten(flat, layouts)
-    all_rounded: list[_Rounded] = []
+    all_rounded: list[_Rounded] = []  # for each output with 8-bit products
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
-    thins, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
-    for dy, output, need, *of_adapters in zip(dys, outputs, needs, thins, own_seeds, strict=True):
+    own_hs, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
+    for dy, output, need, *of_adapters in zip(dys, outputs, needs, own_hs, own_seeds, strict=True):
         if dy is None:  # this output isn't part of the loss
             gradients.append(no_gradients(output))
             continue
@@ -175,8 +176,8 @@ def _backward_by_torch(
     tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor | None]:
     needs = settings[-1]
-    inputs, (ends, seeds, *others) = tensors[: len(needs)], tensors[len(needs) :]
-    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    inputs, (ends, seeds, *saved) = tensors[: len(needs)], tensors[len(needs) :]
+    hs, dys = saved[: -len(layouts)], saved[-len(layouts) :]
     call = _torch_call(layouts, dropout, ends)
     return torch_backend.backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
 
@@ -185,7 +186,7 @@ def _torch_call(layouts: tuple[Layout, ...], dropout: float, ends: Tensor | None
     return Call(layouts, dropout, torch_backend, None if ends is None else Rows(ends))
 
 
-# Also of experts, with other kernels.
+# grouped.py replaces ``run`` of these two by the kernels for experts.
 FORWARD = KernelFunction(_forward, _by_torch, covers, has_layouts=True)
 BACKWARD = KernelFunction(_backward, _backward_by_torch, covers, has_layouts=True)
 
@@ -200,7 +201,7 @@ class _Term(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """An output's dy in 8 bits, and the codes of its weight."""
+    """An output's dy, rounded to 8 bits with a scale for each row, and its weight's codes."""
 
     codes: Tensor
     scales: Tensor
@@ -208,7 +209,7 @@ class _Rounded(NamedTuple):
 
 
 def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
-    """The plan of an output; None without adapters, where torch computes y (not in 8 bits)."""
+    """The plan of an output; None if it has no adapter and no 8-bit product: torch computes y."""
     if product_of(output.base.weight) == "int8":
         return kernels.plan.FUSED
     if not output.adapters:
@@ -250,8 +251,8 @@ def _y(
         else:
             kernels.gemm_lowrank(y, [x], [q], hs, v, **options)
         return y
-    # The adapter's part comes first.  torch's addmm then adds its product to y (beta = 1), and
-    # reads y only in its epilogue, after its main loop.
+    # The order: y = h lora_bᵀ + bias, then y += x weightᵀ.  torch's addmm (beta = 1) reads y only
+    # in its epilogue, after its main loop, so the addition costs little.
     kernels.lowrank(y, hs, v, precision=precision, bias=bias)
     return torch.addmm(y, x, read_by(weight, x).mT, out=y)
 
@@ -273,11 +274,11 @@ def through_lora_b(
     if d_lora_b is not None:
         assert h is not None
         also: dict[str, Any] = {}
-        # With an order, only the sorted rows of dy are read; their number decides.
+        # With an order, the kernels read only as many rows of dy as there are sorted rows (of h).
         rows = dy if options.get("order") is None else dy[: len(h)]
         if needs_dh and kernels.one_pass_pays(rows, lora_b, options["precision"]):
             also = {"b": lora_b, "factor": factor}
-        # A saved-tensor hook may return h in another layout.
+        # A hook on saved tensors (offloading, compression) may have changed the strides of h.
         dh = kernels.weight_grad(dy, [h.contiguous()], [d_lora_b], **also, **options)
     if needs_dh and dh is None:
         (dh,) = kernels.project(dy, [lora_b], [factor], **options)
@@ -295,7 +296,7 @@ def _dx(
     """(dx, is_filled): dx = Σ dy weight + Σ mask ∘ (dh lora_a), [M, K].
 
     ``is_filled``: every d lora_a was computed by the same launch as the adapters' part of dx.
-    ``all_rounded``: of each output with 8-bit products.
+    ``all_rounded``: an entry for each output with 8-bit products.
     """
     dx, is_filled = empty_like(x), False
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
@@ -307,9 +308,10 @@ def _dx(
         by_torch = [pair for pair in used if product_of(pair[1].base.weight) == "dense"]
         ps, qs = [each.codes for each in all_rounded], [each.of_weight for each in all_rounded]
         if kernels.target_of(x.device).turns_int8:
-            # This device reads int8 fast only along the axis of the sum.  By an estimate, to
-            # transpose the codes in each call costs less time than loads of single bytes with 2048
-            # rows or more.  Unlike a second copy of the weight, it takes no memory between calls.
+            # This device loads int8 fast only if the codes are contiguous along the summed axis.
+            # So the codes are transposed in each call.  By an estimate, that takes less time than
+            # loads of single bytes from 2048 rows on.  A second copy of the weight would need no
+            # transposition, but its memory stays allocated between calls.
             qs = [codes.mT.contiguous().mT for codes in qs]
         scales = [each.scales for each in all_rounded]
         kernels.gemm_int8_lowrank(dx, ps, qs, u, v, scales, **options)
@@ -324,21 +326,22 @@ def _dx(
             masked=masked, backward=True, packed=unpackable,
         )  # fmt: skip
         unpacks = plan.unpacks and unpackable
-        # A fused launch reads all weights at once.  If packed weights must be unpacked for it,
-        # torch's products are better: only one dense weight is in memory at a time.
+        # A fused launch reads all weights at once.  If it can't read packed weights, their dense
+        # copies would all be in memory.  torch's products need one dense copy at a time.
         are_plain = all([isinstance(weight, Tensor) for weight in weights])
         if plan.fused and (unpacks or len(weights) == 1 or are_plain):
             by_torch = [pair for pair in used if not pair[1].adapters]
             ps, qs = [dy for dy, _ in adapted], [read_by(w, x, unpacks) for w in weights]
             # One launch: dy weight of all adapted outputs, and all dh lora_a.
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
-        # In place, with every d lora_a: one launch of weight_grad reads x once and writes both.
+        # Not fused: dx = Σ mask ∘ (dh lora_a) first.  Here one launch of weight_grad reads x once
+        # and also computes every d lora_a.
         elif all([term.d_lora_a is not None for term in terms]) and kernels.low_rank_pays(
             x, ranks, common.precision, masked
         ):
             _d_lora_a(x, terms, common, dx)
             is_filled = True
-        else:  # in place: the adapters' part first, as in the forward
+        else:  # not fused, and the launch computes no d lora_a
             kernels.lowrank(dx, u, v, **options)
     # torch adds the other products, one launch for each output.  The first one overwrites dx (with
     # beta 0) if nothing was written to it.
@@ -368,8 +371,11 @@ def _d_lora_a(
     )
 
 
-def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
-    """The given seeds as one tensor, without an index tensor that the host would have to send."""
-    if seeds is None or len(some) == len(seeds):
+def _join(own_seeds: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
+    """The seeds that aren't None as one tensor; ``seeds`` itself if that has all of them.
+
+    Indexing ``seeds`` would need an index tensor, which the host would have to copy to the device.
+    """
+    if seeds is None or len(own_seeds) == len(seeds):
         return seeds
-    return torch.cat([seed for seed in some if seed is not None])
+    return torch.cat([seed for seed in own_seeds if seed is not None])

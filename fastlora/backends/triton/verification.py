@@ -2,12 +2,12 @@
 
 :func:`run_kernels` looks a call up in a cache.  The call is in one of three states:
 
-* captured: it replays;
-* refused: its kernels were wrong, and the call runs on PyTorch;
-* not in the cache: its kernels may not have been compared with PyTorch on this device yet.
+* a captured call: its launches are replayed;
+* REFUSED: verification found a fault in its kernels, and PyTorch's operations run the call;
+* not in the cache: if its kernels weren't verified on this device yet, they are verified now.
 
-If they haven't, the call runs with the kernels and with PyTorch, first on random numbers and then
-on the caller's own tensors.  The random numbers replace all operands except packed weights and
+Verification runs the call with the kernels and with PyTorch, first on random numbers and then on
+the caller's own tensors.  The random numbers replace all operands except packed weights and
 integers.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
 compile, the caller gets PyTorch's result and a warning, and the kernels are refused.
 
@@ -55,21 +55,27 @@ REPEATS = 16
 # The allowed error, in multiples of PyTorch's own error.  It isn't 1, because the kernels add in
 # another order.
 _SLACK = 8.0
-_FEW = 32  # the least elements of a row from which its error can be estimated
+_FEW = 32  # a row's error is estimated from at least so many elements
 _BLOCK = 2**21  # elements in one comparison
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
-# The role of a tensor.  Random numbers replace rows, biases and factors (weights and adapters),
-# because zeros (a new lora_b, adaLN-zero) and NaN hide a wrong kernel.  The ends of experts are
-# spread evenly, because empty segments hide one also.  Other integers, such as the classes of a
-# loss, and packed weights aren't replaced.  If a packed weight is zero or not finite, the call runs
-# on PyTorch and its kernels stay unverified.  Each such call unpacks the weight, to check it again.
+# The role of a tensor says what replaces it for verification:
 #
-# The x of 8-bit products ("exact") becomes numbers whose rotation is exact in every order of sums.
-# Both backends then round it to the same codes, and all integer sums must be equal.  The caller's
-# own numbers may get another code here and there; a result then differs by one step.
+#   rows    random numbers, standard deviation 1: x, dy, h and biases
+#   factor  random numbers, standard deviation (columns) ** -0.5: weights and adapters
+#   exact   the x of 8-bit products: numbers whose rotation has no rounding error
+#   ends    the ends of experts: segments of equal length
+#   kept    nothing: packed weights, and other integers, such as the classes of a loss
+#
+# Zeros (a new lora_b, adaLN-zero), NaN and empty segments would hide a wrong kernel.  So if a
+# packed weight is zero or not finite, the call runs on PyTorch, and its kernels stay unverified.
+# Each such call unpacks the weight to check it again.
+#
+# With "exact", kernels and PyTorch round x to equal codes, so their integer sums must be equal.
+# With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a result
+# may differ by _STEP.
 _ROWS, _FACTOR, _ENDS, _KEPT, _EXACT = "rows", "factor", "ends", "kept", "exact"
-_STEP = 2.0**-8  # the rounding that one code of a row explains, relative to the row's results
+_STEP = 2.0**-8  # allowed relative error of a result if one code of its row differs by 1
 
 
 REFUSED = "refused"  # in a cache of captured calls: PyTorch runs the calls of this kind
@@ -91,11 +97,11 @@ class KernelFunction(NamedTuple):
     run: Callable[..., Sequence[Tensor | None]]
     by_torch: Callable[..., Sequence[Tensor | None]]
     covers: Callable[..., bool]  # whether the kernels cover a new kind of call
-    # Whether the first of the settings are layouts.  Then x is the first tensor, and the outputs'
-    # tensors follow.  An int32 tensor after these holds the ends of experts.
+    # Whether settings[0] is the outputs' layouts.  Then tensors are [x, *outputs' tensors, …], and
+    # a later int32 tensor is the ends of experts.
     has_layouts: bool = False
-    writes: tuple[int, ...] = ()  # the places of tensors that the functions write to
-    most_rows: int = 0  # if not 0, verify so many rows at once, because the copies are large
+    writes: tuple[int, ...] = ()  # indices of the tensors that the functions write to
+    most_rows: int = 0  # if not 0, verify at most this many rows at a time, to save memory
 
 
 def run_kernels(
@@ -106,8 +112,8 @@ def run_kernels(
 ) -> list[Any]:
     """The results of ``function``, by its kernels, or by PyTorch where they can't compute them.
 
-    All tensors are on one device, which is the current one while the function runs.  ``calls`` is a
-    cache for calls whose tensors have the same facts, so that its keys need no facts.  Raises
+    All tensors are on one device, which is the current one while the function runs.  ``calls`` is
+    the caller's cache for tensors with equal facts, so its keys leave the facts out.  Raises
     RuntimeError for a new kind of call inside a CUDA graph's capture.
     """
     key: Hashable = (function.run, settings, plan.forced, plan.edition, target.forced)
@@ -138,7 +144,7 @@ def _run_new(
             "are compiled, loaded and verified outside of a capture. Run the same step once "
             "before it"
         )
-    when, here = mode(device), environment(device)
+    when, setup = mode(device), environment(device)
     try:
         call = kernels.capture_call(function.run, tensors, settings)
     except Exception as error:
@@ -147,7 +153,7 @@ def _run_new(
         replay.remember(calls, key, REFUSED)
         _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
         return _fall_back(function, tensors, settings)
-    faults = [_known().get((identity, here)) for identity in call.identities]
+    faults = [_known().get((identity, setup)) for identity in call.identities]
     if when == OFF or (when == FIRST and all(fault == "" for fault in faults)):
         replay.remember(calls, key, call)
         return replay.replay_call(call, tensors)
@@ -202,7 +208,7 @@ def _driver() -> str:
 
 
 def read_records() -> Records:
-    """The outcomes of all processes of this user.  A file that isn't a full record is skipped."""
+    """The outcomes of all processes of this user.  Invalid files are skipped."""
     records: Records = {}
     for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
         # RecursionError: a file with too many nested brackets.
@@ -215,7 +221,7 @@ def read_records() -> Records:
 
 
 def _known() -> Records:
-    """All outcomes.  The first use reads the files."""
+    """All outcomes that this process knows.  The first call reads the files."""
     if not _records:
         _records.update(read_records())
     return _records
@@ -223,12 +229,12 @@ def _known() -> Records:
 
 def _record(identities: Set[str], device: torch.device, fault: str) -> str:
     """Record the outcome of kernels that have none yet, and return their names."""
-    here, known, always = environment(device), _known(), mode(device) == ALWAYS
-    new = [each for each in sorted(identities) if always or (each, here) not in known]
+    setup, records, always = environment(device), _known(), mode(device) == ALWAYS
+    new = [each for each in sorted(identities) if always or (each, setup) not in records]
     for identity in new:
-        known[identity, here] = fault
-        name = sha256(f"{identity}\n{here}".encode()).hexdigest()[:32]
-        text = json.dumps(dict(zip(_FIELDS, (identity, here, fault), strict=True)), indent=1)
+        records[identity, setup] = fault
+        name = sha256(f"{identity}\n{setup}".encode()).hexdigest()[:32]
+        text = json.dumps(dict(zip(_FIELDS, (identity, setup, fault), strict=True)), indent=1)
         files.write(files.cache_folder() / _FOLDER / f"{name}.json", text + "\n")
     return ", ".join(dict.fromkeys(identity.split()[0] for identity in new)) or "of a call"
 
@@ -248,7 +254,7 @@ def _warn(text: str) -> None:
 def _verified(
     function: KernelFunction, call: "kernels.CapturedCall", tensors: Sequence, settings: tuple
 ) -> tuple[list, str | None]:
-    """The results of a call, and the fault of its kernels; PyTorch's results if they have one.
+    """(results, fault) of a call's kernels.  With a fault, the results are PyTorch's.
 
     The fault is "" if the kernels are right, and None if nothing could be compared.
     """
@@ -270,22 +276,22 @@ def _verified(
         results, roles = by_torch(tensors), _roles(function, tensors, settings)
         try:
             if not _hides_faults(function, tensors, settings):
-                of_probe, other = replayed, _without_zeros(function, settings)
-                if other != settings:
-                    other_call = kernels.capture_call(function.run, tensors, other)
-                    of_probe = partial(replay.replay_call, other_call)
-                    identities |= other_call.identities
+                probed, probe_settings = replayed, _without_zeros(function, settings)
+                if probe_settings != settings:
+                    probe_call = kernels.capture_call(function.run, tensors, probe_settings)
+                    probed = partial(replay.replay_call, probe_call)
+                    identities |= probe_call.identities
                 fault = _fault_of_probe(
-                    lambda given: on_copies(of_probe, given),
-                    lambda given: on_copies(function.by_torch, given, *other),
+                    lambda given: on_copies(probed, given),
+                    lambda given: on_copies(function.by_torch, given, *probe_settings),
                     _probe(tensors, roles),
                     roles,
                 )
             if fault == "":
-                ours = on_copies(replayed, tensors)
+                kernel_results = on_copies(replayed, tensors)
                 step = _STEP if _EXACT in roles else 0.0
-                fault = compared(by_torch, tensors, roles, ours, results, step)
-                results = results if fault else ours
+                fault = compared(by_torch, tensors, roles, kernel_results, results, step)
+                results = results if fault else kernel_results
         except torch.OutOfMemoryError:
             fault, identities = "there isn't enough memory to compare results", set()
             _warn(
@@ -298,7 +304,8 @@ def _verified(
             names = _record(identities, tensors[0].device, fault)
             if fault:
                 _warn_of_fault(names, tensors[0].device, fault)
-        # Only now, because a tensor may be both read and written.
+        # The runs above wrote to copies, because they also read these tensors.  Write the results
+        # to the caller's tensors now.
         count = len(results) - len(places)
         for i, written in zip(places, results[count:], strict=True):
             tensors[i].copy_(written)
@@ -332,7 +339,7 @@ def _roles(function: KernelFunction, tensors: Sequence, settings: tuple) -> list
 
 
 def _hides_faults(function: KernelFunction, tensors: Sequence, settings: tuple) -> bool:
-    """Whether a packed weight is zero or not finite, so that a wrong kernel can't be seen."""
+    """Whether a packed weight is zero or not finite, which would hide a wrong kernel."""
     outputs = unflatten(tensors[1:], settings[0]) if function.has_layouts else []
     weights = [output.base.weight for output in outputs]
     dense = [w.dense(tensors[0].dtype) for w in weights if isinstance(w, Quantized)]
@@ -343,60 +350,63 @@ def _without_zeros(function: KernelFunction, settings: tuple) -> tuple:
     """The settings with 1 in place of zero scales, which would hide a wrong kernel."""
     if not function.has_layouts:
         return settings
-    layouts, *others = settings
+    layouts, *rest = settings
     scales = [tuple([scale or 1.0 for scale in layout.scales]) for layout in layouts]
     pairs = zip(layouts, scales, strict=True)
-    return (tuple([layout._replace(scales=new) for layout, new in pairs]), *others)
+    return (tuple([layout._replace(scales=new) for layout, new in pairs]), *rest)
 
 
 def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
     """The kernels' fault on random numbers, or ""; None if nothing can be compared."""
-    right = by_torch(probe)
-    if not _is_comparable(right):
+    expected = by_torch(probe)
+    if not _is_comparable(expected):
         return None
     results = by_kernels(probe)
     for _ in range(REPEATS - 1):
         if not all(map(_same_bits, results, by_kernels(probe))):
             return f"two calls of {REPEATS} with the same tensors made other bits"
-    return compared(by_torch, probe, roles, results, right)
+    return compared(by_torch, probe, roles, results, expected)
 
 
 def _is_comparable(results: Sequence[Tensor | None]) -> bool:
     """Whether every result is finite, and none is zero everywhere."""
-    made = [result for result in results if result is not None]
-    return all(bool(each.isfinite().all()) and bool(each.any()) for each in made)
+    tensors = [result for result in results if result is not None]
+    return all(bool(tensor.isfinite().all()) and bool(tensor.any()) for tensor in tensors)
 
 
 def _alike(tensor: Tensor, spread: float = 0.0, generator: Any = None) -> Tensor:
     """A tensor of random numbers with the same strides, so that one captured call takes both."""
     steps = [(n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
     memory = tensor.new_zeros(max(0, sum(steps)) + 1)
-    if spread:  # filled before the view is made, whose elements may overlap
+    if spread:  # fill the memory, not the view, because elements of the view may overlap
         memory.normal_(0.0, spread, generator=generator)
     return memory.as_strided(tensor.shape, tensor.stride())
 
 
 def _probe(tensors: Sequence, roles: Sequence[str]) -> list[Tensor | None]:
     """Random tensors in place of these, except tensors with the role _KEPT."""
-    made: list[Tensor | None] = []
+    probe: list[Tensor | None] = []
     for tensor, role in zip(tensors, roles, strict=True):
         if tensor is None or role == _KEPT or not tensor.numel():
-            made.append(tensor)
+            probe.append(tensor)
             continue
         if role == _ENDS:
             numbers = torch.arange(1, len(tensor) + 1, dtype=torch.int64, device=tensor.device)
-            made.append((numbers * len(tensors[0]) // len(tensor)).to(tensor.dtype))
+            probe.append((numbers * len(tensors[0]) // len(tensor)).to(tensor.dtype))
             continue
-        # With these deviations, all terms of a result have a similar size.
+        # With these standard deviations, all terms of a result have a similar size.
         spread = tensor.shape[-1] ** -0.5 if role == _FACTOR else 1.0
-        generator = torch.Generator(tensor.device).manual_seed(_SEED + len(made))
+        generator = torch.Generator(tensor.device).manual_seed(_SEED + len(probe))
         new = _alike(tensor, spread, generator)
-        made.append(new.copy_(_exact_rows(new.shape, generator)) if role == _EXACT else new)
-    return made
+        probe.append(new.copy_(_exact_rows(new.shape, generator)) if role == _EXACT else new)
+    return probe
 
 
 def _exact_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Rows of small whole numbers times a power of 2, whose rotation is exact in every dtype."""
+    """Rows of integers from -2 to 2, times a power of 2 for each row.
+
+    The rotation of such a row has no rounding error, in any dtype and any order of its sums.
+    """
     options: Any = {"generator": generator, "device": generator.device}
     rows = torch.arange(shape[0], dtype=torch.float32, device=generator.device)
     powers = rows.remainder(4).exp2()
@@ -413,12 +423,13 @@ def compared(
 ) -> str:
     """The fault of the kernels' ``results``, or "".
 
-    ``right``: PyTorch's results.  Their errors determine the allowed errors.  ``step``: a relative
-    error to allow, if the rounding of x's dtype is smaller.
+    ``right``: PyTorch's results.  Their errors determine the allowed errors (:func:`_worst`).  The
+    allowed relative rounding is max(step, eps of x's dtype).
     """
     x = tensors[0]
     assert x is not None
-    # PyTorch's results in a wider dtype count as exact.  (Its float64 isn't of 8 bits.)
+    # PyTorch's results in a wider dtype count as exact.  There are none for 8-bit products of a
+    # float32 x, because in float64 PyTorch doesn't round to 8 bits.
     truth, pairs = None, zip(tensors, roles, strict=True)
     if x.dtype != torch.float32 or _EXACT not in roles:
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -426,45 +437,51 @@ def compared(
             truth = by_torch(
                 [t if t is None or role in (_KEPT, _ENDS) else t.to(wide) for t, role in pairs]
             )
-    for i, (ours, its) in enumerate(zip(results, right, strict=True)):
+    for i, (ours, expected) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
-        if ours is None or its is None:  # a gradient that is zero may be left out
-            made = its if ours is None else ours
-            if made is not None and torch.count_nonzero(made):
+        if ours is None or expected is None:  # None stands for a gradient of zeros
+            present = expected if ours is None else ours
+            if present is not None and torch.count_nonzero(present):
                 return f"{name} is missing"
-        elif its.numel():
+        elif expected.numel():
             eps = max(step, torch.finfo(x.dtype).eps)
-            share = _worst(ours, its, None if truth is None else truth[i], eps)
-            if not share <= 1:
-                shape = f"{name}, {list(its.shape)}"
-                return f"{shape}, has an error of {share:.3g} times what rounding explains"
+            ratio = _worst(ours, expected, None if truth is None else truth[i], eps)
+            if not ratio <= 1:
+                shape = f"{name}, {list(expected.shape)}"
+                return f"{shape}, has an error of {ratio:.3g} times what rounding explains"
     return ""
 
 
-def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
-    """The largest ratio of an element's error to the error that is allowed for it.
+def _worst(ours: Tensor, right: Tensor, truth: Tensor | None, eps: float) -> float:
+    """The largest |ours - truth| / allowed over all elements; at most 1 if the kernels are right.
 
-    The allowed error is _SLACK · PyTorch's largest error in the element's row, plus one rounding of
-    the row's largest number.  So large numbers in one row can't hide an error in another one.
-    Without ``truth``, PyTorch's results replace it, with an assumed error of one rounding.
-    Elements where PyTorch's result isn't finite are skipped.
+    For each row, with ``right`` PyTorch's results:
+
+        allowed = _SLACK · max |right - truth| + 2 · eps · max |truth|
+
+    So large numbers in one row can't hide an error in another one.  If ``truth`` is None, it is
+    ``right``, and _SLACK · eps · max |right| replaces the first term.  Elements where PyTorch's
+    result isn't finite are skipped.
     """
-    matrices, worst = [*map(_long_rows, (ours, its, its if truth is None else truth))], 0.0
+    matrices, worst = [*map(_long_rows, (ours, right, right if truth is None else truth))], 0.0
     # In float64, block by block, because whole matrices would take more memory.
     for rows in slices(len(matrices[0]), _BLOCK // matrices[0].shape[1]):
-        our, it, true = (matrix[rows].double() for matrix in matrices)
+        our, their, true = (matrix[rows].double() for matrix in matrices)
         error, size = (
-            each.abs().nan_to_num(0.0, 0.0).amax(1, keepdim=True) for each in (it - true, true)
+            each.abs().nan_to_num(0.0, 0.0).amax(1, keepdim=True) for each in (their - true, true)
         )
         allowed = _SLACK * error + 2 * eps * size + (_SLACK * eps * size if truth is None else 0.0)
-        away = torch.where(it.isfinite() & true.isfinite(), (our - true).abs(), 0.0)
-        share = torch.where(away == 0, 0.0, away / allowed)
-        worst = max(worst, share.nan_to_num(torch.inf).amax().item())
+        our_error = torch.where(their.isfinite() & true.isfinite(), (our - true).abs(), 0.0)
+        ratio = torch.where(our_error == 0, 0.0, our_error / allowed)
+        worst = max(worst, ratio.nan_to_num(torch.inf).amax().item())
     return worst
 
 
 def _long_rows(tensor: Tensor) -> Tensor:
-    """The tensor as a matrix with at least _FEW columns, or as one row."""
+    """The tensor as a matrix whose rows have at least _FEW elements, or as one row.
+
+    A matrix with fewer columns is transposed, because a row's error is estimated from its elements.
+    """
     matrix = tensor.reshape(-1, tensor.shape[-1])
     if matrix.shape[1] < _FEW <= len(matrix):
         return matrix.T
