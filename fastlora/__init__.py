@@ -44,9 +44,11 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A name of ``public``, or a folder that importing ``public`` imports."""
+        """A name of ``public``, a folder that importing ``public`` imports, or ``trainer``."""
         if name.startswith("__") and name != "__all__":  # such as inspect asks every module for
             raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+        if name == "trainer":  # not in ``public``: it needs transformers
+            return import_module(".trainer", __name__)
         public = import_module(".public", __name__)
         names = getattr(public, "__all__", ())  # not there yet while the import runs
         globals().update({each: getattr(public, each) for each in names}, __all__=names)

@@ -20,7 +20,7 @@ _CLONE = (
 
 def namesakes() -> str:
     """A message for each such module, and each clone with this name, on ``sys.path``; or ""."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     paths = dict.fromkeys(Path(folder, here.name) for folder in [*sys.path, ""])
     modules = [path.with_suffix(".py") for path in paths]
     clones = [path for path in paths if (path / here.name / "__init__.py").is_file()]

@@ -12,7 +12,7 @@ from typing import NoReturn
 from .patches import settings_in
 
 WHAT = "run a program, with every PEFT model in it optimized"
-_STARTUP = str(Path(__file__).parent / "integrations" / "startup")
+_STARTUP = str(Path(__file__).parent / "startup")
 
 
 def main(arguments: Sequence[str]) -> NoReturn:

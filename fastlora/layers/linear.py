@@ -16,7 +16,7 @@ from .frozen import is_plain_linear, why_not_plain
 from .guards import LinearRecord, Recorded, call_recorded
 from .merging import add_product
 from .module_parts import tensor_of
-from .modules import REGEX_HINT, bypassed, called, name_test
+from .modules import REGEX_HINT, bypassed, called, check_model, name_test
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
@@ -191,6 +191,7 @@ def replace_linears(
     parent reads its weight without calling it.  The model is then unchanged.
     ``fastlora.get_peft_model`` takes quantized layers and other classes.
     """
+    check_model(model)
     check_settings(r, lora_alpha, lora_dropout, use_rslora)
     check_switches(autocast_adapter_dtype=autocast_adapter_dtype)
     named = {name: module for name, module in model.named_modules() if name}

@@ -172,7 +172,8 @@ def name_test(names: str | Iterable[str]) -> Callable[[str], bool]:
 def check_model(model: object) -> None:
     """Raise TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
+        name = type(model).__name__
+        raise TypeError(f"model is a {name}, but must be a torch.nn.Module, such as trainer.model")
 
 
 def check_plain(model: nn.Module) -> None:

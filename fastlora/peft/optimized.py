@@ -20,7 +20,7 @@ from ..layers.experts_module import PackedWeight
 from ..layers.frozen import frozen_classes
 from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from ..layers.linear import LoRALinear
-from ..layers.modules import has_sharded, plain_name, unwrap
+from ..layers.modules import check_model, has_sharded, plain_name, unwrap
 from ..layers.report import (
     IN_THE_CALL,
     PEFT_FORWARD,
@@ -85,11 +85,7 @@ def cover_layers(model: nn.Module, layers: list[tuple[str, Any]], unreached: str
 
 def checked(model: nn.Module) -> nn.Module:
     """The model inside its wrappers.  Raises TypeError for an object that isn't a module."""
-    if not isinstance(model, nn.Module):
-        name = type(model).__name__
-        has_one = isinstance(getattr(model, "model", None), nn.Module)
-        hint = ": pass the trainer's model, trainer.model" if has_one else ""
-        raise TypeError(f"model must be a torch.nn.Module, not {name}{hint}")
+    check_model(model)
     return unwrap(model)
 
 

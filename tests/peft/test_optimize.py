@@ -2,7 +2,7 @@
 
 import pickle
 from inspect import signature
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import accelerate
 import peft
@@ -124,12 +124,7 @@ def replaced() -> Mlp:
 
 REFUSED = {
     "plain": (Mlp, ValueError, "no PEFT LoRA layers.*fastlora.get_peft_model"),
-    "no-module": (lambda: 3, TypeError, "must be a torch.nn.Module, not int$"),
-    "trainer": (
-        lambda: SimpleNamespace(model=adapted()),
-        TypeError,
-        "not SimpleNamespace: pass the trainer's model, trainer.model",
-    ),
+    "no-module": (lambda: 3, TypeError, "model is a int.*torch.nn.Module, such as trainer.model"),
     "ia3": (lambda: peft.get_peft_model(Mlp(), IA3), ValueError, "its adapters: IA3.*only LoRA"),
     "fastlora": (replaced, ValueError, "fastlora's own"),
 }

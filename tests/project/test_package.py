@@ -167,7 +167,7 @@ layer = fastlora.LoRALinear(4, 3, lora_dropout=0.5)
 layer(torch.randn(2, 4)).sum().backward()
 found["trained"] = layer.lora_B.grad is not None
 try:
-    import fastlora.trainer
+    fastlora.trainer
 except ImportError as error:
     found["trainer"] = str(error)
 print(json.dumps(found))

@@ -431,7 +431,7 @@ def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, tmp_path):
         ({"seconds": 0}, "seconds is 0, but must be a number above 0"),
         ({"progress": 1}, "progress is 1"),
         ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.get_peft_model"),
-        ({"model": "llama"}, "model must be a torch.nn.Module, not str"),
+        ({"model": "llama"}, "model is a str, but must be a torch.nn.Module"),
     ],
 )
 def test_invalid_arguments_are_refused(call, message):
