@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
 
 import fastlora
 from fastlora.call.projection import Adapter, Base, Output
@@ -73,28 +72,6 @@ def test_a_group_of_a_nested_tensor(layout):
         torch.testing.assert_close(found, fastlora.lora_linears(part, outputs))
 
 
-def test_each_adapter_in_forward_mode_has_a_mask():
-    ones, x = torch.ones(1, 8).double(), torch.ones(500, 8).double()
-    layer = fastlora.Projection(ones * 0, ones, ones[:, :1])
-    call = lambda x, **mode: jvp(  # noqa: E731
-        lambda x: fastlora.lora_linears(x, [layer] * 2, dropout=0.5, **mode), (x,), (x,)
-    )
-    (first, second), tangents = call(x)
-    assert not torch.equal(first, second)
-    assert abs(first.mean() - 8) < 0.5
-    torch.testing.assert_close(tangents, (first, second))
-    assert torch.equal(call(x, training=False)[0][0], torch.full((500, 1), 8.0).double())
-
-
-@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
-def test_a_wide_bias_or_adapter_beside_16_bits_in_vmap(own, x):
-    x, bias, weight = x.bfloat16(), torch.randn(6), torch.randn(6, 8).bfloat16()
-    adapter = [torch.randn(SHAPES[name]).to(own) for name in ("lora_a", "lora_b")]
-    call = lambda x: fastlora.lora_linear(x, weight, *adapter, bias=bias)  # noqa: E731
-    assert vmap(call)(x).dtype == torch.bfloat16
-    torch.testing.assert_close(vmap(call)(x), call(x), rtol=0.02, atol=0.05)
-
-
 NESTED = {
     "features": ([torch.ones(3, 7)] * 2, ValueError, "but x has 7 features"),
     "ragged-features": ([torch.ones(3, 8), torch.ones(3, 7)], ValueError, "parts differ"),
@@ -108,11 +85,3 @@ NESTED = {
 def test_a_nested_tensor_that_does_not_fit(parts, error, message):
     with pytest.raises(error, match=message):
         fastlora.LoRALinear(8, 6)(torch.nested.nested_tensor(parts))
-
-
-def test_a_nested_tensor_that_is_not_contiguous():
-    x = torch.nested.nested_tensor([torch.ones(8, 3), torch.ones(8, 5)]).transpose(1, 2)
-    layer = fastlora.LoRALinear(8, 6)
-    with pytest.raises(TypeError, match=r"make it contiguous, or jagged"):
-        layer(x)
-    assert layer(x.contiguous()).is_nested

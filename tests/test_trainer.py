@@ -3,9 +3,7 @@
 The models are tiny Llamas with dropout in the adapters.  "The same" means bit-equal.
 """
 
-import copy
 import functools
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,18 +177,6 @@ def test_a_function_around_generate_stays_and_samples_as_before(tmp_path):
     first.put_back()
     assert model.generate is around
     assert not is_sampled_merged(model)
-
-
-def test_a_copy_in_training_samples_from_its_own_weights(tmp_path):
-    model = sampling_trainer("peft", tmp_path).model
-    sampling, ids = MergedSampling(), torch.ones(1, 3, dtype=torch.long)
-    sampling.on_train_begin(None, None, None, model=model)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        calls = []
-        copied.get_input_embeddings().register_forward_hook(lambda *_, to=calls: to.append(1))
-        copied.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
-        assert calls
-    sampling.put_back()
 
 
 def test_unsupported_sampling_stops_training_before_the_first_step(tmp_path):
