@@ -34,7 +34,9 @@ class _Tree(MetaPathFinder):
         self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
         self.folders["benchmarks"] = BENCHMARKS
         # One clock times all trees, and older trees don't have it.
-        self.folders["fastlora.common.clock"] = ROOT / "fastlora" / "clock.py"
+        self.folders["fastlora.common.clock"] = ROOT / "fastlora" / "common" / "clock.py"
+        if not (root / "fastlora" / "common").exists():
+            self.folders["fastlora.common"] = ROOT / "fastlora" / "common"
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None

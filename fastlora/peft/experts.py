@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
 from ..call.projection import Adapter, Base, Output
-from ..layers.classes import Fast, change_class, class_over
+from ..layers.classes import Fast, change_class
 from ..layers.experts_module import (
     OTHER,
     Experts,
@@ -103,17 +103,24 @@ class FastExperts(Fast, PackedWrapper):
 
 
 class ParamWrapper(FastExperts, PeftParamWrapper):
-    """PEFT's wrapper, with a fast forward.  It has PEFT's name, because PEFT compares names."""
+    """PEFT's wrapper of a dense weight, with a fast forward."""
 
     plain_class = PeftParamWrapper
 
 
-# The class of wrappers of packed experts in a model that isn't optimized, and its fast class.
-PACKED_WRAPPER = class_over(PackedWrapper, PeftParamWrapper, "")
-KINDS = {
-    PeftParamWrapper: ParamWrapper,
-    PACKED_WRAPPER: class_over(FastExperts, PACKED_WRAPPER, ""),
-}
+class PackedParamWrapper(PackedWrapper, PeftParamWrapper):
+    """The class of a packed weight's wrapper in a model that isn't optimized."""
+
+
+class FastPackedParamWrapper(FastExperts, PackedParamWrapper):
+    """The class of a packed weight's wrapper in an optimized model."""
+
+    plain_class = PackedParamWrapper
+
+
+KINDS = {PeftParamWrapper: ParamWrapper, PackedParamWrapper: FastPackedParamWrapper}
+for _kind in (*KINDS, *KINDS.values()):
+    _kind.__name__ = PeftParamWrapper.__name__  # PEFT compares names
 
 
 def run_packed(model: nn.Module) -> None:
@@ -121,7 +128,7 @@ def run_packed(model: nn.Module) -> None:
     modules: Any = model.modules()
     for module in modules:
         if type(module) is PeftParamWrapper and packed_names(module.get_base_layer()):
-            change_class(module, PACKED_WRAPPER)
+            change_class(module, PackedParamWrapper)
 
 
 def _dropout_of(layer: Any) -> float:
