@@ -14,14 +14,7 @@ import torch
 import transformers
 from models import assert_untouched, randomize, refused, snapshot, tiny_llama
 from torch import Tensor, nn
-from trainer_runs import (
-    ADAPTER,
-    SIZES,
-    STEPS,
-    base_model,
-    frozen_bits,
-    trainer_for,
-)
+from trainer_runs import ADAPTER, SIZES, STEPS, base_model, frozen_bits, trainer_for
 from transformers import Trainer
 
 import fastlora

@@ -15,14 +15,7 @@ from ..call.checks import why_not_mixed
 from ..call.projection import Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..call.rows import Many, Rows
 from .composite import run_composite, torch_dropout
-from .dispatch import (
-    COMPOSITE,
-    OP,
-    autocast_inputs,
-    autocast_is_on,
-    autocast_off,
-    path_of,
-)
+from .dispatch import COMPOSITE, OP, autocast_inputs, autocast_is_on, autocast_off, path_of
 from .few_rows import is_few, run_few_rows
 from .library import call_registered
 from .node import LoRALinearFunction, run_forward

@@ -10,14 +10,7 @@ import torch
 import transformers
 from models import refused, tiny_llama
 from moe_models import MODELS, base_model, logits, parameters_of, train
-from packed_experts import (
-    SIZES,
-    bits_of,
-    dense_model,
-    fp8_model,
-    gguf_model,
-    packed_model,
-)
+from packed_experts import SIZES, bits_of, dense_model, fp8_model, gguf_model, packed_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vendor_layers import BITSANDBYTES, KINDS, quantized

@@ -10,14 +10,7 @@ from models import assert_near, numbers
 from peft.tuners.lora.awq import AwqLoraLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from vendor_layers import (
-    BITSANDBYTES,
-    KINDS,
-    AwqTorchLinear,
-    GgufLinear,
-    quantized,
-    repack,
-)
+from vendor_layers import BITSANDBYTES, KINDS, AwqTorchLinear, GgufLinear, quantized, repack
 
 import fastlora
 from fastlora.formats import quantized_weight

@@ -12,11 +12,7 @@ from moe_models import IDS, base_model, parameters_of
 from peft_worker import Zero3, error_of, flat, shard, split
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FullyShardedDataParallel,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
