@@ -119,7 +119,7 @@ class FastPackedParamWrapper(FastExperts, PackedParamWrapper):
 
 
 KINDS = {PeftParamWrapper: ParamWrapper, PackedParamWrapper: FastPackedParamWrapper}
-for _kind in (*KINDS, *KINDS.values()):
+for _kind in (PackedParamWrapper, FastPackedParamWrapper):
     _kind.__name__ = PeftParamWrapper.__name__  # PEFT compares names
 
 
