@@ -121,6 +121,19 @@ def tile_of_row(proof: Proof, ends: Operand, row: Int, count: Int, M: Int, BM: I
     return i
 
 
+def segment_of_row(proof: Proof, ends: Operand, row: Int, M: Int) -> tuple[Int, Int, Int]:
+    """(segment, its first row, its end): a row is in the first segment that ends behind it."""
+    (count,) = ends.shape
+    segment, bounds = proof.unknown("segment of the row"), []
+    proof.given(segment.z >= 0, segment.z <= count.z)
+    for at, outside in ((segment - 1, 0), (segment, M)):
+        inside = z3.And(at.z >= 0, at.z < count.z)
+        bounds.append(proof.loaded(ends, [at], values.Bool(inside), outside))
+    start, end = bounds
+    proof.given(start.z <= row.z, row.z < end.z)
+    return segment, start, end
+
+
 def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
     """``is_sorted``: the ends; otherwise they are any numbers of 32 bits."""
     proof = Proof()
@@ -135,7 +148,7 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
         bounds = (0, M + 1, 32) if is_sorted else (-(2**31), 2**31, 32)
         proof.solver.least |= {"BLOCK_M": 16, "SEGMENT_BLOCK": 4}
         proof.tally = lambda tally: _counted(proof, tally, count, step, is_sorted)
-        return Operand("ends", (count, ()), ordered=is_sorted, values=bounds), sizes
+        return Operand(count, name="ends", ordered=is_sorted, values=bounds), sizes
 
     def called(jitted: Any, ends: Operand, sizes: list[Int], wanted: Int | None = None) -> tuple:
         M, N, count, BM, step = sizes
@@ -155,17 +168,11 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
             proof.prove(claim, f"segment_of_tile, promise {i}")
 
     def each_row(jitted: Any) -> None:
-        """A row is in the first segment that ends behind it."""
         ends, sizes = setup()
-        M, _, count, BM, _ = sizes
-        row, segment = proof.unknown("row"), proof.unknown("segment of the row")
-        proof.given(row.z >= 0, row.z < M.z, segment.z >= 0, segment.z <= count.z)
-        bounds = []
-        for at, outside in ((segment - 1, 0), (segment, M)):
-            inside = z3.And(at.z >= 0, at.z < count.z)
-            bounds.append(proof.loaded(ends, [at], values.Bool(inside), outside))
-        start, end = bounds
-        proof.given(start.z <= row.z, row.z < end.z)
+        M, _, _, BM, _ = sizes
+        row = proof.unknown("row")
+        proof.given(row.z >= 0, row.z < M.z)
+        segment, start, _ = segment_of_row(proof, ends, row, M)
         before, tiles = start // BM + (row - start) // BM, proof.unknown("tiles before")
         proof.given(tiles.z == before.z, (tiles * BM).z == (before * BM).z)
         _, tile = called(jitted, ends, sizes, before + segment)

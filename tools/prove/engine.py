@@ -9,6 +9,7 @@ carries over isn't.  Each lane of ``tl.arange`` is one unknown.
 import ast
 import inspect
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,18 @@ class Store:
 
 
 @dataclass
+class Launched:
+    """One path through a launcher: its facts, and all stores of the kernel after it."""
+
+    outputs: dict[str, Any]  # by name of each output, its chooser
+    facts: list[Fact]
+    memo: dict[Any, Any]
+    counts: dict[str, int]
+    programs: list[tuple[Int, Any]]
+    stores: list[Store] = field(default_factory=list)
+
+
+@dataclass
 class Proof:
     """The claims and failures of one kernel in one mode."""
 
@@ -101,7 +114,7 @@ class Proof:
     proved: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # site: counterexample
     reached: set[str] = field(default_factory=set)  # sites whose access happens for some numbers
-    stores: list[Store] = field(default_factory=list)
+    launches: dict[tuple, Launched] = field(default_factory=dict)
     stops: bool = False  # at the first failure
     only_accesses: bool = False
     sites: set[str] = field(default_factory=set)
@@ -110,15 +123,31 @@ class Proof:
         self.facts: list[Fact] = []
         self.relations: list[Relation] = []
         self.path: list[bool] = []
-        self.prefix, self.counts, self.memo = prefix, {}, {}
-        self.programs: list[Any] = []
+        self.prefix, self.memo = prefix, {}
+        self.counts: dict[str, int] = defaultdict(int)  # unknowns with the same name
+        self.programs: list[tuple[Int, Any]] = []
         self.local: set[str] = set()
         self.steps: list[Int] = []
         self.row_lane: Int | None = None  # which the next ``arange`` takes
         self.inside = False  # the launcher's part isn't
 
+    def size(self, name: str, least: int = 1, most: int = 2**31 - 1) -> Int:
+        """The unknown of a launch with this name."""
+        if name not in self.counts:
+            made = self.unknown(name, local=False)
+            self.given(made.z >= least, made.z <= most)
+        return Int({(name,): 1})
+
+    def block(self, name: str) -> Int:
+        """A tile's size: a multiple of 16."""
+        if name not in self.counts:
+            sixteenth = self.size(f"{name} / 16")
+            self.given(self.size(name, 16, 512).z == 16 * sixteenth.z)
+            self.solver.least |= {name: 16, f"{name} / 16": 1}
+        return self.size(name)
+
     def unknown(self, name: str, local: bool = True) -> Int:
-        count = self.counts[name] = self.counts.get(name, -1) + 1
+        count, self.counts[name] = self.counts[name], self.counts[name] + 1
         if local or count:
             name = f"{name}!{count}"
         if local:
@@ -268,7 +297,7 @@ class Proof:
             facts = [*self.facts, *[Fact(claim, CONDITION) for claim in given]]
             identity = [f"program{i}" for i in range(len(self.programs))]
             identity += [next(iter(step.poly))[0] for step in self.steps]
-            self.stores.append(
+            self.launch.stores.append(
                 Store(
                     site,
                     operand,
@@ -452,18 +481,6 @@ class Language:
         return Data((*one.shape, 2), one.dtype)
 
 
-def _smaller(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    return values.proof.chosen(as_int(a).z <= as_int(b).z, a, b)
-
-
-def _larger(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return max(a, b)
-    return values.proof.chosen(as_int(a).z >= as_int(b).z, a, b)
-
-
 def _tile_function(made: Callable, loads: bool) -> Callable:
     """``load_tile`` or ``store_tile``.
 
@@ -584,7 +601,7 @@ class Source:
         tree = ast.fix_missing_locations(_Loops().visit(tree))
         ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
         scope: dict[str, Any] = {
-            "tl": Language, "min": _smaller, "max": _larger, "INTERPRETED": False,
+            "tl": Language, "min": values.smaller, "max": values.larger, "INTERPRETED": False,
             "__always": Bool(z3.BoolVal(True)), "__loop": loop,
             "__carried": carried, "__advanced": advanced,
         }  # fmt: skip
@@ -609,14 +626,24 @@ class Source:
         return lambda *arguments, **named: self.function(jitted)(*arguments, **named)
 
 
-def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], dict]) -> Proof:
-    """Run a kernel on all its paths.  ``setup`` states facts and returns the arguments."""
+def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], tuple]) -> Proof:
+    """Run a kernel on all its paths.
+
+    ``setup`` states facts, and returns the arguments and the outputs.  On a path where a launcher's
+    assertion fails, there is no launch.
+    """
     values.proof, proof.todo = proof, [[]]
     function = source.function(kernel)
     while proof.todo:
         proof.begin(proof.todo.pop())
-        arguments = setup(proof)
-        proof.setup_facts, proof.setup_memo = list(proof.facts), dict(proof.memo)
+        try:
+            arguments, outputs = setup(proof)
+        except AssertionError:
+            continue
+        new = Launched(
+            outputs, list(proof.facts), dict(proof.memo), dict(proof.counts), proof.programs
+        )
+        proof.launch = proof.launches.setdefault(tuple(proof.path), new)
         proof.inside = True
         for i, (program, count) in enumerate(proof.programs):
             claim = z3.And(program.z >= 0, program.z < as_int(count).z)
@@ -628,6 +655,8 @@ def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], dict
                 proof.failed("the source", str(error))
         except FailedError:
             return proof
+    if not proof.launches:
+        proof.failed("the launcher", "its assertions fail for all sizes")
     for site in sorted(proof.sites - proof.reached):
         proof.failed(site, "it never happens")
     return proof

@@ -6,6 +6,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from fastlora.kernels import launchers
+
 from . import contracts, facts, once
 from .engine import FailedError, Proof, Source, run
 
@@ -19,7 +21,7 @@ _FORMATS = [
     {"kind": "int8", "whole_rows": True}, {"kind": "float8"}, {"kind": "float8 by bits"},
     {"kind": "float8", "whole_rows": True, "in_blocks": False},
 ]  # fmt: skip
-MODES: dict[str, tuple[Callable[..., facts.Launched], list[dict[str, Any]]]] = {
+MODES: dict[str, tuple[Callable[..., facts.Facts], list[dict[str, Any]]]] = {
     "project": (facts.project, [
         {}, {"count": 4, "masked": True}, {"count": 2, "split": True}, *_ALL_WAYS,
         {"segments": "sorted", "split": True},
@@ -32,10 +34,10 @@ MODES: dict[str, tuple[Callable[..., facts.Launched], list[dict[str, Any]]]] = {
     ]),
     "gemm_lowrank": (facts.gemm_lowrank, [
         {"count": 0}, {"count": 2, "bias": True, "transposed": True},
-        {"count": 4, "depths": 4, "masked": True, "low_rank": "before", "add": True},
-        {"low_rank": "prefetched", "transposed": True},
-        {"descriptors": True, "persistent": True, "transposed": True, "bias": True},
-        {"count": 2, "depths": 2, "descriptors": True, "masked": True, "low_rank": "before"},
+        {"count": 4, "depths": 4, "masked": True, "add": True},
+        {"at_once": True, "transposed": True},
+        {"descriptors": True, "transposed": True, "bias": True},
+        {"count": 2, "depths": 2, "descriptors": True, "masked": True},
         {"segments": "sorted", "bias": True}, {"segments": "any", "transposed": True},
         {"segments": "sorted", "descriptors": True}, {"segments": "any", "descriptors": True},
         *[{"packing": each, "transposed": i % 2 == 0} for i, each in enumerate(_FORMATS)],
@@ -50,7 +52,7 @@ MODES: dict[str, tuple[Callable[..., facts.Launched], list[dict[str, Any]]]] = {
     "gemm_int8_lowrank": (facts.gemm_int8_lowrank, [
         {"bias": True, "transposed": True}, {"count": 2, "depths": 2, "rotated": True, "add": True},
         {"count": 2, "masked": True, "rotated": True, "depths": 2},
-        {"descriptors": True, "persistent": True, "transposed": True},
+        {"descriptors": True, "transposed": True},
     ]),
     "weight_grad": (facts.weight_grad, [
         {}, {"count": 4, "masked": True}, {"count": 2, "split": True, "transposed": True},
@@ -62,8 +64,10 @@ MODES: dict[str, tuple[Callable[..., facts.Launched], list[dict[str, Any]]]] = {
     "sum_planes": (facts.sum_planes, [
         {"count": 1}, {"count": 2}, {"count": 4}, {"count": 2, "long": True},
     ]),
-    "gated": (facts.elementwise("gate up", "out"), [{}]),
-    "gated_backward": (facts.elementwise("dy gate up", "d_gate d_up"), [{}]),
+    "gated": (facts.elementwise(launchers.gated, "gate up", "out"), [{}]),
+    "gated_backward": (
+        facts.elementwise(launchers.gated_backward, "dy gate up", "d_gate d_up"), [{}],
+    ),
     "row_loss": (facts.row_loss, [{}, {"gradient": True}, {"gradient": True, "upstream": True}]),
     "dequant": (facts.dequant, _FORMATS),
 }  # fmt: skip
@@ -90,17 +94,15 @@ def proof_of(
     kernel: str, mode: dict[str, Any], source: Source | None = None, **options: Any
 ) -> Proof:
     """The proof of a kernel in a mode."""
-    proof, outputs = Proof(reached=_reached.setdefault(kernel, set()), **options), {}
+    proof = Proof(reached=_reached.setdefault(kernel, set()), **options)
 
-    def setup(proof: Proof) -> dict[str, Any]:
-        made = MODES[kernel][0](proof, **mode)
-        outputs.update(made.outputs)
-        return {name: made.arguments[name] for name in parameters(kernel)}
+    def setup(proof: Proof) -> facts.Facts:
+        return MODES[kernel][0](proof, **mode)
 
     run(proof, source or Source(contracts.CONTRACTS), jitted(kernel), setup)
     if mode.get("segments") != "any" and not proof.failures and not proof.only_accesses:
         with suppress(FailedError):
-            once.check(proof, outputs)
+            once.check(proof)
     return proof
 
 

@@ -1,12 +1,13 @@
 """Each element of an output is stored exactly once, by one program (or one plane)."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import z3
 
-from .engine import CONDITION, Fact, Proof, Relation, Store
+from .engine import CONDITION, Fact, Launched, Proof, Relation, Store
 from .numbers import DOT, names_of, variable
 from .values import Int
 
@@ -68,7 +69,9 @@ def check_at_most_once(proof: Proof, stores: list[Store]) -> None:
             proof.require(claim, f"stored once: {one.site} and {other.site}", facts)
 
 
-def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> None:
+def check_at_least_once(
+    proof: Proof, launch: Launched, stores: list[Store], chooser: Chooser
+) -> None:
     """Replay a store's facts, in order, with the program and lanes that store an element."""
     operand = stores[0].operand
     what = f"every element stored: {operand.name}"
@@ -76,16 +79,18 @@ def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> 
     inside = []
     for index, (size, _) in zip(element, operand.axes, strict=True):
         inside += [index.z >= 0, index.z < size.z]
-    setup = proof.setup_facts
-    proof.facts, proof.relations = [*setup, *[Fact(claim) for claim in inside]], []
-    proof.inside, proof.memo, proof.local = False, dict(proof.setup_memo), set()
+    proof.facts, proof.relations = [*launch.facts, *[Fact(claim) for claim in inside]], []
+    proof.inside, proof.memo, proof.local = False, dict(launch.memo), set()
+    # New unknowns have other names than the kernel's.
+    proof.counts = defaultdict(lambda: 1000, dict.fromkeys(launch.counts, 1000))
+    proof.programs = launch.programs
     choice = chooser(proof, element)
     chosen, relations = proof.claims(), proof.relations
     proof.require(z3.Or(choice.cases), f"{what}: cases", chosen)
     for case in choice.cases:
         failures = []
         for store in stores:
-            failure = _replayed(proof, store, choice, element, [*chosen, case], relations)
+            failure = _replayed(proof, launch, store, choice, element, [*chosen, case], relations)
             if failure is None:
                 break
             failures.append(failure)
@@ -94,8 +99,9 @@ def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> 
 
 
 def _replayed(
-    proof: Proof, store: Store, choice: Choice, element: list[Int], facts: list, relations: list
-) -> Any:
+    proof: Proof, launch: Launched, store: Store, choice: Choice, element: list[Int], facts: list,
+    relations: list,
+) -> Any:  # fmt: skip
     """None if the store covers the element, otherwise a counterexample."""
     names = all_names(store)
     atoms = {atom for name in names for atom in name.split(DOT)}
@@ -114,7 +120,7 @@ def _replayed(
             facts.append(index == wanted)
             lanes |= its
     facts += laws_among([*store.relations, *relations])
-    known = {fact.claim for fact in proof.setup_facts}
+    known = {fact.claim for fact in launch.facts}
     for fact in store.facts:
         if fact.claim in known:
             continue
@@ -130,14 +136,15 @@ def _replayed(
     return failure
 
 
-def check(proof: Proof, choosers: dict[str, Chooser]) -> None:
-    """``choosers``: by the name of each output.  A store to any other operand is a failure."""
-    stores: dict[str, list[Store]] = {}
-    for store in proof.stores:
-        stores.setdefault(store.operand.name, []).append(store)
-    for name in stores.keys() | choosers.keys():
-        if name not in choosers or name not in stores:
-            proof.failed(f"stored once: {name}", "it is stored but not declared, or not stored")
-            continue
-        check_at_most_once(proof, stores[name])
-        check_at_least_once(proof, stores[name], choosers[name])
+def check(proof: Proof) -> None:
+    """A store to any operand that isn't an output is a failure."""
+    for launch in proof.launches.values():
+        stores: dict[str, list[Store]] = {}
+        for store in launch.stores:
+            stores.setdefault(store.operand.name, []).append(store)
+        for name in stores.keys() | launch.outputs.keys():
+            if name not in launch.outputs or name not in stores:
+                proof.failed(f"stored once: {name}", "it isn't an output, or nothing stores it")
+                continue
+            check_at_most_once(proof, stores[name])
+            check_at_least_once(proof, launch, stores[name], launch.outputs[name])

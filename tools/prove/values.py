@@ -4,6 +4,7 @@ An operation asks ``proof``, the current :class:`~.engine.Proof`, for new unknow
 which claims it needs.
 """
 
+from math import prod
 from typing import Any
 
 import z3
@@ -102,13 +103,27 @@ class Int:
     def __truediv__(self, other: Any) -> "Data":
         return Data()
 
+    __rtruediv__ = __truediv__
+
 
 def as_int(value: Any) -> Int:
     if isinstance(value, Int):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Int({(): value} if value else {})
+    if isinstance(value, int):
+        return Int({(): int(value)} if value else {})
     raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
+
+
+def larger(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return proof.chosen(as_int(a).z >= as_int(b).z, a, b)
+
+
+def smaller(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return proof.chosen(as_int(a).z <= as_int(b).z, a, b)
 
 
 class Bool:
@@ -185,19 +200,50 @@ class Data:
 
 
 class Operand:
-    """A tensor of the launch.  ``axes``: each axis's size, and its stride as a product of unknowns.
+    """A tensor, with the methods that launchers call.  Without ``strides`` it is contiguous.
 
-    The stride () is 1.  ``values``: of integers that addresses depend on, (least, end, bits), where
-    None is any.  ``ordered`` and ``distinct``: the values grow with the index; no two are equal.
+    Each stride is a product of unknowns, or 1.  ``values``: of integers that addresses depend on,
+    (least, end, bits), where None is any.  ``ordered`` and ``distinct``: the values grow with the
+    index; no two are equal.
     """
 
+    dtype, device = "bfloat16", None
+
     def __init__(
-        self, name: str, *axes: tuple[Any, Monomial], values: tuple | None = None,
-        ordered: bool = False, distinct: bool = False, dtype: str = "bfloat16",
+        self, *shape: Any, name: str = "", strides: Any = None, values: tuple | None = None,
+        ordered: bool = False, distinct: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.values, self.dtype = name, values, dtype
-        self.axes = [(as_int(size), stride) for size, stride in axes]
+        self.name, self.shape, self.values = name, shape, values
+        self.strides = tuple(strides or _contiguous(shape))
         self.ordered, self.distinct = ordered, distinct
+
+    def stride(self, axis: int | None = None) -> Any:
+        return self.strides if axis is None else self.strides[axis]
+
+    def is_contiguous(self) -> bool:
+        pairs = zip(self.strides, _contiguous(self.shape), strict=True)
+        return all(as_int(a).poly == as_int(b).poly for a, b in pairs)
+
+    def new_empty(self, *shape: Any, dtype: Any = None) -> "Operand":
+        return Operand(*shape)
+
+    def numel(self) -> Any:
+        return prod(self.shape)
+
+    def element_size(self) -> int:
+        return 2
+
+    @property
+    def mT(self) -> "Operand":  # noqa: N802
+        """A view with the last two axes exchanged."""
+        (*outer, a, b), (*outer_strides, c, d) = self.shape, self.strides
+        return Operand(*outer, b, a, strides=(*outer_strides, d, c))
+
+    @property
+    def axes(self) -> list[tuple[Int, Monomial]]:
+        """Each axis's size, and its stride as a product of unknowns; the stride () is 1."""
+        strides = [next(iter(as_int(stride).poly)) for stride in self.strides]
+        return list(zip(map(as_int, self.shape), strides, strict=True))
 
     def indices(self, address: Poly) -> list[Int]:
         """The index on each axis, from the address: a term belongs to the longest stride in it."""
@@ -218,6 +264,10 @@ class Operand:
                     f"{self.name} has no stride in {monomial} at {proof.where()}"
                 )
         return [Int(poly, 64) for poly in found]
+
+
+def _contiguous(shape: tuple) -> list:
+    return [prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 class Pointer:

@@ -1,0 +1,131 @@
+"""Runs a launcher with unknown sizes, and returns the arguments of its first launch.
+
+The launcher's source runs as it is.  Its assertions become facts, because a size that fails one has
+no launch.  The config is replaced by any tiles, and its choices by options.
+"""
+
+import builtins
+import importlib
+import pkgutil
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import fields, replace
+from functools import reduce
+from typing import Any
+from unittest.mock import patch
+
+import z3
+
+from fastlora import kernels
+from fastlora.kernels.config import chosen_config
+from fastlora.kernels.launch import Launch, recording
+from fastlora.kernels.target import TARGETS
+
+from . import values
+from .engine import Proof
+from .values import Descriptor, Int, Operand, Pointer, as_int, larger, smaller
+
+_MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{each.name}")
+    for each in pkgutil.iter_modules(kernels.__path__)
+]
+
+
+def launched(
+    proof: Proof, launcher: Callable, *operands: Any, config: type | None = None,
+    at_once: bool = False, descriptors: bool = False, split: bool = False,
+    transposed: bool = False, float8: bool = True, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """``at_once``, ``descriptors``, ``split``: choices of the config and of the cost model.
+
+    ``transposed``: the answer to conditions on all strides.  Only Q_TRANSPOSED and hints for the
+    compiler depend on these.  ``float8``: whether the target converts float8.
+    """
+    target = replace(
+        TARGETS["sm_90" if float8 else "sm_80"], processors=proof.size("processors", 1, 2**16)
+    )
+    replaced = {
+        "len": _length, "max": _extreme(larger), "min": _extreme(smaller), "cdiv": up,
+        "power_of_two": _power_of_two, "target_of": lambda _: target,
+        "chosen_config": chosen_config.__wrapped__,  # without its cache
+        "splits": lambda _capacity, _programs, length, step, _least: _splits(length, step, split),
+        "loads_at_once": lambda *_: at_once, "_has_descriptor": lambda *_: True,
+        "all": lambda _: transposed, "lies_in_rows": lambda *_: True,
+        "TensorDescriptor": type("", (), {"from_tensor": lambda of, box: Descriptor(of, *box)}),
+    }  # fmt: skip
+    if config is not None:
+        options["config"] = _any_config(proof, config, descriptors)
+    launches: list[Launch] = []
+
+    def caught(launch: Launch) -> None:
+        launches.append(launch)
+        raise StopIteration
+
+    with ExitStack() as stack:
+        for module in _MODULES:
+            for name, new in replaced.items():
+                if name in vars(module) or hasattr(builtins, name):
+                    stack.enter_context(patch.object(module, name, new, create=True))
+        stack.enter_context(recording(caught))
+        stack.enter_context(suppress(StopIteration))
+        launcher(*operands, **options)
+    proof.program(*launches[0].grid)
+    return {name: _argument(name, each) for name, each in launches[0].arguments.items()}
+
+
+def _argument(name: str, value: Any) -> Any:
+    """A kernel's argument, and inside of it the names of all operands."""
+    if isinstance(value, Operand):
+        value.name = name
+        return Pointer(value)
+    if isinstance(value, Descriptor):
+        value.operand.name = name
+    if type(value) is tuple:
+        return tuple(_argument(f"{name}{i}", each) for i, each in enumerate(value))
+    return value
+
+
+def _any_config(proof: Proof, config: type, descriptors: bool) -> Any:
+    names = [each.name for each in fields(config)]
+    numbers = {name: proof.block(name.upper()) for name in names if name.startswith("block_")}
+    if "group" in names:
+        numbers["group"] = proof.size("GROUP", 1, 16)
+    chosen = {
+        "why_not": "", "capacity": 0, "uses_descriptors": descriptors,
+        "block_r": proof.block("BLOCK_R"),
+    }  # fmt: skip
+    methods = {name: lambda *_, result=result: result for name, result in chosen.items()}
+    return type(config.__name__, (config,), methods)(**numbers, warps=4, stages=1)
+
+
+def up(a: Any, b: Any) -> Int:
+    return (as_int(a) + b - 1) // b
+
+
+def _length(of: Any) -> Any:
+    return of.shape[0] if isinstance(of, Operand) else len(of)
+
+
+def _extreme(of_two: Callable) -> Callable:
+    def function(*listed: Any, default: Any = None) -> Any:
+        numbers = list(listed if len(listed) > 1 else listed[0])
+        return reduce(of_two, numbers) if numbers else default
+
+    return function
+
+
+def _power_of_two(_: Any) -> Int:
+    number, sixteenth = (values.proof.unknown("power of two", False) for _ in range(2))
+    values.proof.given(number.z >= 1)
+    values.proof.given(z3.Or(number.z < 16, number.z == 16 * sixteenth.z))
+    return number
+
+
+def _splits(length: Int, step: Int, split: bool) -> tuple[Any, Int]:
+    """(count, steps) of ``config.splits``, and its assertion; any number of splits is wanted."""
+    proof = values.proof
+    steps = up(up(length, proof.size("wanted splits")), step)
+    count = up(length, steps * step)
+    proof.given(count.z >= 2 if split else count.z == 1)
+    proof.given((count * steps * step).z < 2**31)
+    return count if split else 1, steps
