@@ -183,9 +183,7 @@ class _Counter(TorchDispatchMode):
             read = arguments[1:] if named.get("beta") == 0.0 else arguments
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*read, result))
         elif name not in FREE:
-            raise NotImplementedError(
-                f"the bytes of {name} are not counted: add the operation to _Counter"
-            )
+            raise NotImplementedError(f"{name} isn't counted: add its bytes to _Counter")
         return result
 
 

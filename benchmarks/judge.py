@@ -194,9 +194,8 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
     if tensors.base is not None:
         from fastlora.formats import quantized_weight
 
-        allowed += sum(
-            scales.nbytes for scales in quantized_weight(tensors.base).weight.tensors[1:]
-        )
+        _, *scales = quantized_weight(tensors.base).weight.tensors
+        allowed += sum(each.nbytes for each in scales)
     if kept["added"] > allowed:
         raise AssertionError(
             f"saves {kept['added']} bytes in addition to x, but {allowed} are allowed"

@@ -34,8 +34,8 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     pays for PEFT's state: of two equal frozen layers, the second took 15 % less time than the first
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
-    Returns each step's seconds, as median and 10th percentile, and quartiles of ratios: of each to
-    the first, and of the last to each.
+    Returns each step's median seconds, and quartiles of ratios: of each to the first, and of the
+    last to each.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):
@@ -44,12 +44,10 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
             times[name].append(step())
     first, *others = times
     pairs = [(name, first) for name in others] + [(others[-1], name) for name in others[:-1]]
-    count = len(times[first])
-    found: dict = {"rounds": count, "seconds": {}, "tenths": {}, "ratios": {}}
+    found: dict = {"rounds": len(times[first]), "seconds": {}, "ratios": {}}
     for quantity in times[first][0]:
         of = {name: [each[quantity] for each in its] for name, its in times.items()}
         found["seconds"][quantity] = {name: digits(statistics.median(of[name])) for name in of}
-        found["tenths"][quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
         found["ratios"][quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
     return found
 

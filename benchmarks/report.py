@@ -206,9 +206,7 @@ def main() -> None:
     file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
     results = json.loads(Path(file).read_text(encoding="utf-8"))
     patterns = [part if "*" in part else f"*{part}*" for part in parts or ["*"]]
-    rows = [
-        row for row in results["rows"] if any(fnmatchcase(row["id"], each) for each in patterns)
-    ]
+    rows = [row for row in results["rows"] if any(fnmatchcase(row["id"], p) for p in patterns)]
     whole = f"{heading(results['machine'])}\n\n{text(rows)}"
     print(brief(rows) if "--brief" in sys.argv else whole)
 

@@ -1,6 +1,7 @@
 """OUT = number(CODES) · scales: unpack a whole packed weight to a dense matrix, in one launch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -20,19 +21,15 @@ _TILE, _WIDEST, _WARPS = 4096, 512, 4
 
 def _work_of(arguments: Mapping[str, Any]) -> Work:
     """The FLOPs and bytes of a launch."""
-    codes, operands, out, rows, columns, block_rows, block_columns, packing = (
-        arguments[name]
-        for name in (
-            "codes", "operands", "out", "rows", "columns", "BLOCK_ROWS", "BLOCK_COLUMNS", "PACKING",
-        )
-    )  # fmt: skip
-    programs = cdiv(rows, block_rows) * cdiv(columns, block_columns)
+    codes, operands, out = (arguments[name] for name in ("codes", "operands", "out"))
+    rows, columns, block_columns = (arguments[n] for n in ("rows", "columns", "BLOCK_COLUMNS"))
+    programs = cdiv(rows, arguments["BLOCK_ROWS"]) * cdiv(columns, block_columns)
     return Work(
         flops=out.numel(),
         loaded=size_of(codes, *operands),
         stored=size_of(out),
         loaded_by_tiles=size_of(codes)
-        + scale_bytes(operands, packing, rows, columns, block_columns)
+        + scale_bytes(operands, arguments["PACKING"], rows, columns, block_columns)
         + size_of(operands[3]) * programs,  # the offset of nested scales
     )
 
@@ -71,7 +68,7 @@ def dequant(packed: Packed, out: Tensor) -> Tensor:
     packed = packed.of_all_experts
     # Where a byte or a block of scales crosses rows, the whole weight is handled as one long row.
     if not packed.lies_in_rows:
-        packed = packed.in_one_row
+        packed = replace(packed, rows=1, columns=packed.rows * packed.columns)
     rows, columns = packed.rows, packed.columns
     block_columns = min(_TILE if rows == 1 else _WIDEST, max(16, power_of_two(columns)))
     block_rows = min(_TILE // block_columns, power_of_two(rows))

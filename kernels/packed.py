@@ -84,11 +84,6 @@ class Packed:
         return lies_in_rows(self.kind, self.columns, self.block_columns)
 
     @property
-    def in_one_row(self) -> "Packed":
-        """The same elements as a matrix with one row; needs ``block_rows`` 1."""
-        return replace(self, rows=1, columns=self.rows * self.columns)
-
-    @property
     def of_all_experts(self) -> "Packed":
         """The experts' weights as one matrix, one below the other."""
         return replace(self, rows=max(1, self.experts) * self.rows, experts=0)

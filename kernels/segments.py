@@ -83,11 +83,6 @@ def strides_of(tensors: Sequence[Any], ends: Tensor | None) -> tuple[tuple, ...]
     return tuple([t.stride() if ends is not None else (None, *t.stride()) for t in tensors])
 
 
-def bytes_to_find(segments: int | None) -> int:
-    """The most bytes that a program loads to find its tile's segment: ends, int32, and two more."""
-    return 4 * (segments + 2) if segments else 0
-
-
 def small_operand_bytes(
     arguments: Mapping[str, Any], programs: int, passes: int
 ) -> tuple[int, int]:
@@ -99,7 +94,9 @@ def small_operand_bytes(
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
     operands = [arguments.get(name) for name in names]
     seeds, _, order, factors, thresholds = operands
-    each = bytes_to_find(arguments.get("segments"))
+    segments = arguments.get("segments")
+    # To find its tile's segment, a program loads at most all ends (int32), and two of them again.
+    each = 4 * (segments + 2) if segments else 0
     each += size_of(seeds) if thresholds is None else seeds.element_size() + 4
     each += 0 if factors is None else 4
     return size_of(*operands), each * programs + size_of(order) * passes

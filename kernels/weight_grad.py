@@ -96,16 +96,6 @@ class WeightGradConfig(ThinConfig):
             return f"tiles of {self.block_m} rows in one pass, but Triton races under 64"
         return super().why_not(target, call)
 
-    def partial_sums(self, target: Target, call: Call) -> int:
-        """The float32 elements of all planes that one pass over dy writes.
-
-        dh has a plane for each tile of columns, d lora_b one for each split of the rows; a single
-        plane is the result itself.
-        """
-        n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)
-        floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
-        return floats * call.r
-
 
 def _work_of(arguments: Mapping[str, Any]) -> Work:
     """The FLOPs and bytes of a launch.  Names that end in ``bytes`` count each element once."""
@@ -346,7 +336,11 @@ def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
     config = default_config("weight_grad", target, call)
     if config is None:
         return False
-    return 2 * 4 * config.partial_sums(target, call) < M * N * x.element_size()
+    # dh has a plane for each tile of columns, d lora_b one for each split of the rows.  A single
+    # plane is the result itself.
+    n_planes, (m_planes, _) = config.tiles(call), config.splits(target, call)
+    floats = ((n_planes > 1) * n_planes * M + (m_planes > 1) * m_planes * N) * r
+    return 2 * 4 * floats < M * N * x.element_size()
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -45,9 +45,8 @@ def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: d
 
 
 def measure(model: torch.nn.Module, tokens: int) -> dict:
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)
-    )
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=draw)
     batch = {"input_ids": ids, "labels": ids}
 
     def runs() -> dict[str, float]:

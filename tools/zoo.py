@@ -49,7 +49,6 @@ from fastlora.layers.classes import change_classes
 SECONDS = 90  # for a class
 TOLERANCE = 5e-5  # of the largest number of a tensor; float32 sums in another order
 LARGEST = 60e6  # parameters
-FOUND = ("fused", "dense", "left alone", "not run", "random", "WRONG")
 
 # The size of a tiny model for each number of a configuration, by its name.
 _LAYERS = r"num_hidden_layers|n_layers?|num_(de|en)?_?(coder_)?layers|(de|en)coder_layers"
@@ -353,7 +352,7 @@ def main() -> int:
     for name, (found, detail) in judge_all(names, asked.jobs):
         counts[found] += 1
         print(f"{name:40} {found:10}  {detail}", flush=True)
-    total = ", ".join(f"{counts[found]} {found}" for found in FOUND if counts[found])
+    total = ", ".join(f"{count} {found}" for found, count in sorted(counts.items()))
     print(f"{len(names)} classes of transformers {transformers.__version__}: {total}", end=" ")
     print(f"({time.monotonic() - started:.0f} s)")
     return int(bool(counts["WRONG"]))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 # Triton reads both when it is imported: compile, don't interpret; and an explicit default.
@@ -85,10 +86,8 @@ def main() -> None:
         chosen += [case for name in arguments.target for case in other_cases(name)]
     launches(chosen[0])  # imports modules, so that the pool's processes don't have to
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [
-            *pool.map(partial(rows_of, by_ptx=arguments.half is not None), chosen, chunksize=4)
-        ]
-    rows = [row for each in found for row in each]
+        compiled = partial(rows_of, by_ptx=arguments.half is not None)
+        rows = [*chain.from_iterable(pool.map(compiled, chosen, chunksize=4))]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:
         text = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)

@@ -36,8 +36,7 @@ class Case:
 
 def run_gated(activation: str, dtype: str) -> None:
     """The middle of a gated MLP, forward and backward."""
-    matrices = torch.empty(5, 8192, 3072, dtype=_DTYPES[dtype], device="meta")
-    dy, gate, up, d_gate, d_up = matrices
+    dy, gate, up, d_gate, d_up = torch.empty(5, 8192, 3072, dtype=_DTYPES[dtype], device="meta")
     gated(gate, up, activation, d_gate)
     gated_backward(dy, gate, up, activation, d_gate, d_up)
 
@@ -48,12 +47,8 @@ def run_dequant(kind: str, columns: int, dtype: str) -> None:
     dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
 
 
-def run_quantize_rows(form: str, dtype: str) -> None:
-    """Round the rows of x or dy to 8 bits."""
-    kind, _, precision = dtype.partition("-")
-    Operands(
-        Form(form, 8192, 4096, (), dtype=_DTYPES[kind], precision=precision or "ieee"), "meta"
-    ).run()
+def run_form(form: Form, config: Config | None = None) -> None:
+    Operands(form, "meta").run(config)
 
 
 def run_row_loss(settings: tuple, dtype: str, columns: int, gradient: bool) -> None:
@@ -69,7 +64,7 @@ def launches(case: Case) -> list[Launch]:
     records: list[Launch] = []
     with use_target(HARDWARE[case.target]), intercept(records.append):
         if case.form:
-            Operands(case.form, "meta").run(case.config)
+            run_form(case.form, case.config)
         else:
             case.other()
     return records
@@ -167,7 +162,8 @@ def other_cases(target: str) -> list[Case]:
     for form, dtype in itertools.product(("x8", "dy8"), ("bf16", "f16", "f32-tf32", "f32-ieee")):
         if dtype != "f32-tf32" or HARDWARE[target].tf32:
             name = f"{target} {form} {dtype}"
-            found.append(Case(name, target, other=partial(run_quantize_rows, form, dtype)))
+            rounded = _case(target, None, f"{form} {dtype}").form
+            found.append(Case(name, target, other=partial(run_form, rounded)))
     plain, all_settings = (0.0, None, 1.0, 0.0), (0.1, 30.0, 2.0, 0.01)
     for settings, *rest in (
         (plain, "bf16", 128256, True), (plain, "f16", 50257, False), (plain, "f32", 49152, True),

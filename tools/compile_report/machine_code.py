@@ -74,9 +74,8 @@ def compile_launch(launch: Launch, target: Target, by_ptx: bool = False) -> Comp
     compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
     driver = SimpleNamespace(  # everything that ``kernel.warmup`` needs of a GPU's driver
         get_current_target=lambda: compiled_for,
-        get_current_device=lambda: (
-            target.arch
-        ),  # a kernel's cache of compiled code has only this key
+        # a kernel's cache of compiled code has only this key
+        get_current_device=lambda: target.arch,
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
@@ -183,8 +182,7 @@ def _read_amd(kernel) -> Compiled:
         spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
         inner_spills=_count(names, r"scratch_\w+"), shared_memory=kernel.metadata.shared,
         tensor_memory=0, tensor_core=_count(names, _TENSOR_CORE), tma_loads=0, tma_stores=0,
-        stores=_count(names, r"(global|buffer)_store\w+"),
-        instructions=names.total(),
+        stores=_count(names, r"(global|buffer)_store\w+"), instructions=names.total(),
     )  # fmt: skip
 
 

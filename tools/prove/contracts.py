@@ -61,9 +61,7 @@ def prove_tile_of(edit: Edit | None = None) -> Proof:
 
 
 def _alone(proof: Proof, jitted: Any, body: Callable, edit: Edit | None = None) -> None:
-    values.proof, proof.todo = proof, [[]]
-    while proof.todo:
-        proof.begin(proof.todo.pop())
+    for _ in proof.paths():
         try:
             body(Source({}, edit).function(jitted))
         except values.UnsupportedError as error:

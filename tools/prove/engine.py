@@ -119,6 +119,13 @@ class Proof:
     only_accesses: bool = False
     sites: set[str] = field(default_factory=set)
 
+    def paths(self) -> Iterator[None]:
+        """All paths, by the outcomes of unknown conditions."""
+        values.proof, self.todo = self, [[]]
+        while self.todo:
+            self.begin(self.todo.pop())
+            yield
+
     def begin(self, prefix: list[bool]) -> None:
         self.facts: list[Fact] = []
         self.relations: list[Relation] = []
@@ -632,10 +639,8 @@ def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], tupl
     ``setup`` states facts, and returns the arguments and the outputs.  On a path where a launcher's
     assertion fails, there is no launch.
     """
-    values.proof, proof.todo = proof, [[]]
     function = source.function(kernel)
-    while proof.todo:
-        proof.begin(proof.todo.pop())
+    for _ in proof.paths():
         try:
             arguments, outputs = setup(proof)
         except AssertionError:

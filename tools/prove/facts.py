@@ -147,11 +147,15 @@ def packed(
     )  # fmt: skip
 
 
-def dequant(proof: Proof, kind: str = "four-bit", **options: bool) -> Facts:
+def dequant(proof: Proof, packing: dict[str, Any]) -> Facts:
     rows, columns = proof.size("rows"), proof.size("columns")
-    weight = packed(proof, kind=kind, rows=rows, columns=columns, **options)
+    weight = packed(proof, rows=rows, columns=columns, **packing)
     arguments = launched(
-        proof, launchers.dequant, weight, Operand(rows, columns), float8=kind != "float8 by bits"
+        proof,
+        launchers.dequant,
+        weight,
+        Operand(rows, columns),
+        float8=packing["kind"] != "float8 by bits",
     )
     block_rows, block_columns = arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"]
 

@@ -45,7 +45,7 @@ PLANTED = [
     _planted("row_loss", "row_loss_kernel", "(i_target >= 0) & ", ""),
     _planted("gemm_int8_lowrank", "scaled_sum", "o_m < M", "o_m < M + 1"),
     _planted("dequant", "scale_tile", "o_group < groups", "o_group <= groups",
-             kind="four-bit", outer=True),
+             packing={"kind": "four-bit", "outer": True}),
     _planted("project", "own_number", "min(i_segment, segments - 1)", "i_segment",
              own=True, **_SORTED),
     # Strides and operands.
@@ -59,7 +59,7 @@ PLANTED = [
              packing={"kind": "float8"}, segments="sorted", transposed=True),
     _planted("row_loss", "row_loss_kernel", "losses + i_row", "losses + i_row + 1"),
     _planted("dequant", "dequant_kernel", "// column_tiles * BLOCK_ROWS",
-             "// column_tiles * BLOCK_COLUMNS", kind="int8", whole_rows=True),
+             "// column_tiles * BLOCK_COLUMNS", packing={"kind": "int8", "whole_rows": True}),
     # Planes, splits, segments.
     _planted("project", "project_kernel", "i_split.to(tl.int64) * M * R[i]",
              "i_split.to(tl.int64) * R[i]", split=True),
@@ -95,7 +95,7 @@ PLANTED = [
     _planted("lowrank", "load_bias_row", "o_n.to(tl.int64) * strides[1]", "o_n * strides[1]",
              bias=True),
     _planted("dequant", "scale_tile", "o_block.to(tl.int64)[:, None]", "o_block[:, None]",
-             kind="float8"),
+             packing={"kind": "float8"}),
     _planted("sum_planes", "sum_planes_kernel", "i_block.to(tl.int64) * BLOCK",
              "i_block * BLOCK", count=2, long=True),
     # The functions that are used as contracts.

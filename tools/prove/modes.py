@@ -69,7 +69,7 @@ MODES: dict[str, tuple[Callable[..., facts.Facts], list[dict[str, Any]]]] = {
         facts.elementwise(launchers.gated_backward, "dy gate up", "d_gate d_up"), [{}],
     ),
     "row_loss": (facts.row_loss, [{}, {"gradient": True}, {"gradient": True, "upstream": True}]),
-    "dequant": (facts.dequant, _FORMATS),
+    "dequant": (facts.dequant, [{"packing": each} for each in _FORMATS]),
 }  # fmt: skip
 
 CONTRACT_PROOFS: dict[str, Callable[..., Proof]] = {
