@@ -10,8 +10,9 @@ pytest.importorskip("z3", reason="z3-solver isn't installed (make .venv/prove)")
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from prove import contracts, faults, modes
-from prove.engine import Edit, Proof, Source, run
-from prove.values import Operand, Pointer
+from prove.engine import Proof
+from prove.source import Edit, Source, run
+from prove.values import Int, Operand, Pointer
 
 
 @pytest.mark.parametrize("kernel", ["gated", "quantize_rows", "project"])
@@ -36,10 +37,10 @@ def test_a_planted_fault_is_found_with_numbers(fault):
 
 def test_an_access_whose_facts_contradict_each_other_fails():
 
-    def setup(proof: Proof) -> dict:
-        made = modes.MODES["gated"][0](proof)
-        proof.given(made.arguments["N"].z < 1)
-        return {name: made.arguments[name] for name in modes.parameters("gated")}
+    def setup(proof: Proof) -> tuple[dict, dict]:
+        arguments, outputs = modes.MODES["gated"][0](proof)
+        proof.given(arguments["N"].z < 1)
+        return arguments, outputs
 
     proof = run(Proof(), Source(contracts.CONTRACTS), modes.jitted("gated"), setup)
     assert "store out gated_kernel" in " ".join(proof.failures)
@@ -51,7 +52,7 @@ def test_a_mask_that_is_dropped_is_found():
 
 
 def test_a_stride_is_matched_with_its_axis():
-    operand = Operand("x", (4, ("s",)), (8, ()))
+    operand = Operand(4, 8, strides=(Int({("s",): 1}), 1))
     address = (Pointer(operand) + contracts.as_int(3)).address | {("i", "s"): 1}
     rows, columns = operand.indices(address)
     assert (rows.poly, columns.poly) == ({("i",): 1}, {(): 3})

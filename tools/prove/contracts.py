@@ -8,9 +8,10 @@ import z3
 from fastlora.kernels import common, segments
 
 from . import values
-from .engine import CONDITION, Edit, Fact, Proof, Relation, Source
+from .engine import CONDITION, Fact, Proof, Relation
 from .numbers import expression, names_of, times, variable
 from .once import renaming
+from .source import Edit, Source
 from .values import Int, Operand, Pointer, Tally, as_int
 
 LONGEST = 2**31 - 2**17
@@ -186,16 +187,13 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
             number, tile = called(jitted, ends, sizes)
             results = [each.z for each in tile]
             relations.append(_disjoint([number.z], results, sizes[3].z, ends))
-        (law,) = _laws(relations[0], relations[1])
+        one, other = relations
+        (law,) = one.laws(one, other)
         proof.prove(law, "segment_of_tile gives no row twice")
 
     for body in (any_tile, each_row, two_tiles)[: 3 if is_sorted else 1]:
         _alone(proof, segments.segment_of_tile, body, edit)
     return proof
-
-
-def _laws(one: Relation, other: Relation) -> list[z3.BoolRef]:
-    return one.laws(one, other) if one.laws else []
 
 
 def _counted(proof: Proof, tally: Tally, count: Int, step: Int, is_sorted: bool) -> Int:

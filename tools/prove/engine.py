@@ -1,14 +1,6 @@
-"""Runs a kernel's Python source with unknown integers, and collects what has to be proved.
+"""A proof's facts, claims and failures, on each path through a launcher and its kernel."""
 
-A function's source is parsed, and run with a substitute for ``triton.language``.  Each ``if`` on an
-unknown condition runs the kernel once more.  A loop's body runs once, as its step k for an unknown
-k; a variable that grows by the same number in each step is known there, any other that the body
-carries over isn't.  Each lane of ``tl.arange`` is one unknown.
-"""
-
-import ast
 import inspect
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,18 +10,7 @@ import z3
 
 from . import values
 from .numbers import DOT, Solver, names_of
-from .values import (
-    Bool,
-    Data,
-    Descriptor,
-    Gone,
-    Int,
-    Operand,
-    Pointer,
-    Tally,
-    UnsupportedError,
-    as_int,
-)
+from .values import Bool, Descriptor, Int, Operand, Pointer, Tally, as_int
 
 
 class FailedError(Exception):
@@ -51,12 +32,15 @@ class Fact:
 
 @dataclass
 class Relation:
-    """Integers that a function or a tensor gives for other integers: equal ones for equal ones."""
+    """Integers that a function or a tensor gives for other integers: equal ones for equal ones.
+
+    ``laws``: more laws of two such relations.
+    """
 
     name: str
     arguments: list[z3.ArithRef]
     results: list[z3.ArithRef]
-    laws: Callable[["Relation", "Relation"], list[z3.BoolRef]] | None = None
+    laws: Callable[["Relation", "Relation"], list[z3.BoolRef]] = lambda one, other: []
 
     def renamed(self, pairs: list) -> "Relation":
         new = [[z3.substitute(n, *pairs) for n in s] for s in (self.arguments, self.results)]
@@ -67,17 +51,13 @@ class Relation:
             return []
         same = [a == b for a, b in zip(self.arguments, other.arguments, strict=True)]
         equal = [a == b for a, b in zip(self.results, other.results, strict=True)]
-        laws = [z3.Implies(z3.And(same), z3.And(equal))]
-        return laws + (self.laws(self, other) + self.laws(other, self) if self.laws else [])
+        law = z3.Implies(z3.And(same), z3.And(equal))
+        return [law, *self.laws(self, other), *self.laws(other, self)]
 
 
-def _laws_of(operand: Operand) -> Callable[[Relation, Relation], list[z3.BoolRef]]:
-    def laws(one: Relation, other: Relation) -> list[z3.BoolRef]:
-        i, j, a, b = one.arguments[-1], other.arguments[-1], one.results[0], other.results[0]
-        found = [z3.Implies(i <= j, a <= b)] if operand.ordered else []
-        return found + ([z3.Implies(a == b, i == j)] if operand.distinct else [])
-
-    return laws
+def laws_among(relations: list[Relation]) -> list[z3.BoolRef]:
+    pairs = [(one, other) for i, one in enumerate(relations) for other in relations[:i]]
+    return [law for one, other in pairs for law in one.with_other(other)]
 
 
 @dataclass
@@ -109,34 +89,46 @@ class Launched:
 class Proof:
     """The claims and failures of one kernel in one mode."""
 
-    widths: bool = True
+    stops: bool = False  # at the first failure
+    reached: set[str] = field(default_factory=set)  # sites whose access happens for some numbers
     solver: Solver = field(default_factory=Solver)
     proved: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # site: counterexample
-    reached: set[str] = field(default_factory=set)  # sites whose access happens for some numbers
     launches: dict[tuple, Launched] = field(default_factory=dict)
-    stops: bool = False  # at the first failure
-    only_accesses: bool = False
     sites: set[str] = field(default_factory=set)
 
     def paths(self) -> Iterator[None]:
         """All paths, by the outcomes of unknown conditions."""
         values.proof, self.todo = self, [[]]
         while self.todo:
-            self.begin(self.todo.pop())
+            self.prefix: list[bool] = self.todo.pop()
+            self.path: list[bool] = []
+            self.facts: list[Fact] = []
+            self.relations: list[Relation] = []
+            self.memo: dict[Any, Any] = {}
+            self.counts: dict[str, int] = defaultdict(int)  # unknowns with the same name
+            self.programs: list[tuple[Int, Any]] = []
+            self.local: set[str] = set()
+            self.steps: list[Int] = []
+            self.inside = False  # the launcher's part isn't
             yield
 
-    def begin(self, prefix: list[bool]) -> None:
-        self.facts: list[Fact] = []
-        self.relations: list[Relation] = []
-        self.path: list[bool] = []
-        self.prefix, self.memo = prefix, {}
-        self.counts: dict[str, int] = defaultdict(int)  # unknowns with the same name
-        self.programs: list[tuple[Int, Any]] = []
-        self.local: set[str] = set()
-        self.steps: list[Int] = []
-        self.row_lane: Int | None = None  # which the next ``arange`` takes
-        self.inside = False  # the launcher's part isn't
+    def enter_kernel(self, outputs: dict[str, Any]) -> None:
+        """The launcher's part ends here.  Each program has a number."""
+        copies = list(self.facts), dict(self.memo), dict(self.counts), self.programs
+        self.launch = self.launches.setdefault(tuple(self.path), Launched(outputs, *copies))
+        self.inside = True
+        for i, (program, count) in enumerate(self.programs):
+            claim = z3.And(program.z >= 0, program.z < as_int(count).z)
+            self.facts.append(Fact(claim, CONDITION, f"program{i}"))
+
+    def unknown(self, name: str, local: bool = True) -> Int:
+        count, self.counts[name] = self.counts[name], self.counts[name] + 1
+        if local or count:
+            name = f"{name}!{count}"
+        if local:
+            self.local.add(name)
+        return Int({(name,): 1})
 
     def size(self, name: str, least: int = 1, most: int = 2**31 - 1) -> Int:
         """The unknown of a launch with this name."""
@@ -153,17 +145,6 @@ class Proof:
             self.solver.least |= {name: 16, f"{name} / 16": 1}
         return self.size(name)
 
-    def unknown(self, name: str, local: bool = True) -> Int:
-        count, self.counts[name] = self.counts[name], self.counts[name] + 1
-        if local or count:
-            name = f"{name}!{count}"
-        if local:
-            self.local.add(name)
-        return Int({(name,): 1})
-
-    def is_local(self, *exprs: z3.ExprRef) -> bool:
-        return any(a in self.local for e in exprs for n in names_of(e) for a in n.split(DOT))
-
     def program(self, *counts: Any) -> None:
         """The launch's grid."""
         for i, count in enumerate(counts):
@@ -174,13 +155,7 @@ class Proof:
         self.facts += [Fact(claim) for claim in claims]
 
     def claims(self) -> list[z3.BoolRef]:
-        laws = [
-            law
-            for i, one in enumerate(self.relations)
-            for other in self.relations[:i]
-            for law in one.with_other(other)
-        ]
-        return [fact.claim for fact in self.facts] + laws
+        return [fact.claim for fact in self.facts] + laws_among(self.relations)
 
     def prove(self, claim: z3.BoolRef, what: str, *given: z3.BoolRef) -> None:
         self.require(claim, what, [*self.claims(), *given])
@@ -201,10 +176,9 @@ class Proof:
         return None
 
     def failed(self, what: str, example: Any) -> None:
-        if isinstance(example, dict):
-            # Sizes and strides, and the program.
-            shown = {name: n for name, n in example.items() if "!" not in name}
-            example = ", ".join(f"{name} = {n}" for name, n in shown.items())
+        if isinstance(example, dict):  # show sizes, strides and the program
+            shown = [f"{name} = {n}" for name, n in example.items() if "!" not in name]
+            example = ", ".join(shown)
         self.failures[what] = example
         if self.stops:
             raise FailedError(what)
@@ -217,11 +191,14 @@ class Proof:
     def fits(self, made: Int) -> None:
         """The result of an operation in 32 bits doesn't wrap."""
         key = ("fits", tuple(sorted(made.poly.items())))
-        if self.inside and self.widths and made.bits == 32 and key not in self.memo:
+        if self.inside and made.bits == 32 and key not in self.memo:
             self.memo[key] = True
             if {*made.poly} - {()}:
                 claim = z3.And(made.z >= -(2**31), made.z < 2**31)
                 self.prove(claim, f"32 bits: {self.where()}")
+
+    def is_local(self, *exprs: z3.ExprRef) -> bool:
+        return any(a in self.local for e in exprs for n in names_of(e) for a in n.split(DOT))
 
     def divided(self, a: Int, b: Int) -> tuple[Int, Int]:
         key = ("divided", tuple(sorted(a.poly.items())), tuple(sorted(b.poly.items())))
@@ -250,6 +227,18 @@ class Proof:
             made.bits = max(a.bits, b.bits)
             self.given(z3.If(condition, made.z == a.z, made.z == b.z))
             self.memo[key] = made
+        return self.memo[key]
+
+    def lane(self, length: Any) -> Int:
+        """The number of an element along an axis of a tile.
+
+        Vectors of one length have one lane, because no tile has two axes of the same length.
+        """
+        key = ("lane", tuple(as_int(length).poly.items()))
+        if key not in self.memo:
+            lane = self.memo[key] = self.unknown("lane")
+            claim = z3.And(lane.z >= 0, lane.z < as_int(length).z)
+            self.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
         return self.memo[key]
 
     def branch(self, condition: z3.BoolRef) -> bool:
@@ -283,17 +272,18 @@ class Proof:
         for axis, (first, length) in enumerate(zip(start, descriptor.box, strict=True)):
             site = f"{kind} {operand.name} {self.where()}"
             self.prove(first.z >= 0, f"{site}: axis {axis} starts inside")
-            indices.append(Int(first.poly, 64) + arange(0, length))
+            indices.append(Int(first.poly, 64) + self.lane(length))
             given.append(indices[-1].z < operand.axes[axis][0].z)
         self.touched(kind, operand, indices, given)
 
     def touched(self, kind: str, operand: Operand, indices: list[Int], given: list) -> None:
         site = f"{kind} {operand.name} {self.where()}"
+        lanes = [n for i in indices for n in names_of(i.z) if n.startswith("lane!")]
+        if len(lanes) > len({*lanes}):
+            self.failed(site, "two axes of a tile have the same length")
         for axis, (index, (size, _)) in enumerate(zip(indices, operand.axes, strict=True)):
             claim = z3.And(index.z >= 0, index.z < size.z)
             self.prove(claim, f"{site}: axis {axis}", *given)
-        if self.only_accesses:
-            return
         self.sites.add(site)
         if site not in self.reached or len(self.sites) == 1:  # and the first in each mode
             if isinstance(self.solver.example([*self.claims(), *given]), dict):
@@ -304,364 +294,18 @@ class Proof:
             facts = [*self.facts, *[Fact(claim, CONDITION) for claim in given]]
             identity = [f"program{i}" for i in range(len(self.programs))]
             identity += [next(iter(step.poly))[0] for step in self.steps]
-            self.launch.stores.append(
-                Store(
-                    site,
-                    operand,
-                    indices,
-                    facts,
-                    list(self.relations),
-                    identity,
-                    frozenset(self.local),
-                )
-            )
+            unknowns = list(self.relations), identity, frozenset(self.local)
+            self.launch.stores.append(Store(site, operand, indices, facts, *unknowns))
 
     def loaded(self, operand: Operand, indices: list[Int], mask: Bool | None, other: Any) -> Int:
+        """An integer that addresses depend on."""
         least, end, bits = operand.values
-        found = self.unknown(operand.name)
+        found, inside = self.unknown(operand.name), self.unknown(operand.name)
         found.bits = bits
-        inside = self.unknown(operand.name)  # the tensor's value, whether loaded or not
-        bounds = [inside.z >= as_int(least).z] if least is not None else []
-        bounds += [inside.z < as_int(end).z] if end is not None else []
-        self.given(*bounds)
-        self.relations.append(
-            Relation(operand.name, [i.z for i in indices], [inside.z], _laws_of(operand))
-        )
+        if least is not None:
+            self.given(inside.z >= as_int(least).z, inside.z < as_int(end).z)
+        tensor = Relation(operand.name, [i.z for i in indices], [inside.z], operand.laws)
+        self.relations.append(tensor)
         given = mask.claim if mask is not None else z3.BoolVal(True)
         self.given(z3.If(given, found.z == inside.z, found.z == as_int(other or 0).z))
         return found
-
-
-def arange(first: int, end: Any) -> Int:
-    proof = values.proof
-    lane = proof.row_lane or proof.unknown("lane")
-    proof.row_lane = None
-    claim = z3.And(lane.z >= as_int(first).z, lane.z < as_int(end).z)
-    proof.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
-    return lane
-
-
-def loop(name: str, *bounds: Any) -> Iterator[Int]:
-    """One step, for any number of steps before it."""
-    proof = values.proof
-    start, end, step = [0, *bounds, 1] if len(bounds) == 1 else [*bounds, 1][:3]
-    start, end, step = map(as_int, (start, end, step))
-    proof.prove(step.z > 0, f"step of a loop: {proof.where()}")
-    facts, memo, relations = len(proof.facts), dict(proof.memo), len(proof.relations)
-    proof.entered = set(proof.local)
-    k = proof.unknown(f"step of {name}")
-    k.bits = 64
-    proof.given(k.z >= 0)
-    index = Int(start.poly, 64) + k * step
-    proof.facts.append(Fact(index.z < end.z, CONDITION))
-    proof.steps.append(k)
-    narrow = Int(index.poly, max(start.bits, end.bits, step.bits))
-    proof.fits(narrow)
-    proof.fits(Int((index + step).poly, narrow.bits))
-    yield narrow
-    proof.steps.pop()
-    del proof.facts[facts:], proof.relations[relations:]
-    proof.memo = memo
-
-
-def carried(name: str, value: Any, after: bool) -> Any:
-    """A variable that a loop's body assigns, at the body's begin, and after the loop."""
-    if isinstance(value, Tally):
-        return values.proof.tally(value) if after else value
-    if after and isinstance(value, Int | Bool | Pointer):
-        return Gone(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Tally(value)
-    return Gone(name) if isinstance(value, Int | Bool | Pointer) else value
-
-
-def advanced(value: Any, step: Any) -> Any:
-    """A variable that grows by ``step`` in each step of the loop."""
-    return value + values.proof.steps[-1] * step
-
-
-class _Loops(ast.NodeTransformer):
-    """Rewrites loops: each names its variable, and says which variables it carries."""
-
-    def visit_For(self, node: ast.For) -> Any:
-        self.generic_visit(node)
-        called = ast.unparse(node.iter.func) if isinstance(node.iter, ast.Call) else ""
-        if called not in ("range", "tl.range"):
-            return node
-        node.iter.func = ast.Name("__loop", ast.Load())
-        node.iter.keywords = []
-        node.iter.args.insert(0, ast.Constant(ast.unparse(node.target)))
-        inner = [n for statement in node.body for n in ast.walk(statement)]
-        stored = [n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        grows = {}
-        for statement in node.body:
-            if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
-                name, by = ast.unparse(statement.target), ast.unparse(statement.value)
-                used = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)}
-                if stored.count(name) == 1 and not used & {*stored}:
-                    grows[name] = by
-        before = ""
-        after = ""
-        for name in sorted({*stored} - {ast.unparse(node.target)}):
-            begun = (
-                f"__advanced({name}, {grows[name]})"
-                if name in grows
-                else f"__carried({name!r}, {name}, False)"
-            )
-            guard = "try:\n  {0} = {1}\nexcept UnboundLocalError: pass\n"
-            before += guard.format(name, begun)
-            after += guard.format(name, f"__carried({name!r}, {name}, True)")
-        node.body = _parsed(before, node) + node.body
-        return [node, *_parsed(after, node)]
-
-
-def _parsed(source: str, at: ast.AST) -> list[ast.stmt]:
-    body = ast.parse(source).body
-    for statement in body:
-        for node in ast.walk(statement):
-            ast.copy_location(node, at)
-    return body
-
-
-class Language:
-    """The substitute for ``triton.language``."""
-
-    int32, int64, uint32, int16, int8 = "int32", "int64", "uint32", "int16", "int8"
-    float32, float16, bfloat16, float8e4nv = "float32", "float16", "bfloat16", "float8e4nv"
-    constexpr = object
-    arange = staticmethod(arange)
-    static_range = staticmethod(range)
-    math = type("math", (), {"erf": staticmethod(lambda x: x)})
-    PropagateNan = type("PropagateNan", (), {"ALL": None})
-
-    @staticmethod
-    def program_id(axis: int) -> Int:
-        return Int(values.proof.programs[axis][0].poly)
-
-    @staticmethod
-    def num_programs(axis: int) -> Int:
-        return Int(as_int(values.proof.programs[axis][1]).poly)
-
-    @staticmethod
-    def zeros(shape: tuple, dtype: str) -> Data:
-        return Data(shape, dtype)
-
-    @staticmethod
-    def full(shape: tuple, _: Any, dtype: str) -> Data:
-        return Data(shape, dtype)
-
-    @staticmethod
-    def load(pointer: Pointer, mask: Bool | None = None, other: Any = None) -> Any:
-        values.proof.access("load", pointer, mask)
-        operand = pointer.operand
-        if operand.values is None:
-            return Data((), operand.dtype)
-        indices = operand.indices(pointer.address)
-        return values.proof.loaded(operand, indices, mask, other)
-
-    @staticmethod
-    def store(pointer: Pointer, value: Any, mask: Bool | None = None) -> None:
-        values.proof.access("store", pointer, mask)
-
-    @staticmethod
-    def where(condition: Any, a: Any, b: Any) -> Any:
-        if isinstance(condition, Bool) and all(type(each) in (Int, int) for each in (a, b)):
-            return values.proof.chosen(condition.claim, a, b)
-        return a if isinstance(a, Data) else b if isinstance(b, Data) else Data()
-
-    @staticmethod
-    def cdiv(a: Any, b: Any) -> Any:
-        return (as_int(a) + (b - 1)) // b
-
-    @staticmethod
-    def sum(tile: Any, _: int) -> Any:
-        return tile if isinstance(tile, Bool) else Data()
-
-    @staticmethod
-    def _elementwise(tile: Any, *others: Any, **_: Any) -> Any:
-        return next((each for each in (tile, *others) if isinstance(each, Data)), Data())
-
-    max = exp = log = abs = maximum = minimum = div_rn = sigmoid = gather = _elementwise
-
-    @staticmethod
-    def join(one: Data, _: Data) -> Data:
-        return Data((*one.shape, 2), one.dtype)
-
-
-def _tile_function(made: Callable, loads: bool) -> Callable:
-    """``load_tile`` or ``store_tile``.
-
-    With ``o_mem``, the tile's rows have its lanes.  A loaded tile has the shape that the call
-    states; a descriptor's box must have it.
-    """
-
-    signature = inspect.signature(made)
-
-    def called(of: Any, *listed: Any, **named: Any) -> Any:
-        arguments = signature.bind(of, *listed, **named).arguments
-        o_mem = arguments.get("o_mem")
-        if o_mem is not None:
-            values.proof.row_lane = o_mem.lane
-        result = made(**arguments)
-        if not loads:
-            return None
-        shape = arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"]
-        if isinstance(of, Descriptor):
-            box = [as_int(n).poly for n in of.box[-2:]]
-            if box != [as_int(n).poly for n in shape]:
-                values.proof.failed(f"load {of.operand.name}", "the box isn't the tile")
-        return Data(shape, result.dtype)
-
-    return called
-
-
-def _row_numbers(made: Callable) -> Callable:
-    def called(order: Any, i_row: Any, rows: Any, BLOCK: Any) -> Int:
-        lane = values.proof.row_lane = values.proof.unknown("lane")
-        result = made(order, i_row, rows, BLOCK)
-        result.lane = lane
-        return result
-
-    return called
-
-
-# Device functions whose numbers no address depends on.
-OPAQUE: dict[str, Callable] = {
-    "dot": lambda a, b, total, *_: total,
-    "cast": lambda tile, dtype, *_: Data(getattr(tile, "shape", ()), dtype),
-    "known_multiple": lambda number, _: number,
-    "hadamard_matrix": lambda dtype: Data((64, 64), dtype),
-    "rotate_tile": lambda tile, *_: tile,
-    "keep_tile": lambda *arguments: Data(arguments[-2:]),
-    "looked_up": lambda table, code: code,
-    "_logits": lambda z, *_: (z, z),
-    "scaled": lambda code, _: code,
-    "float8_of": lambda bits: bits,
-    "activated": lambda gate, _: (gate, gate),
-    "add_kept": lambda total, *_: total,
-}
-
-
-def mask_parts(tree: ast.AST) -> list[ast.expr]:
-    """The conditions of all masks, each with others in a conjunction or by itself."""
-    parts = []
-    names, masks = set(), []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg == "mask":
-            masks.append(node.value)
-            names |= {node.value.id} if isinstance(node.value, ast.Name) else set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
-            masks.append(node.value)
-    for mask in masks:
-        if isinstance(mask, ast.BinOp):
-            parts += [mask.left, mask.right]
-        elif not isinstance(mask, ast.Name):
-            parts.append(mask)
-    return parts
-
-
-class _WithoutMask(ast.NodeTransformer):
-    def __init__(self, part: ast.expr) -> None:
-        self.part = part
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        if node is self.part:
-            return ast.copy_location(ast.Name("__always", ast.Load()), node)
-        return super().generic_visit(node)
-
-
-@dataclass
-class Edit:
-    """A change of a function's source: a text, or the condition of a mask that is dropped."""
-
-    function: str
-    old: str = ""
-    new: str = ""
-    mask: int = 0
-
-
-class Source:
-    """The functions of a kernel, as they run here."""
-
-    def __init__(self, contracts: dict[str, Callable], edit: Edit | None = None) -> None:
-        self.contracts, self.edit = OPAQUE | contracts, edit
-        self.made: dict[Any, Callable] = {}
-
-    def function(self, jitted: Any) -> Callable:
-        plain = getattr(jitted, "fn", jitted)
-        if plain in self.made:
-            return self.made[plain]
-        source, name = textwrap.dedent(inspect.getsource(plain)), plain.__name__
-        edit = self.edit if self.edit and self.edit.function == name else None
-        if edit and edit.old:
-            assert source.count(edit.old) == 1, f"{name} has {source.count(edit.old)} {edit.old!r}"
-            source = source.replace(edit.old, edit.new)
-        tree = ast.parse(source)
-        if edit and not edit.old:
-            tree = _WithoutMask(mask_parts(tree)[edit.mask]).visit(tree)
-        definition = tree.body[0]
-        assert isinstance(definition, ast.FunctionDef)
-        definition.decorator_list = []
-        for argument in definition.args.args:
-            argument.annotation = None
-        tree = ast.fix_missing_locations(_Loops().visit(tree))
-        ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
-        scope: dict[str, Any] = {
-            "tl": Language, "min": values.smaller, "max": values.larger, "INTERPRETED": False,
-            "__always": Bool(z3.BoolVal(True)), "__loop": loop,
-            "__carried": carried, "__advanced": advanced,
-        }  # fmt: skip
-        for used in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - scope.keys():
-            value = plain.__globals__.get(used)
-            if used in self.contracts:
-                scope[used] = self.contracts[used]
-            elif hasattr(value, "fn"):
-                scope[used] = self._later(value)
-            elif value is not None:
-                scope[used] = value
-        exec(compile(tree, f"<kernel {name}>", "exec"), scope)
-        made = scope[name]
-        if name in ("load_tile", "store_tile"):
-            made = _tile_function(made, name == "load_tile")
-        elif name == "row_numbers":
-            made = _row_numbers(made)
-        self.made[plain] = made
-        return self.made[plain]
-
-    def _later(self, jitted: Any) -> Callable:
-        return lambda *arguments, **named: self.function(jitted)(*arguments, **named)
-
-
-def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], tuple]) -> Proof:
-    """Run a kernel on all its paths.
-
-    ``setup`` states facts, and returns the arguments and the outputs.  On a path where a launcher's
-    assertion fails, there is no launch.
-    """
-    function = source.function(kernel)
-    for _ in proof.paths():
-        try:
-            arguments, outputs = setup(proof)
-        except AssertionError:
-            continue
-        new = Launched(
-            outputs, list(proof.facts), dict(proof.memo), dict(proof.counts), proof.programs
-        )
-        proof.launch = proof.launches.setdefault(tuple(proof.path), new)
-        proof.inside = True
-        for i, (program, count) in enumerate(proof.programs):
-            claim = z3.And(program.z >= 0, program.z < as_int(count).z)
-            proof.facts.append(Fact(claim, CONDITION, f"program{i}"))
-        try:
-            try:
-                function(**arguments)
-            except UnsupportedError as error:
-                proof.failed("the source", str(error))
-        except FailedError:
-            return proof
-    if not proof.launches:
-        proof.failed("the launcher", "its assertions fail for all sizes")
-    for site in sorted(proof.sites - proof.reached):
-        proof.failed(site, "it never happens")
-    return proof

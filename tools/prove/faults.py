@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import contracts
-from .engine import OPAQUE, Edit, Source, mask_parts
 from .modes import CONTRACT_PROOFS, MODES, jitted, proof_of
+from .source import OPAQUE, Edit, Source, mask_parts
 
 
 @dataclass
@@ -140,8 +140,7 @@ def failures_of(fault: Fault) -> dict[str, str]:
     called = False
     for mode in fault.modes:
         source = Source(contracts.CONTRACTS, fault.edit)
-        options = {} if fault.edit.old else {"widths": False, "only_accesses": True}
-        proof = proof_of(fault.subject, mode, source, stops=True, **options)
+        proof = proof_of(fault.subject, mode, source, bool(fault.edit.old), stops=True)
         if proof.failures:
             return proof.failures
         called |= fault.edit.function in {plain.__name__ for plain in source.made}

@@ -9,7 +9,8 @@ from typing import Any
 from fastlora.kernels import launchers
 
 from . import contracts, facts, once
-from .engine import FailedError, Proof, Source, run
+from .engine import FailedError, Proof
+from .source import Source, run
 
 # The modes of each kernel that together have every line of it.
 _ALL_WAYS = [
@@ -91,16 +92,17 @@ def parameters(kernel: str) -> tuple[str, ...]:
 
 
 def proof_of(
-    kernel: str, mode: dict[str, Any], source: Source | None = None, **options: Any
-) -> Proof:
-    """The proof of a kernel in a mode."""
+    kernel: str, mode: dict[str, Any], source: Source | None = None, is_whole: bool = True,
+    **options: Any,
+) -> Proof:  # fmt: skip
+    """The proof of a kernel in a mode; unless ``is_whole``, without "stored once"."""
     proof = Proof(reached=_reached.setdefault(kernel, set()), **options)
 
     def setup(proof: Proof) -> facts.Facts:
         return MODES[kernel][0](proof, **mode)
 
     run(proof, source or Source(contracts.CONTRACTS), jitted(kernel), setup)
-    if mode.get("segments") != "any" and not proof.failures and not proof.only_accesses:
+    if is_whole and mode.get("segments") != "any" and not proof.failures:
         with suppress(FailedError):
             once.check(proof)
     return proof

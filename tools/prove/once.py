@@ -7,7 +7,7 @@ from typing import Any
 
 import z3
 
-from .engine import CONDITION, Fact, Launched, Proof, Relation, Store
+from .engine import CONDITION, Fact, Launched, Proof, Store, laws_among
 from .numbers import DOT, names_of, variable
 from .values import Int
 
@@ -44,11 +44,6 @@ def all_names(store: Store) -> frozenset[str]:
     claims = [fact.claim for fact in store.facts] + [index.z for index in store.indices]
     claims += [n for r in store.relations for n in (*r.arguments, *r.results)]
     return frozenset().union(*map(names_of, claims))
-
-
-def laws_among(relations: list[Relation]) -> list[z3.BoolRef]:
-    pairs = [(a, b) for i, a in enumerate(relations) for b in relations[:i]]
-    return [law for a, b in pairs for law in a.with_other(b)]
 
 
 def check_at_most_once(proof: Proof, stores: list[Store]) -> None:

@@ -4,6 +4,7 @@ An operation asks ``proof``, the current :class:`~.engine.Proof`, for new unknow
 which claims it needs.
 """
 
+import operator
 from math import prod
 from typing import Any
 
@@ -27,7 +28,6 @@ class Int:
 
     def __init__(self, poly: Poly, bits: int = 32) -> None:
         self.poly, self.bits = poly, bits
-        self.lane: Int | None = None  # of a vector of row numbers
 
     @property
     def z(self) -> z3.ArithRef:
@@ -70,24 +70,6 @@ class Int:
     def __mod__(self, other: Any) -> "Int":
         return proof.divided(self, as_int(other))[1]
 
-    def __lt__(self, other: Any) -> "Bool":
-        return Bool(self.z < as_int(other).z)
-
-    def __le__(self, other: Any) -> "Bool":
-        return Bool(self.z <= as_int(other).z)
-
-    def __gt__(self, other: Any) -> "Bool":
-        return Bool(self.z > as_int(other).z)
-
-    def __ge__(self, other: Any) -> "Bool":
-        return Bool(self.z >= as_int(other).z)
-
-    def __eq__(self, other: Any) -> Any:
-        return Bool(self.z == as_int(other).z)
-
-    def __ne__(self, other: Any) -> Any:
-        return Bool(self.z != as_int(other).z)
-
     __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, _: Any) -> "Int":
@@ -104,6 +86,14 @@ class Int:
         return Data()
 
     __rtruediv__ = __truediv__
+
+
+def _comparison(compare: Any) -> Any:
+    return lambda self, other: Bool(compare(self.z, as_int(other).z))
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Int, f"__{_name}__", _comparison(getattr(operator, _name)))
 
 
 def as_int(value: Any) -> Int:
@@ -185,9 +175,6 @@ class Data:
     def reshape(self, *shape: Any) -> "Data":
         return Data(shape, self.dtype)
 
-    def broadcast_to(self, *shape: Any) -> "Data":
-        return Data(shape, self.dtype)
-
     def permute(self, *order: int) -> "Data":
         return Data(tuple(self.shape[i] for i in order), self.dtype)
 
@@ -219,6 +206,12 @@ class Operand:
 
     def stride(self, axis: int | None = None) -> Any:
         return self.strides if axis is None else self.strides[axis]
+
+    def laws(self, one: Any, other: Any) -> list[z3.BoolRef]:
+        """Laws of two loaded values, which are relations (engine.py)."""
+        i, j, a, b = one.arguments[0], other.arguments[0], one.results[0], other.results[0]
+        found = [z3.Implies(i <= j, a <= b)] if self.ordered else []
+        return found + ([z3.Implies(a == b, i == j)] if self.distinct else [])
 
     def is_contiguous(self) -> bool:
         pairs = zip(self.strides, _contiguous(self.shape), strict=True)
@@ -304,17 +297,3 @@ class Descriptor:
         if [as_int(n).poly for n in value.shape] != [as_int(n).poly for n in self.box]:
             proof.failed(f"store {self.operand.name} {proof.where()}", "the box isn't the tile")
         self._access("store", start)
-
-
-class Gone:
-    """A variable after a loop, with an unknown value; any use fails."""
-
-    def __init__(self, name: str) -> None:
-        self.__dict__["name"] = name
-
-    def __getattr__(self, _: str) -> Any:
-        raise UnsupportedError(f"{self.name} carries a value through a loop")
-
-    for _name in (_OPERATORS + " getitem bool").split():
-        locals()[f"__{_name}__"] = lambda self, *_: self.__getattr__("")
-    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,114 @@
+"""The substitute for ``triton.language``.  Each lane of a vector is one unknown."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import values
+from .engine import CONDITION, Fact
+from .values import Bool, Data, Int, Pointer, Tally, as_int
+
+int32, int64, uint32, int16, int8 = "int32", "int64", "uint32", "int16", "int8"
+float32, float16, bfloat16, float8e4nv = "float32", "float16", "bfloat16", "float8e4nv"
+constexpr = object
+static_range = range
+PropagateNan = type("PropagateNan", (), {"ALL": None})
+
+
+def program_id(axis: int) -> Int:
+    return Int(values.proof.programs[axis][0].poly)
+
+
+def num_programs(axis: int) -> Int:
+    return Int(as_int(values.proof.programs[axis][1]).poly)
+
+
+def arange(_: int, end: Any) -> Int:
+    return values.proof.lane(end)
+
+
+def cdiv(a: Any, b: Any) -> Int:
+    return (as_int(a) + b - 1) // b
+
+
+def zeros(shape: tuple, dtype: str) -> Data:
+    return Data(shape, dtype)
+
+
+def full(shape: tuple, _: Any, dtype: str) -> Data:
+    return Data(shape, dtype)
+
+
+def load(pointer: Pointer, mask: Bool | None = None, other: Any = None) -> Any:
+    values.proof.access("load", pointer, mask)
+    operand = pointer.operand
+    if operand.values is None:
+        return Data((), operand.dtype)
+    return values.proof.loaded(operand, operand.indices(pointer.address), mask, other)
+
+
+def store(pointer: Pointer, value: Any, mask: Bool | None = None) -> None:
+    values.proof.access("store", pointer, mask)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, Bool) and all(type(each) in (Int, int) for each in (a, b)):
+        return values.proof.chosen(condition.claim, a, b)
+    return elementwise(a, b)
+
+
+def sum(tile: Any, _: int) -> Any:
+    return tile if isinstance(tile, Bool) else Data()
+
+
+def elementwise(*tiles: Any, **_: Any) -> Data:
+    return next((tile for tile in tiles if isinstance(tile, Data)), Data())
+
+
+max = exp = log = abs = maximum = minimum = div_rn = elementwise
+
+
+def join(one: Data, _: Data) -> Data:
+    return Data((*one.shape, 2), one.dtype)
+
+
+def loop(name: str, *bounds: Any) -> Iterator[Int]:
+    """``range`` and ``tl.range``: one step, for any number of steps before it."""
+    proof = values.proof
+    start, end, step = [0, *bounds, 1] if len(bounds) == 1 else [*bounds, 1][:3]
+    start, end, step = map(as_int, (start, end, step))
+    proof.prove(step.z > 0, f"step of a loop: {proof.where()}")
+    facts, memo, relations = len(proof.facts), dict(proof.memo), len(proof.relations)
+    proof.entered = set(proof.local)
+    k = proof.unknown(f"step of {name}")
+    k.bits = 64
+    proof.given(k.z >= 0)
+    index = Int(start.poly, 64) + k * step
+    proof.facts.append(Fact(index.z < end.z, CONDITION))
+    proof.steps.append(k)
+    narrow = Int(index.poly, start.bits if start.bits == end.bits == step.bits else 64)
+    proof.fits(narrow)
+    proof.fits(Int((index + step).poly, narrow.bits))
+    yield narrow
+    proof.steps.pop()
+    del proof.facts[facts:], proof.relations[relations:]
+    proof.memo = memo
+
+
+def at_begin(name: str, variables: dict[str, Any]) -> Any:
+    """A variable that a loop's body assigns, at the body's begin; its number is unknown there."""
+    value = variables.get(name)
+    if type(value) is int:
+        return Tally(value)
+    return Data() if isinstance(value, Int | Bool | Pointer) else value
+
+
+def at_end(name: str, variables: dict[str, Any]) -> Any:
+    """The variable after the loop."""
+    value = variables[name]
+    if isinstance(value, Tally):
+        return values.proof.tally(value)
+    return Data() if isinstance(value, Int | Bool | Pointer) else value
+
+
+def step_number() -> Int:
+    return values.proof.steps[-1]
