@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     tasks: list[tuple[Callable, tuple]] = []
     if not parts or "" in parts:
         tasks += [(modes.lines_of_contract, (name,)) for name in modes.CONTRACT_PROOFS]
-        tasks += [(modes.lines_of, (k, mode)) for k in kernels for mode in modes.MODES[k][1]]
+        tasks += [(modes.lines_of, (k, mode)) for k in kernels for mode in modes.MODES[k]]
     if "--faults" in parts:
         tasks += [(faults.lines_of, (each,)) for each in faults.all_of(kernels)]
     if "--launches" in parts:

@@ -120,8 +120,8 @@ def tile_of_row(proof: Proof, ends: Operand, row: Int, count: Int, M: Int, BM: I
     return i
 
 
-def segment_of_row(proof: Proof, ends: Operand, row: Int, M: Int) -> tuple[Int, Int, Int]:
-    """(segment, its first row, its end): a row is in the first segment that ends behind it."""
+def segment_of_row(proof: Proof, ends: Operand, row: Int, M: Int) -> tuple[Int, Int]:
+    """(segment, its first row): a row is in the first segment that ends behind it."""
     (count,) = ends.shape
     segment, bounds = proof.unknown("segment of the row"), []
     proof.given(segment.z >= 0, segment.z <= count.z)
@@ -130,7 +130,7 @@ def segment_of_row(proof: Proof, ends: Operand, row: Int, M: Int) -> tuple[Int, 
         bounds.append(proof.loaded(ends, [at], values.Bool(inside), outside))
     start, end = bounds
     proof.given(start.z <= row.z, row.z < end.z)
-    return segment, start, end
+    return segment, start
 
 
 def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
@@ -171,7 +171,7 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
         M, _, _, BM, _ = sizes
         row = proof.unknown("row")
         proof.given(row.z >= 0, row.z < M.z)
-        segment, start, _ = segment_of_row(proof, ends, row, M)
+        segment, start = segment_of_row(proof, ends, row, M)
         before, tiles = start // BM + (row - start) // BM, proof.unknown("tiles before")
         proof.given(tiles.z == before.z, (tiles * BM).z == (before * BM).z)
         _, tile = called(jitted, ends, sizes, before + segment)

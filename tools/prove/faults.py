@@ -122,7 +122,7 @@ def _masks_of(kernel: str) -> list[Fault]:
         called = [plain.__globals__.get(name) for name in used]
         todo += [each.fn for each in called if hasattr(each, "fn")]
         faults += [
-            Fault(kernel, MODES[kernel][1], Edit(plain.__name__, mask=i))
+            Fault(kernel, MODES[kernel], Edit(plain.__name__, mask=i))
             for i in range(len(mask_parts(tree)))
         ]
     return faults

@@ -19,7 +19,7 @@ import torch
 from fastlora.kernels.launch import Launch
 
 from .engine import Proof
-from .modes import MODES, parameters
+from .modes import facts_of
 from .numbers import Solver
 from .values import Descriptor, Int, Pointer, as_int
 
@@ -68,7 +68,7 @@ def why_not(launch: Launch) -> str:
     reason, mode, proof = "", mode_of(launch), Proof()
     for _ in proof.paths():
         with suppress(AssertionError):
-            arguments, _ = MODES[launch.name][0](proof, **mode)
+            arguments, _ = facts_of(proof, launch.name, mode)
             reason = _difference(proof, arguments, launch)
             if not reason:
                 return ""
@@ -77,7 +77,7 @@ def why_not(launch: Launch) -> str:
 
 def _difference(proof: Proof, arguments: dict[str, Any], launch: Launch) -> str:
     equal, tensors = [], []
-    for name in {*parameters(launch.name)} - _LEFT_OUT:
+    for name in launch.arguments.keys() - _LEFT_OUT:
         for leaf, stated, real in _leaves(name, arguments[name], launch.arguments[name]):
             if isinstance(stated, Descriptor):
                 tensors.append((leaf, stated.operand, real.base))

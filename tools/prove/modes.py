@@ -6,73 +6,62 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from fastlora.kernels import launchers
-
 from . import contracts, facts, once
 from .engine import FailedError, Proof
 from .source import Source, run
 
-# The modes of each kernel that together have every line of it.
-_ALL_WAYS = [
-    {"segments": "sorted"}, {"segments": "any"},
-    {"segments": "sorted", "order": True, "own": True, "masked": True},
-]  # fmt: skip
-_FORMATS = [
-    {"kind": "four-bit", "in_blocks": False}, {"kind": "four-bit", "outer": True},
-    {"kind": "int8", "whole_rows": True}, {"kind": "float8"}, {"kind": "float8 by bits"},
-    {"kind": "float8", "whole_rows": True, "in_blocks": False},
-]  # fmt: skip
-MODES: dict[str, tuple[Callable[..., facts.Facts], list[dict[str, Any]]]] = {
-    "project": (facts.project, [
-        {}, {"count": 4, "masked": True}, {"count": 2, "split": True}, *_ALL_WAYS,
-        {"segments": "sorted", "split": True},
-    ]),
-    "quantize_rows": (facts.quantize_rows, [{}, {"scaled": True}]),
-    "lowrank": (facts.lowrank, [
-        {"count": 0, "bias": True}, {"count": 4, "masked": True, "add": True},
-        {"count": 2, "at_once": True, "bias": True}, *_ALL_WAYS,
-        {"segments": "sorted", "order": True, "add": True, "bias": True},
-    ]),
-    "gemm_lowrank": (facts.gemm_lowrank, [
-        {"count": 0}, {"count": 2, "bias": True, "transposed": True},
-        {"count": 4, "depths": 4, "masked": True, "add": True},
-        {"at_once": True, "transposed": True},
-        {"descriptors": True, "transposed": True, "bias": True},
-        {"count": 2, "depths": 2, "descriptors": True, "masked": True},
-        {"segments": "sorted", "bias": True}, {"segments": "any", "transposed": True},
-        {"segments": "sorted", "descriptors": True}, {"segments": "any", "descriptors": True},
-        *[{"packing": each, "transposed": i % 2 == 0} for i, each in enumerate(_FORMATS)],
-        {"packing": _FORMATS[1], "depths": 2},
-        {"packing": _FORMATS[1], "segments": "sorted", "transposed": True},
-        {"packing": _FORMATS[3], "segments": "any"},
-    ]),
-    "gemm_lowrank_few_rows": (facts.gemm_lowrank_few_rows, [
-        {"bias": True}, {"transposed": True}, {"descriptors": True, "transposed": True},
-        {"packing": _FORMATS[1], "transposed": True}, {"packing": _FORMATS[2]},
-    ]),
-    "gemm_int8_lowrank": (facts.gemm_int8_lowrank, [
-        {"bias": True, "transposed": True}, {"count": 2, "depths": 2, "rotated": True, "add": True},
-        {"count": 2, "masked": True, "rotated": True, "depths": 2},
-        {"descriptors": True, "transposed": True},
-    ]),
-    "weight_grad": (facts.weight_grad, [
-        {}, {"count": 4, "masked": True}, {"count": 2, "split": True, "transposed": True},
-        {"xv": True}, {"xv": True, "split": True, "transposed": True},
-        {"low_rank": True, "count": 2, "masked": True, "add": True},
-        {"low_rank": True, "split": True}, *_ALL_WAYS,
-        *[{**each, "xv": True} for each in _ALL_WAYS],
-    ]),
-    "sum_planes": (facts.sum_planes, [
-        {"count": 1}, {"count": 2}, {"count": 4}, {"count": 2, "long": True},
-    ]),
-    "gated": (facts.elementwise(launchers.gated, "gate up", "out"), [{}]),
-    "gated_backward": (
-        facts.elementwise(launchers.gated_backward, "dy gate up", "d_gate d_up"), [{}],
-    ),
-    "row_loss": (facts.row_loss, [{}, {"gradient": True}, {"gradient": True, "upstream": True}]),
-    "dequant": (facts.dequant, [{"packing": each} for each in _FORMATS]),
+# Formats of packed weights, as the words of a mode name them.
+_FORMATS = {
+    "rows": {"kind": "four-bit", "in_blocks": False}, "nested": {"kind": "four-bit", "outer": True},
+    "int8": {"kind": "int8", "whole_rows": True}, "float8": {"kind": "float8"},
+    "float8-by-bits": {"kind": "float8 by bits"},
+    "float8-tensor": {"kind": "float8", "whole_rows": True, "in_blocks": False},
+}  # fmt: skip
+_SEGMENTS = ["segments=sorted", "segments=any", "segments=sorted order own masked"]
+# The modes of each kernel that together have every line of it: options of facts.Call.
+_MODES = {
+    "project": ["", "count=4 masked", "count=2 split", *_SEGMENTS, "segments=sorted split"],
+    "quantize_rows": ["", "scaled"],
+    "lowrank": [
+        "count=0 bias", "count=4 masked add", "count=2 at_once bias", *_SEGMENTS,
+        "segments=sorted order add bias",
+    ],
+    "gemm_lowrank": [
+        "count=0", "count=2 bias transposed", "count=4 depths=4 masked add", "at_once transposed",
+        "descriptors transposed bias", "count=2 depths=2 descriptors masked",
+        "segments=sorted bias", "segments=any transposed", "segments=sorted descriptors",
+        "segments=any descriptors", "packing=rows transposed", "packing=nested",
+        "packing=int8 transposed", "packing=float8", "packing=float8-by-bits transposed",
+        "packing=float8-tensor", "packing=nested depths=2",
+        "packing=nested segments=sorted transposed", "packing=float8 segments=any",
+    ],
+    "gemm_lowrank_few_rows": [
+        "bias", "transposed", "descriptors transposed", "packing=nested transposed", "packing=int8",
+    ],
+    "gemm_int8_lowrank": [
+        "bias transposed", "count=2 depths=2 rotated add", "count=2 depths=2 rotated masked",
+        "descriptors transposed",
+    ],
+    "weight_grad": [
+        "", "count=4 masked", "count=2 split transposed", "xv", "xv split transposed",
+        "count=2 low_rank masked add", "low_rank split", *_SEGMENTS,
+        *[f"{words} xv" for words in _SEGMENTS],
+    ],
+    "sum_planes": ["", "count=2", "count=4", "count=2 long"],
+    "gated": [""],
+    "gated_backward": [""],
+    "row_loss": ["", "gradient", "gradient upstream"],
+    "dequant": [f"packing={name}" for name in _FORMATS],
 }  # fmt: skip
 
+
+def _options(words: str) -> dict[str, Any]:
+    pairs = [word.partition("=") for word in words.split()]
+    values = {name: int(value) if value.isdigit() else value or True for name, _, value in pairs}
+    return values | ({"packing": _FORMATS[values["packing"]]} if "packing" in values else {})
+
+
+MODES = {kernel: [*map(_options, modes)] for kernel, modes in _MODES.items()}
 CONTRACT_PROOFS: dict[str, Callable[..., Proof]] = {
     "tile_of": contracts.prove_tile_of,
     "segment_of_tile, sorted ends": partial(contracts.prove_segment_of_tile, True),
@@ -86,9 +75,8 @@ def jitted(kernel: str) -> Any:
     return getattr(importlib.import_module(f"fastlora.kernels.{file}"), f"{kernel}_kernel")
 
 
-def parameters(kernel: str) -> tuple[str, ...]:
-    code = jitted(kernel).fn.__code__
-    return code.co_varnames[: code.co_argcount]
+def facts_of(proof: Proof, kernel: str, mode: dict[str, Any]) -> facts.Facts:
+    return getattr(facts.Call(proof, **mode), kernel)()
 
 
 def proof_of(
@@ -98,10 +86,8 @@ def proof_of(
     """The proof of a kernel in a mode; unless ``is_whole``, without "stored once"."""
     proof = Proof(reached=_reached.setdefault(kernel, set()), **options)
 
-    def setup(proof: Proof) -> facts.Facts:
-        return MODES[kernel][0](proof, **mode)
-
-    run(proof, source or Source(contracts.CONTRACTS), jitted(kernel), setup)
+    source = source or Source(contracts.CONTRACTS)
+    run(proof, source, jitted(kernel), lambda proof: facts_of(proof, kernel, mode))
     if is_whole and mode.get("segments") != "any" and not proof.failures:
         with suppress(FailedError):
             once.check(proof)

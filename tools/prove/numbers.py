@@ -6,6 +6,7 @@ instances is proved.  Otherwise the solver gets the true products, and looks for
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -55,15 +56,8 @@ def names_of(claim: z3.ExprRef) -> frozenset[str]:
     return _names[claim]
 
 
-def _without(monomial: Monomial, factors: Monomial) -> Monomial:
-    rest = list(monomial)
-    for factor in factors:
-        rest.remove(factor)
-    return tuple(rest)
-
-
-def _common(a: Monomial, b: Monomial) -> Monomial:
-    return tuple(f for f in sorted({*a} & {*b}) for _ in range(min(a.count(f), b.count(f))))
+def without(monomial: Monomial, factors: Monomial) -> Monomial:
+    return tuple(sorted((Counter(monomial) - Counter(factors)).elements()))
 
 
 @lru_cache(maxsize=200_000)
@@ -82,16 +76,13 @@ def _of_split(x: Monomial, y: Monomial) -> z3.BoolRef:
     return z3.And(laws)
 
 
-def _base(name: str) -> str:
-    return name.split("!")[0]
-
-
 @lru_cache(maxsize=200_000)
 def _of_pair(m: Monomial, n: Monomial) -> z3.BoolRef | None:
     """Laws of two products with a common factor c: x · c and y · c are ordered as x and y are."""
-    c = _common(m, n)
-    x, y = _without(m, c), _without(n, c)
-    if not c and len(m) == len(n) == 2 and [*map(_base, m)] == [*map(_base, n)]:
+    x, y = without(m, n), without(n, m)
+    c = without(m, x)
+    bases = [[factor.split("!")[0] for factor in product] for product in (m, n)]
+    if not c and len(m) == 2 and bases[0] == bases[1]:
         same = [variable((f,)) == variable((g,)) for f, g in zip(m, n, strict=True)]
         return z3.Implies(z3.And(same), variable(m) == variable(n))
     if not c or not x or not y:  # no common factor, or the laws of one product say it
@@ -115,7 +106,7 @@ def lemmas(names: frozenset[str]) -> tuple[z3.BoolRef, ...]:
     while todo:  # each split of a product into two factors
         product = todo.pop()
         for factor in {*product}:
-            rest = _without(product, (factor,))
+            rest = without(product, (factor,))
             laws[factor, rest] = _of_split((factor,), rest)
             if len(rest) > 1 and rest not in products:
                 products.add(rest)
@@ -125,17 +116,15 @@ def lemmas(names: frozenset[str]) -> tuple[z3.BoolRef, ...]:
 
 
 class Solver:
-    """Decides claims, and counts its queries."""
+    """Decides claims."""
 
     def __init__(self) -> None:
-        self.queries = 0
         self.least: dict[str, int] = {}  # unknowns that small counterexamples fix: the tiles
 
     def _check(self, claims: Iterable[z3.BoolRef], most: int = _MOST) -> tuple[str, z3.Solver]:
         solver = z3.Solver()
         solver.set("rlimit", most)
         solver.add(*claims)
-        self.queries += 1
         return str(solver.check()), solver
 
     def follows(self, claim: z3.BoolRef, facts: list[z3.BoolRef]) -> bool:

@@ -26,7 +26,7 @@ class Choice:
     place: Int | None = None
 
 
-Chooser = Callable[[Proof, list[Int]], Choice]
+Chooser = Callable[[list[Int]], Choice]
 
 
 def renaming(names: Iterable[str], local: Iterable[str], suffix: str) -> list[tuple]:
@@ -79,7 +79,7 @@ def check_at_least_once(
     # New unknowns have other names than the kernel's.
     proof.counts = defaultdict(lambda: 1000, dict.fromkeys(launch.counts, 1000))
     proof.programs = launch.programs
-    choice = chooser(proof, element)
+    choice = chooser(element)
     chosen, relations = proof.claims(), proof.relations
     proof.require(z3.Or(choice.cases), f"{what}: cases", chosen)
     for case in choice.cases:

@@ -10,7 +10,7 @@ from typing import Any
 
 import z3
 
-from .numbers import Monomial, Poly, expression, plus, times
+from .numbers import Monomial, Poly, expression, plus, times, without
 
 proof: Any = None  # engine.py sets it
 _OPERATORS = (
@@ -244,14 +244,11 @@ class Operand:
         order = sorted(range(len(self.axes)), key=lambda axis: -len(self.axes[axis][1]))
         for monomial, number in address.items():
             for axis in order:
-                rest = list(monomial)
-                try:
-                    for factor in self.axes[axis][1]:
-                        rest.remove(factor)
-                except ValueError:
-                    continue
-                found[axis] = plus(found[axis], {tuple(rest): number})
-                break
+                stride = self.axes[axis][1]
+                if not without(stride, monomial):
+                    rest = without(monomial, stride)
+                    found[axis] = plus(found[axis], {rest: number})
+                    break
             else:
                 raise UnsupportedError(
                     f"{self.name} has no stride in {monomial} at {proof.where()}"
