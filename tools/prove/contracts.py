@@ -6,6 +6,7 @@ from typing import Any
 import z3
 
 from fastlora.kernels import common, segments
+from fastlora.kernels.config import LONGEST
 
 from . import values
 from .engine import CONDITION, Fact, Proof, Relation
@@ -13,8 +14,6 @@ from .numbers import expression, names_of, times, variable
 from .once import renaming
 from .source import Edit, Source
 from .values import Int, Operand, Pointer, Tally, as_int
-
-LONGEST = 2**31 - 2**17
 
 
 def tile_of(i_tile: Any, m_tiles: Any, n_tiles: Any, group: Any) -> tuple[Int, Int]:
@@ -44,8 +43,7 @@ def prove_tile_of(edit: Edit | None = None) -> Proof:
     results: list[tuple[Int, Int]] = []
 
     def twice(jitted: Any) -> None:
-        m, n, group = (proof.unknown(name, False) for name in ("m_tiles", "n_tiles", "GROUP"))
-        proof.given(m.z >= 1, n.z >= 1, group.z >= 1, group.z <= 16)
+        m, n, group = proof.size("m_tiles"), proof.size("n_tiles"), proof.size("GROUP", 1, 16)
         proof.given((m * n).z < 2**31, (group * n).z < 2**31)
         numbers = [proof.unknown("i_tile") for _ in range(2)]
         for i in numbers:
@@ -138,16 +136,15 @@ def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
     proof = Proof()
 
     def setup() -> tuple[Operand, list[Int]]:
-        sizes = [
-            proof.unknown(n, False) for n in ("M", "N", "segments", "BLOCK_M", "SEGMENT_BLOCK")
-        ]
-        M, N, count, BM, step = sizes
-        proof.given(M.z >= 1, M.z <= LONGEST, N.z >= 1, N.z <= LONGEST, count.z >= 1)
-        proof.given(BM.z >= 16, step.z >= 1, step.z <= 1024, (M + (count + 2) * BM).z < 2**31)
+        M, N = (proof.size(name, 1, LONGEST) for name in "MN")
+        count, BM = proof.size("segments"), proof.size("BLOCK_M", 16)
+        step = proof.size("SEGMENT_BLOCK", 1, 1024)
+        proof.given((M + (count + 2) * BM).z < 2**31)
         bounds = (0, M + 1, 32) if is_sorted else (-(2**31), 2**31, 32)
         proof.solver.least |= {"BLOCK_M": 16, "SEGMENT_BLOCK": 4}
         proof.tally = lambda tally: _counted(proof, tally, count, step, is_sorted)
-        return Operand(count, name="ends", ordered=is_sorted, values=bounds), sizes
+        ends = Operand(count, name="ends", ordered=is_sorted, values=bounds)
+        return ends, [M, N, count, BM, step]
 
     def called(jitted: Any, ends: Operand, sizes: list[Int], wanted: Int | None = None) -> tuple:
         M, N, count, BM, step = sizes

@@ -307,6 +307,7 @@ class Call:
             length = self.proof.size(f"size{i}", 0, most)
             length.bits = 64 if self.long else 32  # Triton takes large sizes in 64 bits
             count = self.proof.size(f"count{i}", 0, LONGEST)
+            # The launcher passes the size 0 for a sum without planes.
             self.proof.given(z3.Or(count.z >= 1, length.z == 0))
             planes.append(Operand(count, length))
             outs.append(Operand(length))

@@ -10,7 +10,6 @@ import pkgutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
-from functools import reduce
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +22,8 @@ from fastlora.kernels.target import TARGETS
 
 from . import values
 from .engine import Proof
-from .values import Descriptor, Int, Operand, Pointer, as_int, larger, smaller
+from .language import cdiv as up
+from .values import Descriptor, Int, Operand, Pointer, largest, smallest
 
 _MODULES = [
     importlib.import_module(f"{kernels.__name__}.{each.name}")
@@ -45,7 +45,7 @@ def launched(
         TARGETS["sm_90" if float8 else "sm_80"], processors=proof.size("processors", 1, 2**16)
     )
     replaced = {
-        "len": _length, "max": _extreme(larger), "min": _extreme(smaller), "cdiv": up,
+        "len": _length, "max": largest, "min": smallest, "cdiv": up,
         "power_of_two": _power_of_two, "target_of": lambda _: target,
         "chosen_config": chosen_config.__wrapped__,  # without its cache
         "splits": lambda _capacity, _programs, length, step, _least: _splits(length, step, split),
@@ -98,20 +98,8 @@ def _any_config(proof: Proof, config: type, descriptors: bool) -> Any:
     return type(config.__name__, (config,), methods)(**numbers, warps=4, stages=1)
 
 
-def up(a: Any, b: Any) -> Int:
-    return (as_int(a) + b - 1) // b
-
-
 def _length(of: Any) -> Any:
     return of.shape[0] if isinstance(of, Operand) else len(of)
-
-
-def _extreme(of_two: Callable) -> Callable:
-    def function(*listed: Any, default: Any = None) -> Any:
-        numbers = list(listed if len(listed) > 1 else listed[0])
-        return reduce(of_two, numbers) if numbers else default
-
-    return function
 
 
 def _power_of_two(_: Any) -> Int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import z3
 
-from .engine import CONDITION, Fact, Launched, Proof, Store, laws_among
+from .engine import CONDITION, Fact, Proof, Store, laws_among
 from .numbers import DOT, names_of, variable
 from .values import Int
 
@@ -64,11 +64,9 @@ def check_at_most_once(proof: Proof, stores: list[Store]) -> None:
             proof.require(claim, f"stored once: {one.site} and {other.site}", facts)
 
 
-def check_at_least_once(
-    proof: Proof, launch: Launched, stores: list[Store], chooser: Chooser
-) -> None:
+def check_at_least_once(proof: Proof, stores: list[Store], chooser: Chooser) -> None:
     """Replay a store's facts, in order, with the program and lanes that store an element."""
-    operand = stores[0].operand
+    operand, launch = stores[0].operand, proof.launch
     what = f"every element stored: {operand.name}"
     element = [Int({(f"element{axis}",): 1}, 64) for axis in range(len(operand.axes))]
     inside = []
@@ -85,7 +83,7 @@ def check_at_least_once(
     for case in choice.cases:
         failures = []
         for store in stores:
-            failure = _replayed(proof, launch, store, choice, element, [*chosen, case], relations)
+            failure = _replayed(proof, store, choice, element, [*chosen, case], relations)
             if failure is None:
                 break
             failures.append(failure)
@@ -94,9 +92,8 @@ def check_at_least_once(
 
 
 def _replayed(
-    proof: Proof, launch: Launched, store: Store, choice: Choice, element: list[Int], facts: list,
-    relations: list,
-) -> Any:  # fmt: skip
+    proof: Proof, store: Store, choice: Choice, element: list[Int], facts: list, relations: list
+) -> Any:
     """None if the store covers the element, otherwise a counterexample."""
     names = all_names(store)
     atoms = {atom for name in names for atom in name.split(DOT)}
@@ -115,7 +112,7 @@ def _replayed(
             facts.append(index == wanted)
             lanes |= its
     facts += laws_among([*store.relations, *relations])
-    known = {fact.claim for fact in launch.facts}
+    known = {fact.claim for fact in proof.launch.facts}
     for fact in store.facts:
         if fact.claim in known:
             continue
@@ -134,12 +131,12 @@ def _replayed(
 def check(proof: Proof) -> None:
     """A store to any operand that isn't an output is a failure."""
     for launch in proof.launches.values():
-        stores: dict[str, list[Store]] = {}
+        proof.launch, stores = launch, defaultdict(list)
         for store in launch.stores:
-            stores.setdefault(store.operand.name, []).append(store)
-        for name in stores.keys() | launch.outputs.keys():
-            if name not in launch.outputs or name not in stores:
-                proof.failed(f"stored once: {name}", "it isn't an output, or nothing stores it")
-                continue
+            stores[store.operand.name].append(store)
+        if stores.keys() != launch.outputs.keys():
+            proof.failed("stored once", f"{[*stores]} are stored, not {[*launch.outputs]}")
+            return
+        for name, chooser in launch.outputs.items():
             check_at_most_once(proof, stores[name])
-            check_at_least_once(proof, launch, stores[name], launch.outputs[name])
+            check_at_least_once(proof, stores[name], chooser)

@@ -77,7 +77,7 @@ class Source:
         ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
         scope: dict[str, Any] = {
             **{used: self._later(each) for used, each in plain.__globals__.items()}, **self.known,
-            **_LOOPS, "tl": language, "min": values.smaller, "max": values.larger,
+            **_LOOPS, "tl": language, "min": values.smallest, "max": values.largest,
             "INTERPRETED": False, "always": Bool(z3.BoolVal(True)),
         }  # fmt: skip
         exec(compile(tree, f"<kernel {name}>", "exec"), scope)

@@ -24,7 +24,10 @@ class UnsupportedError(Exception):
 
 
 class Int:
-    """An integer, or one element of a vector of integers, of 32 bits or 64."""
+    """An integer, or one element of a vector of integers, of 32 bits or 64.
+
+    Launchers take it for true: a size that they ask, such as a number of segments, isn't 0.
+    """
 
     def __init__(self, poly: Poly, bits: int = 32) -> None:
         self.poly, self.bits = poly, bits
@@ -104,16 +107,21 @@ def as_int(value: Any) -> Int:
     raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
 
 
-def larger(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return max(a, b)
-    return proof.chosen(as_int(a).z >= as_int(b).z, a, b)
+def _extreme(of_ints: Any, is_better: Any) -> Any:
+    """``max`` or ``min``, also of unknown numbers."""
+
+    def function(*listed: Any, default: Any = None) -> Any:
+        first, *others = [*(listed if len(listed) > 1 else listed[0])] or [default]
+        if all(isinstance(number, int) for number in (first, *others)):
+            return of_ints(first, *others, first)
+        for number in others:
+            first = proof.chosen(is_better(as_int(first).z, as_int(number).z), first, number)
+        return first
+
+    return function
 
 
-def smaller(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    return proof.chosen(as_int(a).z <= as_int(b).z, a, b)
+largest, smallest = _extreme(max, operator.ge), _extreme(min, operator.le)
 
 
 class Bool:
