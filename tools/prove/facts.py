@@ -176,7 +176,7 @@ class Call:
         return arguments, {"out": chosen}
 
     def by_tile(self, arguments: dict[str, Any]) -> Chooser:
-        """The choices of a kernel that orders its tiles by ``tile_of``, for an element of OUT."""
+        """The chooser of OUT in a kernel that orders its tiles by ``tile_of``."""
         proof, BM, BN = self.proof, arguments["BLOCK_M"], arguments["BLOCK_N"]
 
         def chosen(element: list[Int]) -> Choice:

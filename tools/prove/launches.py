@@ -3,7 +3,7 @@
     pytest -p tools.prove.launches tests/kernels
 
 A launch fits if there are numbers for which all facts of its mode hold, its arguments and its grid
-are those of the proof, and its tensors have the elements that the proof assumes.
+equal the proof's, and its tensors have the elements that the proof assumes.
 """
 
 import subprocess
@@ -33,7 +33,7 @@ _seen: Counter = Counter()
 
 
 def mode_of(launch: Launch) -> dict[str, Any]:
-    """The options of facts.py for a launch, without those that have their defaults."""
+    """The options of a launch that differ from the defaults of facts.Call."""
     a = launch.arguments
     given = {name for name, value in a.items() if value is not None}
     listed, depths, outs = a.get("u", a.get("planes")), a.get("K"), a.get("out_strides")
