@@ -80,7 +80,7 @@ PLANTED = [
     _planted("gemm_lowrank", "gemm_lowrank_kernel", "n_tiles = tl.cdiv(N, BLOCK_N)",
              "n_tiles = N // BLOCK_N"),
     _planted("gemm_lowrank", "gemm_lowrank_kernel", "tl.num_programs(0) if PERSISTENT else 1",
-             "1", persistent=True, descriptors=True),
+             "1", descriptors=True),
     _planted("gemm_lowrank", "finish_tile", "i * (BLOCK_N // 2)", "i * (BLOCK_N // 4)",
              descriptors=True),
     _planted("gemm_lowrank_few_rows", "gemm_lowrank_few_rows_kernel", "if i_n == 0:",
