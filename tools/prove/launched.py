@@ -1,7 +1,7 @@
 """Runs a launcher with unknown sizes, and returns the arguments of its first launch.
 
-The launcher's source runs unchanged.  Its assertions become facts, because a size that fails one has
-no launch.  The config is replaced by any tiles, and its choices by options.
+The launcher's source runs unchanged.  Its assertions become facts, because a size that fails one
+has no launch.  The config is replaced by any tiles, and its choices by options.
 """
 
 import builtins
