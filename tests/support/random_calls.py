@@ -86,8 +86,9 @@ class Case:
     """The properties of a call that are drawn before its tensors; ``words`` describes them.
 
     ``fixed`` replaces drawn properties: kind, dtype, adapter_dtype, world, p, format, K, M, wide,
-    small, node, plan.  *World* is the mode or transform around the call, such as autocast.  The
-    entry ``alone`` is a prefix: only tensors whose names begin with it require gradients.
+    small, node, plan, and a layer's N.  *World* is the mode or transform around the call, such as
+    autocast.  The entry ``alone`` is a prefix: only tensors whose names begin with it require
+    gradients.
     """
 
     def __init__(self, seed: int, index: int, backend: str, **fixed: object) -> None:
@@ -114,7 +115,7 @@ class Case:
         self.format = of("format", pick(list(FORMATS)) if packs else "")
         unit = FORMATS[self.format][0] if self.format else 1
         self.K, self.inner = (unit * max(1, self.size() // unit) for _ in range(2))
-        self.K = of("K", self.K)
+        self.K, self.N = of("K", self.K), of("N")
         self.M = of("M", pick((0, 1, 1, *[self.size() for _ in range(8)])))
         self.lead = self._lead()
         # wide: run as on a CPU with slow 16-bit products.  small: small blocks of rows.  node: use
@@ -269,7 +270,8 @@ def _layer(case: Case) -> Made:
     """One output or a group; outputs may be frozen or have several adapters."""
     outputs = []
     for i in range(case.pick((1, 1, 1, 2, 3, 5))):
-        outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
+        n = case.N or case.size()
+        outputs.append(case.output(i, n, case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
     x = case.rows(case.K, case.dtype, case.size_of_x(range(len(outputs))))
     case.leaf("x", x)
 
