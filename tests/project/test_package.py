@@ -203,8 +203,11 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("clones", [1, 2], ids=["one-clone", "two-clones"])
-@pytest.mark.parametrize("name", ["kernels", ""], ids=["installed", "missing"])
+@pytest.mark.parametrize(
+    ("name", "clones"),
+    [("kernels", 1), ("kernels", 2), ("", 2)],
+    ids=["installed-one-clone", "installed-two-clones", "missing-two-clones"],
+)
 def test_a_clone_on_the_path_hands_over_to_hugging_face_s_kernels(name, clones, tmp_path):
     """Without this package, the import works as far as transformers' look at its version."""
     other, site = tmp_path / "clone", tmp_path / "site"

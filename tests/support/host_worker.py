@@ -293,6 +293,14 @@ def replays() -> dict:
     return {"compared": compared, "differences": differences}
 
 
+def benchmark() -> dict:
+    """A row of ``make bench ARGS=host``."""
+    from benchmarks import cases, host
+
+    case = next(c for c in cases.host_cases() if c.dropout and c.id.startswith("layer-16"))
+    return host.measure(case, 0.0)
+
+
 def unloaded() -> list[str]:
     """Kernels of captured calls that unload their code when Triton forgets them.  Runs last."""
     import triton
@@ -318,7 +326,7 @@ def main() -> None:
     cuda_standin.install()
     watch()
     # variants runs first, because it sees only kernels that aren't compiled yet; unloaded runs last
-    asked = (variants, standard_layers, experts, replays, unloaded)
+    asked = (variants, standard_layers, experts, replays, benchmark, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 
