@@ -17,7 +17,6 @@ from unittest import mock
 import oracles
 import packed
 import torch
-from judge import LAYOUTS as USUAL_LAYOUTS
 from judge import assert_close
 from marks import DEVICE
 from torch import Tensor
@@ -42,8 +41,15 @@ _PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
 _EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
-# The usual layouts, which a launch must distinguish, and rarer ones.
-LAYOUTS = USUAL_LAYOUTS | {
+# Each function cuts a matrix [rows, columns] from a larger tensor, which ``empty(*shape)`` makes.
+LAYOUTS = {
+    "dense": lambda empty, rows, columns: empty(rows, columns),
+    "transposed": lambda empty, rows, columns: empty(columns, rows).T,
+    "columns": lambda empty, rows, columns: empty(rows, columns + 24)[:, 5:-19],
+    "columns-at-16-bytes": lambda empty, rows, columns: empty(rows, columns + 32)[:, 16:-16],
+    "every-second-row": lambda empty, rows, columns: empty(2 * rows, columns)[::2],
+    "at-an-odd-address": lambda empty, rows, columns: empty(rows * columns + 3)[3:].view(rows, -1),
+    "expanded": lambda empty, rows, columns: empty(1, columns).expand(rows, columns),
     "every-second-column": lambda empty, rows, columns: empty(rows, 2 * columns)[:, ::2],
     "expanded-columns": lambda empty, rows, columns: empty(rows, 1).expand(rows, columns),
     "one-number": lambda empty, rows, columns: empty(1, 1).expand(rows, columns),
