@@ -22,11 +22,11 @@ MODELS = dict.fromkeys(KINDS, 3) | dict.fromkeys(("own", "linear", "block"), 14)
 LONG = settings.get_current_profile_name() == "long"
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True] if LONG else [False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_calls_follow_random_changes(kind):
+def test_calls_follow_random_changes(kind, compiled):
     how = settings(max_examples=1000 if LONG else MODELS[kind], stateful_step_count=12)
-    run_state_machine_as_test(partial(ChangingModel, kind), settings=how)
+    run_state_machine_as_test(partial(ChangingModel, kind, compiled), settings=how)
 
 
 # Changes of compiled models, with a call after each.  Compiling takes too long for random ones.

@@ -6,8 +6,9 @@
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from random import Random
 from types import MethodType
@@ -16,6 +17,7 @@ from unittest import mock
 
 import peft
 import torch
+import torch._inductor.config
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from model_kinds import KINDS
@@ -500,15 +502,31 @@ def changes_of(kind: str) -> dict[str, Callable[[State], object]]:
 class ChangingModel(RuleBasedStateMachine):
     """A model of one kind: its rule is a change, its invariant compares the calls."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, compiled: bool = False) -> None:
         super().__init__()
-        self.kind, self.changes = kind, changes_of(kind)
+        self.kind, self.compiled, self.cleanup = kind, compiled, ExitStack()
+        self.changes = changes_of(kind)
 
-    @initialize(p=st.sampled_from((0.0, 0.3)), trains=st.booleans())
-    def start(self, p: float, trains: bool) -> None:
+    @initialize(
+        p=st.sampled_from((0.0, 0.3)),
+        trains=st.booleans(),
+        way=st.sampled_from(("model", "in-place", "layers")),
+        compiler=st.sampled_from(("eager", "aot_eager", "inductor")),
+    )
+    def start(self, p: float, trains: bool, way: str, compiler: str) -> None:
+        self.cleanup.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         torch.manual_seed(1)
         self.state = State(self.kind, p)
         self.state.model.train(trains)
+        if self.compiled:
+            torch.compiler.reset()
+            settings = {"recompile_limit": 999, "accumulated_recompile_limit": 9999}
+            settings["skip_nnmodule_hook_guards"] = False  # so that hooks are followed
+            self.cleanup.enter_context(torch._dynamo.config.patch(settings))
+            # torch's own dropout masks
+            self.cleanup.enter_context(torch._inductor.config.patch(fallback_random=True))
+            self.state.compile(way, backend=compiler)
 
     @rule(
         name=st.runner().flatmap(lambda machine: st.sampled_from([*machine.changes])),
@@ -521,4 +539,8 @@ class ChangingModel(RuleBasedStateMachine):
 
     @invariant()
     def calls_agree(self) -> None:
-        self.state.compare(calls=2)  # the first caches a record, and the second one uses it
+        # The first call after a change caches a record, and the second one uses it.
+        self.state.compare(calls=1 if self.compiled else 2)
+
+    def teardown(self) -> None:
+        self.cleanup.close()
