@@ -35,9 +35,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(inputs, tmp_path_factory):
-    """One run of all four sides without dropout: its output, its folder, and its report."""
+    """One run of all three sides without dropout: its output, its folder, and its report."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    code, printed, errors = finetune(*inputs, "--int8", "--out", out, "--dropout", "0")
+    code, printed, errors = finetune(*inputs, "--out", out, "--dropout", "0")
     assert code == 0, errors
     report = json.loads((out / "loss.json").read_text())
     return SimpleNamespace(printed=printed, out=out, report=report)
@@ -60,7 +60,7 @@ def test_results_are_written_whole(compared):
     assert {"loss.png", "loss.json", "adapter/adapter_config.json", *adapters} <= files
     assert [path for pattern in TEMPORARY for path in out.rglob(pattern)] == []
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len((out / "loss.json").read_text().splitlines()) < 110
+    assert len((out / "loss.json").read_text().splitlines()) < 90
 
 
 def test_losses_fall_and_follow_peft(compared):
@@ -75,16 +75,9 @@ def test_losses_fall_and_follow_peft(compared):
     assert after < before - 0.05
 
 
-def test_a_side_in_8_bits_follows_peft(compared):
-    assert "fastlora, int8" in compared.printed
-    ours, theirs = (compared.report["results"][each] for each in ("int8", "PEFT"))
-    for one, other in zip(ours["held_out_loss"], theirs["held_out_loss"], strict=True):
-        assert one[1] == pytest.approx(other[1], rel=0.01)
-
-
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    assert printed.count("layers fast (backend torch)") == 2  # fastlora's, and in 8 bits
+    assert printed.count("layers fast (backend torch)") == 1
     for name, side in results.items():
         trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
         assert side["trainable_parameters"] == trained
@@ -99,9 +92,7 @@ def test_table_has_all_sides(compared):
             assert ratio["pairs"] == pytest.approx(ours / theirs)
             assert (ratio["median"], *ratio["quartiles"]) == pytest.approx((middle, low, high))
             assert f"{middle:.3f} ({low:.3f}–{high:.3f})" in printed
-    dense = {name: side["weights_resident"] for name, side in results.items()}
-    assert dense.pop("int8") < dense["PEFT"]
-    assert len({*dense.values()}) == 1
+    assert len({side["weights_resident"] for side in results.values()}) == 1
     if sys.platform == "linux":  # each side's memory is measured in its own process
         for side in results.values():
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
@@ -170,6 +161,18 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
         packed = report["results"][side]
         assert packed["weights_resident"] < 0.8 * theirs["weights_resident"]
         assert numpy.array(packed["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=0.01)
+
+
+def test_a_side_in_8_bits(inputs, tmp_path):
+    options = ("--int8", "--steps", "2", "--batch", "2", "--seq-len", "32")
+    code, printed, errors = finetune(*inputs[:4], *options, "--out", tmp_path / "out")
+    assert code == 0, errors
+    assert "fastlora, int8" in printed
+    results = json.loads((tmp_path / "out" / "loss.json").read_text())["results"]
+    ours, theirs = results["int8"], results["PEFT"]
+    assert ours["weights_resident"] < theirs["weights_resident"]
+    for one, other in zip(ours["held_out_loss"], theirs["held_out_loss"], strict=True):
+        assert one[1] == pytest.approx(other[1], rel=0.01)
 
 
 def test_a_sweep_writes_its_table_and_adapters(inputs, tmp_path):
