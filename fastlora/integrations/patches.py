@@ -38,10 +38,14 @@ def auto(on: bool = True, **settings: Any) -> None:
     ``python -m fastlora run`` calls it for a program that can't be edited
     (docs/integrations.md).
 
-    Raises TypeError for a setting that ``optimize`` doesn't take, and ValueError for a value that
-    doesn't fit.
+    Raises TypeError for a setting that ``optimize`` doesn't take, and for an ``on`` that isn't True
+    or False, and ValueError for a setting's value that doesn't fit.
     """
     global _settings
+    if on is not True and on is not False:
+        raise TypeError(
+            f"on is {on!r:.80}, but must be True or False: settings of optimize are keyword arguments"
+        )
     check_settings(settings)
     _settings = settings if on else None
     if not on:

@@ -190,7 +190,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
         reason = why_not_experts(module, names) if names else why_not_plain(module)
-        if packed_names(module) or quantized_weight(module) is not None:
+        if _is_packed(module):
             reason = "it is packed already"
         if module in wrapped:
             reason = "FSDP or DDP has it already: call fastlora.pack before wrapping the model"
@@ -232,7 +232,9 @@ def _chosen(
             dense = {name: module for name, module in linear.items() if name not in around}
         if dense:
             return dense
-        raise ValueError(f"the model has no dense {what}: name modules to pack")
+        is_packed = any(map(_is_packed, named.values() if kind == "int8" else experts.values()))
+        hint = "it is packed already" if is_packed else "name modules to pack"
+        raise ValueError(f"the model has no dense {what}: {hint}")
     if not isinstance(modules, str | Sequence | Set):
         raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     chosen: dict[str, nn.Module] = {}
@@ -245,7 +247,9 @@ def _chosen(
             raise ValueError(f"modules has {shown(what)}, which matches no module{hint}")
         chosen |= matched
     others = [
-        name for name in chosen if name not in experts and type(chosen[name]) is not nn.Linear
+        name
+        for name, module in chosen.items()
+        if not (name in experts or type(module) is nn.Linear or _is_packed(module))
     ]
     if others:
         other = type(chosen[others[0]]).__name__
@@ -254,6 +258,10 @@ def _chosen(
             "a torch.nn.Linear"
         )
     return chosen
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return bool(packed_names(module)) or quantized_weight(module) is not None
 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,8 @@ def _check(model: Any, config: Any = None) -> None:
     if config is not None and not isinstance(config, peft.LoraConfig):
         kind = type(config).__name__
         raise TypeError(f"peft_config is a {kind}, but fastlora's fast layers need peft.LoraConfig")
+    if config is not None and not isinstance(config.r, Integral):
+        raise TypeError(f"r is {config.r!r}, but the rank must be a whole number, such as 8")
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def sweep(
     settings = {"trials": [trial.plain for trial in trials], **options._asdict()}
     state = record.earlier(folder, settings, resume=resume, replace=replace)
     with drawing(torch.Generator("cpu").manual_seed(seed)):
-        held_out = [as_batch(batch) for batch in eval_data]
+        held_out = [as_batch(batch, loss) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
             "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
@@ -115,7 +115,7 @@ def sweep(
         with torch.random.fork_rng(), in_mode(inner, training=True):
             for norm in norms:
                 norm.eval()
-            batches = feed(data, seed)
+            batches = feed(data, seed, loss)
             skip(batches, state)
             # Afterwards, because reading batches may draw random numbers.
             if state.random:

@@ -22,16 +22,17 @@ from .trial import Options, Trial
 from .trial_layer import Attached
 
 Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 _ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
-def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
+def feed(data: Iterable[Mapping[str, Any]], seed: int, loss: Loss) -> Iterator[Batch]:
     """The batches of ``data``, repeated without end, in an order that the seed determines.
 
     While ``data`` is read, torch's CPU random numbers come from a separate generator.
     """
     if isinstance(data, list | tuple):
-        data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
+        data = [as_batch(batch, loss) for batch in data]  # an invalid batch is found at once
     for epoch in count():
         # An iterator can be read only once, so its batches are kept.
         kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
@@ -44,7 +45,7 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
             problem = "ends, and can't be read again" if epoch else "gives no batch"
             raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
         while batch is not None:
-            batch = as_batch(batch)
+            batch = as_batch(batch, loss)
             if kept is not None:
                 kept.append(batch)
             yield batch
@@ -83,10 +84,11 @@ def drawing(random: torch.Generator) -> Iterator[None]:
             random.set_state(torch.get_rng_state())
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any, loss: Loss) -> Batch:
     """The batch's tensors by name; other values are dropped.
 
-    Raises ValueError if there are no labels, or the tensors differ in the number of examples.
+    Raises ValueError if there are no labels, the tensors differ in the number of examples, or the
+    labels don't fit the causal loss.
     """
     items = batch.items() if hasattr(batch, "items") else ()
     tensors = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
@@ -98,6 +100,12 @@ def as_batch(batch: Any) -> Batch:
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         sizes = {name: len(tensor) for name, tensor in tensors.items()}
         raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
+    labels = tensors["labels"]
+    if loss is causal_loss and labels.dim() != 2:
+        raise ValueError(
+            f"a batch has labels of shape {tuple(labels.shape)}, but must have [examples, tokens]: "
+            "stack rows to batches, as a DataLoader does, or give a loss of other labels"
+        )
     return tensors
 
 
@@ -108,9 +116,6 @@ def joined(batches: Sequence[Batch]) -> list[Batch]:
     if any(each != shapes[0] for each in shapes):
         return list(batches)
     return [{name: torch.cat([batch[name] for batch in batches]) for name in first}]
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:

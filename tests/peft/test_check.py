@@ -228,6 +228,11 @@ def test_a_batch_of_text_is_refused(text):
         fastlora.check(mlp(), text)
 
 
+def test_a_list_of_rows_is_refused():
+    with pytest.raises(ValueError, match=r"batch is a list of 2 .* must be one batch: a dict of"):
+        fastlora.check(mlp(), [{"x": torch.ones(8)}, {"x": torch.ones(8)}])
+
+
 def test_an_optimizer_inside_of_backward_is_refused():
     model = mlp()
     parameter = next(p for p in model.parameters() if p.requires_grad)

@@ -174,6 +174,7 @@ MISTAKES = {
         {"target_modules": ["linear1"]},
         "TransformerEncoderLayer around it",
     ),
+    "no whole rank": (lambda: Two("float8"), {"r": 4.0}, "r is 4.0, but .* whole number"),
     "no such setting": (lambda: Two("rotated-int8"), {"fast": True}, "fast"),
     "PiSSA on experts": (
         partial(packed_model, "qwen3", "mxfp4"),

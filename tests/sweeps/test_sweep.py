@@ -78,7 +78,7 @@ def alone(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(joins))
-    stream = feed(data, SEED)
+    stream = feed(data, SEED, loss)
     for count in joins:
         optimizer.zero_grad()
         given = list(islice(stream, count))
@@ -316,6 +316,7 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "must be 'labels'"),
+        ({"data": [{"labels": torch.ones(7)}]}, ValueError, r"labels of shape \(7,\)"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
     ],
 )  # fmt: skip
@@ -336,7 +337,7 @@ class Once:
 
 def test_batches_that_can_t_be_read_again_are_an_error():
     with pytest.raises(ValueError, match="can't be read again"):
-        list(islice(feed(Once(), 0), 3))
+        list(islice(feed(Once(), 0, causal_loss), 3))
 
 
 class Routed(nn.Module):
