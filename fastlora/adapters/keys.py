@@ -22,7 +22,9 @@ def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[
         by_module.setdefault(module, []).append(name)
     pairs = {}
     for module, weights in by_module.items():
-        for outside, name in enumerate(reversed(weights)):  # wrappers around this weight's
+        # In a module, down_proj's wrapper is the outermost.  ``outside``: wrappers around this one.
+        ordered = sorted(weights, key=lambda name: name.endswith("down_proj"), reverse=True)
+        for outside, name in enumerate(ordered):
             layer = ".".join(filter(None, (module, *["base_layer"] * outside)))
             pairs[name] = key_of(layer, "lora_A.weight"), key_of(layer, "lora_B.weight")
     return pairs

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.other_packages import optional
 from ..common.text import shown
+from ..common.values import must
 from ..layers.modules import some
 from ..packing.files import check_folder, read_config, write_whole
 from .stored import is_copy, open_adapter
@@ -51,8 +52,7 @@ def export_gguf(
     """
     gguf = optional("gguf", "export_gguf needs gguf", "gguf")
     place = check_folder(path)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
+    must(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
     if place.exists() and not (place.is_file() and _is_adapter(place)):
         raise ValueError(f"path is {place}, which isn't an adapter's GGUF file: give another")
     config = _config_of(model_config)

@@ -37,8 +37,6 @@ def from_peft(values: Mapping[str, Any], source: str) -> AdapterConfig:
 
     ``source`` names the object in errors.
     """
-    if not isinstance(values, Mapping) or "peft_type" not in values:
-        raise ValueError(f"{source} is not a PEFT config: it has no peft_type")
     if values["peft_type"] != "LORA":
         raise ValueError(
             f"{source} has peft_type {values['peft_type']!r}, and fastlora has only 'LORA': load "

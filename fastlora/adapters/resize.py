@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.text import shown
-from ..common.values import check_settings, is_number
+from ..common.values import check_settings, is_number, must
 from ..packing.files import write_adapter
 from .spectrum import Spectra, cut
 from .stored import check_output, flat, open_adapter, patterns
@@ -45,11 +44,8 @@ def resize_adapter(
     """
     if rank is not None:
         check_settings(rank, 1, 0.0)
-    if energy is not None and not (is_number(energy) and 0.0 < energy <= 1.0):
-        raise ValueError(
-            f"energy is {shown(energy)}, but must be above 0 and at most 1: the share of the "
-            "squared singular values to keep"
-        )
+    is_share = energy is None or (is_number(energy) and 0.0 < energy <= 1.0)
+    must(is_share, "energy", energy, "a share of the squared singular values, in (0, 1]")
     if rank is not None and energy is not None:
         raise ValueError("rank and energy both set the rank to keep: give only one")
     if output is not None and rank is energy is None:

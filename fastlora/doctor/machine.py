@@ -25,13 +25,8 @@ _SETTINGS = re.compile(
 
 # The Triton that PyTorch's builds for GPUs pin.
 _TRITONS = {
-    "2.10": "3.6",
-    "2.11": "3.6",
-    "2.12": "3.7",
-    "2.13": "3.7",
-    "2.14": "3.8",
-    "2.15": "3.9",
-}
+    "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9",
+}  # fmt: skip
 _OTHERS = ("numpy", "safetensors", "accelerate", "trl", "bitsandbytes", "torchao", "hqq", "gguf")
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..call.projection import HALF_DTYPES
 from ..common.text import shown
-from ..common.values import is_number
+from ..common.values import is_number, must
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
@@ -178,17 +178,13 @@ def check(
     The default is 1e-9 for a float64 model, 1e-3 for float32, and 0.1 for the loss in 16 or 8 bits.
 
     Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
-    model has fastlora's own layers, if no layer would run fast, if the batch holds only text or is a
-    list of dicts, if
-    the tolerance is negative, or if an optimizer steps inside of backward.
+    model has fastlora's own layers, if no layer would run fast, if the batch holds only text or is
+    a list of dicts, if the tolerance is negative, or if an optimizer steps inside of backward.
     """
-    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
-    if isinstance(batch, list) and any(isinstance(part, Mapping) for part in batch):
-        raise ValueError(
-            f"batch is a list of {len(batch)} with a {type(batch[0]).__name__} first, but must be one "
-            "batch: a dict of the model's keyword arguments, such as next(iter(data_loader))"
-        )
+    is_valid = tolerance is None or (is_number(tolerance) and tolerance >= 0)
+    must(is_valid, "tolerance", tolerance, "a number of at least 0")
+    is_list = isinstance(batch, list) and any(isinstance(part, Mapping) for part in batch)
+    must(not is_list, "batch", batch, "one batch, such as a dict of keyword arguments: not a list")
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     if leaves and all(isinstance(leaf, str) for leaf in leaves):
         raise ValueError(

@@ -41,12 +41,11 @@ def auto(on: bool = True, **settings: Any) -> None:
     Raises TypeError for a setting that ``optimize`` doesn't take, and for an ``on`` that isn't True
     or False, and ValueError for a setting's value that doesn't fit.
     """
+    from ..common.values import must
+
     global _settings
-    if on is not True and on is not False:
-        raise TypeError(
-            f"on is {on!r:.80}, but must be True or False: settings of optimize are keyword arguments"
-        )
     check_settings(settings)
+    must(on is True or on is False, "on", on, "True or False: settings have keywords", TypeError)
     _settings = settings if on else None
     if not on:
         return
@@ -217,13 +216,11 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _TUNERS:
             return None
-        finders = [getattr(each, "find_spec", None) for each in sys.meta_path if each is not self]
-        specs = (find(name, path, target) for find in finders if find)
+        others = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
+        specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next(filter(None, specs), None)
         loader: Any = getattr(spec, "loader", None)
-        run = getattr(loader, "exec_module", None)
-        if run is None:
-            return spec
+        run: Any = getattr(loader, "exec_module", None)
 
         def exec_module(module: Any) -> None:
             vars(loader).pop("exec_module", None)
@@ -231,7 +228,8 @@ class _Finder:
             if module.__name__ == _TUNERS and _settings is not None:
                 _wrap(module)
 
-        loader.exec_module = exec_module
+        if run is not None:
+            loader.exec_module = exec_module
         return spec
 
 

@@ -1,8 +1,9 @@
 """Packed linear layers, vendors' and int8: packed from a dense layer, or read from a file."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..layers.int8 import Int8Linear, int8_linear
 from ..layers.module_parts import is_hooked
 from ..layers.modules import called, some
 from .declarations import other_vendor
+from .files import read_metadata
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
 PARTS = (".weight", ".codes", ".scale")  # of a linear layer, dense or packed
@@ -91,12 +93,12 @@ def read_linear(
     name: str,
     linear: Any,
     tensors: dict[str, Tensor],
-    about: Callable[[], dict[str, str]],
+    path: Path,
     device: torch.device,
 ) -> nn.Module:
     """The packed layer that replaces this nn.Linear, on this device and without a bias.
 
-    ``tensors``: the layer's tensors in the file, by key; ``about``: returns the file's metadata.
+    ``tensors``: the layer's tensors in the file at ``path``, by key.
     """
     sizes, kind = (linear.in_features, linear.out_features), "fp8"
     if name + _INT8[0] in tensors:
@@ -118,7 +120,7 @@ def read_linear(
     else:
         theirs = import_module("torchao.prototype.safetensors.safetensors_support")
         key = f"{name}.weight"
-        header = {"tensor_names": json.dumps([key]), key: about()[key]}
+        header = {"tensor_names": json.dumps([key]), key: read_metadata(path)[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
         if weight is None:  # torchao waits for further tensors of this weight
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")

@@ -9,7 +9,6 @@ from itertools import count, islice
 from math import isclose
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from ..common.text import shown
 from ..layers.batch import in_mode
-from .record import Outcome, State, delete, nan_last, random_state, save
+from .record import State, delete, nan_last, random_state, save
 from .trial import Options, Trial
-from .trial_layer import Attached
+from .trial_layer import TrialRows
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -54,25 +53,6 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int, loss: Loss) -> Iterator[B
         data = kept or data
 
 
-def skip(batches: Iterator[Batch], state: State) -> None:
-    """Read the batches that the state has used.  Raises ValueError if they are others."""
-    checksum = 0
-    for batch in islice(batches, state.batches):
-        checksum = _checksum(batch, checksum)
-    if checksum != state.checksum:
-        raise ValueError(
-            "the sweep to resume had other data: give the same (what a loader draws must come from "
-            "torch), another output_dir, or replace=True instead of resume"
-        )
-
-
-def _checksum(batch: Batch, before: int) -> int:
-    for name in sorted(batch):
-        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
-        before = crc32(numbers, crc32(name.encode(), before))
-    return before
-
-
 @contextmanager
 def drawing(random: torch.Generator) -> Iterator[None]:
     """Inside, torch's CPU random numbers come from this generator, which advances."""
@@ -92,19 +72,13 @@ def as_batch(batch: Any, loss: Loss) -> Batch:
     """
     items = batch.items() if hasattr(batch, "items") else ()
     tensors = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
-    if "labels" not in tensors or any(tensor.dim() == 0 for tensor in tensors.values()):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    fits = "labels" in shapes and all(shapes.values()) and len({s[0] for s in shapes.values()}) == 1
+    if not fits or (loss is causal_loss and len(shapes["labels"]) != 2):
         raise ValueError(
-            f"a batch is {shown(batch)}, but must map names to tensors [examples, …], and one of "
-            "the names must be 'labels'"
-        )
-    if len({len(tensor) for tensor in tensors.values()}) > 1:
-        sizes = {name: len(tensor) for name, tensor in tensors.items()}
-        raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
-    labels = tensors["labels"]
-    if loss is causal_loss and labels.dim() != 2:
-        raise ValueError(
-            f"a batch has labels of shape {tuple(labels.shape)}, but must have [examples, tokens]: "
-            "stack rows to batches, as a DataLoader does, or give a loss of other labels"
+            f"a batch has the shapes {shown(shapes or batch)}, but must map names to tensors "
+            "[examples, …], and one of the names must be 'labels', for the default loss "
+            "[examples, tokens]: stack rows to batches, as a DataLoader does"
         )
     return tensors
 
@@ -137,7 +111,8 @@ class Training:
 
     model: nn.Module
     trials: Sequence[Trial]
-    parts: Attached
+    parameters: Sequence[Mapping[str, nn.Parameter]]  # of each trial
+    rows: TrialRows
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
@@ -147,14 +122,9 @@ class Training:
         self.device = next(self.model.parameters()).device
         groups = [
             {"params": list(parameters.values()), "lr": trial.learning_rate}
-            for trial, parameters in zip(self.trials, self.parts.parameters, strict=True)
+            for trial, parameters in zip(self.trials, self.parameters, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
-
-    def begun(self, settings: dict[str, Any]) -> State:
-        number = len(self.trials)
-        losses: list[list] = [[] for _ in self.trials]
-        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
 
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.
@@ -162,7 +132,7 @@ class Training:
         Raises ValueError if the initial adapters have other held-out losses than in the state: then
         the base or the held-out data are others.
         """
-        pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
+        pairs = list(zip(self.parameters, state.adapters, strict=True))
         before = [losses[0][1] for losses in state.losses]
         if any(now.keys() != then.keys() for now, then in pairs) or not all(
             isclose(now, then, rel_tol=_ROUNDING)
@@ -210,8 +180,7 @@ class Training:
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
         taken = list(islice(batches, len(self.trials) // len(state.alive)))
-        for batch in taken:
-            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
+        state.batches += len(taken)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
         sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
@@ -224,7 +193,7 @@ class Training:
                 sums += losses.detach()
         if self.options.max_grad_norm:  # clipped separately, as in separate runs
             for i in state.alive:
-                parameters = list(self.parts.parameters[i].values())
+                parameters = list(self.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
         return sums.tolist()
@@ -232,16 +201,17 @@ class Training:
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
         examples = len(batch["labels"])
-        self.parts.rows.share_out(alive, batch)
+        self.rows.share_out(alive, batch)
         whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
-        logits = _logits(self.model(**inputs))
-        if len(logits) != examples * len(alive):
+        output = self.model(**inputs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or len(logits) != examples * len(alive):
             raise ValueError(
-                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
-                "examples, but must return [examples, …]"
+                f"the model returned {shown(getattr(logits, 'shape', logits))}, but must return "
+                f"logits of {examples * len(alive)} examples, [examples, …]"
             )
         return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
@@ -266,28 +236,9 @@ class Training:
         state.random, state.optimizer = random_state(), self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
-            for parameters in self.parts.parameters
+            for parameters in self.parameters
         ]
         if self.replaces:  # only now, so that a failed start keeps the old sweep
             delete(folder)
             self.replaces = False
         save(state, folder)
-
-    def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
-        outcomes = []
-        for i, trial in enumerate(self.trials):
-            tensors = state.adapters[i].values()
-            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
-            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
-            outcomes.append(Outcome(trial, parameters, size, *its))
-        return tuple(outcomes)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(output).__name__}, but must return logits, as a tensor or "
-            "as the logits of an output"
-        )
-    return logits

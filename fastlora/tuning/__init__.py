@@ -13,8 +13,8 @@ from ..backends.sizes import Sizes
 from ..call.projection import DTYPES
 from ..common.clock import clock_for, medians
 from ..common.other_packages import optional
-from ..common.text import bar, shown
-from ..common.values import check_settings, check_switches, is_number
+from ..common.text import bar
+from ..common.values import check_settings, check_switches, is_number, must
 from ..layers.classes import change_classes
 from ..layers.linear import replace_linears
 from ..layers.mlp import gated_classes
@@ -58,13 +58,10 @@ def tune(
     ``model`` is not a module.  Raises ValueError for a model without LoRA layers and for invalid
     numbers.  If it fails or is interrupted, the file is unchanged.
     """
-    if type(tokens) is not int or tokens < 1:
-        raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
+    must(type(tokens) is int and tokens > 0, "tokens", tokens, "a whole number of at least 1")
+    must(dtype in (None, *DTYPES), "dtype", dtype, "a floating dtype of 16 to 64 bits")
     check_switches(progress=progress)
-    if not is_number(seconds) or not seconds > 0:
-        raise ValueError(f"seconds is {shown(seconds)}, but must be a number above 0")
+    must(is_number(seconds) and seconds > 0, "seconds", seconds, "a number above 0")
     # Imported late: ``import fastlora`` needs neither the doctor nor the kernels.
     from ..doctor.machine import devices_here
 

@@ -333,14 +333,12 @@ def _dense(state):
 
 UP = "model.layers.0.mlp.experts.gate_up_proj"
 TORN = {
-    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "has neither model.saf"),
-    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist, but"),
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "doesn't exist: give"),
+    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist: give"),
     "cut": (_cut, "is damaged"),
     "no JSON": (_index(lambda index: "{"), "is not valid JSON"),
     "no map": (_index(lambda index: "[]"), "has no weight_map"),
     "outside": (_index(lambda index: index["weight_map"].update(a="../a")), "has no weight_map"),
-    "not there": (_index(lambda index: index["weight_map"].update(
-        quux=next(iter(index["weight_map"].values())))), "names quux, but its file lacks it"),
     "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"it lacks {UP}_scales, which"),
     "no norm": (
         _edit(lambda state: state.pop("model.norm.weight")),

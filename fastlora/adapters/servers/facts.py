@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...common.text import shown
 from ...packing import files
-from ...packing.files import CONFIG, WEIGHTS
+from ...packing.files import CONFIG
 from ..config import AdapterConfig
 from ..peft_config import config_of
 
@@ -72,15 +72,11 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
     Raises the errors of ``load_adapter`` for a folder, and ValueError for a base without a
     model_type.
     """
-    files.check_files(path := files.check_folder(folder))
-    settings, base = files.read_json(path / CONFIG), _base(base)
-    if not isinstance(settings, dict) or "peft_type" not in settings:
-        raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
+    (path, settings, header), base = files.read_adapter(folder), _base(base)
     config = config_of(settings, str(path / CONFIG))
     items = [Item(name, "", value) for name, value in settings.items()]
     if isinstance(targets := settings.setdefault("target_modules", None), list):
         items += [Item(str(name), "target", None) for name in targets]
-    header = files.read_header(path / WEIGHTS)
     items += [_item(key, planned, config) for key, planned in header.items()]
     pairs: dict[str, dict[str, Item]] = {}
     for item in items:

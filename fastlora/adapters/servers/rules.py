@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from ...common.values import must
 from .facts import PAIRED, Facts, Item
 
 SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
@@ -154,8 +155,7 @@ class Server(SimpleNamespace):
 
 def read_server(name: str) -> Server:
     """The server of this name.  Raises ValueError for a name that isn't in SERVERS."""
-    if name not in SERVERS:
-        raise ValueError(f"server is {name!r}, but must be one of {', '.join(SERVERS)}")
+    must(name in SERVERS, "server", name, f"one of {', '.join(SERVERS)}")
     text = (Path(__file__).parent / f"{name}.json").read_text()
     sets = json.loads(text)["sets"]
     values = json.loads(re.sub(r"@(\w+)", lambda found: sets[found[1]], text))
