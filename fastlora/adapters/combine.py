@@ -14,9 +14,9 @@ from ..common.text import shown
 from ..common.values import check_settings, is_number, must
 from ..layers.modules import called, some
 from ..packing.files import write_adapter
-from .keys import pairs_of
-from .spectrum import LayerSpectrum, Spectra, cut
-from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns
+from .config import pairs_of
+from .resize import LayerSpectrum, Spectra, cut
+from .stored import Stored, check_output, flat, open_adapter, patterns
 
 # Settings that must be equal in all adapters that have them.
 _ALIKE = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
@@ -50,7 +50,7 @@ def combine_adapters(
         check_settings(rank, 1, 0.0)
     adapters = [open_adapter(folder) for folder in folders]
     path = check_output(output, [each.path for each in adapters])
-    if trained := [key for each in adapters for key in each.others if not is_copy(key)]:
+    if trained := [key for each in adapters for key in each.trained]:
         raise ValueError(
             f"the adapters have {some(sorted(trained))}, but biases and modules that trained in "
             "full can't be summed: give adapters without them"

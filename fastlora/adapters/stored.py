@@ -16,9 +16,7 @@ from ..layers.linear import scaling_of
 from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
-from .config import AdapterConfig
-from .keys import pairs_of
-from .peft_config import as_trained, from_peft
+from .config import AdapterConfig, as_trained, from_peft, pairs_of
 
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -40,7 +38,13 @@ class Stored(NamedTuple):
     settings: dict[str, Any]  # adapter_config.json without the initialization's settings
     config: AdapterConfig
     layers: dict[str, Layer]
-    others: list[str]  # keys of tensors that trained in full
+    others: list[str]  # keys of other tensors
+
+    @property
+    def trained(self) -> list[str]:
+        """Keys of tensors that trained in full; PEFT also saves an adapted head's frozen ones."""
+        copies = (".base_layer.weight", ".base_layer.bias")
+        return [key for key in self.others if not key.endswith(copies)]
 
     def read(self, name: str) -> Adapter[Tensor]:
         """Read lora_a [E, r, p] and lora_b [E, q, r] as float64.
@@ -56,11 +60,6 @@ class Stored(NamedTuple):
 
     def read_others(self) -> dict[str, Tensor]:
         return files.read_tensors(self.path / WEIGHTS, self.others)
-
-
-def is_copy(key: str) -> bool:
-    """Whether the key is PEFT's copy of a frozen base tensor, saved with an adapted head."""
-    return key.endswith((".base_layer.weight", ".base_layer.bias"))
 
 
 def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

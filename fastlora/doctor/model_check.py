@@ -76,12 +76,13 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "the same within rounding" if self else "NOT the same"
-        lines = [f"fastlora ({self.coverage.counts}) and PEFT: {verdict}", *self._layer_lines()]
         is_half = self.dtype in HALF_DTYPES
         judged = f"tolerance {self.tolerance:.2g}{' of the loss' * is_half}"
-        lines.append(
-            f"  the whole model (relative differences, {judged}): loss {self.loss.relative:.2g}"
-        )
+        lines = [
+            f"fastlora ({self.coverage.counts}) and PEFT: {verdict}",
+            *self._layer_lines(),
+            f"  the whole model (relative differences, {judged}): loss {self.loss.relative:.2g}",
+        ]
         for kind, differences in (("output", self.outputs), ("gradient", self.gradients)):
             if differences:
                 worst = max(differences, key=_size)

@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, Planned]:
 
     Raises ValueError if the file is damaged.
     """
-    with _opened(path, "damaged, or not a safetensors file") as file:
+    with _opened(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
         return {k: Planned(shape, _DTYPES.get(name, name)) for k, (shape, name) in facts.items()}
@@ -103,20 +103,20 @@ def read_header(path: Path) -> dict[str, Planned]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the safetensors file's header."""
-    with _opened(path, "damaged") as file:
+    with _opened(path) as file:
         return file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path, problem: str) -> Iterator[Any]:
-    """The open safetensors file.  Raises ValueError with this problem if it can't be read."""
+def _opened(path: Path) -> Iterator[Any]:
+    """The open safetensors file.  Raises ValueError if it can't be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is {problem}: {error}") from None
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from None
 
 
 def name_of(key: str) -> str:
@@ -126,7 +126,7 @@ def name_of(key: str) -> str:
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these keys, on the CPU.  Raises ValueError if the file is damaged."""
-    with _opened(path, "damaged") as file:
+    with _opened(path) as file:
         return {key: file.get_tensor(key) for key in keys}
 
 

@@ -27,23 +27,23 @@ _INT8 = PARTS[1:]
 
 
 def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Module:
-    """The layer that replaces this linear layer: the format's vendor's, or an ``Int8Linear``."""
+    """The layer that replaces this linear layer: the format's vendor's, or an ``Int8Linear``.
+
+    Raises ValueError with the reason if it can't be packed.
+    """
     package = {"nf4": "bitsandbytes", "fp8": "torchao", "int8": ""}.get(kind)
     if package is None:
         raise ValueError(
-            f"{name} can't be packed as {kind}: torchao's {kind} linear layers round their input, "
-            "or fastlora can't read them: give nf4 (bitsandbytes), fp8 (torchao) or int8"
+            f"torchao's {kind} linear layers round their input, or fastlora can't read them: give "
+            "nf4 (bitsandbytes), fp8 (torchao) or int8"
         )
     module = "bitsandbytes.nn" if kind == "nf4" else "torchao.quantization"
     need = f"{name} can't be packed as {kind} without {package}"
     theirs: Any = optional(module, need, "quantized") if package else None
     if linear.weight.is_meta or is_hooked(linear):
-        raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
+        raise ValueError("it is on meta, or its calls have hooks")
     if kind == "int8":
-        try:
-            return int8_linear(linear)
-        except ValueError as error:
-            raise ValueError(f"{name} can't be packed as {kind}: {error}") from None
+        return int8_linear(linear)
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
@@ -58,18 +58,12 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
     # A transformers model's quantization_config names one quantizer only.
     if other_vendor(model, vendor_of(packed)):
         raise ValueError(
-            f"{name} can't be packed as {kind}: the model has another vendor's packed layers, and "
-            "its quantization_config can name only one vendor"
+            "the model has another vendor's packed layers, and its quantization_config can name "
+            "only one vendor"
         )
-    return _readable(name, packed.train(linear.training), kind)
-
-
-def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
-    """The same layer.  Raises ValueError if fastlora can't read its weight."""
-    quantized = quantized_weight(layer)
-    if isinstance(quantized, str):
-        raise ValueError(f"{name} can't be packed as {kind}: {quantized}")
-    return layer
+    if isinstance(reason := quantized_weight(packed), str):
+        raise ValueError(reason)
+    return packed.train(linear.training)
 
 
 def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]]:
@@ -100,16 +94,14 @@ def read_linear(
 
     ``tensors``: the layer's tensors in the file at ``path``, by key.
     """
-    sizes, kind = (linear.in_features, linear.out_features), "fp8"
+    sizes = linear.in_features, linear.out_features
     if name + _INT8[0] in tensors:
-        kind = "int8"
         if len(tensors) != len(_INT8):
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
         format = RotatedInt8(*sizes[::-1], name_of(matrix_of(linear).dtype))
         bits = tuple([tensors[name + end].to(device) for end in _INT8])
         packed: Any = Int8Linear(Quantized(format, bits))
     elif name + _FOUR_BIT in tensors:
-        kind = "nf4"
         theirs: Any = import_module("bitsandbytes.nn")
         packed = theirs.Linear4bit(*sizes, False, device="meta")
         stats = {key.removeprefix(f"{name}.weight."): each for key, each in tensors.items()}
@@ -126,4 +118,6 @@ def read_linear(
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
         packed = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
         packed.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    return _readable(name, packed.train(linear.training), kind)
+    if isinstance(reason := quantized_weight(packed), str):
+        raise ValueError(f"{called(name)} can't be loaded: {reason}")
+    return packed.train(linear.training)

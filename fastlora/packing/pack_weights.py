@@ -194,16 +194,18 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             )
         if reason:
             raise ValueError(f"{called(name)} can't be packed: {reason}")
-        if not names:
-            packed[name] = module, "", pack_linear(model, called(name), module, kind)
-        for parameter in names:
-            where, dense = full_name(name, parameter), stack_in(module, parameter).detach()
+        for parameter in names or ("",):
+            where = full_name(name, parameter) if parameter else called(name)
             try:
-                on_meta = dense.is_meta
-                weight = packed_on_meta(dense.shape, kind) if on_meta else pack_weight(dense, kind)
+                if not parameter:
+                    new: Any = pack_linear(model, where, module, kind)
+                elif (dense := stack_in(module, parameter).detach()).is_meta:
+                    new = packed_on_meta(dense.shape, kind)
+                else:
+                    new = pack_weight(dense, kind)
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
-            packed[where] = module, parameter, weight
+            packed[where] = module, parameter, new
     return PackReport(install(model, packed, compares=True))
 
 

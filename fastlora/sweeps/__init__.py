@@ -75,18 +75,17 @@ def sweep(
 
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
     all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation.
-    With ``resume`` an interrupted sweep continues from there, over the same base and data, and ends
-    with the same result.  A folder that already has a sweep is refused without ``resume`` or
-    ``replace``.  ``replace`` deletes the adapters and results in it when the new sweep writes its
-    first file.
+    With ``resume`` an interrupted sweep continues from there, and ends with the same result; give
+    the same base, data and ``eval_data``.  A folder that already has a sweep is refused without
+    ``resume`` or ``replace``.  ``replace`` deletes the adapters and results in it when the new
+    sweep writes its first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
-    unchanged, also if the sweep fails.  Rows must be independent of each
-    other, so batch norms stay in evaluation mode, with a warning.  Returns a
-    :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
-    TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
-    During training, raises ValueError if a layer's input doesn't tell which trial a row belongs
-    to, and passes on the model's errors.
+    unchanged, also if the sweep fails.  Rows must be independent of each other, so batch norms stay
+    in evaluation mode, with a warning.  Returns a :class:`fastlora.sweeps.record.Sweep`, which
+    prints as a table.  Before anything changes, raises TypeError or ValueError for invalid
+    arguments and OSError if the folder can't be written to.  During training, raises ValueError if
+    a layer's input doesn't tell which trial a row belongs to, and passes on the model's errors.
     """
     check_model(model)
     check_switches(halving=halving, resume=resume, replace=replace, progress=progress)

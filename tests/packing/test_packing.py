@@ -159,7 +159,7 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with refused(odd, "q_proj can't be packed as fp8 without torchao", ImportError):
         fastlora.pack(odd, "fp8", ["experts", "q_proj"])
-    with pytest.raises(ValueError, match="q_proj can't be packed: it is on meta"):
+    with pytest.raises(ValueError, match="q_proj can't be packed as int8: it is on meta"):
         fastlora.pack(odd.to("meta"), "int8")
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         fastlora.pack([], "nf4")
@@ -382,7 +382,7 @@ CUT = {  # the kind, the change of the checkpoint, and the error
     "nf4": (
         "nf4",
         lambda state: state.update({f"{LAYER}.weight.absmax": torch.ones(1)}),
-        rf"{LAYER} can't be packed as nf4: .* broken",
+        rf"{LAYER} can't be loaded: .* broken",
     ),
     "fp8": (
         "fp8",
@@ -397,12 +397,12 @@ CUT = {  # the kind, the change of the checkpoint, and the error
     "int8-codes": (
         "int8",
         lambda state: state.update({f"{LAYER}.codes": torch.ones(4, 32).byte()}),
-        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
+        rf"{LAYER} can't be loaded: its int8 weight is broken",
     ),
     "int8-scale": (
         "int8",
         lambda state: state.update({f"{LAYER}.scale": torch.ones(4).byte()}),
-        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
+        rf"{LAYER} can't be loaded: its int8 weight is broken",
     ),
     "int8-nan": (
         "int8",

@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...call.projection import Adapter
-from ..config import names_any
-from ..keys import pairs_of
+from ..config import names_any, pairs_of
 from ..llama_cpp import parts_of
 from ..stored import flat, open_adapter
-from .facts import Facts, Item
-from .rules import Server, attention_is
+from .rules import Facts, Item, Server, attention_is
 
 # A layer's name -> lora_a [E, r, in] and lora_b [E, out, r], and the dtype in the file.
 _Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]
