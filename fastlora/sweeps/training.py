@@ -1,7 +1,5 @@
 """Training of a sweep: a step of all trials, the held-out losses, and saving the state."""
 
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..common.text import shown
+from ..common.clock import HostClock, timed
+from ..common.text import bar, shown
 from ..layers.batch import in_mode
 from .record import State, delete, nan_last, random_state, save
 from .trial import Options, Trial
@@ -154,28 +153,22 @@ class Training:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
-        while (left := self.options.steps - state.step) > 0:
-            started = time.perf_counter()
-            losses = self.step(state, batches)
-            elapsed = time.perf_counter() - started
+        steps, clock = range(state.step + 1, self.options.steps + 1), HostClock(self.device)
+        for step in bar(steps, "sweep", "step") if progress else steps:
+            elapsed = timed(clock, lambda: self.step(state, batches))
             for i in state.alive:
                 state.seconds[i] += elapsed / len(state.alive)
                 state.steps[i] += 1
-            state.step, left = state.step + 1, left - 1
-            if progress:  # on one line, which the next step overwrites
-                said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
-                said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
-                print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
-            keep = stops.get(state.step)
-            if keep or not left or state.step % self.options.eval_steps == 0:
+            state.step, keep = step, stops.get(step)
+            if keep or step == self.options.steps or step % self.options.eval_steps == 0:
                 self._evaluate(state)
                 if keep:
                     by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
                     state.alive = sorted(by_loss[:keep])
                 self._keep(state, folder)
 
-    def step(self, state: State, batches: Iterator[Batch]) -> list[float]:
-        """Do one step of every remaining trial.  Returns their losses."""
+    def step(self, state: State, batches: Iterator[Batch]) -> None:
+        """Do one step of every remaining trial."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
@@ -183,20 +176,17 @@ class Training:
         state.batches += len(taken)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
-        sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
         for batch, size in zip(taken, sizes, strict=True):
             if size:  # without labels the mean loss would be NaN
                 # Weighted by labels, so that the sum is the mean over the labels of all batches.
                 losses = size / sum(sizes) * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
-                sums += losses.detach()
         if self.options.max_grad_norm:  # clipped separately, as in separate runs
             for i in state.alive:
                 parameters = list(self.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
-        return sums.tolist()
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
