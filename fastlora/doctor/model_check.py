@@ -185,7 +185,8 @@ def check(
     is_valid = tolerance is None or (is_number(tolerance) and tolerance >= 0)
     must(is_valid, "tolerance", tolerance, "a number of at least 0")
     is_list = isinstance(batch, list) and any(isinstance(part, Mapping) for part in batch)
-    must(not is_list, "batch", batch, "one batch, such as a dict of keyword arguments: not a list")
+    what = "one batch, such as a dict of the model's keyword arguments, and not a list of rows"
+    must(not is_list, "batch", batch, what)
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     if leaves and all(isinstance(leaf, str) for leaf in leaves):
         raise ValueError(

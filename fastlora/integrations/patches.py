@@ -45,7 +45,8 @@ def auto(on: bool = True, **settings: Any) -> None:
 
     global _settings
     check_settings(settings)
-    must(on is True or on is False, "on", on, "True or False: settings have keywords", TypeError)
+    what = "True or False: the settings of optimize are keyword arguments"
+    must(on is True or on is False, "on", on, what, TypeError)
     _settings = settings if on else None
     if not on:
         return

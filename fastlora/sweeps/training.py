@@ -75,7 +75,7 @@ def as_batch(batch: Any, loss: Loss) -> Batch:
     fits = "labels" in shapes and all(shapes.values()) and len({s[0] for s in shapes.values()}) == 1
     if not fits or (loss is causal_loss and len(shapes["labels"]) != 2):
         raise ValueError(
-            f"a batch has the shapes {shown(shapes or batch)}, but must map names to tensors "
+            f"a batch has {shown(shapes or batch)}, but must map names to tensors "
             "[examples, …], and one of the names must be 'labels'.  The default loss takes labels "
             "[examples, tokens]: stack rows to batches, as a DataLoader does"
         )
