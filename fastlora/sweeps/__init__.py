@@ -24,7 +24,7 @@ from ..layers.modules import called, check_model, some, unwrap
 from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
 from . import record
 from .record import State, Sweep
-from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed
+from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip
 from .trial import Options, Trial, as_trials
 from .trial_layer import attached
 
@@ -75,10 +75,10 @@ def sweep(
 
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
     all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation.
-    With ``resume`` an interrupted sweep continues from there, and ends with the same result; give
-    the same base, data and ``eval_data``.  A folder that already has a sweep is refused without
-    ``resume`` or ``replace``.  ``replace`` deletes the adapters and results in it when the new
-    sweep writes its first file.
+    With ``resume`` an interrupted sweep continues from there, over the same base and data, and ends
+    with the same result.  A folder that already has a sweep is refused without ``resume`` or
+    ``replace``.  ``replace`` deletes the adapters and results in it when the new sweep writes its
+    first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
     unchanged, also if the sweep fails.  Rows must be independent of each other, so batch norms stay
@@ -118,8 +118,7 @@ def sweep(
             for norm in norms:
                 norm.eval()
             batches = feed(data, seed, loss)
-            for _ in range(state.batches):
-                next(batches)
+            skip(batches, state)
             # Afterwards, because reading batches may draw random numbers.
             if state.random:
                 record.set_random_state(state.random)

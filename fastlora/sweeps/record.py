@@ -33,6 +33,7 @@ class State:
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
     batches: int = 0  # read so far
+    checksum: int = 0  # of the batches
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
 

@@ -7,6 +7,7 @@ from itertools import count, islice
 from math import isclose
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,25 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int, loss: Loss) -> Iterator[B
             with drawing(random):
                 batch = next(batches, None)
         data = kept or data
+
+
+def skip(batches: Iterator[Batch], state: State) -> None:
+    """Read the batches that the state has used.  Raises ValueError if they are others."""
+    checksum = 0
+    for batch in islice(batches, state.batches):
+        checksum = _checksum(batch, checksum)
+    if checksum != state.checksum:
+        raise ValueError(
+            "the sweep to resume had other data: give the same (what a loader draws must come from "
+            "torch), another output_dir, or replace=True instead of resume"
+        )
+
+
+def _checksum(batch: Batch, before: int) -> int:
+    for name in sorted(batch):
+        numbers = batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
+        before = crc32(numbers, crc32(name.encode(), before))
+    return before
 
 
 @contextmanager
@@ -173,7 +193,8 @@ class Training:
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
         taken = list(islice(batches, len(self.trials) // len(state.alive)))
-        state.batches += len(taken)
+        for batch in taken:
+            state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
         self.optimizer.zero_grad()

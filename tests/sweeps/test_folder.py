@@ -1,4 +1,4 @@
-"""A sweep's folder: resumed only with the same base and held-out data, refused, or replaced."""
+"""A sweep's folder: resumed only with the same base and data, refused, or replaced."""
 
 import json
 import os
@@ -69,6 +69,9 @@ def other_words() -> Words:
 
 
 OTHER = {
+    "first-batch": ({"data": [batches(1, 9)[0], *DATA[1:]]}, "had other data"),
+    "second-batch": ({"data": [DATA[0], batches(1, 9)[0], *DATA[2:]]}, "had other data"),
+    "another-key": ({"data": [b | {"more": b["labels"]} for b in DATA]}, "had other data"),
     "held-out": ({"eval_data": batches(2, 9)}, "other held-out data"),
     "less-held-out": ({"eval_data": HELD_OUT[:1]}, "other held-out data"),
     "base": ({"model": other_words()}, "another base model"),
@@ -84,7 +87,7 @@ def begun(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_sweep_resumes_only_with_the_same_base_and_held_out_data(name, begun):
+def test_a_sweep_resumes_only_with_the_same_base_and_data(name, begun):
     options, message = OTHER[name]
     before = files_in(begun)
     with pytest.raises(ValueError, match=message):
