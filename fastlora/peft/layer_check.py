@@ -239,7 +239,8 @@ def _make_dense(unit: nn.Module, inside: torch.dtype) -> None:
     ``inside``: the dtype to which a packed weight without a compute dtype is unpacked.
     """
     for module in [*unit.modules()]:
-        for name, child in [*module._modules.items()]:
+        children: dict[str, Any] = dict(module._modules)
+        for name, child in children.items():
             packed = None if child is None else quantized_weight(child)
             if isinstance(packed, PackedLayer):
                 dense = dense_linear(child, packed.compute_dtype or inside)
