@@ -168,7 +168,7 @@ def check(
     of its calls makes dense weights.
 
     ``base`` and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the
-    check.  The error of a layer in 8 bits, which also rounds x and dy, may be up to 6 %.
+    check.  8-bit products also round x and dy, so there PEFT's error counts as at least 2⁻⁷.
 
     The call changes nothing: it copies the batch, and restores gradients, buffers, random states
     (also Python's and numpy's) and the layers' classes.  In addition to the model, it needs memory

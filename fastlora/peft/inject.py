@@ -145,9 +145,9 @@ def load_adapter(
     it was trained with.  ``settings`` are those of :func:`fastlora.optimize`.
 
     Raises FileNotFoundError for a folder without the files, and ValueError if the files lack a
-    tensor of the adapter, have a tensor that doesn't belong to the model, or have NaN or infinity.
-    Also raises the errors of :func:`get_peft_model`, but names of the saved config may match
-    nothing.  An error leaves the model unchanged.
+    tensor of the adapter, have a tensor that doesn't belong to the model or has another shape
+    there, or have NaN or infinity.  Also raises the errors of :func:`get_peft_model`, but names of
+    the saved config may match nothing.  An error leaves the model unchanged.
     """
     _check(model, config)
     if config is not None:

@@ -14,13 +14,15 @@ The size error is also measured for D = exact.  A layer is right if
     error ≤ 2 × PEFT's + 2 units in the last place
     |size error| ≤ 2 × |PEFT's| + 1 % + 2 ‖PEFT's R - exact‖ / ‖D‖ / √rows
 
-The last term is for the rounding of each row of x.
+The last term is for the rounding of each row of x.  8-bit products also round x and dy, so over a
+base in 8 bits PEFT's error counts as at least 2⁻⁷.
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +32,6 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backends import asked_backend, use_backend
 from ..call.projection import HALF_DTYPES
 from ..common.other_packages import FSDP, FULLY_SHARDED
 from ..formats import PackedLayer, quantized_weight, vendor_of
@@ -48,7 +49,6 @@ from .layer import PeftGatedMLP, fast_classes
 
 _SHARE = 0.01  # the largest size error, besides PEFT's
 _EXACT = 1e-9  # the largest error of a float64 result
-_EPS_OF_INT8 = 2.0**-5  # a row's codes are multiples of 2⁻⁷ of its largest element
 _STEP = 2.0**-8  # the relative change of a scale, for the derivative of a result
 _STD = 0.02  # of the random numbers that replace a zero lora_B
 _SEED = 20240301  # arbitrary
@@ -142,8 +142,13 @@ class Judge:
         cast = autocast_dtype(inputs[0])
         dtypes = {cast, y.dtype, *(tensor.dtype for tensor in inputs)}
         self.dtypes |= dtypes
-        call = _Call(args, kwargs, inputs[0], cast, asked_backend())
-        judge = partial(self._judge, name, unit, call, coarsest_dtype(unit, dtypes))
+        call = _Call(args, kwargs, inputs[0], cast)
+        # A backward's thread has neither autocast nor the backend, which is a context variable.
+        here, dtype = copy_context(), coarsest_dtype(unit, dtypes)
+
+        def judge(dy: Tensor | None) -> None:
+            here.run(self._judge, name, unit, call, dtype, dy)
+
         if y.requires_grad:
             y.register_hook(judge)
         else:
@@ -170,7 +175,7 @@ class Judge:
             shared = [self, *(each for each in unit.modules() if vendor_of(each) is not None)]
             unit = copy.deepcopy(unit, {id(each): each for each in shared})
         is_int8 = any(isinstance(module, Int8Linear) for module in unit.modules())
-        eps = _EPS_OF_INT8 if is_int8 else torch.finfo(dtype).eps
+        eps = torch.finfo(dtype).eps
         _make_dense(unit, call.autocast or x.dtype)
         peft = call.run(unit, dy)
         _widen(unit, wide)
@@ -189,7 +194,8 @@ class Judge:
             if result.startswith("gradient of input ") and not result.endswith(" 0"):
                 along = {}  # a routing weight's gradient is a dot product, whose rounding stays
             found, rows = (fast.get(result), peft.get(result)), x.numel() // max(1, x.shape[-1])
-            for measure in _measures(result, *found, truth, along, eps, rows):
+            least = eps if is_int8 else 0.0  # 2⁻⁷: codes are multiples of it, over a row's largest
+            for measure in _measures(result, *found, truth, along, eps, least, rows):
                 before = of_layer.get(measure.name, measure)
                 of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
@@ -300,7 +306,6 @@ class _Call(NamedTuple):
     kwargs: dict
     x: Tensor  # its first tensor
     autocast: torch.dtype | None
-    backend: str | None
 
     def run(self, unit: nn.Module, dy: Tensor | None, dtype: torch.dtype | None = None) -> _Results:
         """The output, and the gradients for dy, by name; with inputs cast to ``dtype``, if any.
@@ -317,7 +322,16 @@ class _Call(NamedTuple):
             return own[-1]
 
         args, kwargs = tree_map(leaf, (self.args, self.kwargs))
-        with self._surroundings(is_training=dy is not None):
+        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
+        devices = [self.x.device] if self.x.is_cuda else []
+        with (
+            torch.autocast(self.x.device.type, cache_enabled=False, **settings),
+            torch.set_grad_enabled(dy is not None),
+            torch.random.fork_rng(devices),
+        ):
+            torch.default_generator.manual_seed(_SEED)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(_SEED)
             y = unit.forward(*args, **kwargs)
         results = {"output": y.detach()}
         wanted = {f"gradient of input {i}": x for i, x in enumerate(own) if x.requires_grad}
@@ -332,25 +346,6 @@ class _Call(NamedTuple):
         found = zip(wanted, gradients, strict=True)
         return results | {name: gradient for name, gradient in found if gradient is not None}
 
-    @contextmanager
-    def _surroundings(self, is_training: bool) -> Iterator[None]:
-        """Inside, the call's autocast and backend are set, and the random state is always the same.
-
-        A backward's thread has neither.
-        """
-        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
-        devices = [self.x.device] if self.x.is_cuda else []
-        with ExitStack() as stack:
-            if self.backend is not None:
-                stack.enter_context(use_backend(self.backend))
-            stack.enter_context(torch.autocast(self.x.device.type, cache_enabled=False, **settings))
-            stack.enter_context(torch.set_grad_enabled(is_training))
-            stack.enter_context(torch.random.fork_rng(devices))
-            torch.default_generator.manual_seed(_SEED)
-            for device in devices:
-                torch.cuda.default_generators[device.index].manual_seed(_SEED)
-            yield
-
 
 def _measures(
     name: str,
@@ -359,12 +354,13 @@ def _measures(
     truth: Tensor,
     along: _Results,
     eps: float,
+    least: float,
     rows: int,
 ) -> Iterator[Measure]:
     """The measures of one result: its error, and its size errors.
 
     ``truth``: the exact result.  ``along``: the tensors D of the size errors, by name.  ``eps``: of
-    the call's dtype.  ``rows``: of the call's input.
+    the call's dtype.  ``least``: PEFT's error counts as at least this.  ``rows``: of the input.
     """
     if peft is None or not peft.isfinite().all():
         return  # PEFT's error is unknown, so no error can be judged
@@ -375,13 +371,14 @@ def _measures(
     errors = [side.double() - truth for side in (fast, peft)]
     size = float(truth.norm()) or torch.finfo(torch.float64).tiny
     of_fast, of_peft = (float(error.norm()) / size for error in errors)
+    rounding = max(of_peft, least)
     # With few elements, PEFT's error may be small by chance.
-    allowed = 2 * of_peft * (1 + 2 * truth.numel() ** -0.5) + max(2 * eps, _EXACT)
+    allowed = 2 * rounding * (1 + 2 * truth.numel() ** -0.5) + max(2 * eps, _EXACT)
     yield Measure(f"{name}, error", of_fast, of_peft, allowed)
     for of, part in along.items():
         if part.any():
             part = part.double()
             of_fast, of_peft = (float((e * part).sum() / part.square().sum()) for e in errors)
-            noise = 2 * float(errors[1].norm() / part.norm()) / rows**0.5
+            noise = 2 * rounding * size / float(part.norm()) / rows**0.5
             allowed = 2 * abs(of_peft) + _SHARE + noise
             yield Measure(f"{name}, size error{of}", of_fast, of_peft, allowed)
