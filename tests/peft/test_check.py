@@ -407,6 +407,17 @@ def test_gradients_that_underflow_in_float16_are_judged():
     assert all(found.layers), str(found)
 
 
+def test_a_gradient_that_a_hook_changes_is_not_judged():
+    model = mlp()
+    weight = model.base_model.model.up.lora_A["default"].weight
+    weight.register_hook(lambda gradient: 2 * gradient)
+    found = fastlora.check(model, torch.randn(5, 8))
+    assert found, str(found)
+    names = {measure.name for measure in found.layers[0].measures}
+    assert "gradient of lora_B.default.weight, error" in names
+    assert "gradient of lora_A.default.weight, error" not in names
+
+
 def test_layers_that_run_peft_s_forward_are_not_judged():
     model = llama()
     name = "base_model.model.model.layers.1.self_attn.q_proj"
