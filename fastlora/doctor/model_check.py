@@ -148,13 +148,14 @@ def check(
 
     Each fast LoRA layer, and each gated MLP, runs on the inputs and the output's gradient that it
     has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in float32 (float64
-    for a layer in float32), which counts as exact.  In these runs the adapters are multiplied by a
-    power of two that makes them as large as the base weight, so that rounding of the base product
-    hides no fault of theirs.  An output or gradient is right under two conditions.  fastlora's
-    error must be at most 2 × PEFT's own error + 2 units in the last place.  Neither the result nor
-    the part of it that an adapter makes may be too large or too small by more than 2 × PEFT's
-    deviation + 1 % + the effect of rounding with few rows.  In a gated MLP each of the three
-    adapters has its own part.  Layers that run PEFT's forward are not judged.
+    for a layer in float32), which counts as exact.  A packed base is dense in the last two runs.
+    The adapters are multiplied by a power of two that makes them as large as the base weight, so
+    that rounding of the base product hides no fault of theirs.  An output or gradient is right
+    under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in the
+    last place.  Neither the result nor the part of it that an adapter makes may be too large or too
+    small by more than 2 × PEFT's deviation + 1 % + the effect of rounding with few rows.  In a
+    gated MLP each of the three adapters has its own part.  Layers that run PEFT's forward are not
+    judged.
 
     The two runs of the whole model compare the loss, every floating tensor of the output, and the
     gradient of every parameter that trains and of every input that requires it.  In 16 bits, and
@@ -168,7 +169,7 @@ def check(
     of its calls makes dense weights.
 
     ``base`` and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the
-    check.  PEFT and the exact run then round to 8 bits in the same way.
+    check.  8-bit products also round x and dy, so there PEFT's error counts as at least 2⁻⁷.
 
     The call changes nothing: it copies the batch, and restores gradients, buffers, random states
     (also Python's and numpy's) and the layers' classes.  In addition to the model, it needs memory
