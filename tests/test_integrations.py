@@ -110,7 +110,8 @@ def test_axolotl_s_entry_point_acts_only_with_its_variable(axolotl, caplog, monk
     plugin.post_model_load(cfg, model)
     is_on = value not in ("", "0")
     assert is_fast(model) == is_on == ("lora_mlp_kernel" in cfg)
-    assert len(plugin.add_callbacks_pre_trainer(cfg, model)) == is_on
+    callbacks = plugin.add_callbacks_pre_trainer(cfg, model)
+    assert [type(each) for each in callbacks] == [MergedSampling] * is_on
     assert any(isinstance(module, GatedMLP) for module in model.modules()) == (value == "1")
     assert len(caplog.messages) == is_on
 
@@ -136,20 +137,16 @@ def test_axolotl_s_entry_point_is_the_plugin():
 def test_axolotl_s_model_is_optimized_by_the_plugin_s_keys(axolotl, caplog):
     caplog.set_level(logging.INFO, "fastlora")
     plugin, model = axolotl.FastLoRAPlugin(), peft_model()
-    cfg = {"fastlora_gated_mlps": False, "lora_o_kernel": False, "fastlora_merged_sampling": True}
-    plugin.post_model_load(NAMED | cfg, model)
+    cfg = NAMED | {"fastlora_gated_mlps": False, "lora_o_kernel": False}
+    plugin.post_model_load(cfg, model)
     assert is_fast(model)
     assert not any(isinstance(module, GatedMLP) for module in model.modules())
     assert caplog.messages[0].startswith("14 of 14 layers fast (backend torch)")
+    [callback] = plugin.add_callbacks_pre_trainer(cfg | {"fastlora_merged_sampling": True}, model)
+    assert isinstance(callback, MergedSampling)
     plugin.post_model_load(NAMED, model)
     assert any(isinstance(module, GatedMLP) for module in model.modules())
-
-
-def test_axolotl_s_grpo_samples_merged_by_a_key(axolotl):
-    plugin = axolotl.FastLoRAPlugin()
-    [callback] = plugin.add_callbacks_pre_trainer(NAMED | {"fastlora_merged_sampling": True}, None)
-    assert isinstance(callback, MergedSampling)
-    assert plugin.add_callbacks_pre_trainer(NAMED, None) == []
+    assert plugin.add_callbacks_pre_trainer(NAMED, model) == []
 
 
 def test_axolotl_s_own_kernels_win_with_a_warning(axolotl, caplog):

@@ -9,7 +9,6 @@ from models import Mlp, tiny_llama
 from torch import nn
 
 import fastlora
-from fastlora.layers.report import Coverage, LayerCoverage
 
 
 def adapted():
@@ -73,27 +72,6 @@ def test_the_share_of_adapted_parameters_counts_experts():
     assert first == "1 of 2 layers fast, 6 % of the adapted parameters (backend torch)"
     assert "its forward isn't that of transformers' use_experts_implementation" in rest[0]
     assert "ParamWrapper" not in str(report)
-
-
-def parts(*sizes: int, fast: int) -> Coverage:
-    """Layers with these numbers of parameters; the first ``fast`` of them are fast."""
-    layers = [
-        LayerCoverage("", (1, size), 4, i < fast, "torch" if i < fast else "eager", parameters=size)
-        for i, size in enumerate(sizes)
-    ]
-    return Coverage(tuple(layers))
-
-
-@pytest.mark.parametrize(
-    ("report", "text"),
-    [
-        (parts(3, 97, fast=1), "1 of 2 layers fast, 3 % of the adapted parameters"),
-        (parts(3, 97, fast=2), "2 of 2 layers fast"),
-    ],
-    ids=["some", "all"],
-)
-def test_the_share_is_given_where_some_layers_are_fast(report, text):
-    assert report.counts == text
 
 
 # Layers that are never called.

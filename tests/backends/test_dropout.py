@@ -58,15 +58,6 @@ def test_no_two_rows_and_no_two_columns_are_alike(number, p):
         assert abs(pairs.mean().item()) < 4.5 / math.sqrt(pairs.numel())
 
 
-def test_squares_of_four_are_independent():
-    """The parity of rectangles' corners would show a mask computed from row key + column key."""
-    mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
-    for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
-        pairs = mask[:-rows] ^ mask[rows:]
-        parity = pairs[:, :-columns] ^ pairs[:, columns:]
-        assert abs(parity.double().mean().item() - 0.5) < 4.5 * 0.5 / math.sqrt(parity.numel())
-
-
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_same_places_are_independent_from_mask_to_mask(p):
     """Elements, pairs and rectangles' corners have no bias over many seeds."""

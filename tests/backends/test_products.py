@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from judge import make_outputs, make_projection, peak_bytes, run_torch_backend
+from judge import make_outputs, make_projection, make_x, peak_bytes, run_torch_backend
 from process import run_forked, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,10 +39,6 @@ def small_blocks(monkeypatch, wide):
         monkeypatch.setattr(products, name, 0)
     monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
     monkeypatch.setattr(products, "_FEWEST_OF_WEIGHT", 4)
-
-
-def make_x(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -128,17 +128,6 @@ def test_only_the_gradients_that_are_asked_for(trains):
     check_group(x, [Output(Base(base.weight, base.bias.detach()), (Adapter(a, b, 0.5),))])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_spoils_no_other_row(value):
-    outputs, bad = group(75, GROUPS["one"]), torch.zeros(37, dtype=torch.bool)
-    x, bad[3] = exact(37, 75, trains=False), True
-    (right,) = fastlora.lora_linears(x, outputs, backend="triton")
-    x[3, 7] = value
-    (y,) = fastlora.lora_linears(x, outputs, backend="triton")
-    assert torch.equal(~y.isfinite().any(1), bad)
-    assert torch.equal(y[~bad], right[~bad])
-
-
 def test_calls_that_no_kernel_covers_give_a_reason():
     device, weight = torch.device("cpu"), pack_rotated(torch.randn(16, 64))
     why = lambda weight: supported.why_not(BF16, device, [Output(Base(weight))])  # noqa: E731

@@ -1,4 +1,7 @@
-"""Experts on the Triton backend: its launches, and the use of torch's grouped_mm."""
+"""Experts on the Triton backend, and the use of torch's grouped_mm.
+
+The launches of a whole call are in tests/kernels/test_host.py.
+"""
 
 import pytest
 import torch
@@ -62,19 +65,6 @@ def all_of(x, experts, p: float) -> list[torch.Tensor]:
     torch.manual_seed(5)
     y = call_experts(x, experts, ends_of(COUNTS), dropout=p)
     return [y, *torch.autograd.grad(y.sum(), [x, experts.lora_a, experts.lora_b])]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
-def test_kernels_run_for_all_experts_at_once(p):
-    with use_plan(FUSED):
-        found = names(lambda: step(torch.bfloat16, p))
-    forward = ["project", "gemm_lowrank"]
-    assert [name for name in found if name != "sum_planes"] == [
-        *forward,
-        *(["weight_grad"] if found.count("project") == 1 else ["weight_grad", "project"]),
-        "gemm_lowrank",
-        "weight_grad",
-    ]
 
 
 @pytest.mark.usefixtures("with_grouped_mm")

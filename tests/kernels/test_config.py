@@ -53,28 +53,26 @@ every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-@every_kernel
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [(kernel, {}) for kernel in KERNELS]
+    + [
+        ("gemm_lowrank", {"int8": kind, "pointers": pointers})
+        for kind in ("int8", "rotated int8")
+        for pointers in (False, True)
+    ],
+    ids=str,
+)
 @every_target
-def test_every_call_has_a_default_that_fits(target, kernel):
+def test_every_call_has_a_default_that_fits(target, kernel, options):
     without = set()
-    for one in calls(target):
+    for one in calls(target, **options):
         config = default_config(kernel, target, one)
         if config is None:
             without.add((one.itemsize, one.projections, one.r))
         else:
             assert config.why_not(target, one) == "", one
     assert not without, f"(itemsize, projections, r) without a config: {sorted(without)}"
-
-
-@pytest.mark.parametrize("kind", ["int8", "rotated int8"])
-@every_target
-def test_every_call_of_8_bits_has_a_default_that_fits(target, kind):
-    for one in calls(target, int8=kind):
-        for pointers in (False, True):
-            call_of = replace(one, pointers=pointers)
-            config = default_config("gemm_lowrank", target, call_of)
-            assert config is not None, call_of
-            assert config.why_not(target, call_of) == ""
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, counted_launches, poisoned, random
+from kernel_cases import BF16, DEVICE, F32, counted_launches, dtypes, poisoned, random
 from torch import Tensor
 
 from fastlora.backends import GatedProduct, find_backend
@@ -12,7 +12,6 @@ from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward, why_not_g
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=DTYPE_IDS.get)
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 

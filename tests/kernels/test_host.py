@@ -70,3 +70,13 @@ def test_experts_launch_like_a_layer_and_replays_pass_the_same_arguments(call, f
 )
 def test_few_kernels_compile_over_batches_of_all_lengths(layer, found):
     assert 0 < found["variants"][layer] <= MOST_VARIANTS
+
+
+def test_the_benchmark_of_the_host_counts_launches_and_models_their_time(found):
+    row = found["benchmark"]
+    assert row["kernels"]["frozen"] == [2, 0]  # torch's kernels for y and dx; none of Triton's
+    for name, launches in row["kernels"].items():  # torch's and Triton's cost the same
+        driver = row["seconds"]["modeled"][name] - row["seconds"]["both"][name]
+        assert driver == pytest.approx(3e-6 * sum(launches), abs=1e-7)
+    targets = [(target["quantity"], target["ratio"]) for target in row["targets"]]
+    assert targets == [("modeled", "fastlora/peft")]

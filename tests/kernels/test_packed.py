@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BF16, F16, F32, draw_seeds, poisoned, random
+from kernel_cases import BF16, F16, F32, draw_seeds, dtypes, poisoned, random
 from marks import DEVICE, pairwise
 from packed import by_elements, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
@@ -60,7 +60,7 @@ def assert_same(one: torch.Tensor, two: torch.Tensor, size: torch.Tensor) -> Non
     assert ((one.double() - two.double()).abs() <= torch.finfo(one.dtype).eps * size).all()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@dtypes
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_dense_weight_is_the_formats_bit_for_bit(name, dtype):
     """Also equal to the format's definition: a product in float32, rounded once."""

@@ -2,17 +2,8 @@
 
 import pytest
 import torch
-from kernel_cases import (
-    BF16,
-    F16,
-    F32,
-    check_thin,
-    draw_seeds,
-    keep_masks,
-    processors,
-    random,
-    recorded,
-)
+from judge import assert_close
+from kernel_cases import BF16, F16, F32, draw_seeds, keep_masks, processors, random, recorded
 from marks import pairwise
 
 from fastlora.kernels.project import ProjectConfig, project
@@ -31,8 +22,13 @@ def check(x, adapters, p=0.0, seeds=None, config=None):
     """Check every product against float64 and return all."""
     factors = FACTORS[: len(adapters)]
     found = run(x, adapters, factors, dropout=p, seeds=seeds, config=config)
-    assert all(value.is_contiguous() for value in found)
-    check_thin(found, x, adapters, factors, keep_masks(seeds, x.shape, p, len(adapters)), x.dtype)
+    masks = keep_masks(seeds, x.shape, p, len(adapters))
+    for value, a, factor, mask in zip(found, adapters, factors, masks, strict=True):
+        assert value.is_contiguous()
+        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
+        truth = factor * (kept.double() @ a.double())
+        size = abs(factor) * (kept.double().abs() @ a.double().abs())
+        assert_close(f"of rank {a.shape[1]}", value, truth, factor * (kept @ a), size, x.dtype)
     return found
 
 

@@ -3,7 +3,7 @@
 import judge
 import pytest
 import torch
-from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, counted_launches, random
+from kernel_cases import BF16, DEVICE, F32, counted_launches, dtypes, random
 from torch import Tensor
 
 import fastlora
@@ -15,7 +15,6 @@ from fastlora.kernels.row_loss import row_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=DTYPE_IDS.get)
 SETTINGS = {
     "plain": LossSettings(), "smoothing": LossSettings(0.1), "only-smoothing": LossSettings(1.0),
     "softcap": LossSettings(softcap=3.0), "wide-softcap": LossSettings(softcap=1000.0),

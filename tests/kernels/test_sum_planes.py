@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BF16, DEVICE, F16, F32, poisoned
+from kernel_cases import BF16, DEVICE, F16, F32, dtypes, poisoned
 
 from fastlora.kernels.sum_planes import sum_planes
 
@@ -11,13 +11,16 @@ def planes(*shape):
     return torch.randn(*shape).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@dtypes
 @pytest.mark.parametrize("size", [1, 7, 1023, 1024, 1025, 3000])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_sum(count, size, dtype):
-    parts, out = planes(count, size), poisoned(size, dtype=dtype)
-    sum_planes([parts], [out])
-    torch.testing.assert_close(out, parts.double().sum(0).to(dtype))
+    """Nothing is written around it."""
+    parts, memory = planes(count, size), poisoned(size + 200, dtype=dtype)
+    sum_planes([parts], [memory[100:-100]])
+    torch.testing.assert_close(memory[100:-100], parts.double().sum(0).to(dtype))
+    assert memory[:100].isnan().all()
+    assert memory[-100:].isnan().all()
 
 
 def test_several_of_different_sizes_and_dtypes_in_one_launch():
@@ -53,11 +56,3 @@ def test_every_number_is_rounded_to_nearest(dtype):
     numbers[0, :4] = torch.tensor([0.0, 1e-40, torch.inf, -torch.inf])
     sum_planes([numbers], [out])
     torch.testing.assert_close(out, numbers[0].to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def test_nothing_is_written_around_it():
-    memory = poisoned(3000)
-    sum_planes([planes(2, 1030)], [memory[100:1130]])
-    assert memory[100:1130].isfinite().all()
-    assert memory[:100].isnan().all()
-    assert memory[1130:].isnan().all()

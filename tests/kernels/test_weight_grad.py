@@ -112,25 +112,6 @@ def test_any_shape_with_low_rank(m, n, p, ranks):
 
 @pairwise(
     {
-        "m": [65, 96, 100],
-        "orientation": ["d_lora_a", "d_lora_b"],
-        "dtype": {"f32": F32, "bf16": BF16},
-    }
-)
-def test_split_over_rows(m, orientation, dtype):
-    """The device decides whether planes are summed afterwards; the numbers agree."""
-    v, us, seeds = random(m, 40), [random(m, 3), random(m, 4), random(m, 1)], draw_seeds(3)
-    found = []
-    for count in (1, 10**4):
-        with processors(count), recorded() as records:
-            found.append(check(v, us, dtype, orientation, 0.4, seeds, SMALL))
-        assert len(records) == (1 if count == 1 else 2)
-    for whole, split in zip(*found, strict=True):
-        torch.testing.assert_close(whole, split)
-
-
-@pairwise(
-    {
         "m,dtype,adapter_dtype": {
             "m65-f32": (65, F32, F32),
             "m96-bf16-f32": (96, BF16, F32),

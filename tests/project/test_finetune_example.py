@@ -28,9 +28,8 @@ def inputs(tmp_path_factory):
     for package in ("accelerate", "matplotlib", "peft", "tqdm"):
         pytest.importorskip(package, reason=f"the example uses {package}")
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(folder)
+    model = save_tiny_model(folder)
     (folder / "text.txt").write_text(TEXT)
-    model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     return ["--model", model, "--data", folder / "text.txt", *FAST]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_kernel import __main__ as hub_kernel
 from marks import DEVICE
-from process import run_python
+from process import run_forked, run_python
 
 CARD = (hub_kernel.PACKAGE / "CARD.md").read_text()
 EXAMPLE = re.findall(r"^```python\n(.*?)^```", CARD, re.M | re.S)[-1]
@@ -46,20 +46,22 @@ def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
         hub_kernel.write(folder)
 
 
-@pytest.mark.parametrize("file", ["__init__.py", OLD])
-def test_a_build_offers_its_layers_by_either_file(file, folder):
+def test_a_build_offers_its_layers_by_either_file(folder):
     """Old clients import the folder in a build; each has the launchers and the layers."""
     code = """if True:
         import sys
         from importlib.util import module_from_spec, spec_from_file_location
-        spec = spec_from_file_location("_some_hash", sys.argv[1])
-        module = sys.modules["_some_hash"] = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert module.__all__ == ["launchers", "layers"]
-        assert module.launchers.project.__name__ == "project"
-        print(module.layers.LoRALinear.__name__)"""
-    path = folder / "build" / "torch-cuda" / file
-    assert run_python("-c", code, path, TRITON_INTERPRET="1") == "LoRALinear"
+        for number, path in enumerate(sys.argv[1:]):
+            name = f"_hash_{number}"
+            spec = spec_from_file_location(name, path)
+            module = sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            assert module.__all__ == ["launchers", "layers"]
+            assert module.launchers.project.__name__ == "project"
+            print(module.layers.LoRALinear.__name__)"""
+    paths = [folder / "build" / "torch-cuda" / file for file in ("__init__.py", OLD)]
+    printed = run_forked(code, *paths, TRITON_INTERPRET="1")
+    assert printed.split() == ["LoRALinear"] * 2
 
 
 def test_the_package_s_own_tests_pass(folder, monkeypatch):

@@ -18,9 +18,9 @@ import pytest
 import torch
 import transformers
 from models import randomize
+from pages import save_tiny_model
 from process import run_python
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fastlora
 
@@ -44,26 +44,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a Llama of two layers, its tokenizer, and a chat template."""
     folder = tmp_path_factory.mktemp("tiny")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pairs.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    sizes = {"vocab_size": 400, "initial_alphabet": alphabet, "special_tokens": special}
-    pairs.train_from_iterator([TEXT], trainers.BpeTrainer(**sizes, show_progress=False))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=pairs, eos_token=special[2], pad_token=special[0]
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=len(tokenizer), bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    model = save_tiny_model(folder)
+    (model / "chat_template.jinja").write_text(CHATML)
+    return model
 
 
 @pytest.fixture

@@ -16,9 +16,6 @@ from fastlora.version import __version__
 
 ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
-IMPORT = (
-    "import warnings; warnings.simplefilter('error'); import fastlora; print(fastlora.__file__)"
-)
 
 
 def notes(tag: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,6 @@
 """A stand-in for a GPU that launches nothing: Triton's real host side, for CPU tensors.
 
-    import cuda_standin  # before Triton is imported: it unsets TRITON_INTERPRET
+    import cuda_standin  # before Triton is imported: it sets TRITON_INTERPRET=0
     cuda_standin.install()
 
 After that, the package's kernels accept CPU tensors as if they were on an H100 (sm_90).  The host
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 # Triton reads both when it is imported.  The second is Triton's default, set explicitly.
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_INTERPRET"] = "0"  # "0", because marks.py would set it
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _SOURCE = Path(__file__).with_suffix(".c")

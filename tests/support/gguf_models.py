@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from trainer_runs import VOCABULARY, write_gguf
+from trainer_runs import VOCABULARY
 
 WIDTH, INNER = 64, 96
 
@@ -13,6 +13,8 @@ def write_model(folder: Path, arch: str, kind: str = "Q8_0") -> None:
 
     Its linear layers are quantized, but for the head.
     """
+    import gguf
+
     torch.manual_seed(1)
     sizes = {
         "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": INNER,
@@ -32,9 +34,15 @@ def write_model(folder: Path, arch: str, kind: str = "Q8_0") -> None:
         whole["token_embd_norm"] = (WIDTH,)
     else:
         whole |= {"output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH)}
-    tensors = {}
+    writer = gguf.GGUFWriter(folder / "model.gguf", arch)
+    for name, size in sizes.items():
+        getattr(writer, f"add_{name}")(size)
     blocks = {f"blk.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
     for name, shape in (whole | blocks).items():
-        own = kind if len(shape) == 2 and name in blocks else "F32"
-        tensors[f"{name}.weight"] = torch.randn(shape) * 0.1 + ("norm" in name), own
-    write_gguf(folder / "model.gguf", arch, sizes, tensors)
+        own = gguf.GGMLQuantizationType[kind if len(shape) == 2 and name in blocks else "F32"]
+        tensor = torch.randn(shape) * 0.1 + ("norm" in name)
+        packed = gguf.quantize(tensor.numpy(), own)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=own)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()

@@ -8,24 +8,16 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import cuda_standin
 import torch
-from judge import LAYOUTS
-from packed import random_float8, random_four_bit, random_int8
+from random_calls import Case
 from torch import Tensor
 
-from fastlora.call.projection import Adapter, Base, Output, flatten, layouts_of
-
-RANDOM_LAYERS = 30
-_ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)
-_FEATURES = (1, 8, 24, 40, 100, 257, 640, 1000, 1024, 2048, 4096)
-_RANKS = (1, 3, 8, 8, 16, 16, 16, 20, 64, 96, 200)
+RANDOM_LAYERS = 36
 # Row counts of a training run: powers of two, their neighbors, and values between them.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
@@ -269,30 +261,44 @@ def experts() -> dict:
 
 
 def replays() -> dict:
-    """The number of launches compared over random layers, and the differences in their replays."""
+    """The number of launches compared over random layers, and the differences in their replays.
+
+    Each second layer is large and aligned.  Of each four, two may have packed weights.
+    """
     import fastlora
 
     compared, differences = 0, []
-    layers = [random_layer(seed) for seed in range(RANDOM_LAYERS)]
-    for seed, layer in enumerate(layers + packed_layers()):
-        plan = ("IN_PLACE", "FUSED", None)[seed % 3] if seed < RANDOM_LAYERS else None
-
+    for seed in range(RANDOM_LAYERS):
+        fixed: dict[str, Any] = {"kind": "layer"}
+        if seed % 2:
+            fixed |= {"M": 200, "K": 512, "N": 640, "adapter_dtype": torch.float32}
+        if seed % 4 > 1:
+            fixed |= {"format": ("nf4", "int8", "float8")[seed % 3]}
+        case = Case(1, seed, "triton", **fixed)
+        made = case.make(case)
+        dys = [case.rows(width, case.dtype) for width in made.widths]
+        leaves = [tensor for tensor in case.leaves.values() if tensor.requires_grad]
         torch.set_float32_matmul_precision(("highest", "high")[seed % 2])
-        leaves = [tensor for tensor in layer.tensors if tensor.requires_grad]
 
-        def call(layer=layer, plan=plan, leaves=leaves) -> list[Tensor]:
+        def call(case=case, made=made, dys=dys, leaves=leaves) -> list[Tensor]:
             torch.manual_seed(1)
-            with by_plan(plan):
-                ys = fastlora.lora_linears(
-                    layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
-                )
-                gradients = torch.autograd.grad(ys, leaves, layer.dys) if leaves else []
-            return [*layer.dys, *layer.tensors, *ys, *gradients]
+            with by_plan(case.plan), fastlora.use_backend("triton"):
+                ys = made.run()
+                gradients = torch.autograd.grad(ys, leaves, dys) if leaves else []
+            return [*dys, *case.given, *ys, *gradients]
 
         count, _, found = both_ways(call)
         compared += count
-        differences += [f"seed {seed}, {plan}: {each}" for each in found]
+        differences += [f"seed {seed}, {case.words}: {each}" for each in found]
     return {"compared": compared, "differences": differences}
+
+
+def benchmark() -> dict:
+    """A row of ``make bench ARGS=host``."""
+    from benchmarks import cases, host
+
+    case = next(c for c in cases.host_cases() if c.dropout and c.id.startswith("layer-16"))
+    return host.measure(case, 0.0)
 
 
 def unloaded() -> list[str]:
@@ -312,77 +318,6 @@ def unloaded() -> list[str]:
     return gone
 
 
-@dataclass
-class RandomLayer:
-    """A layer with any layouts, ranks and dtypes, and any choice of trainable tensors."""
-
-    x: Tensor
-    outputs: list[Output[Tensor]]
-    dys: list[Tensor]
-    dropout: float
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.x, *flatten(self.outputs, layouts_of(self.outputs))]
-
-
-def random_layer(seed: int) -> RandomLayer:
-    """A layer of up to five outputs; some are frozen or have two adapters.  No tensor is filled.
-
-    x has dtype float16, bfloat16 or float32, and so has each adapter.
-    """
-    draw = Random(seed)
-    dtype = draw.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32))
-
-    def matrix(rows: int, columns: int, of: torch.dtype = dtype, dense: float = 0.5) -> Tensor:
-        layout = "dense" if draw.random() < dense else draw.choice(list(LAYOUTS))
-        return LAYOUTS[layout](lambda *shape: torch.empty(shape, dtype=of), rows, columns)
-
-    def adapter(N: int, K: int) -> Adapter[Tensor]:
-        pair = [matrix(r, K, of, dense=0.8), matrix(N, r, of, dense=0.8)]
-        return Adapter(*(each.requires_grad_(draw.random() < 0.9) for each in pair), 2.0)
-
-    def output(K: int) -> Output[Tensor]:
-        N, bias = draw.choice(_FEATURES), None
-        if draw.random() < 0.3:
-            bias = torch.empty(N, dtype=draw.choice((dtype, torch.float32)))
-            bias.requires_grad_(draw.random() < 0.3)
-        count = draw.choice((0, 1, 1, 1, 1, 1, 1, 2))
-        return Output(Base(matrix(N, K), bias), tuple(adapter(N, K) for _ in range(count)))
-
-    M, K, r = draw.choice(_ROWS), draw.choice(_FEATURES), draw.choice(_RANKS)
-    of = draw.choice((dtype, torch.float32, torch.float16))  # the adapters' dtype
-    x = matrix(M, K).requires_grad_(draw.random() < 0.8)
-    outputs = [output(K) for _ in range(draw.choice((1, 1, 1, 2, 3, 5)))]
-    dys = [matrix(M, len(each.base.weight)) for each in outputs]
-    return RandomLayer(x, outputs, dys, draw.choice((0.0, 0.1)))
-
-
-def packed_layers() -> list[RandomLayer]:
-    """Layers with packed weights.
-
-    Some are unpacked inside a product and some are made dense first.  There are single layers,
-    groups, and a format whose blocks cross rows.
-    """
-    layers = []
-    for make, widths in (
-        (lambda n, k: random_four_bit(n, k, nested=256), (256,)),
-        (lambda n, k: random_four_bit(n, k, block=128), (256, 64)),
-        (random_int8, (256, 64)),
-        (lambda n, k: random_float8(n, k, 128, 128, scale=torch.float32), (256,)),
-    ):
-        for rows, columns in ((16, 512), (200, 512), (16, 200)):
-            x = torch.empty(rows, columns, dtype=torch.bfloat16, requires_grad=True)
-            outputs = []
-            for width in widths:
-                shapes = (8, columns), (width, 8)
-                pair = [torch.empty(shape, requires_grad=True) for shape in shapes]
-                outputs.append(Output(Base(make(width, columns)), (Adapter(*pair, 2.0),)))
-            dys = [torch.empty(rows, width, dtype=x.dtype) for width in widths]
-            layers.append(RandomLayer(x, outputs, dys, 0.1 * (len(widths) > 1)))
-    return layers
-
-
 def main() -> None:
     reason = cuda_standin.why_not()
     if reason:
@@ -391,7 +326,7 @@ def main() -> None:
     cuda_standin.install()
     watch()
     # variants runs first, because it sees only kernels that aren't compiled yet; unloaded runs last
-    asked = (variants, standard_layers, experts, replays, unloaded)
+    asked = (variants, standard_layers, experts, replays, benchmark, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 

@@ -32,16 +32,6 @@ USUAL_DTYPES = {
     "bf16-f32": (torch.bfloat16, torch.float32),
     "f16-f32": (torch.float16, torch.float32),
 }
-# Each function cuts a matrix [rows, columns] from a larger tensor, which ``empty(*shape)`` makes.
-LAYOUTS = {
-    "dense": lambda empty, rows, columns: empty(rows, columns),
-    "transposed": lambda empty, rows, columns: empty(columns, rows).T,
-    "columns": lambda empty, rows, columns: empty(rows, columns + 24)[:, 5:-19],
-    "columns-at-16-bytes": lambda empty, rows, columns: empty(rows, columns + 32)[:, 16:-16],
-    "every-second-row": lambda empty, rows, columns: empty(2 * rows, columns)[::2],
-    "at-an-odd-address": lambda empty, rows, columns: empty(rows * columns + 3)[3:].view(rows, -1),
-    "expanded": lambda empty, rows, columns: empty(1, columns).expand(rows, columns),
-}
 
 
 def _make_layer(

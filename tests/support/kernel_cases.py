@@ -4,7 +4,7 @@ It also counts the bytes that a launch really loads and stores in Triton's inter
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from unittest import mock
@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from judge import assert_close
 from marks import DEVICE
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
@@ -23,12 +22,7 @@ from fastlora.kernels.launch import Launch, Work, intercept
 from fastlora.kernels.target import Target, target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-DTYPE_IDS = {F16: "f16", BF16: "bf16", F32: "f32"}
-dtypes = pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"),
-    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
-    ids=DTYPE_IDS.get,
-)
+dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 LAYOUTS = ["contiguous", "window", "column-major", "every-second-column", "every-second-row"]
 
 
@@ -60,23 +54,6 @@ def keep_masks(seeds: Tensor | None, shape: tuple[int, int], p: float, count: in
     if seeds is None:
         return [torch.ones(shape, dtype=torch.bool, device=DEVICE)] * count
     return [dropout_mask(seed, shape, p) for seed in seeds]
-
-
-def check_thin(
-    found: Sequence[Tensor],
-    x: Tensor,
-    adapters: Sequence[Tensor],
-    factors: Sequence[float],
-    masks: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """Compare every factor · (keep ∘ x) a with float64; ``dtype``: of one rounding of x."""
-    operands = zip(found, adapters, factors, masks, strict=True)
-    for i, (value, a, factor, mask) in enumerate(operands):
-        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
-        truth = factor * (kept.double() @ a.double())
-        size = abs(factor) * (kept.double().abs() @ a.double().abs())
-        assert_close(f"product {i}", value, truth, factor * (kept @ a), size, dtype)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path) -> Path:
     """A tiny model in this folder, under the name of the model on the Hub that pages load.
 
     It needs no test package, because the release check calls it in an environment without them.
@@ -77,6 +77,7 @@ def save_tiny_model(folder: Path) -> None:
     name = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     tokenizer.save_pretrained(name)
     LlamaForCausalLM(config).save_pretrained(name)
+    return name
 
 
 def report_of(page: str, kind: str) -> dict:

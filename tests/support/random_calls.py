@@ -17,7 +17,6 @@ from unittest import mock
 import oracles
 import packed
 import torch
-from judge import LAYOUTS as USUAL_LAYOUTS
 from judge import assert_close
 from marks import DEVICE
 from torch import Tensor
@@ -42,8 +41,15 @@ _PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
 _EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
-# The usual layouts, which a launch must distinguish, and rarer ones.
-LAYOUTS = USUAL_LAYOUTS | {
+# Each function cuts a matrix [rows, columns] from a larger tensor, which ``empty(*shape)`` makes.
+LAYOUTS = {
+    "dense": lambda empty, rows, columns: empty(rows, columns),
+    "transposed": lambda empty, rows, columns: empty(columns, rows).T,
+    "columns": lambda empty, rows, columns: empty(rows, columns + 24)[:, 5:-19],
+    "columns-at-16-bytes": lambda empty, rows, columns: empty(rows, columns + 32)[:, 16:-16],
+    "every-second-row": lambda empty, rows, columns: empty(2 * rows, columns)[::2],
+    "at-an-odd-address": lambda empty, rows, columns: empty(rows * columns + 3)[3:].view(rows, -1),
+    "expanded": lambda empty, rows, columns: empty(1, columns).expand(rows, columns),
     "every-second-column": lambda empty, rows, columns: empty(rows, 2 * columns)[:, ::2],
     "expanded-columns": lambda empty, rows, columns: empty(rows, 1).expand(rows, columns),
     "one-number": lambda empty, rows, columns: empty(1, 1).expand(rows, columns),
@@ -86,8 +92,9 @@ class Case:
     """The properties of a call that are drawn before its tensors; ``words`` describes them.
 
     ``fixed`` replaces drawn properties: kind, dtype, adapter_dtype, world, p, format, K, M, wide,
-    small, node, plan.  *World* is the mode or transform around the call, such as autocast.  The
-    entry ``alone`` is a prefix: only tensors whose names begin with it require gradients.
+    small, node, plan, and a layer's N.  *World* is the mode or transform around the call, such as
+    autocast.  The entry ``alone`` is a prefix: only tensors whose names begin with it require
+    gradients.
     """
 
     def __init__(self, seed: int, index: int, backend: str, **fixed: object) -> None:
@@ -114,7 +121,7 @@ class Case:
         self.format = of("format", pick(list(FORMATS)) if packs else "")
         unit = FORMATS[self.format][0] if self.format else 1
         self.K, self.inner = (unit * max(1, self.size() // unit) for _ in range(2))
-        self.K = of("K", self.K)
+        self.K, self.N = of("K", self.K), of("N")
         self.M = of("M", pick((0, 1, 1, *[self.size() for _ in range(8)])))
         self.lead = self._lead()
         # wide: run as on a CPU with slow 16-bit products.  small: small blocks of rows.  node: use
@@ -269,7 +276,8 @@ def _layer(case: Case) -> Made:
     """One output or a group; outputs may be frozen or have several adapters."""
     outputs = []
     for i in range(case.pick((1, 1, 1, 2, 3, 5))):
-        outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
+        n = case.N or case.size()
+        outputs.append(case.output(i, n, case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
     x = case.rows(case.K, case.dtype, case.size_of_x(range(len(outputs))))
     case.leaf("x", x)
 

@@ -116,21 +116,3 @@ def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[st
         trainer.save_model(f"{folder}/{rank}")
     dist.barrier()
     return result(trainer), os.path.exists(f"{folder}/{rank}")
-
-
-def write_gguf(file: Path, arch: str, sizes: dict[str, Any], tensors: dict[str, tuple]) -> None:
-    """Write a GGUF file.
-
-    ``sizes`` has gguf's names.  ``tensors`` has for each name (the tensor, its quantization).
-    """
-    import gguf
-
-    writer = gguf.GGUFWriter(file, arch)
-    for name, size in sizes.items():
-        getattr(writer, f"add_{name}")(size)
-    for name, (tensor, kind) in tensors.items():
-        kind = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    for part in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
