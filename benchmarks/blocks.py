@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlora
 
 from .cases import PACKS, Case
-from .contestants import Contestant, Maker, Tensors, lora_config
+from .contestants import Contestant, Maker, Tensors, lora_config, with_adapters
 
 _VOCABULARY = 21760  # Qwen3's vocabulary, scaled from its 28 layers to 4
 TARGETS = {
@@ -174,7 +174,7 @@ def _injected(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     if case.kind in PACKS:
         fastlora.pack(module, case.kind, modules=["experts"])
     config = lora_config(case, dropout, **TARGETS[case.block])
-    contestant = _training(fastlora.get_peft_model(module, config).base_model.model)
+    contestant = _training(with_adapters(module, config))
     theirs = _adapted(case, tensors, dropout).adapter
     for own, parameter in zip(contestant.adapter, theirs, strict=True):
         own.data.copy_(parameter)

@@ -141,10 +141,11 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
 def injected_layer(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """A layer after :func:`fastlora.get_peft_model`."""
     config = lora_config(case, dropout, target_modules=r"layers\.\d+")
-    model = fastlora.get_peft_model(base_group(case, tensors), config).base_model.model
-    (layer,) = model.train().layers
-    contestant, (pair, *_) = Contestant(layer), tensors.adapters[case.adapter_dtype]
-    for own, shared in zip(contestant.adapter, pair, strict=True):
+    (layer,) = with_adapters(base_group(case, tensors), config).train().layers
+    contestant = Contestant(layer)
+    for own, shared in zip(
+        contestant.adapter, tensors.adapters[case.adapter_dtype][0], strict=True
+    ):
         own.data = shared.data
     return contestant
 
@@ -153,6 +154,15 @@ def lora_config(case: Case, dropout: float, **settings: Any) -> Any:
     import peft
 
     return peft.LoraConfig(r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, **settings)
+
+
+def with_adapters(model: nn.Module, config: Any) -> nn.Module:
+    """The model with fastlora's adapters, by the function that its version has for that."""
+    if hasattr(fastlora, "get_peft_model"):
+        return fastlora.get_peft_model(model, config).base_model.model
+    names = "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"
+    settings = {name: getattr(config, name) for name in names}
+    return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
 
 
 def base_group(case: Case, tensors: Tensors) -> Group:

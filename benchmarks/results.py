@@ -4,7 +4,9 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import fastlora
 from fastlora.doctor.machine import processor_flags, processor_name, version_of
 
 FOLDER = Path(__file__).parent / "results"
+_ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+_SMI = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -29,6 +33,9 @@ def describe_machine(device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(_SMI, capture_output=True, text=True, timeout=20)
+            machine["smi"] = done.stdout.strip()
         gpu = torch.cuda.get_device_name(device)
         machine |= {"device": _slug(gpu), "gpu": gpu, "cuda": torch.version.cuda}
     return machine

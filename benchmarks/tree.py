@@ -33,8 +33,10 @@ class _Tree(MetaPathFinder):
     def __init__(self, root: Path) -> None:
         self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
         self.folders["benchmarks"] = BENCHMARKS
-        # One clock times all trees.
+        # One clock times all trees, and older trees don't have it.
         self.folders["fastlora.common.clock"] = ROOT / "fastlora" / "common" / "clock.py"
+        if not (root / "fastlora" / "common").exists():
+            self.folders["fastlora.common"] = ROOT / "fastlora" / "common"
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None
