@@ -182,11 +182,14 @@ def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tupl
     return widened(source, buffer)
 
 
-def _comes_in_blocks(weight: Tensor | Quantized, x: Tensor) -> bool:
-    """Whether a product with x goes block by block: on a CPU, to unpack or widen the weight."""
-    if isinstance(weight, Quantized):
-        return x.is_cpu and weight.format.by_rows
-    return x.is_cpu and weight.dtype != x.dtype
+def _whole(weight: Tensor | Quantized, x: Tensor) -> Tensor | None:
+    """The weight as one matrix for a product with x.
+
+    None: on a CPU, the product unpacks or widens the weight a block of rows at a time.
+    """
+    if isinstance(weight, Tensor):
+        return weight if weight.dtype == x.dtype or not x.is_cpu else None
+    return None if x.is_cpu and weight.format.by_rows else weight.dense(x.dtype)
 
 
 def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
@@ -195,16 +198,15 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by block
     if the format can.
     """
-    weight, bias = base.weight, cast(base.bias, x.dtype)
-    if _comes_in_blocks(weight, x):
-        y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
-        for rows, weight_block in weight_rows(weight, x.dtype):
-            _write_linear(y[:, rows], x, weight_block, None if bias is None else bias[rows])
-            del weight_block  # free this unpacked block before the next one is unpacked
-        return y
-    if isinstance(weight, Quantized):
-        weight = weight.dense(x.dtype)
-    return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
+    weight, bias = base.weight, None if base.bias is None else base.bias.to(x.dtype)
+    whole = _whole(weight, x)
+    if whole is not None:
+        return linear(x, whole, bias) if into is None else _write_linear(into, x, whole, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
+    for rows, weight_block in weight_rows(weight, x.dtype):
+        _write_linear(y[:, rows], x, weight_block, None if bias is None else bias[rows])
+        del weight_block  # free this unpacked block before the next one is unpacked
+    return y
 
 
 def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,9 +217,9 @@ def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
     """dx = beta · dx + dy weight, in the dtype of dx, in place."""
-    if not _comes_in_blocks(weight, dx):
-        dense = weight.dense(dx.dtype) if isinstance(weight, Quantized) else weight
-        torch.addmm(dx, dy, dense, beta=beta, out=dx)
+    whole = _whole(weight, dx)
+    if whole is not None:
+        torch.addmm(dx, dy, whole, beta=beta, out=dx)
     elif dx.dtype in HALF_DTYPES:
         _add_rounding_once(dx, dy, weight, beta)
     else:

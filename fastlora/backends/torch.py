@@ -17,7 +17,7 @@ parts with one adapter each add to its results.  A part's rows are a view of x i
 contiguous; otherwise they are copies that live until the next part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -83,12 +83,11 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         thin, masks = per_adapter(hs, outputs), _masks(x.shape, outputs, seeds, call.dropout)
         parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
         return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
-    gradients: list[Tensor | None] = [None] * len(tensors)
+    gradients: list[Any] = [None] * len(tensors)
     are_many, last = rows.shares_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
-    stacks = [() if gradient is None else gradient.unbind() for gradient in gradients]
     # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
     places: Sequence[int] = range(len(tensors))
     numbers = unflatten(places, call.layouts)
@@ -112,7 +111,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
             if gradient is not None and are_many:
                 gradients[place] = _widened(gradient, tensors[place])
             elif gradient is not None:
-                stacks[place][part.share.segment].copy_(gradient)
+                gradients[place][part.share.segment].copy_(gradient)
     if dx is not None:
         dx[last:].zero_()
     return [dx, *gradients]
@@ -165,25 +164,23 @@ class _Part(NamedTuple):
 
 def _parts(
     x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
-) -> Iterator[_Part]:
-    """Yield the parts that have rows, and before them the part of a shared base."""
+) -> Iterable[_Part]:
+    """The parts that have rows, and before them the part of a shared base.
+
+    Experts are a part each, and all rows share one dropout mask.
+    """
     rows = call.rows
     assert rows is not None
     if rows.shares_base:
         return _many_adapters(x, outputs, seeds, rows)
-    return _experts(x, outputs, seeds, rows, call.dropout)
-
-
-def _experts(
-    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows, p: float
-) -> Iterator[_Part]:
-    """A part for each expert.  All rows share one dropout mask."""
-    of_each = list(zip(*map(_apart, outputs), strict=True))
-    masks = whole = _masks((rows.first + len(x), x.shape[1]), outputs, seeds, p)
+    of_each, first = list(zip(*map(_apart, outputs), strict=True)), rows.first
+    masks = _masks((first + len(x), x.shape[1]), outputs, seeds, call.dropout)
+    parts = []
     for share in rows.shares_of(len(x)) if len(x) else ():
-        if seeds is not None:
-            masks = from_row(whole, rows.first + share.place.start)
-        yield _Part(of_each[share.segment], masks, share.place, share.place, share)
+        place = share.place
+        own_masks = masks if seeds is None else from_row(masks, first + place.start)
+        parts.append(_Part(of_each[share.segment], own_masks, place, place, share))
+    return parts
 
 
 def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
