@@ -27,6 +27,11 @@ class Part(NamedTuple):
     rows: slice  # of the S sorted rows
     segments: Rows  # the same rows, cut by expert; ends count from the part's first row
 
+    def on_host(self) -> "Part":
+        """The part with the ends of its segments read, once for all products."""
+        shares = self.segments.shares_of(self.rows.stop - self.rows.start)
+        return self._replace(segments=self.segments._replace(shares=shares))
+
 
 class Routing(NamedTuple):
     """The sorted rows of a mixture; the module's docstring has an example.
@@ -37,10 +42,6 @@ class Routing(NamedTuple):
     order: Tensor  # int64 [S], a permutation
     ends: Tensor  # int32 [E], as in Rows
     k: int  # experts for each token
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.ends)
 
     @property
     def tokens(self) -> Tensor:
@@ -58,26 +59,26 @@ class Routing(NamedTuple):
         """The routing weights of a part's rows, [rows, 1], from the tokens' ``weights`` [T, k]."""
         return weights.reshape(-1)[self.order[part.rows]].unsqueeze(1)
 
-    def whole(self) -> list[Part]:
-        """All experts at once."""
-        experts, rows = len(self.ends), len(self.order)
-        return [Part(slice(0, experts), slice(0, rows), Rows(self.ends))]
-
-    def parts(self, most: int) -> list[Part]:
+    def parts(self, most: int | None) -> list[Part]:
         """All experts, in parts of at most ``most`` rows; an expert with more rows is one part.
 
-        The ends are read on the host.  Rows of no expert are in a part only if there is one part
-        with all S rows.
+        None: all experts at once, without reading the ends on the host.  Rows of no expert are in a
+        part only if there is one part with all S rows.
         """
+        whole = Part(slice(0, len(self.ends)), slice(0, len(self.order)), Rows(self.ends))
+        if most is None:
+            return [whole]
+        parts, first, start = [], 0, 0
         if len(self.order) <= most or len(self.ends) == 1:
-            return self.whole()
-        ends, parts, first, start = self.ends.tolist(), [], 0, 0
-        for e, end in enumerate(ends, 1):
-            if e == len(ends) or ends[e] - start > most:
-                segments = Rows(self.ends[first:e] - start, first=start)
-                parts.append(Part(slice(first, e), slice(start, end), segments))
-                first, start = e, end
-        return parts
+            parts = [whole]
+        else:
+            ends = self.ends.tolist()
+            for e, end in enumerate(ends, 1):
+                if e == len(ends) or ends[e] - start > most:
+                    segments = Rows(self.ends[first:e] - start, first=start)
+                    parts.append(Part(slice(first, e), slice(start, end), segments))
+                    first, start = e, end
+        return [part.on_host() for part in parts]
 
     def sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The sum of each token's rows, times ``weights`` [T, k] if given: [S, N] -> [T, N].
