@@ -90,7 +90,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
     # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
     places: Sequence[int] = range(len(tensors))
-    numbers = unflatten(places, call.layouts)
+    numbers = unflatten(places, call.layouts) if are_many else []
     wants: Sequence[Output] = wanted
     is_read = reads_x(wants)
     for part in _parts(x, outputs, seeds, call):
@@ -152,14 +152,11 @@ class _Part(NamedTuple):
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """For each output, the part's rows of the h of each adapter."""
-        left = iter(hs)
-        return [
-            [
-                None if h is None else h[self.place, : adapter.lora_a.shape[0]]
-                for adapter, h in zip(output.adapters, left, strict=False)
-            ]
-            for output in self.outputs
-        ]
+        left, thin = iter(hs), list[list[Tensor | None]]()
+        for output in self.outputs:
+            pairs = zip(output.adapters, left, strict=False)
+            thin.append([h if h is None else h[self.place, : len(a.lora_a)] for a, h in pairs])
+        return thin
 
 
 def _parts(
