@@ -32,7 +32,6 @@ from .products import (
     Scratch,
     add_dy_weight,
     add_product,
-    are_wide,
     base_linear,
     h_dtype,
     product,
@@ -140,7 +139,7 @@ def backward_rows(
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
         parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]
-    if are_wide(x):
+    if x.shape[0] and h_dtype(x.dtype, x.device) != x.dtype:
         return _wide_backward(x, parts, dx, beta)
     gradients: list[Output[Tensor | None]] = []
     # The order: dx = mask ∘ (dh lora_a) first, then dx += dy weight.  So the mask is applied in dx
