@@ -50,13 +50,14 @@ def forward_rows(
     outputs: Sequence[Output[Tensor]],
     masks: Masks,
     into: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter.
 
     With ``into``, each y is written to its tensor there: y = base + low rank.  An output without a
-    base, only with ``into``: y += low rank.
+    base, only with ``into``: y += low rank.  ``dtype``: of h, if the caller knows it (``h_dtype``).
     """
-    dtype = h_dtype(x.dtype, x.device)
+    dtype = dtype or h_dtype(x.dtype, x.device)
     # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
     if x.shape[0] > 1 and dtype != x.dtype:
         return _wide_forward(x, outputs, masks, into)
@@ -128,18 +129,19 @@ def backward_rows(
     parts: Sequence[OutputBackward],
     dx: Tensor | None,
     beta: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Output[Tensor | None]]:
     """The gradients of each output's tensors; and dx = beta · dx + the part of each output.
 
     dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites dx without reading it.
-    Without ``beta``: 1 if the outputs have no base, else 0.
+    Without ``beta``: 1 if the outputs have no base, else 0.  ``dtype``: as in the forward.
     """
     if beta is None:
         beta = 1.0 if parts[0].output.base.weight is None else 0.0
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
         parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]
-    if x.shape[0] and h_dtype(x.dtype, x.device) != x.dtype:
+    if x.shape[0] and (dtype or h_dtype(x.dtype, x.device)) != x.dtype:
         return _wide_backward(x, parts, dx, beta)
     gradients: list[Output[Tensor | None]] = []
     # The order: dx = mask ∘ (dh lora_a) first, then dx += dy weight.  So the mask is applied in dx

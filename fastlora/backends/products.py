@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ..formats.format import Quantized
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
 
+_LINEAR = torch.ops.aten.linear.out  # linear(x, weight, bias), written to ``out``
 _FLAGS = {  # names of torch's functions that report oneDNN's 16-bit products
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
@@ -180,13 +182,13 @@ def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tupl
     return widened(source, buffer)
 
 
-def _whole(weight: Tensor | Quantized, x: Tensor) -> Tensor | None:
-    """The weight as one matrix for a product with x.
+def _unpacked(weight: Any, x: Tensor) -> Tensor | None:
+    """A weight that isn't in x's dtype, as one matrix for a product with x.
 
     None: on a CPU, the product unpacks or widens the weight a block of rows at a time.
     """
     if isinstance(weight, Tensor):
-        return weight if weight.dtype == x.dtype or not x.is_cpu else None
+        return None if x.is_cpu else weight
     return None if x.is_cpu and weight.format.by_rows else weight.dense(x.dtype)
 
 
@@ -197,25 +199,21 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     if the format can.
     """
     weight, bias = base.weight, None if base.bias is None else base.bias.to(x.dtype)
-    whole = _whole(weight, x)
+    in_dtype = isinstance(weight, Tensor) and weight.dtype == x.dtype
+    whole = weight if in_dtype else _unpacked(weight, x)
     if whole is not None:
-        return linear(x, whole, bias) if into is None else _write_linear(into, x, whole, bias)
+        return linear(x, whole, bias) if into is None else _LINEAR(x, whole, bias, out=into)
     y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
     for rows, weight_block in weight_rows(weight, x.dtype):
-        _write_linear(y[:, rows], x, weight_block, None if bias is None else bias[rows])
+        _LINEAR(x, weight_block, None if bias is None else bias[rows], out=y[:, rows])
         del weight_block  # free this unpacked block before the next one is unpacked
     return y
 
 
-def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.T, out=y)
-    return torch.addmm(bias, x, weight.T, out=y)
-
-
-def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
+def add_dy_weight(dx: Tensor, dy: Tensor, weight: Any, beta: float) -> None:
     """dx = beta · dx + dy weight, in the dtype of dx, in place."""
-    whole = _whole(weight, dx)
+    in_dtype = isinstance(weight, Tensor) and weight.dtype == dx.dtype
+    whole = weight if in_dtype else _unpacked(weight, dx)
     if whole is not None:
         torch.addmm(dx, dy, whole, beta=beta, out=dx)
     elif dx.dtype in HALF_DTYPES:

@@ -33,6 +33,7 @@ from .gated_products import gated as gated
 from .gated_products import gated_backward as gated_backward
 from .loss_of_rows import row_loss as row_loss
 from .products import h_dtype as h_dtype
+from .products import rows_of
 from .protocol import BackwardCall, Call
 
 HANDS_TO = ""  # no other backend, because this one covers every call
@@ -60,9 +61,8 @@ def forward(
     widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
     last = 0
-    for part in _parts(x, outputs, seeds, call):
-        x_rows, *into = part.take(x, *ys)
-        _, thin = forward_rows(x_rows, part.outputs, part.masks, into)
+    for part, x_rows, *into in _with_rows(_parts(x, outputs, seeds, call), rows, x, *ys):
+        _, thin = forward_rows(x_rows, part.outputs, part.masks, into, dtype)
         for h, of_part in zip(hs, thin, strict=False):
             h[part.place, : of_part.shape[1]] = of_part
         if part.rows is None:
@@ -74,9 +74,9 @@ def forward(
     return ys, hs
 
 
-def backward(given: BackwardCall) -> list[Tensor | None]:
+def backward(given_call: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None."""
-    dys, (x, *tensors), hs, needs, seeds, call = given
+    dys, (x, *tensors), hs, needs, seeds, call = given_call
     outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
@@ -84,27 +84,23 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
         return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
     gradients: list[Any] = [None] * len(tensors)
-    are_many, last = rows.shares_base, 0
+    are_many, last, parts = rows.shares_base, 0, _parts(x, outputs, seeds, call)
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
     # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
     places: Sequence[int] = range(len(tensors))
     numbers = unflatten(places, call.layouts) if are_many else []
-    wants: Sequence[Output] = wanted
-    is_read = reads_x(wants)
-    for part in _parts(x, outputs, seeds, call):
+    wants, dtype = wanted, h_dtype(x.dtype, x.device)
+    matrices = x if reads_x(wanted) else None, dx, *dys
+    for part, x_rows, dx_rows, *dy_rows in _with_rows(parts, rows, *matrices):
         if are_many:
             wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
-            is_read = reads_x(wants)
         last = max(last, part.place.stop)
-        if dx is None and not any(flatten(wants, call.layouts)):
-            continue
-        x_rows, dx_rows, *dy_rows = part.take(x if is_read else None, dx, *dys)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
-        parts = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
-        of_part = backward_rows(x_rows, parts, dx_rows)
+        given = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
+        of_part = backward_rows(x_rows, given, dx_rows, dtype=dtype)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
@@ -133,7 +129,7 @@ class _Part(NamedTuple):
     def take(self, *matrices: Tensor | None) -> list[Any]:
         """The part's rows of each matrix: a view if they are contiguous, else a copy."""
         if self.rows is not None:
-            return [None if matrix is None else matrix[self.rows] for matrix in matrices]
+            return [rows_of(matrix, self.rows) for matrix in matrices]
         share, items = self.share, self.items
         return [None if matrix is None else take(matrix, share, items) for matrix in matrices]
 
@@ -178,6 +174,18 @@ def _parts(
         own_masks = masks if seeds is None else from_row(masks, first + place.start)
         parts.append(_Part(of_each[share.segment], own_masks, place, place, share))
     return parts
+
+
+def _with_rows(
+    parts: Iterable[_Part], rows: Rows, *matrices: Tensor | None
+) -> Iterable[tuple[Any, ...]]:
+    """Each part with its rows of each matrix (:meth:`_Part.take`), taken when the part comes."""
+    if rows.shares_base:
+        return ((part, *part.take(*matrices)) for part in parts)
+    # The rows of experts follow each other, so one call of torch makes all views of a matrix.
+    sizes = [part.place.stop - part.place.start for part in parts]
+    cut = [repeat(None) if m is None else m[: sum(sizes)].split(sizes) for m in matrices]
+    return zip(parts, *cut, strict=False)
 
 
 def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
