@@ -61,7 +61,7 @@ def forward(
     widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
     last = 0
-    for part, x_rows, *into in _with_rows(_parts(x, outputs, seeds, call), rows, x, *ys):
+    for part, x_rows, *into in _parts(outputs, seeds, call, x, x, *ys):
         _, thin = forward_rows(x_rows, part.outputs, part.masks, into, dtype)
         for h, of_part in zip(hs, thin, strict=False):
             h[part.place, : of_part.shape[1]] = of_part
@@ -84,7 +84,7 @@ def backward(given_call: BackwardCall) -> list[Tensor | None]:
         parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
         return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
     gradients: list[Any] = [None] * len(tensors)
-    are_many, last, parts = rows.shares_base, 0, _parts(x, outputs, seeds, call)
+    are_many, last = rows.shares_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
@@ -93,7 +93,7 @@ def backward(given_call: BackwardCall) -> list[Tensor | None]:
     numbers = unflatten(places, call.layouts) if are_many else []
     wants, dtype = wanted, h_dtype(x.dtype, x.device)
     matrices = x if reads_x(wanted) else None, dx, *dys
-    for part, x_rows, dx_rows, *dy_rows in _with_rows(parts, rows, *matrices):
+    for part, x_rows, dx_rows, *dy_rows in _parts(outputs, seeds, call, x, *matrices):
         if are_many:
             wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
         last = max(last, part.place.stop)
@@ -156,34 +156,30 @@ class _Part(NamedTuple):
 
 
 def _parts(
-    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
-) -> Iterable[_Part]:
-    """The parts that have rows, and before them the part of a shared base.
+    outputs: Sequence[Output[Tensor]],
+    seeds: Tensor | None,
+    call: Call,
+    x: Tensor,
+    *matrices: Tensor | None,
+) -> Iterable[tuple[Any, ...]]:
+    """Each part that has rows, with its rows of each matrix (:meth:`_Part.take`).
 
-    Experts are a part each, and all rows share one dropout mask.
+    A shared base is the first part.  Experts are a part each, and share one dropout mask.
     """
     rows = call.rows
     assert rows is not None
     if rows.shares_base:
-        return _many_adapters(x, outputs, seeds, rows)
+        adapters = _many_adapters(x, outputs, seeds, rows)
+        return ((part, *part.take(*matrices)) for part in adapters)
     of_each, first = list(zip(*map(_apart, outputs), strict=True)), rows.first
     masks = _masks((first + len(x), x.shape[1]), outputs, seeds, call.dropout)
-    parts = []
+    parts, sizes = [], []
     for share in rows.shares_of(len(x)) if len(x) else ():
         place = share.place
         own_masks = masks if seeds is None else from_row(masks, first + place.start)
         parts.append(_Part(of_each[share.segment], own_masks, place, place, share))
-    return parts
-
-
-def _with_rows(
-    parts: Iterable[_Part], rows: Rows, *matrices: Tensor | None
-) -> Iterable[tuple[Any, ...]]:
-    """Each part with its rows of each matrix (:meth:`_Part.take`), taken when the part comes."""
-    if rows.shares_base:
-        return ((part, *part.take(*matrices)) for part in parts)
+        sizes.append(place.stop - place.start)
     # The rows of experts follow each other, so one call of torch makes all views of a matrix.
-    sizes = [part.place.stop - part.place.start for part in parts]
     cut = [repeat(None) if m is None else m[: sum(sizes)].split(sizes) for m in matrices]
     return zip(parts, *cut, strict=False)
 

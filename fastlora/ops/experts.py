@@ -42,7 +42,7 @@ from ..call.rows import Rows
 from ..common.row_blocks import block_of_rows, rows_at_a_time
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
 from .node import as_matrix, refuse_by_torch_only
-from .routing import Part, Routing, Sums, routing_of
+from .routing import Part, Routing, routing_of
 from .run import draw_seed, run_checked
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
@@ -218,16 +218,16 @@ class _Node(NamedTuple):
         A product without an adapter has no h.
         """
         x, weights, *_ = inputs
-        out, tokens = Sums(self.routing, self.parts, self.dtype), self.routing.tokens
-        results = []
+        tokens, results, out = self.routing.tokens, list[Tensor](), None
         for part in self.parts:
             # Freed after each part: x[tokens] [rows, K], product [rows, I] and y [rows, N].
             up, down = self.products(inputs, part)
             pre, hs = up.forward(x[tokens[part.rows]])
             y, down_hs = down.forward(as_matrix(self.activated(pre)))
-            out.add(y, part, weights)
+            out = self.routing.added(out, y, part, self.dtype, weights)
             results += [pre, *hs, *down_hs]
-        return out.sums, results
+        assert out is not None
+        return out.to(self.dtype), results
 
     def gradients(
         self,
@@ -238,23 +238,23 @@ class _Node(NamedTuple):
     ) -> list[Tensor | None]:
         """The gradients of ``inputs``; None for each input that needs none."""
         (x, weights, *_), routing = inputs, self.routing
-        needs_x, needs_weights, *_ = needs
+        needs_weights = needs[1]
         d_out, each = d_out.to(x.dtype), len(results) // len(self.parts)
-        dx, d_weights = Sums(routing, self.parts, x.dtype), weights.new_zeros(routing.order.shape)
+        dx, d_weights = None, weights.new_zeros(routing.order.shape)
         of_parts = []
         for i, part in enumerate(self.parts):
             of_part = results[i * each : (i + 1) * each]
             found = self._gradients_of_part(inputs, d_out, needs, part, of_part)
             d_rows, d_row_weights, *d_tensors = found
             if d_rows is not None:
-                dx.add(d_rows, part)
+                dx = routing.added(dx, d_rows, part, x.dtype)
             if d_row_weights is not None:  # each row writes to its own entry of [T, k]
                 d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
             of_parts.append(d_tensors)
         return [
-            dx.sums if needs_x else None,
+            None if dx is None else dx.to(x.dtype),
             d_weights.view(weights.shape) if needs_weights else None,
-            *map(_joined, zip(*of_parts, strict=True)),
+            *(map(_joined, zip(*of_parts, strict=True)) if len(of_parts) > 1 else of_parts[0]),
         ]
 
     def _gradients_of_part(
@@ -312,6 +312,5 @@ class _Node(NamedTuple):
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """The gradient of one stacked tensor, joined from the gradients of the parts."""
-    if len(gradients) == 1 or gradients[0] is None:
-        return gradients[0]
-    return torch.cat([gradient for gradient in gradients if gradient is not None])
+    parts = [gradient for gradient in gradients if gradient is not None]
+    return torch.cat(parts) if parts else None

@@ -10,7 +10,6 @@ next to each other.  With 3 experts and 2 tokens, k = 2:
     places  [[3, 0], [1, 2]]    the rows of each token: the inverse of order
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ class Part(NamedTuple):
     experts: slice  # of the stacked tensors
     rows: slice  # of the S sorted rows
     segments: Rows  # the same rows, cut by expert; ends count from the part's first row
+    is_whole: bool = False  # has all experts and all rows, also rows of no expert
 
     def on_host(self) -> "Part":
         """The part with the ends of its segments read, once for all products."""
@@ -65,7 +65,7 @@ class Routing(NamedTuple):
         None: all experts at once, without reading the ends on the host.  Rows of no expert are in a
         part only if there is one part with all S rows.
         """
-        whole = Part(slice(0, len(self.ends)), slice(0, len(self.order)), Rows(self.ends))
+        whole = Part(slice(0, len(self.ends)), slice(0, len(self.order)), Rows(self.ends), True)
         if most is None:
             return [whole]
         parts, first, start = [], 0, 0
@@ -99,39 +99,27 @@ class Routing(NamedTuple):
             chosen = chosen * weights.unsqueeze(-1)
         return chosen.sum(1, dtype=torch.promote_types(chosen.dtype, dtype)).to(dtype)
 
+    def added(
+        self,
+        total: Tensor | None,
+        rows: Tensor,
+        part: Part,
+        dtype: torch.dtype,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """total + :meth:`sums` of a part's rows.  ``rows`` and ``total`` may be overwritten.
 
-class Sums:
-    """As :meth:`Routing.sums`, for rows that arrive part by part."""
-
-    def __init__(self, routing: Routing, parts: Sequence[Part], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        # The number of parts matters also: one part may have all rows, and the others none.
-        self.is_whole = len(parts) == 1 and parts[0].rows == slice(0, len(routing.order))
-        self.routing = routing
-        self.total: Tensor | None = None
-
-    def add(self, rows: Tensor, part: Part, weights: Tensor | None = None) -> None:
-        """Add a part's rows.  ``rows`` may be overwritten.
-
-        Several parts are added in at least float32.
+        ``total`` is None for the first part.  Several parts are added in at least float32.
         """
-        routing = self.routing
-        if self.is_whole:
-            self.total = routing.sums(rows, weights, self.dtype)
-            return
+        if part.is_whole:
+            return self.sums(rows, weights, dtype)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
-            rows.mul_(routing.row_weights(weights, part))
-        if self.total is None:
-            self.total = rows.new_zeros(len(routing.order) // routing.k, rows.shape[1])
+            rows.mul_(self.row_weights(weights, part))
+        if total is None:
+            total = rows.new_zeros(len(self.order) // self.k, rows.shape[1])
         # Deterministic: parts come only on a CPU, where index_add_ adds row by row, in order.
-        self.total.index_add_(0, routing.tokens[part.rows], rows)
-
-    @property
-    def sums(self) -> Tensor:
-        """The result, [T, N]."""
-        assert self.total is not None
-        return self.total.to(self.dtype)
+        return total.index_add_(0, self.tokens[part.rows], rows)
 
 
 def routing_of(index: Tensor, experts: int) -> Routing:
