@@ -155,8 +155,9 @@ def backward_rows(
         for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
             beta = 1.0  # dx is written now, so all later terms add to it
-        need = wanted.base
-        base = base_gradients(dy, x, output.base, need) if any(need) else Base(None)
+        base = Base[Tensor | None](None)
+        if any(wanted.base):
+            base = base_gradients(dy, x, output.base, wanted.base)
         gradients.append(Output(base, tuple(adapters)))
     if dx is not None:
         _add_base_products(dx, parts, beta)

@@ -145,7 +145,7 @@ class Scratch(threading.local):
         last = self.matrices.get((use, dtype, False))
         if last is not None and last[1].shape == x.shape:  # as ``take``, without a call
             return last[1]
-        return self.take(use, *x.shape, dtype)
+        return self.take(use, x.shape[0], x.shape[1], dtype)
 
 
 SCRATCH = Scratch()

@@ -74,9 +74,9 @@ def forward(
     return ys, hs
 
 
-def backward(given_call: BackwardCall) -> list[Tensor | None]:
+def backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None."""
-    dys, (x, *tensors), hs, needs, seeds, call = given_call
+    dys, (x, *tensors), hs, needs, seeds, call = given
     outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
@@ -99,8 +99,8 @@ def backward(given_call: BackwardCall) -> list[Tensor | None]:
         last = max(last, part.place.stop)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
-        given = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
-        of_part = backward_rows(x_rows, given, dx_rows, dtype=dtype)
+        asked = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
+        of_part = backward_rows(x_rows, asked, dx_rows, dtype=dtype)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):

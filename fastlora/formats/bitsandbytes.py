@@ -266,7 +266,8 @@ def _read_repacked(layer: Any, state: Any) -> PackedLayer:
     unpack = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
     packed, _ = unpack(layer.weight.detach(), plain)
     absmax = state.absmax.t().reshape(-1).float()  # bfloat16 [blocks of a row, rows]
-    format = FourBit(*state.shape, state.quant_type, state.blocksize)
+    rows, columns = state.shape
+    format = FourBit(rows, columns, state.quant_type, state.blocksize)
     weight = Quantized(format, (packed.view(torch.uint8).view(-1), absmax))
     return PackedLayer(weight, layer.compute_dtype, restores=True)
 

@@ -124,7 +124,9 @@ class LoRAExpertsFunction(torch.autograd.Function):
     def forward(ctx, node: "_Node", *inputs: Tensor) -> Tensor:
         """``inputs``: x, the routing weights, and the flat tensors of up and down."""
         out, results = node.forward(inputs)
-        ctx.save_for_backward(*inputs, *results)
+        # The backward reads the routing from the node; saved, tools see it among the saved tensors.
+        order, ends, _ = node.routing
+        ctx.save_for_backward(*inputs, *results, order, ends)
         ctx.node = node
         ctx.set_materialize_grads(False)
         return out
@@ -135,7 +137,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         if d_out is None:
             return (None, *[None] * len(needs))
         saved = ctx.saved_tensors
-        inputs, results = saved[: len(needs)], saved[len(needs) :]
+        inputs, results = saved[: len(needs)], saved[len(needs) : -2]
         refuse_by_torch_only([d_out], "a call of all experts", _EACH)
         with autocast_off(d_out.device.type):
             return None, *ctx.node.gradients(inputs, d_out, needs, results)

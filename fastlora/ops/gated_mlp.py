@@ -29,8 +29,6 @@ from .kinds import call_of, key_of_outputs, remember
 from .node import Function, LoRALinearFunction, as_matrix, refuse_by_torch_only, to_save
 from .run import draw_seed
 
-_ARGUMENTS = 2  # of the node before gate: seeds, call
-
 
 class GatedCall(NamedTuple):
     """The settings of a gated MLP's call, without its tensors: an entry of the cache."""
@@ -143,7 +141,9 @@ class GatedLinearFunction(Function):
         (y,), hs = last.backend.forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
             y.resize_(*gate.shape[:-1], y.shape[-1])
-        saved_product, saved_hs = to_save(product, hs, _needs(ctx), last.layouts)
+        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        needs = [of_gate or of_up, *needs]  # of the product and of down's tensors
+        saved_product, saved_hs = to_save(product, hs, needs, last.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
         ctx.call, ctx.reads_product = call, saved_product is not None
         ctx.set_materialize_grads(False)
@@ -151,7 +151,8 @@ class GatedLinearFunction(Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing, needs = (None,) * _ARGUMENTS, _needs(ctx)
+        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        nothing, needs = (None, None), [of_gate or of_up, *needs]
         seeds, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:
@@ -174,9 +175,3 @@ class GatedLinearFunction(Function):
         if len(shape) != 2:
             d_gate, product = d_gate.view(shape), product.view(shape)
         return (*nothing, d_gate, product, *rest)
-
-
-def _needs(ctx) -> list[bool]:
-    """Whether the product and each of down's tensors need a gradient."""
-    gate, up, *tensors = ctx.needs_input_grad[_ARGUMENTS:]
-    return [gate or up, *tensors]
