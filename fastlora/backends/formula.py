@@ -155,7 +155,7 @@ def backward_rows(
         for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
             beta = 1.0  # dx is written now, so all later terms add to it
-        base = Base[Tensor | None](None)
+        base: Base[Tensor | None] = Base(None)
         if any(wanted.base):
             base = base_gradients(dy, x, output.base, wanted.base)
         gradients.append(Output(base, tuple(adapters)))

@@ -148,7 +148,7 @@ class _Part(NamedTuple):
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """For each output, the part's rows of the h of each adapter."""
-        left, thin = iter(hs), list[list[Tensor | None]]()
+        left, thin = iter(hs), []
         for output in self.outputs:
             pairs = zip(output.adapters, left, strict=False)
             thin.append([h if h is None else h[self.place, : len(a.lora_a)] for a, h in pairs])

@@ -283,7 +283,8 @@ def runs_in_a_node(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> 
     They must be x [tokens, in], index and weights [tokens, k], on one device with the experts'
     weights and in one dtype with the dense ones.
     """
-    weight, other = (output.base.weight for output in outputs)
+    up, down = outputs
+    weight, other = up.base.weight, down.base.weight
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
     x, index, weights = args
