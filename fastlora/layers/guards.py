@@ -48,7 +48,7 @@ from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
-from ..ops.run import run_one
+from ..ops.node import run_known_layer
 from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
@@ -115,7 +115,7 @@ class Recorded(nn.Module):
         """The other modules that :meth:`read` looks at."""
         return ()
 
-    def run_record(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
+    def run_new(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
         """Run a call with the record that :meth:`read` returned.  Returns (output, call).
 
         The output is None if the module's own forward must run.  ``call`` is the call's kind for
@@ -124,8 +124,8 @@ class Recorded(nn.Module):
         raise NotImplementedError
 
     # run_known([x, *flattened tensors of the record], call): the output of a later call of the same
-    # kind, without checks.  ``call`` is the one that run_record returned.
-    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_one)
+    # kind, without checks.  ``call`` is the one that run_new returned.
+    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_known_layer)
 
 
 class Table(NamedTuple):
@@ -408,7 +408,7 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
 def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     """The module's output for x; None if the module's own forward must run."""
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
-        return None if module.why_not(x) else module.run_record(x, module.read())[0]
+        return None if module.why_not(x) else module.run_new(x, module.read())[0]
     key = key_of_x(x)
     cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
@@ -424,7 +424,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
         cast_bias(part, x)
     guarded, contents = record_of(module)
     record = contents if isinstance(contents, Record) else guarded.now(contents)
-    y, call = module.run_record(x, record)
+    y, call = module.run_new(x, record)
     if key is not None and call is not None and guarded.guard is not None:
         remember(key, call, guarded.calls, _MOST_CALLS)
     return y

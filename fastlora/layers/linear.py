@@ -117,7 +117,7 @@ class LoRALinear(Recorded, nn.Linear):
         output = Output(Base(weight, bias), (Adapter(a, b, self.scaling),))
         return LinearRecord("", (output,), dropouts=(self.lora_dropout,))
 
-    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
+    def run_new(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
         (y,), call = linears(x, record.outputs, record.dropouts[0], self.training)
         return y, call
 

@@ -76,7 +76,7 @@ class GatedMLP(Fast, Recorded):
         """
         return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
 
-    def run_record(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, GatedCall | None]:
+    def run_new(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, GatedCall | None]:
         """The nodes' output for x (None if the module's own forward must run), and their call."""
         dtypes = _dtypes_of_all(x, record) if record.outputs else None
         if dtypes is None or not fits_weight(x, record.outputs[0].base.weight):

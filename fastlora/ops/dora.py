@@ -24,7 +24,7 @@ from ..call.projection import Base, Output
 from ..common.row_blocks import rows_at_a_time
 from ..formats.format import Quantized
 from .functional import lora_linear, lora_linears
-from .node import are_batched
+from .node import by_torch_only
 from .norm import norm_of_rows, wide_dtype
 
 
@@ -139,4 +139,4 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
 
 def _is_recorded(tensor: Tensor) -> bool:
     """Whether autograd, torch.compile or vmap records operations, so ``out=`` isn't allowed."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])
+    return torch.compiler.is_compiling() or by_torch_only([tensor])

@@ -40,9 +40,9 @@ from ..backends.gated_products import ACTIVATIONS
 from ..call.projection import Output, flatten, layouts_of
 from ..common.row_blocks import block_of_rows, rows_at_a_time
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import refuse_by_torch_only, run_backward, run_forward
+from .node import backend_backward, backend_forward, draw_seed, refuse_by_torch_only
 from .routing import Part, Routing, Sums, routing_of
-from .run import draw_seed, run_checked
+from .run import run_new
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
 # are the halves of pre's columns.
@@ -93,8 +93,8 @@ def lora_experts(
         routing = routing_of(index, up.base.weight.shape[0])
         if not (one_node and is_eager(x)):  # two grouped LoRA calls, each dispatched separately
             rows = routing.rows
-            (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
-            (y,), _ = run_checked(_recorded_activation(pre, activate), [down], dropout, rows=rows)
+            (pre,), _ = run_new(x[routing.tokens], [up], dropout, rows=rows)
+            (y,), _ = run_new(_recorded_activation(pre, activate), [down], dropout, rows=rows)
             return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
@@ -182,7 +182,7 @@ class _Product(NamedTuple):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """y, and h if the product has an adapter."""
-        (y,), hs = run_forward([x, *self.tensors], self.seed, self.call)
+        (y,), hs = backend_forward([x, *self.tensors], self.seed, self.call)
         return y, hs
 
     def backward(
@@ -190,7 +190,7 @@ class _Product(NamedTuple):
     ) -> list[Tensor | None]:
         """The gradients of x and of the tensors."""
         inputs = [x, *self.tensors]
-        return run_backward(BackwardCall([dy], inputs, hs, needs, self.seed, self.call))
+        return backend_backward(BackwardCall([dy], inputs, hs, needs, self.seed, self.call))
 
 
 class _Pass(NamedTuple):

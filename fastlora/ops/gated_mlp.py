@@ -30,12 +30,12 @@ from .node import (
     Function,
     LoRALinearFunction,
     as_matrix,
+    backend_backward,
+    backend_forward,
+    draw_seed,
     refuse_by_torch_only,
-    run_backward,
-    run_forward,
     to_save,
 )
-from .run import draw_seed
 
 _ARGUMENTS = 2  # of the node before gate: seeds, call
 
@@ -153,7 +153,7 @@ class GatedLinearFunction(Function):
         last = call.last
         middle = GatedProduct(as_matrix(gate), as_matrix(up), call.activation, call.wide)
         product = last.backend.gated(middle)
-        (y,), hs = run_forward([product, *tensors], seeds, last)
+        (y,), hs = backend_forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
             y.resize_(*gate.shape[:-1], y.shape[-1])
         saved_product, saved_hs = to_save(product, hs, _needs(ctx), last.layouts)
@@ -177,7 +177,7 @@ class GatedLinearFunction(Function):
         else:
             product = gate.new_empty(middle.gate.shape)  # not read
         given = BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
-        d_gate, *rest = run_backward(given)
+        d_gate, *rest = backend_backward(given)
         if d_gate is None:
             return (*nothing, None, None, *rest)
         # d_gate overwrites the gradient of the product, and d_up the recomputed product.

@@ -54,7 +54,7 @@ def key_of(
     calls with an equal key.  Raises an error of torch for a tensor without strides or without an
     address.
     """
-    return autocast_dtype(inputs[0]), asked_backend(backend), *rest, *map(facts_of, inputs)
+    return autocast_dtype(inputs[0]), asked_backend(backend), *rest, *facts_of(inputs)
 
 
 def key_of_x(x: Tensor) -> Hashable:
@@ -84,7 +84,9 @@ def key_of_outputs(
         layouts = layouts_of(outputs)
         inputs = [x, *flatten(outputs, layouts)]
         # The key contains types, because 1 == 1.0 == True, and the checks refuse some of them.
-        numbers = [training, dropout, *[scale for layout in layouts for scale in layout.scales]]
+        numbers = [training, dropout]
+        for layout in layouts:
+            numbers += layout.scales
         key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
         hash(key)
         return key, inputs

@@ -62,7 +62,7 @@ class FastLinear(Fast, Recorded):
     def parts(self) -> list[nn.Module]:
         return parts_of(self)
 
-    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Call | None]:
+    def run_new(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Call | None]:
         if record.output is None or not fits_weight(x, record.output.base.weight):
             return None, None
         if isinstance(record.variant, Dora) and why_patched(DoraLinearVariant):

@@ -36,7 +36,7 @@ from ..layers.classes import twin
 from ..layers.guards import LinearRecord
 from ..layers.module_parts import defined_in
 from ..ops.functional import linears
-from ..ops.run import draw_seed
+from ..ops.node import draw_seed
 
 _PLACE = "transformers.distributed.tensor_parallel"
 PARALLEL = "its base layer is tensor parallel"

@@ -35,7 +35,7 @@ from fastlora.formats.gguf import KINDS as GGUF
 from fastlora.ops import few_rows, kinds
 from fastlora.ops.dora import dora_linear
 from fastlora.ops.gated_mlp import gated_call
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _PAIR = ("lora_a", "lora_b")
