@@ -17,7 +17,7 @@ Exception: if x has at most r rows and the adapter's dtype is wider than D, the 
 run in the adapter's dtype instead of D (``_thin``).  "Thin" products have r rows or columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,6 @@ from .products import (
     add_product,
     are_wide,
     base_linear,
-    cast,
     h_dtype,
     product,
     rows_of,
@@ -112,14 +111,12 @@ class OutputBackward(NamedTuple):
 
 
 def backward_rows(
-    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None
+    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None, beta: float = 0.0
 ) -> list[Output[Tensor | None]]:
     """The gradients of each output's tensors.  dx is written in place, unless it is None.
 
-    If no output has a base, the result is added to dx.  Otherwise dx is overwritten.
+    ``beta`` as in torch.addmm: 1 adds to dx; 0 overwrites dx without reading it.
     """
-    # As in torch.addmm: beta 1 adds to dx; beta 0 overwrites dx without reading it.
-    beta = float(all([part.output.base.weight is None for part in parts]))
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
         parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]
@@ -235,7 +232,7 @@ def base_gradients(
     d_bias = None
     if need.bias and base.bias is not None:
         sum_dtype = torch.promote_types(x.dtype, torch.float32)
-        d_bias = cast(dy.sum(0, dtype=sum_dtype), base.bias.dtype)
+        d_bias = dy.sum(0, dtype=sum_dtype).to(base.bias.dtype)
     return Base(d_weight, d_bias)
 
 
@@ -252,15 +249,18 @@ def _adapter_gradients(
     """d lora_a and d lora_b, each if needed; and dx = beta · dx + mask ∘ (dh lora_a)."""
     d_lora_a = d_lora_b = None
     x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # x may be wider than D from here on
-    dy = cast(dy, x.dtype)
+    dy = dy.to(x.dtype)
+    # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
     if need.lora_b:
         assert h is not None
-        d_lora_b = thin_gradient(dy, cast(h, x.dtype))  # [N, M] @ [M, r]; h carries the factor
+        d_lora_b = thin_gradient(dy, h.to(x.dtype))  # [N, M] @ [M, r]; h carries the factor
+        d_lora_b = d_lora_b.to(adapter.lora_b.dtype)
     if need.lora_a or dx is not None:
         dh = product(dy, lora_b, factor)  # [M, N] @ [N, r]
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
-    # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
-    return Adapter(cast(d_lora_a, adapter.lora_a.dtype), cast(d_lora_b, adapter.lora_b.dtype))
+    if d_lora_a is not None:
+        d_lora_a = d_lora_a.to(adapter.lora_a.dtype)
+    return Adapter(d_lora_a, d_lora_b)
 
 
 def _thin(
@@ -276,8 +276,8 @@ def _thin(
     if lora_a.dtype == lora_b.dtype == x.dtype:
         return x, lora_a, lora_b, factor
     if lora_a.dtype == lora_b.dtype and x.shape[0] <= lora_a.shape[0]:
-        x = cast(x, torch.promote_types(x.dtype, lora_a.dtype))
-    return x, cast(lora_a, x.dtype), cast(lora_b, x.dtype), factor
+        x = x.to(torch.promote_types(x.dtype, lora_a.dtype))
+    return x, lora_a.to(x.dtype), lora_b.to(x.dtype), factor
 
 
 def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None) -> Tensor:
@@ -333,14 +333,14 @@ def _through_lora_a(
     return d_lora_a
 
 
-def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
-    """Yield (first row, rows of x, rows of each other tensor or None) for each block of rows."""
+def _blocks(x: Tensor, *others: Tensor | None) -> list[tuple]:
+    """(first row, rows of x, rows of each other tensor or None) for each block of rows."""
     if x.numel() <= blocks.SMALLEST_BLOCK:  # skips the computation of a block's size
-        yield 0, x, *others
-        return
-    step = blocks.rows_at_a_time(x)
-    for rows in blocks.slices(len(x), step):
-        yield rows.start, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+        return [(0, x, *others)]
+    return [
+        (rows.start, x[rows], *[None if tensor is None else tensor[rows] for tensor in others])
+        for rows in blocks.slices(len(x), blocks.rows_at_a_time(x))
+    ]
 
 
 def from_row(masks: Masks, first: int) -> Masks:

@@ -15,15 +15,16 @@ because on a busy machine threads wait for each other, and float32 looks as slow
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..call.projection import HALF_DTYPES, Base, Output
-from ..common.row_blocks import Dense, slices, source_of, widened
+from ..common.row_blocks import Dense, slices, widened
 from ..formats.format import Quantized
 
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
@@ -165,20 +166,19 @@ def rows_of(tensor, rows: slice):
     return tensor[rows]
 
 
-def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
-    """The number of rows of the weight in one block."""
-    rows = _BLOCK // dtype.itemsize // max(1, columns)
-    return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
-
-
-def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
-    (total, columns), source = weight.shape, source_of(weight)
-    rows = min(total, _rows_of_weight(columns, dtype))
-    if isinstance(source, Dense):
+def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    """Blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
+    total, columns = weight.shape
+    rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
+    rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
+    source: Any = weight
+    if isinstance(weight, Tensor):
+        source = Dense(weight.resolve_neg())
         buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
     else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
+    if rows == total:
+        return [(slice(0, total), source.read(0, buffer))]
     return widened(source, buffer)
 
 
@@ -195,7 +195,8 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by block
     if the format can.
     """
-    weight, bias = base.weight, cast(base.bias, x.dtype)
+    weight, bias = base
+    bias = bias if bias is None else bias.to(x.dtype)
     if _comes_in_blocks(weight, x):
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
         for rows, weight_block in weight_rows(weight, x.dtype):

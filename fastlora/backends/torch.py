@@ -105,7 +105,8 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
         parts = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
-        of_part = backward_rows(x_rows, parts, dx_rows)
+        adds = are_many and part.share is not None  # to dx, which the shared base has written
+        of_part = backward_rows(x_rows, parts, dx_rows, float(adds))
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
@@ -242,9 +243,12 @@ def _masks(
     shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
 ) -> Masks:
     """For each output, a mask for each adapter; without dropout, None for each."""
-    if seeds is None:
-        return [[None] * len(output.adapters) for output in outputs]
-    left = iter(seeds.unbind())
-    return [
-        [DropoutMask(next(left).view(1), shape, p) for _ in output.adapters] for output in outputs
-    ]
+    masks: list[list[DropoutMask | None]] = []
+    seed_of_each, end = () if seeds is None else seeds.split(1), 0
+    for _, adapters in outputs:
+        first, end = end, end + len(adapters)
+        if seeds is None:
+            masks.append([None] * len(adapters))
+        else:
+            masks.append([DropoutMask(seed, shape, p) for seed in seed_of_each[first:end]])
+    return masks

@@ -125,7 +125,8 @@ def unflatten(flat: Sequence[T], layouts: Iterable[Layout]) -> list[Output[T]]:
         # Packed weights have no gradients.  In a list of flags or of gradients, the entry of the
         # weight's first tensor stands for all of them.
         if format is not None and isinstance(weight, Tensor):
-            weight = Quantized(format, tuple(flat[at : at + weights]))
+            parts: Any = flat[at : at + weights]
+            weight = Quantized(format, tuple(parts))
         at += weights
         base, at = Base(weight, flat[at] if has_bias else None), at + has_bias
         end = at + 2 * len(scales)
@@ -135,12 +136,12 @@ def unflatten(flat: Sequence[T], layouts: Iterable[Layout]) -> list[Output[T]]:
     return outputs
 
 
-def per_adapter(values: Sequence[T], outputs: Iterable[Output]) -> list[Sequence[T]]:
+def per_adapter(values: Sequence[T], outputs: Iterable[Output]) -> list[list[T]]:
     """A flat list with one value per adapter (an h, a seed), cut into one list per output."""
     lists, end = [], 0
     for output in outputs:
         first, end = end, end + len(output.adapters)
-        lists.append(values[first:end])
+        lists.append(list(values[first:end]))
     return lists
 
 

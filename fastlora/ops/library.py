@@ -21,10 +21,9 @@ from ..backends import BackwardCall, Call, find_backend
 from ..backends.torch import widths_of_h
 from ..call.projection import Layout, Output, flatten, layouts_of, unflatten
 from ..call.rows import Many, Numbers, Rows, rows_on
-from ..formats.format import Quantized, from_text
+from ..formats.format import from_text
 from .dispatch import autocast_off
 from .node import backend_backward, backend_forward, to_save
-from .norm import norm_of_rows, wide_dtype
 
 find_backend("torch")  # imports it now: during compilation its constants would be fake tensors
 
@@ -40,9 +39,6 @@ LIBRARY.define(
 LIBRARY.define(
     "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] tensors, Tensor[] hs, bool[] needs, "
     f"{_SETTINGS}) -> Tensor[]"
-)
-LIBRARY.define(
-    "dora_norm(Tensor[] weight, Tensor lora_a, Tensor lora_b, float scale, str format) -> Tensor"
 )
 
 
@@ -213,15 +209,3 @@ def _no_second_backward(ctx, *_):
 
 
 torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_backward, lib=LIBRARY)
-
-
-@torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
-def _dora_norm(weight, lora_a, lora_b, scale, format):
-    weight = Quantized(from_text(format), tuple(weight)) if format else weight[0]
-    return norm_of_rows(weight, lora_a, lora_b, scale)
-
-
-@torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
-def _fake_dora_norm(weight, lora_a, lora_b, scale, format):
-    dtype = wide_dtype(from_text(format) if format else weight[0])
-    return lora_b.new_empty(len(lora_b), dtype=dtype)
