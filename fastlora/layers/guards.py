@@ -49,7 +49,6 @@ from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
-from ..ops.node import run_known_layer
 from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
@@ -70,6 +69,10 @@ _VERSION = attrgetter("_version")  # counts in-place writes
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
+# A call of a known kind, without checks: [x, *flattened tensors of the record] -> output.
+Known = Callable[[list[Tensor]], Tensor]
+
+
 @dataclass(frozen=True)
 class Record:
     """The tensors that a module's calls use, or the reason why no node runs them.
@@ -85,8 +88,8 @@ class Record:
 class Variant(Protocol):
     """A layer's own way to compute y, in place of the LoRA formula: DoRA, tensor parallelism."""
 
-    def run(self, x: Tensor, record: "LinearRecord") -> tuple[Tensor, Any]:
-        """The layer's output for x, and the call's kind as :meth:`Recorded.run_new` returns it."""
+    def run(self, x: Tensor, record: "LinearRecord") -> tuple[Tensor, Known | None]:
+        """As :meth:`Recorded.run_new`, for a layer that a node can run."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,13 @@ class Recorded(nn.Module):
         """The other classes, not of modules, whose methods :meth:`read` looks at."""
         return ()
 
-    def run_new(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
-        """Run a call with the record that :meth:`read` returned.  Returns (output, call).
+    def run_new(self, x: Tensor, record: Any) -> tuple[Tensor | None, Known | None]:
+        """Run a call with the record that :meth:`read` returned.  Returns (output, known).
 
-        The output is None if the module's own forward must run.  ``call`` is the call's kind for
-        :meth:`run_known`.  It is None if the call doesn't use the record's tensors unchanged.
+        The output is None if the module's own forward must run.  ``known`` runs later calls of the
+        same kind.  It is None if the call doesn't use the record's tensors unchanged.
         """
         raise NotImplementedError
-
-    # run_known([x, *flattened tensors of the record], call): the output of a later call of the same
-    # kind, without checks.  ``call`` is the one that run_new returned.
-    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_known_layer)
 
 
 class Table(NamedTuple):
@@ -332,7 +331,7 @@ class GuardedRecord:
 
     def __init__(self, record: Record) -> None:
         self.record = record  # without outputs once it is cached, because outputs hold tensors
-        self.calls: dict[Hashable, Any] = {}  # cache key (``ops.kinds.key_of_x``) -> kind of call
+        self.calls: dict[Hashable, Known] = {}  # the key of x (``ops.kinds.key_of_x``) -> its kind
         self.guard: Guard | None = None  # None if the record can't be cached
         self._layouts = layouts_of(record.outputs)
         # Where each input comes from: the index of a guarded tensor, or a view of one.
@@ -417,21 +416,21 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     key = key_of_x(x)
     cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
-        call = cached.calls.get(key)
+        known = cached.calls.get(key)
         # A global hook is the only condition of ``why_not`` that the key doesn't cover.
-        if call is not None and not nn_module._has_any_global_hook():
+        if known is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
-                return module.run_known([x, *cached.inputs(tensors)], call)
+                return known([x, *cached.inputs(tensors)])
     if module.why_not(x):
         return None
     for part in module.parts():
         cast_bias(part, x)
     guarded, contents = record_of(module)
     record = contents if isinstance(contents, Record) else guarded.now(contents)
-    y, call = module.run_new(x, record)
-    if key is not None and call is not None and guarded.guard is not None:
-        remember(key, call, guarded.calls, _MOST_CALLS)
+    y, known = module.run_new(x, record)
+    if key is not None and known is not None and guarded.guard is not None:
+        remember(key, known, guarded.calls, _MOST_CALLS)
     return y
 
 

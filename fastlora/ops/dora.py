@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Call
-from ..call.projection import Adapter, Base, Output, flatten
+from ..call.projection import Base, Output, flatten
 from ..common.row_blocks import buffer_for, rows_at_a_time, source_of, widened
 from ..formats.format import Format, Quantized, from_text
 from .dispatch import autocast_off
@@ -29,67 +29,40 @@ from .functional import linears
 from .library import LIBRARY
 from .node import by_torch_only, run_known
 
-# The calls of the layers in a DoRA layer: of z, and with dropout of (x - xd) weightᵀ + bias.
-# None: the call's kind isn't known.
+# The calls of z, and with dropout of (x - xd) weightᵀ + bias.  None: the kind isn't known.
 Calls = tuple[Call | None, Call | None]
 _UNKNOWN: Calls = (None, None)
 
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
+    output: Output[Tensor],
+    gain: Tensor,
     drop: Callable[[Tensor], Tensor] | None = None,
     p: float = 0.0,
-    norm: Tensor | None = None,
-) -> Tensor:
+    calls: Calls = _UNKNOWN,
+) -> tuple[Tensor, Calls]:
     """y of a DoRA layer, [..., N], by the formulas at the top of this file.
 
-    x, weight, lora_a, lora_b, bias and ``scale`` have the shapes and dtypes of
-    :func:`fastlora.lora_linear`.  magnitude is [N], of any floating dtype.  ``drop`` maps x to xd,
-    with the probability ``p``; None means no dropout.  ``norm`` [N] is n, if the caller knows it;
-    otherwise :func:`dora_norm` computes it.
+    ``output``: the base and its only adapter, as for :func:`fastlora.lora_linear`.  ``gain``:
+    magnitude / n, [N], with n from :func:`dora_norm`.  ``drop`` maps x to xd, with the probability
+    ``p``; None means no dropout.  Also returns the layers' calls, for later calls of equal kind.
 
     Saved for backward: x or kept, the mask (bool), z [..., N], and h [M, r].
 
-    Raises the errors of :func:`fastlora.lora_linear`, and ValueError if magnitude or ``norm`` isn't
-    [N].
+    Raises the errors of :func:`fastlora.lora_linear`.
     """
-    for name, vector in (("magnitude", magnitude), ("norm", norm)):
-        if vector is not None and vector.shape != weight.shape[:1]:
-            expected = f"[{weight.shape[0]}], a number for each row of the weight"
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}, but must be {expected}")
-    if norm is None:
-        norm = dora_norm(weight, lora_a, lora_b, scale)
-    output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
-    return run_dora(x, output, magnitude / norm, drop, p)[0]
-
-
-def run_dora(
-    x: Tensor,
-    output: Output[Tensor],
-    gain: Tensor,
-    drop: Callable[[Tensor], Tensor] | None,
-    p: float,
-    calls: Calls = _UNKNOWN,
-) -> tuple[Tensor, Calls]:
-    """y of a DoRA layer, and its calls, which serve all later calls of an equal kind."""
     (weight, bias), adapters = output
     if drop is None:
-        z, layer = _linear(x, output, calls[0])
-        return GainFunction.apply(z, gain, bias), (layer, None)
+        z, of_z = _linear(x, output, calls[0])
+        return GainFunction.apply(z, gain, bias), (of_z, None)
     factor = 1.0 / (1.0 - p)
-    kept = x * (drop(torch.ones_like(x)) != 0)  # (1 - p) xd
-    z, layer = _linear(kept, Output(Base(weight), adapters), calls[0])
+    kept = x * (drop(torch.ones_like(x)) != 0)
+    z, of_z = _linear(kept, Output(Base(weight), adapters), calls[0])
     y = GainFunction.apply(z, gain * factor, None)
     rest = torch.sub(x, kept, alpha=factor)  # x - xd
-    of_rest, base = _linear(rest, Output(Base(weight, bias)), calls[1])
-    return y + of_rest, (layer, base)
+    of_x, of_rest = _linear(rest, Output(Base(weight, bias)), calls[1])
+    return y + of_x, (of_z, of_rest)
 
 
 def _linear(x: Tensor, output: Output[Tensor], call: Call | None) -> tuple[Tensor, Call | None]:

@@ -1,6 +1,7 @@
 """The variant of a PEFT layer with DoRA: two nodes (:mod:`fastlora.ops.dora`)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import dora
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..call.projection import Adapter, Layout, Output, layouts_of, unflatten
 from ..layers.guards import LinearRecord
-from ..ops.dora import Calls, dora_norm, run_dora
+from ..ops.dora import Calls, dora_linear, dora_norm
 
 # PEFT's cache, active inside of DoraCaching in evaluation.  PEFT 0.18 has none.
 _cached: Any = getattr(dora, "cache_decorator", lambda key: lambda norm: norm)
@@ -21,33 +22,24 @@ class Dora(NamedTuple):
     drop: nn.Module
     adapter: str  # the adapter's name
 
-    def run(self, x: Tensor, record: LinearRecord) -> "tuple[Tensor, DoraCall | None]":
-        """The layer's output for x, and the call's kind, if it can be cached."""
-        (output,), p = record.outputs, max(record.dropouts)
-        new = DoraCall(self, layouts_of(record.outputs), p)
-        y, calls = new.y(x, output)
-        is_known = calls[0] is not None and (p == 0.0 or calls[1] is not None)
-        return y, new._replace(calls=calls) if is_known else None
+    def run(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
+        """The layer's output for x, and the function for known calls."""
+        p, layouts = max(record.dropouts), layouts_of(record.outputs)
+        y, calls = self._y(x, record.outputs[0], p, (None, None))
+        is_known = None not in (calls if p else calls[:1])
+        return y, partial(self._known, layouts=layouts, p=p, calls=calls) if is_known else None
 
+    def _known(
+        self, inputs: Sequence[Tensor], layouts: Sequence[Layout], p: float, calls: Calls
+    ) -> Tensor:
+        (output,) = unflatten(inputs[1:], layouts)
+        return self._y(inputs[0], output, p, calls)[0]
 
-class DoraCall(NamedTuple):
-    """The settings of a DoRA layer's call, without the tensors that its guard locates."""
-
-    variant: Dora
-    layouts: tuple[Layout, ...]
-    p: float
-    calls: Calls = (None, None)
-
-    def run(self, inputs: Sequence[Tensor]) -> Tensor:
-        """y of a call of this kind; ``inputs`` are x and the flat tensors of the layer."""
-        (output,) = unflatten(inputs[1:], self.layouts)
-        return self.y(inputs[0], output)[0]
-
-    def y(self, x: Tensor, output: Output[Tensor]) -> tuple[Tensor, Calls]:
-        (magnitude, drop, name), (weight, _), (adapter,) = self.variant, *output
-        norm = _norm(magnitude, weight, adapter, adapter_name=name)
-        drops = drop if self.p > 0.0 else None
-        y, calls = run_dora(x, output, magnitude.weight / norm, drops, self.p, self.calls)
+    def _y(self, x: Tensor, output: Output[Tensor], p: float, calls: Calls) -> tuple[Tensor, Calls]:
+        (weight, _), (adapter,) = output
+        norm = _norm(self.magnitude, weight, adapter, adapter_name=self.adapter)
+        gain, drop = self.magnitude.weight / norm, self.drop if p else None
+        y, calls = dora_linear(x, output, gain, drop, p, calls)
         # PEFT multiplies by a gain [1, N], so its output for a single row x [K] is [1, N] also.
         return y if x.dim() > 1 else y.unsqueeze(0), calls
 

@@ -4,7 +4,7 @@ An optimized layer is the same object with another class, whose forward is fastl
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial, wraps
 from inspect import signature
 from typing import Any
@@ -23,10 +23,9 @@ from ..layers.guards import LinearRecord, Recorded, call_recorded, fits_weight
 from ..layers.int8 import Int8Linear
 from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under
 from ..ops.functional import linears
-from ..ops.node import run_known
+from ..ops.node import run_known_layer
 from . import experts
 from .dense import dense_base, has_packed, make_dense
-from .dora import DoraCall
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -69,12 +68,6 @@ class FastLinear(Fast, Recorded):
         if record.output is None or not fits_weight(x, record.output.base.weight):
             return None, None
         return fast_forward(x, record)
-
-    @staticmethod
-    def run_known(inputs: Sequence[Tensor], call: Any) -> Tensor:
-        if isinstance(call, DoraCall):
-            return call.run(inputs)
-        return run_known(inputs, call)[0]
 
     @_with_signature_of(PeftLinear.update_layer)
     def update_layer(self, *args, **kwargs) -> None:
@@ -175,13 +168,13 @@ def _of_one_rank(record: LinearRecord) -> LinearRecord:
 
 
 def fast_forward(x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
-    """fastlora's output for x, and the call's kind if it reads the record's tensors unchanged."""
+    """fastlora's output for x, and the function for known calls (:meth:`Recorded.run_new`)."""
 
     def run(x: Tensor) -> tuple[Tensor, Any]:
         if record.variant is not None:
             return record.variant.run(x, record)
         (y,), call = linears(x, record.outputs, max(record.dropouts))
-        return y, call
+        return y, None if call is None else partial(run_known_layer, call=call)
 
     (packed,) = record.packed
     return run(x) if packed is None else packed.run(x, run)
