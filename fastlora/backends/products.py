@@ -122,17 +122,14 @@ class Scratch(threading.local):
             self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
-    def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
-        """An uninitialized float32 matrix of ``rows`` rows, in the memory order of this one.
-
-        A copy between row-major and column-major order would take 70 times as long.
-        """
-        first, second = matrix.stride()
-        return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
-
     def widen(self, use: str, matrix: Tensor) -> Tensor:
-        """A float32 copy of the matrix, valid until the next one for this use is taken."""
-        return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
+        """A float32 copy of the matrix, valid until the next one for this use is taken.
+
+        It has the matrix's memory order: a copy between row-major and column-major order would take
+        70 times as long.
+        """
+        (rows, columns), by_columns = matrix.shape, is_by_columns(matrix)
+        return self.take(use, rows, columns, by_columns=by_columns).copy_(matrix)
 
     def matrix_like(self, use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
@@ -147,6 +144,11 @@ class Scratch(threading.local):
 
 
 SCRATCH = Scratch()
+
+
+def is_by_columns(matrix: Tensor) -> bool:
+    """Whether the matrix is stored column by column."""
+    return matrix.stride(0) < matrix.stride(1)
 
 
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
@@ -174,7 +176,8 @@ def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tupl
     source: Any = weight
     if isinstance(weight, Tensor):
         source = Dense(weight.resolve_neg())
-        buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
+        by_columns = is_by_columns(source.matrix)
+        buffer = SCRATCH.take("weight", rows, columns, by_columns=by_columns, gap=_GAP)
     else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
     if rows == total:

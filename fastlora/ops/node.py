@@ -36,7 +36,7 @@ def run_known(
 
     ``inputs`` are x and the flat tensors.  ``seeds``: of the adapters' dropout; drawn if None.
     """
-    if call.autocasts:
+    if call.autocasts:  # outside of the node, so that autograd records the casts
         x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
             inputs = x, *flatten(outputs, call.layouts)
@@ -47,6 +47,7 @@ def run_known(
     if call.is_few:
         return (run_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():
+        # Experts save their ends; the sorted ends of many adapters are fastlora's own tensor.
         ends = None if rows is None or rows.shares_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)
     return tuple(backend_forward(inputs, seeds, call)[0])
@@ -222,21 +223,9 @@ class LoRALinearFunction(Function):
         else:
             gradients = backend_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
         if call.rows is not None and call.rows.of_banks:
-            gradients = _with_zeros(gradients, inputs, needs)
+            # The last lora_a and lora_b are views of banks, by ``unbind``.  If no view has a
+            # gradient, because no row has an adapter, the bank's would be None instead of zeros.
+            for i in (-2, -1):
+                if needs[i] and gradients[i] is None:
+                    gradients[i] = inputs[i].new_zeros(()).expand_as(inputs[i])
         return (*nothing, *gradients)
-
-
-def _with_zeros(
-    gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients, with zeros for the last adapter's lora_a and lora_b if they have none.
-
-    Each of the two is a view of a bank (``unbind``).  If no view has a gradient, the bank's
-    gradient would be None instead of zeros.
-    """
-    last = zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
-    filled = [
-        tensor.new_zeros(()).expand_as(tensor) if need and gradient is None else gradient
-        for gradient, tensor, need in last
-    ]
-    return [*gradients[:-2], *filled]
