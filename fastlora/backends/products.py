@@ -15,7 +15,7 @@ because on a busy machine threads wait for each other, and float32 looks as slow
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..call.projection import HALF_DTYPES, Base, Output
-from ..common.row_blocks import Dense, slices, source_of, widened
+from ..common.row_blocks import Dense, slices, widened
 from ..formats.format import Quantized
 
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
@@ -121,17 +121,14 @@ class Scratch(threading.local):
             self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
-    def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
-        """An uninitialized float32 matrix of ``rows`` rows, in the memory order of this one.
-
-        A copy between row-major and column-major order would take 70 times as long.
-        """
-        first, second = matrix.stride()
-        return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
-
     def widen(self, use: str, matrix: Tensor) -> Tensor:
-        """A float32 copy of the matrix, valid until the next one for this use is taken."""
-        return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
+        """A float32 copy of the matrix, valid until the next one for this use is taken.
+
+        It has the matrix's memory order: a copy between row-major and column-major order would take
+        70 times as long.
+        """
+        (rows, columns), by_columns = matrix.shape, is_by_columns(matrix)
+        return self.take(use, rows, columns, by_columns=by_columns).copy_(matrix)
 
     def matrix_like(self, use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
@@ -151,6 +148,11 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
+def is_by_columns(matrix: Tensor) -> bool:
+    """Whether the matrix is stored column by column."""
+    return matrix.stride(0) < matrix.stride(1)
+
+
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
     """The blocks of x's rows for a wide call of these outputs, as slices.
 
@@ -168,20 +170,20 @@ def rows_of(tensor, rows: slice):
     return tensor[rows]
 
 
-def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
-    """The number of rows of the weight in one block."""
-    rows = _BLOCK // dtype.itemsize // max(1, columns)
-    return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
-
-
-def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
-    (total, columns), source = weight.shape, source_of(weight)
-    rows = min(total, _rows_of_weight(columns, dtype))
-    if isinstance(source, Dense):
-        buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
+def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    """Blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
+    total, columns = weight.shape
+    rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
+    rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
+    source: Any = weight
+    if isinstance(weight, Tensor):
+        source = Dense(weight.resolve_neg())
+        by_columns = is_by_columns(source.matrix)
+        buffer = SCRATCH.take("weight", rows, columns, by_columns=by_columns, gap=_GAP)
     else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
+    if rows == total:
+        return [(slice(0, total), source.read(0, buffer))]
     return widened(source, buffer)
 
 

@@ -240,9 +240,12 @@ def _masks(
     shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
 ) -> Masks:
     """For each output, a mask for each adapter; without dropout, None for each."""
-    if seeds is None:
-        return [[None] * len(output.adapters) for output in outputs]
-    left = iter(seeds.unbind())
-    return [
-        [DropoutMask(next(left).view(1), shape, p) for _ in output.adapters] for output in outputs
-    ]
+    masks: list[list[DropoutMask | None]] = []
+    seed_of_each, end = () if seeds is None else seeds.split(1), 0
+    for _, adapters in outputs:
+        first, end = end, end + len(adapters)
+        if seeds is None:
+            masks.append([None] * len(adapters))
+        else:
+            masks.append([DropoutMask(seed, shape, p) for seed in seed_of_each[first:end]])
+    return masks
