@@ -128,16 +128,14 @@ def backward_rows(
     x: Tensor,
     parts: Sequence[OutputBackward],
     dx: Tensor | None,
-    beta: float | None = None,
+    beta: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> list[Output[Tensor | None]]:
     """The gradients of each output's tensors; and dx = beta · dx + the part of each output.
 
     dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites dx without reading it.
-    Without ``beta``: 1 if the outputs have no base, else 0.  ``dtype``: as in the forward.
+    ``dtype``: as in the forward.
     """
-    if beta is None:
-        beta = 1.0 if parts[0].output.base.weight is None else 0.0
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
         parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]

@@ -100,7 +100,8 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
         asked = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
-        of_part = backward_rows(x_rows, asked, dx_rows, dtype=dtype)
+        adds = are_many and part.share is not None  # to dx, which the shared base has written
+        of_part = backward_rows(x_rows, asked, dx_rows, float(adds), dtype)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):

@@ -41,9 +41,9 @@ from ..call.projection import Output, flatten, layouts_of
 from ..call.rows import Rows
 from ..common.row_blocks import block_of_rows, rows_at_a_time
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import as_matrix, refuse_by_torch_only
+from .node import as_matrix, draw_seed, refuse_by_torch_only
 from .routing import Part, Routing, routing_of
-from .run import draw_seed, run_checked
+from .run import run_new
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
 # are the halves of pre's columns.
@@ -93,13 +93,13 @@ def lora_experts(
         routing = routing_of(index, up.base.weight.shape[0])
         if not (one_node and is_eager(x)):  # two grouped LoRA calls, each dispatched separately
             rows = Rows(routing.ends)
-            (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
+            (pre,), _ = run_new(x[routing.tokens], [up], dropout, rows=rows)
             if isinstance(activate, str):
                 gate, other = pre.chunk(2, dim=1)
                 product = ACTIVATIONS[activate].function(gate) * other
             else:
                 product = activate(pre)
-            (y,), _ = run_checked(product, [down], dropout, rows=rows)
+            (y,), _ = run_new(product, [down], dropout, rows=rows)
             return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None

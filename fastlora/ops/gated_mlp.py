@@ -26,8 +26,14 @@ from ..call.checks import check_call
 from ..call.projection import Output, flatten, layouts_of
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off
 from .kinds import call_of, key_of_outputs, remember
-from .node import Function, LoRALinearFunction, as_matrix, refuse_by_torch_only, to_save
-from .run import draw_seed
+from .node import (
+    Function,
+    LoRALinearFunction,
+    as_matrix,
+    draw_seed,
+    refuse_by_torch_only,
+    to_save,
+)
 
 
 class GatedCall(NamedTuple):
