@@ -169,7 +169,7 @@ def _parts(
     """
     rows = call.rows
     assert rows is not None
-    if rows.shares_base:
+    if rows.order is not None:  # many adapters share a base
         adapters = _many_adapters(x, outputs, seeds, rows)
         return ((part, *part.take(*matrices)) for part in adapters)
     of_each, first = list(zip(*map(_apart, outputs), strict=True)), rows.first

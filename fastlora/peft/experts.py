@@ -260,7 +260,7 @@ def _read_adapter(
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # lora_A holds r rows for each expert
         return f"its adapter has rank {len(lora_a.weight)}, for {count} experts"
-    return _stacked(layer, name, experts.transposed)
+    return stacked(lora_a.weight, lora_b.weight, count, scale, reverse)
 
 
 def _stacked(layer: PeftParamWrapper, name: str, transposed: bool) -> Adapter[Tensor]:
