@@ -33,23 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("run", help=WHAT)
     _add_tune(add_command)
     _add_adapters(add_command)
-    path = add_command("path", "print the path of the file that a trainer loads as a plugin")
+    what = "print the path of the file that a trainer loads as a plugin"
+    path = add_command("path", what, lambda trainer: _PLUGINS[trainer])
     path.add_argument("trainer", choices=_PLUGINS, help="ms-swift")
     options = vars(parser.parse_args(arguments))
     command, run = options.pop("command"), options.pop("run", None)
     if not command:
         parser.print_help()
         return 0
-    if command == "doctor":
-        return _examine(options["json"])
-    if command == "path":
-        print(_PLUGINS[options["trainer"]])
-        return 0
     output = options.get("output") or options.get("path")
-    plot = options.pop("plot", None)
+    plot, as_json = options.pop("plot", None), options.pop("json", False)
     try:
         report = run(**options)
-        if report is not None:
+        if as_json:
+            print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        elif report is not None:
             print(report)
         if plot:
             report.plot(plot)
@@ -57,11 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"written: {output}")
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {command}: {error}\n")
-    loads = command != "check-adapter" or (report.fixed or report).loads
-    return 0 if loads else 1
+    if command == "doctor":
+        return 1 if report.broken else 0
+    return 0 if command != "check-adapter" or (report.fixed or report).loads else 1
 
 
-def _command(commands: Any, name: str, what: str, run: Callable | None = None) -> ArgumentParser:
+def _command(commands: Any, name: str, what: str, run: Callable) -> ArgumentParser:
     """Add a command.  ``run``: takes its options as arguments, and returns a report to print."""
     parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=run)
@@ -69,19 +68,12 @@ def _command(commands: Any, name: str, what: str, run: Callable | None = None) -
 
 
 def _add_doctor(add_command: Callable[..., ArgumentParser]) -> None:
-    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
-    doctor = add_command("doctor", what)
-    doctor.description = f"Prints {what}. Exits with 1 if something is broken."
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _examine(as_json: bool) -> int:
     from .doctor import examine
 
-    report = examine()
-    text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else str(report)
-    print(text)
-    return 1 if report.broken else 0
+    what = "a report on this machine and what runs on it, with a self-test: for bug reports"
+    doctor = add_command("doctor", what, examine)
+    doctor.description = f"Prints {what}. Exits with 1 if something is broken."
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_tune(add_command: Callable[..., ArgumentParser]) -> None:

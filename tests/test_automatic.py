@@ -72,6 +72,8 @@ def test_settings_are_those_of_optimize_and_the_last_call_s_hold():
         fastlora.auto(base="int4")
     with pytest.raises(TypeError, match="no setting 'model'"):
         fastlora.auto(model=model)
+    with pytest.raises(TypeError, match="on is 'yes', but must be True or False"):
+        fastlora.auto("yes")
     assert patches._settings == {"gated_mlps": False}
 
 

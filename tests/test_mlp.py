@@ -293,7 +293,7 @@ LEFT = {  # the changes that prevent a fused call, and a part of the report's re
     "dropouts": (other_dropout, "different dropouts"),
     "other-linear": (other_linear, "gate_proj: it is a Conv1d"),
     "broadcast": (broadcast, "its weights have shapes (12, 8), (1, 8) and (8, 12)"),
-    "parametrized": (parametrized, "down_proj: its weight is computed"),
+    "parametrized": (parametrized, "down_proj: it is parametrized"),
     "shadowed": (shadowed, "up_proj is no module"),
 }
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..call.projection import Adapter
 from ..common.text import shown
-from ..common.values import check_settings, is_number
+from ..common.values import check_settings, is_number, must
 from ..layers.modules import called, some
 from ..packing.files import write_adapter
-from .keys import pairs_of
-from .spectrum import LayerSpectrum, Spectra, cut
-from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns
+from .config import pairs_of
+from .resize import LayerSpectrum, Spectra, cut
+from .stored import Stored, check_output, flat, open_adapter, patterns
 
 # Settings that must be equal in all adapters that have them.
 _ALIKE = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
@@ -42,32 +42,26 @@ def combine_adapters(
     ``resize_adapter``, and ValueError if the adapters can't be summed: a layer's shapes or base
     models differ, or biases or modules trained in full.
     """
-    if isinstance(folders, str | os.PathLike) or not 0 < len(folders) == len(weights):
-        raise ValueError(
-            f"folders is {shown(folders)} and weights {shown(weights)}, but must be a list of "
-            "adapters' folders and a list of as many weights"
-        )
-    for weight in weights:
-        if not is_number(weight) or not math.isfinite(weight):
-            raise ValueError(f"weights has {shown(weight)}, but must hold finite numbers")
+    is_list = not isinstance(folders, str | os.PathLike) and len(folders) > 0
+    must(is_list, "folders", folders, "a list of adapters' folders")
+    fits = len(folders) == len(weights) and all(is_number(w) and math.isfinite(w) for w in weights)
+    must(fits, "weights", weights, f"a list of {len(folders)} finite numbers, one for each folder")
     if rank is not None:
         check_settings(rank, 1, 0.0)
     adapters = [open_adapter(folder) for folder in folders]
     path = check_output(output, [each.path for each in adapters])
-    if trained := [key for each in adapters for key in each.others if not is_copy(key)]:
+    if trained := [key for each in adapters for key in each.trained]:
         raise ValueError(
             f"the adapters have {some(sorted(trained))}, but biases and modules that trained in "
             "full can't be summed: give adapters without them"
         )
     experts = {n: weight.is_parameter for each in adapters for n, weight in each.layers.items()}
-    # PEFT's order of a module's weights: down_proj is last, hence outermost in the file's keys.
-    names = sorted(experts, key=lambda name: experts[name] and name.endswith("down_proj"))
-    keys = pairs_of(names, {name for name in names if experts[name]})
+    keys = pairs_of(experts, {name for name in experts if experts[name]})
     settings = adapters[0].settings | _settings(adapters, experts)
     tensors: dict[str, Tensor] = {}
     alpha = rank or sum(each.config.r for each in adapters)  # so that the sum's scale is near 1
     spectra: list[LayerSpectrum] = []
-    for name in names:
+    for name in experts:
         total, dtype = _stacked(name, adapters, weights)
         small, spectrum = cut(name, total, rank, None, alpha, use_rslora=False)
         tensors |= zip(keys[name], flat(name, small, dtype), strict=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..common.other_packages import optional
 from ..common.text import shown
+from ..common.values import must
 from ..layers.modules import some
 from ..packing.files import check_folder, read_config, write_whole
-from .stored import is_copy, open_adapter
+from .stored import open_adapter
 
 # transformers' model types, and gguf's names for them.  For these models llama.cpp's converter only
 # renames weights and stacks experts, with the exceptions in the next three tables.
@@ -51,17 +52,15 @@ def export_gguf(
     """
     gguf = optional("gguf", "export_gguf needs gguf", "gguf")
     place = check_folder(path)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
+    must(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
     if place.exists() and not (place.is_file() and _is_adapter(place)):
         raise ValueError(f"path is {place}, which isn't an adapter's GGUF file: give another")
     config = _config_of(model_config)
     stored = open_adapter(folder)
-    # PEFT saves the frozen weight of an adapted head; llama.cpp doesn't need it.
-    if foreign := [key for key in stored.others if not is_copy(key)]:
+    if stored.trained:
         raise ValueError(
-            f"{stored.path} has {some(foreign)}, but llama.cpp's adapters can't hold trained "
-            "biases, modules_to_save or embeddings: merge the adapter, and convert the model"
+            f"{stored.path} has {some(stored.trained)}, but llama.cpp's adapters can't hold "
+            "trained biases, modules_to_save or embeddings: merge it, and convert the model"
         )
     kind = getattr(gguf.MODEL_ARCH, _NAMES[config["model_type"]])
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])

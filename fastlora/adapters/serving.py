@@ -9,9 +9,8 @@ from typing import Any
 
 from ..layers.modules import some
 from ..packing.files import check_folder, name_of, write_adapter
-from .servers.facts import Facts, Item, read_facts
 from .servers.rules import SERVERS as SERVERS
-from .servers.rules import Server, read_server
+from .servers.rules import Facts, Item, Server, read_facts, read_server
 
 
 @dataclass(frozen=True)

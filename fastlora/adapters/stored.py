@@ -16,9 +16,7 @@ from ..layers.linear import scaling_of
 from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
-from .config import AdapterConfig
-from .keys import pairs_of
-from .peft_config import as_trained, from_peft
+from .config import AdapterConfig, as_trained, from_peft, pairs_of
 
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -40,7 +38,13 @@ class Stored(NamedTuple):
     settings: dict[str, Any]  # adapter_config.json without the initialization's settings
     config: AdapterConfig
     layers: dict[str, Layer]
-    others: list[str]  # keys of tensors that trained in full
+    others: list[str]  # keys of other tensors
+
+    @property
+    def trained(self) -> list[str]:
+        """Keys of tensors that trained in full; PEFT also saves an adapted head's frozen ones."""
+        copies = (".base_layer.weight", ".base_layer.bias")
+        return [key for key in self.others if not key.endswith(copies)]
 
     def read(self, name: str) -> Adapter[Tensor]:
         """Read lora_a [E, r, p] and lora_b [E, q, r] as float64.
@@ -56,11 +60,6 @@ class Stored(NamedTuple):
 
     def read_others(self) -> dict[str, Tensor]:
         return files.read_tensors(self.path / WEIGHTS, self.others)
-
-
-def is_copy(key: str) -> bool:
-    """Whether the key is PEFT's copy of a frozen base tensor, saved with an adapted head."""
-    return key.endswith((".base_layer.weight", ".base_layer.bias"))
 
 
 def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,9 +82,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     Raises the errors of ``load_adapter`` for a folder.  Raises ValueError if a tensor isn't a
     lora_A or lora_B of a linear layer or of experts, or doesn't fit the config's rank.
     """
-    path = files.check_folder(folder)
-    files.check_files(path)
-    settings, header = files.read_json(path / CONFIG), files.read_header(path / WEIGHTS)
+    path, settings, header = files.read_adapter(folder)
     config = from_peft(settings, str(path / CONFIG))
     inside = [key for key in header if "lora_" in key]
     experts: set[str] = set()
@@ -109,22 +106,13 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     for name, keys in pairs.items():
         (a, dtype), (b, other) = (header[key] for key in keys)
         r = config.rank_of(name)
-        if not {dtype, other} <= _DTYPES:
-            raise ValueError(
-                f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} for {called(name)}, "
-                "but both must be floating-point, of 16 bits or more"
-            )
-        if max(len(a), len(b)) > 2:
-            raise ValueError(
-                f"{path / WEIGHTS} has lora_A {a} for {called(name)}: fastlora reads no adapters "
-                "of convolutions"
-            )
         # Linear: lora_A [r, in], lora_B [out, r].  A stack of E experts has E · r in place of r.
-        fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
-        if not fits or a[0] % r or (a[0] != r and name not in experts):
+        fits = {dtype, other} <= _DTYPES and len(a) == len(b) == 2 and 0 not in (*a, *b)
+        if not fits or a[0] != b[1] or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
-                f"{path / WEIGHTS} has lora_A {a} and lora_B {b} for {called(name)}, but {CONFIG} "
-                f"says that its rank is {r}: they must be [{r}, in] and [out, {r}]"
+                f"{path / WEIGHTS} has lora_A {a} of {dtype} and lora_B {b} of {other} for "
+                f"{called(name)}, but {CONFIG} says that its rank is {r}: they must be "
+                f"floating-point, [{r}, in] and [out, {r}]; convolutions aren't supported"
             )
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
         kept = dtype if dtype == other else torch.float32

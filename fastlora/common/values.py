@@ -11,6 +11,14 @@ LARGEST_SCALE = (2 - 2**-23) * 2.0**127  # the largest float32
 LARGEST_RANK = 2**31 - 1
 
 
+def must(
+    fits: bool, name: str, value: object, what: str, error: type[Exception] = ValueError
+) -> None:
+    """Raise the error unless the value of the argument ``name`` fits."""
+    if not fits:
+        raise error(f"{name} is {shown(value)}, but must be {what}")
+
+
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise ValueError unless this is a probability below 1."""
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
@@ -28,11 +36,8 @@ def check_settings(
         raise ValueError(
             f"r is {shown(r)}, but the rank must be a whole number of at least 1 and below 2³¹"
         )
-    if not is_number(lora_alpha) or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE:
-        raise ValueError(
-            f"lora_alpha is {shown(lora_alpha)}, but must be a finite number: scaling is "
-            "lora_alpha / r"
-        )
+    is_finite = is_number(lora_alpha) and -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE
+    must(is_finite, "lora_alpha", lora_alpha, "a finite number: scaling is lora_alpha / r")
     check_dropout(lora_dropout, "lora_dropout")
     check_switches(use_rslora=use_rslora)
 
@@ -40,17 +45,15 @@ def check_settings(
 def check_switches(**switches: bool) -> None:
     """Raise ValueError unless each argument is True or False."""
     for name, value in switches.items():
-        if value is not True and value is not False:
-            raise ValueError(f"{name} is {shown(value)}, but must be True or False")
+        must(value is True or value is False, name, value, "True or False")
 
 
 def check_optimize(base: Any = None, int8_from: Any = 0, loss: Any = None, **others: bool) -> None:
     """Raise ValueError unless these are values for the arguments of ``fastlora.optimize``."""
     check_switches(**others, loss=loss is not None and loss)
-    if base not in (None, "int8"):
-        raise ValueError(f'base is {shown(base)}, but must be "int8", or None for no change')
-    if not (is_number(int8_from) and int8_from >= 0):
-        raise ValueError(f"int8_from is {shown(int8_from)}, but must be a number of features")
+    must(base in (None, "int8"), "base", base, '"int8", or None for no change')
+    is_size = is_number(int8_from) and int8_from >= 0
+    must(is_size, "int8_from", int8_from, "a number of features")
 
 
 def is_number(value: object) -> bool:

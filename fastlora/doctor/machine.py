@@ -6,6 +6,7 @@ Packages are imported by name, only to see whether the import works.
 import os
 import platform
 import re
+import sys
 from collections import Counter
 from functools import cache
 from importlib import import_module
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from ..integrations.name_clash import namesakes
 from ..version import __version__
 
 _SETTINGS = re.compile(
@@ -25,14 +25,20 @@ _SETTINGS = re.compile(
 
 # The Triton that PyTorch's builds for GPUs pin.
 _TRITONS = {
-    "2.10": "3.6",
-    "2.11": "3.6",
-    "2.12": "3.7",
-    "2.13": "3.7",
-    "2.14": "3.8",
-    "2.15": "3.9",
-}
+    "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9",
+}  # fmt: skip
 _OTHERS = ("numpy", "safetensors", "accelerate", "trl", "bitsandbytes", "torchao", "hqq", "gguf")
+
+# The project fastlora on PyPI installs ``fastlora.py``.  In one folder with it, Python imports this
+# package, because a package precedes a module; in two, the first one on ``sys.path``.
+_WHAT = (
+    "{} is another module of this name, such as the project fastlora on PyPI installs; `import "
+    "fastlora` imports fastlora-kernels here; to remove that project: pip uninstall fastlora"
+)
+_CLONE = (
+    "{} is a clone with the package's name: programs that start beside it import an empty fastlora "
+    "(no attribute 'optimize'); rename it to fastlora-source"
+)
 
 
 def devices_here() -> list[torch.device]:
@@ -139,6 +145,18 @@ def installation() -> dict[str, str]:
     places = {k: str(Path(each).parent) if each else "missing" for k, each in origins.items()}
     others = namesakes()
     return places | ({f"another {package}": others} if others else {})
+
+
+def namesakes() -> str:
+    """A message for each such module, and each clone with this name, on ``sys.path``; or ""."""
+    here = Path(__file__).parents[1]
+    paths = dict.fromkeys(Path(folder, here.name) for folder in [*sys.path, ""])
+    modules = [path.with_suffix(".py") for path in paths]
+    clones = [path for path in paths if (path / here.name / "__init__.py").is_file()]
+    return "; ".join(
+        [_WHAT.format(path) for path in modules if path.is_file()]
+        + [_CLONE.format(path.absolute()) for path in clones if path != here]
+    )
 
 
 def settings() -> dict[str, str]:

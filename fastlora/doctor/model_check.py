@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..call.projection import HALF_DTYPES
 from ..common.text import shown
-from ..common.values import is_number
+from ..common.values import is_number, must
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
 from ..layers.head import own_heads
@@ -76,12 +76,13 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "the same within rounding" if self else "NOT the same"
-        lines = [f"fastlora ({self.coverage.counts}) and PEFT: {verdict}", *self._layer_lines()]
         is_half = self.dtype in HALF_DTYPES
         judged = f"tolerance {self.tolerance:.2g}{' of the loss' * is_half}"
-        lines.append(
-            f"  the whole model (relative differences, {judged}): loss {self.loss.relative:.2g}"
-        )
+        lines = [
+            f"fastlora ({self.coverage.counts}) and PEFT: {verdict}",
+            *self._layer_lines(),
+            f"  the whole model (relative differences, {judged}): loss {self.loss.relative:.2g}",
+        ]
         for kind, differences in (("output", self.outputs), ("gradient", self.gradients)):
             if differences:
                 worst = max(differences, key=_size)
@@ -147,13 +148,14 @@ def check(
 
     Each fast LoRA layer, and each gated MLP, runs on the inputs and the output's gradient that it
     has in the model's run: by fastlora, by PEFT, and by PEFT with all tensors in float32 (float64
-    for a layer in float32), which counts as exact.  In these runs the adapters are multiplied by a
-    power of two that makes them as large as the base weight, so that rounding of the base product
-    hides no fault of theirs.  An output or gradient is right under two conditions.  fastlora's
-    error must be at most 2 × PEFT's own error + 2 units in the last place.  Neither the result nor
-    the part of it that an adapter makes may be too large or too small by more than 2 × PEFT's
-    deviation + 1 % + the effect of rounding with few rows.  In a gated MLP each of the three
-    adapters has its own part.  Layers that run PEFT's forward are not judged.
+    for a layer in float32), which counts as exact.  A packed base is dense in the last two runs.
+    The adapters are multiplied by a power of two that makes them as large as the base weight, so
+    that rounding of the base product hides no fault of theirs.  An output or gradient is right
+    under two conditions.  fastlora's error must be at most 2 × PEFT's own error + 2 units in the
+    last place.  Neither the result nor the part of it that an adapter makes may be too large or too
+    small by more than 2 × PEFT's deviation + 1 % + the effect of rounding with few rows.  In a
+    gated MLP each of the three adapters has its own part.  Layers that run PEFT's forward are not
+    judged.
 
     The two runs of the whole model compare the loss, every floating tensor of the output, and the
     gradient of every parameter that trains and of every input that requires it.  In 16 bits, and
@@ -167,7 +169,7 @@ def check(
     of its calls makes dense weights.
 
     ``base`` and ``int8_from`` are arguments of ``optimize``: a dense model is converted during the
-    check.  PEFT and the exact run then round to 8 bits in the same way.
+    check.  8-bit products also round x and dy, so there PEFT's error counts as at least 2⁻⁷.
 
     The call changes nothing: it copies the batch, and restores gradients, buffers, random states
     (also Python's and numpy's) and the layers' classes.  In addition to the model, it needs memory
@@ -178,11 +180,14 @@ def check(
     The default is 1e-9 for a float64 model, 1e-3 for float32, and 0.1 for the loss in 16 or 8 bits.
 
     Raises the errors of :func:`fastlora.optimize` and of the model.  Also raises ValueError if the
-    model has fastlora's own layers, if no layer would run fast, if the batch holds only text, if
-    the tolerance is negative, or if an optimizer steps inside of backward.
+    model has fastlora's own layers, if no layer would run fast, if the batch holds only text or is
+    a list of dicts, if the tolerance is negative, or if an optimizer steps inside of backward.
     """
-    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
+    is_valid = tolerance is None or (is_number(tolerance) and tolerance >= 0)
+    must(is_valid, "tolerance", tolerance, "a number of at least 0")
+    is_list = isinstance(batch, list) and any(isinstance(part, Mapping) for part in batch)
+    what = "one batch, such as a dict of the model's keyword arguments, and not a list of rows"
+    must(not is_list, "batch", batch, what)
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     if leaves and all(isinstance(leaf, str) for leaf in leaves):
         raise ValueError(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..common.clock import HostClock, median, timed
 from ..common.other_packages import optional
 from ..common.text import bar, shown
-from ..common.values import check_switches
+from ..common.values import check_switches, must
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import check_model, check_plain, embeddings_of, text_config, unwrap
 from ..peft.inject import injected
@@ -60,10 +60,9 @@ def estimate(
     check_model(model)
     inner = unwrap(model)
     is_list = isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes)
-    if not is_list or not ranks or any(type(r) is not int or r < 1 for r in ranks):
-        raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
-    if type(rounds) is not int or rounds < 0:
-        raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    fits = is_list and len(ranks) > 0 and all(type(r) is int and r > 0 for r in ranks)
+    must(fits, "ranks", ranks, "a list of whole numbers from 1 on")
+    must(type(rounds) is int and rounds >= 0, "rounds", rounds, "a whole number of at least 0")
     check_switches(loss=loss)
     check_plain(inner)
     if config is None:

@@ -46,9 +46,8 @@ class FastLoRAPlugin(BasePlugin):
         if _settings(cfg) is None:
             return
         show_log()
-        for each in [
-            *_LOG.filters
-        ]:  # axolotl's drops INFO of loggers with another name than its own
+        # axolotl's filter drops INFO of loggers with another name than its own.
+        for each in [*_LOG.filters]:
             if type(each).__module__.startswith("axolotl."):
                 _LOG.removeFilter(each)
         for key in _KERNELS:

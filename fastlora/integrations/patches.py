@@ -38,11 +38,15 @@ def auto(on: bool = True, **settings: Any) -> None:
     ``python -m fastlora run`` calls it for a program that can't be edited
     (docs/integrations.md).
 
-    Raises TypeError for a setting that ``optimize`` doesn't take, and ValueError for a value that
-    doesn't fit.
+    Raises TypeError for a setting that ``optimize`` doesn't take, and for an ``on`` that isn't True
+    or False, and ValueError for a setting's value that doesn't fit.
     """
+    from ..common.values import must
+
     global _settings
     check_settings(settings)
+    what = "True or False: the settings of optimize are keyword arguments"
+    must(on is True or on is False, "on", on, what, TypeError)
     _settings = settings if on else None
     if not on:
         return
@@ -213,13 +217,11 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _TUNERS:
             return None
-        finders = [getattr(each, "find_spec", None) for each in sys.meta_path if each is not self]
-        specs = (find(name, path, target) for find in finders if find)
+        others = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
+        specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next(filter(None, specs), None)
         loader: Any = getattr(spec, "loader", None)
-        run = getattr(loader, "exec_module", None)
-        if run is None:
-            return spec
+        run: Any = getattr(loader, "exec_module", None)
 
         def exec_module(module: Any) -> None:
             vars(loader).pop("exec_module", None)
@@ -227,7 +229,8 @@ class _Finder:
             if module.__name__ == _TUNERS and _settings is not None:
                 _wrap(module)
 
-        loader.exec_module = exec_module
+        if run is not None:
+            loader.exec_module = exec_module
         return spec
 
 

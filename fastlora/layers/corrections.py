@@ -32,10 +32,6 @@ class Corrections(NamedTuple):
     values: Tensor  # [m], in the weight's dtype
     total: Tensor  # int64 []: the sum of the weight's bits, to detect another prediction
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
-
     def rebuild(self, predicted: Tensor) -> Tensor:
         """The weight, flat.  ``predicted``: float32 [n], on any device.
 

@@ -161,8 +161,6 @@ def read_frozen(linear: nn.Module) -> LinearRecord:
     """Read a linear layer without an adapter: a part of a gated MLP, or a model's head."""
     if is_hooked(linear):
         return LinearRecord(WATCHED)
-    if "parametrizations" in linear._modules:
-        return LinearRecord("its weight is computed (a parametrization)")
     reason, weight, bias, packed = read_base(linear, adapted=False)
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__
@@ -187,10 +185,9 @@ def frozen_classes(layers: Iterable[nn.Module]) -> dict[nn.Module, type[Linear]]
 
 def _gains(layer: nn.Module) -> bool:
     """Whether this is a plain frozen layer whose weight the device multiplies slowly."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or why_patched(nn.Linear):
+    if type(layer) is not nn.Linear or why_not_plain(layer) or why_patched(nn.Linear):
         return False
     weight, bias = slow_weight(layer), layer.bias
-    if weight is None or why_not_tensor(weight, 2) or why_not_tensor(bias, 1):
+    if weight is None or weight.is_inference():
         return False
-    same = bias is None or bias.dtype == weight.dtype
-    return same and weight.numel() > 0 and not weight.is_inference() and are_wide(weight)
+    return (bias is None or bias.dtype == weight.dtype) and are_wide(weight)

@@ -373,8 +373,7 @@ class GuardedRecord:
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The guarded tensors if the record is valid, else None."""
-        guard = self.guard  # read once, because another thread may drop it
-        return None if guard is None else guard.tensors_now(module, self._has_views)
+        return None if self.guard is None else self.guard.tensors_now(module, self._has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The flattened tensors of the record's outputs, made from the current guarded tensors."""

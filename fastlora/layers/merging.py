@@ -2,35 +2,26 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..call.projection import is_plain
-from ..common.row_blocks import buffer_for, source_of, widened
+from ..common.row_blocks import rows_at_a_time, slices
 from ..ops.dispatch import autocast_off
 
 
-def add_product(
-    base: Any, left: Tensor, right: Tensor, scale: float, merged: Tensor | None = None
-) -> Tensor:
-    """base + scale · left right, computed in float32 or wider, and rounded once.
+def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """weight + scale · left right, computed in float32 or wider, and rounded once.
 
-    The result is written to ``merged``, or to a new tensor like the base, and returned.  The base
-    may be packed, and may be a stack of experts' weights.  It is processed in blocks of rows of one
-    expert, so that there is never a wide copy of the whole base.
+    It is computed in blocks of rows, so that there is never a wide copy of the whole weight.
     """
-    merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
-    if base.dim() == 3:
-        for one, one_left, one_right, into in zip(base.unbind(), left, right, merged, strict=True):
-            add_product(one, one_left, one_right, scale, into)
-        return merged
-    wide = torch.promote_types(base.dtype, torch.float32)
-    with torch.no_grad(), autocast_off(merged.device.type):
+    merged = torch.empty_like(weight, requires_grad=False)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad(), autocast_off(weight.device.type):
         left, right = left.to(wide), right.to(wide)
-        for rows, some in widened(source_of(base), buffer_for(base, wide)):
-            merged[rows] = torch.addmm(some, left[rows], right, alpha=scale)
+        for rows in slices(len(weight), rows_at_a_time(weight)):
+            merged[rows] = torch.addmm(weight[rows].to(wide), left[rows], right, alpha=scale)
     return merged
 
 

@@ -4,9 +4,7 @@ gpt-oss-20b takes 12.8 GiB this way, and 39 GiB dense (docs/experts.md).
 """
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,15 +19,14 @@ from ..layers.experts_module import PackedWeight, read_module, stack_in, weight_
 from ..layers.frozen import matrix_of
 from ..layers.modules import called, check_model, check_plain, full_name, is_inside, some, unwrap
 from ..layers.packed_experts import why_not_experts
-from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
+from .files import Planned, check_folder, read_header, read_json, read_tensors
 from .linears import PARTS, packed_linears, read_linear
-from .pack_weights import Packing, PackReport, packed_on_meta
+from .pack_weights import Packed, PackReport, install, packed_on_meta
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # suffixes of a weight's name in gpt-oss' files
 # Suffixes of a weight's name that only one of fastlora's kinds has, and that kind.
 _KINDS = {".absmax": "nf4", ".tensor_scale": "nvfp4", ".weight": "fp8", ".codes": "int8"}
-_ADAPTERS = ("lora_A", "lora_B")
 
 
 class _Stored(NamedTuple):
@@ -78,7 +75,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         print(fastlora.load_packed(model, folder))
 
-    Adapters in the checkpoint are skipped, with a warning.  Returns a report of the packed weights
+    Returns a report of the packed weights
     and the bytes that were read.  Raises FileNotFoundError for a folder without a checkpoint, and
     TypeError if ``model`` is not a module or ``folder`` not a path.  Raises ValueError for a
     damaged file, missing or extra keys, other shapes or dtypes, a checkpoint without packed
@@ -89,8 +86,6 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     path, model = check_folder(folder), unwrap(model)
     check_plain(model)
     stored = _stored_in(path)
-    adapters = [key for key in stored if key.endswith(_ADAPTERS)]
-    stored = {key: one for key, one in stored.items() if not key.endswith(_ADAPTERS)}
     stacks, linears = _stacks(model, stored), packed_linears(model, stored)
     if not (stacks or linears):
         raise ValueError(
@@ -100,20 +95,18 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     wanted = _fitting(model, stored, stacks, linears, path)
     buffers = _missing_buffers(model)
     # Read all files before the first module changes.
-    packing, values = Packing(model, compares=False), dict[int, Tensor]()
-    for name, stack in stacks.items():
-        packing.add_weight(name, stack.module, stack.parameter, stack.read(stored))
+    values = dict[int, Tensor]()
+    packed: Packed = {n: (s.module, s.parameter, s.read(stored)) for n, s in stacks.items()}
     for name, keys in linears.items():
         linear: Any = model.get_submodule(name)
         tensors = {key: stored[key].read(key) for key in keys}
-        about = partial(read_metadata, stored[keys[0]].path)
-        layer = read_linear(name, linear, tensors, about, _home(matrix_of(linear)))
-        packing.add_linear(name, linear, layer)
+        layer = read_linear(name, linear, tensors, stored[keys[0]].path, _home(matrix_of(linear)))
+        packed[name] = linear, "", layer
     for key, tensor in wanted.items():
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-    packing.take()
+    records = install(model, packed, compares=False)
     # Nothing below can fail.  Values are looked up by the old tensor's id, so ties stay.
     for store, name, value in buffers:
         store[name] = value
@@ -124,39 +117,29 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
                     store[name] = values[id(old)]
                 elif id(old) in values:
                     old.data = values[id(old)].data
-    if adapters:
-        warnings.warn(
-            f"{path} has adapters, which weren't loaded ({some(adapters)}): load them with "
-            "fastlora.load_adapter(model, folder)",
-            stacklevel=2,
-        )
     files, others = {one.path for one in stored.values()}, sum(v.nbytes for v in values.values())
-    return PackReport(tuple(packing.records), others, (f"read from {len(files)} files in {path}",))
+    return PackReport(records, others, (f"read from {len(files)} files in {path}",))
 
 
 def _stored_in(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the checkpoint, by key; only headers are read."""
+    names = {_WHOLE}
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        places: dict[str, Any] = weight_map if isinstance(weight_map, dict) else {}
-        names = set(map(str, places.values()))
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if not names or any(Path(name).name != name for name in names):  # no path out of the folder
             raise ValueError(f"{folder / _INDEX} has no weight_map of keys to names of files")
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} doesn't exist, but {_INDEX} names it")
-        headers = {name: read_header(folder / name) for name in names}
-        if torn := [key for key, name in places.items() if key not in headers[str(name)]]:
-            raise ValueError(f"{folder / _INDEX} names {some(torn)}, but its file lacks it")
-        return {k: _Stored(folder / n, headers[n][k]) for k, n in places.items()}
-    if (folder / _WHOLE).is_file():
-        header = read_header(folder / _WHOLE)
-        return {key: _Stored(folder / _WHOLE, planned) for key, planned in header.items()}
-    raise FileNotFoundError(
-        f"{folder} has neither {_INDEX} nor {_WHOLE}: give a checkpoint's folder, such as "
-        "huggingface_hub.snapshot_download returns"
-    )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder / missing[0]} doesn't exist: give a checkpoint's folder, which has {_WHOLE}, "
+            f"or {_INDEX} and its files, such as huggingface_hub.snapshot_download returns"
+        )
+    return {
+        key: _Stored(folder / name, planned)
+        for name in sorted(names)
+        for key, planned in read_header(folder / name).items()
+    }
 
 
 def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack]:
@@ -168,26 +151,23 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
             name = full_name(outer, parameter)
             ends = {key.removeprefix(name) for key in stored if parameter and key.startswith(name)}
             is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
-            if is_gpt_oss or any(end.startswith(".") for end in ends):
-                if reason := why_not_experts(module, names):
-                    raise ValueError(f"{name} can't be packed: {reason}")
-                kind = next((kind for end, kind in _KINDS.items() if end in ends), "mxfp4")
-                stacks[name] = _stack(name, module, parameter, kind, is_gpt_oss)
+            if not is_gpt_oss and not any(end.startswith(".") for end in ends):
+                continue
+            if reason := why_not_experts(module, names):
+                raise ValueError(f"{name} can't be packed: {reason}")
+            kind = next((kind for end, kind in _KINDS.items() if end in ends), "mxfp4")
+            try:
+                weight = packed_on_meta(stack_in(module, parameter).shape, kind)
+            except ValueError as error:
+                raise ValueError(f"{name} can't be {kind}: {error}") from None
+            bits = dict(PackedWeight(weight).named_buffers())
+            shapes = {f"{name}.{part}": tuple(tensor.shape) for part, tensor in bits.items()}
+            if is_gpt_oss:  # its blocks have 32 values, two in a byte
+                blocks, scales = shapes.values()
+                rows = (*blocks[:2], scales[2], MXFP4.block // 2)
+                shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
+            stacks[name] = _Stack(module, parameter, shapes, weight)
     return stacks
-
-
-def _stack(name: str, module: nn.Module, parameter: str, kind: str, is_gpt_oss: bool) -> _Stack:
-    try:
-        weight = packed_on_meta(stack_in(module, parameter).shape, kind)
-    except ValueError as error:
-        raise ValueError(f"{name} can't be {kind}: {error}") from None
-    bits = dict(PackedWeight(weight).named_buffers())
-    shapes = {f"{name}.{part}": tuple(tensor.shape) for part, tensor in bits.items()}
-    if is_gpt_oss:  # its blocks have 32 values, two in a byte
-        blocks, scales = shapes.values()
-        rows = (*blocks[:2], scales[2], MXFP4.block // 2)
-        shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
-    return _Stack(module, parameter, shapes, weight)
 
 
 def _fitting(

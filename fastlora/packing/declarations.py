@@ -102,7 +102,10 @@ def _declaration(outer: Any, linear: nn.Module | None) -> _Declared:
 
 
 def _declare(outer: Any, said: _Declared) -> None:
-    """Set the model's attributes and config according to its packed weights."""
+    """Set the model's attributes and config according to its packed weights.
+
+    All other attributes of a quantizer are removed.
+    """
     attributes, config = dict(said.attributes), said.config
     packed = _packed(outer).values()
     ours = [isinstance(module, PackedWeight | Int8Linear) for module in packed]
@@ -116,7 +119,18 @@ def _declare(outer: Any, said: _Declared) -> None:
         attributes[QUANTIZER].quantization_config = config
     if any(ours):
         attributes[_CONVERSIONS], config = [], dict(_OURS)
-    _say(outer, attributes, config)
+    for name in _ATTRIBUTES:
+        outer.__dict__.pop(name, None)
+    outer.__dict__.update(attributes)
+    if config is not None:
+        outer.config.quantization_config = config
+    else:  # transformers 4 also sets the second, and can't write a config that has only that one
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            outer.config.__dict__.pop(name, None)
+    for module in outer.modules():
+        about: Any = getattr(module, "config", None)
+        if hasattr(about, "_is_quantized"):
+            about._is_quantized = bool(attributes.get("is_quantized"))
 
 
 def _pretrained(model: nn.Module) -> Iterator[Any]:
@@ -161,19 +175,3 @@ def _without(config: Any, outer: nn.Module) -> Any:
 
 def _method_of(config: Any) -> str:
     return getattr(config.quant_method, "value", config.quant_method)
-
-
-def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
-    """Set these attributes and this config on the model, and remove all others of a quantizer."""
-    for name in _ATTRIBUTES:
-        outer.__dict__.pop(name, None)
-    outer.__dict__.update(attributes)
-    if config is not None:
-        outer.config.quantization_config = config
-    else:  # transformers 4 also sets the second, and can't write a config that has only that one
-        for name in ("quantization_config", "_pre_quantization_dtype"):
-            outer.config.__dict__.pop(name, None)
-    for module in outer.modules():
-        about: Any = getattr(module, "config", None)
-        if hasattr(about, "_is_quantized"):
-            about._is_quantized = bool(attributes.get("is_quantized"))

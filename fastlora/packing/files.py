@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.text import shown
+from ..common.cache_folder import is_scratch, write_whole
+from ..common.values import must
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."  # of PEFT's keys
-_SCRATCH = ".fastlora-"  # of the name of a folder with incomplete files
-_WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 _DTYPES = {
@@ -38,42 +34,24 @@ class Planned(NamedTuple):
 
 def check_folder(folder: str | os.PathLike) -> Path:
     """The folder as a Path.  Raises TypeError if it isn't a path."""
-    if not isinstance(folder, str | os.PathLike):
-        raise TypeError(f"folder is {shown(folder)}, but must be a path: a str or a pathlib.Path")
+    is_path = isinstance(folder, str | os.PathLike)
+    must(is_path, "folder", folder, "a path: a str or a pathlib.Path", TypeError)
     return Path(folder)
 
 
 def check_files(folder: Path) -> None:
     """Raise FileNotFoundError unless both files exist; the message suggests the right folder."""
-    if missing := [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+    missing = [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        adapters = (path.parent for path in folder.glob(f"*/{CONFIG}"))
+        inside = sorted(path.name for path in adapters if not is_scratch(path))
+        hint = f" Its subfolders {', '.join(inside[:5])} are adapters: give one of these."
         raise FileNotFoundError(
-            f"{missing[0]} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}."
-            f"{_hint(folder)}"
+            f"{missing[0]} doesn't exist: give a folder that holds {CONFIG} and {WEIGHTS}. For a "
+            "name on the Hugging Face hub, huggingface_hub.snapshot_download returns it. If the "
+            "weights are a pickle, and fastlora doesn't open pickles, save them again with PEFT."
+            f"{hint if inside else ''}"
         )
-
-
-def _hint(folder: Path) -> str:
-    """A sentence about the folder and the next step, or "" if there is no guess."""
-    if folder.is_file():
-        return " Give the folder, not a file."
-    if not folder.is_dir():
-        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder.as_posix()):
-            return (
-                " If this is a name on the Hugging Face hub, give the folder that "
-                f"huggingface_hub.snapshot_download({folder.as_posix()!r}) returns."
-            )
-        return ""
-    if (folder / _PICKLE).is_file():
-        return (
-            f" The folder has {_PICKLE}, a pickle, and fastlora doesn't open pickles. Convert it "
-            f"with PEFT: PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(…)."
-        )
-    adapters = (path.parent for path in folder.glob(f"*/{CONFIG}"))
-    if inside := sorted(path.name for path in adapters if not is_scratch(path)):
-        return f" The adapters are in its subfolders ({', '.join(inside[:5])}): give one of these."
-    if any((folder / name).is_file() for name in _WHOLE_MODELS):
-        return " The folder holds a whole model: load it with from_pretrained."
-    return ""
 
 
 def read_json(path: Path) -> Any:
@@ -86,15 +64,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply to be a config") from None
 
 
+def read_adapter(folder: str | os.PathLike) -> tuple[Path, dict[str, Any], dict[str, Planned]]:
+    """An adapter's folder, its config and the header of its weights."""
+    path = check_folder(folder)
+    check_files(path)
+    settings = read_json(path / CONFIG)
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise ValueError(f"{path / CONFIG} is not a PEFT config: it has no peft_type")
+    return path, settings, read_header(path / WEIGHTS)
+
+
 def read_config(model_config: Any) -> Any:
     """The content of a transformers config, of a config.json, or of the folder that holds it."""
     if hasattr(model_config, "to_dict"):
         return model_config.to_dict()
-    if not isinstance(model_config, str | os.PathLike):
-        raise TypeError(
-            f"model_config is {shown(model_config)}, but must be a transformers config, or a "
-            "folder that has config.json"
-        )
+    is_path = isinstance(model_config, str | os.PathLike)
+    what = "a transformers config, or a folder that has config.json"
+    must(is_path, "model_config", model_config, what, TypeError)
     path = Path(model_config, "" if str(model_config).endswith(".json") else "config.json")
     if not path.is_file():
         raise FileNotFoundError(
@@ -109,7 +95,7 @@ def read_header(path: Path) -> dict[str, Planned]:
 
     Raises ValueError if the file is damaged.
     """
-    with _opened(path, "damaged, or not a safetensors file") as file:
+    with _opened(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
         return {k: Planned(shape, _DTYPES.get(name, name)) for k, (shape, name) in facts.items()}
@@ -117,20 +103,20 @@ def read_header(path: Path) -> dict[str, Planned]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in the safetensors file's header."""
-    with _opened(path, "damaged") as file:
+    with _opened(path) as file:
         return file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path, problem: str) -> Iterator[Any]:
-    """The open safetensors file.  Raises ValueError with this problem if it can't be read."""
+def _opened(path: Path) -> Iterator[Any]:
+    """The open safetensors file.  Raises ValueError if it can't be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is {problem}: {error}") from None
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from None
 
 
 def name_of(key: str) -> str:
@@ -140,7 +126,7 @@ def name_of(key: str) -> str:
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these keys, on the CPU.  Raises ValueError if the file is damaged."""
-    with _opened(path, "damaged") as file:
+    with _opened(path) as file:
         return {key: file.get_tensor(key) for key in keys}
 
 
@@ -151,27 +137,3 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
     text = json.dumps(settings, indent=2) + "\n"
     content = save(dict(tensors), metadata={"format": "pt"})
     write_whole(folder, {WEIGHTS: content, CONFIG: text.encode()})
-
-
-def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write each file atomically: if the process dies, the file is the old or the new one.
-
-    All files are written to a scratch folder first, and then renamed.  A process that dies leaves
-    its scratch folder, which later calls ignore.
-    """
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, but must be a folder: give another path")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as made:
-        for name, content in files.items():
-            with open(Path(made) / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # the data must be on disk before the rename
-        for name in files:
-            os.replace(Path(made) / name, folder / name)
-
-
-def is_scratch(path: Path) -> bool:
-    """Whether it is a scratch folder of ``write_whole``, of a running or a dead process."""
-    return path.name.startswith(_SCRATCH)

@@ -1,8 +1,9 @@
 """Packed linear layers, vendors' and int8: packed from a dense layer, or read from a file."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..layers.int8 import Int8Linear, int8_linear
 from ..layers.module_parts import is_hooked
 from ..layers.modules import called, some
 from .declarations import other_vendor
+from .files import read_metadata
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
 PARTS = (".weight", ".codes", ".scale")  # of a linear layer, dense or packed
@@ -25,23 +27,23 @@ _INT8 = PARTS[1:]
 
 
 def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Module:
-    """The layer that replaces this linear layer: the format's vendor's, or an ``Int8Linear``."""
+    """The layer that replaces this linear layer: the format's vendor's, or an ``Int8Linear``.
+
+    Raises ValueError with the reason if it can't be packed.
+    """
     package = {"nf4": "bitsandbytes", "fp8": "torchao", "int8": ""}.get(kind)
     if package is None:
         raise ValueError(
-            f"{name} can't be packed as {kind}: torchao's {kind} linear layers round their input, "
-            "or fastlora can't read them: give nf4 (bitsandbytes), fp8 (torchao) or int8"
+            f"torchao's {kind} linear layers round their input, or fastlora can't read them: give "
+            "nf4 (bitsandbytes), fp8 (torchao) or int8"
         )
     module = "bitsandbytes.nn" if kind == "nf4" else "torchao.quantization"
     need = f"{name} can't be packed as {kind} without {package}"
     theirs: Any = optional(module, need, "quantized") if package else None
     if linear.weight.is_meta or is_hooked(linear):
-        raise ValueError(f"{name} can't be packed: it is on meta, or its calls have hooks")
+        raise ValueError("it is on meta, or its calls have hooks")
     if kind == "int8":
-        try:
-            return int8_linear(linear)
-        except ValueError as error:
-            raise ValueError(f"{name} can't be packed as {kind}: {error}") from None
+        return int8_linear(linear)
     if kind == "fp8":  # torchao's quantize_ works on children, so the layer needs a parent
         around: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(around, theirs.Float8WeightOnlyConfig())
@@ -56,18 +58,12 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
     # A transformers model's quantization_config names one quantizer only.
     if other_vendor(model, vendor_of(packed)):
         raise ValueError(
-            f"{name} can't be packed as {kind}: the model has another vendor's packed layers, and "
-            "its quantization_config can name only one vendor"
+            "the model has another vendor's packed layers, and its quantization_config can name "
+            "only one vendor"
         )
-    return _readable(name, packed.train(linear.training), kind)
-
-
-def _readable(name: str, layer: nn.Module, kind: str) -> nn.Module:
-    """The same layer.  Raises ValueError if fastlora can't read its weight."""
-    quantized = quantized_weight(layer)
-    if isinstance(quantized, str):
-        raise ValueError(f"{name} can't be packed as {kind}: {quantized}")
-    return layer
+    if isinstance(reason := quantized_weight(packed), str):
+        raise ValueError(reason)
+    return packed.train(linear.training)
 
 
 def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]]:
@@ -91,23 +87,21 @@ def read_linear(
     name: str,
     linear: Any,
     tensors: dict[str, Tensor],
-    about: Callable[[], dict[str, str]],
+    path: Path,
     device: torch.device,
 ) -> nn.Module:
     """The packed layer that replaces this nn.Linear, on this device and without a bias.
 
-    ``tensors``: the layer's tensors in the file, by key; ``about``: returns the file's metadata.
+    ``tensors``: the layer's tensors in the file at ``path``, by key.
     """
-    sizes, kind = (linear.in_features, linear.out_features), "fp8"
+    sizes = linear.in_features, linear.out_features
     if name + _INT8[0] in tensors:
-        kind = "int8"
         if len(tensors) != len(_INT8):
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
         format = RotatedInt8(*sizes[::-1], name_of(matrix_of(linear).dtype))
         bits = tuple([tensors[name + end].to(device) for end in _INT8])
         packed: Any = Int8Linear(Quantized(format, bits))
     elif name + _FOUR_BIT in tensors:
-        kind = "nf4"
         theirs: Any = import_module("bitsandbytes.nn")
         packed = theirs.Linear4bit(*sizes, False, device="meta")
         stats = {key.removeprefix(f"{name}.weight."): each for key, each in tensors.items()}
@@ -118,10 +112,12 @@ def read_linear(
     else:
         theirs = import_module("torchao.prototype.safetensors.safetensors_support")
         key = f"{name}.weight"
-        header = {"tensor_names": json.dumps([key]), key: about()[key]}
+        header = {"tensor_names": json.dumps([key]), key: read_metadata(path)[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
         if weight is None:  # torchao waits for further tensors of this weight
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
         packed = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
         packed.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    return _readable(name, packed.train(linear.training), kind)
+    if isinstance(reason := quantized_weight(packed), str):
+        raise ValueError(f"{called(name)} can't be loaded: {reason}")
+    return packed.train(linear.training)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..common.other_packages import DDP, FSDP, FULLY_SHARDED
 from ..common.text import columns, shown
+from ..common.values import must
 from ..formats import quantized_weight
 from ..formats.format import Quantized
 from ..formats.packing import KINDS, pack_weight, packing_error
@@ -92,68 +93,60 @@ def _percent(error: float | None) -> str:
     return "–" if error is None else f"{100 * error:.2f}"
 
 
-class Packing:
-    """Packed weights for a model.  All are made and checked before the first one is installed.
+# By each weight's name: its module, the parameter's name in a module of experts ("" in a linear
+# layer), and the packed weight, or the layer that replaces the linear layer.
+Packed = dict[str, tuple[nn.Module, str, Any]]
 
-    ``compares``: whether to compute the error; it needs the dense weights' values, so weights on
-    meta are skipped.
+
+def install(model: nn.Module, packed: Packed, compares: bool) -> tuple[PackedRecord, ...]:
+    """Check all packed weights, install them, and update the model's quantization_config.
+
+    A new layer gets the bias of the layer that it replaces.  ``compares``: whether to compute the
+    error; it needs the dense weights' values, so weights on meta are skipped.
+
+    Raises ValueError for infinities and NaN, also in float32 scales, and if the layer is float16
+    and a packed value is too large for float16.  The model is then unchanged.
     """
+    records, linears, experts = [], dict[nn.Module, Any](), dict[nn.Module, dict[str, Any]]()
+    for name, (module, parameter, new) in packed.items():
+        if parameter:
+            experts.setdefault(module, {})[parameter] = new
+            records.append(_record(name, stack_in(module, parameter), new, compares))
+        else:
+            linears[module] = new
+            records.append(_record(name, matrix_of(module), matrix_of(new), compares))
+    with declared(model, filter(is_vendors, linears.values())):
+        for module, weights in experts.items():
+            take_packed(module, weights)
+        for linear, layer in linears.items():
+            layer.bias = linear.bias
+        # Replace a layer at all of its places.
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                if child is not None and child in linears:
+                    parent._modules[key] = linears[child]
+    return tuple(records)
 
-    def __init__(self, model: nn.Module, compares: bool) -> None:
-        self.model, self.compares = model, compares
-        self.records: list[PackedRecord] = []
-        self._experts: dict[nn.Module, dict[str, Quantized]] = {}
-        self._linears: dict[nn.Module, Any] = {}  # vendors' layers, by the layers they replace
 
-    def add_weight(self, name: str, module: nn.Module, parameter: str, weight: Quantized) -> None:
-        """Add a weight of experts.  Raises ValueError as :meth:`add_linear` does."""
-        self._experts.setdefault(module, {})[parameter] = weight
-        self._record(name, stack_in(module, parameter), weight)
-
-    def add_linear(self, name: str, linear: nn.Module, layer: Any) -> None:
-        """Add a vendor's layer; it will share the bias of the layer that it replaces.
-
-        Raises ValueError for infinities and NaN, also in float32 scales, and if the layer is
-        float16 and a packed value is too large for float16.
-        """
-        self._linears[linear] = layer
-        self._record(name, matrix_of(linear), matrix_of(layer))
-
-    def _record(self, name: str, dense: Any, packed: Any) -> None:
-        error, numbers = None, [t for t in packed.tensors if t.dtype == torch.float32]
-        is_finite = all(bool(t.isfinite().all()) for t in numbers if not t.is_meta)
-        if self.compares and not dense.is_meta:
-            error = packing_error(dense, packed)
-            is_finite = is_finite and math.isfinite(error)
-        if not is_finite:
-            raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
-        # Packed values are rounded, so they may exceed float16 where the dense ones don't.
-        if dense.dtype == torch.float16 and packed.device.type != "meta":
-            parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
-            if not all(bool(part.dense(torch.float16).isfinite().all()) for part in parts):
-                raise ValueError(
-                    f"{name} can't be {packed.format.label} in float16: its largest values, after "
-                    "packing, are beyond 65504: make the model bfloat16 first (model.bfloat16())"
-                )
-        before = dense.shape.numel() * dense.dtype.itemsize
-        after = sum(tensor.nbytes for tensor in packed.tensors)
-        self.records.append(PackedRecord(name, packed.format.label, before, after, error))
-
-    def take(self) -> None:
-        """Install the packed weights, and update the model's quantization_config.
-
-        Everything that may fail was done before.
-        """
-        with declared(self.model, filter(is_vendors, self._linears.values())):
-            for module, weights in self._experts.items():
-                take_packed(module, weights)
-            for linear, layer in self._linears.items():
-                layer.bias = linear.bias
-            # Replace a layer at all of its places.
-            for parent in list(self.model.modules()):
-                for key, child in parent._modules.items():
-                    if child is not None and child in self._linears:
-                        parent._modules[key] = self._linears[child]
+def _record(name: str, dense: Any, packed: Any, compares: bool) -> PackedRecord:
+    error, numbers = None, [t for t in packed.tensors if t.dtype == torch.float32]
+    is_finite = all(bool(t.isfinite().all()) for t in numbers if not t.is_meta)
+    if compares and not dense.is_meta:
+        error = packing_error(dense, packed)
+        is_finite = is_finite and math.isfinite(error)
+    if not is_finite:
+        raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+    # Packed values are rounded, so they may exceed float16 where the dense ones don't.
+    if dense.dtype == torch.float16 and packed.device.type != "meta":
+        parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
+        if not all(bool(part.dense(torch.float16).isfinite().all()) for part in parts):
+            raise ValueError(
+                f"{name} can't be {packed.format.label} in float16: its largest values, after "
+                "packing, are beyond 65504: make the model bfloat16 first (model.bfloat16())"
+            )
+    before = dense.shape.numel() * dense.dtype.itemsize
+    after = sum(tensor.nbytes for tensor in packed.tensors)
+    return PackedRecord(name, packed.format.label, before, after, error)
 
 
 def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
@@ -182,15 +175,14 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     """
     check_model(model)
     wrapped, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind is {shown(kind)}, but must be one of {', '.join(KINDS)}")
+    must(kind in [*KINDS], "kind", kind, f"one of {', '.join(KINDS)}")
     check_plain(model)
-    packing, chosen = Packing(model, compares=True), _chosen(model, kind, modules)
+    packed, chosen = Packed(), _chosen(model, kind, modules)
     others = _held_by_others(model, chosen.values())
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
         reason = why_not_experts(module, names) if names else why_not_plain(module)
-        if packed_names(module) or quantized_weight(module) is not None:
+        if _is_packed(module):
             reason = "it is packed already"
         if module in wrapped:
             reason = "FSDP or DDP has it already: call fastlora.pack before wrapping the model"
@@ -202,18 +194,19 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             )
         if reason:
             raise ValueError(f"{called(name)} can't be packed: {reason}")
-        if not names:
-            packing.add_linear(name, module, pack_linear(model, called(name), module, kind))
-        for parameter in names:
-            where, dense = full_name(name, parameter), stack_in(module, parameter).detach()
+        for parameter in names or ("",):
+            where = full_name(name, parameter) if parameter else called(name)
             try:
-                on_meta = dense.is_meta
-                weight = packed_on_meta(dense.shape, kind) if on_meta else pack_weight(dense, kind)
+                if not parameter:
+                    new: Any = pack_linear(model, where, module, kind)
+                elif (dense := stack_in(module, parameter).detach()).is_meta:
+                    new = packed_on_meta(dense.shape, kind)
+                else:
+                    new = pack_weight(dense, kind)
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
-            packing.add_weight(where, module, parameter, weight)
-    packing.take()
-    return PackReport(tuple(packing.records))
+            packed[where] = module, parameter, new
+    return PackReport(install(model, packed, compares=True))
 
 
 def _chosen(
@@ -232,9 +225,10 @@ def _chosen(
             dense = {name: module for name, module in linear.items() if name not in around}
         if dense:
             return dense
-        raise ValueError(f"the model has no dense {what}: name modules to pack")
-    if not isinstance(modules, str | Sequence | Set):
-        raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
+        is_packed = any(map(_is_packed, named.values() if kind == "int8" else experts.values()))
+        hint = "it is packed already" if is_packed else "name modules to pack"
+        raise ValueError(f"the model has no dense {what}: {hint}")
+    must(isinstance(modules, str | Sequence | Set), "modules", modules, "a list of names")
     chosen: dict[str, nn.Module] = {}
     for pattern in [modules] if isinstance(modules, str) else [(name,) for name in modules]:
         test = name_test(pattern)
@@ -245,7 +239,9 @@ def _chosen(
             raise ValueError(f"modules has {shown(what)}, which matches no module{hint}")
         chosen |= matched
     others = [
-        name for name in chosen if name not in experts and type(chosen[name]) is not nn.Linear
+        name
+        for name, module in chosen.items()
+        if not (name in experts or type(module) is nn.Linear or _is_packed(module))
     ]
     if others:
         other = type(chosen[others[0]]).__name__
@@ -254,6 +250,10 @@ def _chosen(
             "a torch.nn.Linear"
         )
     return chosen
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return bool(packed_names(module)) or quantized_weight(module) is not None
 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:

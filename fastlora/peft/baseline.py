@@ -53,22 +53,18 @@ def shared_masks(model: nn.Module) -> Iterator[None]:
     The dropout of experts is off, because PEFT has none there.
     """
     changed: dict[nn.Module, Any] = {}
-    modes: dict[nn.Module, bool] = {}
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         seeds: list[Tensor] = []
         for dropout in layer.lora_dropout.values():
             if isinstance(layer, ParamWrapper):
-                modes[dropout] = dropout.training
+                changed[dropout] = nn.Identity
             elif type(dropout) is nn.Dropout:
                 dropout.__dict__ |= {"layer": layer, "seeds": seeds}
                 changed[dropout] = SeededDropout
     try:
-        for dropout in modes:
-            dropout.training = False
         with changed_classes(changed):
             yield
     finally:
-        for dropout, mode in modes.items():
-            dropout.training = mode
         for dropout in changed:
-            del dropout.__dict__["layer"], dropout.__dict__["seeds"]
+            for name in ("layer", "seeds"):
+                dropout.__dict__.pop(name, None)

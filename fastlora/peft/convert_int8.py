@@ -5,7 +5,7 @@ import PEFT.
 """
 
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from contextlib import ExitStack
 from typing import Any
 
@@ -53,9 +53,13 @@ def convert(
             reasons[name] = reason
         else:
             bases[layer] = int8_linear(base)
-    undo.callback(_set_reasons, model, model.__dict__.get(_REASONS))
-    undo.callback(use_bases, use_bases(bases))
-    _set_reasons(model, reasons)
+    home = vars(model)
+    undo.callback(home.update, {_REASONS: home[_REASONS]} if _REASONS in home else {})
+    undo.callback(home.pop, _REASONS, None)
+    home[_REASONS] = reasons
+    for layer, base in bases.items():
+        undo.callback(setattr, layer, "base_layer", layer.base_layer)
+        layer.base_layer = base
     notes_of(model, layers, warns=True)
 
 
@@ -116,30 +120,10 @@ def _why_slow(base: Any) -> str:
     return "" if has_vnni or has_amx else _NO_VNNI
 
 
-def use_bases(bases: Mapping[Any, nn.Module]) -> dict[Any, nn.Module]:
-    """Replace the base of each of these layers; returns the replaced bases, in the same form."""
-    before = {layer: layer.base_layer for layer in bases}
-    for layer, base in bases.items():
-        layer.base_layer = base
-    return before
-
-
-def _set_reasons(model: nn.Module, reasons: dict[str, str] | None) -> None:
-    if reasons is None:
-        model.__dict__.pop(_REASONS, None)
-    else:
-        model.__dict__[_REASONS] = reasons
-
-
 def give_back_dense(model: nn.Module, layers: Layers) -> None:
     """Replace each layer's 8-bit base by a dense base with the same values."""
     for _, layer in layers:
         forget_packed(layer)
-    use_bases(dense_bases(layers))
-    _set_reasons(model, None)
-
-
-def dense_bases(layers: Layers) -> dict[Any, nn.Module]:
-    """For each layer with an 8-bit base, a dense base with the same values."""
-    int8 = [layer for _, layer in layers if isinstance(layer.base_layer, Int8Linear)]
-    return {layer: dense_linear(layer.base_layer) for layer in int8}
+        if isinstance(layer.base_layer, Int8Linear):
+            layer.base_layer = dense_linear(layer.base_layer)
+    vars(model).pop(_REASONS, None)

@@ -6,6 +6,7 @@ of PEFT.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,25 @@ def has_packed(layer: Any) -> bool:
 def forget_packed(layer: Any) -> None:
     """Let the weight stay dense."""
     vars(layer).pop(_KEPT, None)
+
+
+class MergesDense:
+    """A mixin for PEFT's layers: a packed base is dense from ``merge`` until ``unmerge``.
+
+    The signatures are PEFT's, because diffusers looks for ``adapter_names`` in them.
+    """
+
+    dense_class: Any  # PEFT's class for layers with a dense base
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with dense_base(self) as is_dense:
+            merge = partial(self.dense_class.merge, self) if is_dense else super().merge  # type: ignore[misc]
+            merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        with dense_base(self) as is_dense:
+            unmerge = partial(self.dense_class.unmerge, self) if is_dense else super().unmerge  # type: ignore[misc]
+            unmerge()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
 from ..call.projection import Adapter, Base, Output
-from ..layers.classes import Fast, change_class
+from ..layers.classes import Fast, change_class, class_over
 from ..layers.experts_module import (
     OTHER,
     Experts,
@@ -34,7 +34,7 @@ from ..layers.guards import Record
 from ..layers.module_parts import is_hooked, why_not_tensor, why_patched
 from ..layers.packed_experts import run_dense, set_experts_class
 from . import newer
-from .dense import dense_base
+from .dense import MergesDense
 from .read import adapters_now, why_not_now, why_not_pair, why_not_scale
 
 _UNTESTED = bool(newer())  # computed once, because it takes as long as a small op
@@ -54,11 +54,13 @@ class ExpertsRecord(Record):
     experts: Any = None  # an ``Experts`` if there is no reason
 
 
-class PackedWrapper(nn.Module):
+class PackedWrapper(MergesDense, nn.Module):
     """A mixin for PEFT's wrapper of an experts module's parameter, which may be packed.
 
     PEFT would add the adapters to the packed numbers, before these are scaled.
     """
+
+    dense_class = PeftParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -68,15 +70,6 @@ class PackedWrapper(nn.Module):
         if needs_class(base) or packed_names(base):
             return _run_dense(self, (x, *args), kwargs)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's, with a dense weight in place of a packed one until :meth:`unmerge`."""
-        with dense_base(self):
-            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
-
-    def unmerge(self) -> None:
-        with dense_base(self):
-            super().unmerge()  # type: ignore[misc]
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's.  Experts that are dense now get a class that runs dense weights."""
@@ -102,25 +95,13 @@ class FastExperts(Fast, PackedWrapper):
         return super().forward(x, *args, **kwargs)
 
 
-class ParamWrapper(FastExperts, PeftParamWrapper):
-    """PEFT's wrapper of a dense weight, with a fast forward."""
-
-    plain_class = PeftParamWrapper
-
-
 class PackedParamWrapper(PackedWrapper, PeftParamWrapper):
     """The class of a packed weight's wrapper in a model that isn't optimized."""
 
 
-class FastPackedParamWrapper(FastExperts, PackedParamWrapper):
-    """The class of a packed weight's wrapper in an optimized model."""
-
-    plain_class = PackedParamWrapper
-
-
-KINDS = {PeftParamWrapper: ParamWrapper, PackedParamWrapper: FastPackedParamWrapper}
-for _kind in (PackedParamWrapper, FastPackedParamWrapper):
-    _kind.__name__ = PeftParamWrapper.__name__  # PEFT compares names
+PackedParamWrapper.__name__ = PeftParamWrapper.__name__  # PEFT compares names
+# The classes of wrappers -> their classes in an optimized model.
+KINDS = {kind: class_over(FastExperts, kind, "") for kind in (PeftParamWrapper, PackedParamWrapper)}
 
 
 def run_packed(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def get_peft_model(
 
     config, base = deepcopy(peft_config), _base_of(model)
     wanted = matched(base, config)
-    how: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
-    how["autocast_adapter_dtype"] = autocast_adapter_dtype
+    options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    options["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config):
             _check_names(base, peft_config, config)
@@ -97,17 +98,17 @@ def get_peft_model(
             if dropout:
                 config.lora_dropout = 0.0
             if isinstance(model, peft.PeftModel):
-                model.add_adapter(adapter_name, config, **how)
-                made: Any = model
+                model.add_adapter(adapter_name, config, **options)
+                peft_model: Any = model
             else:
-                how |= {"mixed": mixed, "revision": revision}
-                made = peft.get_peft_model(model, config, adapter_name, **how)
+                options |= {"mixed": mixed, "revision": revision}
+                peft_model = peft.get_peft_model(model, config, adapter_name, **options)
         _check_layers(base, adapter_name, wanted)
         if dropout:
             _add_dropout(base, adapter_name, dropout)
-        optimize(made, **settings)
+        optimize(peft_model, **settings)
         admit_training(base)
-        return made
+        return peft_model
 
 
 def _add_dropout(base: nn.Module, adapter: str, p: float) -> None:
@@ -145,19 +146,19 @@ def load_adapter(
     it was trained with.  ``settings`` are those of :func:`fastlora.optimize`.
 
     Raises FileNotFoundError for a folder without the files, and ValueError if the files lack a
-    tensor of the adapter, have a tensor that doesn't belong to the model, or have NaN or infinity.
-    Also raises the errors of :func:`get_peft_model`, but names of the saved config may match
-    nothing.  An error leaves the model unchanged.
+    tensor of the adapter, have a tensor that doesn't belong to the model or has another shape
+    there, or have NaN or infinity.  Also raises the errors of :func:`get_peft_model`, but names of
+    the saved config may match nothing.  An error leaves the model unchanged.
     """
     _check(model, config)
     if config is not None:
         config = copy(config)
         config.inference_mode = not is_trainable
         with _undone_on_error(model, adapter_name):
-            how: Any = {"autocast_adapter_dtype": autocast_adapter_dtype}
-            made = get_peft_model(model, config, adapter_name, **how, **settings)
-            _load_whole(_base_of(made), Path(folder), adapter_name)
-            return made if is_trainable else made.eval()
+            options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype}
+            peft_model = get_peft_model(model, config, adapter_name, **options, **settings)
+            _load_whole(_base_of(peft_model), Path(folder), adapter_name)
+            return peft_model if is_trainable else peft_model.eval()
     import peft
     from peft.utils.save_and_load import load_peft_weights
 
@@ -172,25 +173,32 @@ def load_adapter(
     config.inference_mode = not is_trainable
     tensors = load_peft_weights(os.fspath(folder), device="cpu")
     _check_finite(tensors, folder)
-    how, base = {"autocast_adapter_dtype": autocast_adapter_dtype}, _base_of(model)
+    options, base = {"autocast_adapter_dtype": autocast_adapter_dtype}, _base_of(model)
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            warnings.filterwarnings("ignore", "Some weights of .*ignore_mismatched_sizes")
             if isinstance(model, peft.PeftModel):
-                model.add_adapter(adapter_name, config, **how)
-                made = model
+                model.add_adapter(adapter_name, config, **options)
+                peft_model = model
             else:
                 load = peft.PeftModel.from_pretrained
-                how |= {"config": config, "is_trainable": is_trainable}
-                made = load(model, os.fspath(folder), adapter_name, **how)
-            loaded = peft.set_peft_model_state_dict(made, tensors, adapter_name)
+                options |= {"config": config, "is_trainable": is_trainable}
+                # Other shapes are an error below, which names one tensor.
+                options["ignore_mismatched_sizes"] = True
+                peft_model = load(model, os.fspath(folder), adapter_name, **options)
+            here = peft.get_peft_model_state_dict(
+                peft_model, adapter_name=adapter_name, save_embedding_layers=False
+            )
+            _check_shapes(tensors, peft_model.state_dict() | here, folder)
+            loaded = peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
         own = [key for key in loaded.missing_keys if f".{adapter_name}" in key]
         missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
         check_keys(folder, missing, loaded.unexpected_keys)
         _check_layers(base, adapter_name, set())
-        optimize(made, **settings)
+        optimize(peft_model, **settings)
         admit_training(base)
-        return made if is_trainable else made.eval()
+        return peft_model if is_trainable else peft_model.eval()
 
 
 def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
@@ -220,9 +228,7 @@ def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
     missing = [key for key, tensor in here.items() if id(tensor) not in there]
     buffers = {name.replace(".base_layer", "") for name, _ in base.named_buffers()}
     check_keys(folder, missing, [key for key in stored if key not in here.keys() | buffers])
-    wrong = [key for key, value in tensors.items() if value.shape != here[key].shape]
-    if wrong:
-        raise ValueError(f"{folder} has other shapes of {some(wrong)}: is it another model's?")
+    _check_shapes(tensors, here, folder)
     with torch.no_grad():
         for key, value in tensors.items():
             here[key].copy_(value)
@@ -232,6 +238,17 @@ def _check_finite(tensors: Mapping[str, Tensor], folder: Any) -> None:
     """Raise ValueError if a tensor of an adapter's files has NaN or infinity."""
     if broken := [key for key, one in tensors.items() if not one.float().isfinite().all()]:
         raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], here: Mapping[str, Tensor], folder: Any) -> None:
+    """Raise ValueError if a tensor of an adapter's files has another shape than the model's."""
+    for key, tensor in tensors.items():
+        shape, own = tuple(tensor.shape), tuple(here.get(key, tensor).shape)
+        if shape != own:
+            raise ValueError(
+                f"{key} has shape {shape} in {folder}, but {own} in the model: load the adapter "
+                "onto the base model that it was trained on"
+            )
 
 
 def _base_of(model: Any) -> Any:
@@ -248,6 +265,8 @@ def _check(model: Any, config: Any = None) -> None:
     if config is not None and not isinstance(config, peft.LoraConfig):
         kind = type(config).__name__
         raise TypeError(f"peft_config is a {kind}, but fastlora's fast layers need peft.LoraConfig")
+    if config is not None and not isinstance(config.r, Integral):
+        raise TypeError(f"r is {config.r!r}, but the rank must be a whole number, such as 8")
 
 
 @contextmanager
@@ -263,16 +282,21 @@ def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
     before, custom, linear = config._custom_modules, dict[Any, Any](), linear_layers(model)
     with ExitStack() as undo:
         undo.callback(setattr, config, "_custom_modules", before)
-        shown = []
+        read = []
         for owner, module in list(model.named_modules()):
             shapes = _packed_shapes(module)
-            shown += [(owner.replace(".base_layer", ""), name, module) for name in shapes]
+            # PEFT has initializations for bitsandbytes, and an error where it has none.
+            is_theirs = _is_peft_s(module) and not type(module).__module__.startswith(
+                "bitsandbytes"
+            )
+            names = [*shapes] or ["weight"] * is_theirs
+            read += [(owner.replace(".base_layer", ""), name, module) for name in names]
             if "weight" in shapes and not isinstance(module, nn.Linear):
                 custom[type(module)] = lora.Linear
             if shapes:
                 _show(module, shapes, undo)
         resolve_targets(model, config, linear)
-        for owner, name, module in shown:
+        for owner, name, module in read:
             _refuse_reading(owner, name, module, config)
         if custom:
             config._custom_modules = {**custom, **(before or {})}
@@ -311,22 +335,27 @@ def _is_peft_s(module: nn.Module) -> bool:
 
 
 def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> None:
-    """Raise ValueError if PEFT would compute or copy something from this packed weight."""
+    """Raise ValueError if PEFT would compute or copy something from this packed weight.
+
+    PEFT knows what to do with layers of its own packages, except for such an initialization.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists as matches
 
-    init, reader = config.init_lora_weights, ""
+    init, reader, is_peft_s = config.init_lora_weights, "", _is_peft_s(module)
     weights = tuple(f".{each}" for each in config.target_parameters or ())
     if matches(config, owner) or f".{owner}.{name}".endswith(weights):
         reader = "" if init in _PLAIN_INITS else f"init_lora_weights={init!r}"
-        reader = "use_dora=True" if config.use_dora else reader
+        reader = "use_dora=True" if config.use_dora and not is_peft_s else reader
     around = [*accumulate(owner.split("."), "{}.{}".format)]
     saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in around)]
-    reader = f"modules_to_save={saved}" if saved else reader
+    reader = f"modules_to_save={saved}" if saved and not is_peft_s else reader
     if reader:
+        weight: Any = module._parameters.get("weight")
+        kind = type(weight if type(weight).__name__ in _PEFT_TENSORS else module).__name__
         hint = "; fastlora.restore(model) makes PEFT's layers in 8 bits dense"
         raise ValueError(
             f"{reader} needs the dense weight, which PEFT can't read in {owner}, a "
-            f"{type(module).__name__}: leave this setting out, or the layer"
+            f"{kind}: leave this setting out, or the layer"
             f"{hint if isinstance(module, Int8Linear) else ''}"
         )
 

@@ -5,8 +5,7 @@ An optimized layer is the same object with another class, whose forward is fastl
 
 import sys
 from collections.abc import Iterable
-from functools import partial, wraps
-from inspect import signature
+from functools import partial
 from typing import Any
 
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -25,16 +24,13 @@ from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under
 from ..ops.functional import linears
 from ..ops.node import run_known_layer
 from . import experts
-from .dense import dense_base, has_packed, make_dense
+from .dense import MergesDense, has_packed, make_dense
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
 
-# Decorates a function with another one's signature, in which diffusers looks for arguments.
-_with_signature_of: Any = partial(wraps, assigned=(), updated=())
 
-
-class FastLinear(Fast, Recorded):
+class FastLinear(Fast, MergesDense, Recorded):
     """A mixin for PEFT's LoRA layers of linear layers, whose ordinary call is one fused node.
 
     For DoRA it is two.  PEFT's forward runs where :mod:`.read` gives a reason.  A subclass has the
@@ -42,6 +38,8 @@ class FastLinear(Fast, Recorded):
     ``__class__`` turns PEFT's layer into this one and back.  :func:`fast_kinds` makes subclasses
     for quantized bases.
     """
+
+    dense_class = PeftLinear
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         y = _fast_call(self, x, args, kwargs)
@@ -69,37 +67,6 @@ class FastLinear(Fast, Recorded):
             return None, None
         return fast_forward(x, record)
 
-    @_with_signature_of(PeftLinear.update_layer)
-    def update_layer(self, *args, **kwargs) -> None:
-        """PEFT's.  Raises ValueError for a new adapter that reads a weight in 8 bits."""
-        update: Any = super().update_layer  # type: ignore[misc]
-        signature(update).bind(*args, **kwargs)  # raises TypeError for wrong arguments
-        try:
-            update(*args, **kwargs)
-        except (AttributeError, TypeError) as error:
-            if not isinstance(self.base_layer, Int8Linear):  # whose weight is None
-                raise
-            text = "needs the weight, which is in 8 bits: call fastlora.restore(model) before"
-            raise ValueError(f"a layer's adapter (DoRA, PiSSA, …) {text}") from error
-
-    @_with_signature_of(PeftLinear.merge)
-    def merge(self, *args, **kwargs) -> None:
-        """PEFT's, with a dense base in place of a packed one until :meth:`unmerge`."""
-        layer: Any = self
-        with dense_base(layer) as is_dense:
-            if is_dense:
-                PeftLinear.merge(layer, *args, **kwargs)
-            else:
-                super().merge(*args, **kwargs)  # type: ignore[misc]
-
-    def unmerge(self) -> None:
-        layer: Any = self
-        with dense_base(layer) as is_dense:
-            if is_dense:
-                PeftLinear.unmerge(layer)
-            else:
-                super().unmerge()  # type: ignore[misc]
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -110,7 +77,7 @@ class FastLinear(Fast, Recorded):
         layer: Any = self
         if merge and _can_requantize(layer):
             keep_gradients(layer.base_layer)  # PEFT misreads a repacked weight
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+            plain_class_of(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
             repack_again(layer.base_layer)
         elif merge:
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

@@ -3,81 +3,78 @@
 In the outputs of a 16-bit model, the rounding of many layers hides a fault in one of them, and the
 rounding of a base product hides a fault in the adapter's product.  So :class:`Judge` puts a hook on
 each fast layer.  In the layer's backward (or in its forward, without gradients) it enlarges the
-adapters until they are about as large as the base weight.  Then it runs the layer by PEFT, by
-fastlora, and by PEFT in a wider dtype, which counts as exact.  For each result R and each LoRA
-layer, whose part of R is D (:func:`_exact`), it measures
+adapters until they are about as large as the base weight.  Then it runs the layer by fastlora, by
+PEFT, and by PEFT in a wider dtype, which counts as exact.  A packed base is dense in the last two
+runs.  For each result R and each LoRA layer, whose part of R is D (:func:`_parts_of`),
 
-    error = ‖R - exact‖ / ‖exact‖         size = 1 + <R - exact, D> / <D, D>
+    error = ‖R - exact‖ / ‖exact‖         size error = <R - exact, D> / <D, D>
 
-The size is also measured for D = exact, and the gradient of a routing weight has only an error.
-A layer is right if every error is at most 2 × PEFT's
-error + 2 units in the last place.  A size may differ from 1 by 2 × PEFT's difference + 1 % +
-2 ‖PEFT's R - exact‖ / ‖D‖ / √rows, because each row of x rounds differently.
+The size error is also measured for D = exact.  A layer is right if
+
+    error ≤ 2 × PEFT's + 2 units in the last place
+    |size error| ≤ 2 × |PEFT's| + 1 % + 2 ‖PEFT's R - exact‖ / ‖D‖ / √rows
+
+The last term is for the rounding of each row of x.  8-bit products also round x and dy, so over a
+base in 8 bits PEFT's error counts as at least 2⁻⁷.
 """
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import copy
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backends import asked_backend, use_backend
 from ..call.projection import HALF_DTYPES
 from ..common.other_packages import FSDP, FULLY_SHARDED
-from ..formats import PackedLayer, quantized_weight
+from ..formats import PackedLayer, quantized_weight, vendor_of
 from ..formats.float8 import SCALE
-from ..formats.rotated_int8 import quantize_rows, rotate
-from ..layers.classes import changed_classes
-from ..layers.experts_module import packed_names, weight_in
+from ..formats.format import Quantized
+from ..layers.classes import change_class, changed_classes
+from ..layers.experts_module import packed_names, stack_in
 from ..layers.frozen import matrix_of
-from ..layers.int8 import Int8Linear
+from ..layers.int8 import AnyInputLinear, Int8Linear, dense_linear
 from ..layers.mlp import gated_classes
 from ..layers.modules import has_sharded, inside_of, plain_name
 from ..layers.report import Coverage
 from ..ops.dispatch import autocast_dtype
 from .layer import PeftGatedMLP, fast_classes
 
-_SHARE = 0.01  # the largest error of a size, besides PEFT's
+_SHARE = 0.01  # the largest size error, besides PEFT's
 _EXACT = 1e-9  # the largest error of a float64 result
 _STEP = 2.0**-8  # the relative change of a scale, for the derivative of a result
 _STD = 0.02  # of the random numbers that replace a zero lora_B
 _SEED = 20240301  # arbitrary
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # from fine to coarse
 
+_Results = dict[str, Tensor]  # a layer's output, and its gradients
+
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a layer's call: fastlora's value, PEFT's value, and the range of right values.
-
-    There are two kinds, errors and sizes (see the top of this file).
-    """
+    """One deviation of a layer's result: an error, or a size error (see the top of this file)."""
 
     name: str
-    value: float  # fastlora's, which is right within middle ± allowed
+    value: float  # fastlora's
     peft: float
-    middle: float  # 0 for an error, 1 for a size
-    allowed: float
+    allowed: float  # right values are from -allowed to allowed
 
     @property
     def excess(self) -> float:
-        """Distance from the middle, divided by the allowed distance; infinite for NaN."""
-        excess = abs(self.value - self.middle) / self.allowed
+        """The deviation, divided by the allowed one; infinite for NaN."""
+        excess = abs(self.value) / self.allowed
         return excess if excess >= 0 else float("inf")
 
     def __str__(self) -> str:
-        if self.middle == 0.0:
-            allowed = f"at most {self.allowed:.2g} is allowed"
-            return f"{self.name}: {self.value:.2g} (PEFT's {self.peft:.2g}; {allowed})"
-        low, high = self.middle - self.allowed, self.middle + self.allowed
-        allowed = f"{low:.4f} to {high:.4f} is allowed"
-        return f"{self.name}: {self.value:.4f} of the exact one (PEFT's {self.peft:.4f}; {allowed})"
+        allowed = f"at most {self.allowed:.2g} is allowed"
+        return f"{self.name}: {self.value:.2g} (PEFT's {self.peft:.2g}; {allowed})"
 
 
 @dataclass(frozen=True)
@@ -142,12 +139,16 @@ class Judge:
         # In a copy of the model, which DataParallel makes, ``module`` isn't ``unit``.
         if module is not unit or not (inputs and isinstance(y, Tensor) and y.numel()):
             return
-        device = inputs[0].device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        cast = autocast_dtype(inputs[0])
         dtypes = {cast, y.dtype, *(tensor.dtype for tensor in inputs)}
         self.dtypes |= dtypes
-        call = _Call(args, kwargs, inputs[0], cast, asked_backend())
-        judge = partial(self._judge, name, unit, call, coarsest_dtype(unit, dtypes))
+        call = _Call(args, kwargs, inputs[0], cast)
+        # A backward's thread has neither autocast nor the backend, which is a context variable.
+        here, dtype = copy_context(), coarsest_dtype(unit, dtypes)
+
+        def judge(dy: Tensor | None) -> None:
+            here.run(self._judge, name, unit, call, dtype, dy)
+
         if y.requires_grad:
             y.register_hook(judge)
         else:
@@ -156,32 +157,35 @@ class Judge:
     def _judge(
         self, name: str, unit: nn.Module, call: "_Call", dtype: torch.dtype, dy: Tensor | None
     ) -> None:
-        """Run the call by PEFT, by fastlora, and exactly, with enlarged adapters; measure."""
+        """Run the call by fastlora, by PEFT, and exactly, with enlarged adapters; measure."""
         x, wide = call.x, torch.float32 if dtype in HALF_DTYPES else torch.float64
         # Gradients are linear in dy, so dy may be scaled.  Its largest element becomes 1/32 to
         # 1/16, so that small elements don't underflow in float16.
         if dy is not None and dy.any():
             dy = dy.detach() * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
-        classes = fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
-        # In the other runs fastlora's own 8-bit product would hide the faults of that product.
-        int8 = [each for each in unit.modules() if isinstance(each, Int8Linear)]
-        twins: Any = dict.fromkeys(int8 if x.dtype != torch.float64 else (), _Int8Twin)
-        _Int8Twin.inside = call.autocast or x.dtype
-        # fastlora computes float32 adapters of a 16-bit base in 16 bits, as PEFT under autocast.
-        is_mixed = any(p.dtype != x.dtype for p in unit.parameters() if p.requires_grad)
-        like_fast = x.dtype if x.dtype in HALF_DTYPES and is_mixed else None
+        # A hook may change a parameter's gradient, and a copy of the parameter has no hook.
+        hooked = {f"gradient of {n}" for n, p in unit.named_parameters() if p._backward_hooks}
         with ExitStack() as undo:
-            swap = _Swap(undo)
-            self.filled |= {f"{name}.{inner}".rstrip(".") for inner in _enlarge(unit, swap)}
-            with changed_classes(classes):
+            self.filled |= {f"{name}.{inner}".rstrip(".") for inner in _enlarge(unit, undo)}
+            with changed_classes(
+                fast_classes(unit.modules()) | gated_classes([unit], PeftGatedMLP)
+            ):
                 fast = call.run(unit, dy)
-            with changed_classes(twins):
-                peft = call._replace(autocast=call.autocast or like_fast).run(unit, dy)
-                _widen(unit, swap, wide, _Int8Twin.inside)
-                exact, parts = _exact(call._replace(autocast=None), unit, wide, dy)
+            # Packed layers aren't copied, and the copies of the unit's hooks refer to this judge.
+            shared = [self, *(each for each in unit.modules() if vendor_of(each) is not None)]
+            unit = copy.deepcopy(unit, {id(each): each for each in shared})
+        is_int8 = any(isinstance(module, Int8Linear) for module in unit.modules())
+        eps = torch.finfo(dtype).eps
+        _make_dense(unit, call.autocast or x.dtype)
+        peft = call.run(unit, dy)
+        _widen(unit, wide)
+        run = partial(call._replace(autocast=None).run, unit, dtype=wide)
+        exact = run(dy)
+        parts = _parts_of(exact, unit, run, dy)
         of_layer = self._measures.setdefault(name, {})
-        settings = torch.finfo(dtype).eps, x.numel() // max(1, x.shape[-1])
         for result, truth in exact.items():
+            if result in hooked:
+                continue
             if not truth.any():
                 self.zeros.add(f"{name}: {result}")
             along = {"": truth}
@@ -189,8 +193,9 @@ class Judge:
                 along[f" of {layer or 'the adapter'}'s part"] = part
             if result.startswith("gradient of input ") and not result.endswith(" 0"):
                 along = {}  # a routing weight's gradient is a dot product, whose rounding stays
-            found = fast.get(result), peft.get(result)
-            for measure in _measures(result, *found, truth, along, *settings):
+            found, rows = (fast.get(result), peft.get(result)), x.numel() // max(1, x.shape[-1])
+            least = eps if is_int8 else 0.0  # 2⁻⁷: codes are multiples of it, over a row's largest
+            for measure in _measures(result, *found, truth, along, eps, least, rows):
                 before = of_layer.get(measure.name, measure)
                 of_layer[measure.name] = max(before, measure, key=lambda each: each.excess)
 
@@ -209,34 +214,18 @@ def _loras(unit: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, each) for name, each in unit.named_modules() if isinstance(each, LoraLayer))
 
 
-class _Swap(NamedTuple):
-    """Replaces values of dicts until ``undo`` is closed."""
-
-    undo: ExitStack
-
-    def __call__(self, of: dict, name: str, value: Any) -> None:
-        self.undo.callback(of.__setitem__, name, of[name])
-        of[name] = value
-
-
-def _enlarge(unit: nn.Module, swap: _Swap) -> Iterator[str]:
+def _enlarge(unit: nn.Module, undo: ExitStack) -> Iterator[str]:
     """Multiply each lora_B by a power of two that makes lora_B lora_A as large as the base weight.
 
-    A lora_B that is zero gets random numbers first.  Yields the names of these layers.
+    A lora_B that is zero gets random numbers first.  Yields the names of these layers.  Closing
+    ``undo`` restores lora_B.
     """
     draw = torch.Generator("cpu").manual_seed(_SEED)
     for name, layer in _loras(unit):
-        base = layer.get_base_layer()
-        packed = quantized_weight(base)
-        if isinstance(packed, PackedLayer):
-            size = packed.weight.dense(torch.float32).norm()
-        else:
-            name_of = getattr(layer, "parameter_name", "weight")
-            is_code = name_of in packed_names(base)
-            weight = (
-                weight_in(base, name_of).dense(torch.float32) if is_code else getattr(base, name_of)
-            )
-            size = weight.detach().float().norm()
+        base, is_stack = layer.get_base_layer(), isinstance(layer, ParamWrapper)
+        weight = stack_in(base, layer.parameter_name) if is_stack else matrix_of(base)
+        weight = weight.dense(torch.float32) if isinstance(weight, Quantized) else weight
+        size = weight.detach().float().norm()
         for adapter, lora_b in layer.lora_B.items():
             up, down = lora_b.weight.detach(), layer.lora_A[adapter].weight.detach()
             if not up.any():
@@ -246,11 +235,12 @@ def _enlarge(unit: nn.Module, swap: _Swap) -> Iterator[str]:
             product = up.float().norm() * down.float().norm() * abs(layer.scaling[adapter])
             exponent = (size * len(down) ** 0.5 / product).log2()
             up = up * 2.0 ** int(exponent) if 0 < exponent < 100 else up
-            swap(lora_b._parameters, "weight", nn.Parameter(up, lora_b.weight.requires_grad))
+            undo.callback(lora_b._parameters.update, weight=lora_b.weight)
+            lora_b._parameters["weight"] = nn.Parameter(up, lora_b.weight.requires_grad)
 
 
-def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype) -> None:
-    """Replace all parameters by copies in this dtype, and packed layers by dense ones.
+def _make_dense(unit: nn.Module, inside: torch.dtype) -> None:
+    """Replace packed layers by dense ones.
 
     ``inside``: the dtype to which a packed weight without a compute dtype is unpacked.
     """
@@ -258,60 +248,55 @@ def _widen(unit: nn.Module, swap: _Swap, dtype: torch.dtype, inside: torch.dtype
         children: dict[str, Any] = dict(module._modules)
         for name, child in children.items():
             packed = None if child is None else quantized_weight(child)
-            if isinstance(packed, PackedLayer) and not isinstance(child, Int8Linear):
-                dense: Any = nn.Linear(1, 1, bias=False, device="meta", dtype=torch.float32)
-                weight = packed.weight.dense(packed.compute_dtype or inside)
-                dense.weight = nn.Parameter(weight, requires_grad=False)
-                dense._parameters["bias"] = child.bias  # in HQQ it is no parameter
-                swap(module._modules, name, dense)
-        config: Any = copy(vars(module).get("config"))
+            if isinstance(packed, PackedLayer):
+                dense = dense_linear(child, packed.compute_dtype or inside)
+                change_class(dense, AnyInputLinear)
+                if "bias" not in child._parameters:  # HQQ's
+                    dense.requires_grad_(False)
+                module._modules[name] = dense
+
+
+def _widen(unit: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all parameters to this dtype, except packed experts, which are dense only in calls."""
+    for module in unit.modules():
+        config: Any = vars(module).get("config")
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # grouped_mm has no float64
-            swap(vars(module), "config", config)
-    copies: dict[Any, nn.Parameter] = {}
-    for module in unit.modules():
-        codes = packed_names(module)  # packed experts are dense in the call's dtype anyway
+        codes = packed_names(module)
         for name, p in module._parameters.items():
             is_packed = name in codes or name.endswith(SCALE)
             if p is not None and p.is_floating_point() and not is_packed:
-                made = nn.Parameter(p.detach().to(dtype), p.requires_grad)
-                swap(module._parameters, name, copies.setdefault(p, made))
+                p.data = p.data.to(dtype)
 
 
-def _exact(
-    call: "_Call", unit: nn.Module, dtype: torch.dtype, dy: Tensor | None
-) -> tuple[dict[str, Tensor], "_Parts"]:
-    """The call's results, and the parts that single LoRA layers have in each.
+def _parts_of(
+    exact: _Results, unit: nn.Module, run: Callable[..., _Results], dy: Tensor | None
+) -> dict[str, _Results]:
+    """The parts that single LoRA layers have in each exact result: result -> layer -> part.
 
     The part of an output is its derivative by the logarithm of the layer's scale.  The part of a
-    gradient is the one that reaches it through the layer's lora_A.  If PEFT doesn't call lora_A, as
-    in experts, it is also the derivative.
+    gradient is the one that reaches it through the layer's lora_A.  PEFT doesn't call lora_A of
+    experts, so there it is also the derivative.  ``run``: the exact run for a dy.
     """
-    inputs: list[tuple[str, Tensor]] = []
-
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        inputs.append((name, args[0].view_as(args[0])))
-        return (inputs[-1][1],)
-
-    parts: _Parts = defaultdict(dict)
-    with ExitStack() as hooks:
-        for name, layer in _loras(unit):
-            for dropout in layer.lora_dropout.values():
-                hook = dropout.register_forward_pre_hook(partial(note, name))
-                hooks.callback(hook.remove)
-        exact = call.run(unit, dy, dtype, inputs, parts)
-    called = {name for name, _ in inputs}
+    parts: dict[str, _Results] = defaultdict(dict)
     for name, layer in _loras(unit):
-        with ExitStack() as undo:
-            scaled = {adapter: scale * (1 + _STEP) for adapter, scale in layer.scaling.items()}
-            _Swap(undo)(vars(layer), "scaling", scaled)
-            moved = call.run(unit, None if name in called else dy, dtype)
+        is_stack = isinstance(layer, ParamWrapper)
+        scaling = layer.scaling
+        layer.scaling = {adapter: scale * (1 + _STEP) for adapter, scale in scaling.items()}
+        moved = run(dy if is_stack else None)
+        layer.scaling = scaling
         for result, tensor in moved.items():
             parts[result][name] = (tensor - exact[result]) / _STEP
-    return exact, parts
-
-
-_Parts = dict[str, dict[str, Tensor]]  # result -> LoRA layer -> part
+        if is_stack or dy is None:
+            continue
+        with ExitStack() as undo:
+            for dropout in layer.lora_dropout.values():  # it gets the input of lora_A
+                hook = dropout.register_forward_pre_hook(lambda _, args: args[0].detach())
+                undo.callback(hook.remove)
+            without = run(dy)
+        for result in exact.keys() - {"output"}:
+            parts[result][name] = exact[result] - without.get(result, 0.0)
+    return parts
 
 
 class _Call(NamedTuple):
@@ -321,20 +306,11 @@ class _Call(NamedTuple):
     kwargs: dict
     x: Tensor  # its first tensor
     autocast: torch.dtype | None
-    backend: str | None
 
-    def run(
-        self,
-        unit: nn.Module,
-        dy: Tensor | None,
-        dtype: torch.dtype | None = None,
-        inputs: Sequence[tuple[str, Tensor]] = (),
-        parts: _Parts | None = None,
-    ) -> dict[str, Tensor]:
+    def run(self, unit: nn.Module, dy: Tensor | None, dtype: torch.dtype | None = None) -> _Results:
         """The output, and the gradients for dy, by name; with inputs cast to ``dtype``, if any.
 
-        The dropout masks are the same in every run.  ``inputs``: a list to which the forward adds
-        inputs of adapters.  Their gradients' parts of the other gradients are added to ``parts``.
+        The dropout masks are the same in every run.
         """
         own: list[Tensor] = []
 
@@ -346,72 +322,29 @@ class _Call(NamedTuple):
             return own[-1]
 
         args, kwargs = tree_map(leaf, (self.args, self.kwargs))
-        with self._surroundings(is_training=dy is not None):
+        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
+        devices = [self.x.device] if self.x.is_cuda else []
+        with (
+            torch.autocast(self.x.device.type, cache_enabled=False, **settings),
+            torch.set_grad_enabled(dy is not None),
+            torch.random.fork_rng(devices),
+        ):
+            torch.default_generator.manual_seed(_SEED)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(_SEED)
             y = unit.forward(*args, **kwargs)
         results = {"output": y.detach()}
         wanted = {f"gradient of input {i}": x for i, x in enumerate(own) if x.requires_grad}
         wanted |= {
             f"gradient of {name}": p
             for name, p in unit.named_parameters()
-            if p.requires_grad and not p._backward_hooks  # a hook may change the gradient
+            if p.requires_grad and not p._backward_hooks
         }
         if dy is None or not (wanted and y.requires_grad):
             return results
-        inner = [(name, x) for name, x in inputs if x.requires_grad]
-        ends, settings = [*wanted.values()], {"allow_unused": True, "retain_graph": bool(inner)}
-        starts = ends + [x for _, x in inner]
-        gradients = torch.autograd.grad(y, starts, dy.to(y.dtype), **settings)
-        results |= {n: g for n, g in zip(wanted, gradients, strict=False) if g is not None}
-        for (name, x), dx in zip(inner, gradients[len(ends) :], strict=True):
-            found = () if dx is None else torch.autograd.grad(x, ends, dx, **settings)
-            for result, part in zip(wanted, found, strict=False):
-                if part is not None and parts is not None:
-                    parts[result][name] = parts[result].get(name, 0) + part
-        return results
-
-    @contextmanager
-    def _surroundings(self, is_training: bool) -> Iterator[None]:
-        """Inside, the call's autocast and backend are set, and the random state is always the same.
-
-        A backward's thread has neither.
-        """
-        settings: Any = {"dtype": self.autocast, "enabled": self.autocast is not None}
-        devices = [self.x.device] if self.x.is_cuda else []
-        with ExitStack() as stack:
-            if self.backend is not None:
-                stack.enter_context(use_backend(self.backend))
-            stack.enter_context(torch.autocast(self.x.device.type, cache_enabled=False, **settings))
-            stack.enter_context(torch.set_grad_enabled(is_training))
-            stack.enter_context(torch.random.fork_rng(devices))
-            torch.default_generator.manual_seed(_SEED)
-            for device in devices:
-                torch.cuda.default_generators[device.index].manual_seed(_SEED)
-            yield
-
-
-class _Int8Twin(Int8Linear):
-    """An ``Int8Linear`` that rounds to the same 8 bits, with products and sums in x's dtype."""
-
-    inside: torch.dtype = torch.float32  # the judged call's dtype, in which x is rotated
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed: Any = matrix_of(self, Int8Linear)
-        (codes, scale), inside = packed.tensors, self.inside
-        x = x.to(autocast_dtype(x) or x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-
-        def rounded(rows: Tensor, **settings: Any) -> Tensor:
-            codes, scale = quantize_rows(rows.detach().to(inside), **settings)
-            return codes.to(wide) * scale[:, None]
-
-        rows = x.reshape(-1, x.shape[-1])
-        turned = rotate(rows.to(wide))
-        turned = turned + (rounded(rows, rotated=True) - turned).detach()  # its gradient: turned's
-        y = (turned @ (codes * scale[:, None]).T.to(wide)).to(x.dtype)
-        if y.requires_grad:
-            y.register_hook(lambda dy: (rounded(dy, factor=scale) / scale).to(dy.dtype))
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        gradients = torch.autograd.grad(y, [*wanted.values()], dy.to(y.dtype), allow_unused=True)
+        found = zip(wanted, gradients, strict=True)
+        return results | {name: gradient for name, gradient in found if gradient is not None}
 
 
 def _measures(
@@ -419,37 +352,33 @@ def _measures(
     fast: Tensor | None,
     peft: Tensor | None,
     truth: Tensor,
-    along: dict[str, Tensor],
+    along: _Results,
     eps: float,
+    least: float,
     rows: int,
 ) -> Iterator[Measure]:
-    """The measures of one result: its error, and its sizes.
+    """The measures of one result: its error, and its size errors.
 
-    ``truth``: the exact result.  ``along``: the tensors D of the sizes, by name.  ``eps``: of the
-    call's dtype.  ``rows``: of the call's input.
+    ``truth``: the exact result.  ``along``: the tensors D of the size errors, by name.  ``eps``: of
+    the call's dtype.  ``least``: PEFT's error counts as at least this.  ``rows``: of the input.
     """
     if peft is None or not peft.isfinite().all():
         return  # PEFT's error is unknown, so no error can be judged
-    inf = float("inf")
     if fast is None or fast.shape != peft.shape:
-        yield Measure(f"{name}, error", inf, 0.0, 0.0, eps)
+        yield Measure(f"{name}, error", float("inf"), 0.0, eps)
         return
-    scale = truth.abs().max().clamp_min(torch.finfo(truth.dtype).tiny)
-    truth = truth / scale
-    errors = [side.to(truth) / scale - truth for side in (fast, peft)]
-    size = truth.norm()
-    if size:
-        of_fast, of_peft = (float(error.norm() / size) for error in errors)
-        # With few elements, PEFT's error may be small by chance.
-        allowed = 2 * of_peft * (1 + 2 * truth.numel() ** -0.5) + max(2 * eps, _EXACT)
-        yield Measure(f"{name}, error", of_fast, of_peft, 0.0, allowed)
-    elif fast.any():
-        yield Measure(f"{name}, error", inf, float(peft.any()), 0.0, eps)
+    truth = truth.double()
+    errors = [side.double() - truth for side in (fast, peft)]
+    size = float(truth.norm()) or torch.finfo(torch.float64).tiny
+    of_fast, of_peft = (float(error.norm()) / size for error in errors)
+    rounding = max(of_peft, least)
+    # With few elements, PEFT's error may be small by chance.
+    allowed = 2 * rounding * (1 + 2 * truth.numel() ** -0.5) + max(2 * eps, _EXACT)
+    yield Measure(f"{name}, error", of_fast, of_peft, allowed)
     for of, part in along.items():
-        part = part / scale
-        if not part.any():
-            continue
-        share, of_peft = (float((error * part).sum() / part.square().sum()) for error in errors)
-        noise = 2 * float(errors[1].norm() / part.norm()) / rows**0.5
-        allowed = 2 * abs(of_peft) + _SHARE + noise
-        yield Measure(f"{name}, size{of}", 1 + share, 1 + of_peft, 1.0, allowed)
+        if part.any():
+            part = part.double()
+            of_fast, of_peft = (float((e * part).sum() / part.square().sum()) for e in errors)
+            noise = 2 * rounding * size / float(part.norm()) / rows**0.5
+            allowed = 2 * abs(of_peft) + _SHARE + noise
+            yield Measure(f"{name}, size error{of}", of_fast, of_peft, allowed)

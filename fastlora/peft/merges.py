@@ -277,8 +277,7 @@ def _refuse_training(layer: Any, inputs: tuple, output: Any) -> None:
     """A forward hook: the backward of a call in training raises an error that says why."""
     follows = layer.merged and layer.training and torch.is_grad_enabled()
     if follows and isinstance(output, Tensor):
-        output = output if output.requires_grad else output.requires_grad_()
-        output.register_hook(_refuse_gradient)
+        output.requires_grad_().register_hook(_refuse_gradient)
 
 
 def _refuse_gradient(gradient: Tensor) -> None:

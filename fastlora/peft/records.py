@@ -33,7 +33,7 @@ def records(
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     uncalled = {attention.out_proj for attention in attentions}
-    records, calls = [], _called(layers)
+    reports, calls = [], _called(layers)
     for name, layer in layers:
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if isinstance(layer, Fast) else unreached) or why_not_now()
@@ -47,7 +47,7 @@ def records(
         kernel = getattr(layer.get_base_layer(), "kernel_size", ())
         size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
         size *= (layer.out_features or 0) * (layer.in_features or 0)
-        records.append(
+        reports.append(
             LayerCoverage(
                 name,
                 (layer.out_features, layer.in_features),
@@ -60,7 +60,7 @@ def records(
                 "" if output is None else format_of(output),
             )
         )
-    return tuple(records)
+    return tuple(reports)
 
 
 def outputs_of(

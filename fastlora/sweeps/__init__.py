@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..common.text import shown
-from ..common.values import check_switches
+from ..common.values import check_switches, must
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.head import lazy_head
 from ..layers.modules import called, check_model, some, unwrap
@@ -82,16 +81,19 @@ def sweep(
     first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
-    unchanged, also if the sweep fails.  Rows must be independent of each
-    other, so batch norms stay in evaluation mode, with a warning.  Returns a
-    :class:`fastlora.sweeps.record.Sweep`, which prints as a table.  Before anything changes, raises
-    TypeError or ValueError for invalid arguments and OSError if the folder can't be written to.
-    During training, raises ValueError if a layer's input doesn't tell which trial a row belongs
-    to, and passes on the model's errors.
+    unchanged, also if the sweep fails.  Rows must be independent of each other, so batch norms stay
+    in evaluation mode, with a warning.  Returns a :class:`fastlora.sweeps.record.Sweep`, which
+    prints as a table.  Before anything changes, raises TypeError or ValueError for invalid
+    arguments and OSError if the folder can't be written to.  During training, raises ValueError if
+    a layer's input doesn't tell which trial a row belongs to, and passes on the model's errors.
     """
     check_model(model)
     check_switches(halving=halving, resume=resume, replace=replace, progress=progress)
-    _check(data, eval_data, loss)
+    for name, batches in (("data", data), ("eval_data", eval_data)):
+        # Don't call iter() here: a DataLoader would start its workers.
+        fits = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        must(fits, name, batches, "a list of batches or a DataLoader", TypeError)
+    must(callable(loss), "loss", loss, "a function of (logits, labels)", TypeError)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
     if eval_steps is None:
         eval_steps = max(1, steps // 4) if type(steps) is int else 1
@@ -102,20 +104,20 @@ def sweep(
     settings = {"trials": [trial.plain for trial in trials], **options._asdict()}
     state = record.earlier(folder, settings, resume=resume, replace=replace)
     with drawing(torch.Generator("cpu").manual_seed(seed)):
-        held_out = [as_batch(batch) for batch in eval_data]
+        held_out = [as_batch(batch, loss) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
             "eval_data gives no batch with labels, but the held-out loss ranks the trials: give one"
         )
     write_whole(folder, {})  # raises now, not hours later, if the folder can't be written to
     norms = _batch_norms(inner)
-    with kept_buffers(inner), attached(inner, trials, seed) as parts, lazy_head(inner):
-        run = Training(inner, trials, parts, options, loss, held_out, replace)
-        state = run.restored(state) if state else run.begun(settings)
+    with kept_buffers(inner), attached(inner, trials, seed) as (parameters, rows), lazy_head(inner):
+        run = Training(inner, trials, parameters, rows, options, loss, held_out, replace)
+        state = run.restored(state) if state else State.begun(settings, len(trials))
         with torch.random.fork_rng(), in_mode(inner, training=True):
             for norm in norms:
                 norm.eval()
-            batches = feed(data, seed)
+            batches = feed(data, seed, loss)
             skip(batches, state)
             # Afterwards, because reading batches may draw random numbers.
             if state.random:
@@ -126,25 +128,22 @@ def sweep(
     return _finish(run, state, folder)
 
 
-def _check(data: object, eval_data: object, loss: object) -> None:
-    """Raise TypeError for invalid arguments."""
-    for name, batches in (("data", data), ("eval_data", eval_data)):
-        # Don't call iter() here: a DataLoader would start its workers.
-        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-            raise TypeError(
-                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
-            )
-    if not callable(loss):
-        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
-
-
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
     """Write the final files: adapters, the table and the picture."""
-    ranks = [
-        _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
-        for adapters, trial in zip(state.adapters, run.trials, strict=True)
-    ]
-    sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
+    outcomes = []
+    for i, (trial, adapters) in enumerate(zip(run.trials, state.adapters, strict=True)):
+        rank = _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
+        outcome = record.Outcome(
+            trial=trial,
+            parameters=sum(tensor.numel() for tensor in adapters.values()),
+            bytes=sum(tensor.nbytes for tensor in adapters.values()),
+            losses=tuple(state.losses[i]),
+            seconds=state.seconds[i],
+            steps=state.steps[i],
+            effective_rank=rank,
+        )
+        outcomes.append(outcome)
+    sweep = Sweep(tuple(outcomes), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
         record.delete_adapter(folder / record.BEST)
@@ -162,9 +161,8 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     The caller keeps them in evaluation mode.  Raises ValueError for a batch norm without running
     statistics, because it uses the batch's statistics in evaluation as well.
     """
-    named = [(called(n), m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    norms: list[Any] = [norm for _, norm in named]
-    names = some([name for name, _ in named])
+    named = {called(n): m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    names, norms = some([*named]), [*named.values()]
     if any(norm.running_mean is None for norm in norms):
         raise ValueError(
             f"{names} would mix trials, because it normalizes by the statistics of the batch: set "

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,15 @@ class State:
     steps: list[int]
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     step: int = 0
-    batches: int = 0
+    batches: int = 0  # read so far
     checksum: int = 0  # of the batches
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # random states of the CPU and each GPU
+
+    @classmethod
+    def begun(cls, settings: dict[str, Any], trials: int) -> "State":
+        losses: list[list] = [[] for _ in range(trials)]
+        return cls(settings, list(range(trials)), losses, [0.0] * trials, [0] * trials)
 
 
 def save(state: State, folder: Path) -> None:
@@ -59,7 +65,11 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
             f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True continues it, "
             "replace=True deletes it, and another output_dir keeps it"
         )
-    earlier = _read(folder / FILE)
+    try:
+        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+        earlier = State(**saved)
+    except Exception as error:
+        raise ValueError(f"{folder / FILE} can't be read: {error}") from error
     # Only the same trials and options end with the same result as an uninterrupted sweep.
     for name, value in settings.items():
         if earlier.settings.get(name) != value:
@@ -69,13 +79,6 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
                 "instead of resume"
             )
     return earlier
-
-
-def _read(path: Path) -> State:
-    try:
-        return State(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
 
 
 def delete(folder: Path) -> None:
@@ -173,28 +176,22 @@ class Sweep:
         ranked = sorted(self.outcomes, key=lambda trial: (-trial.steps, nan_last(trial.loss)))
         best = self.best.trial.name if self.best else "none, because no loss is finite"
         last = f"{self.steps} steps, {self.seconds:.0f} s; best: {best}"
-        return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
+        rows = [tuple([cell(outcome) for cell in _COLUMNS.values()]) for outcome in ranked]
+        return "\n".join([*columns([tuple(_COLUMNS), *rows], left=1), last])
 
 
-_TITLES = (
-    "trial", "r", "effective", "learning rate", "parameters", "MiB", "held-out loss", "steps",
-    "seconds",
-)  # fmt: skip
-
-
-def _cells(outcome: Outcome) -> tuple[str, ...]:
-    trial = outcome.trial
-    return (
-        trial.name,
-        f"{trial.config.r}",
-        f"{outcome.effective_rank:.1f}",
-        f"{trial.learning_rate:g}",
-        f"{outcome.parameters:,}",
-        f"{outcome.bytes / 2**20:.1f}",
-        f"{outcome.loss:.4f}",
-        f"{outcome.steps}",
-        f"{outcome.seconds:.0f}",
-    )
+# The cells of an outcome, by their column's title.
+_COLUMNS: dict[str, Callable[[Outcome], str]] = {
+    "trial": lambda outcome: outcome.trial.name,
+    "r": lambda outcome: f"{outcome.trial.config.r}",
+    "effective": lambda outcome: f"{outcome.effective_rank:.1f}",
+    "learning rate": lambda outcome: f"{outcome.trial.learning_rate:g}",
+    "parameters": lambda outcome: f"{outcome.parameters:,}",
+    "MiB": lambda outcome: f"{outcome.bytes / 2**20:.1f}",
+    "held-out loss": lambda outcome: f"{outcome.loss:.4f}",
+    "steps": lambda outcome: f"{outcome.steps}",
+    "seconds": lambda outcome: f"{outcome.seconds:.0f}",
+}
 
 
 def _finite(number: float) -> float | None:

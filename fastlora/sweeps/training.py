@@ -1,7 +1,5 @@
 """Training of a sweep: a step of all trials, the held-out losses, and saving the state."""
 
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,23 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..common.text import shown
+from ..common.clock import HostClock, timed
+from ..common.text import bar, shown
 from ..layers.batch import in_mode
-from .record import Outcome, State, delete, nan_last, random_state, save
+from .record import State, delete, nan_last, random_state, save
 from .trial import Options, Trial
-from .trial_layer import Attached
+from .trial_layer import TrialRows
 
 Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 _ROUNDING = 1e-3  # of a held-out loss, relative: another device, or a repacked weight
 
 
-def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
+def feed(data: Iterable[Mapping[str, Any]], seed: int, loss: Loss) -> Iterator[Batch]:
     """The batches of ``data``, repeated without end, in an order that the seed determines.
 
     While ``data`` is read, torch's CPU random numbers come from a separate generator.
     """
     if isinstance(data, list | tuple):
-        data = [as_batch(batch) for batch in data]  # an invalid batch is found at once
+        data = [as_batch(batch, loss) for batch in data]  # an invalid batch is found at once
     for epoch in count():
         # An iterator can be read only once, so its batches are kept.
         kept: list[Batch] | None = [] if isinstance(data, Iterator) else None
@@ -44,7 +44,7 @@ def feed(data: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Batch]:
             problem = "ends, and can't be read again" if epoch else "gives no batch"
             raise ValueError(f"data {problem}: give a list of batches or a DataLoader")
         while batch is not None:
-            batch = as_batch(batch)
+            batch = as_batch(batch, loss)
             if kept is not None:
                 kept.append(batch)
             yield batch
@@ -83,21 +83,22 @@ def drawing(random: torch.Generator) -> Iterator[None]:
             random.set_state(torch.get_rng_state())
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any, loss: Loss) -> Batch:
     """The batch's tensors by name; other values are dropped.
 
-    Raises ValueError if there are no labels, or the tensors differ in the number of examples.
+    Raises ValueError if there are no labels, the tensors differ in the number of examples, or the
+    labels don't fit the causal loss.
     """
     items = batch.items() if hasattr(batch, "items") else ()
     tensors = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
-    if "labels" not in tensors or any(tensor.dim() == 0 for tensor in tensors.values()):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    fits = "labels" in shapes and all(shapes.values()) and len({s[0] for s in shapes.values()}) == 1
+    if not fits or (loss is causal_loss and len(shapes["labels"]) != 2):
         raise ValueError(
-            f"a batch is {shown(batch)}, but must map names to tensors [examples, …], and one of "
-            "the names must be 'labels'"
+            f"a batch has {shown(shapes or batch)}, but must map names to tensors "
+            "[examples, …], and one of the names must be 'labels'.  The default loss takes labels "
+            "[examples, tokens]: stack rows to batches, as a DataLoader does"
         )
-    if len({len(tensor) for tensor in tensors.values()}) > 1:
-        sizes = {name: len(tensor) for name, tensor in tensors.items()}
-        raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
     return tensors
 
 
@@ -108,9 +109,6 @@ def joined(batches: Sequence[Batch]) -> list[Batch]:
     if any(each != shapes[0] for each in shapes):
         return list(batches)
     return [{name: torch.cat([batch[name] for batch in batches]) for name in first}]
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,7 +130,8 @@ class Training:
 
     model: nn.Module
     trials: Sequence[Trial]
-    parts: Attached
+    parameters: Sequence[Mapping[str, nn.Parameter]]  # of each trial
+    rows: TrialRows
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
@@ -142,14 +141,9 @@ class Training:
         self.device = next(self.model.parameters()).device
         groups = [
             {"params": list(parameters.values()), "lr": trial.learning_rate}
-            for trial, parameters in zip(self.trials, self.parts.parameters, strict=True)
+            for trial, parameters in zip(self.trials, self.parameters, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options.weight_decay)
-
-    def begun(self, settings: dict[str, Any]) -> State:
-        number = len(self.trials)
-        losses: list[list] = [[] for _ in self.trials]
-        return State(settings, list(range(number)), losses, [0.0] * number, [0] * number)
 
     def restored(self, state: State) -> State:
         """Load a state's adapters and optimizer.
@@ -157,7 +151,7 @@ class Training:
         Raises ValueError if the initial adapters have other held-out losses than in the state: then
         the base or the held-out data are others.
         """
-        pairs = list(zip(self.parts.parameters, state.adapters, strict=True))
+        pairs = list(zip(self.parameters, state.adapters, strict=True))
         before = [losses[0][1] for losses in state.losses]
         if any(now.keys() != then.keys() for now, then in pairs) or not all(
             isclose(now, then, rel_tol=_ROUNDING)
@@ -179,28 +173,22 @@ class Training:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
         if not state.losses[0]:
             self._evaluate(state)
-        while (left := self.options.steps - state.step) > 0:
-            started = time.perf_counter()
-            losses = self.step(state, batches)
-            elapsed = time.perf_counter() - started
+        steps, clock = range(state.step + 1, self.options.steps + 1), HostClock(self.device)
+        for step in bar(steps, "sweep", "step") if progress else steps:
+            elapsed = timed(clock, lambda: self.step(state, batches))
             for i in state.alive:
                 state.seconds[i] += elapsed / len(state.alive)
                 state.steps[i] += 1
-            state.step, left = state.step + 1, left - 1
-            if progress:  # on one line, which the next step overwrites
-                said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
-                said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
-                print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
-            keep = stops.get(state.step)
-            if keep or not left or state.step % self.options.eval_steps == 0:
+            state.step, keep = step, stops.get(step)
+            if keep or step == self.options.steps or step % self.options.eval_steps == 0:
                 self._evaluate(state)
                 if keep:
                     by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
                     state.alive = sorted(by_loss[:keep])
                 self._keep(state, folder)
 
-    def step(self, state: State, batches: Iterator[Batch]) -> list[float]:
-        """Do one step of every remaining trial.  Returns their losses."""
+    def step(self, state: State, batches: Iterator[Batch]) -> None:
+        """Do one step of every remaining trial."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
@@ -209,34 +197,32 @@ class Training:
             state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
         taken = joined(taken)
         sizes = [counted(batch["labels"], self.loss) for batch in taken]
-        sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
         for batch, size in zip(taken, sizes, strict=True):
             if size:  # without labels the mean loss would be NaN
                 # Weighted by labels, so that the sum is the mean over the labels of all batches.
                 losses = size / sum(sizes) * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
-                sums += losses.detach()
         if self.options.max_grad_norm:  # clipped separately, as in separate runs
             for i in state.alive:
-                parameters = list(self.parts.parameters[i].values())
+                parameters = list(self.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
-        return sums.tolist()
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
         examples = len(batch["labels"])
-        self.parts.rows.share_out(alive, batch)
+        self.rows.share_out(alive, batch)
         whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = whole.pop("labels")
         # Repeat the inputs once for each trial: first all examples of the first trial, and so on.
         inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
-        logits = _logits(self.model(**inputs))
-        if len(logits) != examples * len(alive):
+        output = self.model(**inputs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or len(logits) != examples * len(alive):
             raise ValueError(
-                f"the model returned logits {tuple(logits.shape)} for {examples * len(alive)} "
-                "examples, but must return [examples, …]"
+                f"the model returned {shown(getattr(logits, 'shape', logits))}, but must return "
+                f"logits of {examples * len(alive)} examples, [examples, …]"
             )
         return [self.loss(of_trial, labels) for of_trial in logits.split(examples)]
 
@@ -261,28 +247,9 @@ class Training:
         state.random, state.optimizer = random_state(), self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in parameters.items()}
-            for parameters in self.parts.parameters
+            for parameters in self.parameters
         ]
         if self.replaces:  # only now, so that a failed start keeps the old sweep
             delete(folder)
             self.replaces = False
         save(state, folder)
-
-    def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
-        outcomes = []
-        for i, trial in enumerate(self.trials):
-            tensors = state.adapters[i].values()
-            parameters, size = sum(x.numel() for x in tensors), sum(x.nbytes for x in tensors)
-            its = tuple(state.losses[i]), state.seconds[i], state.steps[i], ranks[i]
-            outcomes.append(Outcome(trial, parameters, size, *its))
-        return tuple(outcomes)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(output).__name__}, but must return logits, as a tensor or "
-            "as the logits of an output"
-        )
-    return logits

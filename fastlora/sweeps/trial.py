@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..common.other_packages import optional
 from ..common.text import shown
-from ..common.values import check_settings, is_number
+from ..common.values import check_settings, is_number, must
 
 _SCHEDULES = ("linear", "cosine", "constant")
 _RATE = "learning_rate"
@@ -48,12 +48,11 @@ def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
     Raises TypeError if ``configs`` is not a list of mappings.  Raises ValueError for an unknown or
     invalid field, and if two trials have the same name.
     """
-    if not isinstance(configs, Sequence) or isinstance(configs, str) or not configs:
-        raise TypeError(f"configs is {shown(configs)}, but must be a list of dicts")
+    is_list = isinstance(configs, Sequence) and not isinstance(configs, str)
+    must(is_list and len(configs) > 0, "configs", configs, "a list of dicts", TypeError)
     trials = []
     for i, entry in enumerate(configs):
-        if not isinstance(entry, Mapping):
-            raise TypeError(f"configs[{i}] is {shown(entry)}, but must be a dict")
+        must(isinstance(entry, Mapping), f"configs[{i}]", entry, "a dict", TypeError)
         trials.append(_as_trial(i, entry, _name(entry, configs)))
     names = [trial.name for trial in trials]
     for name in names:
@@ -72,8 +71,8 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             f"{', '.join(sorted(_TRIED))}"
         )
     rate: Any = entry.get(_RATE)
-    if not is_number(rate) or not 0 < rate < float("inf"):
-        raise ValueError(f"configs[{number}] has {_RATE} {shown(rate)}, but it must be above 0")
+    fits = is_number(rate) and 0 < rate < float("inf")
+    must(fits, f"configs[{number}][{_RATE!r}]", rate, "a number above 0")
     settings = {"target_modules": "all-linear"} | {k: v for k, v in entry.items() if k in _TRIED}
     config = kind(**settings)
     check_settings(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora)
@@ -120,17 +119,12 @@ class Options(NamedTuple):
         """Raise ValueError for an option that is invalid for this number of trials."""
         for name in ("steps", "eval_steps", "warmup_steps", "seed"):
             value, least = getattr(self, name), int(name in ("steps", "eval_steps"))
-            if type(value) is not int or not least <= value < 2**63:  # torch's limit for a seed
-                raise ValueError(
-                    f"{name} is {shown(value)}, but must be a whole number from {least} on"
-                    " and below 2⁶³"
-                )
-        if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule is {shown(self.schedule)}, but must be one of {_SCHEDULES}")
+            fits = type(value) is int and least <= value < 2**63  # torch's limit for a seed
+            must(fits, name, value, f"a whole number from {least} on and below 2⁶³")
+        must(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {_SCHEDULES}")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            if not is_number(value) or not value >= 0:
-                raise ValueError(f"{name} is {shown(value)}, but must be a number of at least 0")
+            must(is_number(value) and value >= 0, name, value, "a number of at least 0")
         if self.steps <= self._halvings(trials):
             raise ValueError(f"steps is {self.steps}, too few to halve {trials} trials to one")
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +15,7 @@ from ..formats import quantized_weight
 from ..layers.classes import change_class, class_over
 from ..layers.frozen import matrix_of
 from ..layers.linear import Pair, new_adapter, scaling_of
-from ..layers.modules import called
+from ..layers.modules import called, full_name
 from ..ops.functional import multi_lora_linear
 from ..peft.targets import Target, find_targets
 from .trial import Trial
@@ -30,17 +31,13 @@ class TrialRows:
     Before the first batch, layers compute the base only.
     """
 
-    def __init__(self) -> None:
-        self._owners: tuple[int, ...] = ()
-        self._lengths: frozenset[int] = frozenset()
-        self._mappings: dict[tuple[int, ...], AdapterMapping] = {}
+    _owners: tuple[int, ...] = ()
+    _lengths: frozenset[int] = frozenset()
 
     def share_out(self, trials: Sequence[int], batch: Mapping[str, Tensor]) -> None:
         """Announce the next call: the batch's sequences, once for each trial, in this order."""
-        owners = tuple([trial for trial in trials for _ in batch["labels"]])
+        self._owners = tuple([trial for trial in trials for _ in batch["labels"]])
         self._lengths = frozenset(x.shape[1] for x in batch.values() if x.dim() > 1)
-        if owners != self._owners:
-            self._owners, self._mappings = owners, {}
 
     def by_sequence(self, x: Tensor, name: str) -> Tensor:
         """x as [sequences, …].  An x of all tokens as rows becomes [sequences, tokens, features].
@@ -61,11 +58,12 @@ class TrialRows:
 
     def mapping(self, members: tuple[int, ...]) -> AdapterMapping | None:
         """The mapping for a layer that these trials adapt; None before the first batch."""
-        if members not in self._mappings and self._owners:
-            places = {trial: place for place, trial in enumerate(members)}
-            indices = [places.get(owner, -1) for owner in self._owners]
-            self._mappings[members] = AdapterMapping(indices, len(members))
-        return self._mappings.get(members)
+        return _mapping(self._owners, members) if self._owners else None
+
+
+@lru_cache(maxsize=64)
+def _mapping(owners: tuple[int, ...], members: tuple[int, ...]) -> AdapterMapping:
+    return AdapterMapping([members.index(i) if i in members else -1 for i in owners], len(members))
 
 
 class Adapters(NamedTuple):
@@ -109,17 +107,13 @@ class TrialsLayer(nn.Module):
         return y if items is x else y.flatten(0, 1)
 
 
-class Attached(NamedTuple):
-    """The trials' parameters and the record of their rows, while trials train."""
-
-    parameters: list[dict[str, nn.Parameter]]  # one dict for each trial, by "layer.lora_A" …
-    rows: TrialRows
-
-
 @contextmanager
-def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[Attached]:
+def attached(
+    model: nn.Module, trials: Sequence[Trial], seed: int
+) -> Iterator[tuple[list[dict[str, nn.Parameter]], TrialRows]]:
     """Inside, the model's layers have the adapters of all trials, and only adapters train.
 
+    Yields each trial's parameters, by "layer.lora_A" …, and the record of rows for all layers.
     A trial's initial adapters are those of a new :class:`fastlora.LoRALinear`, in the model's order
     of layers, after ``torch.manual_seed(seed)``.  A PeftModel's adapters are disabled inside.
     Raises ValueError if a config matches nothing; the model is then unchanged.
@@ -142,25 +136,23 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
             members = tuple([i for i, adapters in enumerate(pairs) if name in adapters])
             if members:
                 made = [pairs[i][name] for i in members]
+                own = [(targets[i][name], trials[i].config) for i in members]
                 numbers = {
-                    "scales": [scale_of(targets[i][name], trials[i]) for i in members],
-                    "dropout": [trials[i].config.lora_dropout for i in members],
+                    "scales": [scaling_of(t.lora_alpha, t.r, c.use_rslora) for t, c in own],
+                    "dropout": [config.lora_dropout for _, config in own],
                 }
                 adapters = Adapters(name, members, made, numbers, rows)
                 layer = getattr(layer, "base_layer", layer)
                 layer.__dict__[_RECORD] = adapters
                 stack.callback(layer.__dict__.pop, _RECORD)
-                own = change_class(layer, class_over(TrialsLayer, type(layer), ""))
-                stack.callback(change_class, layer, own)
+                before = change_class(layer, class_over(TrialsLayer, type(layer), ""))
+                stack.callback(change_class, layer, before)
+        sides = ("lora_A", "lora_B")
         named = [
-            {
-                f"{name}.{which}" if name else which: parameter
-                for name, pair in adapters.items()
-                for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
-            }
-            for adapters in pairs
+            {full_name(n, side): p for n in own for side, p in zip(sides, own[n], strict=True)}
+            for own in pairs
         ]
-        yield Attached(named, rows)
+        yield named, rows
 
 
 def new_pair(target: Target, trial: Trial) -> Pair:
@@ -170,7 +162,3 @@ def new_pair(target: Target, trial: Trial) -> Pair:
     elif trial.config.init_lora_weights == "gaussian":
         nn.init.normal_(pair[0], std=1 / target.r)
     return pair
-
-
-def scale_of(target: Target, trial: Trial) -> float:
-    return scaling_of(target.lora_alpha, target.r, trial.config.use_rslora)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -13,19 +14,59 @@ from ..backends.sizes import Sizes
 from ..call.projection import DTYPES
 from ..common.clock import clock_for, medians
 from ..common.other_packages import optional
-from ..common.text import bar, shown
-from ..common.values import check_settings, check_switches, is_number
+from ..common.text import bar, columns
+from ..common.values import check_settings, check_switches, is_number, must
 from ..layers.classes import change_classes
 from ..layers.linear import replace_linears
 from ..layers.mlp import gated_classes
 from ..peft.targets import linear_layers
 from .calls import products_of
-from .table import Tuned, Tuning
 
 _FEWEST, _ROUNDS = 3, 9  # least and most rounds of timing
 _MOST_TILES = 8  # in addition to the default tiles
 _FOR_TILES = 0.7  # share of a product's time after which no further tiles are tried
 _CLEARLY = 0.99  # another plan must take less than this share of the default plan's time
+
+_TITLES = ("rows x in x out", "default", "best", "ms", "/ default")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One base product, of a forward (y) or a backward (dx).
+
+    ``best``: the plan that runs from now on, with its tiles unless they are the default ones.
+    ``default``: the plan without tuning.  Times are the device's, in seconds, of the whole forward
+    or backward, adapter included.  None means that the default plan doesn't run.
+    """
+
+    product: str
+    default: str
+    best: str
+    seconds: float
+    default_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A line for each product; prints as a table.  ``notes`` explain missing products.
+
+    ``path``: the file that later processes read; "" if nothing was written.
+    """
+
+    device: str
+    lines: tuple[Tuned, ...] = ()
+    notes: tuple[str, ...] = ()
+    path: str = ""
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [_TITLES]
+        for line in self.lines:
+            before, ms = line.default_seconds, f"{line.seconds * 1e3:.3f}"
+            ratio = "–" if before is None else f"{line.seconds / before:.3f}"
+            rows.append((line.product, line.default, line.best, ms, ratio))
+        table = [f"on {self.device}", *columns(rows, left=3)] if self.lines else []
+        where = [f"written to {self.path}"] if self.path else []
+        return "\n".join([*table, *self.notes, *where])
 
 
 def tune(
@@ -54,17 +95,14 @@ def tune(
     packed weights is bfloat16.  ``seconds``: approximate time limit of the whole call.
     ``progress``: whether to show a bar.
 
-    Returns a :class:`fastlora.tuning.table.Tuning`, which prints as a table.  Raises TypeError if
+    Returns a :class:`fastlora.tuning.Tuning`, which prints as a table.  Raises TypeError if
     ``model`` is not a module.  Raises ValueError for a model without LoRA layers and for invalid
     numbers.  If it fails or is interrupted, the file is unchanged.
     """
-    if type(tokens) is not int or tokens < 1:
-        raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of 16 to 64 bits")
+    must(type(tokens) is int and tokens > 0, "tokens", tokens, "a whole number of at least 1")
+    must(dtype in (None, *DTYPES), "dtype", dtype, "a floating dtype of 16 to 64 bits")
     check_switches(progress=progress)
-    if not is_number(seconds) or not seconds > 0:
-        raise ValueError(f"seconds is {shown(seconds)}, but must be a number above 0")
+    must(is_number(seconds) and seconds > 0, "seconds", seconds, "a number above 0")
     # Imported late: ``import fastlora`` needs neither the doctor nor the kernels.
     from ..doctor.machine import devices_here
 

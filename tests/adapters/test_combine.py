@@ -128,8 +128,8 @@ def unlike_shape(folders):
 BAD = {
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
-    "weights": (None, {"weights": [1]}, "a list of as many weights"),
-    "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
+    "weights": (None, {"weights": [1]}, r"weights is \[1\], but must be a list of 3"),
+    "nan": (None, {"weights": [1, float("nan"), 1]}, "weights is .*nan, 1., but must be"),
     "large": (None, {"weights": [1, 1e300, 1]}, "would have numbers that are too large for torch"),
 }
 

@@ -96,16 +96,6 @@ def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
     assert torch.equal(logits(loaded), logits(whole))
 
 
-def test_load_packed_warns_of_adapters_in_the_checkpoint(tmp_path):
-    model = mixture("mixtral", "nvfp4")
-    adapter = {"model.layers.0.self_attn.q_proj.lora_A": torch.ones(2, 64)}
-    model.save_pretrained(tmp_path, state_dict=model.state_dict() | adapter)
-    loaded = empty(tmp_path)
-    with pytest.warns(UserWarning, match="has adapters, which weren't loaded"):
-        fastlora.load_packed(loaded, tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-
-
 def test_load_packed_reads_files_of_other_save_functions(tmp_path):
     model = mixture("mixtral", "nvfp4")
     expected = logits(model)

@@ -112,6 +112,7 @@ BEFORE = {  # the change of a model before it is packed, by the case's name
     "an int8 head": lambda model: model.lm_head.weight.data[5, 1].fill_(math.inf),
     "no linear": lambda model: fastlora.pack(model, "int8"),
     "again": lambda model: fastlora.pack(model, "nf4"),
+    "an int8 layer": lambda model: fastlora.pack(model, "int8"),
     "none": lambda model: fastlora.pack(model, "nf4"),
     "fsdp": _wrap,
     "compiled": lambda model: setattr(model, "lm_head", torch.compile(model.lm_head)),
@@ -128,9 +129,10 @@ REFUSED = {
     "numbers": ({}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
     "a head": (HEAD, "lm_head can.*NaN"),
     "an int8 head": (HEAD | {"kind": "int8"}, "lm_head can't be packed as int8: .*NaN"),
-    "no linear": ({"kind": "int8"}, "no dense linear layers"),
+    "no linear": ({"kind": "int8"}, "no dense linear layers.*: it is packed already"),
     "again": ({"modules": ["experts"]}, "packed already"),
-    "none": ({}, "no dense experts that fastlora knows"),
+    "an int8 layer": ({"kind": "int8", "modules": ["q_proj"]}, "q_proj can.*packed already"),
+    "none": ({}, "no dense experts that fastlora knows.*: it is packed already"),
     "fsdp": ({}, r"layers\.1\.mlp\.experts can't be packed: FSDP or DDP has it"),
     "compiled": (HEAD, "lm_head can't be packed: it is compiled, or"),
     "tied": (HEAD, "tied to a module that isn't packed"),
@@ -157,7 +159,7 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with refused(odd, "q_proj can't be packed as fp8 without torchao", ImportError):
         fastlora.pack(odd, "fp8", ["experts", "q_proj"])
-    with pytest.raises(ValueError, match="q_proj can't be packed: it is on meta"):
+    with pytest.raises(ValueError, match="q_proj can't be packed as int8: it is on meta"):
         fastlora.pack(odd.to("meta"), "int8")
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         fastlora.pack([], "nf4")
@@ -331,14 +333,12 @@ def _dense(state):
 
 UP = "model.layers.0.mlp.experts.gate_up_proj"
 TORN = {
-    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "has neither model.saf"),
-    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist, but"),
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "doesn't exist: give"),
+    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist: give"),
     "cut": (_cut, "is damaged"),
     "no JSON": (_index(lambda index: "{"), "is not valid JSON"),
     "no map": (_index(lambda index: "[]"), "has no weight_map"),
     "outside": (_index(lambda index: index["weight_map"].update(a="../a")), "has no weight_map"),
-    "not there": (_index(lambda index: index["weight_map"].update(
-        quux=next(iter(index["weight_map"].values())))), "names quux, but its file lacks it"),
     "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"it lacks {UP}_scales, which"),
     "no norm": (
         _edit(lambda state: state.pop("model.norm.weight")),
@@ -382,7 +382,7 @@ CUT = {  # the kind, the change of the checkpoint, and the error
     "nf4": (
         "nf4",
         lambda state: state.update({f"{LAYER}.weight.absmax": torch.ones(1)}),
-        rf"{LAYER} can't be packed as nf4: .* broken",
+        rf"{LAYER} can't be loaded: .* broken",
     ),
     "fp8": (
         "fp8",
@@ -397,12 +397,12 @@ CUT = {  # the kind, the change of the checkpoint, and the error
     "int8-codes": (
         "int8",
         lambda state: state.update({f"{LAYER}.codes": torch.ones(4, 32).byte()}),
-        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
+        rf"{LAYER} can't be loaded: its int8 weight is broken",
     ),
     "int8-scale": (
         "int8",
         lambda state: state.update({f"{LAYER}.scale": torch.ones(4).byte()}),
-        rf"{LAYER} can't be packed as int8: its int8 weight is broken",
+        rf"{LAYER} can't be loaded: its int8 weight is broken",
     ),
     "int8-nan": (
         "int8",

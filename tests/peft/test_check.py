@@ -228,6 +228,11 @@ def test_a_batch_of_text_is_refused(text):
         fastlora.check(mlp(), text)
 
 
+def test_a_list_of_rows_is_refused():
+    with pytest.raises(ValueError, match=r"batch is \[\{'x': .* must be one batch, such as a dict"):
+        fastlora.check(mlp(), [{"x": torch.ones(8)}, {"x": torch.ones(8)}])
+
+
 def test_an_optimizer_inside_of_backward_is_refused():
     model = mlp()
     parameter = next(p for p in model.parameters() if p.requires_grad)
@@ -301,9 +306,9 @@ def test_two_percent_in_one_of_30_layers_is_found_in_bfloat16(monkeypatch, adapt
     (wrong,) = [one for one in found.layers if not one]
     assert wrong.name == layer.removesuffix(".down_proj")
     part = "down_proj" if path == "mlp.down_proj" else "the adapter"
-    (size,) = [one for one in wrong.measures if one.name == f"output, size of {part}'s part"]
+    (size,) = [one for one in wrong.measures if one.name == f"output, size error of {part}'s part"]
     assert size.excess > 1
-    assert abs(size.value - factor) < 6e-3
+    assert abs(size.value - (factor - 1)) < 6e-3
     assert f"60 of 60 fast layers judged, 1 WRONG\n    {wrong.name}: " in str(found)
 
 
@@ -405,6 +410,17 @@ def test_gradients_that_underflow_in_float16_are_judged():
 
     found = fastlora.check(Small(), x)
     assert all(found.layers), str(found)
+
+
+def test_a_gradient_that_a_hook_changes_is_not_judged():
+    model = mlp()
+    weight = model.base_model.model.up.lora_A["default"].weight
+    weight.register_hook(lambda gradient: 2 * gradient)
+    found = fastlora.check(model, torch.randn(5, 8))
+    assert found, str(found)
+    names = {measure.name for measure in found.layers[0].measures}
+    assert "gradient of lora_B.default.weight, error" in names
+    assert "gradient of lora_A.default.weight, error" not in names
 
 
 def test_layers_that_run_peft_s_forward_are_not_judged():

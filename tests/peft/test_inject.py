@@ -168,12 +168,21 @@ MISTAKES = {
     ),
     "DoRA": (lambda: Two("rotated-int8"), {"use_dora": True}, "use_dora=True"),
     "PiSSA": (lambda: Two("float8"), {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    **{
+        f"{init} on torchao's float8": (
+            lambda: Two("torchao-float8"),
+            {"init_lora_weights": init},
+            f"init_lora_weights='{init}' needs the dense weight.* a Float8Tensor",
+        )
+        for init in ("pissa", "pissa_niter_4", "olora")
+    },
     "two places": (two_places, {"target_modules": ["first", "third"]}, "first and second"),
     "skipped": (
         lambda: nn.TransformerEncoderLayer(8, 2),
         {"target_modules": ["linear1"]},
         "TransformerEncoderLayer around it",
     ),
+    "no whole rank": (lambda: Two("float8"), {"r": 4.0}, "r is 4.0, but .* whole number"),
     "no such setting": (lambda: Two("rotated-int8"), {"fast": True}, "fast"),
     "PiSSA on experts": (
         partial(packed_model, "qwen3", "mxfp4"),
@@ -238,6 +247,22 @@ def test_files_with_a_fault_are_refused(fault, tmp_path):
         load_adapter(model, tmp_path)
     assert dict(model.named_modules()) == names
     assert vars(model) == attributes
+
+
+@pytest.mark.parametrize("is_second", [False, True], ids=["first adapter", "second adapter"])
+@pytest.mark.parametrize("target", ["q_proj", "experts"])
+def test_an_adapter_of_another_model_size_is_refused(target, is_second, tmp_path):
+    """The error names one tensor and both shapes."""
+    make = partial(base_model, "qwen3", **SIZES)
+    settings = EXPERTS if target == "experts" else {"target_modules": [target]}
+    get_peft_model(make(hidden_size=96), peft.LoraConfig(r=4, **settings)).save_pretrained(tmp_path)
+    model = (
+        get_peft_model(make(), peft.LoraConfig(target_modules=["v_proj"])) if is_second else make()
+    )
+    with refused(
+        model, rf"{target}.*lora_A.*has shape \(\d+, 96\) in .*, but \(\d+, 32\) in the model"
+    ):
+        load_adapter(model, tmp_path, "another")
 
 
 def test_a_second_adapter_on_packed_experts_and_layers():

@@ -294,12 +294,8 @@ def test_a_later_adapter_that_reads_the_weight_is_an_error(settings):
     y = model(X)
     with pytest.raises(ValueError, match=r"needs the dense weight.*; fastlora\.restore\(model\)"):
         model.add_adapter("other", config)
-    with pytest.raises(ValueError, match=r"in 8 bits: call fastlora\.restore\(model\) before"):
-        peft.inject_adapter_in_model(config, model.base_model.model, "by hand")
     assert torch.equal(model(X), y)
     fastlora.restore(model).add_adapter("another", config)
-    with pytest.raises(TypeError):  # PEFT's own errors stay
-        fastlora.optimize(model, **ALL).base_model.model[0].update_layer()
 
 
 def test_unloading_gives_dense_layers():

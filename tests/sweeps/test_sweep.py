@@ -78,7 +78,7 @@ def alone(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(joins))
-    stream = feed(data, SEED)
+    stream = feed(data, SEED, loss)
     for count in joins:
         optimizer.zero_grad()
         given = list(islice(stream, count))
@@ -300,8 +300,8 @@ def test_the_model_is_unchanged(base, model, tmp_path):
     [
         ({"configs": []}, TypeError, "configs is"),
         ({"configs": ["r2"]}, TypeError, r"configs\[0\] is 'r2'"),
-        ({"configs": [{"r": 2}]}, ValueError, "learning_rate None"),
-        ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate 0"),
+        ({"configs": [{"r": 2}]}, ValueError, "learning_rate'. is None"),
+        ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate'. is 0"),
         ({"configs": [{"rank": 2, "learning_rate": 1}]}, ValueError, "has 'rank'"),
         ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "has 'bias', but"),
         ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't name a folder"),
@@ -312,10 +312,11 @@ def test_the_model_is_unchanged(base, model, tmp_path):
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm is -1"),
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
         ({"loss": 0.1}, TypeError, "loss is 0.1, but must be a function"),
-        ({"data": 3}, TypeError, "data is 3, but must give batches"),
-        ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
+        ({"data": 3}, TypeError, "data is 3, but must be a list of batches"),
+        ({"eval_data": None}, TypeError, "eval_data is None, but must be a list of batches"),
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "must be 'labels'"),
+        ({"data": [{"labels": torch.ones(7)}]}, ValueError, r"'labels': \(7,\).* stack rows"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
     ],
 )  # fmt: skip
@@ -336,7 +337,7 @@ class Once:
 
 def test_batches_that_can_t_be_read_again_are_an_error():
     with pytest.raises(ValueError, match="can't be read again"):
-        list(islice(feed(Once(), 0), 3))
+        list(islice(feed(Once(), 0, causal_loss), 3))
 
 
 class Routed(nn.Module):

@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...call.projection import Adapter
-from ..config import IN_ORDER, names_any
-from ..keys import pairs_of
+from ..config import names_any, pairs_of
 from ..llama_cpp import parts_of
 from ..stored import flat, open_adapter
-from .facts import Facts, Item
-from .rules import Server, attention_is
+from .rules import Facts, Item, Server, attention_is
 
 # A layer's name -> lora_a [E, r, in] and lora_b [E, out, r], and the dtype in the file.
 _Pairs = dict[str, tuple[Adapter[Tensor], torch.dtype]]
@@ -82,17 +80,15 @@ def _uniform(pairs: _Pairs, stack_names: set[str], targets: Any) -> tuple[dict, 
     scales = Counter(pair.scale for pair, _ in pairs.values() if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
     r = max(pair.lora_a.shape[1] for pair, _ in pairs.values())
-    # down_proj last, because PEFT's wrapper of down_proj is the outermost.
-    names = sorted(pairs, key=lambda name: name.endswith(f".{IN_ORDER[-1]}"))
     tensors: dict[str, Tensor] = {}
-    for name, keys in pairs_of(names, stack_names).items():
+    for name, keys in pairs_of(pairs, stack_names).items():
         (lora_a, lora_b, own), dtype = pairs[name]
         lora_a = pad(lora_a, (0, 0, 0, r - lora_a.shape[1]))
         lora_b = pad(lora_b * (own / scale), (0, r - lora_b.shape[2]))
         if not lora_b.to(dtype).double().equal(lora_b):
             dtype = torch.promote_types(dtype, torch.float32)
         tensors |= zip(keys, flat(name, Adapter(lora_a, lora_b), dtype), strict=True)
-    layers = [name for name in names if name not in stack_names]
+    layers = [name for name in pairs if name not in stack_names]
     if layers and not (isinstance(targets, list) and all(names_any(targets, n) for n in layers)):
         # A pattern may match only some of the layers with a name, so all layers are named in full.
         is_pattern = isinstance(targets, str) and targets.lower() != "all-linear"
