@@ -84,7 +84,7 @@ class Judge:
     def _masks(self, x: Tensor, dropout: float) -> list[Tensor]:
         """The masks that fastlora draws from the judge's random state."""
         from fastlora.backends.dropout import dropout_mask
-        from fastlora.ops.run import draw_seed
+        from fastlora.ops.node import draw_seed
 
         torch.manual_seed(_SEED)
         seeds = draw_seed(len(self.case.outputs), x.device)

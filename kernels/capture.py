@@ -4,25 +4,22 @@ torch.fx makes a function of the graph, which replays the call.  Printed (``Capt
 the function of h = x lora_aᵀ is this, where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        workspace = buffer()
-        at_workspace = workspace.data_ptr()
-        h = buffer_1()
+        h = buffer()
+        planes = buffer_1()
         constant_0 = self.constant_0
         at_t0 = t0.data_ptr();  t0 = None
         at_t1 = t1.data_ptr();  t1 = None
         at_h = h.data_ptr()
-        add = at_workspace + 0;  at_workspace = None
-        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (add,), …));  …
-        sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_h,), 8192, …));  …
-        _held = held(workspace);  workspace = _held = None
+        at_planes = planes.data_ptr()
+        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (at_planes,), …));  …
+        sum_planes = launch(8, 1, 1, stream, …, ((at_planes,), (at_h,), 8192, …));  …
+        _held = held(planes);  planes = _held = None
         return [h]
 
 The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
 * ``buffer`` is ``torch.empty_like`` of an expanded tensor with one element.  That takes half the
   time of ``torch.empty`` with shape and dtype.
-* Buffers that only launches use are parts of one allocation, the workspace.  Two buffers share
-  bytes of it if the last launch with one is before the first launch with the other.
 * The generated function deletes a variable after its last use.  A launch gets only an address,
   which doesn't keep the tensor alive.  So ``held(tensor)``, which does nothing, follows the last
   launch that uses the tensor.
@@ -53,7 +50,6 @@ from .common import INTERPRETED
 from .launch import Launch, recording
 
 _BUFFERS = (Tensor.new_empty, torch.empty_like)  # functions that make buffers
-_ALIGNED = 512  # bytes; torch also aligns its allocations on a GPU to this
 # torch.fx writes these values into the source.  Any other value is a constant of the replay.
 _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
@@ -96,12 +92,11 @@ class _Recorder(TorchFunctionMode):
         self.nodes: dict[int, Node] = {}  # the id of a value -> the node that computes it
         self.alive: list[Any] = []  # these values: while they live, Python reuses no id
         self.constants = SimpleNamespace()
-        self.buffers: dict[Node, Tensor] = {}
         self.effects: set[Node] = set()  # nodes with side effects: launches, writes in place
         self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
         self.launches: list[Node] = []
-        self.uses: dict[Node, list[int]] = {}  # a tensor's node -> launches that get its address
+        self.last_use: dict[Node, int] = {}  # a tensor's node -> last launch that gets its address
         self.kernels: list[Any] = []
         self.identities: set[str] = set()
         self.stream = object()
@@ -168,7 +163,6 @@ class _Recorder(TorchFunctionMode):
     def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
         output = self.graph.output([self._argument(each) for each in results])
         self._drop_unused()
-        self._share_workspace()
         self._hold(output.all_input_nodes)
         self._drop_unused()
         # Not a GraphModule: it would keep the graph, and torch.fx would keep its source forever.
@@ -181,22 +175,17 @@ class _Recorder(TorchFunctionMode):
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         # A contiguous buffer depends on no other tensor.
         if function in _BUFFERS and result.is_contiguous():
-            node = self._empty(result.shape, result.dtype)
-            self.buffers[node] = result
-            return node
+            at_most_one = result.shape if result.numel() < 2 else ()
+            like = torch.empty(at_most_one, dtype=result.dtype, device=self.device)
+            allocate: Any = partial(torch.empty_like, like.expand(result.shape))
+            # Its name in torch.fx's source.
+            allocate.__name__, allocate.__module__ = "buffer", __name__
+            return self._call(allocate, [], name="buffer")
         inputs = [self._argument(each) for each in arguments]
         if function.__name__ == "__get__":  # of a property, such as T
             return self._call(getattr, [*inputs, function.__self__.__name__])
         options = {name: self._argument(each) for name, each in keywords.items()}
         return self._call(function, inputs, options)
-
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> Node:
-        """A node that allocates a contiguous tensor."""
-        at_most_one = shape if torch.Size(shape).numel() < 2 else ()
-        like = torch.empty(at_most_one, dtype=dtype, device=self.device).expand(shape)
-        allocate: Any = partial(torch.empty_like, like)
-        allocate.__name__, allocate.__module__ = "buffer", __name__  # its name in torch.fx's source
-        return self._call(allocate, [], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
@@ -235,48 +224,18 @@ class _Recorder(TorchFunctionMode):
         """
         base, offset = (tensor, 0) if INTERPRETED.value else (_base(tensor), _offset(tensor))
         node = self._argument(base)
-        self.uses.setdefault(node, []).append(len(self.launches))
+        self.last_use[node] = len(self.launches)
         if node not in self.addresses:
-            self.addresses[node] = self._at(node)
+            function = _held if INTERPRETED.value else Tensor.data_ptr
+            self.addresses[node] = self._call(function, [node], name=f"at_{node.name}")
         address = self.addresses[node]
         return self._call(add, [address, offset]) if offset else address
 
-    def _at(self, node: Node) -> Node:
-        function = _held if INTERPRETED.value else Tensor.data_ptr
-        return self._call(function, [node], name=f"at_{node.name}")
-
-    def _share_workspace(self) -> None:
-        """Turn buffers that only launches use into parts of one allocation, the workspace."""
-        lives = {
-            node: (uses[0], uses[-1])
-            for node, uses in self.uses.items()
-            if node in self.buffers and node.users.keys() == {self.addresses[node]}
-        }
-        sizes = {node: self.buffers[node].untyped_storage().nbytes() for node in lives}
-        offsets, size = _placed(lives, sizes)
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
-            workspace = self._empty([size], torch.uint8, "workspace")
-            start = self._at(workspace)
-        for node, offset in offsets.items():
-            address = self.addresses[node]
-            with self.graph.inserting_before(address):
-                part = self._part(start, offset, self.buffers[node])
-            address.replace_all_uses_with(part)
-            self.uses.setdefault(workspace, []).extend(self.uses.pop(node))
-
-    def _part(self, start: Node, offset: int, buffer: Tensor) -> Node:
-        if not INTERPRETED.value:  # an empty buffer has address 0
-            return self._call(add, [start if buffer.numel() else 0, offset])
-        part = self._call(getitem, [start, slice(offset, offset + buffer.nbytes)])
-        typed = self._call(Tensor.view, [part, buffer.dtype])
-        return self._call(Tensor.view, [typed, tuple(buffer.shape)])
-
     def _hold(self, returned: Sequence[Node]) -> None:
         """Add ``held(tensor)`` after the last launch with each new tensor, to keep it alive."""
-        for node, uses in self.uses.items():
+        for node, last in self.last_use.items():
             if node.op.startswith("call") and node not in returned:
-                with self.graph.inserting_after(self.launches[max(uses)]):
+                with self.graph.inserting_after(self.launches[last]):
                     self.effects.add(self._call(_held, [node]))
 
     def _drop_unused(self) -> None:
@@ -302,25 +261,6 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
     spy.launch = lambda *c_arguments: recorded.append(c_arguments)
     spy(*arguments)
     return launcher.launch, recorded[0]
-
-
-def _placed(lives: dict, sizes: dict) -> tuple[dict, int]:
-    """(offset of each buffer in the workspace, size of the workspace), in bytes.
-
-    ``lives``: (first launch, last launch) with each buffer, sorted by the first.  Two buffers may
-    share bytes if the last launch of one is before the first launch of the other.  Each buffer gets
-    the first offset that doesn't overlap a buffer alive at the same time ("first fit").
-    """
-    placed: list[tuple[int, int, int]] = []  # first byte, byte after the last, last launch
-    offsets = {}
-    for node, (first, last) in lives.items():
-        offset = 0
-        for begin, end, last_launch in sorted(placed):
-            if last_launch >= first and offset < end and begin < offset + sizes[node]:
-                offset = -(-end // _ALIGNED) * _ALIGNED
-        offsets[node] = offset
-        placed.append((offset, offset + sizes[node], last))
-    return offsets, max((end for _, end, _ in placed), default=0)
 
 
 def _base(tensor: Tensor) -> Tensor:

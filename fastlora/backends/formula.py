@@ -17,7 +17,7 @@ Exception: if x has at most r rows and the adapter's dtype is wider than D, the 
 run in the adapter's dtype instead of D (``_thin``).  "Thin" products have r rows or columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +32,7 @@ from .products import (
     Scratch,
     add_dy_weight,
     add_product,
-    are_wide,
     base_linear,
-    cast,
     h_dtype,
     product,
     rows_of,
@@ -52,34 +50,49 @@ def forward_rows(
     outputs: Sequence[Output[Tensor]],
     masks: Masks,
     into: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter.
 
     With ``into``, each y is written to its tensor there: y = base + low rank.  An output without a
-    base, only with ``into``: y += low rank.
+    base, only with ``into``: y += low rank.  ``dtype``: of h, if the caller knows it (``h_dtype``).
     """
+    dtype = dtype or h_dtype(x.dtype, x.device)
     # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
-    if x.shape[0] > 1 and are_wide(x):
+    if x.shape[0] > 1 and dtype != x.dtype:
         return _wide_forward(x, outputs, masks, into)
     if x.shape[0] == 1:
         # On a CPU torch 2.10 gives wrong products of a bfloat16 row whose elements lie apart.
         x = x.contiguous()
-    ys, hs, dtype, x_in_8_bits = [], [], h_dtype(x.dtype, x.device), None
-    for i, ((base, adapters), own_masks) in enumerate(zip(outputs, masks, strict=True)):
-        y = None if into is None else into[i]
-        if isinstance(base.weight, Quantized) and _runs_in_8_bits(base.weight, x):
-            x_in_8_bits = x_in_8_bits or rounded(x)  # once for all outputs
-            y = linear_in_8_bits(x_in_8_bits, base, x.dtype, y)
-        elif base.weight is not None:
-            y = base_linear(x, base, y)  # D: [M, K] @ [K, N] + bias
-        assert y is not None
+    ys, hs = _base_products(x, outputs, into), []
+    for y, (_, adapters), own_masks in zip(ys, outputs, masks, strict=True):
         for adapter, mask in zip(adapters, own_masks, strict=True):
             thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # all three in one dtype
             h = _project(thin_x, lora_a, factor, mask)  # [M, r], in that dtype
             add_product(y, h, lora_b.T)  # [M, r] @ [r, N], added in y's accumulator if that is D
             hs.append(h.to(dtype))  # saved for backward
-        ys.append(y)
     return ys, hs
+
+
+def _runs_in_8_bits(weight: Quantized, x: Tensor) -> bool:
+    """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
+    return weight.format.product == "int8" and x.dtype != torch.float64
+
+
+def _base_products(
+    x: Tensor, outputs: Sequence[Output[Tensor]], into: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """x weightᵀ + bias [M, N] of every output; without a base, its tensor in ``into``."""
+    ys, x_in_8_bits = list[Any](), None
+    for i, (base, _) in enumerate(outputs):
+        y = None if into is None else into[i]
+        if isinstance(base.weight, Quantized) and _runs_in_8_bits(base.weight, x):
+            x_in_8_bits = x_in_8_bits or rounded(x)  # once for all outputs
+            y = linear_in_8_bits(x_in_8_bits, base, x.dtype, y)
+        elif base.weight is not None:
+            y = base_linear(x, base, y)
+        ys.append(y)
+    return ys
 
 
 def _wide_forward(
@@ -112,24 +125,22 @@ class OutputBackward(NamedTuple):
 
 
 def backward_rows(
-    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None
+    x: Tensor,
+    parts: Sequence[OutputBackward],
+    dx: Tensor | None,
+    beta: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> list[Output[Tensor | None]]:
-    """The gradients of each output's tensors.  dx is written in place, unless it is None.
+    """The gradients of each output's tensors; and dx = beta · dx + the part of each output.
 
-    If no output has a base, the result is added to dx.  Otherwise dx is overwritten.
+    dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites dx without reading it.
+    ``dtype``: as in the forward.
     """
-    # As in torch.addmm: beta 1 adds to dx; beta 0 overwrites dx without reading it.
-    beta = float(all([part.output.base.weight is None for part in parts]))
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
         parts = [p._replace(dy=None if p.dy is None else p.dy.contiguous()) for p in parts]
-    return (_wide_backward if are_wide(x) else _backward)(x, parts, dx, beta)
-
-
-def _backward(
-    x: Tensor, parts: Sequence[OutputBackward], dx: Tensor | None, beta: float
-) -> list[Output[Tensor | None]]:
-    """:func:`backward_rows` in the dtype of x; dx = beta · dx + the part of each output."""
+    if x.shape[0] and (dtype or h_dtype(x.dtype, x.device)) != x.dtype:
+        return _wide_backward(x, parts, dx, beta)
     gradients: list[Output[Tensor | None]] = []
     # The order: dx = mask ∘ (dh lora_a) first, then dx += dy weight.  So the mask is applied in dx
     # itself, and addmm adds to dx in its accumulator.  In the other order, mask ∘ (dh lora_a) would
@@ -142,27 +153,30 @@ def _backward(
         for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
             beta = 1.0  # dx is written now, so all later terms add to it
-        gradients.append(Output(base_gradients(dy, x, output.base, wanted.base), tuple(adapters)))
+        base: Base[Tensor | None] = Base(None)
+        if any(wanted.base):
+            base = base_gradients(dy, x, output.base, wanted.base)
+        gradients.append(Output(base, tuple(adapters)))
     if dx is not None:
-        dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
-        for dy, ((weight, _), _), *_ in parts:
-            if dy is not None and weight is not None:
-                is_int8 = isinstance(weight, Quantized) and _runs_in_8_bits(weight, dy)
-                (in_8_bits if is_int8 else dense).append((dy, weight))
-        if in_8_bits:
-            add_dy_in_8_bits(dx, in_8_bits, beta)
-            beta = 1.0
-        for dy, weight in dense:
-            add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
-            beta = 1.0
-        if not beta:  # nothing was written, because the loss uses no output
-            dx.zero_()
+        _add_base_products(dx, parts, beta)
     return gradients
 
 
-def _runs_in_8_bits(weight: Quantized, x: Tensor) -> bool:
-    """Whether products of rows like x's with this weight run in 8 bits; never for float64."""
-    return weight.format.product == "int8" and x.dtype != torch.float64
+def _add_base_products(dx: Tensor, parts: Sequence[OutputBackward], beta: float) -> None:
+    """dx = beta · dx + Σ dy weight, over the outputs that the loss uses."""
+    dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
+    for dy, ((weight, _), _), *_ in parts:
+        if dy is not None and weight is not None:
+            is_int8 = isinstance(weight, Quantized) and _runs_in_8_bits(weight, dy)
+            (in_8_bits if is_int8 else dense).append((dy, weight))
+    if in_8_bits:
+        add_dy_in_8_bits(dx, in_8_bits, beta)
+        beta = 1.0
+    for dy, weight in dense:
+        add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
+        beta = 1.0
+    if not beta:  # nothing was written, because the loss uses no output
+        dx.zero_()
 
 
 def _wide_backward(
@@ -187,7 +201,7 @@ def _wide_backward(
             dy_rows, h_rows = SCRATCH.widen("dy", rows_of(dy, rows)), [rows_of(h, rows) for h in hs]
             (own_masks,) = from_row([masks], rows.start)
             block = OutputBackward(dy_rows, in_float32[i], h_rows, wanted, own_masks)
-            (part,) = _backward(x_rows, [block], dx_rows, block_beta)
+            (part,) = backward_rows(x_rows, [block], dx_rows, block_beta)
             total[i] = added(total[i], part, torch.float32)
             block_beta = 1.0
         if dx is not None and dx_rows is not None:
@@ -235,7 +249,7 @@ def base_gradients(
     d_bias = None
     if need.bias and base.bias is not None:
         sum_dtype = torch.promote_types(x.dtype, torch.float32)
-        d_bias = cast(dy.sum(0, dtype=sum_dtype), base.bias.dtype)
+        d_bias = dy.sum(0, dtype=sum_dtype).to(base.bias.dtype)
     return Base(d_weight, d_bias)
 
 
@@ -252,15 +266,15 @@ def _adapter_gradients(
     """d lora_a and d lora_b, each if needed; and dx = beta · dx + mask ∘ (dh lora_a)."""
     d_lora_a = d_lora_b = None
     x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # x may be wider than D from here on
-    dy = cast(dy, x.dtype)
+    dy = dy.to(x.dtype)
+    # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
     if need.lora_b:
         assert h is not None
-        d_lora_b = thin_gradient(dy, cast(h, x.dtype))  # [N, M] @ [M, r]; h carries the factor
+        d_lora_b = thin_gradient(dy, h.to(x.dtype)).to(adapter.lora_b.dtype)  # h has the factor
     if need.lora_a or dx is not None:
         dh = product(dy, lora_b, factor)  # [M, N] @ [N, r]
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
-    # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
-    return Adapter(cast(d_lora_a, adapter.lora_a.dtype), cast(d_lora_b, adapter.lora_b.dtype))
+    return Adapter(None if d_lora_a is None else d_lora_a.to(adapter.lora_a.dtype), d_lora_b)
 
 
 def _thin(
@@ -276,8 +290,8 @@ def _thin(
     if lora_a.dtype == lora_b.dtype == x.dtype:
         return x, lora_a, lora_b, factor
     if lora_a.dtype == lora_b.dtype and x.shape[0] <= lora_a.shape[0]:
-        x = cast(x, torch.promote_types(x.dtype, lora_a.dtype))
-    return x, cast(lora_a, x.dtype), cast(lora_b, x.dtype), factor
+        x = x.to(torch.promote_types(x.dtype, lora_a.dtype))
+    return x, lora_a.to(x.dtype), lora_b.to(x.dtype), factor
 
 
 def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None) -> Tensor:
@@ -333,14 +347,14 @@ def _through_lora_a(
     return d_lora_a
 
 
-def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
-    """Yield (first row, rows of x, rows of each other tensor or None) for each block of rows."""
+def _blocks(x: Tensor, *others: Tensor | None) -> list[tuple]:
+    """(first row, rows of x, rows of each other tensor or None) for each block of rows."""
     if x.numel() <= blocks.SMALLEST_BLOCK:  # skips the computation of a block's size
-        yield 0, x, *others
-        return
-    step = blocks.rows_at_a_time(x)
-    for rows in blocks.slices(len(x), step):
-        yield rows.start, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+        return [(0, x, *others)]
+    return [
+        (rows.start, x[rows], *[rows_of(tensor, rows) for tensor in others])
+        for rows in blocks.slices(len(x), blocks.rows_at_a_time(x))
+    ]
 
 
 def from_row(masks: Masks, first: int) -> Masks:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..common.row_blocks import rows_at_a_time, slices
-from .products import cast
 from .protocol import GatedProduct
 
 _ATEN = torch.ops.aten
@@ -71,12 +70,13 @@ def gated(product: GatedProduct) -> Tensor:
     """act(gate) ∘ up, [M, N], contiguous."""
     gate, up, activation, wide = product
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    apply, act = ACTIVATIONS[activation].apply, _scratch(gate, wide) if wide else None
-    for rows in slices(len(gate), rows_at_a_time(gate)):
-        out = y[rows] if act is None else act[: rows.stop - rows.start]
-        apply(cast(gate[rows], out.dtype), out)
+    step, apply = rows_at_a_time(gate), ACTIVATIONS[activation].apply
+    act = _buffer(gate, step, wide) if wide else y
+    for rows in slices(len(gate), step):
+        out = act[: rows.stop - rows.start] if wide else y[rows]
+        apply(gate[rows].to(out.dtype), out)
         out.mul_(up[rows])
-        if act is not None:
+        if wide:
             y[rows].copy_(out)
     return y
 
@@ -84,11 +84,11 @@ def gated(product: GatedProduct) -> Tensor:
 def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tensor) -> None:
     """Fill d_gate and d_up.  d_gate may be dy itself."""
     gate, up, activation, wide = product
-    _, apply, differentiate = ACTIVATIONS[activation]
-    act = _scratch(gate, wide)
-    for rows in slices(len(gate), rows_at_a_time(gate)):
+    step, (_, apply, differentiate) = rows_at_a_time(gate), ACTIVATIONS[activation]
+    act = _buffer(gate, step, wide)
+    for rows in slices(len(gate), step):
         some = act[: rows.stop - rows.start]
-        its_gate, its_dy = cast(gate[rows], act.dtype), cast(dy[rows], act.dtype)
+        its_gate, its_dy = gate[rows].to(act.dtype), dy[rows].to(act.dtype)
         apply(its_gate, some)
         torch.mul(its_dy, some, out=some if wide else d_up[rows])
         d_act = torch.mul(its_dy, up[rows], out=its_dy if wide else d_gate[rows])
@@ -98,8 +98,7 @@ def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tens
             d_gate[rows].copy_(d_act)
 
 
-def _scratch(gate: Tensor, wide: bool) -> Tensor:
+def _buffer(gate: Tensor, rows: int, wide: bool) -> Tensor:
     """An uninitialized buffer for act(gate) over one block of rows."""
-    rows = gate[: rows_at_a_time(gate)]
     dtype = torch.float32 if wide else gate.dtype
-    return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(gate[:rows], dtype=dtype, memory_format=torch.contiguous_format)

@@ -15,20 +15,22 @@ because on a busy machine threads wait for each other, and float32 looks as slow
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..call.projection import HALF_DTYPES, Base, Output
-from ..common.row_blocks import Dense, slices, source_of, widened
+from ..common.row_blocks import Dense, slices, widened
 from ..formats.format import Quantized
 
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
 
+_LINEAR = torch.ops.aten.linear.out  # linear(x, weight, bias), written to ``out``
 _FLAGS = {  # names of torch's functions that report oneDNN's 16-bit products
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
@@ -55,9 +57,7 @@ def are_wide(x: Tensor) -> bool:
 
     Never for a meta or empty tensor, or on a GPU.
     """
-    if x.dtype not in _FLAGS or not x.is_cpu or not x.shape[0]:
-        return False
-    return is_slow(x.dtype)
+    return x.shape[0] > 0 and h_dtype(x.dtype, x.device) != x.dtype
 
 
 def is_slow(dtype: torch.dtype) -> bool:
@@ -121,17 +121,14 @@ class Scratch(threading.local):
             self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
-    def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
-        """An uninitialized float32 matrix of ``rows`` rows, in the memory order of this one.
-
-        A copy between row-major and column-major order would take 70 times as long.
-        """
-        first, second = matrix.stride()
-        return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
-
     def widen(self, use: str, matrix: Tensor) -> Tensor:
-        """A float32 copy of the matrix, valid until the next one for this use is taken."""
-        return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
+        """A float32 copy of the matrix, valid until the next one for this use is taken.
+
+        It has the matrix's memory order: a copy between row-major and column-major order would take
+        70 times as long.
+        """
+        (rows, columns), by_columns = matrix.shape, is_by_columns(matrix)
+        return self.take(use, rows, columns, by_columns=by_columns).copy_(matrix)
 
     def matrix_like(self, use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialized matrix of x's shape, valid until the next one for this use is taken.
@@ -140,12 +137,20 @@ class Scratch(threading.local):
         tensors may be fake there.
         """
         dtype = x.dtype if dtype is None else dtype
-        if x.is_cpu and not torch._C._len_torch_dispatch_stack():
-            return self.take(use, x.shape[0], x.shape[1], dtype)
-        return x.new_empty(x.shape, dtype=dtype)
+        if not x.is_cpu or torch._C._len_torch_dispatch_stack():
+            return x.new_empty(x.shape, dtype=dtype)
+        last = self.matrices.get((use, dtype, False))
+        if last is not None and last[1].shape == x.shape:  # as ``take``, without a call
+            return last[1]
+        return self.take(use, x.shape[0], x.shape[1], dtype)
 
 
 SCRATCH = Scratch()
+
+
+def is_by_columns(matrix: Tensor) -> bool:
+    """Whether the matrix is stored column by column."""
+    return matrix.stride(0) < matrix.stride(1)
 
 
 def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
@@ -155,7 +160,7 @@ def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
     """
     widths = [base.weight.shape[0] for base, _ in outputs if base.weight is not None]
     step = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS // max(x.shape[1], *widths, 1)))
-    return [*slices(x.shape[0], step)]
+    return slices(x.shape[0], step)
 
 
 def rows_of(tensor, rows: slice):
@@ -165,28 +170,31 @@ def rows_of(tensor, rows: slice):
     return tensor[rows]
 
 
-def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
-    """The number of rows of the weight in one block."""
-    rows = _BLOCK // dtype.itemsize // max(1, columns)
-    return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
-
-
-def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
-    (total, columns), source = weight.shape, source_of(weight)
-    rows = min(total, _rows_of_weight(columns, dtype))
-    if isinstance(source, Dense):
-        buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
+def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    """Blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
+    total, columns = weight.shape
+    rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
+    rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
+    source: Any = weight
+    if isinstance(weight, Tensor):
+        source = Dense(weight.resolve_neg())
+        by_columns = is_by_columns(source.matrix)
+        buffer = SCRATCH.take("weight", rows, columns, by_columns=by_columns, gap=_GAP)
     else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
+    if rows == total:
+        return [(slice(0, total), source.read(0, buffer))]
     return widened(source, buffer)
 
 
-def _comes_in_blocks(weight: Tensor | Quantized, x: Tensor) -> bool:
-    """Whether a product with x goes block by block: on a CPU, to unpack or widen the weight."""
-    if isinstance(weight, Quantized):
-        return x.is_cpu and weight.format.by_rows
-    return x.is_cpu and weight.dtype != x.dtype
+def _unpacked(weight: Any, x: Tensor) -> Tensor | None:
+    """A weight that isn't in x's dtype, as one matrix for a product with x.
+
+    None: on a CPU, the product unpacks or widens the weight a block of rows at a time.
+    """
+    if isinstance(weight, Tensor):
+        return None if x.is_cpu else weight
+    return None if x.is_cpu and weight.format.by_rows else weight.dense(x.dtype)
 
 
 def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
@@ -195,29 +203,24 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     The weight may be packed.  A GPU unpacks the whole weight for this product, a CPU block by block
     if the format can.
     """
-    weight, bias = base.weight, cast(base.bias, x.dtype)
-    if _comes_in_blocks(weight, x):
-        y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
-        for rows, weight_block in weight_rows(weight, x.dtype):
-            _write_linear(y[:, rows], x, weight_block, None if bias is None else bias[rows])
-            del weight_block  # free this unpacked block before the next one is unpacked
-        return y
-    if isinstance(weight, Quantized):
-        weight = weight.dense(x.dtype)
-    return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
+    weight, bias = base.weight, None if base.bias is None else base.bias.to(x.dtype)
+    in_dtype = isinstance(weight, Tensor) and weight.dtype == x.dtype
+    whole = weight if in_dtype else _unpacked(weight, x)
+    if whole is not None:
+        return linear(x, whole, bias) if into is None else _LINEAR(x, whole, bias, out=into)
+    y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
+    for rows, weight_block in weight_rows(weight, x.dtype):
+        _LINEAR(x, weight_block, None if bias is None else bias[rows], out=y[:, rows])
+        del weight_block  # free this unpacked block before the next one is unpacked
+    return y
 
 
-def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.T, out=y)
-    return torch.addmm(bias, x, weight.T, out=y)
-
-
-def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantized, beta: float) -> None:
+def add_dy_weight(dx: Tensor, dy: Tensor, weight: Any, beta: float) -> None:
     """dx = beta · dx + dy weight, in the dtype of dx, in place."""
-    if not _comes_in_blocks(weight, dx):
-        dense = weight.dense(dx.dtype) if isinstance(weight, Quantized) else weight
-        torch.addmm(dx, dy, dense, beta=beta, out=dx)
+    in_dtype = isinstance(weight, Tensor) and weight.dtype == dx.dtype
+    whole = weight if in_dtype else _unpacked(weight, dx)
+    if whole is not None:
+        torch.addmm(dx, dy, whole, beta=beta, out=dx)
     elif dx.dtype in HALF_DTYPES:
         _add_rounding_once(dx, dy, weight, beta)
     else:

@@ -17,7 +17,7 @@ parts with one adapter each add to its results.  A part's rows are a view of x i
 contiguous; otherwise they are copies that live until the next part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from .gated_products import gated as gated
 from .gated_products import gated_backward as gated_backward
 from .loss_of_rows import row_loss as row_loss
 from .products import h_dtype as h_dtype
+from .products import rows_of
 from .protocol import BackwardCall, Call
 
 HANDS_TO = ""  # no other backend, because this one covers every call
@@ -60,9 +61,8 @@ def forward(
     widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
     last = 0
-    for part in _parts(x, outputs, seeds, call):
-        x_rows, *into = part.take(x, *ys)
-        _, thin = forward_rows(x_rows, part.outputs, part.masks, into)
+    for part, x_rows, *into in _parts(outputs, seeds, call, x, x, *ys):
+        _, thin = forward_rows(x_rows, part.outputs, part.masks, into, dtype)
         for h, of_part in zip(hs, thin, strict=False):
             h[part.place, : of_part.shape[1]] = of_part
         if part.rows is None:
@@ -83,36 +83,32 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         thin, masks = per_adapter(hs, outputs), _masks(x.shape, outputs, seeds, call.dropout)
         parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
         return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
-    gradients: list[Tensor | None] = [None] * len(tensors)
+    gradients: list[Any] = [None] * len(tensors)
     are_many, last = rows.shares_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
-    stacks = [() if gradient is None else gradient.unbind() for gradient in gradients]
     # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
     places: Sequence[int] = range(len(tensors))
-    numbers = unflatten(places, call.layouts)
-    wants: Sequence[Output] = wanted
-    is_read = reads_x(wants)
-    for part in _parts(x, outputs, seeds, call):
+    numbers = unflatten(places, call.layouts) if are_many else []
+    wants, dtype = wanted, h_dtype(x.dtype, x.device)
+    matrices = x if reads_x(wanted) else None, dx, *dys
+    for part, x_rows, dx_rows, *dy_rows in _parts(outputs, seeds, call, x, *matrices):
         if are_many:
             wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
-            is_read = reads_x(wants)
         last = max(last, part.place.stop)
-        if dx is None and not any(flatten(wants, call.layouts)):
-            continue
-        x_rows, dx_rows, *dy_rows = part.take(x if is_read else None, dx, *dys)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
-        parts = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
-        of_part = backward_rows(x_rows, parts, dx_rows)
+        asked = [*map(OutputBackward, dy_rows, part.outputs, part.thin(hs), wants, part.masks)]
+        adds = are_many and part.share is not None  # to dx, which the shared base has written
+        of_part = backward_rows(x_rows, asked, dx_rows, float(adds), dtype)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
         for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
             if gradient is not None and are_many:
                 gradients[place] = _widened(gradient, tensors[place])
             elif gradient is not None:
-                stacks[place][part.share.segment].copy_(gradient)
+                gradients[place][part.share.segment].copy_(gradient)
     if dx is not None:
         dx[last:].zero_()
     return [dx, *gradients]
@@ -134,7 +130,7 @@ class _Part(NamedTuple):
     def take(self, *matrices: Tensor | None) -> list[Any]:
         """The part's rows of each matrix: a view if they are contiguous, else a copy."""
         if self.rows is not None:
-            return [None if matrix is None else matrix[self.rows] for matrix in matrices]
+            return [rows_of(matrix, self.rows) for matrix in matrices]
         share, items = self.share, self.items
         return [None if matrix is None else take(matrix, share, items) for matrix in matrices]
 
@@ -153,37 +149,40 @@ class _Part(NamedTuple):
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """For each output, the part's rows of the h of each adapter."""
-        left = iter(hs)
-        return [
-            [
-                None if h is None else h[self.place, : adapter.lora_a.shape[0]]
-                for adapter, h in zip(output.adapters, left, strict=False)
-            ]
-            for output in self.outputs
-        ]
+        left, thin = iter(hs), []
+        for output in self.outputs:
+            pairs = zip(output.adapters, left, strict=False)
+            thin.append([h if h is None else h[self.place, : len(a.lora_a)] for a, h in pairs])
+        return thin
 
 
 def _parts(
-    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
-) -> Iterator[_Part]:
-    """Yield the parts that have rows, and before them the part of a shared base."""
+    outputs: Sequence[Output[Tensor]],
+    seeds: Tensor | None,
+    call: Call,
+    x: Tensor,
+    *matrices: Tensor | None,
+) -> Iterable[tuple[Any, ...]]:
+    """Each part that has rows, with its rows of each matrix (:meth:`_Part.take`).
+
+    A shared base is the first part.  Experts are a part each, and share one dropout mask.
+    """
     rows = call.rows
     assert rows is not None
-    if rows.shares_base:
-        return _many_adapters(x, outputs, seeds, rows)
-    return _experts(x, outputs, seeds, rows, call.dropout)
-
-
-def _experts(
-    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows, p: float
-) -> Iterator[_Part]:
-    """A part for each expert.  All rows share one dropout mask."""
-    of_each = list(zip(*map(_apart, outputs), strict=True))
-    masks = whole = _masks((rows.first + len(x), x.shape[1]), outputs, seeds, p)
+    if rows.order is not None:  # many adapters share a base
+        adapters = _many_adapters(x, outputs, seeds, rows)
+        return ((part, *part.take(*matrices)) for part in adapters)
+    of_each, first = list(zip(*map(_apart, outputs), strict=True)), rows.first
+    masks = _masks((first + len(x), x.shape[1]), outputs, seeds, call.dropout)
+    parts, sizes = [], []
     for share in rows.shares_of(len(x)) if len(x) else ():
-        if seeds is not None:
-            masks = from_row(whole, rows.first + share.place.start)
-        yield _Part(of_each[share.segment], masks, share.place, share.place, share)
+        place = share.place
+        own_masks = masks if seeds is None else from_row(masks, first + place.start)
+        parts.append(_Part(of_each[share.segment], own_masks, place, place, share))
+        sizes.append(place.stop - place.start)
+    # The rows of experts follow each other, so one call of torch makes all views of a matrix.
+    cut = [repeat(None) if m is None else m[: sum(sizes)].split(sizes) for m in matrices]
+    return zip(parts, *cut, strict=False)
 
 
 def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
@@ -242,9 +241,12 @@ def _masks(
     shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
 ) -> Masks:
     """For each output, a mask for each adapter; without dropout, None for each."""
-    if seeds is None:
-        return [[None] * len(output.adapters) for output in outputs]
-    left = iter(seeds.unbind())
-    return [
-        [DropoutMask(next(left).view(1), shape, p) for _ in output.adapters] for output in outputs
-    ]
+    masks: list[list[DropoutMask | None]] = []
+    seed_of_each, end = () if seeds is None else seeds.split(1), 0
+    for _, adapters in outputs:
+        first, end = end, end + len(adapters)
+        if seeds is None:
+            masks.append([None] * len(adapters))
+        else:
+            masks.append([DropoutMask(seed, shape, p) for seed in seed_of_each[first:end]])
+    return masks

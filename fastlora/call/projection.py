@@ -1,7 +1,7 @@
 """The records of a call: bases, adapters and outputs; and the flat list of their tensors."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import islice, starmap
+from itertools import starmap
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,23 +78,22 @@ class Layout(NamedTuple):
     has_bias: bool
     scales: tuple[float, ...]  # one for each adapter
     format: Format | None = None  # of a packed weight; None: the weight is dense
+    weights: int = 1  # the number of the weight's tensors, which a packed weight has several of
 
     @property
     def bias_at(self) -> int | None:
         """The place of the bias in the flat list: after the weight's tensors."""
-        weights = 1 if self.format is None else len(self.format.names)
-        return weights if self.has_bias else None
+        return self.weights if self.has_bias else None
 
 
 def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
-    return tuple(
-        Layout(
-            base.bias is not None,
-            tuple([adapter.scale for adapter in adapters]),
-            base.weight.format if isinstance(base.weight, Quantized) else None,
-        )
-        for base, adapters in outputs
-    )
+    """The layout of each output."""
+    layouts = []
+    for (weight, bias), adapters in outputs:
+        packed = (weight.format, len(weight.tensors)) if isinstance(weight, Quantized) else ()
+        scales = tuple([adapter.scale for adapter in adapters])
+        layouts.append(Layout(bias is not None, scales, *packed))
+    return tuple(layouts)
 
 
 def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
@@ -111,36 +110,39 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
         else:
             weight: Any = base.weight
             packed = isinstance(weight, Quantized)
-            flat += weight.tensors if packed else [weight] * len(layout.format.names)
+            flat += weight.tensors if packed else [weight] * layout.weights
             flat += [base.bias] if layout.has_bias else []
         for adapter in adapters:
             flat += adapter[:2]
     return flat
 
 
-def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
+def unflatten(flat: Sequence[T], layouts: Iterable[Layout]) -> list[Output[T]]:
     """The outputs of these layouts, from the list that :func:`flatten` returned."""
-    take, outputs = iter(flat).__next__, []
-    for has_bias, scales, format in layouts:
-        weight = take() if format is None else _packed(format, [take() for _ in format.names])
-        base = Base(weight, take() if has_bias else None)
-        outputs.append(Output(base, tuple([Adapter(take(), take(), scale) for scale in scales])))
+    outputs, at = [], 0  # at: the place in ``flat`` of the next tensor
+    for has_bias, scales, format, weights in layouts:
+        weight: Any = flat[at]
+        # Packed weights have no gradients.  In a list of flags or of gradients, the entry of the
+        # weight's first tensor stands for all of them.
+        if format is not None and isinstance(weight, Tensor):
+            parts: Any = flat[at : at + weights]
+            weight = Quantized(format, tuple(parts))
+        at += weights
+        base, at = Base(weight, flat[at] if has_bias else None), at + has_bias
+        end = at + 2 * len(scales)
+        pairs = flat[at:end:2], flat[at + 1 : end : 2]  # every lora_a, every lora_b
+        outputs.append(Output(base, tuple(map(Adapter, *pairs, scales))))
+        at = end
     return outputs
 
 
-def _packed(format: Format, parts: list) -> Any:
-    """A packed weight from its tensors.
-
-    Its tensors never need gradients, so for flags and gradients (not tensors) the first one stands
-    for all.
-    """
-    return Quantized(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
-
-
-def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]:
+def per_adapter(values: Sequence[T], outputs: Iterable[Output]) -> list[list[T]]:
     """A flat list with one value per adapter (an h, a seed), cut into one list per output."""
-    rest = iter(values)
-    return [list(islice(rest, len(output.adapters))) for output in outputs]
+    lists, end = [], 0
+    for output in outputs:
+        first, end = end, end + len(output.adapters)
+        lists.append(list(values[first:end]))
+    return lists
 
 
 def map_outputs(function: Callable[..., Any], first: Output, *others: Output) -> Output[Any]:
@@ -215,13 +217,16 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN
 
 
-def facts_of(tensor: Tensor) -> Hashable:
-    """A tensor's part of a cache key: everything that checks and launchers read but its values.
+def facts_of(tensors: Iterable[Tensor]) -> tuple[Hashable, ...]:
+    """The tensors' part of a cache key: everything that checks and launchers read but the values.
 
     The address modulo 16 is part of it, because kernels load 16 bytes at once from aligned
     addresses.  Raises ValueError for a nested tensor, which has no strides.
     """
-    if tensor.is_nested:
-        raise ValueError("a nested tensor isn't of a known kind")
-    where = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15
-    return where, type(tensor), tensor.requires_grad, tensor.is_neg(), tensor.is_inference()
+    facts: list[Hashable] = []
+    for t in tensors:
+        if t.is_nested:
+            raise ValueError("a nested tensor isn't of a known kind")
+        facts += t.dtype, t.device, t.shape, t.stride(), t.data_ptr() & 15
+        facts += type(t), t.requires_grad, t.is_neg(), t.is_inference()
+    return tuple(facts)

@@ -26,11 +26,10 @@ def block_of_rows(device: torch.device, columns: int) -> int:
     return max(1, (SMALLEST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
 
 
-def slices(total: int, step: int) -> Iterator[slice]:
+def slices(total: int, step: int) -> list[slice]:
     """Slices of ``step`` numbers, at least 1, that cover ``total``; the last may be shorter."""
     step = max(1, step)
-    for first in range(0, total, step):
-        yield slice(first, min(first + step, total))
+    return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
 class Source(Protocol):

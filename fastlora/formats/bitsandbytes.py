@@ -158,8 +158,6 @@ _REPACKS = "support_avx512bf16_for_cpu"
 # The library multiplies SCB by 1 / 127 in float32.
 _FACTOR = 1.0 / 127.0
 
-PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # a layer has one of the states
-
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
     """Also subclasses that keep the forward: LinearNF4, LinearFP4."""
@@ -263,12 +261,12 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
 
 def _read_repacked(layer: Any, state: Any) -> PackedLayer:
     """A weight that a call in evaluation mode repacked for bitsandbytes' CPU kernel; copied."""
-    rows, columns = state.shape
     plain = copy(state)
     plain.original_nested = False  # otherwise absmax is quantized again
     unpack = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
     packed, _ = unpack(layer.weight.detach(), plain)
     absmax = state.absmax.t().reshape(-1).float()  # bfloat16 [blocks of a row, rows]
+    rows, columns = state.shape
     format = FourBit(rows, columns, state.quant_type, state.blocksize)
     weight = Quantized(format, (packed.view(torch.uint8).view(-1), absmax))
     return PackedLayer(weight, layer.compute_dtype, restores=True)

@@ -80,7 +80,6 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 
-PARTS: tuple[str, ...] = ("weight", "weight_scale_inv")
 SCALE = "_scale_inv"  # the suffix of a scale's name after the weight's
 
 

@@ -192,8 +192,6 @@ KINDS = {
 _MODULE = "transformers.integrations.gguf.utils"
 _NAMES = {block.number: kind for kind, block in KINDS.items()}
 
-PARTS: tuple[str, ...] = ("weight",)
-
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return is_class(kind, _MODULE, "GgufLinear")

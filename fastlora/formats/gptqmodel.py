@@ -17,8 +17,6 @@ _AWQ = "gptqmodel.quantization.awq.utils.packing_utils"
 _READ = ("TorchLinear", "TritonV2Linear")
 _READ_AWQ = ("AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear")
 
-PARTS: tuple[str, ...] = ("qweight",)
-
 
 class GPTQ(Opaque):
     """qweight, qzeros, scales and g_idx of a ``TorchLinear``, with zeros of version 2."""

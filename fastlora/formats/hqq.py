@@ -13,8 +13,6 @@ from .vendor import PackedLayer, checked
 
 _MODULE = "hqq.core.quantize"
 
-PARTS: tuple[str, ...] = ("W_q", "meta")
-
 
 class HQQ(Opaque):
     """W_q, scale and zero of an ``HQQLinear`` whose groups lie in rows."""

@@ -134,8 +134,6 @@ def pack_rotated(weight: Tensor) -> Quantized:
 
 # fastlora's layer.
 
-PARTS: tuple[str, ...] = ("codes", "scale", "format", "weight")  # the weight is None
-
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return is_class(kind, f"{__package__.partition('.')[0]}.layers.int8", "Int8Linear")

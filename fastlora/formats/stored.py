@@ -26,8 +26,6 @@ class Stored(Format):
 
 # Unsloth's layer, a torch.nn.Linear with another forward.
 
-PARTS: tuple[str, ...] = ("weight",)
-
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
     return is_class(kind, "unsloth_zoo.cpu.ops", "Bf16StoredLinear")

@@ -16,7 +16,7 @@ from .arithmetic import write_scaled
 from .float8 import Float8
 from .format import FLOATS, Coding, Expected, Format, Quantized, name_of, of_rows
 from .opaque import Opaque
-from .vendor import Once, PackedLayer, checked
+from .vendor import PackedLayer, checked
 
 # torchao's dequantize_affine computes the same bits for whole blocks of rows, but makes more
 # copies.  With it a float32 step with 512 rows and a 2048² weight in groups of 64 takes 1.19 × the
@@ -91,10 +91,6 @@ class Int4(Opaque):
 
 # torchao's tensors.
 
-_ZEROS = Once()
-
-PARTS: tuple[str, ...] = ("weight",)
-
 
 def owns(layer: Any, kind: type[nn.Module]) -> bool:
     if getattr(kind, "forward", None) is not nn.Linear.forward:
@@ -167,6 +163,10 @@ _READ: dict[str, Callable[[Any], PackedLayer | str]] = {
 
 
 def _is_zero(weight: Any) -> bool:
-    """Whether all zero points are 0, as symmetric quantization makes them."""
+    """Whether all zero points are 0, as symmetric quantization makes them.
+
+    On a GPU this waits for the device, but a layer is read only if it changed.  While torch.compile
+    traces, values can't be read.
+    """
     zero: Tensor | None = weight.zero_point
-    return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
+    return zero is None or not (torch.compiler.is_compiling() or bool(torch.any(zero)))

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common.other_packages import is_dtensor
 from .format import Quantized
@@ -74,12 +73,7 @@ def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
 
 
 class Vendor(Protocol):
-    """A module with these names.  It never imports its vendor; the layer's module already has.
-
-    ``PARTS`` names the attributes of a layer that form its weight, the packed tensor first.
-    """
-
-    PARTS: tuple[str, ...]
+    """A module with these names.  It never imports its vendor; the layer's module already has."""
 
     def owns(self, layer: Any, kind: type[nn.Module]) -> bool:
         """Whether this layer is a linear layer of the vendor's: x weightᵀ + bias, by its class.
@@ -89,23 +83,3 @@ class Vendor(Protocol):
 
     def read(self, layer: Any) -> PackedLayer | str:
         """The layer's current weight, or the reason why it can't be read."""
-
-
-class Once:
-    """A cached predicate on a tensor's values: on a GPU each evaluation would synchronize.
-
-    A new tensor, or a new version of a tensor, is evaluated again.
-    """
-
-    def __init__(self) -> None:
-        self._seen = WeakTensorKeyDictionary()  # tensor -> (version, answer)
-
-    def ask(self, tensor: Tensor, question: Callable[[Tensor], bool]) -> bool:
-        """The answer for this tensor; False while torch.compile traces, without any values."""
-        if torch.compiler.is_compiling():
-            return False
-        version = None if tensor.is_inference() else tensor._version
-        seen = self._seen.get(tensor)
-        if seen is None or seen[0] != version:
-            seen = self._seen[tensor] = version, question(tensor)
-        return seen[1]

@@ -188,29 +188,29 @@ def needs_class(module: nn.Module) -> bool:
 
     True if a weight is a :class:`PackedWeight`, or is dense in a class for packed weights.
     """
-    return bool(_held(module) or {*_scaled(module)} - {*packed_names(module)})
+    is_held = any(isinstance(part, PackedWeight) for part in module._modules.values())
+    return is_held or not all(_packed(module).values())
 
 
 def packed_names(module: nn.Module) -> list[str]:
     """The names of the module's packed weights."""
-    in_bytes = [name for name in _scaled(module) if tensor_of(module, name).element_size() == 1]
-    return _held(module) + in_bytes
+    return [name for name, is_packed in _packed(module).items() if is_packed]
 
 
-def _held(module: nn.Module) -> list[str]:
-    """The names of weights that fastlora packed."""
-    return [name for name, part in module._modules.items() if isinstance(part, PackedWeight)]
-
-
-def _scaled(module: nn.Module) -> list[str]:
-    """The names of weights, if the class is for packed weights: FP8Experts or GgufExperts.
-
-    The weights themselves may be dense (more than 1 byte in an element).
-    """
+def _packed(module: nn.Module) -> dict[str, bool]:
+    """Whether each of these weights is packed: the weights that fastlora packed, and all weights of
+    a class for packed weights (FP8Experts, GgufExperts), which may be dense."""
+    found = {name: isinstance(part, PackedWeight) for name, part in module._modules.items()}
+    found = {name: True for name, is_held in found.items() if is_held}
     names = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
-    if gguf.is_experts(plain_class_of(module)):
+    # The first condition is quick, and false for most modules.
+    if "gate_up_type" in vars(module) and gguf.is_experts(plain_class_of(module)):
         names = [*read_module(module).names]
-    return [name for name in names if isinstance(getattr(module, name, None), Tensor)]
+    for name in names:
+        weight = getattr(module, name, None)
+        if isinstance(weight, Tensor):
+            found[name] = weight.element_size() == 1
+    return found
 
 
 def sort_weights(module: nn.Module) -> None:
@@ -231,9 +231,8 @@ def weight_in(module: nn.Module, name: str) -> Any:
     packed = module._modules.get(name)
     if isinstance(packed, PackedWeight):
         return packed.quantized
-    weight = tensor_of(module, name)
-    if name not in _scaled(module) or weight.element_size() > 1:
-        return weight
+    if not _packed(module).get(name):
+        return tensor_of(module, name)
     is_gguf = gguf.is_experts(plain_class_of(module))
     weight = (gguf if is_gguf else float8).experts_weight(module, name)
     if isinstance(weight, str):
@@ -284,7 +283,8 @@ def runs_in_a_node(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> 
     They must be x [tokens, in], index and weights [tokens, k], on one device with the experts'
     weights and in one dtype with the dense ones.
     """
-    weight, other = (output.base.weight for output in outputs)
+    up, down = outputs
+    weight, other = up.base.weight, down.base.weight
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
     x, index, weights = args

@@ -28,6 +28,7 @@ Modules of experts cache no record: each call reads the module (:mod:`.experts` 
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -48,7 +49,6 @@ from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
 from ..ops.kinds import key_of_x, remember
-from ..ops.run import run_one
 from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
@@ -64,8 +64,13 @@ _get: Callable = dict.get
 # The properties of a tensor that a call depends on, except its address and its elements.
 _GET = attrgetter("dtype", "shape", "requires_grad", "device")
 _FACTS = (type, _GET, Tensor.stride)
+_VERSION = attrgetter("_version")  # counts in-place writes
 # Methods that a patch may replace on a class, and properties of PEFT's classes that records use.
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
+
+
+# A call of a known kind, without checks: [x, *flattened tensors of the record] -> output.
+Known = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class Record:
 class Variant(Protocol):
     """A layer's own way to compute y, in place of the LoRA formula: DoRA, tensor parallelism."""
 
-    def run(self, x: Tensor, record: "LinearRecord") -> Tensor:
-        """The layer's output for x."""
+    def run(self, x: Tensor, record: "LinearRecord") -> tuple[Tensor, Known | None]:
+        """As :meth:`Recorded.run_new`, for a layer that a node can run."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +120,17 @@ class Recorded(nn.Module):
         """The other modules that :meth:`read` looks at."""
         return ()
 
-    def run_record(self, x: Tensor, record: Any) -> tuple[Tensor | None, Any]:
-        """Run a call with the record that :meth:`read` returned.  Returns (output, call).
+    def classes(self) -> Iterable[type]:
+        """The other classes, not of modules, whose methods :meth:`read` looks at."""
+        return ()
 
-        The output is None if the module's own forward must run.  ``call`` is the call's kind for
-        :meth:`run_known`.  It is None if the call doesn't use the record's tensors unchanged.
+    def run_new(self, x: Tensor, record: Any) -> tuple[Tensor | None, Known | None]:
+        """Run a call with the record that :meth:`read` returned.  Returns (output, known).
+
+        The output is None if the module's own forward must run.  ``known`` runs later calls of the
+        same kind.  It is None if the call doesn't use the record's tensors unchanged.
         """
         raise NotImplementedError
-
-    # run_known([x, *flattened tensors of the record], call): the output of a later call of the same
-    # kind, without checks.  ``call`` is the one that run_record returned.
-    run_known: Callable[[Sequence[Tensor], Any], Tensor] = staticmethod(run_one)
 
 
 class Table(NamedTuple):
@@ -159,6 +164,7 @@ class Guard:
     _places        where each tensor is found: a dict and a name in it
     _facts         dtype, shape … of these tensors, in the order of _places
     _addresses     the addresses of these tensors
+    _versions      versions of the frozen ones, because a packed layer is read by their numbers
     _tied          pairs of places that must hold the same tensor
     =============  ===================================================================
 
@@ -166,7 +172,9 @@ class Guard:
     module, because a cycle would keep the weights of an unused model alive.
     """
 
-    def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, parts: Sequence[nn.Module], classes: Iterable[type] = ()
+    ) -> None:
         self._containers: list[Any] = []
         self._empty: list[Any] = []
         # Dicts with tensors aren't copied.  They are split into (dict, name) for each tensor,
@@ -222,7 +230,7 @@ class Guard:
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     look_at(vars(value), _DEPTH)
-        kinds = dict.fromkeys([*map(type, modules), *map(plain_class_of, modules)])
+        kinds = dict.fromkeys([*map(type, modules), *map(plain_class_of, modules), *classes])
         attributes = [(kind, name) for kind in kinds for name in _OF_A_CLASS if hasattr(kind, name)]
         attributes += [(part, "__class__") for part in parts]
         self._class, self._places = type(module), [*zip(*places, strict=True)] or [(), ()]
@@ -232,12 +240,12 @@ class Guard:
             *_table(len, sizes),
             *_table(getattr, [(*each, getattr(*each)) for each in attributes]),
         ]
-        # Reading a packed layer may depend on numbers in frozen tensors, so their versions count.
-        self._facts_of = (*_FACTS, _version_of) if packed else _FACTS
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
         if self.is_whole:
-            self._facts = [[*map(fact, tensors)] for fact in self._facts_of]
+            self._facts = [[*map(fact, tensors)] for fact in _FACTS]
+            self._frozen = [bool(packed) and not tensor.requires_grad for tensor in tensors]
+            self._versions = [*map(_VERSION, compress(tensors, self._frozen))]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
             # If several places hold one tensor (tied weights), the record uses one of them.  All of
             # them must still hold the same tensor: pairs (place, first place with this tensor).
@@ -267,7 +275,8 @@ class Guard:
                 and all([(*map(f, *columns),) == old for f, columns, old in self._tables])
                 and not any(self._empty)
                 and self._containers == self._copies
-                and [[*map(fact, tensors)] for fact in self._facts_of] == self._facts
+                and [[*map(fact, tensors)] for fact in _FACTS] == self._facts
+                and [*map(_VERSION, compress(tensors, self._frozen))] == self._versions
                 and not any(map(Tensor.is_neg, tensors))
                 and not any(map(Tensor.is_inference, tensors))
                 and (not self._tied or all([tensors[i] is tensors[j] for i, j in self._tied]))
@@ -280,11 +289,6 @@ class Guard:
             moves = [now ^ then for now, then in zip(addresses, self._addresses, strict=True)]
             holds = not (at_their_places or any([move & 15 for move in moves]))
         return tensors if holds else None
-
-
-def _version_of(tensor: Tensor) -> int | None:
-    """A frozen tensor's version counter, which counts in-place writes; None if it trains."""
-    return None if tensor.requires_grad else tensor._version
 
 
 def _is_strange(tensor: Tensor) -> bool:
@@ -327,7 +331,7 @@ class GuardedRecord:
 
     def __init__(self, record: Record) -> None:
         self.record = record  # without outputs once it is cached, because outputs hold tensors
-        self.calls: dict[Hashable, Any] = {}  # cache key (``ops.kinds.key_of_x``) -> kind of call
+        self.calls: dict[Hashable, Known] = {}  # the key of x (``ops.kinds.key_of_x``) -> its kind
         self.guard: Guard | None = None  # None if the record can't be cached
         self._layouts = layouts_of(record.outputs)
         # Where each input comes from: the index of a guarded tensor, or a view of one.
@@ -396,7 +400,7 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
             return cached, cached.inputs(tensors)
     # The guard is built before the module is read.  If another thread changes the module in
     # between, the next comparison fails.
-    guard = Guard(module, module.parts())
+    guard = Guard(module, module.parts(), module.classes())
     record = module.read()
     guarded = GuardedRecord(record)
     home[_PLACE] = guarded
@@ -407,25 +411,25 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
 def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     """The module's output for x; None if the module's own forward must run."""
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
-        return None if module.why_not(x) else module.run_record(x, module.read())[0]
+        return None if module.why_not(x) else module.run_new(x, module.read())[0]
     key = key_of_x(x)
     cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
-        call = cached.calls.get(key)
+        known = cached.calls.get(key)
         # A global hook is the only condition of ``why_not`` that the key doesn't cover.
-        if call is not None and not nn_module._has_any_global_hook():
+        if known is not None and not nn_module._has_any_global_hook():
             tensors = cached.tensors_now(module)
             if tensors is not None:
-                return module.run_known([x, *cached.inputs(tensors)], call)
+                return known([x, *cached.inputs(tensors)])
     if module.why_not(x):
         return None
     for part in module.parts():
         cast_bias(part, x)
     guarded, contents = record_of(module)
     record = contents if isinstance(contents, Record) else guarded.now(contents)
-    y, call = module.run_record(x, record)
-    if key is not None and call is not None and guarded.guard is not None:
-        remember(key, call, guarded.calls, _MOST_CALLS)
+    y, known = module.run_new(x, record)
+    if key is not None and known is not None and guarded.guard is not None:
+        remember(key, known, guarded.calls, _MOST_CALLS)
     return y
 
 

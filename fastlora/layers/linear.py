@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..call.projection import Adapter, Base, Output
 from ..common.text import shown
 from ..common.values import check_settings, check_switches, suggests_arguments, warn_of
 from ..ops.functional import linears
+from ..ops.node import run_known_layer
 from .classes import change_class
 from .frozen import is_plain_linear, why_not_plain
 from .guards import LinearRecord, Recorded, call_recorded
@@ -117,9 +119,9 @@ class LoRALinear(Recorded, nn.Linear):
         output = Output(Base(weight, bias), (Adapter(a, b, self.scaling),))
         return LinearRecord("", (output,), dropouts=(self.lora_dropout,))
 
-    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
+    def run_new(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
         (y,), call = linears(x, record.outputs, record.dropouts[0], self.training)
-        return y, call
+        return y, None if call is None else partial(run_known_layer, call=call)
 
     @property
     def merged(self) -> bool:

@@ -28,7 +28,7 @@ from ..backends.protocol import LossSettings
 from ..call.projection import flatten, layouts_of, unflatten
 from ..ops.dispatch import autocast_off
 from ..ops.loss import Head
-from ..ops.node import Function, refuse_by_torch_only, run_backward, run_forward
+from ..ops.node import Function, backend_backward, backend_forward, refuse_by_torch_only
 
 Change = Callable[[Tensor], Tensor]
 Record = Callable[[str], None] | None  # gets the text that says how a loss ran
@@ -131,7 +131,7 @@ class HeadCall:
 
     def logits(self) -> Tensor:
         """The output of the head."""
-        (y,), self.hs = run_forward(tensors_of(self.head), self.head.seeds, self.of_backend())
+        (y,), self.hs = backend_forward(tensors_of(self.head), self.head.seeds, self.of_backend())
         return y
 
     def of_backend(self) -> Call:
@@ -338,7 +338,7 @@ class LazyHeadFunction(Function):
         if call.hs is None:  # dy comes from a Function that read no element, so compute h now
             call.logits()
         arguments = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
-        return None, *run_backward(BackwardCall(*arguments))
+        return None, *backend_backward(BackwardCall(*arguments))
 
 
 class Recipe(NamedTuple):

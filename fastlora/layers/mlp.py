@@ -7,6 +7,7 @@ module's own forward runs where the nodes can't.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from ..common.other_packages import is_same_code
 from ..formats import PackedLayer
 from ..ops.dispatch import autocast_dtype, follows, why_not_here
 from ..ops.few_rows import has_few_rows
-from ..ops.gated_mlp import GatedCall, gated_call, run_gated
+from ..ops.gated_mlp import gated_call, run_gated
 from .classes import Fast, class_over
 from .frozen import read_frozen
-from .guards import LinearRecord, Record, Recorded, call_recorded, fits_weight
+from .guards import Known, LinearRecord, Record, Recorded, call_recorded, fits_weight
 from .module_parts import activation_of, is_replaced, plain_class_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -76,17 +77,17 @@ class GatedMLP(Fast, Recorded):
         """
         return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
 
-    def run_record(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, GatedCall | None]:
-        """The nodes' output for x (None if the module's own forward must run), and their call."""
+    def run_new(self, x: Tensor, record: GatedRecord) -> tuple[Tensor | None, Known | None]:
+        """See :meth:`Recorded.run_new`."""
         dtypes = _dtypes_of_all(x, record) if record.outputs else None
         if dtypes is None or not fits_weight(x, record.outputs[0].base.weight):
             return None, None
         (gate, up, down), (p, of_down) = record.outputs, record.dropouts
         inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside
         y, call = gated_call(inside, gate, up, down, record.activation, p, of_down, is_wide)
-        return y.to(dtypes.outside), call if inside is x and not is_wide else None
-
-    run_known = staticmethod(run_gated)
+        if call is None or inside is not x or is_wide:
+            return y.to(dtypes.outside), None
+        return y.to(dtypes.outside), partial(run_gated, call=call)
 
     def why_not_now(self) -> str:
         """Why the nodes can't run any call at this moment; "" if they can."""

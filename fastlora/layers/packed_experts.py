@@ -45,8 +45,9 @@ class PackedExperts(nn.Module):
     plain_class: type[nn.Module]  # the module's class before its weights were packed
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
-        experts = self.read()
-        reason = experts.reason
+        experts = read_module(self)
+        is_changed = "parametrizations" in self._modules
+        reason = "its weights are parametrized" if is_changed else experts.reason
         if args and isinstance(args[0], Tensor):
             reason = reason or ("x is nested" if args[0].is_nested else why_only_torch())
         if not (reason or named):
@@ -54,12 +55,6 @@ class PackedExperts(nn.Module):
             if runs_in_a_node(args, (up, down)):
                 return run_experts(args, experts, up, down)
         return run_dense(self, {}, args, named, reason or "its arguments are others")
-
-    def read(self) -> Experts:
-        """How a call computes, or the reason why the module's own forward must run."""
-        if "parametrizations" in self._modules:
-            return Experts("its weights are parametrized")
-        return read_module(self)
 
     def _output(self, name: str, experts: Experts) -> Output[Any]:
         """The weight as [E, out, in], and its bias."""

@@ -3,16 +3,19 @@
 It supports all modes and transforms of torch, and is the reference for second-order gradients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from ..backends import Call
 from ..backends.products import cast
-from ..call.projection import Adapter, Output
+from ..call.projection import Adapter, Output, unflatten
 from ..call.rows import Rows, Share, take
 from ..formats.format import Quantized
+from .dispatch import autocast_off
 
 # drop(the adapter's number in the call, its rows of x, their segment or None) -> dropped rows.
 Drop = Callable[[int, Tensor, Share | None], Tensor]
@@ -89,3 +92,43 @@ def torch_dropout(p: float, rows: Rows | None = None) -> Drop:
         return dropout(x, own_p) if own_p else x
 
     return drop
+
+
+def by_composite(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    """Every output by the composite path, with the same dropout masks as the node."""
+    x, *tensors = inputs
+
+    def drop(number: int, x: Tensor, _: Share | None) -> Tensor:
+        assert seeds is not None
+        shape = math.prod(x.shape[:-1]), x.shape[-1]
+        mask = call.backend.dropout_mask(seeds[number], shape, call.dropout).view(x.shape)
+        return torch.where(mask, x / (1.0 - call.dropout), 0.0)
+
+    return run_composite(x, unflatten(tensors, call.layouts), None if seeds is None else drop)
+
+
+def by_autograd(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    dys: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
+
+    It is None if the input needs no gradient, or if no output depends on the input.  Used for
+    gradients of gradients and for batched gradients.
+    """
+    create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
+    with torch.enable_grad(), autocast_off(device):
+        # Views, because one tensor may be two inputs, and each input has its own gradient.
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        ys = function(inputs)
+    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
+    if not used:
+        return [None] * len(inputs)
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    options = {"create_graph": create_graph, "allow_unused": True}
+    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
+    with autocast_off(device):
+        gradients = iter(torch.autograd.grad(used_ys, wanted, used_dys, **options))
+    return [next(gradients) if need else None for need in needs]

@@ -58,17 +58,12 @@ def is_eager(x: Tensor) -> bool:
     return not (only_torch or torch.compiler.is_compiling()) and is_plain(x)
 
 
-def is_ordinary(x: object) -> bool:
-    """Whether a call with this x takes the node now."""
-    return isinstance(x, Tensor) and path_of(x) == NODE
-
-
 def follows(x: object) -> bool:
     """Whether autograd records calls with x now, and x takes the node.
 
     Then a gated MLP, for example, can run as nodes that save less than its layers.
     """
-    return torch.is_grad_enabled() and is_ordinary(x)
+    return torch.is_grad_enabled() and isinstance(x, Tensor) and path_of(x) == NODE
 
 
 def autocast_is_on(device_type: str) -> bool:

@@ -20,54 +20,58 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..call.projection import Base, Output
-from ..common.row_blocks import rows_at_a_time
-from ..formats.format import Quantized
-from .functional import lora_linear, lora_linears
-from .node import are_batched
-from .norm import norm_of_rows, wide_dtype
+from ..backends import Call
+from ..call.projection import Base, Output, flatten
+from ..common.row_blocks import buffer_for, rows_at_a_time, source_of, widened
+from ..formats.format import Format, Quantized, from_text
+from .dispatch import autocast_off
+from .functional import linears
+from .library import LIBRARY
+from .node import by_torch_only, run_known
+
+# The calls of z, and with dropout of (x - xd) weightᵀ + bias.  None: the kind isn't known.
+Calls = tuple[Call | None, Call | None]
+_UNKNOWN: Calls = (None, None)
 
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
+    output: Output[Tensor],
+    gain: Tensor,
     drop: Callable[[Tensor], Tensor] | None = None,
     p: float = 0.0,
-    norm: Tensor | None = None,
-) -> Tensor:
+    calls: Calls = _UNKNOWN,
+) -> tuple[Tensor, Calls]:
     """y of a DoRA layer, [..., N], by the formulas at the top of this file.
 
-    x, weight, lora_a, lora_b, bias and ``scale`` have the shapes and dtypes of
-    :func:`fastlora.lora_linear`.  magnitude is [N], of any floating dtype.  ``drop`` maps x to xd,
-    with the probability ``p``; None means no dropout.  ``norm`` [N] is n, if the caller knows it;
-    otherwise :func:`dora_norm` computes it.
+    ``output``: the base and its only adapter, as for :func:`fastlora.lora_linear`.  ``gain``:
+    magnitude / n, [N], with n from :func:`dora_norm`.  ``drop`` maps x to xd, with the probability
+    ``p``; None means no dropout.  Also returns the layers' calls, for later calls of equal kind.
 
     Saved for backward: x or kept, the mask (bool), z [..., N], and h [M, r].
 
-    Raises the errors of :func:`fastlora.lora_linear`, and ValueError if magnitude or ``norm`` isn't
-    [N].
+    Raises the errors of :func:`fastlora.lora_linear`.
     """
-    for name, vector in (("magnitude", magnitude), ("norm", norm)):
-        if vector is not None and vector.shape != weight.shape[:1]:
-            expected = f"[{weight.shape[0]}], a number for each row of the weight"
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}, but must be {expected}")
-    if norm is None:
-        norm = dora_norm(weight, lora_a, lora_b, scale)
-    gain = magnitude / norm
+    (weight, bias), adapters = output
     if drop is None:
-        z = lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=scale)
-        return GainFunction.apply(z, gain, bias)
+        z, of_z = _linear(x, output, calls[0])
+        return GainFunction.apply(z, gain, bias), (of_z, None)
     factor = 1.0 / (1.0 - p)
     kept = x * (drop(torch.ones_like(x)) != 0)
-    z = lora_linear(kept, weight, lora_a, lora_b, scale=scale)
+    z, of_z = _linear(kept, Output(Base(weight), adapters), calls[0])
     y = GainFunction.apply(z, gain * factor, None)
-    return y + lora_linears(torch.sub(x, kept, alpha=factor), [Output(Base(weight, bias))])[0]
+    rest = torch.sub(x, kept, alpha=factor)  # x - xd
+    of_x, of_rest = _linear(rest, Output(Base(weight, bias)), calls[1])
+    return y + of_x, (of_z, of_rest)
+
+
+def _linear(x: Tensor, output: Output[Tensor], call: Call | None) -> tuple[Tensor, Call | None]:
+    """The output for x, without dropout, and its call; ``call`` is this call if it is known."""
+    if call is None:
+        (y,), call = linears(x, (output,), 0.0)
+    else:
+        (y,) = run_known((x, *flatten((output,), call.layouts)), call)
+    return y, call
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -80,6 +84,56 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
         op = torch.ops.fastlora.dora_norm
         return op(tensors, lora_a.detach(), lora_b.detach(), scale, text)
     return norm_of_rows(weight, lora_a, lora_b, scale)
+
+
+def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """‖weight + scale · lora_b lora_a‖ for each row: [N], in :func:`wide_dtype`, detached.
+
+    weight is [N, K], dense or packed.  It is read once, and lora_b lora_a [N, K] is never formed.
+    With w and ba a row of weight and of lora_b lora_a:
+
+        n² = ‖w‖² + δ,  δ = 2 scale ⟨w, ba⟩ + scale² ‖ba‖²
+        n  = ‖w‖ + δ / (‖w‖ + n)
+
+    The second form equals ‖w‖ bit by bit if lora_b is zero, so a new adapter changes nothing.
+    """
+    with torch.no_grad(), autocast_off(weight.device.type):
+        wide = wide_dtype(weight)
+        down, up = lora_a.to(wide), lora_b.to(wide)
+        norms, products = [], []
+        for _, rows in widened(source_of(weight), buffer_for(weight, wide)):
+            # rows: a block of the weight in the wide dtype, [rows, K]
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            products.append(rows @ down.T)  # [rows, K] @ [K, r]
+        cross, square = torch.cat(products), up @ (down @ down.T)  # both [N, r]
+        change = (up * square).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
+        before = torch.cat(norms)
+        after = before.square().add_(change).clamp_min_(0.0).sqrt_()
+        smallest = torch.finfo(wide).tiny
+        return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
+
+
+def wide_dtype(tensor: Tensor | Quantized | Format) -> torch.dtype:
+    """The dtype of sums over rows and columns: float64 for float64, otherwise float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# Registered, because torch.compile can't trace how a packed weight is read.
+LIBRARY.define(
+    "dora_norm(Tensor[] weight, Tensor lora_a, Tensor lora_b, float scale, str format) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
+def _dora_norm(weight, lora_a, lora_b, scale, format):
+    weight = Quantized(from_text(format), tuple(weight)) if format else weight[0]
+    return norm_of_rows(weight, lora_a, lora_b, scale)
+
+
+@torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
+def _fake_dora_norm(weight, lora_a, lora_b, scale, format):
+    dtype = wide_dtype(from_text(format) if format else weight[0])
+    return lora_b.new_empty(len(lora_b), dtype=dtype)
 
 
 class GainFunction(torch.autograd.Function):
@@ -139,4 +193,4 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
 
 def _is_recorded(tensor: Tensor) -> bool:
     """Whether autograd, torch.compile or vmap records operations, so ``out=`` isn't allowed."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])
+    return torch.compiler.is_compiling() or by_torch_only([tensor])

@@ -38,17 +38,17 @@ from torch import Tensor
 from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated_products import ACTIVATIONS
 from ..call.projection import Output, flatten, layouts_of
+from ..call.rows import Rows
 from ..common.row_blocks import block_of_rows, rows_at_a_time
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import refuse_by_torch_only, run_backward, run_forward
-from .routing import Part, Routing, Sums, routing_of
-from .run import draw_seed, run_checked
+from .node import as_matrix, draw_seed, refuse_by_torch_only
+from .routing import Part, Routing, routing_of
+from .run import run_new
 
 # A function of pre, or the name of an activation.  "silu" means silu(gate) ∘ up, where gate and up
 # are the halves of pre's columns.
 Activate = str | Callable[[Tensor], Tensor]
 _EACH = "call fastlora.lora_linear for each expert"
-_ARGUMENTS = 4  # the node's arguments before ``inputs``: node, seeds, order, ends
 
 
 def lora_experts(
@@ -92,31 +92,90 @@ def lora_experts(
     with autocast_off(device.type):
         routing = routing_of(index, up.base.weight.shape[0])
         if not (one_node and is_eager(x)):  # two grouped LoRA calls, each dispatched separately
-            rows = routing.rows
-            (pre,), _ = run_checked(x[routing.tokens], [up], dropout, rows=rows)
-            (y,), _ = run_checked(_recorded_activation(pre, activate), [down], dropout, rows=rows)
+            rows = Rows(routing.ends)
+            (pre,), _ = run_new(x[routing.tokens], [up], dropout, rows=rows)
+            if isinstance(activate, str):
+                gate, other = pre.chunk(2, dim=1)
+                product = ACTIVATIONS[activate].function(gate) * other
+            else:
+                product = activate(pre)
+            (y,), _ = run_new(product, [down], dropout, rows=rows)
             return routing.plain_sums(y, weights, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
+        most = None  # rows of a part
+        if backend.takes_experts_in_turn(device):  # few rows, so that they stay in cache
+            most = min(rows_at_a_time(x), block_of_rows(device, up.base.weight.shape[1]))
         # A flat list, because autograd tracks only tensors that are direct arguments of ``apply``.
         # Each part of the experts slices the tensors of this list.
         of_up, of_down = flatten([up], layouts[:1]), flatten([down], layouts[1:])
-        call, hidden = Call(layouts, dropout, backend), up.base.weight.shape[1]
-        node = _Node(call, activate, dtype, routing.k, hidden, len(of_up))
+        call, parts = Call(layouts, dropout, backend), routing.parts(most)
+        node = _Node(call, activate, dtype, routing, parts, seeds, len(of_up))
         inputs = [x, weights, *of_up, *of_down]
         if torch.is_grad_enabled():
-            return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
-        return _Pass(node, routing, seeds, inputs).forward()[0]
+            return LoRAExpertsFunction.apply(node, *inputs)
+        return node.forward(inputs)[0]
+
+
+class LoRAExpertsFunction(torch.autograd.Function):
+    """One autograd node for all experts; the module's docstring says which tensors it saves."""
+
+    @staticmethod
+    def forward(ctx, node: "_Node", *inputs: Tensor) -> Tensor:
+        """``inputs``: x, the routing weights, and the flat tensors of up and down."""
+        out, results = node.forward(inputs)
+        # The backward reads the routing from the node; saved, tools see it among the saved tensors.
+        order, ends, _ = node.routing
+        ctx.save_for_backward(*inputs, *results, order, ends)
+        ctx.node = node
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, *needs = ctx.needs_input_grad
+        if d_out is None:
+            return (None, *[None] * len(needs))
+        saved = ctx.saved_tensors
+        inputs, results = saved[: len(needs)], saved[len(needs) : -2]
+        refuse_by_torch_only([d_out], "a call of all experts", _EACH)
+        with autocast_off(d_out.device.type):
+            return None, *ctx.node.gradients(inputs, d_out, needs, results)
+
+
+class _Product(NamedTuple):
+    """One of the two products of a part."""
+
+    tensors: Sequence[Tensor]  # the flat tensors of up or down: views of the part's experts
+    seed: Tensor | None
+    call: Call
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """y, and h if the product has an adapter."""
+        (y,), hs = self.call.backend.forward([x, *self.tensors], self.seed, self.call)
+        return y, hs
+
+    def backward(
+        self, dy: Tensor, x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of x and of the tensors."""
+        inputs = [x, *self.tensors]
+        given = BackwardCall([dy], inputs, hs, needs, self.seed, self.call)
+        return self.call.backend.backward(given)
 
 
 class _Node(NamedTuple):
-    """The settings of a node, without its tensors."""
+    """A call of the node without its tensors, which autograd saves.
+
+    ``inputs`` are x, the routing weights, and the flat tensors of up and down.
+    """
 
     call: Call  # layouts of up and down
     activate: Activate
     dtype: torch.dtype  # of out
-    k: int  # experts for each token
-    hidden: int  # F, the columns of pre
+    routing: Routing
+    parts: list[Part]
+    seeds: Tensor | None  # of up's and down's dropout
     split: int  # the number of up's flat tensors, which come before down's
 
     def activated(self, pre: Tensor) -> Tensor:
@@ -142,127 +201,71 @@ class _Node(NamedTuple):
             pre = pre.detach().requires_grad_()
             product = self.activate(pre)
         (d_pre,) = torch.autograd.grad(product, pre, d_product)
-        return d_pre
+        return as_matrix(d_pre)
 
-
-class LoRAExpertsFunction(torch.autograd.Function):
-    """One autograd node for all experts; the module's docstring says which tensors it saves."""
-
-    @staticmethod
-    def forward(
-        ctx, node: _Node, seeds: Tensor | None, order: Tensor, ends: Tensor, *inputs: Tensor
-    ) -> Tensor:
-        """``inputs``: x, the routing weights, and the flat tensors of up and down."""
-        out, results = _Pass(node, Routing(order, ends, node.k), seeds, inputs).forward()
-        ctx.save_for_backward(seeds, order, ends, *inputs, *results)
-        ctx.node = node
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs, node = ctx.needs_input_grad[_ARGUMENTS:], ctx.node
-        if d_out is None:
-            return (None,) * (_ARGUMENTS + len(needs))
-        seeds, order, ends, *saved = ctx.saved_tensors
-        inputs, results = saved[: len(needs)], saved[len(needs) :]
-        this = _Pass(node, Routing(order, ends, node.k), seeds, inputs)
-        refuse_by_torch_only([d_out], "a call of all experts", _EACH)
-        with autocast_off(d_out.device.type):
-            gradients = this.gradients(d_out, needs, results)
-        return (*[None] * _ARGUMENTS, *gradients)
-
-
-class _Product(NamedTuple):
-    """One of the two products of a part."""
-
-    tensors: Sequence[Tensor]  # the flat tensors of up or down: views of the part's experts
-    seed: Tensor | None
-    call: Call
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """y, and h if the product has an adapter."""
-        (y,), hs = run_forward([x, *self.tensors], self.seed, self.call)
-        return y, hs
-
-    def backward(
-        self, dy: Tensor, x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """The gradients of x and of the tensors."""
-        inputs = [x, *self.tensors]
-        return run_backward(BackwardCall([dy], inputs, hs, needs, self.seed, self.call))
-
-
-class _Pass(NamedTuple):
-    """A forward or a backward of a node, with its tensors."""
-
-    node: _Node
-    routing: Routing
-    seeds: Tensor | None
-    inputs: Sequence[Tensor]  # x, the routing weights, and the flat tensors of up and down
-
-    def parts(self) -> list[Part]:
-        """All experts at once; or, on a CPU, a few at a time, so that their rows stay in cache."""
-        x, node = self.inputs[0], self.node
-        if not node.call.backend.takes_experts_in_turn(x.device):
-            return self.routing.whole()
-        return self.routing.parts(min(rows_at_a_time(x), block_of_rows(x.device, node.hidden)))
-
-    def products(self, part: Part) -> tuple[_Product, _Product]:
+    def products(self, inputs: Sequence[Tensor], part: Part) -> tuple[_Product, _Product]:
         """The products of up and down for a part."""
-        call, split, products = self.node.call, self.node.split, []
-        tensors = [tensor[part.experts] for tensor in self.inputs[2:]]
-        for i, layout in enumerate(call.layouts):
-            flat = tensors[split:] if i else tensors[:split]
+        tensors, products = [tensor[part.experts] for tensor in inputs[2:]], []
+        for i, layout in enumerate(self.call.layouts):
+            flat = tensors[self.split :] if i else tensors[: self.split]
             seed = None if self.seeds is None or not layout.scales else self.seeds[i : i + 1]
-            part_call = call._replace(layouts=(layout,), rows=part.segments)
+            part_call = self.call._replace(layouts=(layout,), rows=part.segments)
             products.append(_Product(flat, seed, part_call))
         up, down = products
         return up, down
 
-    def forward(self) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """out, and the results saved for backward: pre, up's h and down's h, part after part.
 
         A product without an adapter has no h.
         """
-        x, weights, *_ = self.inputs
-        parts, results = self.parts(), []
-        out, tokens = Sums(self.routing, parts, self.node.dtype), self.routing.tokens
-        for part in parts:
+        x, weights, *_ = inputs
+        tokens, results, out = self.routing.tokens, list[Tensor](), None
+        for part in self.parts:
             # Freed after each part: x[tokens] [rows, K], product [rows, I] and y [rows, N].
-            up, down = self.products(part)
+            up, down = self.products(inputs, part)
             pre, hs = up.forward(x[tokens[part.rows]])
-            y, down_hs = down.forward(self.node.activated(pre))
-            out.add(y, part, weights)
+            y, down_hs = down.forward(as_matrix(self.activated(pre)))
+            out = self.routing.added(out, y, part, self.dtype, weights)
             results += [pre, *hs, *down_hs]
-        return out.sums, results
+        assert out is not None
+        return out.to(self.dtype), results
 
     def gradients(
-        self, d_out: Tensor, needs: Sequence[bool], results: Sequence[Tensor]
+        self,
+        inputs: Sequence[Tensor],
+        d_out: Tensor,
+        needs: Sequence[bool],
+        results: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The gradients of ``inputs``; None for each input that needs none."""
-        (x, weights, *_), routing = self.inputs, self.routing
-        needs_x, needs_weights, *_ = needs
-        # The same parts as in the forward, because they depend only on sizes and ends.
-        parts, d_out, remaining = self.parts(), d_out.to(x.dtype), iter(results)
-        dx, d_weights = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape)
+        (x, weights, *_), routing = inputs, self.routing
+        needs_weights = needs[1]
+        d_out, each = d_out.to(x.dtype), len(results) // len(self.parts)
+        dx, d_weights = None, weights.new_zeros(routing.order.shape)
         of_parts = []
-        for part in parts:
-            of_part = [next(remaining) for _ in range(len(results) // len(parts))]
-            d_rows, d_row_weights, *d_tensors = self._gradients_of_part(d_out, needs, part, of_part)
+        for i, part in enumerate(self.parts):
+            of_part = results[i * each : (i + 1) * each]
+            found = self._gradients_of_part(inputs, d_out, needs, part, of_part)
+            d_rows, d_row_weights, *d_tensors = found
             if d_rows is not None:
-                dx.add(d_rows, part)
+                dx = routing.added(dx, d_rows, part, x.dtype)
             if d_row_weights is not None:  # each row writes to its own entry of [T, k]
                 d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
             of_parts.append(d_tensors)
         return [
-            dx.sums if needs_x else None,
+            None if dx is None else dx.to(x.dtype),
             d_weights.view(weights.shape) if needs_weights else None,
-            *map(_joined, zip(*of_parts, strict=True)),
+            *(map(_joined, zip(*of_parts, strict=True)) if len(of_parts) > 1 else of_parts[0]),
         ]
 
     def _gradients_of_part(
-        self, d_out: Tensor, needs: Sequence[bool], part: Part, results: Sequence[Tensor]
+        self,
+        inputs: Sequence[Tensor],
+        d_out: Tensor,
+        needs: Sequence[bool],
+        part: Part,
+        results: Sequence[Tensor],
     ) -> list[Tensor | None]:
         """The gradients of a part: its rows of x, their routing weights, and its experts' tensors.
 
@@ -270,15 +273,15 @@ class _Pass(NamedTuple):
         dy · h.  Here the product [rows, I] and h [rows, r] are multiplied by the routing weights,
         because they have fewer columns than dy [rows, N].
         """
-        (x, weights, *_), (pre, *hs), node = self.inputs, results, self.node
+        (x, weights, *_), (pre, *hs) = inputs, results
         needs_x, needs_weights, *needs_flat = needs
-        needs_up, needs_down = needs_flat[: node.split], needs_flat[node.split :]
+        needs_up, needs_down = needs_flat[: self.split], needs_flat[self.split :]
         needs_pre = needs_x or any(needs_up)
-        up, down = self.products(part)
+        up, down = self.products(inputs, part)
         (up_layout,), (layout,) = up.call.layouts, down.call.layouts
         tokens = self.routing.tokens[part.rows]
         row_weights = self.routing.row_weights(weights, part)  # [rows, 1]
-        dy, product = d_out[tokens], node.activated(pre)  # both recomputed: [rows, N], [rows, I]
+        dy, product = d_out[tokens], self.activated(pre)  # both recomputed: [rows, N], [rows, I]
         weighted = (product * row_weights).to(product.dtype)
         count = len(up_layout.scales)  # the first ``count`` of hs are up's
         down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
@@ -303,7 +306,7 @@ class _Pass(NamedTuple):
             return [None, d_row_weights, *[None] * len(needs_up), *of_down]
         assert d_product is not None
         # d product = weight · dp; all gradients from here on include the routing weights.
-        d_pre = node.through_activation(d_product.mul_(row_weights), pre)
+        d_pre = self.through_activation(d_product.mul_(row_weights), pre)
         del d_product
         d_rows, *of_up = up.backward(d_pre, x[tokens], hs[:count], [needs_x, *needs_up])
         return [d_rows, d_row_weights, *of_up, *of_down]
@@ -311,14 +314,5 @@ class _Pass(NamedTuple):
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """The gradient of one stacked tensor, joined from the gradients of the parts."""
-    if len(gradients) == 1 or gradients[0] is None:
-        return gradients[0]
-    return torch.cat([gradient for gradient in gradients if gradient is not None])
-
-
-def _recorded_activation(pre: Tensor, activate: Activate) -> Tensor:
-    """activate(pre) by operations that autograd records."""
-    if not isinstance(activate, str):
-        return activate(pre)
-    gate, up = pre.chunk(2, dim=1)
-    return ACTIVATIONS[activate].function(gate) * up
+    parts = [gradient for gradient in gradients if gradient is not None]
+    return torch.cat(parts) if parts else None

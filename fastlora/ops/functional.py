@@ -14,7 +14,8 @@ from ..call.projection import Adapter, Base, Output, Projection, as_outputs, is_
 from ..call.rows import AdapterMapping, Many, Rows
 from .dispatch import NODE, autocast_is_on, path_of
 from .kinds import call_of, key_of_outputs, remember
-from .run import run, run_checked
+from .node import run_known
+from .run import run_new
 
 
 def lora_linear(
@@ -65,8 +66,8 @@ def lora_linear(
     Raises ValueError for wrong shapes, devices or numbers, and TypeError for wrong dtypes, layouts
     or classes.
     """
-    projection = Projection(weight, lora_a, lora_b, bias, scale)
-    return linears(x, (projection,), dropout, training, backend)[0][0]
+    output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
+    return linears(x, (output,), dropout, training, backend)[0][0]
 
 
 def lora_linears(
@@ -86,12 +87,12 @@ def lora_linears(
     and errors.  dx is summed in the order of ``projections``.  A projection with weight None is a
     further adapter of the preceding projection, and adds to its y.
     """
-    return linears(x, projections, dropout, training, backend)[0]
+    return linears(x, as_outputs(projections), dropout, training, backend)[0]
 
 
 def linears(
     x: Tensor,
-    projections: Sequence[Projection | Output],
+    outputs: Sequence[Output[Tensor]],
     dropout: float,
     training: bool = True,
     backend: str | None = None,
@@ -101,18 +102,17 @@ def linears(
 
     ``seeds``: of the adapters' dropout, int64; drawn if None.
     """
-    path = path_of(x) if isinstance(x, Tensor) else None
-    outputs, key = as_outputs(projections), None
+    path, key = path_of(x) if isinstance(x, Tensor) else None, None
     if path == NODE:
         key, inputs = key_of_outputs(x, outputs, dropout, training, backend)
         if (known := call_of(key)) is not None:
-            return run(inputs, known, seeds), known
+            return run_known(inputs, known, seeds), known
     if not is_plain(x):
         check_tensor("x", x)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
     captures = key is not None
-    ys, call = run_checked(x, outputs, p, backend, None, captures, seeds, path)
+    ys, call = run_new(x, outputs, p, backend, None, captures, seeds, path)
     if captures and call is not None:
         remember(key, call)
     return ys, call
@@ -162,7 +162,7 @@ def grouped_lora_linear(
             check_tensor(name, tensor)
     output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type), offsets)
-    return run_checked(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]
+    return run_new(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]
 
 
 def multi_lora_linear(
@@ -217,4 +217,4 @@ def multi_lora_linear(
     if not training:
         numbers = numbers._replace(dropouts=[0.0] * len(output.adapters))
     rows = Many(adapter_indices, numbers, isinstance(lora_a, Tensor))
-    return run_checked(x, [output], 0.0, rows=rows)[0][0]
+    return run_new(x, [output], 0.0, rows=rows)[0][0]

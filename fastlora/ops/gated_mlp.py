@@ -30,14 +30,10 @@ from .node import (
     Function,
     LoRALinearFunction,
     as_matrix,
+    draw_seed,
     refuse_by_torch_only,
-    run_backward,
-    run_forward,
     to_save,
 )
-from .run import draw_seed
-
-_ARGUMENTS = 2  # of the node before gate: seeds, call
 
 
 class GatedCall(NamedTuple):
@@ -45,6 +41,9 @@ class GatedCall(NamedTuple):
 
     first: Call  # gate and up
     last: Call  # down
+    # The seeds that separate calls of gate and up, and of down, draw.  On a GPU one draw of two
+    # numbers differs from two draws of one number.
+    draws: tuple[list[int], list[int]]
     split: int  # the number of gate's and up's tensors, which come before down's
     activation: str
     wide: bool
@@ -103,14 +102,15 @@ def gated_call(
         x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
     backend = find_backend(device=x.device)
     captures = key is not None and not autocast
-    calls = []
+    calls, draws = [], []
     for outputs, p in (((gate, up), dropout), ((down,), down_dropout)):
-        adapted = any([output.adapters for output in outputs])
+        counts = [len(output.adapters) for output in outputs if output.adapters and p]
         captured: dict | None = {} if captures else None
-        calls.append(Call(layouts_of(outputs), p if adapted else 0.0, backend, captured=captured))
+        calls.append(Call(layouts_of(outputs), p if counts else 0.0, backend, captured=captured))
+        draws.append(counts)
     first, last = calls
     tensors = flatten((gate, up), first.layouts)
-    call = GatedCall(first, last, len(tensors), activation, wide)
+    call = GatedCall(first, last, (draws[0], draws[1]), len(tensors), activation, wide)
     inputs = [x, *tensors, *flatten((down,), last.layouts)]
     with autocast_off(device):
         # A tensor may come from a transform of torch.func that has ended.
@@ -123,20 +123,11 @@ def gated_call(
 def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
     """y of a call of a known kind; ``inputs``: x and the flat tensors of gate, up and down."""
     x, split = inputs[0], 1 + call.split
-    seeds, down_seeds = _seeds(x, call.first), _seeds(x, call.last)
+    of_first, of_last = call.draws
+    seeds = torch.cat([draw_seed(count, x.device) for count in of_first]) if of_first else None
+    down_seeds = draw_seed(of_last[0], x.device) if of_last else None
     hidden = LoRALinearFunction.apply(seeds, None, call.first, *inputs[:split])
     return GatedLinearFunction.apply(down_seeds, call, *hidden, *inputs[split:])
-
-
-def _seeds(x: Tensor, call: Call) -> Tensor | None:
-    """The seeds that separate calls of the layers would draw, int64 [adapters].
-
-    On a GPU one draw of two numbers differs from two draws of one number.
-    """
-    counts = [len(layout.scales) for layout in call.layouts if layout.scales]
-    if not call.dropout or not counts:
-        return None
-    return torch.cat([draw_seed(count, x.device) for count in counts])
 
 
 class GatedLinearFunction(Function):
@@ -153,10 +144,12 @@ class GatedLinearFunction(Function):
         last = call.last
         middle = GatedProduct(as_matrix(gate), as_matrix(up), call.activation, call.wide)
         product = last.backend.gated(middle)
-        (y,), hs = run_forward([product, *tensors], seeds, last)
+        (y,), hs = last.backend.forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
             y.resize_(*gate.shape[:-1], y.shape[-1])
-        saved_product, saved_hs = to_save(product, hs, _needs(ctx), last.layouts)
+        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        needs = [of_gate or of_up, *needs]  # of the product and of down's tensors
+        saved_product, saved_hs = to_save(product, hs, needs, last.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
         ctx.call, ctx.reads_product = call, saved_product is not None
         ctx.set_materialize_grads(False)
@@ -164,30 +157,27 @@ class GatedLinearFunction(Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing, needs = (None,) * _ARGUMENTS, _needs(ctx)
+        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        nothing, needs = (None, None), [of_gate or of_up, *needs]
         seeds, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:
             return (*nothing, *[None] * len(inputs))
         refuse_by_torch_only([dy], "a fused MLP", "optimize the model with gated_mlps=False")
-        (gate, up, *tensors), (_, last, _, activation, wide) = inputs, ctx.call
-        shape, middle = gate.shape, GatedProduct(as_matrix(gate), as_matrix(up), activation, wide)
+        (gate, up, *tensors), call, last = inputs, ctx.call, ctx.call.last
+        shape = gate.shape
+        middle = GatedProduct(as_matrix(gate), as_matrix(up), call.activation, call.wide)
         if ctx.reads_product:  # for the gradient of a lora_a or of the weight
             product = last.backend.gated(middle)
         else:
             product = gate.new_empty(middle.gate.shape)  # not read
         given = BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
-        d_gate, *rest = run_backward(given)
-        if d_gate is None:
-            return (*nothing, None, None, *rest)
-        # d_gate overwrites the gradient of the product, and d_up the recomputed product.
-        last.backend.gated_backward(d_gate, middle, d_gate, product)
+        with autocast_off(dy.device.type):
+            d_gate, *rest = last.backend.backward(given)
+            if d_gate is None:
+                return (*nothing, None, None, *rest)
+            # d_gate overwrites the gradient of the product, and d_up the recomputed product.
+            last.backend.gated_backward(d_gate, middle, d_gate, product)
         if len(shape) != 2:
             d_gate, product = d_gate.view(shape), product.view(shape)
         return (*nothing, d_gate, product, *rest)
-
-
-def _needs(ctx) -> list[bool]:
-    """Whether the product and each of down's tensors need a gradient."""
-    gate, up, *tensors = ctx.needs_input_grad[_ARGUMENTS:]
-    return [gate or up, *tensors]

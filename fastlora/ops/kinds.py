@@ -11,9 +11,9 @@ Facts are shape, strides, dtype, device … (:func:`.projection.facts_of`), neve
 cache, an optimized PEFT layer takes 0.95 × the host time of PEFT's layer, on the Triton backend
 (``make bench ARGS=host``, docs/kernels.md).
 
-Level 1, in each module: a dict from the key of x to the call (:mod:`fastlora.layers.guards`).  A
-guard compares everything else: parameters, settings, hooks.  An entry is valid while the guard
-holds.
+Level 1, in each module: a dict from the key of x to a function (:mod:`fastlora.layers.guards`),
+which runs the call with the tensors that the module holds now.  A guard compares everything else:
+parameters, settings, hooks.  An entry is valid while the guard holds.
 
 Level 2, in this file: a dict from the key of all tensors to the call, for functions that are called
 without a module.  An entry is a :class:`Call`, or a record of several.
@@ -38,11 +38,11 @@ from torch import Tensor
 
 from ..backends import asked_backend
 from ..call.projection import Output, facts_of, flatten, layouts_of
-from .dispatch import autocast_dtype, is_ordinary
+from .dispatch import NODE, autocast_dtype, path_of
 
 _MOST = 1024  # entries; a new sequence length makes a new one
 _changes = Lock()  # protects insertion and the deletion of the oldest entry; lookups need no lock
-_calls: dict[Hashable, Any] = {}
+_calls: dict[Hashable, Any] = {}  # level 2
 
 
 def key_of(
@@ -54,7 +54,7 @@ def key_of(
     calls with an equal key.  Raises an error of torch for a tensor without strides or without an
     address.
     """
-    return autocast_dtype(inputs[0]), asked_backend(backend), *rest, *map(facts_of, inputs)
+    return autocast_dtype(inputs[0]), asked_backend(backend), *rest, *facts_of(inputs)
 
 
 def key_of_x(x: Tensor) -> Hashable:
@@ -63,8 +63,8 @@ def key_of_x(x: Tensor) -> Hashable:
     None if the call can't be cached.
     """
     try:
-        return key_of([x], (torch.is_grad_enabled(),)) if is_ordinary(x) else None
-    except Exception:  # x is sparse, or came from a transform of torch.func that has ended
+        return key_of([x], (torch.is_grad_enabled(),)) if path_of(x) == NODE else None
+    except Exception:  # x is no tensor, is sparse, or came from a torch.func transform that ended
         return None
 
 
@@ -84,7 +84,9 @@ def key_of_outputs(
         layouts = layouts_of(outputs)
         inputs = [x, *flatten(outputs, layouts)]
         # The key contains types, because 1 == 1.0 == True, and the checks refuse some of them.
-        numbers = [training, dropout, *[scale for layout in layouts for scale in layout.scales]]
+        numbers = [training, dropout]
+        for layout in layouts:
+            numbers += layout.scales
         key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
         hash(key)
         return key, inputs

@@ -21,10 +21,9 @@ from ..backends import BackwardCall, Call, find_backend
 from ..backends.torch import widths_of_h
 from ..call.projection import Layout, Output, flatten, layouts_of, unflatten
 from ..call.rows import Many, Numbers, Rows, rows_on
-from ..formats.format import Quantized, from_text
+from ..formats.format import from_text
 from .dispatch import autocast_off
-from .node import run_backward, run_forward, to_save
-from .norm import norm_of_rows, wide_dtype
+from .node import backend_backward, backend_forward, to_save
 
 find_backend("torch")  # imports it now: during compilation its constants would be fake tensors
 
@@ -40,9 +39,6 @@ LIBRARY.define(
 LIBRARY.define(
     "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] tensors, Tensor[] hs, bool[] needs, "
     f"{_SETTINGS}) -> Tensor[]"
-)
-LIBRARY.define(
-    "dora_norm(Tensor[] weight, Tensor lora_a, Tensor lora_b, float scale, str format) -> Tensor"
 )
 
 
@@ -64,14 +60,14 @@ class _Settings(NamedTuple):
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        left = iter(self.scales)
         lines = self.formats.split("\n") if self.formats else [""] * len(self.biases)
-        return tuple(
-            [
-                Layout(bias, tuple([next(left) for _ in range(n)]), from_text(s) if s else None)
-                for bias, n, s in zip(self.biases, self.adapters, lines, strict=True)
-            ]
-        )
+        layouts, end = [], 0
+        for bias, count, line in zip(self.biases, self.adapters, lines, strict=True):
+            first, end = end, end + count
+            format = from_text(line) if line else None
+            weights = 1 if format is None else len(format.names)
+            layouts.append(Layout(bias, tuple(self.scales[first:end]), format, weights))
+        return tuple(layouts)
 
     def call(self, x: Tensor, tensors: Sequence[Tensor]) -> Call:
         """The record for a backend, made anew whenever an op runs."""
@@ -121,7 +117,7 @@ def call_registered(
 def _lora_linears(x, tensors, *settings):
     settings = _Settings(*settings)
     with autocast_off(x.device.type):
-        return run_forward([x, *tensors], settings.seeds, settings.call(x, tensors))
+        return backend_forward([x, *tensors], settings.seeds, settings.call(x, tensors))
 
 
 @torch.library.impl(LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
@@ -130,7 +126,7 @@ def _lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     hs = [h if h.dim() == 2 else None for h in hs]  # 1-dimensional: not saved, see _backward
     with torch.no_grad():
         call = settings.call(x, tensors)
-        gradients = run_backward(BackwardCall(dys, inputs, hs, needs, settings.seeds, call))
+        gradients = backend_backward(BackwardCall(dys, inputs, hs, needs, settings.seeds, call))
         return [
             # An adapter without rows has no gradient, but the op must return a tensor.
             torch.zeros_like(tensor, memory_format=torch.contiguous_format)
@@ -213,15 +209,3 @@ def _no_second_backward(ctx, *_):
 
 
 torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_backward, lib=LIBRARY)
-
-
-@torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
-def _dora_norm(weight, lora_a, lora_b, scale, format):
-    weight = Quantized(from_text(format), tuple(weight)) if format else weight[0]
-    return norm_of_rows(weight, lora_a, lora_b, scale)
-
-
-@torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
-def _fake_dora_norm(weight, lora_a, lora_b, scale, format):
-    dtype = wide_dtype(from_text(format) if format else weight[0])
-    return lora_b.new_empty(len(lora_b), dtype=dtype)

@@ -33,8 +33,7 @@ from ..common.text import shown
 from ..common.values import is_number
 from .composite import run_composite, torch_dropout
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off, is_eager
-from .node import Function, as_matrix, refuse_by_torch_only
-from .run import draw_seed
+from .node import Function, as_matrix, draw_seed, refuse_by_torch_only
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -1,30 +1,76 @@
-"""The autograd node of a call on a backend, and the functions it shares with the registered op.
+"""The autograd node of a call on a backend: the whole road of a call whose kind is known.
+
+    run_known → LoRALinearFunction → backend_forward, later backend_backward → the backend
+
+Gated MLPs, experts, losses and the registered op share ``backend_forward`` and
+``backend_backward``.
 
 One node replaces the operations of all outputs of one x, so x is saved once.  On the Triton
 backend, a group of q, k and v takes half of the host time of PEFT's three layers (``make bench
 ARGS=host``, docs/kernels.md).
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ..backends import BackwardCall, Call
-from ..call.projection import HALF_DTYPES, Layout, reads_x, unflatten
-from ..call.rows import Share
-from .composite import run_composite
-from .dispatch import autocast_dtype, autocast_off
+from ..call.projection import HALF_DTYPES, Layout, flatten, reads_x, unflatten
+from .composite import by_autograd, by_composite
+from .dispatch import autocast_dtype, autocast_inputs, autocast_off
+from .few_rows import run_few_rows
 
+_SEEDS = -(2**63), 2**63 - 1  # the range of a seed: lowest, and highest + 1
 _ARGUMENTS = 3  # the node's arguments before ``inputs``: seeds, ends, call
 # Two next steps in errors.
 _EACH = "call fastlora.lora_linear for each expert or adapter"
 _TRAIN_A = "lora_a and weight are frozen, so let lora_a require gradients"
 
 
-def run_forward(
+def run_known(
+    inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of an eager call whose kind is known: no checks, and no dispatch.
+
+    ``inputs`` are x and the flat tensors.  ``seeds``: of the adapters' dropout; drawn if None.
+    """
+    if call.autocasts:  # outside of the node, so that autograd records the casts
+        x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
+        with autocast_off(x.device.type):
+            inputs = x, *flatten(outputs, call.layouts)
+            return run_known(inputs, call._replace(autocasts=False), seeds)
+    rows = call.rows
+    if seeds is None and call.seeds:
+        seeds = draw_seed(call.seeds, inputs[0].device)
+    if call.is_few:
+        return (run_few_rows(inputs, seeds, call),)
+    if torch.is_grad_enabled():
+        # Experts save their ends; the sorted ends of many adapters are fastlora's own tensor.
+        ends = None if rows is None or rows.shares_base else rows.ends
+        return LoRALinearFunction.apply(seeds, ends, call, *inputs)
+    return tuple(backend_forward(inputs, seeds, call)[0])
+
+
+def run_known_layer(inputs: Sequence[Tensor], call: Call) -> Tensor:
+    """The only output of :func:`run_known`."""
+    return run_known(inputs, call)[0]
+
+
+def draw_seed(count: int, device: torch.device) -> Tensor:
+    """``count`` seeds, int64, from torch's generator.
+
+    Checkpointing restores this generator's state, so a repeated forward gets equal masks.
+    """
+    # Inductor replaces torch.randint by its own generator, so a compiled call uses this overload.
+    if torch.compiler.is_compiling():
+        randint = torch.ops.aten.randint.low_generator
+        return randint(*_SEEDS, (count,), generator=None, dtype=torch.int64, device=device)
+    return torch.randint(*_SEEDS, (count,), dtype=torch.int64, device=device)
+
+
+def backend_forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every output, with x's leading dimensions, and every h [M, r]."""
@@ -36,12 +82,12 @@ def run_forward(
     return ys, hs
 
 
-def run_backward(given: BackwardCall) -> list[Tensor | None]:
+def backend_backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input; None if the input needs none, or if its adapter has no rows."""
     x, *tensors = given.inputs
     if autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
-            return run_backward(given)
+            return backend_backward(given)
     dys = [None if dy is None else as_matrix(dy) for dy in given.dys]
     gradients = given.call.backend.backward(BackwardCall(dys, [as_matrix(x), *tensors], *given[2:]))
     dx = gradients[0]
@@ -96,21 +142,16 @@ def as_matrix(x: Tensor) -> Tensor:
     return matrix.contiguous() if 1 not in strides or 0 in strides or reads_past else matrix
 
 
-def are_batched(dys: Sequence[Tensor | None]) -> bool:
-    """Whether these are batches of gradients, which ``is_grads_batched`` and vmap make.
+def by_torch_only(dys: Sequence[Tensor | None]) -> bool:
+    """Whether only torch's own operations can compute the gradients that a backward asks for.
 
-    torch's own operations support such tensors.  Kernels, and code that writes into a buffer,
-    don't.
+    These are gradients of gradients, and batches of gradients, which ``is_grads_batched`` and vmap
+    make.  Kernels, and code that writes into a buffer, don't support such tensors.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
     return any([dy is not None and is_batched(dy) for dy in dys])
-
-
-def by_torch_only(dys: Sequence[Tensor | None]) -> bool:
-    """Whether only torch's own operations can compute the gradients that a backward asks for."""
-    return torch.is_grad_enabled() or are_batched(dys)
 
 
 def refuse_by_torch_only(dys: Sequence[Tensor | None], what: str, instead: str) -> None:
@@ -122,46 +163,6 @@ def refuse_by_torch_only(dys: Sequence[Tensor | None], what: str, instead: str) 
         )
 
 
-def by_composite(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
-    """Every output by the composite path, with the same dropout masks as the node."""
-    x, *tensors = inputs
-
-    def drop(number: int, x: Tensor, _: Share | None) -> Tensor:
-        assert seeds is not None
-        shape = math.prod(x.shape[:-1]), x.shape[-1]
-        mask = call.backend.dropout_mask(seeds[number], shape, call.dropout).view(x.shape)
-        return torch.where(mask, x / (1.0 - call.dropout), 0.0)
-
-    return run_composite(x, unflatten(tensors, call.layouts), None if seeds is None else drop)
-
-
-def by_autograd(
-    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    dys: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradient of each input, by autograd through the outputs of ``function(inputs)``.
-
-    It is None if the input needs no gradient, or if no output depends on the input.  Used for
-    gradients of gradients and for batched gradients.
-    """
-    create_graph, device = torch.is_grad_enabled(), inputs[0].device.type
-    with torch.enable_grad(), autocast_off(device):
-        # Views, because one tensor may be two inputs, and each input has its own gradient.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        ys = function(inputs)
-    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
-    if not used:
-        return [None] * len(inputs)
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    options = {"create_graph": create_graph, "allow_unused": True}
-    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
-    with autocast_off(device):
-        gradients = iter(torch.autograd.grad(used_ys, wanted, used_dys, **options))
-    return [next(gradients) if need else None for need in needs]
-
-
 class Function(torch.autograd.Function):
     """``autograd.Function`` without the host time of its search for dead ``torch.func`` wrappers.
 
@@ -169,10 +170,7 @@ class Function(torch.autograd.Function):
     all arguments first (``unwrap_dead_wrappers``).
     """
 
-    @classmethod
-    def apply(cls, *arguments):
-        """Run the node; the arguments must not be dead wrappers."""
-        return super(torch.autograd.Function, cls).apply(*arguments)
+    apply = vars(torch._C._FunctionBase)["apply"]  # a class method, written in C
 
 
 class LoRALinearFunction(Function):
@@ -191,7 +189,7 @@ class LoRALinearFunction(Function):
         ``ends``: ``call.rows.ends`` of experts, else None.  The backward reads it from ``call``.
         The node saves it only so that autograd raises an error after an in-place change of it.
         """
-        ys, hs = run_forward(inputs, seeds, call)
+        ys, hs = backend_forward(inputs, seeds, call)
         x, *tensors = inputs
         one_h = call.rows is not None and call.rows.shares_base
         saved_x, saved_hs = to_save(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
@@ -223,23 +221,11 @@ class LoRALinearFunction(Function):
             function = partial(by_composite, seeds=seeds, call=call)
             gradients = by_autograd(function, inputs, needs, dys)
         else:
-            gradients = run_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
+            gradients = backend_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
         if call.rows is not None and call.rows.of_banks:
-            gradients = _with_zeros(gradients, inputs, needs)
+            # The last lora_a and lora_b are views of banks, by ``unbind``.  If no view has a
+            # gradient, because no row has an adapter, the bank's would be None instead of zeros.
+            for i in (-2, -1):
+                if needs[i] and gradients[i] is None:
+                    gradients[i] = inputs[i].new_zeros(()).expand_as(inputs[i])
         return (*nothing, *gradients)
-
-
-def _with_zeros(
-    gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients, with zeros for the last adapter's lora_a and lora_b if they have none.
-
-    Each of the two is a view of a bank (``unbind``).  If no view has a gradient, the bank's
-    gradient would be None instead of zeros.
-    """
-    last = zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
-    filled = [
-        tensor.new_zeros(()).expand_as(tensor) if need and gradient is None else gradient
-        for gradient, tensor, need in last
-    ]
-    return [*gradients[:-2], *filled]

@@ -10,7 +10,6 @@ next to each other.  With 3 experts and 2 tokens, k = 2:
     places  [[3, 0], [1, 2]]    the rows of each token: the inverse of order
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,12 @@ class Part(NamedTuple):
     experts: slice  # of the stacked tensors
     rows: slice  # of the S sorted rows
     segments: Rows  # the same rows, cut by expert; ends count from the part's first row
+    is_whole: bool = False  # has all experts and all rows, also rows of no expert
+
+    def on_host(self) -> "Part":
+        """The part with the ends of its segments read, once for all products."""
+        shares = self.segments.shares_of(self.rows.stop - self.rows.start)
+        return self._replace(segments=self.segments._replace(shares=shares))
 
 
 class Routing(NamedTuple):
@@ -37,10 +42,6 @@ class Routing(NamedTuple):
     order: Tensor  # int64 [S], a permutation
     ends: Tensor  # int32 [E], as in Rows
     k: int  # experts for each token
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.ends)
 
     @property
     def tokens(self) -> Tensor:
@@ -58,26 +59,26 @@ class Routing(NamedTuple):
         """The routing weights of a part's rows, [rows, 1], from the tokens' ``weights`` [T, k]."""
         return weights.reshape(-1)[self.order[part.rows]].unsqueeze(1)
 
-    def whole(self) -> list[Part]:
-        """All experts at once."""
-        experts, rows = len(self.ends), len(self.order)
-        return [Part(slice(0, experts), slice(0, rows), Rows(self.ends))]
-
-    def parts(self, most: int) -> list[Part]:
+    def parts(self, most: int | None) -> list[Part]:
         """All experts, in parts of at most ``most`` rows; an expert with more rows is one part.
 
-        The ends are read on the host.  Rows of no expert are in a part only if there is one part
-        with all S rows.
+        None: all experts at once, without reading the ends on the host.  Rows of no expert are in a
+        part only if there is one part with all S rows.
         """
+        whole = Part(slice(0, len(self.ends)), slice(0, len(self.order)), Rows(self.ends), True)
+        if most is None:
+            return [whole]
+        parts, first, start = [], 0, 0
         if len(self.order) <= most or len(self.ends) == 1:
-            return self.whole()
-        ends, parts, first, start = self.ends.tolist(), [], 0, 0
-        for e, end in enumerate(ends, 1):
-            if e == len(ends) or ends[e] - start > most:
-                segments = Rows(self.ends[first:e] - start, first=start)
-                parts.append(Part(slice(first, e), slice(start, end), segments))
-                first, start = e, end
-        return parts
+            parts = [whole]
+        else:
+            ends = self.ends.tolist()
+            for e, end in enumerate(ends, 1):
+                if e == len(ends) or ends[e] - start > most:
+                    segments = Rows(self.ends[first:e] - start, first=start)
+                    parts.append(Part(slice(first, e), slice(start, end), segments))
+                    first, start = e, end
+        return [part.on_host() for part in parts]
 
     def sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The sum of each token's rows, times ``weights`` [T, k] if given: [S, N] -> [T, N].
@@ -98,39 +99,27 @@ class Routing(NamedTuple):
             chosen = chosen * weights.unsqueeze(-1)
         return chosen.sum(1, dtype=torch.promote_types(chosen.dtype, dtype)).to(dtype)
 
+    def added(
+        self,
+        total: Tensor | None,
+        rows: Tensor,
+        part: Part,
+        dtype: torch.dtype,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """total + :meth:`sums` of a part's rows.  ``rows`` and ``total`` may be overwritten.
 
-class Sums:
-    """As :meth:`Routing.sums`, for rows that arrive part by part."""
-
-    def __init__(self, routing: Routing, parts: Sequence[Part], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        # The number of parts matters also: one part may have all rows, and the others none.
-        self.is_whole = len(parts) == 1 and parts[0].rows == slice(0, len(routing.order))
-        self.routing = routing
-        self.total: Tensor | None = None
-
-    def add(self, rows: Tensor, part: Part, weights: Tensor | None = None) -> None:
-        """Add a part's rows.  ``rows`` may be overwritten.
-
-        Several parts are added in at least float32.
+        ``total`` is None for the first part.  Several parts are added in at least float32.
         """
-        routing = self.routing
-        if self.is_whole:
-            self.total = routing.sums(rows, weights, self.dtype)
-            return
+        if part.is_whole:
+            return self.sums(rows, weights, dtype)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
-            rows.mul_(routing.row_weights(weights, part))
-        if self.total is None:
-            self.total = rows.new_zeros(len(routing.order) // routing.k, rows.shape[1])
+            rows.mul_(self.row_weights(weights, part))
+        if total is None:
+            total = rows.new_zeros(len(self.order) // self.k, rows.shape[1])
         # Deterministic: parts come only on a CPU, where index_add_ adds row by row, in order.
-        self.total.index_add_(0, routing.tokens[part.rows], rows)
-
-    @property
-    def sums(self) -> Tensor:
-        """The result, [T, N]."""
-        assert self.total is not None
-        return self.total.to(self.dtype)
+        return total.index_add_(0, self.tokens[part.rows], rows)
 
 
 def routing_of(index: Tensor, experts: int) -> Routing:

@@ -1,7 +1,7 @@
-"""Running a checked call: autocast, dispatch, the choice of a backend, and the seeds of dropout.
+"""The first call of a kind, after the checks: dispatch, autocast, and the choice of a backend.
 
-:func:`run_checked` runs the first call of a kind.  :func:`run` runs later calls, whose Call is
-cached (:mod:`.kinds`).
+Later calls of the kind skip this file.  They find their Call in a cache (:mod:`.kinds`), and run
+:func:`.node.run_known`.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,16 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Call, backend_name, find_backend
 from ..call.checks import why_not_mixed
-from ..call.projection import Output, flatten, layouts_of, named_tensors, packed_of, unflatten
+from ..call.projection import Output, flatten, layouts_of, named_tensors, packed_of
 from ..call.rows import Many, Rows
 from .composite import run_composite, torch_dropout
 from .dispatch import COMPOSITE, OP, autocast_inputs, autocast_is_on, autocast_off, path_of
-from .few_rows import is_few, run_few_rows
+from .few_rows import is_few
 from .library import call_registered
-from .node import LoRALinearFunction, run_forward
-
-_SEEDS = -(2**63), 2**63 - 1  # the range of a seed: lowest, and highest + 1
+from .node import draw_seed, run_known
 
 
-def run_checked(
+def run_new(
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
     dropout: float,
@@ -71,7 +69,7 @@ def run_checked(
             call = Call(layouts, dropout, find_backend(name), rows, captured, few, count)
             # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
             # no key, so a cached call has none.
-            ys = run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds)
+            ys = run_known(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds)
             return ys, call._replace(autocasts=autocasts)
     except torch.OutOfMemoryError:
         raise
@@ -79,44 +77,6 @@ def run_checked(
         if reason := why_torch_refuses(x, outputs):
             raise TypeError(reason) from error
         raise
-
-
-def run(inputs: Sequence[Tensor], call: Call, seeds: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The outputs of an eager call of a known kind; ``inputs`` are x and the flat tensors.
-
-    ``seeds``: of the adapters' dropout; drawn if None.
-    """
-    if call.autocasts:
-        x, outputs = autocast_inputs(inputs[0], unflatten(inputs[1:], call.layouts))
-        with autocast_off(x.device.type):
-            inputs = x, *flatten(outputs, call.layouts)
-            return run(inputs, call._replace(autocasts=False), seeds)
-    rows = call.rows
-    if seeds is None and call.seeds:
-        seeds = draw_seed(call.seeds, inputs[0].device)
-    if call.is_few:
-        return (run_few_rows(inputs, seeds, call),)
-    if torch.is_grad_enabled():
-        ends = None if rows is None or rows.shares_base else rows.ends
-        return LoRALinearFunction.apply(seeds, ends, call, *inputs)
-    return tuple(run_forward(inputs, seeds, call)[0])
-
-
-def run_one(inputs: Sequence[Tensor], call: Call) -> Tensor:
-    """The only output of :func:`run`."""
-    return run(inputs, call)[0]
-
-
-def draw_seed(count: int, device: torch.device) -> Tensor:
-    """``count`` seeds, int64, from torch's generator.
-
-    Checkpointing restores this generator's state, so a repeated forward gets equal masks.
-    """
-    # Inductor replaces torch.randint by its own generator, so a compiled call uses this overload.
-    if torch.compiler.is_compiling():
-        randint = torch.ops.aten.randint.low_generator
-        return randint(*_SEEDS, (count,), generator=None, dtype=torch.int64, device=device)
-    return torch.randint(*_SEEDS, (count,), dtype=torch.int64, device=device)
 
 
 def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:

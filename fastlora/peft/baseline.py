@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
 from ..layers.classes import changed_classes
-from ..ops.run import draw_seed
+from ..ops.node import draw_seed
 from .tensor_parallel import part_of
 
 

@@ -170,11 +170,11 @@ def _read_experts(
     if not wrappers.keys() <= set(experts.names):
         wrapped, expected = ", ".join(wrappers), " and ".join(experts.names)
         return ExpertsRecord(f"its adapters are on {wrapped}, and not on {expected}")
-    outputs: list[Output[Tensor]] = []
+    outputs, packed = list[Output[Tensor]](), packed_names(base)
     for name in experts.names:
         layer = wrappers.get(name)
         reason = "" if layer is None else _why_not_wrapper(layer, layer is outermost)
-        output = reason or _read_output(name, layer, base, experts)
+        output = reason or _read_output(name, layer, base, experts, name in packed)
         if isinstance(output, str):
             return ExpertsRecord(f"its {name}: {output}")
         outputs.append(output)
@@ -207,10 +207,9 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
 
 
 def _read_output(
-    name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts
+    name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts, is_packed: bool
 ) -> Output[Tensor] | str:
     """A weight with its bias and adapter, if any, stacked by expert; or a reason against them."""
-    is_packed = name in packed_names(base)
     weight: Any = stack_in(base, name) if is_packed else base._parameters.get(name)
     bias = base._parameters.get(f"{name}_bias") if experts.has_bias else None
     if weight is None or (experts.has_bias and bias is None):
@@ -242,7 +241,7 @@ def _read_adapter(
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # lora_A holds r rows for each expert
         return f"its adapter has rank {len(lora_a.weight)}, for {count} experts"
-    return _stacked(layer, name, experts.transposed)
+    return stacked(lora_a.weight, lora_b.weight, count, scale, reverse)
 
 
 def _stacked(layer: PeftParamWrapper, name: str, transposed: bool) -> Adapter[Tensor]:

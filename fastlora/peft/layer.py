@@ -5,6 +5,7 @@ An optimized layer is the same object with another class, whose forward is fastl
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -13,18 +14,17 @@ from peft.tuners.lora.model import LoraModel as PeftModel
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..backends import Call
 from ..formats.bitsandbytes import keep_gradients, repack_again
 from ..layers import mlp
 from ..layers.classes import Fast, class_over
 from ..layers.frozen import WATCHED, read_frozen
 from ..layers.guards import LinearRecord, Recorded, call_recorded, fits_weight
 from ..layers.int8 import Int8Linear
-from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under, why_patched
+from ..layers.module_parts import is_hooked, is_replaced, plain_class_of, under
 from ..ops.functional import linears
+from ..ops.node import run_known_layer
 from . import experts
 from .dense import MergesDense, has_packed, make_dense
-from .dora import Dora
 from .mixed import LoraModel, mixed_forward
 from .read import adapters_now, parts_of, read, why_not_now
 from .tensor_parallel import PARALLEL, Part, is_parallel
@@ -59,11 +59,12 @@ class FastLinear(Fast, MergesDense, Recorded):
     def parts(self) -> list[nn.Module]:
         return parts_of(self)
 
-    def run_record(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Call | None]:
+    def classes(self) -> list[type]:
+        return [DoraLinearVariant] if self.lora_variant else []
+
+    def run_new(self, x: Tensor, record: LinearRecord) -> tuple[Tensor | None, Any]:
         if record.output is None or not fits_weight(x, record.output.base.weight):
             return None, None
-        if isinstance(record.variant, Dora) and why_patched(DoraLinearVariant):
-            return None, None  # checked in each call: PEFT's variant is no module for the guard
         return fast_forward(x, record)
 
     def unload_and_optionally_merge_module(
@@ -133,14 +134,14 @@ def _of_one_rank(record: LinearRecord) -> LinearRecord:
     return LinearRecord(PARALLEL) if isinstance(record.variant, Part) else record
 
 
-def fast_forward(x: Tensor, record: LinearRecord) -> tuple[Tensor, Call | None]:
-    """fastlora's output for x, and the call's kind if it is one node with the record's tensors."""
+def fast_forward(x: Tensor, record: LinearRecord) -> tuple[Tensor, Any]:
+    """fastlora's output for x, and the function for known calls (:meth:`Recorded.run_new`)."""
 
-    def run(x: Tensor) -> tuple[Tensor, Call | None]:
+    def run(x: Tensor) -> tuple[Tensor, Any]:
         if record.variant is not None:
-            return record.variant.run(x, record), None
+            return record.variant.run(x, record)
         (y,), call = linears(x, record.outputs, max(record.dropouts))
-        return y, call
+        return y, None if call is None else partial(run_known_layer, call=call)
 
     (packed,) = record.packed
     return run(x) if packed is None else packed.run(x, run)

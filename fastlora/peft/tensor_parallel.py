@@ -36,7 +36,7 @@ from ..layers.classes import twin
 from ..layers.guards import LinearRecord
 from ..layers.module_parts import defined_in
 from ..ops.functional import linears
-from ..ops.run import draw_seed
+from ..ops.node import draw_seed
 
 _PLACE = "transformers.distributed.tensor_parallel"
 PARALLEL = "its base layer is tensor parallel"
@@ -64,17 +64,17 @@ class Part(NamedTuple):
                 alike._parameters[name] = tensor.to_local()
         return alike
 
-    def run(self, x: Tensor, record: LinearRecord) -> Tensor:
-        """The layer's output for this rank's x."""
+    def run(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, None]:
+        """The layer's output for this rank's x.  No kind, because each call gathers a matrix."""
         ((weight, bias), adapters), p, whole = record.outputs[0], max(record.dropouts), self._whole
         if not self.is_rowwise:
             adapters = tuple([each._replace(lora_a=whole(each.lora_a)) for each in adapters])
-            return linears(whole(x), (Output(Base(weight, bias), adapters),), p)[0][0]
+            return linears(whole(x), (Output(Base(weight, bias), adapters),), p)[0][0], None
         adapters = tuple([each._replace(lora_b=whole(each.lora_b)) for each in adapters])
         seeds = self.seeds(len(adapters), x.device) if p else None
         (y,), _ = linears(x, (Output(Base(weight, None), adapters),), p, seeds=seeds)
         y = _Sum.apply(y, self.group)
-        return y if bias is None else y + bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype), None
 
     def seeds(self, count: int, device: torch.device) -> Tensor:
         """The seeds of a call's adapters.

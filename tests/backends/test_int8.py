@@ -7,6 +7,7 @@ import call_kinds
 import int8
 import pytest
 import torch
+from dora_layers import dora_linear
 from int8 import exact, random_weight
 
 import fastlora
@@ -16,7 +17,7 @@ from fastlora.call.projection import Base, Output
 from fastlora.formats.format import Quantized
 from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import RotatedInt8, rotate
-from fastlora.ops.dora import dora_linear, dora_norm
+from fastlora.ops.dora import dora_norm
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])

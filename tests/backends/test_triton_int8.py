@@ -21,7 +21,7 @@ from fastlora.formats.packing import pack_weight
 from fastlora.formats.rotated_int8 import LONGEST_SUM, RotatedInt8, pack_rotated
 from fastlora.kernels import replay
 from fastlora.kernels.target import target_of, use_target
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="its truth is computed on a CPU")
 

@@ -2,8 +2,6 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
-from random import Random
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from kernel_cases import buffers_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.kernels import capture
 from fastlora.kernels.capture import capture_call
 from fastlora.kernels.sum_planes import sum_planes
 
@@ -92,7 +89,7 @@ def test_modes_of_the_caller_s_do_not_see_stand_ins(mode):
     assert SEEN & {torch.cat, torch.ops.aten.cat.default}
 
 
-def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
+def test_a_buffer_is_written_by_torch_and_read_by_a_launch():
     def function(tensors):
         planes = [tensors[0].new_empty(2, 8) for _ in range(2)]
         sums = [tensors[0].new_empty(8) for _ in range(2)]
@@ -102,9 +99,8 @@ def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
 
     x = torch.randn(2, 8)
     made = capture_call(function, [x], ())
-    shapes = {name: tuple(like.shape) for name, like in buffers_of(made).items()}
-    assert list(shapes.values()) == [(544,), (2, 8), (8,)]
-    assert shapes["workspace"] == (544,)
+    shapes = [tuple(like.shape) for like in buffers_of(made).values()]
+    assert shapes == [(2, 8), (2, 8), (8,), (8,)]
     assert torch.equal(made.replay(None, x)[0], x.sum(0))
 
 
@@ -114,21 +110,6 @@ def test_threads_may_capture_at_one_time():
 
     with ThreadPoolExecutor(4) as threads:
         assert len(set(threads.map(captured, range(16)))) == 1
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_no_two_buffers_are_in_one_place_at_one_time(seed):
-    random = Random(seed)
-    sizes = {i: random.choice([0, 1, 500, 512, 513, 9000]) for i in range(12)}
-    lives = sorted((*sorted(random.choices(range(9), k=2)), i) for i in sizes)
-    lives = {i: (first, last) for first, last, i in lives}
-    offsets, size = capture._placed(lives, sizes)
-    for (one, at), (two, there) in combinations(offsets.items(), 2):
-        apart_in_time = lives[one][1] < lives[two][0] or lives[two][1] < lives[one][0]
-        apart = at + sizes[one] <= there or there + sizes[two] <= at
-        assert apart or apart_in_time
-    assert all(at % 512 == 0 and at + sizes[name] <= size for name, at in offsets.items())
-    assert size <= sum(-(-each // 512) * 512 for each in sizes.values())
 
 
 def test_a_tensor_that_is_no_argument_is_a_constant():

@@ -69,18 +69,6 @@ def test_a_new_kind_inside_a_capture_is_an_error_and_a_known_one_is_not(monkeypa
         step(torch.randn(6, K, requires_grad=True), group)
 
 
-def test_the_workspace_may_have_an_odd_size():
-    """The sums in float32 are followed by a dh of 30 bytes in the workspace."""
-    x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)
-    one = projection(r=3, dtype=torch.bfloat16)
-    with captured() as new:
-        found = step(x, [one])
-    workspaces = [buffers_of(each).get("workspace") for each in new]
-    assert any(each.numel() % 4 for each in workspaces if each is not None)
-    with intercept(Launch.run):
-        assert all(map(torch.equal, found, step(x, [one])))
-
-
 @pytest.mark.parametrize(
     "change",
     [

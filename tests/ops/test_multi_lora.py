@@ -55,9 +55,9 @@ def test_layers_share_one_sorting_of_rows(monkeypatch):
 def test_rows_that_lie_together_are_not_copied(monkeypatch):
     places, run = [], torch_backend.forward_rows
 
-    def noted(x, outputs, masks, into):
+    def noted(x, outputs, masks, into, dtype):
         places.append((into[0].untyped_storage().data_ptr(), x.untyped_storage().data_ptr()))
-        return run(x, outputs, masks, into)
+        return run(x, outputs, masks, into, dtype)
 
     monkeypatch.setattr(torch_backend, "forward_rows", noted)
     kind = made("bank")

@@ -20,7 +20,7 @@ import fastlora
 from fastlora.backends import formula
 from fastlora.doctor.model_check import Difference
 from fastlora.layers.batch import loss_and_outputs
-from fastlora.ops import run as ops_run
+from fastlora.ops import node
 from fastlora.peft import baseline
 from fastlora.peft import layer as fast_linear
 from fastlora.peft import read as reading
@@ -206,7 +206,7 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
     def draw(count, device):
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
-    monkeypatch.setattr(ops_run, "draw_seed", draw)
+    monkeypatch.setattr(node, "draw_seed", draw)
     monkeypatch.setattr(baseline, "draw_seed", draw)
     model = adapted(tiny_llama(), target_modules=["q_proj", "o_proj"], lora_dropout=0.3).train()
     model.add_adapter("second", model.peft_config["default"])

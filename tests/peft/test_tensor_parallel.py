@@ -19,7 +19,7 @@ from tp_worker import LAYERS, SCALE
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.layers.mlp import PARTS
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 from fastlora.reference import lora_linear
 
 pytestmark = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from fastlora.backends import torch as torch_backend
 from fastlora.backends.protocol import LossRows
 from fastlora.call.projection import Base, Output, as_outputs, flatten, layouts_of
 from fastlora.formats.format import Quantized
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 
 K, HIDDEN, N = 24, 40, 20  # the sizes of a gated MLP
 # The dtypes of a layer and of its adapter.

@@ -17,6 +17,7 @@ from unittest import mock
 import oracles
 import packed
 import torch
+from dora_layers import dora_linear
 from judge import assert_close
 from marks import DEVICE
 from torch import Tensor
@@ -32,9 +33,8 @@ from fastlora.common import row_blocks as blocks
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS as GGUF
 from fastlora.ops import few_rows, kinds
-from fastlora.ops.dora import dora_linear
 from fastlora.ops.gated_mlp import gated_call
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _PAIR = ("lora_a", "lora_b")

@@ -44,7 +44,8 @@ from fastlora.kernels.sum_planes import sum_planes
 from fastlora.kernels.target import target_of
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated_mlp import gated_call
-from fastlora.ops.run import draw_seed, run_checked
+from fastlora.ops.node import draw_seed
+from fastlora.ops.run import run_new
 
 DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "tf32": F32}
 PLANS = {"fused": FUSED, "in-place": IN_PLACE}
@@ -205,7 +206,7 @@ def _experts(case: Case) -> Results:
     def run() -> Any:
         if case.ranks[0]:
             return judge.call_experts(x, stacks, ends, **options)
-        return run_checked(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
+        return run_new(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
 
     return judge.check(
         _seeded(run),

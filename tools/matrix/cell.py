@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fastlora
 from fastlora.backends.dropout import dropout_mask
 from fastlora.doctor.machine import processor_name, version_of
-from fastlora.ops.run import draw_seed
+from fastlora.ops.node import draw_seed
 from fastlora.peft import why_no_injection
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "accelerate", "safetensors", "trl")

@@ -132,7 +132,7 @@ def _added_backward_by_torch(
         h_rows = None if h is None else h[first : first + len(x_rows)]
         dx_rows = None if dx is None else dx[rows]
         part = OutputBackward(dy[rows], output, [h_rows], wanted, [mask])
-        gradients.append(backward_rows(x_rows, [part], dx_rows)[0].adapters[0][:2])
+        gradients.append(backward_rows(x_rows, [part], dx_rows, beta=1.0)[0].adapters[0][:2])
         if dx is not None:
             dx[rows] = dx_rows
         first += len(x_rows)

@@ -91,7 +91,8 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
     of_experts = call.rows is not None and not call.rows.shares_base
     for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
         if _is_for_torch(layout, of_experts) and isinstance(base.weight, Quantized):
-            base, layout = Base(base.weight.dense(x.dtype), base.bias), layout._replace(format=None)
+            base = Base(base.weight.dense(x.dtype), base.bias)
+            layout = layout._replace(format=None, weights=1)
         outputs.append(Output(base, adapters))
         layouts.append(layout)
     return [x, *flatten(outputs, layouts)], call._replace(layouts=tuple(layouts))

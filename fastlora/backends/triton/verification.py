@@ -67,9 +67,9 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 #   ends    the ends of experts: segments of equal length
 #   kept    nothing: packed weights, and other integers, such as the classes of a loss
 #
-# Zeros (a new lora_b, adaLN-zero), NaN and empty segments would hide a wrong kernel.  So if a
-# packed weight is zero or not finite, the call runs on PyTorch, and its kernels stay unverified.
-# Each such call unpacks the weight to check it again.
+# Zeros (a new lora_b, adaLN-zero), NaN and empty segments would hide a wrong kernel.  So if a scale
+# is zero, or a packed weight is zero or not finite, the call runs on PyTorch, and its kernels stay
+# unverified.  Each such call checks again.
 #
 # With "exact", kernels and PyTorch round x to equal codes, so their integer sums must be equal.
 # With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a result
@@ -276,17 +276,8 @@ def _verified(
         results, roles = by_torch(tensors), _roles(function, tensors, settings)
         try:
             if not _hides_faults(function, tensors, settings):
-                probed, probe_settings = replayed, _without_zeros(function, settings)
-                if probe_settings != settings:
-                    probe_call = kernels.capture_call(function.run, tensors, probe_settings)
-                    probed = partial(replay.replay_call, probe_call)
-                    identities |= probe_call.identities
-                fault = _fault_of_probe(
-                    lambda given: on_copies(probed, given),
-                    lambda given: on_copies(function.by_torch, given, *probe_settings),
-                    _probe(tensors, roles),
-                    roles,
-                )
+                probe = _probe(tensors, roles)
+                fault = _fault_of_probe(partial(on_copies, replayed), by_torch, probe, roles)
             if fault == "":
                 kernel_results = on_copies(replayed, tensors)
                 step = _STEP if _EXACT in roles else 0.0
@@ -339,21 +330,12 @@ def _roles(function: KernelFunction, tensors: Sequence, settings: tuple) -> list
 
 
 def _hides_faults(function: KernelFunction, tensors: Sequence, settings: tuple) -> bool:
-    """Whether a packed weight is zero or not finite, which would hide a wrong kernel."""
+    """Whether a scale is zero, or a packed weight is zero or not finite."""
     outputs = unflatten(tensors[1:], settings[0]) if function.has_layouts else []
     weights = [output.base.weight for output in outputs]
     dense = [w.dense(tensors[0].dtype) for w in weights if isinstance(w, Quantized)]
-    return not _is_comparable(dense)
-
-
-def _without_zeros(function: KernelFunction, settings: tuple) -> tuple:
-    """The settings with 1 in place of zero scales, which would hide a wrong kernel."""
-    if not function.has_layouts:
-        return settings
-    layouts, *rest = settings
-    scales = [tuple([scale or 1.0 for scale in layout.scales]) for layout in layouts]
-    pairs = zip(layouts, scales, strict=True)
-    return (tuple([layout._replace(scales=new) for layout, new in pairs]), *rest)
+    has_zero = any([adapter.scale == 0 for output in outputs for adapter in output.adapters])
+    return has_zero or not _is_comparable(dense)
 
 
 def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
