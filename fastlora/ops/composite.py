@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from ..backends import Call
 from ..backends.products import cast
+from ..backends.protocol import Call
 from ..call.projection import Adapter, Output, unflatten
 from ..call.rows import Rows, Share, take
 from ..formats.format import Quantized

@@ -85,7 +85,7 @@ def backend_forward(
 def backend_backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input; None if the input needs none, or if its adapter has no rows."""
     x, *tensors = given.inputs
-    if autocast_dtype(x) is not None:
+    if torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
             return backend_backward(given)
     dys = [None if dy is None else as_matrix(dy) for dy in given.dys]
