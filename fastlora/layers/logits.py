@@ -15,6 +15,7 @@ changed since the head's call, this raises RuntimeError.
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -44,40 +45,34 @@ _aten = torch.ops.aten
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
-        """``is_current()``: False if the head changed without a change of its tensors."""
+    def __init__(self, head: Head, record: Record = None) -> None:
         self.record = record
-        # For each of tensors_of(head): whether an optimizer may change it.  The first one is x, the
-        # hidden states, which no optimizer changes.
-        self.trained = [False, *[tensor.requires_grad for tensor in tensors_of(head)[1:]]]
-        self.head, self.is_current = of_tensors(head, _alias), is_current
+        self.head = of_tensors(head, _alias)
+        # The tensors that an optimizer changes, or a merge of the adapter into the weight.
+        merged = head.output.base.weight if head.output.adapters else None
+        pairs = zip(tensors_of(head), tensors_of(self.head), strict=True)
+        self.trained = [
+            alias for t, alias in pairs if t is not head.x and (t.requires_grad or t is merged)
+        ]
         self.state = self._state()
         self.hooks = _top_hooks()
         self.is_computed = False
         self.hs: list[Tensor] | None = None  # the adapter's h, saved for backward
         self.cells: WeakSet[Cell] = WeakSet()  # of all lazy tensors that are still in use
 
-    def _state(self) -> list[tuple[int, Any]]:
-        """(version counter, row sums) of each tensor; sums are None if the tensor doesn't train.
+    def _state(self) -> tuple[list[int], list[Tensor]]:
+        """The version counters of all tensors, and the sums of rows of those that may train.
 
-        A fused optimizer changes a tensor without incrementing its version, so the sums are
-        compared also.
+        Fused optimizers and PEFT's merges change a tensor without incrementing its version.
         """
-        pairs = zip(tensors_of(self.head), self.trained, strict=True)
         with torch.no_grad():
-            return [
-                (tensor._version, tensor.sum(-1).nan_to_num_() if is_trained else None)
-                for tensor, is_trained in pairs
-            ]
+            sums = [tensor.sum(-1).nan_to_num_() for tensor in self.trained]
+        return [tensor._version for tensor in tensors_of(self.head)], sums
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
-        pairs = zip(self.state, self._state(), strict=True)
-        # (a, sums) is the state in the head's call, and (b, now) the state now.
-        is_same = [
-            a == b and (sums is None or torch.equal(sums, now)) for (a, sums), (b, now) in pairs
-        ]
-        if not all(is_same) or not self.is_current():
+        (versions, sums), (versions_now, sums_now) = self.state, self._state()
+        if versions != versions_now or not all(map(torch.equal, sums, sums_now)):
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "
@@ -294,14 +289,15 @@ _OF_GRADIENTS = {
     Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
 }  # fmt: skip
-_disabled: list[Callable[..., Any]] = []
 
 
+@cache
 def _outside_of_graphs() -> Callable[..., Any]:
-    """``LazyLogits._run``, marked so that torch.compile doesn't trace it."""
-    if not _disabled:  # made at the first use, because importing the compiler is slow
-        _disabled.append(torch.compiler.disable(LazyLogits._run))
-    return _disabled[0]
+    """``LazyLogits._run``, marked so that torch.compile doesn't trace it.
+
+    A function, because importing the compiler is slow.
+    """
+    return torch.compiler.disable(LazyLogits._run)
 
 
 def _refusal(name: Any) -> RuntimeError:

@@ -49,9 +49,7 @@ def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[F], F]:
     return register
 
 
-def lazy_logits(
-    head: Head, is_current: Callable[[], bool] = lambda: True, record: Record = None
-) -> Tensor:
+def lazy_logits(head: Head, record: Record = None) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
     Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
@@ -59,7 +57,7 @@ def lazy_logits(
 
     This function is in this file so that its callers also load the handlers.
     """
-    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, record)
+    call = HeadCall(head._replace(x=head.x.contiguous()), record)
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 
@@ -135,15 +133,6 @@ def _index_select(func: Any, cell: Cell, dim: int, index: Tensor) -> Cell | None
 # Steps that change elements.
 
 
-def _number(value: Any) -> float | None:
-    """The value of a number, or of a CPU tensor without dimensions; None for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-        return None
-    return float(value) if value.is_cpu and not value.requires_grad else None
-
-
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
 def _factor(func: Any, cell: Cell, other: Any) -> Cell | None:
     form, settings, is_quotient = cell.recipe.form, cell.recipe.settings, func is _aten.div.Tensor
@@ -152,16 +141,14 @@ def _factor(func: Any, cell: Cell, other: Any) -> Cell | None:
         if is_quotient or form != "probs" or cell.parent is not logp:
             return None
         return logp.changed(lambda z: z.exp() * z, form="p_log_p")  # its sum is an entropy
-    number = _number(other)
-    if number is None or form != "logits" or (is_quotient and not number):
+    if type(other) not in (int, float) or form != "logits" or (is_quotient and not other):
         return None
-    factor, cap = 1.0 / number if is_quotient else number, settings.softcap
+    factor, cap = 1.0 / other if is_quotient else float(other), settings.softcap
     if cap is not None and factor <= 0.0:
         return None
-    settings = settings._replace(
-        softcap=None if cap is None else factor * cap, logit_scale=settings.logit_scale * factor
-    )
-    return cell.changed(lambda z: func(z, number), settings=settings)
+    softcap = None if cap is None else factor * cap
+    settings = settings._replace(softcap=softcap, logit_scale=settings.logit_scale * factor)
+    return cell.changed(lambda z: func(z, other), settings=settings)
 
 
 @_handles(STEPS, _aten.tanh.default)
@@ -206,47 +193,39 @@ def _exp(func: Any, cell: Cell) -> Cell | None:
 def _loss(
     lazy: LazyLogits,
     target: Any,
-    reduction: str = "none",
-    ignore_index: int = _NO_INDEX,
+    reduction: str = "mean",
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    of_target: Tensor | None = None,
 ) -> Any:
     """The cross-entropy of a lazy tensor's logits by a fused loss, or NotImplemented."""
     call, recipe, functions = lazy.cell.call, lazy.cell.recipe, lazy.functions()
-    if isinstance(target, LazyLogits) or not isinstance(target, Tensor):
+    if not isinstance(target, Tensor) or set(functions) - {_DDP}:
         return NotImplemented
     if (target.dtype, target.device, target.shape) != (torch.int64, lazy.device, lazy.shape[:-1]):
         return NotImplemented
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
-    if set(functions) - {_DDP}:
-        return NotImplemented
     call.check()
     head = call.head if lazy.requires_grad else of_tensors(call.head, Tensor.detach)
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else lazy.dtype
     with autocast_off(lazy.device.type):
         settings = recipe.settings._replace(label_smoothing=float(label_smoothing))
-        given = head, target, settings, reduction, ignore_index
-        loss = head_loss(*given, recipe.rows, lazy if functions else None, of_target)
+        via = lazy if functions else None
+        loss = head_loss(head, target, settings, reduction, ignore_index, recipe.rows, via)
     call.say(WITHOUT_LOGITS)
     return loss.to(torch.promote_types(dtype, lazy.dtype))
 
 
 @_handles(HANDLERS, functional.cross_entropy)
 def _cross_entropy(
-    lazy: LazyLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    lazy: LazyLogits, target: Any, *, weight: Any, size_average: Any, reduce: Any, **options: Any
 ) -> Any:
-    is_plain = weight is size_average is reduce is None
-    if not is_plain or lazy.dim() != 2 or lazy.cell.recipe.form != "logits":
+    """torch passes all arguments, and those after the target by name."""
+    if not (weight is size_average is reduce is None):
         return NotImplemented
-    return _loss(lazy, target, reduction, ignore_index, label_smoothing)
+    if lazy.dim() != 2 or lazy.cell.recipe.form != "logits":
+        return NotImplemented
+    return _loss(lazy, target, **options)
 
 
 @_handles(HANDLERS, Tensor.gather, torch.gather)
@@ -256,35 +235,38 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != (*lazy.shape[:-1], 1):
         return NotImplemented
-    target, form = index.squeeze(-1), lazy.cell.recipe.form
-    if form == "logits":
-        return _target_logit(lazy, target)
-    loss = _loss(lazy, target) if form == "logprobs" else NotImplemented
-    return loss if loss is NotImplemented else -loss.unsqueeze(-1).to(lazy.dtype)
-
-
-def _target_logit(lazy: LazyLogits, target: Tensor) -> Any:
-    """The logit s of each target, which TRL's ``selective_log_softmax`` gathers in float32.
-
-    With lse = log Σ exp(s) of a row, its loss is lse - s.  So one pass gives s and lse, which the
-    cell keeps for the ``logsumexp`` that follows.  The difference s - lse is as precise as the
-    loss, and its gradient is the loss's: the gradients by s cancel exactly.
-    """
-    cell, head = lazy.cell, lazy.cell.call.head
-    (weight, bias), adapters = head.output
-    if lazy.dtype in HALF_DTYPES or adapters or isinstance(weight, Quantized):
+    is_logprob, target = lazy.cell.recipe.form == "logprobs", index.squeeze(-1)
+    if not is_logprob and not _has_target_logits(lazy):
         return NotImplemented
-    z = head.x.new_empty(target.numel())
-    loss = _loss(lazy, target, of_target=z)
+    loss = _loss(lazy, target, "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
-    s = z.view(target.shape).unsqueeze(-1)
-    if loss.requires_grad:  # the same logit by torch's operations, for its gradient
-        source = (as_matrix(head.x)[_rows_of(cell)] * weight[target]).sum(-1, keepdim=True)
-        source = source if bias is None else source + bias[target].unsqueeze(-1)
-        s = s + (source - source.detach())
+    return -loss.unsqueeze(-1) if is_logprob else _target_logit(lazy.cell, target, loss)
+
+
+def _has_target_logits(lazy: LazyLogits) -> bool:
+    """Whether :func:`_target_logit` can compute them."""
+    (weight, _), adapters = lazy.cell.call.head.output
+    is_wide = lazy.dtype not in HALF_DTYPES and lazy.cell.recipe.form == "logits"
+    return is_wide and not adapters and not isinstance(weight, Quantized)
+
+
+def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
+    """The logit s of each target, which TRL's ``selective_log_softmax`` gathers in float32.
+
+    A row's loss is lse - s with lse = log Σ exp(s), so s gives lse, which the cell keeps for the
+    ``logsumexp`` that follows.  The difference s - lse is as precise as the loss, and its gradient
+    is the loss's: the gradients by s cancel exactly.
+    """
+    x, (weight, bias) = as_matrix(cell.call.head.x), cell.call.head.output.base
+    rows, columns = x[_rows_of(cell)].unsqueeze(-2), weight[target].unsqueeze(-1)
+    s = (rows @ columns).squeeze(-1)
+    if bias is not None:
+        s = s + bias[target].unsqueeze(-1)
     for run in cell.recipe.changes:
         s = run(s)
+    if not loss.requires_grad:
+        s = s.detach()
     cell.lse = loss + s.squeeze(-1)
     return s
 

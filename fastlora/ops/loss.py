@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import Backend, backend_name, find_backend
+from ..backends import backend_name, find_backend
 from ..backends.dropout import DropoutMask
 from ..backends.loss import loss_of_rows
 from ..backends.protocol import LossSettings
@@ -22,7 +22,6 @@ from ..call.checks import check_call, check_tensor
 from ..call.projection import (
     Adapter,
     Base,
-    Layout,
     Output,
     flatten,
     is_plain,
@@ -220,15 +219,10 @@ class _LossCall(NamedTuple):
     """The node's arguments that autograd doesn't track.  T rows of the target count."""
 
     head: Head  # its x is a matrix
-    layout: Layout
     target: Tensor  # int64 [T]
-    kept: Tensor | None  # the numbers of the rows of the target that count; None if all do
-    rows: Tensor | None  # the row of x for each of them; None if they are all rows, in order
-    size: int  # the number of all rows of the target
+    rows: Tensor | None  # int64 [T]: the row of x for each of them; None: all rows, in order
     settings: LossSettings
     reduction: str
-    backend: Backend
-    of_target: Tensor | None = None  # [T], filled with each target's logit
 
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
@@ -238,12 +232,13 @@ class _LossCall(NamedTuple):
         The gradients belong to the sum of the losses, each times its number in ``upstream``.
         """
         x, *tensors = inputs
-        layouts, rows = (self.layout,), self.rows
+        layouts, rows = layouts_of([self.head.output]), self.rows
+        backend = find_backend(backend_name(self.head.backend, x.device))
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
         losses, dx, gradients = loss_of_rows(
             x if rows is None else x[rows], self.target, output,
-            self.head._replace(x=x).masks(rows), self.settings, self.backend.row_loss, needs[0],
-            wanted, upstream, self.of_target,
+            self.head._replace(x=x).masks(rows), self.settings, backend.row_loss, needs[0],
+            wanted, upstream,
         )  # fmt: skip
         found = [dx, *flatten([gradients], layouts)]
         if not len(self.target):
@@ -252,13 +247,10 @@ class _LossCall(NamedTuple):
         return losses, found
 
     def reduced(self, losses: Tensor) -> Tensor:
-        """The result; with "none", 0 for each row that doesn't count."""
-        if self.reduction != "none":
-            total = losses.sum()
-            return total if self.reduction == "sum" else total / len(self.target)
-        if self.kept is None:
+        if self.reduction == "none":
             return losses
-        return losses.new_zeros(self.size).index_copy_(0, self.kept, losses)
+        total = losses.sum()
+        return total if self.reduction == "sum" else total / len(self.target)
 
 
 def head_loss(
@@ -269,17 +261,14 @@ def head_loss(
     ignore_index: int,
     rows: Tensor | None = None,
     via: Tensor | None = None,
-    of_target: Tensor | None = None,
 ) -> Tensor:
     """The loss of a head's call without logits.  The caller has checked the arguments.
 
     ``rows``: for each row of the target, the row of x; None if they are all rows, in order.  The
-    backward also reaches the node of ``via``, with None as its gradient.  ``of_target``, one number
-    for each row that counts, is filled with the logit of the row's class.
+    backward also reaches the node of ``via``, with None as its gradient.
     """
     x, t = as_matrix(head.x), target.flatten().contiguous()
-    rows = None if rows is None else rows.flatten()
-    size, counts = len(t), t != ignore_index
+    rows, counts = None if rows is None else rows.flatten(), t != ignore_index
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     if kept is not None:
         t, rows = t[kept], kept if rows is None else rows[kept]
@@ -289,18 +278,17 @@ def head_loss(
         if low < 0 or high >= V:
             wrong = low if low < 0 else high
             raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
-    layouts = layouts_of([head.output])
-    backend = find_backend(backend_name(head.backend, x.device))
-    call = _LossCall(
-        head._replace(x=x), layouts[0], t, kept, rows, size, settings, reduction, backend,
-        of_target,
-    )  # fmt: skip
-    inputs = x, *flatten([head.output], layouts)
+    call = _LossCall(head._replace(x=x), t, rows, settings, reduction)
+    inputs = x, *flatten([head.output], layouts_of([head.output]))
     if torch.is_grad_enabled():
         loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
     else:
         loss = call.reduced(call.losses(inputs, [False] * len(inputs))[0])
-    return loss.view(target.shape) if reduction == "none" else loss
+    if reduction != "none":
+        return loss
+    if kept is not None:
+        loss = loss.new_zeros(counts.shape).index_copy(0, kept, loss)
+    return loss.view(target.shape)
 
 
 class LinearCrossEntropyFunction(Function):
@@ -317,7 +305,7 @@ class LinearCrossEntropyFunction(Function):
         ctx.save_for_backward(*([*inputs, call.target] if later else gradients))
         # Without x, which would stay alive until the backward.
         no_x = inputs[0].new_empty(0, inputs[0].shape[1])
-        ctx.call = call._replace(head=call.head._replace(x=no_x), of_target=None)
+        ctx.call = call._replace(head=call.head._replace(x=no_x))
         ctx.later, ctx.like = later, [(tensor.shape, tensor.dtype) for tensor in inputs]
         return call.reduced(losses)
 
@@ -325,9 +313,8 @@ class LinearCrossEntropyFunction(Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         refuse_by_torch_only([upstream], "the fused loss", "compute the logits and their loss")
-        if call.reduction == "none":
-            upstream = upstream.contiguous() if call.kept is None else upstream[call.kept]
-        elif call.reduction == "mean":  # by 1 if no row counts: all gradients are 0
+        upstream = upstream.contiguous()
+        if call.reduction == "mean":  # by 1 if no row counts: all gradients are 0
             upstream = upstream / max(len(call.target), 1)
         if ctx.later:
             *inputs, target = saved
