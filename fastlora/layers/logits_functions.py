@@ -6,7 +6,7 @@ of logits or of their ``log_softmax``, run :func:`fastlora.ops.loss.head_loss`.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +36,12 @@ _aten = torch.ops.aten
 _NO_INDEX = -(1 << 40)  # an ignore_index that no class has
 # DistributedDataParallel's Function passes the gradient on unchanged, and waits for its backward.
 _DDP = "_DDPSinkBackward"
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[F], F]:
+def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[Any], Any]:
     """A decorator that registers a function for these functions of torch."""
 
-    def register(handler: F) -> F:
+    def register(handler: Any) -> Any:
         table.update(dict.fromkeys(functions, handler))
         return handler
 
@@ -61,8 +60,8 @@ def lazy_logits(head: Head, record: Record = None) -> Tensor:
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 
-# Steps that select rows.  A result without a dimension of rows is an ordinary tensor: a loop over
-# the rows of a matrix would compute one product for each.
+# Steps that select rows.  A single row is an ordinary tensor, so that a loop over the rows of a
+# matrix computes the elements once, and not one row at a time.
 
 
 _VIEWS = (
@@ -259,12 +258,12 @@ def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
     is the loss's: the gradients by s cancel exactly.
     """
     x, (weight, bias) = as_matrix(cell.call.head.x), cell.call.head.output.base
-    rows, columns = x[_rows_of(cell)].unsqueeze(-2), weight[target].unsqueeze(-1)
-    s = (rows @ columns).squeeze(-1)
-    if bias is not None:
-        s = s + bias[target].unsqueeze(-1)
-    for run in cell.recipe.changes:
-        s = run(s)
+    with autocast_off(x.device.type):
+        s = (x[_rows_of(cell)].unsqueeze(-2) @ weight[target].unsqueeze(-1)).squeeze(-1)
+        if bias is not None:
+            s = s + bias[target].unsqueeze(-1)
+        for run in cell.recipe.changes:
+            s = run(s)
     if not loss.requires_grad:
         s = s.detach()
     cell.lse = loss + s.squeeze(-1)
@@ -281,12 +280,11 @@ def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **other
     lse = cell.lse
     if lse is None or lse.requires_grad != needs or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
-    if cell is not lazy.cell:
-        rows, known = _rows_of(lazy.cell), _rows_of(cell).flatten()
-        place = known.new_empty(as_matrix(cell.call.head.x).shape[0])  # of each row in lse
-        place[known] = torch.arange(len(known), device=known.device)
-        lse = lse.flatten()[place[rows]]
-    return lse.unsqueeze(-1) if keepdim else lse
+    rows, known = _rows_of(lazy.cell), _rows_of(cell).flatten()
+    place = known.new_empty(as_matrix(cell.call.head.x).shape[0])  # of each row of x in lse
+    place[known] = torch.arange(len(known), device=known.device)
+    found = lse.flatten()[place[rows]]
+    return found.unsqueeze(-1) if keepdim else found
 
 
 _REDUCTIONS = _aten.argmax.default, _aten.logsumexp.default, _aten.sum.dim_IntList, _aten.mean.dim
