@@ -364,20 +364,11 @@ def test_generation_gives_the_same_tokens(autocast):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    models = [
-        fastlora.optimize(peft_model("adapted", lora_dropout=0.1), loss=loss)
-        for loss in (False, True)
-    ]
-    for model in models:
-        settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(**settings)
-    losses = [step(model)[0] for model in models]
-    assert all(torch.isfinite(loss) for loss in losses)
-    without = peft_model("adapted")
-    fastlora.optimize(without, loss=True).gradient_checkpointing_enable(**settings)
-    without.enable_input_require_grads()
-    assert_same_step(without, peft_model("adapted"))
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    model.gradient_checkpointing_enable(**settings)
+    model.enable_input_require_grads()
+    assert_same_step(model, peft_model("adapted"))
 
 
 def test_a_copy_and_a_pickle_stay_lazy():

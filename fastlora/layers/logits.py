@@ -48,7 +48,8 @@ class HeadCall:
     def __init__(self, head: Head, record: Record = None) -> None:
         self.record = record
         self.head = of_tensors(head, _alias)
-        # The tensors that an optimizer changes, or a merge of the adapter into the weight.
+        # Fused optimizers, and PEFT's merge of an adapter into the weight, change tensors without
+        # incrementing their version.
         merged = head.output.base.weight if head.output.adapters else None
         pairs = zip(tensors_of(head), tensors_of(self.head), strict=True)
         self.trained = [
@@ -61,10 +62,7 @@ class HeadCall:
         self.cells: WeakSet[Cell] = WeakSet()  # of all lazy tensors that are still in use
 
     def _state(self) -> tuple[list[int], list[Tensor]]:
-        """The version counters of all tensors, and the sums of rows of those that may train.
-
-        Fused optimizers and PEFT's merges change a tensor without incrementing its version.
-        """
+        """(version counters of all tensors, sums of rows of :attr:`trained`)."""
         with torch.no_grad():
             sums = [tensor.sum(-1).nan_to_num_() for tensor in self.trained]
         return [tensor._version for tensor in tensors_of(self.head)], sums
@@ -143,14 +141,13 @@ def _top_hooks() -> Any:
 
 
 class Recipe(NamedTuple):
-    """What a loss or a reduction needs to know about a lazy tensor [..., V].
+    """The formula of a lazy tensor [..., V]: the function ``form`` of these ``rows`` of s.
 
-    With z the head's output, its elements are a function ``form`` of some rows of
-
-        s = logit_scale · z, or softcap · tanh(logit_scale · z / softcap) if there is a softcap
+    z is the head's output, and s is logit_scale · z, or softcap · tanh(logit_scale · z / softcap)
+    if there is a softcap.
     """
 
-    rows: Tensor | None = None  # int64 [...]: the row of z that each row is; None: all, in order
+    rows: Tensor | None = None  # int64 [...]: numbers of rows of z; None: all, in order
     settings: LossSettings = LossSettings()
     form: str = "logits"  # s; or "logprobs": log_softmax(s), "probs": softmax(s), "p_log_p"
     changes: tuple[Change, ...] = ()  # the operations that make the elements from rows of z
@@ -181,7 +178,7 @@ class Cell:
         return Cell(self.call, like, self.recipe._replace(rows=rows), self, run)
 
     def changed(self, run: Change, **fields: Any) -> "Cell":
-        """The result of an operation on each row.  ``fields``: those of the recipe that change."""
+        """The result of an operation on each row.  ``fields``: new values of the recipe."""
         rows, changes = self.recipe.rows, (*self.recipe.changes, run)
         rows = None if rows is None else rows.contiguous()
         recipe = self.recipe._replace(rows=rows, changes=changes, **fields)

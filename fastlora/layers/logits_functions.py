@@ -83,7 +83,7 @@ def _view(func: Any, cell: Cell, *args: Any) -> list[Cell] | Cell | None:
 
 
 def _rows_at(cell: Cell, like: Tensor) -> Cell | None:
-    """The rows with the shape, strides and offset of ``like``, a view of ``cell.like``."""
+    """The cell of ``like``, a view of ``cell.like``; None if its rows aren't whole rows."""
     *lead, V = like.shape
     if not lead or cell.like.shape[-1] != V or like.stride(-1) != 1:
         return None
@@ -95,6 +95,7 @@ def _rows_at(cell: Cell, like: Tensor) -> Cell | None:
 
     if cell.recipe.rows is None and like.is_contiguous() and like.numel() == cell.like.numel():
         return cell.with_rows(like, None, run)
+    # The same view of the row numbers, where a row is one element in place of V.
     rows = _rows_of(cell)
     strides = [stride // V for stride in strides]
     rows = rows.as_strided(lead, strides, rows.storage_offset() + offset // V)
@@ -102,7 +103,7 @@ def _rows_at(cell: Cell, like: Tensor) -> Cell | None:
 
 
 def _rows_of(cell: Cell) -> Tensor:
-    """The row of the head's output that each row is: int64 [...]."""
+    """The cell's row numbers: int64 [...]."""
     if cell.recipe.rows is not None:
         return cell.recipe.rows
     lead = cell.like.shape[:-1]
@@ -272,7 +273,7 @@ def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
 
 @_handles(HANDLERS, Tensor.logsumexp, torch.logsumexp)
 def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
-    """The log-sum-exp that ``gather`` has computed, for these rows or for more."""
+    """The log-sum-exp of each row, if ``gather`` has computed it for the same rows or for more."""
     cell, needs = lazy.cell, torch.is_grad_enabled() and lazy.requires_grad
     changes = cell.recipe.changes
     while cell.lse is None and cell.parent is not None and cell.parent.recipe.changes == changes:

@@ -227,7 +227,7 @@ class _LossCall(NamedTuple):
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The losses [T] and the gradients of the inputs; that of x has T rows.
+        """The losses [T], and the gradients of the inputs: dx [T, K] and the other gradients.
 
         The gradients belong to the sum of the losses, each times its number in ``upstream``.
         """
