@@ -168,9 +168,11 @@ class Cell:
 
     def compute(self) -> Tensor:
         if self.data is None:
-            parent = self.parent
-            self.data = self.call.logits() if parent is None else self.run(parent.compute())
-            self.parent = None  # frees the parent's elements
+            parent, like = self.parent, self.like
+            data = self.call.logits() if parent is None else self.run(parent.compute())
+            if data.stride() != like.stride():  # views are made from the strides of like
+                data = data.new_empty_strided(like.shape, like.stride()).copy_(data)
+            self.data, self.parent = data, None  # frees the parent's elements
         return self.data
 
     def with_rows(self, like: Tensor, rows: Tensor | None, run: Change) -> "Cell":
