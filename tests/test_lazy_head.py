@@ -185,6 +185,15 @@ def test_merging_the_head_before_the_loss_is_an_error():
         functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
+def test_unmerging_before_the_logits_are_read_is_an_error():
+    model = fastlora.optimize(peft_model("adapted"), loss=True)
+    model.merge_adapter()
+    logits = model(input_ids=IDS).logits
+    model.unmerge_adapter()
+    with pytest.raises(RuntimeError, match="have changed since its call"):
+        logits.sum()
+
+
 def two_adapters(model: nn.Module) -> None:
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
     model.base_model.set_adapter(["default", "second"])

@@ -45,16 +45,12 @@ _aten = torch.ops.aten
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, head: Head, record: Record = None) -> None:
-        self.record = record
-        self.head = of_tensors(head, _alias)
-        # Fused optimizers, and PEFT's merge of an adapter into the weight, change tensors without
-        # incrementing their version.
-        merged = head.output.base.weight if head.output.adapters else None
-        pairs = zip(tensors_of(head), tensors_of(self.head), strict=True)
-        self.trained = [
-            alias for t, alias in pairs if t is not head.x and (t.requires_grad or t is merged)
-        ]
+    def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
+        """``is_current()``: False if the head changed without a change of its tensors."""
+        self.head, self.is_current, self.record = of_tensors(head, _alias), is_current, record
+        # Fused optimizers change tensors without incrementing their version.
+        pairs = [*zip(tensors_of(head), tensors_of(self.head), strict=True)]
+        self.trained = [alias for tensor, alias in pairs[1:] if tensor.requires_grad]  # without x
         self.state = self._state()
         self.hooks = _top_hooks()
         self.is_computed = False
@@ -70,7 +66,8 @@ class HeadCall:
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
         (versions, sums), (versions_now, sums_now) = self.state, self._state()
-        if versions != versions_now or not all(map(torch.equal, sums, sums_now)):
+        is_same = versions == versions_now and all(map(torch.equal, sums, sums_now))
+        if not is_same or not self.is_current():
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "

@@ -48,7 +48,9 @@ def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[Any], Any]:
     return register
 
 
-def lazy_logits(head: Head, record: Record = None) -> Tensor:
+def lazy_logits(
+    head: Head, is_current: Callable[[], bool] = lambda: True, record: Record = None
+) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
     Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
@@ -56,7 +58,7 @@ def lazy_logits(head: Head, record: Record = None) -> Tensor:
 
     This function is in this file so that its callers also load the handlers.
     """
-    call = HeadCall(head._replace(x=head.x.contiguous()), record)
+    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, record)
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 

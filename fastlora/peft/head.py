@@ -48,8 +48,17 @@ class LazyHead(nn.Module):
         head = None if kwargs or len(args) != 1 else _lazy_call(self, args[0])
         if head is None:
             return super().__call__(*args, **kwargs)
+        before = _merged_in(self)
         record = partial(RAN.__setitem__, self) if torch.is_grad_enabled() else None
-        return lazy_logits(head, record)
+        return lazy_logits(head, lambda: _merged_in(self) == before, record)
+
+
+def _merged_in(head: Any) -> list[str]:
+    """The adapters that PEFT has merged into the head's weight.
+
+    PEFT merges by writing to ``weight.data``, which doesn't increase the version counter.
+    """
+    return list(getattr(head, "merged_adapters", ()))
 
 
 def make_lazy(model: nn.Module) -> dict[nn.Module, Any]:
