@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fastlora.layers import head as heads
 from fastlora.layers import logits, logits_functions
 from fastlora.layers.classes import change_classes
+from fastlora.peft import head as heads
 
 SECONDS = 90  # for a class
 TOLERANCE = 5e-5  # of the largest number of a tensor; float32 sums in another order
@@ -251,7 +251,7 @@ def compare(model: Any, batch: dict[str, Tensor], begin: Any = lambda: None) -> 
         standard = step(model, batch, unused), evaluation(model, batch)
         with warnings.catch_warnings(record=True) as said, counted() as count:
             warnings.simplefilter("always")
-            taken = change_classes(heads.head_classes(model))
+            taken = heads.make_lazy(model)
             if not taken:
                 return Outcome("left alone", str(said[-1].message).split(": ", 1)[1])
             try:

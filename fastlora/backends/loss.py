@@ -40,13 +40,11 @@ def loss_of_rows(
     needs_x: bool,
     wanted: Output[bool],
     upstream: Tensor | None = None,
-    of_target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Output[Tensor | None]]:
     """Each row's loss [M], dx, and the gradients of the output's tensors.
 
     x [M, K]; target int64 [M], each from 0 to V - 1; one mask for each adapter.  ``row_loss``: the
-    backend's.  ``upstream`` [M]: the gradient of each row's loss, 1 if None.  ``of_target`` [M] is
-    filled with z_t, the logit of each row's target.
+    backend's.  ``upstream`` [M]: the gradient of each row's loss, 1 if None.
 
     The losses and the output's gradients are in float32, or in float64 for float64.  A gradient is
     None unless ``needs_x`` or ``wanted`` asks for it.
@@ -57,8 +55,6 @@ def loss_of_rows(
     wants = needs_x or any([*wanted.base, *[need for a in wanted.adapters for need in a[:2]]])
     total = no_gradients(output)
     for rows, z, hs, of_rows in _chunks(x, output, masks):
-        if of_target is not None:
-            of_target[rows] = z.gather(1, target[rows].unsqueeze(1)).squeeze(1)
         row_upstream = None if upstream is None else upstream[rows]
         row_loss(LossRows(z, target[rows], losses[rows], settings, row_upstream, wants))
         if wants:

@@ -55,3 +55,33 @@ def optional(name: str, need: str, extra: str) -> Any:
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a torch DTensor, which is sharded over ranks."""
     return is_class(type(tensor), "torch.distributed.tensor", "DTensor")
+
+
+def defined_in(function: Any) -> str:
+    """The name of the module that defines a function; "" for other callables."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
+def acts_as_its_class(module: torch.nn.Module) -> bool:
+    """Whether the forward in this module's ``__dict__`` computes the same as its class's.
+
+    True for three forwards:
+
+    * accelerate's and ms-swift's, which only move inputs to the weight's device.  (The fast path
+      requires inputs on that device.)
+    * the class's own forward, bound to this module.  accelerate leaves it in ``__dict__`` when it
+      removes its hook.
+    """
+    forward = module.__dict__["forward"]
+    if "forward_origin" in module.__dict__:
+        method: Any = getattr(forward, "__func__", None)
+        if defined_in(method) == "swift.tuners.peft" and method.__name__ == "keep_device_forward":
+            forward = module.__dict__["forward_origin"]  # the forward that it calls
+    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
+        return True
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        is_class(type(hook), "accelerate.hooks", "AlignDevicesHook")
+        and not hook.offload
+        and not hook.io_same_device
+    )

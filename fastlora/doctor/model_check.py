@@ -17,9 +17,9 @@ from ..common.text import shown
 from ..common.values import is_number, must
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.classes import changed_classes, own_classes
-from ..layers.head import own_heads
 from ..layers.modules import some, unwrap
 from ..layers.report import Coverage
+from ..peft.head import own_heads
 from ..peft.optimized import while_optimized
 
 if TYPE_CHECKING:  # it imports PEFT

@@ -146,8 +146,8 @@ def optimize_and_log(model: Any, **settings: Any) -> None:
     report = coverage(model)
     level, text = logging.INFO, "; ".join(str(report).splitlines())
     if settings.get("loss") and not report.loss:
-        from ..layers.head import why_no_lazy_head
         from ..layers.modules import unwrap
+        from ..peft.head import why_no_lazy_head
 
         text += f"; loss with logits: {why_no_lazy_head(unwrap(model))}"
     if any(parameter.is_meta for parameter in model.parameters()):

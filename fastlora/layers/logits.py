@@ -14,8 +14,8 @@ changed since the head's call, this raises RuntimeError.
 """
 
 import sys
-import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -35,24 +35,11 @@ Record = Callable[[str], None] | None  # gets the text that says how a loss ran
 # A function of torch -> its handler.  A handler gets a lazy tensor and the function's other
 # arguments.  It returns the result, or NotImplemented if the function needs elements.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
-# An operation of ATen -> its step.  It gets the operation and its arguments, and returns a Step, a
-# list of them if the operation returns a list, the result itself, or None if the operation needs
-# elements.
+# An operation of ATen -> its step.  A step gets the operation, the cell of a lazy tensor and the
+# other arguments.  It returns the cell of the result (a list of cells if the operation returns a
+# list), the result itself, or None if the operation needs elements.
 STEPS: dict[Any, Callable[..., Any]] = {}
 _aten = torch.ops.aten
-
-
-class Step(NamedTuple):
-    """An operation on a lazy tensor.  It selects rows (``rows``), or changes elements (``number``).
-
-    ``logits[:, :-1]``, for example, selects rows, and ``logits / 2`` is ("mul", 0.5).
-    """
-
-    run: Change  # the operation itself, applied to the logits [..., V] when they are computed
-    rows: Change | None = None  # the same selection for any [..., n], such as x [..., K]
-    # The change, as data for the fused loss: ("mul", factor), ("tanh",) or ("log_softmax",); after
-    # log_softmax ("neg",), ("exp",) or ("p_log_p",).  Empty for a selection of rows.
-    number: tuple = ()
 
 
 class HeadCall:
@@ -60,39 +47,27 @@ class HeadCall:
 
     def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
         """``is_current()``: False if the head changed without a change of its tensors."""
-        self.record = record
-        # For each of tensors_of(head): whether an optimizer may change it.  The first one is x, the
-        # hidden states, which no optimizer changes.
-        self.trained = [False, *[tensor.requires_grad for tensor in tensors_of(head)[1:]]]
-        self.head, self.is_current = of_tensors(head, _alias), is_current
+        self.head, self.is_current, self.record = of_tensors(head, _alias), is_current, record
+        # Fused optimizers change tensors without incrementing their version.
+        pairs = [*zip(tensors_of(head), tensors_of(self.head), strict=True)]
+        self.trained = [alias for tensor, alias in pairs[1:] if tensor.requires_grad]  # without x
         self.state = self._state()
         self.hooks = _top_hooks()
-        self.lock = threading.RLock()
         self.is_computed = False
         self.hs: list[Tensor] | None = None  # the adapter's h, saved for backward
         self.cells: WeakSet[Cell] = WeakSet()  # of all lazy tensors that are still in use
 
-    def _state(self) -> list[tuple[int, Any]]:
-        """(version counter, row sums) of each tensor; sums are None if the tensor doesn't train.
-
-        A fused optimizer changes a tensor without incrementing its version, so the sums are
-        compared also.
-        """
-        pairs = zip(tensors_of(self.head), self.trained, strict=True)
+    def _state(self) -> tuple[list[int], list[Tensor]]:
+        """(version counters of all tensors, sums of rows of :attr:`trained`)."""
         with torch.no_grad():
-            return [
-                (tensor._version, tensor.sum(-1).nan_to_num_() if is_trained else None)
-                for tensor, is_trained in pairs
-            ]
+            sums = [tensor.sum(-1).nan_to_num_() for tensor in self.trained]
+        return [tensor._version for tensor in tensors_of(self.head)], sums
 
     def check(self) -> None:
         """Raise RuntimeError if the hidden states or the head's tensors have changed."""
-        pairs = zip(self.state, self._state(), strict=True)
-        # (a, sums) is the state in the head's call, and (b, now) the state now.
-        is_same = [
-            a == b and (sums is None or torch.equal(sums, now)) for (a, sums), (b, now) in pairs
-        ]
-        if not all(is_same) or not self.is_current():
+        (versions, sums), (versions_now, sums_now) = self.state, self._state()
+        is_same = versions == versions_now and all(map(torch.equal, sums, sums_now))
+        if not is_same or not self.is_current():
             raise RuntimeError(
                 "these logits weren't computed yet, and the hidden states or the weights of the "
                 "head have changed since its call (an optimizer step?): read outputs.logits before "
@@ -115,19 +90,19 @@ class HeadCall:
             self.record(text)
         self.record = None
 
-    def compute(self, reader: Any = "the elements were read") -> None:
+    def compute(self, reader: str = "the elements were read") -> None:
         """Compute the elements of all lazy tensors of this call, once, for ``reader``.
 
         All are computed together, because the caller may next write to one of them in place.  That
         write must change its views, but no tensor that was computed from the old elements.
         """
-        with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
-            if not self.is_computed:
+        if not self.is_computed:
+            with torch.no_grad(), autocast_off(self.head.x.device.type):
                 self.check()
-                self.say(f"{reader}")
+                self.say(reader)
                 for cell in [*self.cells]:
                     cell.compute()
-                self.is_computed = True
+            self.is_computed = True
 
     def logits(self) -> Tensor:
         """The output of the head."""
@@ -162,29 +137,51 @@ def _top_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
 
 
-class Cell:
-    """The elements of a lazy tensor.  Its results of ``detach`` and ``alias`` share the cell.
+class Recipe(NamedTuple):
+    """The formula of a lazy tensor [..., V]: the function ``form`` of these ``rows`` of s.
 
-    The elements are step.run(parent's elements); without a parent, they are the head's output.
+    z is the head's output, and s is logit_scale · z, or softcap · tanh(logit_scale · z / softcap)
+    if there is a softcap.
     """
 
-    def __init__(self, call: HeadCall, like: Tensor, parent: "Cell | None", step: Step) -> None:
+    rows: Tensor | None = None  # int64 [...]: numbers of rows of z; None: all, in order
+    settings: LossSettings = LossSettings()
+    form: str = "logits"  # s; or "logprobs": log_softmax(s), "probs": softmax(s), "p_log_p"
+    changes: tuple[Change, ...] = ()  # the operations that make the elements from rows of z
+
+
+class Cell:
+    """The elements of a lazy tensor: ``run`` of the parent's, or without a parent the output."""
+
+    def __init__(
+        self, call: HeadCall, like: Tensor, recipe: Recipe, parent: Any = None, run: Any = None
+    ) -> None:
         """``like``: a meta tensor with the shape, strides and dtype of the elements."""
-        self.call, self.like, self.parent, self.step = call, like, parent, step
+        self.call, self.like, self.recipe = call, like, recipe
+        self.parent, self.run = parent, run
         self.data: Tensor | None = None
-        self.lse: Tensor | None = None  # log-sum-exp [..., 1], if ``gather`` has computed it
+        self.lse: Tensor | None = None  # log-sum-exp of each row, if ``gather`` has computed it
         call.cells.add(self)
 
     def compute(self) -> Tensor:
         if self.data is None:
-            parent = self.parent
-            self.data = self.call.logits() if parent is None else self.step.run(parent.compute())
-            self.parent = None  # frees the parent's elements
+            parent, like = self.parent, self.like
+            data = self.call.logits() if parent is None else self.run(parent.compute())
+            if data.stride() != like.stride():  # views are made from the strides of like
+                data = data.new_empty_strided(like.shape, like.stride()).copy_(data)
+            self.data, self.parent = data, None  # frees the parent's elements
         return self.data
 
-    def steps(self) -> list[Step]:
-        """The steps from the head's output to these elements."""
-        return [*self.parent.steps(), self.step] if self.parent is not None else []
+    def with_rows(self, like: Tensor, rows: Tensor | None, run: Change) -> "Cell":
+        """The result of an operation that selects rows."""
+        return Cell(self.call, like, self.recipe._replace(rows=rows), self, run)
+
+    def changed(self, run: Change, **fields: Any) -> "Cell":
+        """The result of an operation on each row.  ``fields``: new values of the recipe."""
+        rows, changes = self.recipe.rows, (*self.recipe.changes, run)
+        rows = None if rows is None else rows.contiguous()
+        recipe = self.recipe._replace(rows=rows, changes=changes, **fields)
+        return Cell(self.call, run(self.like), recipe, self, run)
 
 
 class LazyLogits(Tensor):
@@ -211,10 +208,7 @@ class LazyLogits(Tensor):
             return _aten.alias(self)
 
     def functions(self) -> list[str]:
-        """The names of the autograd Functions between the head and this tensor.
-
-        "leaf" stands for a detached tensor that requires a gradient again.
-        """
+        """The names of the autograd Functions between the head and this tensor."""
         node, number, names = self.grad_fn, self.output_nr, list[str]()
         while node is not None and getattr(node, "head_call", None) is not self.cell.call:
             edges = node.next_functions
@@ -223,7 +217,7 @@ class LazyLogits(Tensor):
                 # Output i of such a Function is its input i, unchanged: follow that input.
                 edges = edges[number:]
             node, number = edges[0] if edges else (None, 0)
-        return [*names, "leaf"] if node is None and self.requires_grad else names
+        return names
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
@@ -255,19 +249,12 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, step = kwargs or {}, STEPS.get(func)
         first = args[0] if args else None
-        if isinstance(first, LazyLogits) and not first.cell.call.is_computed:
-            if func in (_aten.detach.default, _aten.alias.default):
-                return LazyLogits.make(first.cell)
-            step = STEPS.get(func)
-            steps = None if step is None else step(func, *args, **kwargs)
-            if isinstance(steps, Tensor):
-                return steps
-            if isinstance(steps, list):
-                return [after(first.cell, each) for each in steps]
-            if steps is not None:
-                return after(first.cell, steps)
+        if step and isinstance(first, LazyLogits) and not first.cell.call.is_computed:
+            made = step(func, first.cell, *args[1:], **kwargs)
+            if made is not None:
+                return tree_map_only(Cell, LazyLogits.make, made)
         if torch.Tag.inplace_view in func.tags:
             raise _refusal(func)
         # The operation needs elements.  It runs on ordinary tensors.  If it returns one of them (an
@@ -294,15 +281,19 @@ _OF_MEMORY = {
     Tensor.__dlpack_device__, torch.asarray, torch.from_dlpack, Tensor.as_subclass,
 }  # fmt: skip
 # Functions that need the gradient of the logits.  A loss without logits never computes it.
-_OF_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad}
-_disabled: list[Callable[..., Any]] = []
+_OF_GRADIENTS = {
+    Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+}  # fmt: skip
 
 
+@cache
 def _outside_of_graphs() -> Callable[..., Any]:
-    """``LazyLogits._run``, marked so that torch.compile doesn't trace it."""
-    if not _disabled:  # made at the first use, because importing the compiler is slow
-        _disabled.append(torch.compiler.disable(LazyLogits._run))
-    return _disabled[0]
+    """``LazyLogits._run``, marked so that torch.compile doesn't trace it.
+
+    A function, because importing the compiler is slow.
+    """
+    return torch.compiler.disable(LazyLogits._run)
 
 
 def _refusal(name: Any) -> RuntimeError:
@@ -310,11 +301,6 @@ def _refusal(name: Any) -> RuntimeError:
         f"{name} changes the shape or the memory of lazy logits in place: make a new tensor "
         "instead, or call fastlora.optimize without loss=True"
     )
-
-
-def after(cell: Cell, step: Step) -> LazyLogits:
-    """The lazy result of a step on this cell's tensor."""
-    return LazyLogits.make(Cell(cell.call, step.run(cell.like), cell, step))
 
 
 class LazyHeadFunction(Function):
@@ -327,7 +313,7 @@ class LazyHeadFunction(Function):
         ctx.head_call = call
         x, weight = tensors[0], call.head.output.base.weight
         like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device="meta")
-        return LazyLogits.make(Cell(call, like, None, Step(lambda z: z)))
+        return LazyLogits.make(Cell(call, like, Recipe()))
 
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -339,59 +325,3 @@ class LazyHeadFunction(Function):
             call.logits()
         arguments = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
         return None, *backend_backward(BackwardCall(*arguments))
-
-
-class Recipe(NamedTuple):
-    """How a loss computes a lazy tensor: a call of a head, and the steps after it.
-
-    Steps that select rows are already applied to the head's x.
-    """
-
-    head: Head
-    numbers: tuple[tuple, ...] = ()  # ``Step.number`` of the other steps, in order
-
-    @staticmethod
-    def of(lazy: LazyLogits) -> "Recipe":
-        """The recipe of a lazy tensor whose elements aren't computed."""
-        head, steps = lazy.cell.call.head, lazy.cell.steps()
-        if not lazy.requires_grad:
-            head = of_tensors(head, Tensor.detach)
-        x, row_numbers = head.x, None
-        if head.seeds is not None:  # the dropout mask of a selected row needs the row's old number
-            row_numbers = torch.arange(head.rows, dtype=torch.int64, device=x.device)
-            row_numbers = row_numbers.view(*x.shape[:-1], 1)
-        for change in [step.rows for step in steps if step.rows is not None]:
-            x, row_numbers = change(x), None if row_numbers is None else change(row_numbers)
-        mask_rows = None if row_numbers is None else row_numbers.squeeze(-1)
-        changes = tuple([step.number for step in steps if step.number])
-        return Recipe(head._replace(x=x, mask_rows=mask_rows), changes)
-
-    @property
-    def is_logprob(self) -> bool:
-        return ("log_softmax",) in self.numbers
-
-    @property
-    def sign(self) -> float:
-        """-1 for negated log-probabilities, 1 for log-probabilities."""
-        return (-1.0) ** self.numbers.count(("neg",))
-
-    def settings(self) -> LossSettings | None:
-        """LossSettings that equal the steps; None if no settings do.
-
-        With z the head's output and s the product of the factors: s · z is logit_scale = s.
-        after · tanh(before · z) is softcap = after, logit_scale = before · after, because
-        a loss computes softcap · tanh(logit_scale · z / softcap).
-        """
-        before, after, is_capped = 1.0, 1.0, False
-        for name, *number in self.numbers:
-            if name == "mul" and is_capped:
-                after *= number[0]
-            elif name == "mul":
-                before *= number[0]
-            elif name == "exp" or (name == "tanh" and is_capped):
-                return None
-            elif name == "tanh":
-                is_capped = True
-        if not is_capped:
-            return LossSettings(logit_scale=before)
-        return LossSettings(softcap=after, logit_scale=before * after) if after > 0.0 else None

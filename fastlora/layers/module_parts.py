@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..call.projection import DTYPES, is_plain
-from ..common.other_packages import FULLY_SHARDED, derived_from, is_class, is_dtensor
+from ..common.other_packages import (
+    FULLY_SHARDED,
+    acts_as_its_class,
+    defined_in,
+    derived_from,
+    is_dtensor,
+)
 
 _FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}
 _TRANSFORMERS = "transformers.activations"
@@ -109,11 +115,6 @@ def _is_own(kind: type, function: Any) -> bool:
     return any([base.__module__ == home and base.__qualname__ == owner for base in kind.__mro__])
 
 
-def defined_in(function: Any) -> str:
-    """The name of the module that defines a function; "" for other callables."""
-    return getattr(function, "__globals__", {}).get("__name__", "")
-
-
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of this module does something besides its library's forward."""
     attributes = module.__dict__  # a look-up here takes half the time of getattr
@@ -124,7 +125,7 @@ def is_hooked(module: nn.Module) -> bool:
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
-        or ("forward" in attributes and not _acts_as_its_class(module))
+        or ("forward" in attributes and not acts_as_its_class(module))
         or why_patched(type(module))
     )
 
@@ -138,31 +139,6 @@ def _guard(module: nn.Module) -> None:
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         len(module.__dict__[hooks])
     _ = module.forward
-
-
-def _acts_as_its_class(module: nn.Module) -> bool:
-    """Whether the forward in this module's ``__dict__`` computes the same as its class's.
-
-    True for three forwards:
-
-    * accelerate's and ms-swift's, which only move inputs to the weight's device.  (The fast path
-      requires inputs on that device.)
-    * the class's own forward, bound to this module.  accelerate leaves it in ``__dict__`` when it
-      removes its hook.
-    """
-    forward = module.__dict__["forward"]
-    if "forward_origin" in module.__dict__:
-        method: Any = getattr(forward, "__func__", None)
-        if defined_in(method) == "swift.tuners.peft" and method.__name__ == "keep_device_forward":
-            forward = module.__dict__["forward_origin"]  # the forward that it calls
-    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
-        return True
-    hook: Any = module.__dict__.get("_hf_hook")
-    return (
-        is_class(type(hook), "accelerate.hooks", "AlignDevicesHook")
-        and not hook.offload
-        and not hook.io_same_device
-    )
 
 
 def activation_of(act: Any) -> str:

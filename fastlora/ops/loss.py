@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import Backend, backend_name, find_backend
+from ..backends import backend_name, find_backend
 from ..backends.dropout import DropoutMask
 from ..backends.loss import loss_of_rows
 from ..backends.protocol import LossSettings
@@ -22,7 +22,6 @@ from ..call.checks import check_call, check_tensor
 from ..call.projection import (
     Adapter,
     Base,
-    Layout,
     Output,
     flatten,
     is_plain,
@@ -41,9 +40,7 @@ REDUCTIONS = ("mean", "sum", "none")
 class Head(NamedTuple):
     """A call of a head, which is a linear layer before a loss: its x [..., K] and its tensors.
 
-    With dropout, ``seeds`` is int64 [1], and ``rows`` is the number of rows of the mask.
-    ``mask_rows`` holds the mask's row index for each row of x; None means that x has all rows of
-    the mask, in order.
+    With dropout, ``seeds`` is int64 [1].
     """
 
     x: Tensor
@@ -51,25 +48,20 @@ class Head(NamedTuple):
     dropout: float = 0.0
     backend: str | None = None
     seeds: Tensor | None = None
-    mask_rows: Tensor | None = None
-    rows: int = 0
 
-    def masks(self, kept: Tensor | None = None) -> list[DropoutMask | None]:
-        """The mask of each adapter for the rows of x: all rows, or the rows numbered ``kept``."""
+    def masks(self, rows: Tensor | None = None) -> list[DropoutMask | None]:
+        """The mask of each adapter for these rows of x, int64 [count], or for all rows."""
         if self.seeds is None:
             return [None] * len(self.output.adapters)
-        mask = DropoutMask(self.seeds, (self.rows, self.x.shape[-1]), self.dropout)
-        if self.mask_rows is not None:
-            mask = mask.of_rows(self.mask_rows.flatten())
-        return [mask if kept is None else mask.of_rows(kept)]
+        mask = DropoutMask(self.seeds, as_matrix(self.x).shape, self.dropout)
+        return [mask if rows is None else mask.of_rows(rows)]
 
 
 def head_of(x: Tensor, output: Output[Tensor], dropout: float, backend: str | None = None) -> Head:
     """The record of a head's call with x.  With dropout, this draws the call's seed."""
     if not dropout or not output.adapters:
         return Head(x, output, 0.0, backend)
-    rows = x.numel() // x.shape[-1]
-    return Head(x, output, dropout, backend, draw_seed(1, x.device), rows=rows)
+    return Head(x, output, dropout, backend, draw_seed(1, x.device))
 
 
 def linear_cross_entropy(
@@ -223,37 +215,33 @@ def _composite(
 
 
 class _LossCall(NamedTuple):
-    """The node's arguments that autograd doesn't track."""
+    """The node's arguments that autograd doesn't track.  T rows of the target count."""
 
     head: Head  # its x is a matrix
-    layout: Layout
-    target: Tensor  # int64 [rows that count]
-    kept: Tensor | None  # the numbers of the rows that count; None if all do
+    target: Tensor  # int64 [T]
+    rows: Tensor | None  # int64 [T]: the row of x for each of them; None: all rows, in order
     settings: LossSettings
     reduction: str
-    backend: Backend
-    of_target: Tensor | None = None  # [rows that count], filled with each target's logit
 
     def losses(
         self, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Each row's loss, 0 for an ignored row, and the gradient of each input.
+        """The losses [T], and the gradients of the inputs: dx [T, K] and the other gradients.
 
         The gradients belong to the sum of the losses, each times its number in ``upstream``.
         """
         x, *tensors = inputs
-        layouts, kept = (self.layout,), self.kept
+        layouts, rows = layouts_of([self.head.output]), self.rows
+        backend = find_backend(backend_name(self.head.backend, x.device))
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
         losses, dx, gradients = loss_of_rows(
-            x if kept is None else x[kept], self.target, output, self.head.masks(kept),
-            self.settings, self.backend.row_loss, needs[0], wanted, upstream, self.of_target,
+            x if rows is None else x[rows], self.target, output,
+            self.head._replace(x=x).masks(rows), self.settings, backend.row_loss, needs[0],
+            wanted, upstream,
         )  # fmt: skip
-        if kept is not None:
-            losses = losses.new_zeros(len(x)).index_copy_(0, kept, losses)
-            dx = None if dx is None else torch.zeros_like(x).index_copy_(0, kept, dx)
         found = [dx, *flatten([gradients], layouts)]
-        if not len(self.target):  # no row counts
-            pairs = zip(inputs, needs, strict=True)
+        if not len(self.target):
+            pairs = zip([x[:0], *tensors], needs, strict=True)
             found = [torch.zeros_like(tensor) if need else None for tensor, need in pairs]
         return losses, found
 
@@ -270,36 +258,36 @@ def head_loss(
     settings: LossSettings,
     reduction: str,
     ignore_index: int,
+    rows: Tensor | None = None,
     via: Tensor | None = None,
-    of_target: Tensor | None = None,
 ) -> Tensor:
     """The loss of a head's call without logits.  The caller has checked the arguments.
 
-    The backward also reaches the node of ``via``, with None as its gradient.  ``of_target``, one
-    number for each row that counts, is filled with the logit of the row's class.
+    ``rows``: for each row of the target, the row of x; None if they are all rows, in order.  The
+    backward also reaches the node of ``via``, with None as its gradient.
     """
     x, t = as_matrix(head.x), target.flatten().contiguous()
-    counts = t != ignore_index
+    rows, counts = None if rows is None else rows.flatten(), t != ignore_index
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     if kept is not None:
-        t = t[kept]
+        t, rows = t[kept], kept if rows is None else rows[kept]
     V = head.output.base.weight.shape[0]
     if t.is_cpu and t.numel():
         low, high = (int(end) for end in t.aminmax())
         if low < 0 or high >= V:
             wrong = low if low < 0 else high
             raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
-    layouts = layouts_of([head.output])
-    backend = find_backend(backend_name(head.backend, x.device))
-    call = _LossCall(
-        head._replace(x=x), layouts[0], t, kept, settings, reduction, backend, of_target
-    )
-    inputs = x, *flatten([head.output], layouts)
+    call = _LossCall(head._replace(x=x), t, rows, settings, reduction)
+    inputs = x, *flatten([head.output], layouts_of([head.output]))
     if torch.is_grad_enabled():
         loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
     else:
         loss = call.reduced(call.losses(inputs, [False] * len(inputs))[0])
-    return loss.view(target.shape) if reduction == "none" else loss
+    if reduction != "none":
+        return loss
+    if kept is not None:
+        loss = loss.new_zeros(counts.shape).index_copy(0, kept, loss)
+    return loss.view(target.shape)
 
 
 class LinearCrossEntropyFunction(Function):
@@ -316,28 +304,27 @@ class LinearCrossEntropyFunction(Function):
         ctx.save_for_backward(*([*inputs, call.target] if later else gradients))
         # Without x, which would stay alive until the backward.
         no_x = inputs[0].new_empty(0, inputs[0].shape[1])
-        ctx.call = call._replace(head=call.head._replace(x=no_x), of_target=None)
-        ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
+        ctx.call = call._replace(head=call.head._replace(x=no_x))
+        ctx.later, ctx.like = later, [(tensor.shape, tensor.dtype) for tensor in inputs]
         return call.reduced(losses)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         refuse_by_torch_only([upstream], "the fused loss", "compute the logits and their loss")
+        upstream = upstream.contiguous()
+        if call.reduction == "mean":  # by 1 if no row counts: all gradients are 0
+            upstream = upstream / max(len(call.target), 1)
         if ctx.later:
-            of_rows = upstream.contiguous() if call.kept is None else upstream[call.kept]
             *inputs, target = saved
-            call, needs = call._replace(target=target), ctx.needs_input_grad[2:]
             with autocast_off(upstream.device.type):
-                _, found = call.losses(inputs, needs, of_rows)
-            pairs = zip(found, ctx.dtypes, strict=True)
-            return None, None, *[None if g is None else g.to(dtype) for g, dtype in pairs]
-        if not len(call.target):  # copies, because autograd may accumulate in place
-            return None, None, *[None if g is None else g.clone() for g in saved]
-        if call.reduction == "mean":
-            upstream = upstream / len(call.target)
-        factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
-        if call.reduction == "none" and call.kept is not None:  # 0 · NaN at an ignored row is NaN
-            factor = torch.zeros_like(factor).index_copy_(0, call.kept, factor[call.kept])
-        pairs = zip(saved, ctx.dtypes, strict=True)
-        return None, None, *[None if g is None else (g * factor).to(dtype) for g, dtype in pairs]
+                call = call._replace(target=target)
+                _, found = call.losses(inputs, ctx.needs_input_grad[2:], upstream)
+        else:
+            factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
+            found = [None if g is None else g * factor for g in saved]
+        dx = found[0]
+        if dx is not None and call.rows is not None:
+            found[0] = dx.new_zeros(ctx.like[0][0]).index_add_(0, call.rows, dx)
+        pairs = zip(found, ctx.like, strict=True)
+        return None, None, *[None if g is None else g.to(dtype) for g, (_, dtype) in pairs]

@@ -86,7 +86,7 @@ class FastLinear(Fast, MergesDense, Recorded):
         return layer.get_base_layer()
 
     def read_head(self) -> LinearRecord:
-        """The record of a layer that is a model's head (:mod:`fastlora.layers.head`)."""
+        """The record of a layer that is a model's head (:mod:`fastlora.peft.head`)."""
         layer: Any = self
         if layer.merged and layer.disable_adapters:  # PEFT unmerges it in the call
             return LinearRecord("its adapter is merged and disabled")

@@ -18,7 +18,6 @@ from ..layers import mlp
 from ..layers.classes import Fast, change_classes, own_classes
 from ..layers.experts_module import PackedWeight
 from ..layers.frozen import frozen_classes
-from ..layers.head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from ..layers.linear import LoRALinear
 from ..layers.modules import check_model, has_sharded, plain_name, unwrap
 from ..layers.report import (
@@ -33,6 +32,7 @@ from ..layers.report import (
 )
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 from .convert_int8 import convert, give_back_dense, notes_of
+from .head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from .learning import doubts, untrained_note
 from .targets import peft_layers
 

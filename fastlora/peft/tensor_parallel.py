@@ -31,10 +31,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..call.projection import Base, Output
-from ..common.other_packages import is_dtensor
+from ..common.other_packages import defined_in, is_dtensor
 from ..layers.classes import twin
 from ..layers.guards import LinearRecord
-from ..layers.module_parts import defined_in
 from ..ops.functional import linears
 from ..ops.node import draw_seed
 

@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.values import check_switches, must
 from ..layers.batch import in_mode, kept_buffers
-from ..layers.head import lazy_head
 from ..layers.modules import called, check_model, some, unwrap
 from ..packing.files import PREFIX, check_folder, write_adapter, write_whole
+from ..peft.head import lazy_head
 from . import record
 from .record import State, Sweep
 from .training import Loss, Training, as_batch, causal_loss, counted, drawing, feed, skip

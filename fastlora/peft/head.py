@@ -21,19 +21,18 @@ from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
 from ..common.other_packages import FULLY_SHARDED, derived_from
+from ..layers.classes import change_classes, changed_classes, class_over
+from ..layers.frozen import read_frozen
+from ..layers.guards import LinearRecord, fits_weight
+from ..layers.logits import tensors_of
+from ..layers.logits_functions import lazy_logits
+from ..layers.loss_seen import RAN, line_of_loss, watch
+from ..layers.module_parts import is_hooked, under, why_patched
+from ..layers.modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 from ..ops.dispatch import autocast_inputs, autocast_is_on, is_eager
 from ..ops.loss import Head, head_of
-from .classes import change_classes, changed_classes, class_over
-from .frozen import read_frozen
-from .guards import LinearRecord, fits_weight
-from .logits import tensors_of
-from .logits_functions import lazy_logits
-from .loss_seen import RAN, line_of_loss, watch
-from .module_parts import is_hooked, under, why_patched
-from .modules import embeddings_of, has_sharded, parts_of_fsdp, plain_name
 
 _PEFT_COPIES = ("peft.utils.other", "ModulesToSaveWrapper")  # a module with copies that train
-_PEFT_LORA = ("peft.tuners.lora.layer", "LoraLayer")
 _MOBILEBERT = ("transformers.models.mobilebert", "MobileBertLMPredictionHead")
 ASKED = "_fastlora_loss"  # in the __dict__ of a model whose head was made lazy
 
@@ -57,24 +56,18 @@ class LazyHead(nn.Module):
 def _merged_in(head: Any) -> list[str]:
     """The adapters that PEFT has merged into the head's weight.
 
-    Lazy logits check this list, because PEFT merges by writing to ``weight.data``, which doesn't
-    increase the tensor's version counter.
+    PEFT merges by writing to ``weight.data``, which doesn't increase the version counter.
     """
     return list(getattr(head, "merged_adapters", ()))
 
 
-def head_classes(model: nn.Module) -> dict[nn.Module, Any]:
-    """The lazy class of the model's head, and of copies that train.  Warns if it can't be lazy."""
-    if reason := why_no_lazy_head(model):
-        text = f"loss=True has no effect, the loss computes logits: {reason}"
-        warnings.warn(text, stacklevel=5)
-        return {}
-    return lazy_classes(heads_of(model))
-
-
 def make_lazy(model: nn.Module) -> dict[nn.Module, Any]:
     """Make the model's head lazy, or warn.  Returns the replaced classes."""
-    classes = change_classes(head_classes(model))
+    if reason := why_no_lazy_head(model):
+        text = f"loss=True has no effect, the loss computes logits: {reason}"
+        warnings.warn(text, stacklevel=4)
+        return {}
+    classes = change_classes(lazy_classes(heads_of(model)))
     if classes:
         model.__dict__[ASKED] = True
     watch(classes)
@@ -99,9 +92,13 @@ def why_no_lazy_head(model: nn.Module) -> str:
     """Why the model's head can never be lazy; "" if calls of it may be."""
     if any(derived_from(type(module), *_MOBILEBERT) for module in model.modules()):
         return "MobileBert reads the head's weight, and doesn't call the head"
-    found = heads_of(model)
-    reason = "" if found else "get_output_embeddings() of the model returns no module"
-    return next(filter(None, map(_why_not_head, found)), reason)
+    heads = heads_of(model)
+    for head in heads:
+        if type(head).__call__ not in (nn.Module.__call__, LazyHead.__call__):
+            return f"the head is a {type(head).__name__}, which has a __call__ of its own"
+        if reason := read_head(head).reason:
+            return f"the head: {reason}"
+    return "" if heads else "get_output_embeddings() of the model returns no module"
 
 
 def lazy_classes(heads: Iterable[nn.Module]) -> dict[nn.Module, Any]:
@@ -124,23 +121,23 @@ def lazy_head(model: nn.Module) -> Iterator[None]:
 
 
 def cover_head(model: nn.Module) -> str:
-    """The report's line on each lazy head; "" if the model has none."""
-    named = {plain_name(n): m for n, m in model.named_modules()}
-    # PEFT makes a lazy head the base of a layer of its own if it adds an adapter to it.
-    found = [n.removesuffix(".base_layer") for n, m in named.items() if isinstance(m, LazyHead)]
-    lines = []
-    for name in dict.fromkeys(found):
-        if not name.endswith(".original_module"):  # PEFT calls it only while adapters are disabled
-            head = named[name]
+    """The report's line on each head; "" if it was never lazy."""
+    heads, lines = heads_of(model), []
+    for name, head in model.named_modules():
+        # PEFT calls the original of a trained copy only while adapters are disabled.
+        if head not in heads or name.endswith(".original_module"):
+            continue
+        if isinstance(head, LazyHead):
             reason = why_not_lazy(head, read_head(head))
-            if not isinstance(head, LazyHead):
-                reason = "its adapter was added later, call fastlora.optimize with loss=True again"
-            with_logits = f"loss with logits: {name}: {reason}"
-            lines.append(with_logits if reason else line_of_loss(name, head, model))
-    if not lines and ASKED in model.__dict__:
-        names = [name for name, module in named.items() if module in heads_of(model)]
-        reason = "it replaced the lazy head, call fastlora.optimize with loss=True again"
-        lines = [f"loss with logits: {name}: {reason}" for name in names]
+        elif isinstance(getattr(head, "base_layer", None), LazyHead):
+            reason = "its adapter was added later, call fastlora.optimize with loss=True again"
+        elif ASKED in model.__dict__:
+            reason = "it replaced the lazy head, call fastlora.optimize with loss=True again"
+        else:
+            continue
+        name = plain_name(name)
+        with_logits = f"loss with logits: {name}: {reason}"
+        lines.append(with_logits if reason else line_of_loss(name, head, model))
     return "\n".join(lines)
 
 
@@ -152,21 +149,10 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
-def _why_not_head(head: nn.Module) -> str:
-    """Why this module can never be a lazy head; "" if calls of it may be lazy."""
-    if type(head).__call__ not in (nn.Module.__call__, LazyHead.__call__):
-        return f"the head is a {type(head).__name__}, which has a __call__ of its own"
-    record = read_head(head)
-    return "" if not record.reason else f"the head: {record.reason}"
-
-
 def read_head(head: Any) -> LinearRecord:
     """Read the tensors and numbers of a head's calls, or the reason why no call is lazy now."""
-    if hasattr(head, "read_head"):  # LoRA layers have this method
-        return head.read_head()
-    if derived_from(type(head), *_PEFT_LORA):
-        return LinearRecord(f"it is a {type(head).__name__} of PEFT, which isn't optimized")
-    return read_frozen(head)
+    # An optimized LoRA layer has the method.
+    return head.read_head() if hasattr(head, "read_head") else read_frozen(head)
 
 
 def why_not_lazy(head: nn.Module, record: LinearRecord) -> str:
