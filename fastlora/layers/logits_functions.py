@@ -109,7 +109,7 @@ def _rows_of(cell: Cell) -> Tensor:
     if cell.recipe.rows is not None:
         return cell.recipe.rows
     lead = cell.like.shape[:-1]
-    return torch.arange(lead.numel(), device=cell.call.head.x.device).view(lead)
+    return torch.arange(lead.numel(), dtype=torch.int64, device=cell.call.head.x.device).view(lead)
 
 
 @_handles(STEPS, _aten.index.Tensor)
@@ -285,7 +285,7 @@ def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **other
         return NotImplemented
     rows, known = _rows_of(lazy.cell), _rows_of(cell).flatten()
     place = known.new_empty(as_matrix(cell.call.head.x).shape[0])  # of each row of x in lse
-    place[known] = torch.arange(len(known), device=known.device)
+    place[known] = torch.arange(len(known), dtype=torch.int64, device=known.device)
     found = lse.flatten()[place[rows]]
     return found.unsqueeze(-1) if keepdim else found
 
