@@ -23,8 +23,8 @@ from ..backends.protocol import Call
 from ..call.projection import Output
 from ..formats.format import Quantized
 
-# The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.17 × the time
-# of PEFT's layer, and 1.90 × with a node; without dropout 1.01 × and 1.29 × (``make bench
+# The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.13 × the time
+# of PEFT's layer, and 1.90 × with a node; without dropout 1.04 × and 1.29 × (``make bench
 # ARGS="-k few-16x256"``; with 0 here, it times the node).  More rows gain less.  The cost without a
 # node is that dropout saves its mask and the dropped x: 21 KiB instead of 17 for these 16 rows.
 MOST_ROWS = 32
