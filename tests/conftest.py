@@ -62,18 +62,9 @@ settings.register_profile("long", max_examples=1000, stateful_step_count=20, **_
 settings.load_profile("same")
 
 
-# The files that take longest.  They run first, so that at the end of `make test` no process waits
-# for another one's long file.
-SLOWEST = [
-    "test_changes", "test_worlds", "test_finetune_example", "test_compile", "test_distributed",
-    "test_machine", "test_visit", "test_host", "test_inject", "test_numbers", "test_tune",
-]  # fmt: skip
-
-
 @pytest.hookimpl(specname="pytest_collection_modifyitems")  # machine.plugin has that name
-def order_and_mark(config, items):
-    """Order files, and mark tests that compare bits automatically, so that none is forgotten."""
-    items.sort(key=lambda item: [*SLOWEST, item.path.stem].index(item.path.stem))
+def pytest_mark_bits(config, items):
+    """Mark tests that compare bits automatically, so that none is forgotten."""
     if "bits" in config.option.markexpr:
         for item in items:
             if wants_equal_bits(item.function):
