@@ -67,6 +67,9 @@ class PackedWrapper(MergesDense, nn.Module):
         base = layer.get_base_layer()
         if _dropout_of(layer):
             raise RuntimeError(f"this call of experts can't have lora_dropout: {_why(layer)}")
+        for wrapper in wrappers_in(layer):
+            if wrapper.disable_adapters and wrapper.merged:  # PEFT's forward unmerges, too
+                wrapper.unmerge()
         if needs_class(base) or packed_names(base):
             return _run_dense(self, (x, *args), kwargs)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
