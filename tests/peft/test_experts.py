@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 from models import randomize
-from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
+from moe_models import IDS, MODELS, base_model, experts_of, logits, parameters_of, train
 from packed import NEEDS_5
+from packed_experts import packed_model
 from peft.tuners.lora import layer as peft_layer
 from peft_models import adapted, assert_runs_the_same, counted_calls, optimized, run_both
 from torch import Tensor, nn
@@ -315,3 +316,19 @@ def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
     monkeypatch.setattr(proxy, "forward", lambda self, weight: plain(self, weight) + 1)
     reason = "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     assert_peft_s(layer_of(), reason)
+
+
+@pytest.mark.parametrize("format", ["nf4", "mxfp4"])
+def test_packed_experts_that_are_merged_and_disabled_give_the_base(format):
+    model = packed_model("qwen3", format)
+    base = logits(model)
+    model = fastlora.get_peft_model(
+        model, peft.LoraConfig(target_modules=[], target_parameters=parameters_of("qwen3"))
+    )
+    randomize(model)
+    adapted_model = logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base)
+    torch.testing.assert_close(logits(model), adapted_model)
+    assert not torch.allclose(adapted_model, base, rtol=0.01)
