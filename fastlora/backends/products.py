@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..call.projection import HALF_DTYPES, Base, Output
-from ..common.row_blocks import Dense, slices, widened
+from ..common.row_blocks import Dense, slices, source_of, widened
 from ..formats.format import Quantized
 
 # For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
@@ -175,9 +175,8 @@ def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tupl
     total, columns = weight.shape
     rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
     rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
-    source: Any = weight
-    if isinstance(weight, Tensor):
-        source = Dense(weight.resolve_neg())
+    source = source_of(weight)
+    if isinstance(source, Dense):
         by_columns = is_by_columns(source.matrix)
         buffer = SCRATCH.take("weight", rows, columns, by_columns=by_columns, gap=_GAP)
     else:  # no gap, because unpacking is faster into contiguous rows

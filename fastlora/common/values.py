@@ -52,8 +52,7 @@ def check_optimize(base: Any = None, int8_from: Any = 0, loss: Any = None, **oth
     """Raise ValueError unless these are values for the arguments of ``fastlora.optimize``."""
     check_switches(**others, loss=loss is not None and loss)
     must(base in (None, "int8"), "base", base, '"int8", or None for no change')
-    is_size = is_number(int8_from) and int8_from >= 0
-    must(is_size, "int8_from", int8_from, "a number of features")
+    must(is_number(int8_from) and int8_from >= 0, "int8_from", int8_from, "a number of features")
 
 
 def is_number(value: object) -> bool:

@@ -188,8 +188,7 @@ def needs_class(module: nn.Module) -> bool:
 
     True if a weight is a :class:`PackedWeight`, or is dense in a class for packed weights.
     """
-    is_held = any(isinstance(part, PackedWeight) for part in module._modules.values())
-    return is_held or not all(_packed(module).values())
+    return bool(_held(module)) or not all(_packed(module).values())
 
 
 def packed_names(module: nn.Module) -> list[str]:
@@ -197,11 +196,18 @@ def packed_names(module: nn.Module) -> list[str]:
     return [name for name, is_packed in _packed(module).items() if is_packed]
 
 
+def _held(module: nn.Module) -> list[str]:
+    """The names of weights that fastlora packed."""
+    return [name for name, part in module._modules.items() if isinstance(part, PackedWeight)]
+
+
 def _packed(module: nn.Module) -> dict[str, bool]:
-    """Whether each of these weights is packed: the weights that fastlora packed, and all weights of
-    a class for packed weights (FP8Experts, GgufExperts), which may be dense."""
-    found = {name: isinstance(part, PackedWeight) for name, part in module._modules.items()}
-    found = {name: True for name, is_held in found.items() if is_held}
+    """For each name, whether the weight is packed.
+
+    The names are those of weights that fastlora packed, and of all weights of a class for packed
+    weights (FP8Experts, GgufExperts), where they may be dense.
+    """
+    found = dict.fromkeys(_held(module), True)
     names = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
     # The first condition is quick, and false for most modules.
     if "gate_up_type" in vars(module) and gguf.is_experts(plain_class_of(module)):

@@ -14,6 +14,7 @@ changed since the head's call, this raises RuntimeError.
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class HeadCall:
         self.trained = [alias for tensor, alias in pairs[1:] if tensor.requires_grad]  # without x
         self.state = self._state()
         self.hooks = _top_hooks()
+        self.lock = threading.RLock()  # two threads may read the elements
         self.is_computed = False
         self.hs: list[Tensor] | None = None  # the adapter's h, saved for backward
         self.cells: WeakSet[Cell] = WeakSet()  # of all lazy tensors that are still in use
@@ -96,13 +98,13 @@ class HeadCall:
         All are computed together, because the caller may next write to one of them in place.  That
         write must change its views, but no tensor that was computed from the old elements.
         """
-        if not self.is_computed:
-            with torch.no_grad(), autocast_off(self.head.x.device.type):
+        with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
+            if not self.is_computed:
                 self.check()
                 self.say(reader)
                 for cell in [*self.cells]:
                     cell.compute()
-            self.is_computed = True
+                self.is_computed = True
 
     def logits(self) -> Tensor:
         """The output of the head."""

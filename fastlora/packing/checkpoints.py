@@ -75,12 +75,11 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         print(fastlora.load_packed(model, folder))
 
-    Returns a report of the packed weights
-    and the bytes that were read.  Raises FileNotFoundError for a folder without a checkpoint, and
-    TypeError if ``model`` is not a module or ``folder`` not a path.  Raises ValueError for a
-    damaged file, missing or extra keys, other shapes or dtypes, a checkpoint without packed
-    weights, a model with adapters, values too large for a float16 model, and a buffer that
-    ``_init_weights`` doesn't initialize.  After an error the model is unchanged.
+    Returns a report of the packed weights and the bytes that were read.  Raises FileNotFoundError
+    for a folder without a checkpoint, and TypeError if ``model`` is not a module or ``folder`` not
+    a path.  Raises ValueError for a damaged file, missing or extra keys, other shapes or dtypes, a
+    checkpoint without packed weights, a model with adapters, values too large for a float16 model,
+    and a buffer that ``_init_weights`` doesn't initialize.  After an error the model is unchanged.
     """
     check_model(model)
     path, model = check_folder(folder), unwrap(model)
