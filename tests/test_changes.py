@@ -46,7 +46,7 @@ WALKS = {
     "dora": ("merge unmerge variant-dropped",),
     "quantized": ("merge restore",),
     "block": ("activation restore optimize",),
-    "experts": ("merge",),
+    "experts": ("merge restore",),
     "packed-experts": ("merge unmerge",),
 }  # fmt: skip
 ROWS = [(kind, walk) for kind, walks in WALKS.items() for walk in walks if kind in KINDS]
@@ -82,8 +82,9 @@ def test_each_change_is_followed(kind, walk, number):
     follow(kind, walk, WAYS[number % 3], backend=compiler)
 
 
-def test_inductor_follows():
-    follow("linear", "merge disable", "model", p=0.0, fullgraph=True)
+@pytest.mark.parametrize(("kind", "walk"), [("own", "merge"), ("linear", "merge disable")])
+def test_inductor_follows(kind, walk):
+    follow(kind, walk, "model", p=0.0, fullgraph=True)
 
 
 @pytest.mark.parametrize("kind", ["own", "linear"])

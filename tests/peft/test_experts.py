@@ -322,10 +322,8 @@ def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
 def test_packed_experts_that_are_merged_and_disabled_give_the_base(format):
     model = packed_model("qwen3", format)
     base = logits(model)
-    model = fastlora.get_peft_model(
-        model, peft.LoraConfig(target_modules=[], target_parameters=parameters_of("qwen3"))
-    )
-    randomize(model)
+    config = peft.LoraConfig(target_modules=[], target_parameters=parameters_of("qwen3"))
+    model = randomize(fastlora.get_peft_model(model, config))
     adapted_model = logits(model)
     model.merge_adapter()
     with model.disable_adapter():
