@@ -4,20 +4,23 @@ torch.fx makes a function of the graph, which replays the call.  Printed (``Capt
 the function of h = x lora_aᵀ is this, where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        h = buffer()
-        planes = buffer_1()
+        workspace = buffer()
+        at_workspace = workspace.data_ptr()
+        h = buffer_1()
         constant_0 = self.constant_0
         at_t0 = t0.data_ptr();  t0 = None
         at_t1 = t1.data_ptr();  t1 = None
         at_h = h.data_ptr()
-        at_planes = planes.data_ptr()
-        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (at_planes,), …));  …
-        sum_planes = launch(8, 1, 1, stream, …, ((at_planes,), (at_h,), 8192, …));  …
-        _held = held(planes);  planes = _held = None
+        add = at_workspace + 0;  at_workspace = None
+        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (add,), …));  …
+        sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_h,), 8192, …));  …
+        _held = held(workspace);  workspace = _held = None
         return [h]
 
 The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
+* Buffers that only launches use are parts of one allocation, the workspace, at an offset each.  A
+  part costs the host no call; a step of a layer takes 3 to 5 % less host time.
 * ``buffer`` is ``torch.empty_like`` of an expanded tensor with one element.  That takes half the
   time of ``torch.empty`` with shape and dtype.
 * The generated function deletes a variable after its last use.  A launch gets only an address,
@@ -49,6 +52,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import INTERPRETED
 from .launch import Launch, recording
 
+_ALIGNED = 512  # bytes; torch also aligns its allocations on a GPU to this
 _BUFFERS = (Tensor.new_empty, torch.empty_like)  # functions that make buffers
 # torch.fx writes these values into the source.  Any other value is a constant of the replay.
 _LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
@@ -96,6 +100,7 @@ class _Recorder(TorchFunctionMode):
         self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
         self.launches: list[Node] = []
+        self.buffers: dict[Node, Tensor] = {}
         self.last_use: dict[Node, int] = {}  # a tensor's node -> last launch that gets its address
         self.kernels: list[Any] = []
         self.identities: set[str] = set()
@@ -163,6 +168,7 @@ class _Recorder(TorchFunctionMode):
     def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
         output = self.graph.output([self._argument(each) for each in results])
         self._drop_unused()
+        self._share_workspace()
         self._hold(output.all_input_nodes)
         self._drop_unused()
         # Not a GraphModule: it would keep the graph, and torch.fx would keep its source forever.
@@ -175,17 +181,22 @@ class _Recorder(TorchFunctionMode):
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         # A contiguous buffer depends on no other tensor.
         if function in _BUFFERS and result.is_contiguous():
-            at_most_one = result.shape if result.numel() < 2 else ()
-            like = torch.empty(at_most_one, dtype=result.dtype, device=self.device)
-            allocate: Any = partial(torch.empty_like, like.expand(result.shape))
-            # Its name in torch.fx's source.
-            allocate.__name__, allocate.__module__ = "buffer", __name__
-            return self._call(allocate, [], name="buffer")
+            node = self._buffer(result.shape, result.dtype)
+            self.buffers[node] = result
+            return node
         inputs = [self._argument(each) for each in arguments]
         if function.__name__ == "__get__":  # of a property, such as T
             return self._call(getattr, [*inputs, function.__self__.__name__])
         options = {name: self._argument(each) for name, each in keywords.items()}
         return self._call(function, inputs, options)
+
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> Node:
+        at_most_one = shape if torch.Size(shape).numel() < 2 else ()
+        like = torch.empty(at_most_one, dtype=dtype, device=self.device)
+        allocate: Any = partial(torch.empty_like, like.expand(shape))
+        # Its name in torch.fx's source.
+        allocate.__name__, allocate.__module__ = "buffer", __name__
+        return self._call(allocate, [], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
@@ -226,10 +237,37 @@ class _Recorder(TorchFunctionMode):
         node = self._argument(base)
         self.last_use[node] = len(self.launches)
         if node not in self.addresses:
-            function = _held if INTERPRETED.value else Tensor.data_ptr
-            self.addresses[node] = self._call(function, [node], name=f"at_{node.name}")
+            self.addresses[node] = self._at(node)
         address = self.addresses[node]
         return self._call(add, [address, offset]) if offset else address
+
+    def _at(self, node: Node) -> Node:
+        function = _held if INTERPRETED.value else Tensor.data_ptr
+        return self._call(function, [node], name=f"at_{node.name}")
+
+    def _share_workspace(self) -> None:
+        """Make the buffers that only launches use parts of one allocation, the workspace."""
+        size, offsets = 0, {}
+        for node in self.last_use:
+            if node in self.buffers and node.users.keys() == {self.addresses[node]}:
+                offsets[node] = size
+                size += -(-self.buffers[node].nbytes // _ALIGNED) * _ALIGNED
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            workspace = self._buffer([size], torch.uint8, "workspace")
+            start = self._at(workspace)
+        for node, offset in offsets.items():
+            address = self.addresses[node]
+            with self.graph.inserting_before(address):
+                address.replace_all_uses_with(self._part(start, offset, self.buffers[node]))
+            self.last_use[workspace] = max(self.last_use.get(workspace, 0), self.last_use.pop(node))
+
+    def _part(self, start: Node, offset: int, buffer: Tensor) -> Node:
+        if not INTERPRETED.value:  # an empty buffer has address 0
+            return self._call(add, [start if buffer.numel() else 0, offset])
+        part = self._call(getitem, [start, slice(offset, offset + buffer.nbytes)])
+        typed = self._call(Tensor.view, [part, buffer.dtype])
+        return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
     def _hold(self, returned: Sequence[Node]) -> None:
         """Add ``held(tensor)`` after the last launch with each new tensor, to keep it alive."""

@@ -89,7 +89,7 @@ def test_modes_of_the_caller_s_do_not_see_stand_ins(mode):
     assert SEEN & {torch.cat, torch.ops.aten.cat.default}
 
 
-def test_a_buffer_is_written_by_torch_and_read_by_a_launch():
+def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
     def function(tensors):
         planes = [tensors[0].new_empty(2, 8) for _ in range(2)]
         sums = [tensors[0].new_empty(8) for _ in range(2)]
@@ -99,8 +99,9 @@ def test_a_buffer_is_written_by_torch_and_read_by_a_launch():
 
     x = torch.randn(2, 8)
     made = capture_call(function, [x], ())
-    shapes = [tuple(like.shape) for like in buffers_of(made).values()]
-    assert shapes == [(2, 8), (2, 8), (8,), (8,)]
+    shapes = {name: tuple(like.shape) for name, like in buffers_of(made).items()}
+    assert list(shapes.values()) == [(1024,), (2, 8), (8,)]
+    assert shapes["workspace"] == (1024,)
     assert torch.equal(made.replay(None, x)[0], x.sum(0))
 
 
