@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from models import Reverse, randomize, refused, tiny_llama
-from process import Ranks
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -417,13 +416,6 @@ def test_a_compiled_loss_takes_lazy_logits(fresh_compiler):
     torch.testing.assert_close(torch.compile(of, backend="eager")(logits), expected)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 TRAININGS = {
     "accumulation": {"gradient_accumulation_steps": 2} | EVALUATED,
@@ -459,13 +451,6 @@ def test_trainer_s_metrics_get_the_predictions(tmp_path):
         found.append(trainer.evaluate())
     assert found[0]["eval_sum"] == pytest.approx(found[1]["eval_sum"], rel=1e-6)
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 WRAPPERS = [("ddp", {"find_unused_parameters": True}), ("ddp", {"static_graph": True})]
