@@ -37,6 +37,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from marks import DEVICE, wants_equal_bits
 from marks import pytest_itemcollected as pytest_itemcollected
+from process import Ranks
 from triton.runtime import interpreter
 
 import fastlora
@@ -117,6 +118,36 @@ def log(caplog):
 def wide(monkeypatch):
     """Simulates a CPU that multiplies 16-bit numbers slowly, so their products run in float32."""
     monkeypatch.setattr(products, "FORCED", True)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A function that returns a group of processes, and starts a new one if necessary.
+
+    Starting a group takes seconds, so the files of a session share it.
+    """
+    started: dict[int, Ranks] = {}
+
+    def get(size: int = 2) -> Ranks:
+        if size not in started or not started[size].usable:
+            started[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
+        return started[size]
+
+    yield get
+    for each in started.values():
+        each.close()
+
+
+@pytest.fixture
+def two(ranks) -> Ranks:
+    return ranks()
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fastlora import LoRALinear
 from fastlora.layers import guards
 from fastlora.layers.mlp import GatedMLP
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 # The number of random models of a kind; each is changed 12 times.
 MODELS = dict.fromkeys(KINDS, 3) | dict.fromkeys(("own", "linear", "block"), 14)
 LONG = settings.get_current_profile_name() == "long"
@@ -51,13 +52,6 @@ WALKS = {
 }  # fmt: skip
 ROWS = [(kind, walk) for kind, walks in WALKS.items() for walk in walks if kind in KINDS]
 WAYS = ("model", "in-place", "layers")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def follow(kind: str, walk: str, way: str, p: float = 0.3, **how) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from models import Reverse, randomize, refused, tiny_llama
-from process import Ranks
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -116,6 +115,10 @@ def test_a_batch_without_targets_gives_zero_gradients(labels):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def logits_loss(logits: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+
+
 def logprobs(logits: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, IDS[..., None])
 
@@ -127,22 +130,20 @@ def old_logits(model: nn.Module) -> torch.Tensor:
 
 
 def reversed_logits(model: nn.Module) -> torch.Tensor:
-    rows = Reverse.apply(model(input_ids=IDS).logits).flatten(0, 1)
-    return functional.cross_entropy(rows, IDS.flatten())
+    return logits_loss(Reverse.apply(model(input_ids=IDS).logits))
 
 
 def checkpointed_head(model: nn.Module) -> torch.Tensor:
     hidden = model.base_model.model.model(IDS).last_hidden_state
     head = model.get_output_embeddings()
-    logits = checkpoint(lambda hidden: head(hidden * 1.0), hidden, use_reentrant=True)
-    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+    return logits_loss(checkpoint(lambda hidden: head(hidden * 1.0), hidden, use_reentrant=True))
 
 
 def loss_without_adapters(model: nn.Module) -> torch.Tensor:
     """PEFT freezes the adapters inside of ``disable_adapter()``, after the head's call."""
     logits = model(input_ids=IDS).logits
     with model.disable_adapter():
-        return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+        return logits_loss(logits)
 
 
 def logits_without_adapters(model: nn.Module) -> torch.Tensor:
@@ -177,21 +178,22 @@ def test_a_target_that_changes_before_the_backward_is_an_error():
         loss.sum().backward()
 
 
-def test_merging_the_head_before_the_loss_is_an_error():
-    model = fastlora.optimize(peft_model("adapted"), loss=True)
-    logits = model(input_ids=IDS).logits
-    model.merge_adapter()
-    with pytest.raises(RuntimeError, match="have changed since its call"):
-        functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+MERGES = {  # the changes before and after the head's call
+    "merge": (lambda model: model, lambda model: model.merge_adapter()),
+    "unmerge": (lambda model: model.merge_adapter(), lambda model: model.unmerge_adapter()),
+    "unload": (lambda model: model, lambda model: model.merge_and_unload() and gc.collect()),
+}
 
 
-def test_unmerging_before_the_logits_are_read_is_an_error():
+@pytest.mark.parametrize(("before", "after"), MERGES.values(), ids=MERGES)
+def test_a_merge_before_the_logits_are_read_is_an_error(before, after):
     model = fastlora.optimize(peft_model("adapted"), loss=True)
-    model.merge_adapter()
+    before(model)
     logits = model(input_ids=IDS).logits
-    model.unmerge_adapter()
-    with pytest.raises(RuntimeError, match="have changed since its call"):
-        logits.sum()
+    after(model)
+    for read in (logits_loss, torch.sum):
+        with pytest.raises(RuntimeError, match="have changed since its call"):
+            read(logits)
 
 
 def two_adapters(model: nn.Module) -> None:
@@ -311,7 +313,7 @@ def test_logits_can_be_read_after_backward_but_not_after_a_step():
     with pytest.raises(RuntimeError, match="have changed since its call"):
         second.logits.sum()
     with pytest.raises(RuntimeError, match="have changed since its call"):
-        functional.cross_entropy(second.logits.flatten(0, 1), IDS.flatten())
+        logits_loss(second.logits)
 
 
 # Weights and hidden states that change before the logits are read.
@@ -328,15 +330,6 @@ def test_a_fused_optimizer_s_step_is_noticed(kind, optimizer):
     optimizer(trained, lr=1e-3, fused=True).step()
     with pytest.raises(RuntimeError, match="have changed since its call"):
         out.logits.sum()
-
-
-def test_merging_and_unloading_before_the_logits_are_read_is_an_error():
-    model = fastlora.optimize(peft_model("adapted"), loss=True)
-    logits = model(input_ids=IDS).logits
-    model = model.merge_and_unload()
-    gc.collect()
-    with pytest.raises(RuntimeError, match="have changed since its call"):
-        logits.sum()
 
 
 def test_hidden_states_that_change_in_inference_mode_leave_the_logits():
@@ -356,10 +349,6 @@ def test_a_write_to_the_logits_of_a_checkpointed_loss_is_an_error():
         logits.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def logits_loss(logits: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -427,13 +416,6 @@ def test_a_compiled_loss_takes_lazy_logits(fresh_compiler):
     torch.testing.assert_close(torch.compile(of, backend="eager")(logits), expected)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 TRAININGS = {
     "accumulation": {"gradient_accumulation_steps": 2} | EVALUATED,
@@ -469,13 +451,6 @@ def test_trainer_s_metrics_get_the_predictions(tmp_path):
         found.append(trainer.evaluate())
     assert found[0]["eval_sum"] == pytest.approx(found[1]["eval_sum"], rel=1e-6)
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 WRAPPERS = [("ddp", {"find_unused_parameters": True}), ("ddp", {"static_graph": True})]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from judge import ends_of, make_experts, make_rows
+from judge import ends_of, make_experts, make_rows, peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora.backends import BackwardCall, Call, find_backend
@@ -19,37 +18,28 @@ def torch_backend_only():
 
 
 class Seen(TorchDispatchMode):
-    """Records the operations that run, and the number of elements of the largest new storage."""
+    """Records the operations that run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops, self.largest = [], 0
+        self.ops = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
-        out = func(*args, **(kwargs or {}))
         self.ops.append(func.overloadpacket)
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in before:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
-        return out
+        return func(*args, **(kwargs or {}))
 
 
-def run(x, experts, offsets, p=0.0):
-    """A forward and a backward of the backend itself, without autograd."""
+def run(x, experts, offsets, p=0.0) -> Seen:
+    """A forward and a backward of the backend, without autograd; the backward's operations."""
     weight, lora_a, lora_b, bias = experts
     given = [t for t in (x, weight, bias, lora_a, lora_b) if t is not None]
     tensors, needs = [t.detach() for t in given], [t.requires_grad for t in given]
     one = Call((Layout(bias is not None, (0.5,)),), p, find_backend(), Rows(offsets))
     seeds = torch.tensor([7]) if p else None
     ys, hs = one.backend.forward(tensors, seeds, one)
-    forward = Seen()
-    with forward:
-        one.backend.forward(tensors, seeds, one)
-    backward = Seen()
-    with backward:
+    with Seen() as backward:
         one.backend.backward(BackwardCall(ys, tensors, hs, needs, seeds, one))
-    return forward, backward
+    return backward
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -57,11 +47,10 @@ def test_nothing_of_the_weight_s_size_is_made(p):
     """It computes no W + ΔW, and no gradient of a frozen weight."""
     experts = make_experts(16, 64, 64, 4, torch.float32, bias=True)
     x = make_rows(40, 64, torch.float32)
-    forward, backward = run(x, experts, ends_of([5, 0] * 8), p)
-    of_y = 40 * 64
-    assert max(forward.largest, backward.largest) <= max(of_y, 16 * 64 * 4 * 2)
-    experts.weight.requires_grad_()
-    assert run(x, experts, ends_of([5, 0] * 8), p)[1].largest >= 16 * 64 * 64
+    for trains in (False, True):
+        experts.weight.requires_grad_(trains)
+        before, peak, _ = peak_bytes([x, *experts], lambda: run(x, experts, ends_of([5, 0] * 8), p))
+        assert (peak - before >= experts.weight.nbytes) == trains
 
 
 @pytest.mark.parametrize(
@@ -72,7 +61,7 @@ def test_only_the_gradients_asked_for_are_computed(trained, products):
     x = make_rows(12, 8, torch.float32)
     for name, tensor in ({"x": x} | experts._asdict()).items():
         tensor.requires_grad_(name == trained)
-    _, backward = run(x, experts, ends_of([5, 0, 7]))
+    backward = run(x, experts, ends_of([5, 0, 7]))
     aten = torch.ops.aten
     found = sum(op in (aten.mm, aten.addmm, aten.addmm_) for op in backward.ops)
     assert found == products * 2  # two experts have rows

@@ -64,18 +64,6 @@ def test_fp4_of_deepseek_is_transformers(dtype, scale):
 
 
 @DTYPES
-def test_mxfp4_is_torchaos(dtype):
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    weight = every_mxfp4(torch.float8_e8m0fnu)
-    if dtype == torch.float16:  # torchao also rounds scales to float16
-        packed, scales = (tensor[127 - 24 : 127 + 16] for tensor in weight.tensors)
-        weight = Quantized(MXFP4(40, 512), (packed, scales))
-    packed, scales = weight.tensors
-    theirs = mx.to_dtype(packed, scales, torch.float4_e2m1fn_x2, 32, dtype)
-    assert_same_bits(weight.dense(dtype), theirs)
-
-
-@DTYPES
 @pytest.mark.parametrize("tensor_scale", [1.0, 0.0173, 1e-38, 1e36])
 def test_nvfp4_is_torchaos(dtype, tensor_scale):
     nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")

@@ -33,7 +33,8 @@ PACKED = [
     ("mixtral", "fp8"),
     pytest.param("qwen3", "nf4", marks=needs_bitsandbytes),
 ]
-packed = pytest.mark.parametrize(("name", "kind"), PACKED)
+# Each model and each kind once.
+once = pytest.mark.parametrize(("name", "kind"), [PACKED[0], PACKED[3], *PACKED[6:]])
 LINEAR = ("gpt-oss", "int8")  # packs linear layers, which have biases
 
 
@@ -86,8 +87,7 @@ def test_load_packed_reads_what_save_pretrained_writes(name, kind, tmp_path):
         torch.testing.assert_close(logits(again), expected, **exact)
 
 
-# Each model and each kind once.
-@pytest.mark.parametrize(("name", "kind"), [PACKED[0], PACKED[3], *PACKED[6:]])
+@once
 def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
     make = lambda seed: adapted(mixture(name, kind), name, seed)  # noqa: E731
     resumed, whole = (run.model for run in stopped_and_resumed(make, tmp_path, Trainer))
@@ -108,7 +108,7 @@ def test_load_packed_reads_files_of_other_save_functions(tmp_path):
         assert torch.equal(logits(loaded), expected)
 
 
-@packed
+@once
 def test_a_fully_merged_model_saves_a_dense_checkpoint(name, kind, tmp_path):
     model = adapted(mixture(name, kind), name).merge_and_unload()
     model.save_pretrained(tmp_path / "dense")

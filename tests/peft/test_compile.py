@@ -49,8 +49,8 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
 
     DoRA applies PEFT's own dropout layer, so it needs no shared masks.
     """
-    settings, count = COMPILED[name], 1 if what == "model" else 2
-    theirs = llama(count, **settings)
+    settings = COMPILED[name]
+    theirs = llama(blocks=1, **settings)
     ours = optimized(theirs)
     expected, _ = train_compiled(theirs, theirs, share=name == "dropout")
     options = {"backend": "aot_eager", "fullgraph": True}
@@ -61,7 +61,7 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
             block.compile(**options)
         got, ops = train_compiled(ours, ours, share=False)
     assert_same(got, expected, ROUNDING)
-    layers = count * LAYERS // 2
+    layers = LAYERS // 2
     # DoRA multiplies the dropped x in a call of its own; the first q, k and v have an x without
     # gradient.
     apart = (layers, layers - 3) if name == "dora-dropout" else (0, 0)

@@ -123,17 +123,6 @@ def test_autocast(implementation):
         assert (ours - truth).norm() < 2.5 * (their - truth).norm() + 1e-3 * truth.norm()
 
 
-def test_files_and_merging_are_peft_s(tmp_path):
-    theirs = model_of()
-    ours = optimized(theirs)
-    ours.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base_model("qwen3"), tmp_path)
-    for name, tensor in peft.get_peft_model_state_dict(again).items():
-        assert torch.equal(tensor, peft.get_peft_model_state_dict(theirs)[name])
-    merged = [model.merge_and_unload()(input_ids=IDS).logits for model in (ours, theirs)]
-    assert torch.equal(*merged)
-
-
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_check_judges_experts(monkeypatch, dtype, implementation):

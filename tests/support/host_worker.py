@@ -17,7 +17,7 @@ import torch
 from random_calls import Case
 from torch import Tensor
 
-RANDOM_LAYERS = 36
+RANDOM_LAYERS = 24
 # Row counts of a training run: powers of two, their neighbors, and values between them.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}

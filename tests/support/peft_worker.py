@@ -51,7 +51,7 @@ class Record:
     fast: int  # how many outputs the fast op computed
     inside: fastlora.Coverage  # coverage during the forward of the module around each layer
     coverage: fastlora.Coverage  # afterwards, between calls
-    # the parameters that ZeRO-3 gathered because another module's call read them
+    # the parameters that ZeRO-3 would gather because another module's call read them
     external: frozenset[str] = frozenset()
 
 
@@ -142,14 +142,13 @@ class FlatEngine(Engine):
 
 
 class Zero3Engine(Engine):
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: self.model.gradient(p).clone() for name, p in trained(self.model)}
-
     def adapter(self) -> dict[str, Tensor]:
-        return {name: self.model.whole(p) for name, p in trained(self.model)}
+        with self.model.gathered():
+            return super().adapter()
 
     def step(self) -> None:
-        self.model.step(LEARNING_RATE)
+        with self.model.gathered():
+            super().step()
 
 
 def train(
@@ -407,30 +406,25 @@ class Zero3(nn.Module):
     It copies the effects that DeepSpeed (``deepspeed.runtime.zero``) has on a model and its calls,
     not its implementation:
 
-    * Between calls, a parameter's data is empty, and each rank holds a part of it (``ds_tensor``).
-      The parameter also has the attributes ``ds_id`` and ``ds_shape``.
+    * Between calls, a parameter's data is empty.  Parameters and modules have a ``ds_id``.
     * Hooks on every module gather its own parameters before its forward and its backward, and
-      release them afterwards.  A module in ``leaves`` is gathered with all its submodules, which
-      have no hooks.
-    * If a forward reads a parameter of another module, the parameter is gathered at once.  From
-      then on, it also belongs to the module that is being called ("external").
-
-    ``step`` is plain SGD.
+      release them after its forward.  A module in ``leaves`` is gathered with all its submodules,
+      which have no hooks.
+    * The names of parameters that a forward reads outside of their module's call are recorded,
+      because DeepSpeed gathers each of them at once.
     """
 
     def __init__(self, model: nn.Module, leaves: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.module = model
-        self.external: set[str] = set()  # names of parameters that were read outside of their calls
-        self.reads = False  # whether reading a parameter gathers it: during forward
-        self.called: list[nn.Module] = []
-        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self.external: set[str] = set()
+        self.reads = False  # whether reading an empty parameter is recorded: during forward
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            parameter.ds_id, parameter.ds_shape, parameter.ds_name = number, parameter.shape, name
-            self._partition(parameter)
+            parameter.ds_id, parameter.ds_name, parameter.ds_whole = number, name, parameter.data
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._reduce)
+                parameter.register_post_accumulate_grad_hook(_mean_over_ranks)
         self._register(model, set(leaves))
+        _release(model.parameters())
 
     def forward(self, **batch):
         self.reads = True
@@ -438,92 +432,28 @@ class Zero3(nn.Module):
             return self.module(**batch)
         finally:
             self.reads = False
-            self.release_all()
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        return self._gradients[parameter]
-
-    def step(self, learning_rate: float) -> None:
-        self.release_all()
-        for parameter, gradient in self._gradients.items():
-            parameter.ds_tensor -= learning_rate * self._own(gradient)
-            if parameter.numel() == gradient.numel():
-                self._gather(parameter, anew=True)
-        self._gradients.clear()
-
-    def whole(self, parameter: nn.Parameter) -> Tensor:
-        parts = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, parameter.ds_tensor)
-        return torch.cat(parts)[: parameter.ds_shape.numel()].view(parameter.ds_shape)
-
-    def release_all(self) -> None:
-        for parameter in self.module.parameters():
-            self._release(parameter)
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        _gather(self.module.parameters())
+        yield
+        _release(self.module.parameters())
 
     def _register(self, module: nn.Module, leaves: set[nn.Module]) -> None:
-        module.ds_id, module.ds_external = 0, {}
+        module.ds_id = 0
         module._parameters = _Parameters(module._parameters, self)
-        if module not in leaves:
-            for child in module.children():
-                self._register(child, leaves)
-        recurse = module in leaves
-
-        def parameters() -> Iterator[nn.Parameter]:
-            yield from module.parameters(recurse=recurse)
-            yield from module.ds_external.values()
-
-        def gather(*_) -> None:
-            for parameter in parameters():
-                self._gather(parameter)
-
-        def release(*_) -> None:
-            for parameter in parameters():
-                self._release(parameter)
-
-        def before(module, inputs):
-            self.called.append(module)
-            gather()
-            return _on_tensors(inputs, lambda x: _AtBackward.apply(x, release))
-
-        def after(module, inputs, output):
-            self.called.pop()
-            release()
-            return _on_tensors(output, lambda y: _AtBackward.apply(y, gather))
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a full tensor, padded to the size of the other parts."""
-        size = dist.get_world_size()
-        flat = torch.zeros(-(-tensor.numel() // size) * size)
-        flat[: tensor.numel()] = tensor.detach().flatten()
-        return flat.chunk(size)[dist.get_rank()].clone()
-
-    def _partition(self, parameter: nn.Parameter) -> None:
-        parameter.ds_tensor = self._own(parameter)
-        self._release(parameter)
-
-    def _gather(self, parameter: nn.Parameter, anew: bool = False) -> None:
-        if anew or is_partitioned(parameter):
-            parameter.data = self.whole(parameter)
-
-    def _release(self, parameter: nn.Parameter) -> None:
-        parameter.data = torch.empty(0)
-
-    def _reduce(self, parameter: nn.Parameter) -> None:
-        dist.all_reduce(parameter.grad)
-        mean = parameter.grad / dist.get_world_size()
-        self._gradients[parameter] = self._gradients.get(parameter, 0) + mean
-        parameter.grad = None
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    return parameter.shape != parameter.ds_shape
+        is_leaf = module in leaves
+        for child in () if is_leaf else module.children():
+            self._register(child, leaves)
+        gather = lambda *_: _gather(module.parameters(is_leaf))  # noqa: E731
+        release = lambda *_: _release(module.parameters(is_leaf))  # noqa: E731
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        module.register_full_backward_pre_hook(gather)
 
 
 class _Parameters(dict):
-    """A module's parameters by name.  Reading one during forward gathers it."""
+    """A module's parameters by name, which record that an empty one is read."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], engine: Zero3) -> None:
         super().__init__(parameters)
@@ -531,31 +461,21 @@ class _Parameters(dict):
 
     def __getitem__(self, name: str) -> nn.Parameter:
         parameter = super().__getitem__(name)
-        if parameter is not None and self.engine.reads and is_partitioned(parameter):
+        if parameter is not None and self.engine.reads and not parameter.numel():
             self.engine.external.add(parameter.ds_name)
-            self.engine.called[-1].ds_external[id(parameter)] = parameter
-            self.engine._gather(parameter)
         return parameter
 
 
-class _AtBackward(torch.autograd.Function):
-    """The identity; its backward calls ``act``."""
-
-    @staticmethod
-    def forward(ctx, x, act):
-        ctx.act = act
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx, dx):
-        ctx.act()
-        return dx, None
+def _gather(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.ds_whole
 
 
-def _on_tensors(value, function):
-    """Apply ``function`` to every tensor with a gradient in a hook's inputs or output."""
-    if isinstance(value, Tensor):
-        return function(value) if value.requires_grad else value
-    if isinstance(value, tuple | list):
-        return type(value)(_on_tensors(item, function) for item in value)
-    return value
+def _release(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
+
+
+def _mean_over_ranks(parameter: nn.Parameter) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
