@@ -136,7 +136,6 @@ def check(proof: Proof) -> None:
             stores[store.operand.name].append(store)
         if stores.keys() != launch.outputs.keys():
             proof.failed("stored once", f"{[*stores]} are stored, not {[*launch.outputs]}")
-            return
         for name, chooser in launch.outputs.items():
             check_at_most_once(proof, stores[name])
             check_at_least_once(proof, stores[name], chooser)

@@ -19,8 +19,8 @@ _OPERATORS = (
 )
 
 
-class UnsupportedError(Exception):
-    """The source does what this tool can't follow."""
+class FailedError(Exception):
+    """A claim isn't proved, or the source does what this tool can't follow."""
 
 
 class Int:
@@ -104,7 +104,7 @@ def as_int(value: Any) -> Int:
         return value
     if isinstance(value, int):
         return Int({(): int(value)} if value else {})
-    raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
+    raise FailedError(f"{type(value).__name__} as an integer at {proof.where()}")
 
 
 def _extreme(of_ints: Any, is_better: Any) -> Any:
@@ -146,15 +146,14 @@ class Bool:
 class Tally:
     """The number of lanes that fulfil a condition, summed over a loop."""
 
-    def __init__(self, start: int, counted: z3.BoolRef | None = None) -> None:
-        self.start, self.counted = start, counted
+    def __init__(self, start: int) -> None:
+        self.start = start
 
     def __add__(self, other: Any) -> "Tally":
-        if not isinstance(other, Bool) or self.counted is not None:
-            raise UnsupportedError(f"a sum in a loop at {proof.where()}")
-        made = Tally(self.start, other.claim)
-        proof.tallied(made)
-        return made
+        if not isinstance(other, Bool) or proof.counted is not None:
+            raise FailedError(f"a sum in a loop at {proof.where()}")
+        proof.counted = other.claim
+        return self
 
 
 class Data:
@@ -175,7 +174,7 @@ class Data:
         return self
 
     def __bool__(self) -> bool:
-        raise UnsupportedError(f"a branch on data at {proof.where()}")
+        raise FailedError(f"a branch on data at {proof.where()}")
 
     def to(self, dtype: Any, **_: Any) -> "Data":
         return Data(self.shape, dtype)
@@ -258,9 +257,7 @@ class Operand:
                     found[axis] = plus(found[axis], {rest: number})
                     break
             else:
-                raise UnsupportedError(
-                    f"{self.name} has no stride in {monomial} at {proof.where()}"
-                )
+                raise FailedError(f"{self.name} has no stride in {monomial} at {proof.where()}")
         return [Int(poly, 64) for poly in found]
 
 
