@@ -10,7 +10,7 @@ from fastlora.kernels import common, segments
 from fastlora.kernels.config import LONGEST
 
 from . import values
-from .engine import CONDITION, Fact, Proof, Relation
+from .engine import Fact, Proof, Relation
 from .values import Int, Operand, Pointer, as_int
 
 
@@ -21,7 +21,7 @@ def tile_of(i_tile: Any, m_tiles: Any, n_tiles: Any, group: Any) -> tuple[Int, I
     proof.prove(z3.And(i.z >= 0, i.z < count.z), f"number of a tile: {proof.where()}")
     proof.fits(group * n)
     row, column = proof.unknown("m_tile"), proof.unknown("n_tile")
-    proof.facts.append(Fact(_is_tile(row, column, m, n), CONDITION))
+    proof.facts.append(Fact(_is_tile(row, column, m, n), True))
 
     def laws(one: Relation, other: Relation) -> list[z3.BoolRef]:
         same = [a == b for a, b in zip(one.results, other.results, strict=True)]

@@ -13,16 +13,14 @@ from . import values
 from .numbers import DOT, Solver, names_of
 from .values import Bool, Descriptor, FailedError, Int, Operand, Pointer, as_int
 
-GIVEN, CONDITION = "given", "condition"
-
 
 @dataclass
 class Fact:
-    """``kind``: GIVEN follows from the definition of an unknown; a CONDITION decides whether the
-    program, lane or step exists, or takes this branch."""
+    """A claim that follows from the definition of an unknown, or a condition that decides whether
+    the program, lane or step exists, or takes this branch."""
 
     claim: z3.BoolRef
-    kind: str = GIVEN
+    is_condition: bool = False
     of: str = ""  # the lane whose range this is
 
 
@@ -115,7 +113,7 @@ class Proof:
         self.inside = True
         for i, (program, count) in enumerate(self.programs):
             claim = z3.And(program.z >= 0, program.z < as_int(count).z)
-            self.facts.append(Fact(claim, CONDITION, f"program{i}"))
+            self.facts.append(Fact(claim, True, f"program{i}"))
 
     def unknown(self, name: str, local: bool = True) -> Int:
         count, self.counts[name] = self.counts[name], self.counts[name] + 1
@@ -233,7 +231,7 @@ class Proof:
         if key not in self.memo:
             lane = self.memo[key] = self.unknown("lane")
             claim = z3.And(lane.z >= 0, lane.z < as_int(length).z)
-            self.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
+            self.facts.append(Fact(claim, True, next(iter(lane.poly))[0]))
         return self.memo[key]
 
     def branch(self, condition: z3.BoolRef) -> bool:
@@ -247,7 +245,7 @@ class Proof:
             if not self.solver.follows(condition, facts):
                 self.todo.append([*self.path, False])
         self.path.append(taken)
-        self.facts.append(Fact(condition if taken else z3.Not(condition), CONDITION))
+        self.facts.append(Fact(condition if taken else z3.Not(condition), True))
         return taken
 
     def where(self) -> str:
@@ -287,7 +285,7 @@ class Proof:
             elif is_first:
                 self.failed(site, "no numbers show that this mode happens")
         if kind == "store":
-            facts = [*self.facts, *[Fact(claim, CONDITION) for claim in given]]
+            facts = [*self.facts, *[Fact(claim, True) for claim in given]]
             identity = [f"program{i}" for i in range(len(self.programs))]
             identity += [next(iter(step.poly))[0] for step in self.steps]
             unknowns = list(self.relations), identity, frozenset(self.local)

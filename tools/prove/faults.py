@@ -26,37 +26,29 @@ class Fault:
 
 # A lemma, or a kernel and its mode; a text in one of its functions; the text in its place.
 PLANTED = [
-    # Masks that are dropped, or off by one.
-    ("project", "        inside = (o_row < rows)[:, None] & ", "        inside = "),
+    # Masks that are off by one, or a row without a segment.
     ("project", "        inside = (o_row < rows)[:, None] & (o_column < columns)",
      "        inside = (o_row < rows)[:, None] & (o_column <= columns)"),
-    ("lowrank", "shape[1])\n    inside = (o_row < rows)",
-     "shape[1])\n    inside = (o_row <= rows)"),
+    ("lowrank", "shape[1])\n    inside = (o_row <", "shape[1])\n    inside = (o_row <="),
     ("lowrank bias", "o_n < N", "o_n <= N"),
     ("quantize_rows", "mask=o_m < M", "mask=o_m <= M"),
     ("gated", "o_column < N", "o_column <= N"),
-    ("row_loss", "(i_target >= 0) & ", ""),
     ("gemm_int8_lowrank", "o_m < M", "o_m < M + 1"),
     ("dequant packing=nested", "o_group < groups", "o_group <= groups"),
     ("project segments=sorted own", "min(i_segment, segments - 1))", "i_segment)"),
     # Strides and operands.
     ("project", "o_row[:, None] * row_stride", "o_row[:, None] * column_stride"),
     ("weight_grad", "stride_n, stride_r = strides", "stride_r, stride_n = strides"),
-    ("project segments=sorted", "i_segment.to(tl.int64) * v_strides[i][0]",
-     "(i_segment + 1).to(tl.int64) * v_strides[i][0]"),
-    ("gemm_lowrank packing=float8 segments=sorted transposed", "rows *= i_segment + 1",
-     "rows *= i_segment + 2"),
+    ("project segments=sorted", "i_segment.to(tl.int64) * v_", "(i_segment + 1).to(tl.int64) * v_"),
+    ("gemm_lowrank packing=float8 segments=sorted transposed", "i_segment + 1", "i_segment + 2"),
     ("row_loss", "losses + i_row", "losses + i_row + 1"),
     ("dequant packing=int8", "// column_tiles * BLOCK_ROWS", "// column_tiles * BLOCK_COLUMNS"),
     # Planes, splits, segments.
     ("project split", "i_split.to(tl.int64) * M * R[i]", "i_split.to(tl.int64) * R[i]"),
     ("weight_grad xv", "i_tile.to(tl.int64) * M * R[0]", "i_tile.to(tl.int64) * R[0]"),
-    ("weight_grad low_rank split", "first = i_split * steps * BLOCK_M",
-     "first = i_split * BLOCK_M"),
-    ("project segments=sorted", "store_tile(u[i], b_u, i_m, i_r, end,",
-     "store_tile(u[i], b_u, i_m, i_r, M,"),
-    ("weight_grad xv segments=sorted", "b_xv * factor, i_m, 0, end,",
-     "b_xv * factor, i_m, 0, M,"),
+    ("weight_grad low_rank split", "first = i_split * steps", "first = i_split"),
+    ("project segments=sorted", "u[i], b_u, i_m, i_r, end,", "u[i], b_u, i_m, i_r, M,"),
+    ("weight_grad xv segments=sorted", "factor, i_m, 0, end,", "factor, i_m, 0, M,"),
     ("sum_planes", "pointers += size", "pointers += size + 1"),
     ("sum_planes count=2", "i_block -= blocks", "i_block -= blocks - 1"),
     # The tiles of programs.

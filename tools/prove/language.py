@@ -6,7 +6,7 @@ from typing import Any
 import z3
 
 from . import values
-from .engine import CONDITION, Fact
+from .engine import Fact
 from .values import Bool, Data, Int, Pointer, Tally, as_int
 
 int32, int64, uint32, int16, int8 = "int32", "int64", "uint32", "int16", "int8"
@@ -32,18 +32,14 @@ def cdiv(a: Any, b: Any) -> Int:
     return (as_int(a) + b - 1) // b
 
 
-zeros = Data
-
-
-def full(shape: tuple, _: Any, dtype: str) -> Data:
-    return Data(shape, dtype)
+zeros = full = Data
 
 
 def load(pointer: Pointer, mask: Bool | None = None, other: Any = None) -> Any:
     values.proof.access("load", pointer, mask)
     operand = pointer.operand
     if operand.values is None:
-        return Data((), operand.dtype)
+        return Data()
     return values.proof.loaded(operand, operand.indices(pointer.address), mask, other)
 
 
@@ -69,7 +65,7 @@ max = exp = log = abs = maximum = minimum = div_rn = elementwise
 
 
 def join(one: Data, _: Data) -> Data:
-    return Data((*one.shape, 2), one.dtype)
+    return Data((*one.shape, 2))
 
 
 def loop(name: str, *bounds: Any) -> Generator[Int, None, None]:
@@ -99,7 +95,7 @@ def loop(name: str, *bounds: Any) -> Generator[Int, None, None]:
 
     with proof.scope():
         index = begin()
-        proof.facts.append(Fact(index.z < end.z, CONDITION))
+        proof.facts.append(Fact(index.z < end.z, True))
         narrow = Int(index.poly, start.bits if start.bits == end.bits == step.bits else 64)
         proof.fits(narrow)
         proof.fits(Int((index + step).poly, narrow.bits))

@@ -36,15 +36,16 @@ _MODULES = [
 # cost model.  ``transposed``: the answer to conditions on all strides; only Q_TRANSPOSED and hints
 # for the compiler depend on these.  ``long``: sizes that don't fit 32 bits.
 _FLAGS = "masked order own bias split at_once descriptors transposed add xv low_rank scaled"
-_FLAGS += " rotated gradient upstream long segments packing"
-_COUNTS = ("count", "depths")  # projections or sums; products with a base
+_FLAGS += " rotated gradient upstream long"
+# ``count``: of projections or of sums.  ``depths``: the number of products with a base.
+_OTHERS = {"count": 1, "depths": 1, "segments": "", "packing": None}
 
 
 class Launcher:
-    """A launcher in a mode, which gives each of these options that isn't false or 1."""
+    """A launcher in a mode, which gives the options that differ from these defaults."""
 
     def __init__(self, proof: Proof, **mode: Any) -> None:
-        vars(self).update(dict.fromkeys(_FLAGS.split()) | dict.fromkeys(_COUNTS, 1))
+        vars(self).update(dict.fromkeys(_FLAGS.split(), False) | _OTHERS)
         assert mode.keys() <= vars(self).keys(), f"no such options: {mode}"
         vars(self).update(mode)
         self.proof = proof

@@ -38,7 +38,7 @@ def mode_of(launch: Launch) -> dict[str, Any]:
     given = {name for name, value in a.items() if value is not None}
     outs = a.get("out_strides")
     mode = {name: name in given for name in ("order", "bias", "xv", "low_rank", "upstream")}
-    mode |= {
+    flags = {
         "masked": "seeds" in given, "own": bool({"own_factors", "own_thresholds"} & given),
         "scaled": "column_factors" in given, "gradient": a.get("GRADIENT"), "add": a.get("ADD"),
         "descriptors": a.get("DESCRIPTORS"), "rotated": "column_scales" in a.keys() - given,
@@ -47,6 +47,7 @@ def mode_of(launch: Launch) -> dict[str, Any]:
         "split": "u" in given and any(plane.numel() for plane in a.get("planes", ())),
         "long": any(a[name] >= 2**31 for name in given if name.startswith("size")),
     }  # fmt: skip
+    mode |= {name: bool(value) for name, value in flags.items()}
     for name, listed in (("count", a.get("u", a.get("planes"))), ("depths", a.get("K"))):
         mode[name] = len(listed) if isinstance(listed, tuple) else 1
     if "ends" in given:

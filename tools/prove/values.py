@@ -159,12 +159,14 @@ class Tally:
 class Data:
     """Numbers that no address depends on."""
 
-    def __init__(self, shape: tuple = (), dtype: str = "float32") -> None:
-        self.shape, self.dtype = shape, dtype
+    dtype = "bfloat16"
+
+    def __init__(self, shape: tuple = (), *_: Any) -> None:
+        self.shape = shape
 
     def _result(self, other: Any = None, *_: Any) -> "Data":
         shapes = self.shape, other.shape if isinstance(other, Data) else ()
-        return Data(max(shapes, key=len), self.dtype)
+        return Data(max(shapes, key=len))
 
     for _name in _OPERATORS.split():
         locals()[f"__{_name}__"] = _result
@@ -176,21 +178,21 @@ class Data:
     def __bool__(self) -> bool:
         raise FailedError(f"a branch on data at {proof.where()}")
 
-    def to(self, dtype: Any, **_: Any) -> "Data":
-        return Data(self.shape, dtype)
+    def to(self, *_: Any, **__: Any) -> "Data":
+        return self
 
     def reshape(self, *shape: Any) -> "Data":
-        return Data(shape, self.dtype)
+        return Data(shape)
 
     def permute(self, *order: int) -> "Data":
-        return Data(tuple(self.shape[i] for i in order), self.dtype)
+        return Data(tuple(self.shape[i] for i in order))
 
     def split(self) -> tuple["Data", "Data"]:
-        return (Data(self.shape[:-1], self.dtype),) * 2
+        return (Data(self.shape[:-1]),) * 2
 
     @property
     def T(self) -> "Data":  # noqa: N802
-        return Data(self.shape[::-1], self.dtype)
+        return Data(self.shape[::-1])
 
 
 class Operand:
@@ -293,7 +295,7 @@ class Descriptor:
 
     def load(self, start: list) -> Data:
         self._access("load", start)
-        return Data(self.box, self.dtype)
+        return Data(self.box)
 
     def store(self, start: list, value: Data) -> None:
         if [as_int(n).poly for n in value.shape] != [as_int(n).poly for n in self.box]:
