@@ -198,8 +198,6 @@ class Proof:
         if key not in self.memo:
             self.prove(b.z > 0, f"divisor: {self.where()}")
             bits = max(a.bits, b.bits)
-            if b.poly == {(): 1}:
-                return a, Int({}, bits)
             local = self.is_local(a.z, b.z)
             q, r = self.unknown("quotient", local), self.unknown("remainder", local)
             floor = z3.And(r.z >= 0, r.z < b.z, q.z >= 0, q.z <= a.z)

@@ -42,8 +42,6 @@ class Int:
         return made
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, Pointer | Data | float | Tally):
-            return other + self
         other = as_int(other)
         return self._made(plus(self.poly, other.poly), other)
 
@@ -53,12 +51,7 @@ class Int:
         other = as_int(other)
         return self._made(plus(self.poly, other.poly, -1), other)
 
-    def __rsub__(self, other: Any) -> Any:
-        return as_int(other) - self
-
     def __mul__(self, other: Any) -> Any:
-        if isinstance(other, Data | float):
-            return Data()
         other = as_int(other)
         return self._made(times(self.poly, other.poly), other)
 
