@@ -1,6 +1,6 @@
 """Proves the kernels' accesses for all sizes: ``python -m tools.prove [KERNEL …] [OPTION …]``.
 
-    (nothing)     every kernel in every mode, and the two functions that are used as contracts
+    (nothing)     every kernel in every mode, and the lemmas about two functions that they call
     --faults      plants faults, and deletes each mask of each kernel: all must be found
     --launches    compares the launches of the machine's cases with the stated ones
     --all         all of this
@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # the sources of kernels need no GPU
 
 
 def main(words: list[str]) -> int:
-    from . import faults, launches, modes
+    from . import contracts, faults, launches, modes
 
     kernels = [word for word in words if word in modes.MODES] or [*modes.MODES]
     parts = {word for word in words if word.startswith("--")}
@@ -26,7 +26,7 @@ def main(words: list[str]) -> int:
         parts = {"", "--faults", "--launches"}
     tasks: list[tuple[Callable, tuple]] = []
     if not parts or "" in parts:
-        tasks += [(modes.lines_of_contract, (name,)) for name in modes.CONTRACT_PROOFS]
+        tasks += [(modes.lines_of, (lemma, {})) for lemma in contracts.LEMMAS]
         tasks += [(modes.lines_of, (k, mode)) for k in kernels for mode in modes.MODES[k]]
     if "--faults" in parts:
         tasks += [(faults.lines_of, (each,)) for each in faults.all_of(kernels)]

@@ -1,6 +1,7 @@
 """The contracts of ``tile_of`` and ``segment_of_tile``, and their proofs from the source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import z3
@@ -9,11 +10,8 @@ from fastlora.kernels import common, segments
 from fastlora.kernels.config import LONGEST
 
 from . import values
-from .engine import CONDITION, Fact, Proof, Relation
-from .numbers import expression, names_of, times, variable
-from .once import renaming
-from .source import Edit, Source
-from .values import Int, Operand, Pointer, Tally, as_int
+from .engine import Fact, Proof, Relation
+from .values import Int, Operand, Pointer, as_int
 
 
 def tile_of(i_tile: Any, m_tiles: Any, n_tiles: Any, group: Any) -> tuple[Int, Int]:
@@ -23,7 +21,7 @@ def tile_of(i_tile: Any, m_tiles: Any, n_tiles: Any, group: Any) -> tuple[Int, I
     proof.prove(z3.And(i.z >= 0, i.z < count.z), f"number of a tile: {proof.where()}")
     proof.fits(group * n)
     row, column = proof.unknown("m_tile"), proof.unknown("n_tile")
-    proof.facts.append(Fact(_is_tile(row, column, m, n), CONDITION))
+    proof.facts.append(Fact(_is_tile(row, column, m, n), True))
 
     def laws(one: Relation, other: Relation) -> list[z3.BoolRef]:
         same = [a == b for a, b in zip(one.results, other.results, strict=True)]
@@ -37,34 +35,18 @@ def _is_tile(row: Int, column: Int, m: Int, n: Int) -> z3.BoolRef:
     return z3.And(row.z >= 0, row.z < m.z, column.z >= 0, column.z < n.z)
 
 
-def prove_tile_of(edit: Edit | None = None) -> Proof:
+def one_to_one(proof: Proof, function: Callable) -> None:
     """Numbers give tiles, and different numbers different tiles.  There are as many of each."""
-    proof = Proof()
-    results: list[tuple[Int, Int]] = []
-
-    def twice(jitted: Any) -> None:
-        m, n, group = proof.size("m_tiles"), proof.size("n_tiles"), proof.size("GROUP", 1, 16)
-        proof.given((m * n).z < 2**31, (group * n).z < 2**31)
-        numbers = [proof.unknown("i_tile") for _ in range(2)]
-        for i in numbers:
-            proof.given(i.z >= 0, i.z < (m * n).z)
-        proof.inside = True
-        results[:] = [jitted(i, m, n, group) for i in numbers]
-        (a, b), (c, d) = results
-        proof.prove(_is_tile(a, b, m, n), "a number gives a tile")
-        same = z3.And(a.z == c.z, b.z == d.z)
-        proof.prove(numbers[0].z == numbers[1].z, "tile_of is one to one", same)
-
-    _alone(proof, common.tile_of, twice, edit)
-    return proof
-
-
-def _alone(proof: Proof, jitted: Any, body: Callable, edit: Edit | None = None) -> None:
-    for _ in proof.paths():
-        try:
-            body(Source({}, edit).function(jitted))
-        except values.UnsupportedError as error:
-            proof.failed("not proved", str(error))
+    m, n, group = proof.size("m_tiles"), proof.size("n_tiles"), proof.size("GROUP", 1, 16)
+    proof.given((m * n).z < 2**31, (group * n).z < 2**31)
+    numbers = [proof.unknown("i_tile") for _ in range(2)]
+    for i in numbers:
+        proof.given(i.z >= 0, i.z < (m * n).z)
+    proof.inside = True
+    (a, b), (c, d) = [function(i, m, n, group) for i in numbers]
+    proof.prove(_is_tile(a, b, m, n), "a number gives a tile")
+    same = z3.And(a.z == c.z, b.z == d.z)
+    proof.prove(numbers[0].z == numbers[1].z, "tile_of is one to one", same)
 
 
 def segment_of_tile(
@@ -131,119 +113,98 @@ def segment_of_row(proof: Proof, ends: Operand, row: Int, M: Int) -> tuple[Int, 
     return segment, start
 
 
-def prove_segment_of_tile(is_sorted: bool, edit: Edit | None = None) -> Proof:
-    """``is_sorted``: the ends; otherwise they are any numbers of 32 bits."""
-    proof = Proof()
+class Segments:
+    """Any sizes of ``segment_of_tile``.  Its ends are sorted, or any numbers of 32 bits."""
 
-    def setup() -> tuple[Operand, list[Int]]:
-        M, N = (proof.size(name, 1, LONGEST) for name in "MN")
-        count, BM = proof.size("segments"), proof.size("BLOCK_M", 16)
-        step = proof.size("SEGMENT_BLOCK", 1, 1024)
-        proof.given((M + (count + 2) * BM).z < 2**31)
-        bounds = (0, M + 1, 32) if is_sorted else (-(2**31), 2**31, 32)
+    def __init__(self, proof: Proof, function: Callable, is_sorted: bool = True) -> None:
+        self.proof, self.function = proof, function
+        self.M, self.N = (proof.size(name, 1, LONGEST) for name in "MN")
+        self.count, self.BM = proof.size("segments"), proof.size("BLOCK_M", 16)
+        self.step = proof.size("SEGMENT_BLOCK", 1, 1024)
+        proof.given((self.M + (self.count + 2) * self.BM).z < 2**31)
+        bounds = (0, self.M + 1, 32) if is_sorted else (-(2**31), 2**31, 32)
         proof.solver.least |= {"BLOCK_M": 16, "SEGMENT_BLOCK": 4}
-        proof.tally = lambda tally: _counted(proof, tally, count, step, is_sorted)
-        ends = Operand(count, name="ends", ordered=is_sorted, values=bounds)
-        return ends, [M, N, count, BM, step]
+        proof.last_counted = partial(_last_counted, proof, self.count, is_sorted)
+        self.ends = Operand(self.count, name="ends", ordered=is_sorted, values=bounds)
 
-    def called(jitted: Any, ends: Operand, sizes: list[Int], wanted: Int | None = None) -> tuple:
-        M, N, count, BM, step = sizes
-        number = proof.unknown("i_tile")
-        proof.given(number.z >= 0, number.z <= (M // BM + count).z)
+    def tile(self, wanted: Int | None = None) -> tuple[Int, list[Int]]:
+        """A tile's number, and the results for it."""
+        proof, number = self.proof, self.proof.unknown("i_tile")
+        proof.given(number.z >= 0, number.z <= (self.M // self.BM + self.count).z)
         if wanted is not None:
             proof.given(number.z == wanted.z)
         proof.inside = True
-        tile = list(map(as_int, jitted(Pointer(ends), count, number, M, N, BM, step)))
+        ends, sizes = Pointer(self.ends), (self.M, self.N, self.BM, self.step)
+        tile = self.function(ends, self.count, number, *sizes)
         proof.inside = False
-        return number, tile
-
-    def any_tile(jitted: Any) -> None:
-        ends, (M, N, count, BM, step) = setup()
-        _, tile = called(jitted, ends, [M, N, count, BM, step])
-        for i, claim in enumerate(_of_tile(tile, count, M, N, BM)):
-            proof.prove(claim, f"segment_of_tile, promise {i}")
-
-    def each_row(jitted: Any) -> None:
-        ends, sizes = setup()
-        M, _, _, BM, _ = sizes
-        row = proof.unknown("row")
-        proof.given(row.z >= 0, row.z < M.z)
-        segment, start = segment_of_row(proof, ends, row, M)
-        before, tiles = start // BM + (row - start) // BM, proof.unknown("tiles before")
-        proof.given(tiles.z == before.z, (tiles * BM).z == (before * BM).z)
-        _, tile = called(jitted, ends, sizes, before + segment)
-        proof.prove(tile[0].z == segment.z, "segment_of_tile finds a row's segment")
-        proof.given(tile[0].z == segment.z)
-        claim = z3.And(tile[2].z <= row.z, row.z < (tile[2] + BM).z, row.z < tile[3].z)
-        proof.prove(claim, "segment_of_tile finds each row")
-
-    def two_tiles(jitted: Any) -> None:
-        ends, sizes = setup()
-        relations = []
-        for _ in range(2):
-            number, tile = called(jitted, ends, sizes)
-            results = [each.z for each in tile]
-            relations.append(_disjoint([number.z], results, sizes[3].z, ends))
-        one, other = relations
-        (law,) = one.laws(one, other)
-        proof.prove(law, "segment_of_tile gives no row twice")
-
-    for body in (any_tile, each_row, two_tiles)[: 3 if is_sorted else 1]:
-        _alone(proof, segments.segment_of_tile, body, edit)
-    return proof
+        return number, [*map(as_int, tile)]
 
 
-def _counted(proof: Proof, tally: Tally, count: Int, step: Int, is_sorted: bool) -> Int:
+def promises(proof: Proof, function: Callable, is_sorted: bool) -> None:
+    of = Segments(proof, function, is_sorted)
+    _, tile = of.tile()
+    for i, claim in enumerate(_of_tile(tile, of.count, of.M, of.N, of.BM)):
+        proof.prove(claim, f"segment_of_tile, promise {i}")
+
+
+def each_row(proof: Proof, function: Callable) -> None:
+    of, row = Segments(proof, function), proof.unknown("row")
+    proof.given(row.z >= 0, row.z < of.M.z)
+    segment, start = segment_of_row(proof, of.ends, row, of.M)
+    before, tiles = start // of.BM + (row - start) // of.BM, proof.unknown("tiles before")
+    proof.given(tiles.z == before.z, (tiles * of.BM).z == (before * of.BM).z)
+    _, tile = of.tile(before + segment)
+    proof.prove(tile[0].z == segment.z, "segment_of_tile finds a row's segment")
+    proof.given(tile[0].z == segment.z)
+    claim = z3.And(tile[2].z <= row.z, row.z < (tile[2] + of.BM).z, row.z < tile[3].z)
+    proof.prove(claim, "segment_of_tile finds each row")
+
+
+def two_tiles(proof: Proof, function: Callable) -> None:
+    of = Segments(proof, function)
+    tiles = [of.tile(), of.tile()]
+    one, other = [
+        _disjoint([number.z], [each.z for each in tile], of.BM.z, of.ends) for number, tile in tiles
+    ]
+    (law,) = one.laws(one, other)
+    proof.prove(law, "segment_of_tile gives no row twice")
+
+
+def _last_counted(
+    proof: Proof, count: Int, is_sorted: bool, start: Int, end: Int, holds: Callable
+) -> Generator[Int, None, Int]:
     """The number of the last segment whose condition holds.
 
     The loop visits each number from 0 to ``count`` once.  The condition holds for 0, for no
     number above ``count``, and with sorted ends for each number before one for which it holds.  So
     the sum says for which numbers it holds.
     """
-    lane = next(fact.of for fact in reversed(proof.tallied_facts) if fact.of.startswith("lane!"))
-    (k,) = next(iter(proof.tallied_step.poly))
-    inner = proof.local - proof.entered
-    facts = [
-        fact.claim for fact in proof.tallied_facts
-        if fact.kind != CONDITION or not proof.is_local(fact.claim)
-    ]  # fmt: skip
-    relations = proof.tallied_relations
-    in_all = [*facts, tally.counted, *[n for r in relations for n in (*r.arguments, *r.results)]]
-    names = frozenset().union(*map(names_of, in_all))
-
-    def at(number: z3.ArithRef, suffix: str) -> tuple[z3.BoolRef, z3.BoolRef, z3.ArithRef]:
-        """The facts of a number's step and lane, its condition, and the step's first number."""
-        pairs = renaming(names, inner, suffix)
-        first = times({(k + suffix,): 1}, step.poly)
-        its_lane = variable((lane + suffix,))
-        known = [z3.substitute(fact, *pairs) for fact in facts]
-        known += [expression(first) + its_lane == number, its_lane >= 0, its_lane < step.z]
-        proof.relations += [relation.renamed(pairs) for relation in relations]
-        return z3.And(known), z3.substitute(tally.counted, *pairs), expression(first)
-
-    before, old = len(proof.facts), len(proof.relations)
-    any_number = proof.unknown("any segment").z
-    proof.given(any_number >= 0)
-    known, holds, first = at(any_number, ":any")
-    proof.given(known)
-    visited = z3.And(first >= 0, first < (count + 1).z)
-    proof.prove(z3.Implies(any_number <= count.z, visited), "each segment is counted")
-    proof.prove(z3.Implies(any_number > count.z, z3.Not(holds)), "no other number is counted")
-    proof.prove(z3.Implies(any_number == 0, holds), "segment 0 is counted")
-    if is_sorted:
-        known, next_holds, _ = at(any_number + 1, ":next")
-        proof.given(known)
-        proof.prove(holds, "a segment before a counted one is counted", next_holds)
-    del proof.facts[before:], proof.relations[old:]
+    proof.prove(z3.And(start.z == 0, end.z == (count + 1).z), "each segment is counted")
+    with proof.scope():
+        number = proof.unknown("any segment").z
+        proof.given(number >= 0)
+        is_counted = yield from holds(number)
+        no_other = z3.Implies(number > count.z, z3.Not(is_counted))
+        proof.prove(no_other, "no other number is counted")
+        proof.prove(z3.Implies(number == 0, is_counted), "segment 0 is counted")
+        if is_sorted:
+            next_is_counted = yield from holds(number + 1)
+            proof.prove(is_counted, "a segment before a counted one is counted", next_is_counted)
     last = proof.unknown("last segment")
     proof.given(last.z >= 0, last.z <= count.z)
     if is_sorted:
-        suffix = str(proof.counts["last segment"])
-        known, holds, _ = at(last.z, f":last{suffix}")
-        proof.given(known, holds)
-        known, holds, _ = at(last.z + 1, f":behind{suffix}")
-        proof.given(z3.Implies(last.z < count.z, z3.And(known, z3.Not(holds))))
+        is_counted = yield from holds(last.z)
+        next_is_counted = yield from holds(last.z + 1)
+        proof.given(is_counted, z3.Or(last.z == count.z, z3.Not(next_is_counted)))
     return last
 
 
 CONTRACTS: dict[str, Callable] = {"tile_of": tile_of, "segment_of_tile": segment_of_tile}
+# The function of each lemma, and its proof from the function's source.
+LEMMAS: dict[str, tuple[Any, Callable[[Proof, Callable], None]]] = {
+    "tile_of": (common.tile_of, one_to_one),
+    "segment_of_tile": (segments.segment_of_tile, partial(promises, is_sorted=True)),
+    "any segment_of_tile": (segments.segment_of_tile, partial(promises, is_sorted=False)),
+    "segment_of_tile of a row": (segments.segment_of_tile, each_row),
+    "segment_of_tile of two tiles": (segments.segment_of_tile, two_tiles),
+}

@@ -1,8 +1,9 @@
-"""A proof's facts, claims and failures, on each path through a launcher and its kernel."""
+"""A proof's facts and claims, on each path through a launcher and its kernel."""
 
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,23 +11,16 @@ import z3
 
 from . import values
 from .numbers import DOT, Solver, names_of
-from .values import Bool, Descriptor, Int, Operand, Pointer, Tally, as_int
-
-
-class FailedError(Exception):
-    """A failure was found, and one is enough."""
-
-
-GIVEN, CONDITION = "given", "condition"
+from .values import Bool, Descriptor, FailedError, Int, Operand, Pointer, as_int
 
 
 @dataclass
 class Fact:
-    """``kind``: GIVEN follows from the definition of an unknown; a CONDITION decides whether the
-    program, lane or step exists, or takes this branch."""
+    """A claim that follows from the definition of an unknown, or a condition that decides whether
+    the program, lane or step exists, or takes this branch."""
 
     claim: z3.BoolRef
-    kind: str = GIVEN
+    is_condition: bool = False
     of: str = ""  # the lane whose range this is
 
 
@@ -87,13 +81,12 @@ class Launched:
 
 @dataclass
 class Proof:
-    """The claims and failures of one kernel in one mode."""
+    """The claims of one kernel in one mode.  It ends at the first failure."""
 
-    stops: bool = False  # at the first failure
     reached: set[str] = field(default_factory=set)  # sites whose access happens for some numbers
     solver: Solver = field(default_factory=Solver)
     proved: int = 0
-    failures: dict[str, str] = field(default_factory=dict)  # site: counterexample
+    failure: str = ""  # the claim, and its counterexample
     launches: dict[tuple, Launched] = field(default_factory=dict)
     sites: set[str] = field(default_factory=set)
 
@@ -120,7 +113,7 @@ class Proof:
         self.inside = True
         for i, (program, count) in enumerate(self.programs):
             claim = z3.And(program.z >= 0, program.z < as_int(count).z)
-            self.facts.append(Fact(claim, CONDITION, f"program{i}"))
+            self.facts.append(Fact(claim, True, f"program{i}"))
 
     def unknown(self, name: str, local: bool = True) -> Int:
         count, self.counts[name] = self.counts[name], self.counts[name] + 1
@@ -151,6 +144,14 @@ class Proof:
             self.local.add(f"program{i}")
             self.programs.append((Int({(f"program{i}",): 1}), count))
 
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Facts that are stated inside hold only there."""
+        facts, relations, memo = len(self.facts), len(self.relations), dict(self.memo)
+        yield
+        del self.facts[facts:], self.relations[relations:]
+        self.memo = memo
+
     def given(self, *claims: z3.BoolRef) -> None:
         self.facts += [Fact(claim) for claim in claims]
 
@@ -161,10 +162,9 @@ class Proof:
         self.require(claim, what, [*self.claims(), *given])
 
     def require(self, claim: z3.BoolRef, what: str, facts: list[z3.BoolRef]) -> None:
-        if what not in self.failures:
-            example = self.why_not(claim, facts)
-            if example is not None:
-                self.failed(what, example)
+        example = self.why_not(claim, facts)
+        if example is not None:
+            self.failed(what, example)
 
     def why_not(self, claim: z3.BoolRef, facts: list[z3.BoolRef]) -> Any:
         """None if the claim follows; otherwise a counterexample, or "unknown"."""
@@ -179,14 +179,7 @@ class Proof:
         if isinstance(example, dict):  # show sizes, strides and the program
             shown = [f"{name} = {n}" for name, n in example.items() if "!" not in name]
             example = ", ".join(shown)
-        self.failures[what] = example
-        if self.stops:
-            raise FailedError(what)
-
-    def tallied(self, _: Tally) -> None:
-        """Keep the facts at a sum in a loop."""
-        self.tallied_facts, self.tallied_relations = list(self.facts), list(self.relations)
-        self.tallied_step = self.steps[-1]
+        raise FailedError(f"{what}: {example}")
 
     def fits(self, made: Int) -> None:
         """The result of an operation in 32 bits doesn't wrap."""
@@ -205,8 +198,6 @@ class Proof:
         if key not in self.memo:
             self.prove(b.z > 0, f"divisor: {self.where()}")
             bits = max(a.bits, b.bits)
-            if b.poly == {(): 1}:
-                return a, Int({}, bits)
             local = self.is_local(a.z, b.z)
             q, r = self.unknown("quotient", local), self.unknown("remainder", local)
             floor = z3.And(r.z >= 0, r.z < b.z, q.z >= 0, q.z <= a.z)
@@ -238,7 +229,7 @@ class Proof:
         if key not in self.memo:
             lane = self.memo[key] = self.unknown("lane")
             claim = z3.And(lane.z >= 0, lane.z < as_int(length).z)
-            self.facts.append(Fact(claim, CONDITION, next(iter(lane.poly))[0]))
+            self.facts.append(Fact(claim, True, next(iter(lane.poly))[0]))
         return self.memo[key]
 
     def branch(self, condition: z3.BoolRef) -> bool:
@@ -252,7 +243,7 @@ class Proof:
             if not self.solver.follows(condition, facts):
                 self.todo.append([*self.path, False])
         self.path.append(taken)
-        self.facts.append(Fact(condition if taken else z3.Not(condition), CONDITION))
+        self.facts.append(Fact(condition if taken else z3.Not(condition), True))
         return taken
 
     def where(self) -> str:
@@ -284,14 +275,15 @@ class Proof:
         for axis, (index, (size, _)) in enumerate(zip(indices, operand.axes, strict=True)):
             claim = z3.And(index.z >= 0, index.z < size.z)
             self.prove(claim, f"{site}: axis {axis}", *given)
+        is_first = not self.sites  # in this mode
         self.sites.add(site)
-        if site not in self.reached or len(self.sites) == 1:  # and the first in each mode
+        if site not in self.reached or is_first:
             if isinstance(self.solver.example([*self.claims(), *given]), dict):
                 self.reached.add(site)
-            elif len(self.sites) == 1:
+            elif is_first:
                 self.failed(site, "no numbers show that this mode happens")
         if kind == "store":
-            facts = [*self.facts, *[Fact(claim, CONDITION) for claim in given]]
+            facts = [*self.facts, *[Fact(claim, True) for claim in given]]
             identity = [f"program{i}" for i in range(len(self.programs))]
             identity += [next(iter(step.poly))[0] for step in self.steps]
             unknowns = list(self.relations), identity, frozenset(self.local)

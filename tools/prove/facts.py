@@ -1,7 +1,7 @@
 """Each kernel's launch in unknown sizes: the launcher's operands, and who stores each element."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import z3
@@ -16,7 +16,7 @@ from fastlora.kernels.weight_grad import WeightGradConfig
 
 from .contracts import segment_of_row, tile_of_row
 from .engine import Proof
-from .launched import launched, up
+from .launched import Launcher, up
 from .once import Choice, Chooser
 from .values import Descriptor, Int, Operand, as_int
 
@@ -25,38 +25,11 @@ EXACT = {"precision": "ieee"}
 Facts = tuple[dict[str, Any], dict[str, Chooser]]
 
 
-@dataclass
-class Call:
-    """A launcher's call: the options of a mode, and a method for each kernel.
+class Call(Launcher):
+    """A launcher's call in a mode, with a method for each kernel."""
 
-    ``segments``: "", "sorted", or "any" for ends that aren't sorted or in range.  ``own``: each
-    segment has its own numbers.  ``split``, ``at_once``, ``descriptors``, ``transposed``: see
-    :func:`launched`.  ``long``: sizes that don't fit 32 bits.
-    """
-
-    proof: Proof
-    count: int = 1  # of projections, or of sums
-    depths: int = 1
-    segments: str = ""
-    packing: dict[str, Any] | None = None
-    masked: bool = False
-    order: bool = False
-    own: bool = False
-    bias: bool = False
-    split: bool = False
-    at_once: bool = False
-    descriptors: bool = False
-    transposed: bool = False
-    add: bool = False
-    xv: bool = False
-    low_rank: bool = False
-    scaled: bool = False
-    rotated: bool = False
-    gradient: bool = False
-    upstream: bool = False
-    long: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, proof: Proof, **mode: Any) -> None:
+        super().__init__(proof, **mode)
         size = self.proof.size
         self.M, self.N, self.K, self.options = size("M"), size("N"), size("K"), dict(EXACT)
         self.R = [size(f"R{i}") for i in range(self.count)]
@@ -93,12 +66,6 @@ class Call:
 
     def its_bias(self) -> Operand | None:
         return self.strided("bias", *self.banks, self.N) if self.bias else None
-
-    def launched(self, launcher: Callable, *operands: Any, **options: Any) -> dict[str, Any]:
-        chosen = {name: getattr(self, name) for name in ("split", "at_once", "descriptors")}
-        is_converted = self.packing is None or self.packing["kind"] != "float8 by bits"
-        chosen |= {"transposed": self.transposed, "float8": is_converted}
-        return launched(self.proof, launcher, *operands, **chosen, **options)
 
     def rank_fits(self) -> None:
         """The rank is at most BLOCK_R, as ``why_not`` and ``loads_at_once`` demand."""

@@ -1,4 +1,4 @@
-"""Runs a launcher with unknown sizes, and returns the arguments of its first launch.
+"""Runs a launcher with unknown sizes, for the arguments of its first launch.
 
 The launcher's source runs unchanged.  Its assertions become facts, because a size that fails one
 has no launch.  The config is replaced by any tiles, and its choices by options.
@@ -31,46 +31,79 @@ _MODULES = [
 ]
 
 
-def launched(
-    proof: Proof, launcher: Callable, *operands: Any, config: type | None = None,
-    at_once: bool = False, descriptors: bool = False, split: bool = False,
-    transposed: bool = False, float8: bool = True, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """``at_once``, ``descriptors``, ``split``: choices of the config and of the cost model.
+# ``segments``: "sorted", or "any" for ends that aren't sorted or in range.  ``own``: each segment
+# has its own numbers.  ``at_once``, ``descriptors``, ``split``: choices of the config and of the
+# cost model.  ``transposed``: the answer to conditions on all strides; only Q_TRANSPOSED and hints
+# for the compiler depend on these.  ``long``: sizes that don't fit 32 bits.
+_FLAGS = "masked order own bias split at_once descriptors transposed add xv low_rank scaled"
+_FLAGS += " rotated gradient upstream long"
+# ``count``: of projections or of sums.  ``depths``: the number of products with a base.
+_OTHERS = {"count": 1, "depths": 1, "segments": "", "packing": None}
 
-    ``transposed``: the answer to conditions on all strides.  Only Q_TRANSPOSED and hints for the
-    compiler depend on these.  ``float8``: whether the target converts float8.
-    """
-    target = replace(
-        TARGETS["sm_90" if float8 else "sm_80"], processors=proof.size("processors", 1, 2**16)
-    )
-    replaced = {
-        "len": _length, "max": largest, "min": smallest, "cdiv": up,
-        "power_of_two": _power_of_two, "target_of": lambda _: target,
-        "chosen_config": chosen_config.__wrapped__,  # without its cache
-        "splits": lambda _capacity, _programs, length, step, _least: _splits(length, step, split),
-        "loads_at_once": lambda *_: at_once, "_has_descriptor": lambda *_: True,
-        "all": lambda _: transposed, "lies_in_rows": lambda *_: True,
-        "TensorDescriptor": type("", (), {"from_tensor": lambda of, box: Descriptor(of, *box)}),
-    }  # fmt: skip
-    if config is not None:
-        options["config"] = _any_config(proof, config, descriptors)
-    launches: list[Launch] = []
 
-    def caught(launch: Launch) -> None:
-        launches.append(launch)
-        raise StopIteration
+class Launcher:
+    """A launcher in a mode, which gives the options that differ from these defaults."""
 
-    with ExitStack() as stack:
-        for module in _MODULES:
-            for name, new in replaced.items():
-                if name in vars(module) or hasattr(builtins, name):
-                    stack.enter_context(patch.object(module, name, new, create=True))
-        stack.enter_context(recording(caught))
-        stack.enter_context(suppress(StopIteration))
-        launcher(*operands, **options)
-    proof.program(*launches[0].grid)
-    return {name: _argument(name, each) for name, each in launches[0].arguments.items()}
+    def __init__(self, proof: Proof, **mode: Any) -> None:
+        vars(self).update(dict.fromkeys(_FLAGS.split(), False) | _OTHERS)
+        assert mode.keys() <= vars(self).keys(), f"no such options: {mode}"
+        vars(self).update(mode)
+        self.proof = proof
+
+    def launched(
+        self, launcher: Callable, *operands: Any, config: type | None = None, **options: Any
+    ) -> dict[str, Any]:
+        proof, by_bits = self.proof, self.packing and self.packing["kind"] == "float8 by bits"
+        target = TARGETS["sm_80" if by_bits else "sm_90"]  # whether it converts float8
+        target = replace(target, processors=proof.size("processors", 1, 2**16))
+        replaced = {
+            "len": _length, "max": largest, "min": smallest, "cdiv": up,
+            "power_of_two": _power_of_two, "target_of": lambda _: target,
+            "chosen_config": chosen_config.__wrapped__,  # without its cache
+            "splits": self._splits, "loads_at_once": lambda *_: self.at_once,
+            "_has_descriptor": lambda *_: True, "all": lambda _: self.transposed,
+            "lies_in_rows": lambda *_: True,
+            "TensorDescriptor": type("", (), {"from_tensor": lambda of, box: Descriptor(of, *box)}),
+        }  # fmt: skip
+        if config is not None:
+            options["config"] = self._any_config(config)
+        launches: list[Launch] = []
+
+        def caught(launch: Launch) -> None:
+            launches.append(launch)
+            raise StopIteration
+
+        with ExitStack() as stack:
+            for module in _MODULES:
+                for name, new in replaced.items():
+                    if name in vars(module) or hasattr(builtins, name):
+                        stack.enter_context(patch.object(module, name, new, create=True))
+            stack.enter_context(recording(caught))
+            stack.enter_context(suppress(StopIteration))
+            launcher(*operands, **options)
+        proof.program(*launches[0].grid)
+        return {name: _argument(name, each) for name, each in launches[0].arguments.items()}
+
+    def _any_config(self, config: type) -> Any:
+        names = [each.name for each in fields(config)]
+        numbers = {name: self.proof.block(name.upper()) for name in names if name[:6] == "block_"}
+        if "group" in names:
+            numbers["group"] = self.proof.size("GROUP", 1, 16)
+        chosen = {
+            "why_not": "", "capacity": 0, "uses_descriptors": self.descriptors,
+            "block_r": self.proof.block("BLOCK_R"),
+        }  # fmt: skip
+        methods = {name: lambda *_, result=result: result for name, result in chosen.items()}
+        return type(config.__name__, (config,), methods)(**numbers, warps=4, stages=1)
+
+    def _splits(self, _capacity: Any, _programs: Any, length: Int, step: Int, _: Any) -> tuple:
+        """``config.splits`` and its assertion; any number of splits is wanted."""
+        proof = self.proof
+        steps = up(up(length, proof.size("wanted splits")), step)
+        count = up(length, steps * step)
+        proof.given(count.z >= 2 if self.split else count.z == 1)
+        proof.given((count * steps * step).z < 2**31)
+        return count if self.split else 1, steps
 
 
 def _argument(name: str, value: Any) -> Any:
@@ -85,19 +118,6 @@ def _argument(name: str, value: Any) -> Any:
     return value
 
 
-def _any_config(proof: Proof, config: type, descriptors: bool) -> Any:
-    names = [each.name for each in fields(config)]
-    numbers = {name: proof.block(name.upper()) for name in names if name.startswith("block_")}
-    if "group" in names:
-        numbers["group"] = proof.size("GROUP", 1, 16)
-    chosen = {
-        "why_not": "", "capacity": 0, "uses_descriptors": descriptors,
-        "block_r": proof.block("BLOCK_R"),
-    }  # fmt: skip
-    methods = {name: lambda *_, result=result: result for name, result in chosen.items()}
-    return type(config.__name__, (config,), methods)(**numbers, warps=4, stages=1)
-
-
 def _length(of: Any) -> Any:
     return of.shape[0] if isinstance(of, Operand) else len(of)
 
@@ -107,13 +127,3 @@ def _power_of_two(_: Any) -> Int:
     values.proof.given(number.z >= 1)
     values.proof.given(z3.Or(number.z < 16, number.z == 16 * sixteenth.z))
     return number
-
-
-def _splits(length: Int, step: Int, split: bool) -> tuple[Any, Int]:
-    """(count, steps) of ``config.splits``, and its assertion; any number of splits is wanted."""
-    proof = values.proof
-    steps = up(up(length, proof.size("wanted splits")), step)
-    count = up(length, steps * step)
-    proof.given(count.z >= 2 if split else count.z == 1)
-    proof.given((count * steps * step).z < 2**31)
-    return count if split else 1, steps

@@ -33,11 +33,11 @@ _seen: Counter = Counter()
 
 
 def mode_of(launch: Launch) -> dict[str, Any]:
-    """The options of a launch that differ from the defaults of facts.Call."""
+    """The options of a launch, as those of launched.Launcher."""
     a = launch.arguments
     given = {name for name, value in a.items() if value is not None}
-    listed, depths, outs = a.get("u", a.get("planes")), a.get("K"), a.get("out_strides")
-    mode = {name: True for name in ("order", "bias", "xv", "low_rank", "upstream") if name in given}
+    outs = a.get("out_strides")
+    mode = {name: name in given for name in ("order", "bias", "xv", "low_rank", "upstream")}
     flags = {
         "masked": "seeds" in given, "own": bool({"own_factors", "own_thresholds"} & given),
         "scaled": "column_factors" in given, "gradient": a.get("GRADIENT"), "add": a.get("ADD"),
@@ -47,10 +47,9 @@ def mode_of(launch: Launch) -> dict[str, Any]:
         "split": "u" in given and any(plane.numel() for plane in a.get("planes", ())),
         "long": any(a[name] >= 2**31 for name in given if name.startswith("size")),
     }  # fmt: skip
-    mode |= {name: True for name, value in flags.items() if value}
-    for name, several in (("count", listed), ("depths", depths)):
-        if isinstance(several, tuple) and len(several) != 1:
-            mode[name] = len(several)
+    mode |= {name: bool(value) for name, value in flags.items()}
+    for name, listed in (("count", a.get("u", a.get("planes"))), ("depths", a.get("K"))):
+        mode[name] = len(listed) if isinstance(listed, tuple) else 1
     if "ends" in given:
         bounds = [0, *a["ends"].tolist(), a["M"]]
         mode["segments"] = "sorted" if bounds == sorted(bounds) else "any"

@@ -1,14 +1,13 @@
 """The modes of each kernel that are proved, and the proof of one."""
 
 import importlib
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
-from . import contracts, facts, once
-from .engine import FailedError, Proof
+from . import facts, once
+from .contracts import LEMMAS
+from .engine import Proof
 from .source import Source, run
+from .values import FailedError
 
 # Formats of packed weights, as the words of a mode name them.
 _FORMATS = {
@@ -55,22 +54,20 @@ _MODES = {
 }  # fmt: skip
 
 
-def _options(words: str) -> dict[str, Any]:
+def options(words: str) -> dict[str, Any]:
     pairs = [word.partition("=") for word in words.split()]
     values = {name: int(value) if value.isdigit() else value or True for name, _, value in pairs}
     return values | ({"packing": _FORMATS[values["packing"]]} if "packing" in values else {})
 
 
-MODES = {kernel: [*map(_options, modes)] for kernel, modes in _MODES.items()}
-CONTRACT_PROOFS: dict[str, Callable[..., Proof]] = {
-    "tile_of": contracts.prove_tile_of,
-    "segment_of_tile, sorted ends": partial(contracts.prove_segment_of_tile, True),
-    "segment_of_tile, any ends": partial(contracts.prove_segment_of_tile, False),
-}
+MODES = {kernel: [*map(options, modes)] for kernel, modes in _MODES.items()}
 _reached: dict[str, set[str]] = {}  # by kernel, the sites whose access happens in a mode
 
 
 def jitted(kernel: str) -> Any:
+    """The function of a kernel or a lemma."""
+    if kernel in LEMMAS:
+        return LEMMAS[kernel][0]
     file = "gated" if kernel == "gated_backward" else kernel
     return getattr(importlib.import_module(f"fastlora.kernels.{file}"), f"{kernel}_kernel")
 
@@ -80,29 +77,29 @@ def facts_of(proof: Proof, kernel: str, mode: dict[str, Any]) -> facts.Facts:
 
 
 def proof_of(
-    kernel: str, mode: dict[str, Any], source: Source | None = None, is_whole: bool = True,
-    **options: Any,
-) -> Proof:  # fmt: skip
-    """The proof of a kernel in a mode; unless ``is_whole``, without "stored once"."""
-    proof = Proof(reached=_reached.setdefault(kernel, set()), **options)
+    subject: str, mode: dict[str, Any], source: Source | None = None, is_whole: bool = True
+) -> Proof:
+    """The proof of a lemma, or of a kernel in a mode; unless ``is_whole``, without "stored once".
 
-    source = source or Source(contracts.CONTRACTS)
-    run(proof, source, jitted(kernel), lambda proof: facts_of(proof, kernel, mode))
-    if is_whole and mode.get("segments") != "any" and not proof.failures:
-        with suppress(FailedError):
+    It ends at the first failure.
+    """
+    proof, source = Proof(reached=_reached.setdefault(subject, set())), source or Source()
+    function = source.function(jitted(subject))
+    try:
+        if subject in LEMMAS:
+            for _ in proof.paths():
+                LEMMAS[subject][1](proof, function)
+            return proof
+        run(proof, function, lambda: facts_of(proof, subject, mode))
+        if is_whole and mode.get("segments") != "any":
             once.check(proof)
+    except FailedError as error:
+        proof.failure = str(error)
     return proof
 
 
-def lines_of(kernel: str, mode: dict[str, Any]) -> tuple[bool, str]:
+def lines_of(subject: str, mode: dict[str, Any]) -> tuple[bool, str]:
     words = [f"{name}={value}" for name, value in mode.items()]
-    return _said(" ".join([kernel, *words]), proof_of(kernel, mode))
-
-
-def lines_of_contract(name: str) -> tuple[bool, str]:
-    return _said(name, CONTRACT_PROOFS[name]())
-
-
-def _said(name: str, proof: Proof) -> tuple[bool, str]:
-    failures = [f"    not proved: {what}: {why}" for what, why in proof.failures.items()]
-    return bool(failures), "\n".join([f"{name}: {proof.proved} claims proved", *failures])
+    proof = proof_of(subject, mode)
+    said = f"not proved: {proof.failure}" if proof.failure else f"{proof.proved} claims proved"
+    return bool(proof.failure), f"{' '.join([subject, *words])}: {said}"

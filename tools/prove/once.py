@@ -7,7 +7,7 @@ from typing import Any
 
 import z3
 
-from .engine import CONDITION, Fact, Proof, Store, laws_among
+from .engine import Fact, Proof, Store, laws_among
 from .numbers import DOT, names_of, variable
 from .values import Int
 
@@ -116,7 +116,7 @@ def _replayed(
     for fact in store.facts:
         if fact.claim in known:
             continue
-        if fact.kind == CONDITION and (not fact.of.startswith("lane!") or fact.of in lanes):
+        if fact.is_condition and (not fact.of.startswith("lane!") or fact.of in lanes):
             failure = proof.why_not(fact.claim, facts)
             if failure is not None:
                 return failure
@@ -136,7 +136,6 @@ def check(proof: Proof) -> None:
             stores[store.operand.name].append(store)
         if stores.keys() != launch.outputs.keys():
             proof.failed("stored once", f"{[*stores]} are stored, not {[*launch.outputs]}")
-            return
         for name, chooser in launch.outputs.items():
             check_at_most_once(proof, stores[name])
             check_at_least_once(proof, stores[name], chooser)

@@ -10,21 +10,20 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import z3
 
-from . import language, values
-from .engine import FailedError, Proof
-from .values import Bool, Data, Descriptor, UnsupportedError, as_int
+from . import contracts, language, values
+from .engine import Proof
+from .values import Bool, Data, Descriptor, as_int
 
-# Device functions whose numbers no address depends on.
-OPAQUE: dict[str, Callable] = {
+# Device functions that aren't run: their contracts, or numbers that no address depends on.
+KNOWN: dict[str, Callable] = contracts.CONTRACTS | {
     "dot": lambda a, b, total, *_: total,
-    "cast": lambda tile, dtype, *_: Data(getattr(tile, "shape", ()), dtype),
+    "cast": lambda tile, *_: Data(getattr(tile, "shape", ())),
     "known_multiple": lambda number, _: number,
-    "hadamard_matrix": lambda dtype: Data((64, 64), dtype),
+    "hadamard_matrix": lambda _: Data((64, 64)),
     "rotate_tile": lambda tile, *_: tile,
     "keep_tile": lambda *arguments: Data(arguments[-2:]),
     "looked_up": lambda table, code: code,
@@ -38,21 +37,15 @@ _LOOPS = {"loop": language.loop, "at_begin": language.at_begin, "at_end": langua
           "step_number": language.step_number}  # fmt: skip
 
 
-@dataclass
-class Edit:
-    """A change of a function's source: a text, or the condition of a mask that is dropped."""
-
-    function: str
-    old: str = ""
-    new: str = ""
-    mask: int = 0
+def text_of(plain: Any) -> str:
+    return textwrap.dedent(inspect.getsource(plain))
 
 
 class Source:
-    """The functions of a kernel, as they run here."""
+    """The functions of a kernel, as they run here.  ``edits``: the changed sources of some."""
 
-    def __init__(self, contracts: dict[str, Callable], edit: Edit | None = None) -> None:
-        self.known, self.edit = OPAQUE | contracts, edit
+    def __init__(self, edits: dict[str, str] | None = None) -> None:
+        self.edits = edits or {}
         self.made: dict[Any, Callable] = {}
 
     def function(self, jitted: Any) -> Callable:
@@ -61,14 +54,8 @@ class Source:
         return self.made[jitted.fn]
 
     def _made(self, plain: Any) -> Callable:
-        source, name = textwrap.dedent(inspect.getsource(plain)), plain.__name__
-        edit = self.edit if self.edit and self.edit.function == name else Edit(name, mask=-1)
-        if edit.old:
-            assert source.count(edit.old) == 1, f"{name} has {source.count(edit.old)} {edit.old!r}"
-            source = source.replace(edit.old, edit.new)
-        tree = ast.parse(source)
-        if not edit.old and edit.mask >= 0:
-            tree = _WithoutMask(mask_parts(tree)[edit.mask]).visit(tree)
+        name = plain.__name__
+        tree = ast.parse(self.edits.get(name) or text_of(plain))
         (definition,) = tree.body
         definition.decorator_list = []
         for argument in definition.args.args:
@@ -76,7 +63,7 @@ class Source:
         tree = ast.fix_missing_locations(_Loops().visit(tree))
         ast.increment_lineno(tree, inspect.getsourcelines(plain)[1] - 1)
         scope: dict[str, Any] = {
-            **{used: self._later(each) for used, each in plain.__globals__.items()}, **self.known,
+            **{used: self._later(each) for used, each in plain.__globals__.items()}, **KNOWN,
             **_LOOPS, "tl": language, "min": values.smallest, "max": values.largest,
             "INTERPRETED": False, "always": Bool(z3.BoolVal(True)),
         }  # fmt: skip
@@ -101,7 +88,8 @@ def _with_shape(load_tile: Callable) -> Callable:
             box = [as_int(n).poly for n in of.box[-2:]]
             if box != [as_int(n).poly for n in shape]:
                 values.proof.failed(f"load {of.operand.name}", "the box isn't the tile")
-        return Data(shape, load_tile(**arguments).dtype)
+        load_tile(**arguments)
+        return Data(shape)
 
     return called
 
@@ -131,47 +119,20 @@ class _Loops(ast.NodeTransformer):
         return [node, *ast.parse("\n".join(after)).body]
 
 
-def mask_parts(tree: ast.AST) -> list[ast.expr]:
-    """The conditions of all masks, each with others in a conjunction or by itself."""
-    nodes = [*ast.walk(tree)]
-    masks = [n.value for n in nodes if isinstance(n, ast.keyword) and n.arg == "mask"]
-    names = {mask.id for mask in masks if isinstance(mask, ast.Name)}
-    assigned = [n for n in nodes if isinstance(n, ast.Assign)]
-    masks += [n.value for n in assigned if ast.unparse(n.targets[0]) in names]
-    parts = [[m.left, m.right] if isinstance(m, ast.BinOp) else [m] for m in masks]
-    return [part for each in parts for part in each if not isinstance(part, ast.Name)]
-
-
-class _WithoutMask(ast.NodeTransformer):
-    def __init__(self, part: ast.expr) -> None:
-        self.part = part
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return ast.Name("always", ast.Load()) if node is self.part else super().visit(node)
-
-
-def run(proof: Proof, source: Source, kernel: Any, setup: Callable[[Proof], tuple]) -> Proof:
+def run(proof: Proof, function: Callable, setup: Callable[[], tuple]) -> None:
     """Run a kernel on all its paths.
 
     ``setup`` states facts, and returns the arguments and the outputs.  On a path where a launcher's
     assertion fails, there is no launch.
     """
-    function = source.function(kernel)
     for _ in proof.paths():
         try:
-            arguments, outputs = setup(proof)
+            arguments, outputs = setup()
         except AssertionError:
             continue
         proof.enter_kernel(outputs)
-        try:
-            try:
-                function(**arguments)
-            except UnsupportedError as error:
-                proof.failed("the source", str(error))
-        except FailedError:
-            return proof
+        function(**arguments)
     if not proof.launches:
         proof.failed("the launcher", "its assertions fail for all sizes")
     for site in sorted(proof.sites - proof.reached):
         proof.failed(site, "it never happens")
-    return proof

@@ -19,8 +19,8 @@ _OPERATORS = (
 )
 
 
-class UnsupportedError(Exception):
-    """The source does what this tool can't follow."""
+class FailedError(Exception):
+    """A claim isn't proved, or the source does what this tool can't follow."""
 
 
 class Int:
@@ -42,8 +42,6 @@ class Int:
         return made
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, Pointer | Data | float | Tally):
-            return other + self
         other = as_int(other)
         return self._made(plus(self.poly, other.poly), other)
 
@@ -53,12 +51,7 @@ class Int:
         other = as_int(other)
         return self._made(plus(self.poly, other.poly, -1), other)
 
-    def __rsub__(self, other: Any) -> Any:
-        return as_int(other) - self
-
     def __mul__(self, other: Any) -> Any:
-        if isinstance(other, Data | float):
-            return Data()
         other = as_int(other)
         return self._made(times(self.poly, other.poly), other)
 
@@ -104,7 +97,7 @@ def as_int(value: Any) -> Int:
         return value
     if isinstance(value, int):
         return Int({(): int(value)} if value else {})
-    raise UnsupportedError(f"{type(value).__name__} as an integer at {proof.where()}")
+    raise FailedError(f"{type(value).__name__} as an integer at {proof.where()}")
 
 
 def _extreme(of_ints: Any, is_better: Any) -> Any:
@@ -146,26 +139,27 @@ class Bool:
 class Tally:
     """The number of lanes that fulfil a condition, summed over a loop."""
 
-    def __init__(self, start: int, counted: z3.BoolRef | None = None) -> None:
-        self.start, self.counted = start, counted
+    def __init__(self, start: int) -> None:
+        self.start = start
 
     def __add__(self, other: Any) -> "Tally":
-        if not isinstance(other, Bool) or self.counted is not None:
-            raise UnsupportedError(f"a sum in a loop at {proof.where()}")
-        made = Tally(self.start, other.claim)
-        proof.tallied(made)
-        return made
+        if not isinstance(other, Bool) or proof.counted is not None:
+            raise FailedError(f"a sum in a loop at {proof.where()}")
+        proof.counted = other.claim
+        return self
 
 
 class Data:
     """Numbers that no address depends on."""
 
-    def __init__(self, shape: tuple = (), dtype: str = "float32") -> None:
-        self.shape, self.dtype = shape, dtype
+    dtype = "bfloat16"
+
+    def __init__(self, shape: tuple = (), *_: Any) -> None:
+        self.shape = shape
 
     def _result(self, other: Any = None, *_: Any) -> "Data":
         shapes = self.shape, other.shape if isinstance(other, Data) else ()
-        return Data(max(shapes, key=len), self.dtype)
+        return Data(max(shapes, key=len))
 
     for _name in _OPERATORS.split():
         locals()[f"__{_name}__"] = _result
@@ -175,23 +169,23 @@ class Data:
         return self
 
     def __bool__(self) -> bool:
-        raise UnsupportedError(f"a branch on data at {proof.where()}")
+        raise FailedError(f"a branch on data at {proof.where()}")
 
-    def to(self, dtype: Any, **_: Any) -> "Data":
-        return Data(self.shape, dtype)
+    def to(self, *_: Any, **__: Any) -> "Data":
+        return self
 
     def reshape(self, *shape: Any) -> "Data":
-        return Data(shape, self.dtype)
+        return Data(shape)
 
     def permute(self, *order: int) -> "Data":
-        return Data(tuple(self.shape[i] for i in order), self.dtype)
+        return Data(tuple(self.shape[i] for i in order))
 
     def split(self) -> tuple["Data", "Data"]:
-        return (Data(self.shape[:-1], self.dtype),) * 2
+        return (Data(self.shape[:-1]),) * 2
 
     @property
     def T(self) -> "Data":  # noqa: N802
-        return Data(self.shape[::-1], self.dtype)
+        return Data(self.shape[::-1])
 
 
 class Operand:
@@ -258,9 +252,7 @@ class Operand:
                     found[axis] = plus(found[axis], {rest: number})
                     break
             else:
-                raise UnsupportedError(
-                    f"{self.name} has no stride in {monomial} at {proof.where()}"
-                )
+                raise FailedError(f"{self.name} has no stride in {monomial} at {proof.where()}")
         return [Int(poly, 64) for poly in found]
 
 
@@ -296,7 +288,7 @@ class Descriptor:
 
     def load(self, start: list) -> Data:
         self._access("load", start)
-        return Data(self.box, self.dtype)
+        return Data(self.box)
 
     def store(self, start: list, value: Data) -> None:
         if [as_int(n).poly for n in value.shape] != [as_int(n).poly for n in self.box]:
