@@ -54,8 +54,13 @@ def forward_rows(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter.
 
-    With ``into``, each y is written to its tensor there: y = base + low rank.  An output without a
-    base, only with ``into``: y += low rank.  ``dtype``: of h, if the caller knows it (``h_dtype``).
+    For an output with a base:
+
+        h = scale / (1 - p) · (mask ∘ x) lora_aᵀ        y = x weightᵀ + bias + Σ h lora_bᵀ
+
+    With ``into``, each y is written to its tensor there.  An output without a base needs ``into``,
+    and adds: y += Σ h lora_bᵀ.  ``dtype`` is the dtype of h, if the caller has computed it
+    (``h_dtype``).
     """
     dtype = dtype or h_dtype(x.dtype, x.device)
     # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
@@ -119,9 +124,9 @@ class OutputBackward(NamedTuple):
 
     dy: Tensor | None  # None: the loss doesn't use this output
     output: Output[Tensor]
-    hs: Sequence[Tensor | None]  # one for each adapter, as are the masks
-    wanted: Output[bool]
-    masks: Sequence[DropoutMask | None]
+    hs: Sequence[Tensor | None]  # one for each adapter; None if its lora_b needs no gradient
+    wanted: Output[bool]  # which gradients are needed
+    masks: Sequence[DropoutMask | None]  # one for each adapter
 
 
 def backward_rows(
@@ -131,10 +136,13 @@ def backward_rows(
     beta: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> list[Output[Tensor | None]]:
-    """The gradients of each output's tensors; and dx = beta · dx + the part of each output.
+    """The gradients of each output's tensors; and, in place, dx.  With dh = factor · dy lora_b:
 
-    dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites dx without reading it.
-    ``dtype``: as in the forward.
+        dx = beta · dx + Σ dy weight + Σ mask ∘ (dh lora_a)
+        d lora_a = dhᵀ (mask ∘ x)       d lora_b = dyᵀ h       d weight = dyᵀ x       d bias = Σ dy
+
+    factor is scale / (1 - p).  dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites
+    dx without reading it.  ``dtype`` as in :func:`forward_rows`.
     """
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
@@ -150,8 +158,8 @@ def backward_rows(
             gradients.append(no_gradients(output))
             continue
         adapters = []
-        for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
-            adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
+        for adapter_and_more in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
+            adapters.append(_adapter_gradients(dy, x, *adapter_and_more, dx, beta))
             beta = 1.0  # dx is written now, so all later terms add to it
         base: Base[Tensor | None] = Base(None)
         if any(wanted.base):
@@ -202,12 +210,13 @@ def _wide_backward(
             (own_masks,) = from_row([masks], rows.start)
             block = OutputBackward(dy_rows, in_float32[i], h_rows, wanted, own_masks)
             (part,) = backward_rows(x_rows, [block], dx_rows, block_beta)
-            total[i] = added(total[i], part, torch.float32)
+            total[i] = added(total[i], part, torch.float32)  # d lora_a, d lora_b … of all blocks
             block_beta = 1.0
         if dx is not None and dx_rows is not None:
+            # block_beta 0: nothing was written to dx_rows, because the loss uses no output.
             rows_of(dx, rows).copy_(dx_rows if block_beta else dx_rows.zero_())  # rounded once
     outputs = [part.output for part in parts]
-    return [map_outputs(_as, *pair) for pair in zip(total, outputs, strict=True)]
+    return [map_outputs(_in_dtype_of, *pair) for pair in zip(total, outputs, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -228,7 +237,7 @@ def added(
     return map_outputs(add, total, part)
 
 
-def _as(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+def _in_dtype_of(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     """The gradient in the tensor's dtype."""
     return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
 
@@ -241,7 +250,7 @@ def no_gradients(output: Output) -> Output[Tensor | None]:
 def base_gradients(
     dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
 ) -> Base[Tensor | None]:
-    """d weight = dyᵀ x and d bias = Σ dy over the rows, if the weight or the bias trains.
+    """d weight = dyᵀ x [N, K] and d bias = Σ dy [N], summed over rows; each only if it is needed.
 
     d bias is summed in float32, or in float64 for a float64 x.
     """
@@ -263,14 +272,18 @@ def _adapter_gradients(
     dx: Tensor | None,
     beta: float,
 ) -> Adapter[Tensor | None]:
-    """d lora_a and d lora_b, each if needed; and dx = beta · dx + mask ∘ (dh lora_a)."""
+    """d lora_a = dhᵀ (mask ∘ x) and d lora_b = dyᵀ h, each if needed, with dh = factor · dy lora_b.
+
+    Also, if dx isn't None: dx = beta · dx + mask ∘ (dh lora_a).
+    """
     d_lora_a = d_lora_b = None
     x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # x may be wider than D from here on
     dy = dy.to(x.dtype)
     # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
     if need.lora_b:
         assert h is not None
-        d_lora_b = thin_gradient(dy, h.to(x.dtype)).to(adapter.lora_b.dtype)  # h has the factor
+        # h includes the factor, so d lora_b needs none.
+        d_lora_b = thin_gradient(dy, h.to(x.dtype)).to(adapter.lora_b.dtype)
     if need.lora_a or dx is not None:
         dh = product(dy, lora_b, factor)  # [M, N] @ [N, r]
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
@@ -299,6 +312,7 @@ def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None)
     if mask is None:
         return product(x, lora_a.T, factor)
     h = x.new_empty(x.shape[0], lora_a.shape[0])
+    # ``factor`` includes dropout's 1 / (1 - p), so ``drop`` only zeroes elements.
     for first, x_rows, h_rows in _blocks(x, h):
         dropped = SCRATCH.matrix_like("dropped", x_rows)  # one block of mask ∘ x, never the whole
         mask.drop(first, (x_rows, dropped))
