@@ -18,8 +18,8 @@ the function of h = x lora_aᵀ is this, where the columns are summed in eight p
 
 The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
-* ``buffer`` is ``torch.empty_like`` of an expanded tensor with one element.  That takes half the
-  time of ``torch.empty`` with shape and dtype.
+* ``buffer`` is ``torch.empty_like`` of a tensor with the buffer's shape, which has one element in
+  memory (``expand``).  That takes half the time of ``torch.empty`` with shape and dtype.
 * The generated function deletes a variable after its last use.  A launch gets only an address,
   which doesn't keep the tensor alive.  So ``held(tensor)``, which does nothing, follows the last
   launch that uses the tensor.
@@ -91,7 +91,7 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}  # the id of a value -> the node that computes it
         self.alive: list[Any] = []  # these values: while they live, Python reuses no id
-        self.constants = SimpleNamespace()
+        self.constants = SimpleNamespace()  # the generated function's ``self``
         self.effects: set[Node] = set()  # nodes with side effects: launches, writes in place
         self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
@@ -113,6 +113,7 @@ class _Recorder(TorchFunctionMode):
                     self.modulo_16[node] = tensor.data_ptr() & 15
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
+        # Every torch function, method and property of a tensor comes here.
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
             # Callers use only (address % 16) and (address == 0), so 2²⁰ can stand for any base.
@@ -125,18 +126,20 @@ class _Recorder(TorchFunctionMode):
             result = function(*arguments, **keywords) if out is None else out
             results = result if isinstance(result, tuple) else (result,)
             tensors = {i: each for i, each in enumerate(results) if isinstance(each, Tensor)}
+            # A result without a tensor (a shape, a stride) is a fact, the same in every replay.
             if tensors:
                 node = self._operation(function, arguments, keywords, result)
                 if any(id(each) in self.nodes for each in tensors.values()):  # in place, or out=
                     self.effects.add(node)
                     return result
+                # The node of a tuple gives its tensors by getitem.
                 for i, each in tensors.items():
                     part = node if results is not result else self._call(getitem, [node, i])
                     self._stands_for(each, part)
         return result
 
     def add_launch(self, launch: Launch) -> None:
-        """A node that launches Triton's compiled kernel with addresses, or interprets it."""
+        """Add a node that launches Triton's compiled kernel with addresses, or interprets it."""
         operands: Sequence = [launch.arguments[name] for name in launch.kernel.arg_names]
         options: dict[str, Any] = {}
         if INTERPRETED.value:
@@ -161,10 +164,10 @@ class _Recorder(TorchFunctionMode):
         self.effects.add(self.launches[-1])
 
     def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
+        """Compile the graph to a function that returns these results."""
         output = self.graph.output([self._argument(each) for each in results])
         self._drop_unused()
         self._hold(output.all_input_nodes)
-        self._drop_unused()
         # Not a GraphModule: it would keep the graph, and torch.fx would keep its source forever.
         code = self.graph.python_code("self")
         scope = dict(code.globals)
@@ -173,7 +176,9 @@ class _Recorder(TorchFunctionMode):
         return CapturedCall(replay, code.src, self.kernels, self.identities, self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
-        # A contiguous buffer depends on no other tensor.
+        """Add a node that calls a torch function, or one that allocates a contiguous buffer."""
+        # A contiguous buffer depends on no other tensor, so its node has no inputs.  ``like`` has
+        # at most one element in memory: shape () if it can be expanded, or its own shape.
         if function in _BUFFERS and result.is_contiguous():
             at_most_one = result.shape if result.numel() < 2 else ()
             like = torch.empty(at_most_one, dtype=result.dtype, device=self.device)
@@ -190,6 +195,7 @@ class _Recorder(TorchFunctionMode):
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
     ) -> Node:
+        # torch.fx writes a C method as tensor.name(…), and any other function as name(…).
         is_method = isinstance(function, MethodDescriptorType)
         kind = ("call_method", function.__name__) if is_method else ("call_function", function)
         return self.graph.create_node(*kind, tuple(inputs), options, name)
@@ -239,6 +245,7 @@ class _Recorder(TorchFunctionMode):
                     self.effects.add(self._call(_held, [node]))
 
     def _drop_unused(self) -> None:
+        """Erase nodes without users and without effects, such as views that only launches use."""
         for node in reversed(self.graph.nodes):
             if not (node.users or node in self.effects or node.op in ("placeholder", "output")):
                 vars(self.constants).pop(node.target, None)
@@ -264,6 +271,7 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
 
 
 def _base(tensor: Tensor) -> Tensor:
+    """The tensor whose memory this view uses; the tensor itself if it is no view."""
     return tensor if tensor._base is None else tensor._base
 
 

@@ -7,8 +7,8 @@
 * none: the call is captured.  If its kernels weren't verified on this device yet, they are now.
 
 Verification runs the call with the kernels and with PyTorch, first on random numbers (the *probe*)
-and then on the caller's own tensors.  The random numbers replace all operands except packed weights and
-integers.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
+and then on the caller's own tensors.  The random numbers replace all operands except packed weights
+and integers.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
 compile, the caller gets PyTorch's result and a warning, and the kernels are refused.
 
 The outcome holds for one kernel's code on one kind of device, with one version of the driver,
@@ -73,9 +73,9 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 # is zero, or a packed weight is zero or not finite, the call runs on PyTorch, and its kernels stay
 # unverified.  Each such call checks again.
 #
-# With "exact", kernels and PyTorch round x to equal int8 codes, so their integer sums must be equal.
-# With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a result
-# may differ by _STEP.
+# With "exact", kernels and PyTorch round x to equal int8 codes, so their integer sums must be
+# equal.  With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a
+# result may differ by _STEP.
 _ROWS, _FACTOR, _ENDS, _KEPT, _EXACT = "rows", "factor", "ends", "kept", "exact"
 _STEP = 2.0**-8  # allowed relative error of a result if one code of its row differs by 1
 
