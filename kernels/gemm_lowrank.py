@@ -91,7 +91,7 @@ def gemm_lowrank_kernel(
     # With segments, OUT is a pointer: a segment may end inside of the tile, and a store by
     # descriptor would write the rows after that end, which belong to another tile.
     OUT_DESCRIPTOR: tl.constexpr = DESCRIPTORS and ends is None
-    # P's and Q's dtype too, unless Q is packed.
+    # OUT's dtype, in which products run: P has it, and Q gets it when it is unpacked.
     dtype: tl.constexpr = out.dtype if OUT_DESCRIPTOR else out.dtype.element_ty
     # The number of tiles of rows, and of columns.  With segments, the first is an upper bound,
     # because each segment may end with a partly filled tile (segments.py).
@@ -195,8 +195,8 @@ def gemm_lowrank(
     ``config`` must fit the call; ``preferred`` is used only if it fits.
     """
     # A launch takes at most MAX_PROJECTIONS (4) products and terms.  If there are more, ``chunks``
-    # cuts the lists into those of several launches, u, p, v and q.  The first launch fills ``out``,
-    # the others add to it.
+    # cuts the lists, and u, p, v and q are the lists of one launch.  The first launch fills
+    # ``out``, the others add to it.
     for i, (u, p, v, q, launch_seeds) in enumerate(chunks(us, ps, vs, qs, seeds)):
         # Earlier launches had all products, and low-rank terms are left: y with over 4 adapters.
         if not p:

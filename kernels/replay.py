@@ -27,6 +27,7 @@ _changes = threading.Lock()  # held while the oldest key is found and deleted
 
 def remember(cache: dict, key: Hashable, value: Any) -> None:
     """Cache a captured call, or the state of a refused one.  A full cache drops its oldest."""
+    # A dict keeps the order of insertion, so its first key is the oldest.
     with _changes:
         while len(cache) >= _MOST and key not in cache:
             del cache[next(iter(cache))]

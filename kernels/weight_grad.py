@@ -1,12 +1,13 @@
 """OUT_i = (keep_i ∘ X)ᵀ U_i: d lora_a and d lora_b, which are sums over rows.
 
-    | OUT_i                | X         | U_i           | keep_i   | optional second result            |
-    |----------------------|-----------|---------------|----------|-----------------------------------|
-    | d lora_b [N, r]      | dy [M, N] | h [M, r]      | -        | dh = factor · dy lora_b           |
-    | d lora_a_iᵀ [K, r_i] | x [M, K]  | dh_i [M, r_i] | the mask | dx_low = Σ_i keep_i ∘ dh_i lora_a_i |
+    |      | OUT_i                | X         | U_i           | keep_i   | second result |
+    |------|----------------------|-----------|---------------|----------|---------------|
+    | dy   | d lora_b [N, r]      | dy [M, N] | h [M, r]      | -        | dh [M, r]     |
+    | x    | d lora_a_iᵀ [K, r_i] | x [M, K]  | dh_i [M, r_i] | the mask | dx_low [M, K] |
 
-With dh, dy is read once in place of twice ("one pass over dy").  With dx_low, the adapter's part of
-dx, a launch is saved ("one pass over x").
+The second result is optional, and saves a read of X or a launch: "one pass over dy" also computes
+dh = factor · dy lora_b, and "one pass over x" dx_low = Σ_i keep_i ∘ (dh_i lora_a_i), the adapter's
+part of dx.  In the kernel, XV is dh and LOW_RANK is dx_low.
 """
 
 from collections.abc import Mapping, Sequence

@@ -115,6 +115,7 @@ def _wide_forward(
                 y_float32.copy_(y_rows)
             hs_of_blocks += forward_rows(x_rows, [output], [own_masks], [y_float32])[1]
             y_rows.copy_(y_float32)  # the only rounding to 16 bits
+    # hs_of_blocks is [block 0: h of each adapter, block 1: …]: every count-th is one adapter's.
     count = sum(len(output.adapters) for output in outputs)
     return ys, [_joined(hs_of_blocks[i::count]) for i in range(count)]
 
@@ -175,6 +176,7 @@ def _add_base_products(dx: Tensor, parts: Sequence[OutputBackward], beta: float)
     dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
     for dy, ((weight, _), _), *_ in parts:
         if dy is not None and weight is not None:
+            # Products of int8 codes need dy in int8 also, so they take a function of their own.
             is_int8 = isinstance(weight, Quantized) and _runs_in_8_bits(weight, dy)
             (in_8_bits if is_int8 else dense).append((dy, weight))
     if in_8_bits:
@@ -298,6 +300,7 @@ def _thin(
     The dtype is x's.  Exception: if x has at most r rows, as in decoding, it is the wider of x's
     and the adapter's, because x is then the smaller tensor to cast.
     """
+    # In decoding x has one row, and the adapter r rows of the same length.
     lora_a, lora_b, scale = adapter
     factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)
     if lora_a.dtype == lora_b.dtype == x.dtype:
@@ -333,6 +336,8 @@ def _through_lora_a(
     if dx is not None and not beta and dx.dtype != x.dtype:
         dx.zero_()  # torch.mm can't write a product of another dtype to dx, so add it to zeros
         beta = 1.0
+    # Without a mask, one product each.  With a mask, a block of rows at a time, so that mask ∘ x is
+    # never in memory as a whole.
     if mask is None:
         if dx is not None and beta:
             add_product(dx, dh, lora_a)  # [M, r] @ [r, K]
@@ -373,7 +378,7 @@ def _blocks(x: Tensor, *others: Tensor | None) -> list[tuple]:
 
 def from_row(masks: Masks, first: int) -> Masks:
     """The masks of the rows from ``first`` on."""
-    if first == 0:
+    if first == 0:  # the common case, without a copy
         return masks
     rest = slice(first, None)
     return [[None if mask is None else mask.of_rows(rest) for mask in group] for group in masks]

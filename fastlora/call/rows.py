@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     order: Tensor | None = None  # int64 [items]; None: rows are already sorted
     numbers: HostNumbers | None = None
     first: int = 0  # row 0 of x is row ``first`` of the call, and of its dropout mask
-    shares: list[Share] | None = None  # nonempty segments, if they are known on the host
+    shares: list[Share] | None = None  # nonempty segments, if the ends were read on the host
     memo: dict | None = None  # a backend's cache, shared by all layers with these rows
     # Whether all lora_a are views of one bank [n, r, K], and all lora_b of another, by ``unbind``.
     of_banks: bool = False

@@ -90,6 +90,7 @@ def _rows_at(cell: Cell, like: Tensor) -> Cell | None:
     *lead, V = like.shape
     if not lead or cell.like.shape[-1] != V or like.stride(-1) != 1:
         return None
+    # In elements: where the view starts in the parent's elements, a multiple of V.
     *strides, _ = like.stride()
     offset = like.storage_offset() - cell.like.storage_offset()
 
@@ -255,6 +256,7 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
     is_logprob, target = lazy.cell.recipe.form == "logprobs", index.squeeze(-1)
     if not is_logprob and not _has_target_logits(lazy):
         return NotImplemented
+    # cross_entropy of each row: loss = lse - s[target] = -log_softmax(s)[target].
     loss = _loss(lazy, target, "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
@@ -278,6 +280,7 @@ def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
     """
     x, (weight, bias) = as_matrix(cell.call.head.x), cell.call.head.output.base
     with autocast_off(x.device.type):
+        # [..., 1, K] @ [..., K, 1]
         s = (x[_rows_of(cell)].unsqueeze(-2) @ weight[target].unsqueeze(-1)).squeeze(-1)
         if bias is not None:
             s = s + bias[target].unsqueeze(-1)

@@ -297,12 +297,12 @@ class _Node(NamedTuple):
         #
         # In d bias, w must be a factor of dy, so a second backward below computes it.  d_product is
         # dp of the module's docstring, without w.
-        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's flat tensors
+        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's tensors, or None
         wanted = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
         d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
-            # d w = dy · y = dp · product + dy · bias, for each row.
+            # The gradient of w: dy · y = dp · product + dy · bias, for each row.
             d_row_weights = torch.linalg.vecdot(d_product, product)
             if at is not None:
                 bias, rows = down.tensors[at], part.segments.of_rows(len(dy))

@@ -62,6 +62,7 @@ def key_of_x(x: Tensor) -> Hashable:
 
     None if the call can't be cached.
     """
+    # path_of(x) isn't NODE under compilation, torch.func, or for a tensor subclass (dispatch.py).
     try:
         return key_of([x], (torch.is_grad_enabled(),)) if path_of(x) == NODE else None
     except Exception:  # x is no tensor, is sparse, or came from a torch.func transform that ended
@@ -80,6 +81,7 @@ def key_of_outputs(
     The key is None if the call can't be cached.  ``dropout``: the probability, or for a gated MLP a
     tuple of all its settings.
     """
+    # Nothing is checked yet, so any class may come: errors here mean "not cached".
     try:
         layouts = layouts_of(outputs)
         inputs = [x, *flatten(outputs, layouts)]
@@ -103,6 +105,7 @@ def remember(
     key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int | None = None
 ) -> None:
     """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
+    # A dict keeps the order of insertion, so its first key is the oldest.
     calls = _calls if calls is None else calls
     with _changes:
         while len(calls) >= (most or _MOST) and key not in calls:

@@ -88,7 +88,7 @@ def backend_forward(
 def backend_backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input; None if the input needs none, or if its adapter has no rows."""
     x, *tensors = given.inputs
-    # Dtypes are those of the forward.  A backward inside of an autocast block must not cast again.
+    # A backward inside of an autocast block must compute in the forward's dtypes, without casts.
     if torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
             return backend_backward(given)

@@ -87,8 +87,9 @@ def get_peft_model(
     _check(model, peft_config)
     import peft
 
+    # A copy, because targets are resolved in it.  PEFT changes it, and keeps it in the model.
     config, base = deepcopy(peft_config), _base_of(model)
-    wanted = matched(base, config)
+    wanted = matched(base, config)  # layers that target_modules names
     options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
     options["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
@@ -339,6 +340,7 @@ def _packed_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     if not (names := packed_names(module)) or read_module(module).reason:
         return {}
     is_transposed = lies_transposed(module)
+    # Experts: a stack [E, N, K] for each name; transformers may declare it as [E, K, N].
     shapes = {name: stack_in(module, name).shape for name in names}
     return {n: (E, K, N) if is_transposed else (E, N, K) for n, (E, N, K) in shapes.items()}
 
@@ -420,6 +422,7 @@ def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
         kept: Any = getattr(resolved, field) or ()
         # target_modules may be one regular expression in place of a list.
         is_regex = isinstance(kept, str)
+        # In a list, check only names that were not replaced, because a replaced name has matched.
         for wanted in [kept] if is_regex else [name for name in given if name in kept]:
             if not any(map(name_test(wanted if is_regex else [wanted]), names)):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
@@ -438,6 +441,7 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
     """
     layers = {n: m for n, m in peft_layers(base) if adapter in getattr(m, "lora_A", ())}
     around = bypassed(base)
+    # A module such as MultiheadAttention reads out_proj.weight itself, without calling out_proj.
     for name in layers.keys() & around.keys():
         outer = name.rpartition(".base_layer")[0]
         if outer not in layers:  # PEFT has a layer for a whole MultiheadAttention
@@ -447,6 +451,7 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
             )
     check_places(base, [layer.get_base_layer() for layer in layers.values()], ())
     owners = owners_of(base)
+    # Layers whose base weight is also the weight of another module.
     shared = [
         name for name, layer in layers.items()
         for weight in [layer.get_base_layer()._parameters.get("weight")]
@@ -473,6 +478,7 @@ def injected(model: nn.Module, config: Any, **settings: Any) -> Iterator[Any]:
 
     Yields the PeftModel.
     """
+    # _undone_on_error restores after every error: _Undo, or one of the caller's own code.
     with suppress(_Undo), _undone_on_error(model, "default"):
         yield get_peft_model(model, config, **settings)
         raise _Undo
@@ -497,7 +503,7 @@ def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # PEFT's own deletion comes first, for a model that had other adapters.
+        # First PEFT deletes the adapter from layers that had other adapters before.
         if hasattr(model, "delete_adapter"):
             with suppress(Exception):
                 model.delete_adapter(adapter)
