@@ -55,8 +55,8 @@ from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes that nn.Module gives every module and that aren't guarded, because calls don't depend on
-# them, such as hooks on state dicts.
+# Attributes that nn.Module gives every module and that aren't guarded, because calls don't depend
+# on them, such as hooks on state dicts.
 _SILENT = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
