@@ -253,7 +253,8 @@ def host_cases() -> list[Case]:
         case = Case(96, 512, outputs, 16, BF16, F32, table="host", kind=kind, inner=2048)
         limits = (("modeled", "fastlora/peft", limit),)
         cases += [replace(case, dropout=p, limits=limits) for p in DROPOUTS]
-    return cases
+    step = Case(16, 64, (64,), 16, BF16, F32, 0.05, "trainer", "host", "step", inner=128, layers=32)
+    return [*cases, replace(step, limits=(("modeled", "fastlora/peft", 0.70),))]
 
 
 def dry_cases() -> list[Case]:

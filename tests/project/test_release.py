@@ -1,15 +1,12 @@
-"""A release: its notes, tag, conda recipe and citation; and a module with this package's name."""
+"""A release: its notes, tag and citation; and a module with this package's name."""
 
-import hashlib
 import re
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from process import run_python
 
 from fastlora import public
 from fastlora.version import __version__
@@ -35,25 +32,6 @@ def test_a_tag_of_another_version_is_refused():
     found = notes("v9.9.9")
     assert found.returncode == 1
     assert f"tag v{__version__}" in found.stderr
-
-
-def test_the_conda_recipe_has_the_wheel_s_requirements(tmp_path, monkeypatch):
-    yaml = pytest.importorskip("yaml")
-    sdist = tmp_path / f"fastlora_kernels-{__version__}.tar.gz"
-    sdist.write_bytes(b"an sdist")
-    monkeypatch.setenv("FASTLORA_REPOSITORY", "https://git.example/owner/name")
-    recipe = yaml.safe_load(run_python("-m", "tools.conda_recipe", str(sdist), cwd=ROOT))
-    assert recipe["context"]["version"] == __version__
-    assert recipe["source"]["sha256"] == hashlib.sha256(b"an sdist").hexdigest()
-    assert recipe["about"]["homepage"] == "https://git.example/owner/name"
-    (script,) = recipe["build"]["python"]["entry_points"]
-    assert script in PROJECT.replace('"', "")
-    needs = recipe["requirements"]
-    asked = {re.sub("[>=].*", "", each).strip() for each in needs["run"] + needs["run_constraints"]}
-    wheel = {re.match(r"[\w-]+", each)[0] for each in requires("fastlora-kernels")}
-    extras = {each for each in requires("fastlora-kernels") if "extra ==" in each}
-    wheel -= {re.match(r"[\w-]+", each)[0] for each in extras} - {"numpy", "safetensors", "torch"}
-    assert asked == (wheel - {"torch"}) | {"python", "pytorch"}
 
 
 def test_a_console_script_is_the_command(capsys):
