@@ -21,8 +21,8 @@ The inputs are t0, t1 …, and ``at_…`` is a tensor's address.
 
 * Buffers that only launches use are parts of one allocation, the workspace, at an offset each.  A
   part costs the host no call; a step of a layer takes 3 to 5 % less host time.
-* ``buffer`` is ``torch.empty_like`` of an expanded tensor with one element.  That takes half the
-  time of ``torch.empty`` with shape and dtype.
+* ``buffer`` is ``torch.empty_like`` of a tensor with the buffer's shape, which has one element in
+  memory (``expand``).  That takes half the time of ``torch.empty`` with shape and dtype.
 * The generated function deletes a variable after its last use.  A launch gets only an address,
   which doesn't keep the tensor alive.  So ``held(tensor)``, which does nothing, follows the last
   launch that uses the tensor.
@@ -95,7 +95,7 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}  # the id of a value -> the node that computes it
         self.alive: list[Any] = []  # these values: while they live, Python reuses no id
-        self.constants = SimpleNamespace()
+        self.constants = SimpleNamespace()  # the generated function's ``self``
         self.effects: set[Node] = set()  # nodes with side effects: launches, writes in place
         self.addresses: dict[Node, Node] = {}  # a tensor's node -> the node of its address
         self.modulo_16: dict[Node, int] = {}  # the inputs' addresses modulo 16
@@ -118,6 +118,7 @@ class _Recorder(TorchFunctionMode):
                     self.modulo_16[node] = tensor.data_ptr() & 15
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
+        # Every torch function, method and property of a tensor comes here.
         keywords = keywords or {}
         if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
             # Callers use only (address % 16) and (address == 0), so 2²⁰ can stand for any base.
@@ -130,18 +131,20 @@ class _Recorder(TorchFunctionMode):
             result = function(*arguments, **keywords) if out is None else out
             results = result if isinstance(result, tuple) else (result,)
             tensors = {i: each for i, each in enumerate(results) if isinstance(each, Tensor)}
+            # A result without a tensor (a shape, a stride) is a fact, the same in every replay.
             if tensors:
                 node = self._operation(function, arguments, keywords, result)
                 if any(id(each) in self.nodes for each in tensors.values()):  # in place, or out=
                     self.effects.add(node)
                     return result
+                # The node of a tuple gives its tensors by getitem.
                 for i, each in tensors.items():
                     part = node if results is not result else self._call(getitem, [node, i])
                     self._stands_for(each, part)
         return result
 
     def add_launch(self, launch: Launch) -> None:
-        """A node that launches Triton's compiled kernel with addresses, or interprets it."""
+        """Add a node that launches Triton's compiled kernel with addresses, or interprets it."""
         operands: Sequence = [launch.arguments[name] for name in launch.kernel.arg_names]
         options: dict[str, Any] = {}
         if INTERPRETED.value:
@@ -166,6 +169,7 @@ class _Recorder(TorchFunctionMode):
         self.effects.add(self.launches[-1])
 
     def captured(self, results: Sequence[Tensor | None]) -> CapturedCall:
+        """Compile the graph to a function that returns these results."""
         output = self.graph.output([self._argument(each) for each in results])
         self._drop_unused()
         self._share_workspace()
@@ -179,7 +183,8 @@ class _Recorder(TorchFunctionMode):
         return CapturedCall(replay, code.src, self.kernels, self.identities, self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
-        # A contiguous buffer depends on no other tensor.
+        """Add a node that calls a torch function, or one that allocates a contiguous buffer."""
+        # A contiguous buffer depends on no other tensor, so its node has no inputs.
         if function in _BUFFERS and result.is_contiguous():
             node = self._buffer(result.shape, result.dtype)
             self.buffers[node] = result
@@ -191,6 +196,7 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, inputs, options)
 
     def _buffer(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> Node:
+        # At most one element in memory: shape () if it can be expanded, or its own shape.
         at_most_one = shape if torch.Size(shape).numel() < 2 else ()
         like = torch.empty(at_most_one, dtype=dtype, device=self.device)
         allocate: Any = partial(torch.empty_like, like.expand(shape))
@@ -201,6 +207,7 @@ class _Recorder(TorchFunctionMode):
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
     ) -> Node:
+        # torch.fx writes a C method as tensor.name(…), and any other function as name(…).
         is_method = isinstance(function, MethodDescriptorType)
         kind = ("call_method", function.__name__) if is_method else ("call_function", function)
         return self.graph.create_node(*kind, tuple(inputs), options, name)
@@ -277,6 +284,7 @@ class _Recorder(TorchFunctionMode):
                     self.effects.add(self._call(_held, [node]))
 
     def _drop_unused(self) -> None:
+        """Erase nodes without users and without effects, such as views that only launches use."""
         for node in reversed(self.graph.nodes):
             if not (node.users or node in self.effects or node.op in ("placeholder", "output")):
                 vars(self.constants).pop(node.target, None)
@@ -302,6 +310,7 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
 
 
 def _base(tensor: Tensor) -> Tensor:
+    """The tensor whose memory this view uses; the tensor itself if it is no view."""
     return tensor if tensor._base is None else tensor._base
 
 

@@ -12,8 +12,9 @@ both:
 
 Here K and N are the layer's input and output features.  y has one product P_0 Q_0, and a term
 U_i V_i for each active adapter.  dx sums over all projections that read x, because their gradients
-add up.  Only dx has a mask.  For y, dropout is already part of h.  In the backward, the mask
-applies to the adapter's part of dx, and not to dy weight.
+add up.  keep_i is a mask of zeros and ones, computed from a seed (``keep_tile``).  Only dx has it:
+in the backward, it applies to the adapter's part of dx, and not to dy weight.  For y, dropout is
+already part of h.  Its factor 1 / (1 - p) is in h and in dh.
 
 Inside the kernel, the letters belong to OUT = P Q: OUT is [M, N], and K_i is the depth of product
 i.  So for dx, the kernel's N is the layer's K, and its K_i is the layer's N_i.
@@ -62,7 +63,8 @@ def gemm_lowrank_kernel(
         4. OUT    = b_out (+ bias) (+ OUT), rounded once
 
     On a first reading, take ``ends`` and PACKING as None, and DESCRIPTORS and PERSISTENT as False.
-    Then there is one segment and a dense Q_i, loads take pointers, and a program has one tile.
+    Then there is one segment (all rows), Q_i is dense, loads take pointers, and a program has one
+    tile.
 
     LOW_RANK, from ``GemmConfig.low_rank``, says when the low-rank term is computed:
     "before"      with dropout.  The mask applies only to this term.  After the main loop, the term
@@ -70,8 +72,10 @@ def gemm_lowrank_kernel(
     "prefetched"  load U_i and V_i before the main loop, which hides the wait, and multiply after it
     "after"       load and multiply after the main loop, in steps over the rank
 
-    Indices: i is a projection.  i_m, i_n: the tile's first row and column in OUT.  i_k: the step's
-    first column of P_i, which is its first row of Q_i.  i_segment: the tile's segment.
+    Indices: i is the number of a product or of a low-rank term: for dx a projection, for y an
+    adapter.  i_m, i_n: the tile's first row and column in OUT.  i_k: the step's first column of
+    P_i, which is its first row of Q_i.  i_segment: the tile's segment.  K and R are tuples: K[i] is
+    K_i.  An element is kept if its random word >= ``threshold`` (``dropout_threshold``).
 
     With segments (``ends``): Q_i [segments, K_i, N], V_i [segments, R_i, N], bias [segments, N].  A
     row uses the matrices of its segment; rows without a segment get zero.  PACKING, unless None:
@@ -87,7 +91,7 @@ def gemm_lowrank_kernel(
     # With segments, OUT is a pointer: a segment may end inside of the tile, and a store by
     # descriptor would write the rows after that end, which belong to another tile.
     OUT_DESCRIPTOR: tl.constexpr = DESCRIPTORS and ends is None
-    # P's and Q's dtype too, unless Q is packed.
+    # OUT's dtype, in which products run: P has it, and Q gets it when it is unpacked.
     dtype: tl.constexpr = out.dtype if OUT_DESCRIPTOR else out.dtype.element_ty
     # The number of tiles of rows, and of columns.  With segments, the first is an upper bound,
     # because each segment may end with a partly filled tile (segments.py).
@@ -190,10 +194,12 @@ def gemm_lowrank(
 
     ``config`` must fit the call; ``preferred`` is used only if it fits.
     """
-    # One launch for every MAX_PROJECTIONS projections: the first fills ``out``, the others add.
-    # u, v, p and q are the lists of one launch.
+    # A launch takes at most MAX_PROJECTIONS (4) products and terms.  If there are more, ``chunks``
+    # cuts the lists, and u, p, v and q are the lists of one launch.  The first launch fills
+    # ``out``, the others add to it.
     for i, (u, p, v, q, launch_seeds) in enumerate(chunks(us, ps, vs, qs, seeds)):
-        if not p:  # earlier launches had all products; adapters are left
+        # Earlier launches had all products, and low-rank terms are left: y with over 4 adapters.
+        if not p:
             options = {"precision": precision, "dropout": dropout, "ends": ends}
             lowrank(out, u, v, add=True, seeds=launch_seeds, **options)
             continue

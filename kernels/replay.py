@@ -21,12 +21,13 @@ from .common import INTERPRETED
 
 _MOST = 1024  # calls in a cache; a layer's takes about 15 kB, and 24 kB for a group of three layers
 calls: dict[Hashable, Any] = {}
-_hooks = triton.knobs.runtime
+_hooks = triton.knobs.runtime  # has the hooks of profilers
 _changes = threading.Lock()  # held while the oldest key is found and deleted
 
 
 def remember(cache: dict, key: Hashable, value: Any) -> None:
     """Cache a captured call, or the state of a refused one.  A full cache drops its oldest."""
+    # A dict keeps the order of insertion, so its first key is the oldest.
     with _changes:
         while len(cache) >= _MOST and key not in cache:
             del cache[next(iter(cache))]
@@ -35,7 +36,7 @@ def remember(cache: dict, key: Hashable, value: Any) -> None:
 
 def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Run a captured call on tensors of its kind.  Each result is a new tensor, or None."""
-    if INTERPRETED.value:
+    if INTERPRETED.value:  # no stream
         return call.replay(None, *tensors)
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
@@ -50,6 +51,7 @@ def is_observed() -> bool:
 
     Replays bypass both, so calls run without a replay then.
     """
+    # A hook is None, a function, or in newer versions of Triton a chain of functions, ``calls``.
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
     return launch.interceptor is not None or bool(hooks)

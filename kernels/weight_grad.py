@@ -1,8 +1,13 @@
 """OUT_i = (keep_i ∘ X)ᵀ U_i: d lora_a and d lora_b, which are sums over rows.
 
-For d lora_b, X is dy and U is h.  The same launch may also compute dh = factor · dy lora_b, so that
-dy is read once ("one pass").  For d lora_a, X is x and U_i is dh.  The same launch may also compute
-the adapter's part of dx, Σ_i keep_i ∘ (dh_i lora_a_i), which saves a launch ("one pass over x").
+    |      | OUT_i                | X         | U_i           | keep_i   | second result |
+    |------|----------------------|-----------|---------------|----------|---------------|
+    | dy   | d lora_b [N, r]      | dy [M, N] | h [M, r]      | -        | dh [M, r]     |
+    | x    | d lora_a_iᵀ [K, r_i] | x [M, K]  | dh_i [M, r_i] | the mask | dx_low [M, K] |
+
+The second result is optional, and saves a read of X or a launch: "one pass over dy" also computes
+dh = factor · dy lora_b, and "one pass over x" dx_low = Σ_i keep_i ∘ (dh_i lora_a_i), the adapter's
+part of dx.  In the kernel, XV is dh and LOW_RANK is dx_low.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +55,7 @@ class WeightGradConfig(ThinConfig):
 
     def splits(self, target: Target, call: Call) -> tuple[int, int]:
         """(number of splits of the rows, steps in each).  A segment's rows aren't split."""
+        # A split sums over some rows, into a float32 plane of its own (config.splits, sum_planes).
         if call.segments:
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
@@ -59,7 +65,8 @@ class WeightGradConfig(ThinConfig):
 
     def sums(self, call: Call) -> int:
         thin_sums = call.projections * self.block_n + call.project * self.block_m
-        tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as in LowRankConfig
+        # The tiles of LOW_RANK, with the products that wait for their masks (LowRankConfig.sums).
+        tiles = call.low_rank * (1 + call.masked * call.projections // 2)
         return thin_sums * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
@@ -86,6 +93,7 @@ class WeightGradConfig(ThinConfig):
         (faults.overwrites_tiles): X in one pass over dy, U_i in one pass over x.  Not with a mask,
         because the masked X is in registers, so the loop waits for each product.
         """
+        # ``kept``: the rows of the product whose sums the loop keeps, OUT or OUTᵀ.
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
         if (
@@ -168,7 +176,7 @@ def weight_grad_kernel(
     """OUT_i = (keep_i ∘ X)ᵀ U_i, or the planes PLANES_i, whose sum is OUT_i; also XV or LOW_RANK.
 
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i.  A
-    program has BLOCK_N columns of X and walks down the rows:
+    program has BLOCK_N columns of X, and loops over the rows in steps of BLOCK_M:
 
         for every tile b_x of X:  sum_i += (keep_i ∘ b_x)ᵀ b_u_i
 
@@ -186,8 +194,9 @@ def weight_grad_kernel(
     with segments the segment.
 
     With segments (``ends``): OUT_i [segments, N, R_i] sums over each segment's rows, and V_0 is
-    [segments, N, R_0].  There are no splits and no LOW_RANK.  ``order``, ``own_factors`` and
-    ``own_thresholds`` as in ``project_kernel``.
+    [segments, N, R_0].  There are no splits and no LOW_RANK.  With ``order``, row s of U_i belongs
+    to row order[s] of X.  With ``own_factors`` and ``own_thresholds``, each segment has its own
+    factor, seed and threshold, in place of one for the launch (many adapters).
     """
     # R_TILES programs share the same columns of X, one for each BLOCK_R columns of OUT.
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
@@ -228,6 +237,7 @@ def weight_grad_kernel(
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             keep, b_kept = None, b_x
             if seeds is not None:
+                # A segment's own mask counts rows from the segment's first row.
                 i_mask = i_m if own_thresholds is None else i_m - first
                 keep = keep_tile(loaded_seeds[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
@@ -322,6 +332,7 @@ def weight_grad(
         launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work_of))
         if xv is not product:  # dh has planes: one launch adds them and the planes of ``outs``
             sum_planes([*planes, xv], [*dense, product])
+        # ``second_dtype``: so that the same compiled kernel runs as for the two sums above.
         elif count > 1:
             sum_planes(planes, dense, second_dtype=x.dtype)
     return product

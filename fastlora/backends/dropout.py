@@ -8,8 +8,11 @@ All integers have 32 bits and wrap.  ``low`` and ``high`` are the halves of the 
     word(i, j)    = row_key(i) · column_key(j)
     keep(i, j)    = (word(i, j) >> 16) >= round(p · 2¹⁶) - 2¹⁵      words are signed
 
-The probability is exact to 2⁻¹⁶, which is coarse for p > 0.999.  An element costs one
-multiplication, because hashes are computed only per row and per pair of columns.
+Keys are odd, so multiplication by a key permutes the words.  ~j, not j, so that row j and column
+2 j have different hashes.  The upper 16 bits of a word are uniform in [-2¹⁵, 2¹⁵ - 1], so P(an
+element is dropped) = round(p · 2¹⁶) / 2¹⁶.  That is exact to 2⁻¹⁶, which is coarse for p > 0.999.
+An element costs one multiplication, because hashes are computed only per row and per pair of
+columns.
 
 Rows i and j are correlated if row_key(i) / row_key(j) = a / b (mod 2³²) for small integers a and b;
 the same holds for columns.  About n² of 2³⁰ pairs have such a ratio with a, b <= n, and a few of

@@ -54,8 +54,13 @@ def forward_rows(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter.
 
-    With ``into``, each y is written to its tensor there: y = base + low rank.  An output without a
-    base, only with ``into``: y += low rank.  ``dtype``: of h, if the caller knows it (``h_dtype``).
+    For an output with a base:
+
+        h = scale / (1 - p) · (mask ∘ x) lora_aᵀ        y = x weightᵀ + bias + Σ h lora_bᵀ
+
+    With ``into``, each y is written to its tensor there.  An output without a base needs ``into``,
+    and adds: y += Σ h lora_bᵀ.  ``dtype`` is the dtype of h, if the caller has computed it
+    (``h_dtype``).
     """
     dtype = dtype or h_dtype(x.dtype, x.device)
     # A single row doesn't run wide, because torch's product of one row is fast on every CPU.
@@ -110,6 +115,7 @@ def _wide_forward(
                 y_float32.copy_(y_rows)
             hs_of_blocks += forward_rows(x_rows, [output], [own_masks], [y_float32])[1]
             y_rows.copy_(y_float32)  # the only rounding to 16 bits
+    # hs_of_blocks is [block 0: h of each adapter, block 1: …]: every count-th is one adapter's.
     count = sum(len(output.adapters) for output in outputs)
     return ys, [_joined(hs_of_blocks[i::count]) for i in range(count)]
 
@@ -119,9 +125,9 @@ class OutputBackward(NamedTuple):
 
     dy: Tensor | None  # None: the loss doesn't use this output
     output: Output[Tensor]
-    hs: Sequence[Tensor | None]  # one for each adapter, as are the masks
-    wanted: Output[bool]
-    masks: Sequence[DropoutMask | None]
+    hs: Sequence[Tensor | None]  # one for each adapter; None if its lora_b needs no gradient
+    wanted: Output[bool]  # which gradients are needed
+    masks: Sequence[DropoutMask | None]  # one for each adapter
 
 
 def backward_rows(
@@ -131,10 +137,13 @@ def backward_rows(
     beta: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> list[Output[Tensor | None]]:
-    """The gradients of each output's tensors; and dx = beta · dx + the part of each output.
+    """The gradients of each output's tensors; and, in place, dx.  With dh = factor · dy lora_b:
 
-    dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites dx without reading it.
-    ``dtype``: as in the forward.
+        dx = beta · dx + Σ dy weight + Σ mask ∘ (dh lora_a)
+        d lora_a = dhᵀ (mask ∘ x)       d lora_b = dyᵀ h       d weight = dyᵀ x       d bias = Σ dy
+
+    factor is scale / (1 - p).  dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites
+    dx without reading it.  ``dtype`` as in :func:`forward_rows`.
     """
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
@@ -150,8 +159,8 @@ def backward_rows(
             gradients.append(no_gradients(output))
             continue
         adapters = []
-        for one in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
-            adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
+        for adapter_and_more in zip(output.adapters, wanted.adapters, hs, masks, strict=True):
+            adapters.append(_adapter_gradients(dy, x, *adapter_and_more, dx, beta))
             beta = 1.0  # dx is written now, so all later terms add to it
         base: Base[Tensor | None] = Base(None)
         if any(wanted.base):
@@ -167,6 +176,7 @@ def _add_base_products(dx: Tensor, parts: Sequence[OutputBackward], beta: float)
     dense, in_8_bits = list[tuple[Tensor, Any]](), list[tuple[Tensor, Any]]()
     for dy, ((weight, _), _), *_ in parts:
         if dy is not None and weight is not None:
+            # Products of int8 codes need dy in int8 also, so they take a function of their own.
             is_int8 = isinstance(weight, Quantized) and _runs_in_8_bits(weight, dy)
             (in_8_bits if is_int8 else dense).append((dy, weight))
     if in_8_bits:
@@ -202,12 +212,13 @@ def _wide_backward(
             (own_masks,) = from_row([masks], rows.start)
             block = OutputBackward(dy_rows, in_float32[i], h_rows, wanted, own_masks)
             (part,) = backward_rows(x_rows, [block], dx_rows, block_beta)
-            total[i] = added(total[i], part, torch.float32)
+            total[i] = added(total[i], part, torch.float32)  # d lora_a, d lora_b … of all blocks
             block_beta = 1.0
         if dx is not None and dx_rows is not None:
+            # block_beta 0: nothing was written to dx_rows, because the loss uses no output.
             rows_of(dx, rows).copy_(dx_rows if block_beta else dx_rows.zero_())  # rounded once
     outputs = [part.output for part in parts]
-    return [map_outputs(_as, *pair) for pair in zip(total, outputs, strict=True)]
+    return [map_outputs(_in_dtype_of, *pair) for pair in zip(total, outputs, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -228,7 +239,7 @@ def added(
     return map_outputs(add, total, part)
 
 
-def _as(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+def _in_dtype_of(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     """The gradient in the tensor's dtype."""
     return None if gradient is None or tensor is None else gradient.to(tensor.dtype)
 
@@ -241,7 +252,7 @@ def no_gradients(output: Output) -> Output[Tensor | None]:
 def base_gradients(
     dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
 ) -> Base[Tensor | None]:
-    """d weight = dyᵀ x and d bias = Σ dy over the rows, if the weight or the bias trains.
+    """d weight = dyᵀ x [N, K] and d bias = Σ dy [N], summed over rows; each only if it is needed.
 
     d bias is summed in float32, or in float64 for a float64 x.
     """
@@ -263,14 +274,18 @@ def _adapter_gradients(
     dx: Tensor | None,
     beta: float,
 ) -> Adapter[Tensor | None]:
-    """d lora_a and d lora_b, each if needed; and dx = beta · dx + mask ∘ (dh lora_a)."""
+    """d lora_a = dhᵀ (mask ∘ x) and d lora_b = dyᵀ h, each if needed, with dh = factor · dy lora_b.
+
+    Also, if dx isn't None: dx = beta · dx + mask ∘ (dh lora_a).
+    """
     d_lora_a = d_lora_b = None
     x, lora_a, lora_b, factor = _thin(x, adapter, mask)  # x may be wider than D from here on
     dy = dy.to(x.dtype)
     # Each gradient in its parameter's dtype: float32 for a float32 adapter beside a 16-bit x.
     if need.lora_b:
         assert h is not None
-        d_lora_b = thin_gradient(dy, h.to(x.dtype)).to(adapter.lora_b.dtype)  # h has the factor
+        # h includes the factor, so d lora_b needs none.
+        d_lora_b = thin_gradient(dy, h.to(x.dtype)).to(adapter.lora_b.dtype)
     if need.lora_a or dx is not None:
         dh = product(dy, lora_b, factor)  # [M, N] @ [N, r]
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
@@ -285,6 +300,7 @@ def _thin(
     The dtype is x's.  Exception: if x has at most r rows, as in decoding, it is the wider of x's
     and the adapter's, because x is then the smaller tensor to cast.
     """
+    # In decoding x has one row, and the adapter r rows of the same length.
     lora_a, lora_b, scale = adapter
     factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)
     if lora_a.dtype == lora_b.dtype == x.dtype:
@@ -299,6 +315,7 @@ def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None)
     if mask is None:
         return product(x, lora_a.T, factor)
     h = x.new_empty(x.shape[0], lora_a.shape[0])
+    # ``factor`` includes dropout's 1 / (1 - p), so ``drop`` only zeroes elements.
     for first, x_rows, h_rows in _blocks(x, h):
         dropped = SCRATCH.matrix_like("dropped", x_rows)  # one block of mask ∘ x, never the whole
         mask.drop(first, (x_rows, dropped))
@@ -319,6 +336,8 @@ def _through_lora_a(
     if dx is not None and not beta and dx.dtype != x.dtype:
         dx.zero_()  # torch.mm can't write a product of another dtype to dx, so add it to zeros
         beta = 1.0
+    # Without a mask, one product each.  With a mask, a block of rows at a time, so that mask ∘ x is
+    # never in memory as a whole.
     if mask is None:
         if dx is not None and beta:
             add_product(dx, dh, lora_a)  # [M, r] @ [r, K]
@@ -359,7 +378,7 @@ def _blocks(x: Tensor, *others: Tensor | None) -> list[tuple]:
 
 def from_row(masks: Masks, first: int) -> Masks:
     """The masks of the rows from ``first`` on."""
-    if first == 0:
+    if first == 0:  # the common case, without a copy
         return masks
     rest = slice(first, None)
     return [[None if mask is None else mask.of_rows(rest) for mask in group] for group in masks]

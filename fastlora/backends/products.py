@@ -27,7 +27,7 @@ from ..call.projection import HALF_DTYPES, Base, Output
 from ..common.row_blocks import Dense, slices, source_of, widened
 from ..formats.format import Quantized
 
-# For tests and measurements: whether 16-bit calls run wide, whatever this CPU multiplies fast.
+# For tests and measurements: True or False replaces :func:`is_slow`'s decision for this CPU.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
 
 _LINEAR = torch.ops.aten.linear.out  # linear(x, weight, bias), written to ``out``
@@ -105,7 +105,7 @@ class Scratch(threading.local):
         ``by_columns``: columns are contiguous instead of rows.  ``gap``: unused elements after each
         row, or after each column with ``by_columns``.
         """
-        # A vector is a row, or with ``by_columns`` a column; ``distance`` is its stride.
+        # A vector is a row, or with ``by_columns`` a column; ``distance`` is from one to the next.
         buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
@@ -164,7 +164,7 @@ def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
 
 
 def rows_of(tensor, rows: slice):
-    """These rows of a tensor; None for None."""
+    """These rows of a tensor, or the tensor itself if they are all of its rows; None for None."""
     if tensor is None or (rows.start == 0 and tensor.shape[0] <= rows.stop):
         return tensor
     return tensor[rows]
@@ -172,6 +172,7 @@ def rows_of(tensor, rows: slice):
 
 def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
     """Blocks of the weight in ``dtype``, each with its slice (:func:`widened`)."""
+    # rows = _BLOCK bytes / bytes of a row, clamped to [_FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT].
     total, columns = weight.shape
     rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
     rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
@@ -203,6 +204,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     if the format can.
     """
     weight, bias = base.weight, None if base.bias is None else base.bias.to(x.dtype)
+    # ``whole``: the weight as one matrix in x's dtype, or None: multiply block by block.
     in_dtype = isinstance(weight, Tensor) and weight.dtype == x.dtype
     whole = weight if in_dtype else _unpacked(weight, x)
     if whole is not None:
@@ -255,6 +257,7 @@ def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = Non
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left right, in place."""
+    # With equal dtypes the sum is formed in the accumulator and rounded once.
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
     return total.add_(torch.mm(left, right))

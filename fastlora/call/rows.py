@@ -22,11 +22,14 @@ NO_BASE: Base = Base(None)
 
 
 class Share(NamedTuple):
-    """The items of one segment.  An item is one row of x, or one sequence of rows."""
+    """A segment that isn't empty, with the places of its items before and after sorting.
+
+    An item is one row of x, or one sequence of rows (:class:`AdapterMapping`).
+    """
 
     segment: int
-    items: slice | Tensor  # a slice if the items are contiguous, else their indices, ascending
-    place: slice  # the items' positions among all items, sorted by segment
+    items: slice | Tensor  # in x: a slice if the items are contiguous, else indices, ascending
+    place: slice  # in the sorted order of all items
 
 
 class HostNumbers(NamedTuple):
@@ -43,7 +46,8 @@ class Rows(NamedTuple):
     *Experts*: the rows of x are sorted by expert.  Segment e has its own layer: weight[e], …
 
     *Many adapters*: all segments share one base.  Segment i has adapter i and entry i of
-    ``numbers``.  The rows of x aren't sorted.  Position s of the sorted order is item order[s].
+    ``numbers``.  The rows of x aren't sorted: order = argsort(the segment of each item), so
+    position s of the sorted order is item order[s].
 
     Segment e has the sorted rows (or items) ends[e - 1] … ends[e] - 1, as in
     ``torch.nn.functional.grouped_mm``.  Rows from the last end on belong to no segment: experts
@@ -54,7 +58,7 @@ class Rows(NamedTuple):
     order: Tensor | None = None  # int64 [items]; None: rows are already sorted
     numbers: HostNumbers | None = None
     first: int = 0  # row 0 of x is row ``first`` of the call, and of its dropout mask
-    shares: list[Share] | None = None  # nonempty segments, if they are known on the host
+    shares: list[Share] | None = None  # nonempty segments, if the ends were read on the host
     memo: dict | None = None  # a backend's cache, shared by all layers with these rows
     # Whether all lora_a are views of one bank [n, r, K], and all lora_b of another, by ``unbind``.
     of_banks: bool = False
@@ -76,6 +80,7 @@ class Rows(NamedTuple):
         if self.shares is not None:
             return self.shares
         ends = self.ends.tolist()  # on a GPU this waits for the device
+        # The rows of experts are sorted, so a segment's items and its place are one slice.
         starts, bounds = [0, *ends[:-1]], [0, *ends, rows]
         if bounds != sorted(bounds):
             raise ValueError(
@@ -90,12 +95,15 @@ class Rows(NamedTuple):
 
         A row that belongs to no segment gets the number of segments, E.
         """
+        # segment(row) = the number of ends <= row.
         numbers = torch.arange(rows, dtype=torch.int32, device=self.ends.device)
         return torch.searchsorted(self.ends.contiguous(), numbers, right=True)
 
     def part(self, output: Output[Tensor], segment: int) -> Output[Tensor]:
         """Views of one segment's tensors.  A shared base is left out (``NO_BASE``)."""
         (weight, bias), adapters = output
+        # Many adapters: a list of matrices, which may have more rows than the segment's rank.
+        # Experts, below: one stacked tensor for all segments.
         if self.numbers is not None:
             lora_a, lora_b, _ = adapters[segment]
             rank = self.numbers.ranks[segment]
@@ -108,6 +116,7 @@ class Rows(NamedTuple):
 
 def take(matrix: Tensor, share: Share, items: int) -> Tensor:
     """The rows of one segment in a matrix of ``items`` items; a view if they are contiguous."""
+    # An item has len(matrix) / items consecutive rows.
     if isinstance(share.items, slice):
         rows = matrix.shape[0] // items
         return matrix[share.items.start * rows : share.items.stop * rows]
@@ -144,16 +153,17 @@ class Numbers(NamedTuple):
 
 
 def as_list(numbers: Tensor | list) -> list:
+    """The numbers as Python's; a tensor is read on the host."""
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 class AdapterMapping:
     """Which adapter each item of a batch uses.  All layers, forward and backward, share it.
 
-    ``adapter_indices``: int32, of the shape of x's first dimension (an item is a sequence) or of
-    all dimensions but the last (an item is a row).  A list holds one number for each sequence.  -1
-    means no adapter.  ``adapters`` is the number of adapters.  Items are sorted here, so later
-    changes of ``adapter_indices`` have no effect.
+    ``adapter_indices``: an int32 tensor with an adapter's number for each item; -1 means no
+    adapter.  For x [B, T, K], shape [B] means that an item is a sequence, and shape [B, T] that an
+    item is a row.  A list has a number for each sequence.  ``adapters`` is the number of adapters.
+    Items are sorted here, so later changes of ``adapter_indices`` have no effect.
 
     If ``adapter_indices`` is on a GPU, the first call waits for the device, and later calls don't.
 
@@ -183,7 +193,7 @@ class AdapterMapping:
 
 
 def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
-    """The indices as an integer tensor.  Raises TypeError for anything but the documented types."""
+    """The indices as an int32 or int64 tensor.  Raises TypeError for other types and dtypes."""
     if not isinstance(indices, Tensor):
         try:
             # dtype None: torch infers it.
@@ -209,7 +219,7 @@ def sort_items(indices: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
     """Sort items by adapter.  Returns (order, int64 [items]; ends, int32 [adapters + 1]).
 
     The sorted order: items of adapter 0, 1, …; then items without an adapter, up to ends[-1]; then
-    items with an invalid index.  Nothing is read on the host.
+    items with an invalid index, which :func:`rows_on` reports.  Nothing is read on the host.
     """
     flat = indices.reshape(-1)
     # Sort keys: the adapter's index; n for -1 (no adapter); n + 1 for an invalid index.
@@ -225,7 +235,7 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
 
     Raises ValueError if an item has an invalid index.
     """
-    *adapter_ends, last = ends.tolist()
+    *adapter_ends, last = ends.tolist()  # last: the end of the items without an adapter
     if last != len(order):
         raise ValueError(
             f"adapter_indices has numbers beyond the adapters: each must be -1 (none) or 0 to "
@@ -243,6 +253,7 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
         adjacent = final - first == place.stop - 1 - place.start
         items = slice(first, final + 1) if adjacent else order[place].to(device)
         shares.append(Share(adapter, items, place))
+    # Items without an adapter have no segment, so their end is left out.
     return Rows(ends[:-1], order, shares=shares, memo={})
 
 

@@ -1,24 +1,26 @@
 """A module's record, cached on the module and protected by a guard.
 
 A :class:`Record` holds the tensors and settings that a module's calls use (outputs, dropouts …), or
-the reason why no node runs them.  Making a record is called reading the module, and takes longer
-than many calls.  So the module caches its record with a :class:`Guard`: a snapshot of the classes,
-attributes, submodules and hooks of the module and its parts, and of the facts (dtype, shape,
-strides …) of their tensors.  Each call compares the snapshot with the current state, in C as far as
-possible, and reads the module again after a change.
+the reason why fastlora's autograd node (ops/node.py) can't run them.  Making a record is called
+reading the module, and takes longer than many calls.  So the module caches its record with a
+:class:`Guard`: a snapshot of the classes, attributes, submodules and hooks of the module and its
+parts, and of the facts (dtype, shape, strides …) of their tensors.  Each call compares the snapshot
+with the current state, in C as far as possible, and reads the module again after a change.
 
 Three structures, from the outside in:
 
 * :class:`GuardedRecord` is stored in the module's ``__dict__``.  It holds the record, the guard,
-  and a dict from cache keys to kinds of call.
+  and a dict from the key of x to a function that runs a call with this key (:data:`Known`).
 * :class:`Guard` decides whether the record is valid.
 * :class:`Table` is a part of the guard: many comparisons of one kind.
 
-A record is valid while its guard holds.  So a function that reads modules may use any state of
-them, and this file needs no change.  A condition outside of modules (a global hook, a transform)
-belongs in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`, which run before a module is
-read.  A call with a cached key skips both, so :func:`fastlora.ops.kinds.key_of_x` or
-:func:`call_recorded` must check the condition also.
+A record is valid while its guard holds.  The guard compares all state of the module and its parts,
+not only the state that was read.  So a new line in a ``read`` method needs no change in this file.
+
+A condition outside of modules (a global hook, a transform) isn't guarded.  It needs two checks:
+
+    new calls               in ``why_not`` or :func:`fastlora.ops.dispatch.why_not_here`
+    calls with a known key  in :func:`fastlora.ops.kinds.key_of_x` or :func:`call_recorded`
 
 A guard refers to no parameter, so it keeps none alive.  It stores the dict that contains the
 parameter, and the name in that dict.  Each call looks the parameter up there.
@@ -53,29 +55,31 @@ from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes of every module that its calls don't depend on, such as hooks on state dicts.
+# Attributes that nn.Module gives every module and that aren't guarded, because calls don't depend
+# on them, such as hooks on state dicts.
 _SILENT = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
 _DEPTH = 3  # levels of a vendor's objects: a weight's state contains the state of its scales
 _MOST_CALLS = 64  # cached keys of a GuardedRecord
-_get: Callable = dict.get
+_entry: Callable = dict.get
 # The properties of a tensor that a call depends on, except its address and its elements.
-_GET = attrgetter("dtype", "shape", "requires_grad", "device")
-_FACTS = (type, _GET, Tensor.stride)
+_PROPERTIES = attrgetter("dtype", "shape", "requires_grad", "device")
+_FACTS = (type, _PROPERTIES, Tensor.stride)
 _VERSION = attrgetter("_version")  # counts in-place writes
 # Methods that a patch may replace on a class, and properties of PEFT's classes that records use.
 _OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
-# A call of a known kind, without checks: [x, *flattened tensors of the record] -> output.
+# A function that runs calls of one kind without checks (a call of a "known" kind):
+# [x, *flattened tensors of the record] -> output.
 Known = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The tensors that a module's calls use, or the reason why no node runs them.
+    """The tensors that a module's calls use, or the reason why no autograd node runs them.
 
     A subclass for a kind of module adds its other settings.
     """
@@ -89,7 +93,7 @@ class Variant(Protocol):
     """A layer's own way to compute y, in place of the LoRA formula: DoRA, tensor parallelism."""
 
     def run(self, x: Tensor, record: "LinearRecord") -> tuple[Tensor, Known | None]:
-        """As :meth:`Recorded.run_new`, for a layer that a node can run."""
+        """Return (y, known) for x, as :meth:`Recorded.run_new` does; y is never None."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,13 @@ class LinearRecord(Record):
 
 
 class Recorded(nn.Module):
-    """A mixin for modules with a cached record.  A subclass says how it is read and called."""
+    """A mixin for modules with a cached record.  A subclass defines ``read`` and ``run_new``."""
 
     def why_not(self, x: Any) -> object:
-        """True, or a reason, if no node can run a call with x now."""
+        """Whether the module's own forward must run for x now: a reason or True; else "" or False.
+
+        It checks x and conditions outside of the module.  A reason in the module is in its record.
+        """
         return False
 
     def read(self) -> Record:
@@ -157,14 +164,15 @@ class Guard:
     Each structure covers one kind of state:
 
     =============  ===================================================================
-    _home          the module's own ``__dict__``: its names, values and length
+    _own_dict      the module's own ``__dict__``: its names, values and length
     _containers    dicts and lists without tensors; _copies has copies of them
     _empty         dicts of hooks, and other dicts, that must stay empty
     _tables        values and lengths of dicts with tensors; attributes of classes
     _places        where each tensor is found: a dict and a name in it
     _facts         dtype, shape … of these tensors, in the order of _places
     _addresses     the addresses of these tensors
-    _versions      versions of the frozen ones, because a packed layer is read by their numbers
+    _versions      version counters of the frozen ones beside a packed layer, whose record has
+                   numbers computed from their elements
     _tied          pairs of places that must hold the same tensor
     =============  ===================================================================
 
@@ -183,7 +191,7 @@ class Guard:
         values: list[tuple[dict, Hashable, Any]] = []
         sizes: list[tuple[dict, int]] = []
 
-        def look_at(entries: dict, depth: int = 0) -> None:
+        def guard_dict(entries: dict, depth: int = 0) -> None:
             """Guard a dict, and ``depth`` levels of objects in it."""
             has_tensors = any(isinstance(value, Tensor) for value in entries.values())
             # A copy of a dict would keep its tensors, or a cached record, alive.  So such a dict is
@@ -199,50 +207,53 @@ class Guard:
                 elif name not in _SILENT:
                     if by_name:
                         values.append((entries, name, value))
-                    look_into(name, value, depth)
+                    guard_contents(name, value, depth)
 
-        def look_into(name: Hashable, value: Any, depth: int) -> None:
+        def guard_contents(name: Hashable, value: Any, depth: int) -> None:
             """Guard the contents of a value that can change while it stays the same object."""
             if name in _HOOKS and value:
                 sizes.append((value, len(value)))
             elif name in _HOOKS:
                 self._empty.append(value)
             elif isinstance(value, dict):
-                look_at(value)
+                guard_dict(value)
             elif isinstance(value, list):
                 self._containers.append(value)
             elif isinstance(value, nn.ModuleDict):  # PEFT's dict of adapters, which is never called
-                look_at(value._modules)
+                guard_dict(value._modules)
             elif name == _HOOK_OF_ACCELERATE:
-                look_at(vars(value))
+                guard_dict(vars(value))
             elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-                look_at(vars(value), depth - 1)
+                guard_dict(vars(value), depth - 1)
 
-        home = {name: value for name, value in vars(module).items() if name not in _SILENT}
-        self._home = [*home], [*home.values()], len(vars(module))
-        for name, value in home.items():
-            look_into(name, value, 0)
+        # Only names and values: the module's own dict holds the guard, so storing it makes a cycle.
+        own = {name: value for name, value in vars(module).items() if name not in _SILENT}
+        self._own_dict = [*own], [*own.values()], len(vars(module))
+        for name, value in own.items():
+            guard_contents(name, value, 0)
         for part in parts:
-            look_at(vars(part))
+            guard_dict(vars(part))
         modules = [module, *parts]
         packed = [each for each in modules if vendor_of(each, plain_class_of(each)) is not None]
         for layer in packed:  # a packed weight has attributes, such as bitsandbytes' quant_state
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
-                    look_at(vars(value), _DEPTH)
-        kinds = dict.fromkeys([*map(type, modules), *map(plain_class_of, modules), *classes])
-        attributes = [(kind, name) for kind in kinds for name in _OF_A_CLASS if hasattr(kind, name)]
+                    guard_dict(vars(value), _DEPTH)
+        # A patch may replace a method on a class, or give an object another class.
+        owners = dict.fromkeys([*map(type, modules), *map(plain_class_of, modules), *classes])
+        attributes = [(cls, name) for cls in owners for name in _OF_A_CLASS if hasattr(cls, name)]
         attributes += [(part, "__class__") for part in parts]
         self._class, self._places = type(module), [*zip(*places, strict=True)] or [(), ()]
         self._copies = [each.copy() for each in self._containers]
         self._tables = [
-            *_table(_get, values),
+            *_table(_entry, values),
             *_table(len, sizes),
             *_table(getattr, [(*each, getattr(*each)) for each in attributes]),
         ]
         tensors = self.tensors()
-        self.is_whole = not any(map(_is_strange, tensors))
-        if self.is_whole:
+        # False: a tensor can't be compared, so this guard can't be used (GuardedRecord.keep).
+        self.is_usable = not any(map(_is_strange, tensors))
+        if self.is_usable:
             self._facts = [[*map(fact, tensors)] for fact in _FACTS]
             self._frozen = [bool(packed) and not tensor.requires_grad for tensor in tensors]
             self._versions = [*map(_VERSION, compress(tensors, self._frozen))]
@@ -255,23 +266,24 @@ class Guard:
 
     def tensors(self) -> list[Any]:
         """The tensors that are at the guarded places now; None for a place without one."""
-        return [*map(_get, *self._places)]
+        return [*map(_entry, *self._places)]
 
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
         """The guarded tensors if the guard holds, else None.
 
-        Elements of tensors may change if the tensor trains.  ``at_their_places``: each tensor must
-        have its old address.  Otherwise the address may change, as under FSDP, but not the address
-        modulo 16, because kernels are compiled for an alignment.
+        A change of a tensor's elements is no change, except beside a packed layer (_versions).
+        ``at_their_places``: each tensor must have its old address.  Otherwise the address may
+        change, as under FSDP, but not the address modulo 16, because kernels are compiled for an
+        alignment.
         """
-        home, (names, values, length) = vars(module), self._home
+        own, (names, values, length) = vars(module), self._own_dict
         try:
             tensors = self.tensors()
             holds = (
                 type(module) is self._class
-                and len(home) == length
+                and len(own) == length
                 # Comparing lists compares items by identity first, and calls == only if that fails.
-                and [*map(home.get, names)] == values
+                and [*map(own.get, names)] == values
                 and all([(*map(f, *columns),) == old for f, columns, old in self._tables])
                 and not any(self._empty)
                 and self._containers == self._copies
@@ -324,14 +336,14 @@ class View(NamedTuple):
 
 
 class GuardedRecord:
-    """A module's record, its guard, and the kinds of calls that were made with it.
+    """A module's record, its guard, and a function for each kind of call made with it.
 
     A cached record holds no tensors.  Each call gets them from the guarded places.
     """
 
     def __init__(self, record: Record) -> None:
         self.record = record  # without outputs once it is cached, because outputs hold tensors
-        self.calls: dict[Hashable, Known] = {}  # the key of x (``ops.kinds.key_of_x``) -> its kind
+        self.calls: dict[Hashable, Known] = {}  # the key of x (``key_of_x``) -> its function
         self.guard: Guard | None = None  # None if the record can't be cached
         self._layouts = layouts_of(record.outputs)
         # Where each input comes from: the index of a guarded tensor, or a view of one.
@@ -348,7 +360,7 @@ class GuardedRecord:
         Each tensor must be in a guarded place, or be a frozen view of a tensor that is in one, such
         as a transposed weight.
         """
-        if not guard.is_whole:
+        if not guard.is_usable:
             return
         tensors, outputs = guard.tensors(), self.record.outputs
         numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
@@ -358,9 +370,10 @@ class GuardedRecord:
             if number is not None:
                 self._sources.append(number)
                 continue
+            # Not in a guarded place itself: look for a guarded tensor with the same memory.
             number = storages.get(tensor.untyped_storage().data_ptr())
-            # ``View.of`` passes no gradient on, so the viewed tensor must be frozen.  Its view may
-            # not tell: under no_grad, a view of a tensor that trains has requires_grad False.
+            # ``View.of`` passes no gradient on, so the guarded tensor must be frozen.  The view's
+            # requires_grad doesn't show it: under no_grad it is False for a tensor that trains.
             if number is None or tensors[number].requires_grad or tensor.is_neg():
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -392,8 +405,9 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
     If the cached record is valid, contents are its flattened current tensors.  Otherwise the module
     is read, and contents are the new :class:`Record`.
     """
-    home = vars(module)
-    cached: GuardedRecord | None = home.setdefault(_PLACE, None)
+    own = vars(module)
+    # setdefault, so that the guard built below counts this entry in the dict's length.
+    cached: GuardedRecord | None = own.setdefault(_PLACE, None)
     if cached is not None:
         tensors = cached.tensors_now(module)
         if tensors is not None:
@@ -403,7 +417,7 @@ def record_of(module: Recorded) -> tuple[GuardedRecord, list[Tensor] | Record]:
     guard = Guard(module, module.parts(), module.classes())
     record = module.read()
     guarded = GuardedRecord(record)
-    home[_PLACE] = guarded
+    own[_PLACE] = guarded
     guarded.keep(guard)
     return guarded, record
 
@@ -412,6 +426,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     """The module's output for x; None if the module's own forward must run."""
     if torch.compiler.is_compiling():  # torch.compile has guards of its own
         return None if module.why_not(x) else module.run_new(x, module.read())[0]
+    # A known call: its key is cached and its guard holds, so all checks below are skipped.
     key = key_of_x(x)
     cached: GuardedRecord | None = vars(module).get(_PLACE)
     if key is not None and cached is not None:
@@ -423,6 +438,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
                 return known([x, *cached.inputs(tensors)])
     if module.why_not(x):
         return None
+    # Before the guard stores its dtype, cast a bias as the first call of a Linear4bit does.
     for part in module.parts():
         cast_bias(part, x)
     guarded, contents = record_of(module)

@@ -1,13 +1,17 @@
 """Lazy logits: the output of a head, computed only if a function needs its elements.
 
 :class:`LazyLogits` has the shape, strides, dtype and device of the output.  Autograd treats it as
-an ordinary tensor: each operation has torch's own node.  Below autograd, an operation in
-:data:`STEPS` returns another lazy tensor, whose :class:`Cell` holds the step.  Any other operation
-gets the elements: all elements of the call are computed then, and the lazy tensors act as ordinary
-ones from then on.
+an ordinary tensor: each operation has torch's own node.  Below autograd (``__torch_dispatch__``),
+an operation in :data:`STEPS` returns another lazy tensor.  Any other operation needs the elements.
+Then the elements of all lazy tensors of this call of the head are computed, and from then on these
+lazy tensors act as ordinary ones.
 
-Losses are taken above autograd (:data:`HANDLERS`, :mod:`.logits_functions`).  They read the
-:class:`Recipe` of a lazy tensor and run :func:`fastlora.ops.loss.head_loss`, without logits.
+The lazy tensors of a call are a tree.  Each has a :class:`Cell`: its parent, and the operation that
+computes its elements from the parent's.  The root's elements are the output of the head.
+
+Losses are replaced above autograd (``__torch_function__``), by :data:`HANDLERS`
+(:mod:`.logits_functions`).  A handler reads the :class:`Recipe` of a lazy tensor, the formula of
+its elements, and runs :func:`fastlora.ops.loss.head_loss`, without logits.
 
 The elements are computed from the hidden states and the head's tensors.  If one of them has been
 changed since the head's call, this raises RuntimeError.
@@ -32,7 +36,7 @@ from ..ops.loss import Head
 from ..ops.node import Function, backend_backward, backend_forward, refuse_by_torch_only
 
 Change = Callable[[Tensor], Tensor]
-Record = Callable[[str], None] | None  # gets the text that says how a loss ran
+Report = Callable[[str], None] | None  # called with a text: how the loss of a call ran
 # A function of torch -> its handler.  A handler gets a lazy tensor and the function's other
 # arguments.  It returns the result, or NotImplemented if the function needs elements.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -46,14 +50,15 @@ _aten = torch.ops.aten
 class HeadCall:
     """One call of a head, shared by all lazy tensors that come from it."""
 
-    def __init__(self, head: Head, is_current: Callable[[], bool], record: Record = None) -> None:
+    def __init__(self, head: Head, is_current: Callable[[], bool], report: Report = None) -> None:
         """``is_current()``: False if the head changed without a change of its tensors."""
-        self.head, self.is_current, self.record = of_tensors(head, _alias), is_current, record
-        # Fused optimizers change tensors without incrementing their version.
+        self.head, self.is_current, self.report = map_tensors(head, _alias), is_current, report
+        # Version counters don't show all changes: fused optimizers write to parameters without
+        # incrementing them.  So the sums of rows of trained parameters are compared also.
         pairs = [*zip(tensors_of(head), tensors_of(self.head), strict=True)]
         self.trained = [alias for tensor, alias in pairs[1:] if tensor.requires_grad]  # without x
         self.state = self._state()
-        self.hooks = _top_hooks()
+        self.hooks = _top_hooks()  # compared in can_fuse
         self.lock = threading.RLock()  # two threads may read the elements
         self.is_computed = False
         self.hs: list[Tensor] | None = None  # the adapter's h, saved for backward
@@ -62,6 +67,7 @@ class HeadCall:
     def _state(self) -> tuple[list[int], list[Tensor]]:
         """(version counters of all tensors, sums of rows of :attr:`trained`)."""
         with torch.no_grad():
+            # nan_to_num_, because NaN != NaN would look like a change.
             sums = [tensor.sum(-1).nan_to_num_() for tensor in self.trained]
         return [tensor._version for tensor in tensors_of(self.head)], sums
 
@@ -79,40 +85,41 @@ class HeadCall:
     def can_fuse(self) -> bool:
         """Whether a loss may run without logits now.
 
-        It may not under ``torch.utils.checkpoint`` if the checkpoint began after the head's call.
+        It may not if the elements exist already, or inside of a torch.func transform.  It also may
+        not under ``torch.utils.checkpoint`` if the checkpoint began after the head's call.
         Checkpointing runs a function twice, and both runs must save the same tensors.  If the first
         run computes the logits, the second one would find them computed, and take another path.
         """
         is_transformed = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         return not self.is_computed and _top_hooks() in (None, self.hooks) and not is_transformed
 
-    def say(self, text: str) -> None:
-        """Record how the loss of this call ran.  The first operation decides."""
-        if self.record is not None:
-            self.record(text)
-        self.record = None
+    def report_once(self, text: str) -> None:
+        """Report how the loss of this call ran.  Only the first text of a call is reported."""
+        if self.report is not None:
+            self.report(text)
+        self.report = None
 
     def compute(self, reader: str = "the elements were read") -> None:
-        """Compute the elements of all lazy tensors of this call, once, for ``reader``.
+        """Compute the elements of all lazy tensors of this call, once; ``reader`` says what for.
 
-        All are computed together, because the caller may next write to one of them in place.  That
-        write must change its views, but no tensor that was computed from the old elements.
+        All are computed together, because the caller may next write to one of them in place.  For
+        example, after ``y = z * 2; z.add_(1)``, y must still be twice the old z.
         """
         with self.lock, torch.no_grad(), autocast_off(self.head.x.device.type):
             if not self.is_computed:
                 self.check()
-                self.say(reader)
+                self.report_once(reader)
                 for cell in [*self.cells]:
                     cell.compute()
                 self.is_computed = True
 
     def logits(self) -> Tensor:
-        """The output of the head."""
-        (y,), self.hs = backend_forward(tensors_of(self.head), self.head.seeds, self.of_backend())
+        """Compute the output of the head, and set ``hs``."""
+        (y,), self.hs = backend_forward(tensors_of(self.head), self.head.seeds, self.backend_call())
         return y
 
-    def of_backend(self) -> Call:
-        """The settings of this call for a backend."""
+    def backend_call(self) -> Call:
+        """The record of this call for a backend."""
         backend = find_backend(backend_name(self.head.backend, self.head.x.device))
         return Call(layouts_of([self.head.output]), self.head.dropout, backend)
 
@@ -122,7 +129,7 @@ def tensors_of(head: Head) -> list[Tensor]:
     return [head.x, *flatten([head.output], layouts_of([head.output]))]
 
 
-def of_tensors(head: Head, change: Change) -> Head:
+def map_tensors(head: Head, change: Change) -> Head:
     """The head with ``change(tensor)`` in place of each of its :func:`tensors_of`."""
     x, *tensors = map(change, tensors_of(head))
     (output,) = unflatten(tensors, layouts_of([head.output]))
@@ -140,20 +147,30 @@ def _top_hooks() -> Any:
 
 
 class Recipe(NamedTuple):
-    """The formula of a lazy tensor [..., V]: the function ``form`` of these ``rows`` of s.
+    """The formula of a lazy tensor [..., V]: elements = f(s[rows]).
 
-    z is the head's output, and s is logit_scale · z, or softcap · tanh(logit_scale · z / softcap)
-    if there is a softcap.
+    z [M, V] is the head's output, and s = logit_scale · z.  With a softcap,
+    s = softcap · tanh(logit_scale · z / softcap).  ``form`` names f:
+
+        "logits"    f(s) = s
+        "logprobs"  f(s) = log_softmax(s)
+        "probs"     f(s) = softmax(s)
+        "p_log_p"   f(s) = softmax(s) · log_softmax(s)
     """
 
     rows: Tensor | None = None  # int64 [...]: numbers of rows of z; None: all, in order
-    settings: LossSettings = LossSettings()
-    form: str = "logits"  # s; or "logprobs": log_softmax(s), "probs": softmax(s), "p_log_p"
-    changes: tuple[Change, ...] = ()  # the operations that make the elements from rows of z
+    settings: LossSettings = LossSettings()  # has logit_scale and softcap
+    form: str = "logits"
+    # The same f and scale as functions of torch: applied in order to z[rows], they give the
+    # elements, with torch's rounding.
+    changes: tuple[Change, ...] = ()
 
 
 class Cell:
-    """The elements of a lazy tensor: ``run`` of the parent's, or without a parent the output."""
+    """A node in the tree of a call's lazy tensors, and its elements once they are computed.
+
+    elements = run(the parent's elements); without a parent, the output of the head.
+    """
 
     def __init__(
         self, call: HeadCall, like: Tensor, recipe: Recipe, parent: Any = None, run: Any = None
@@ -161,7 +178,7 @@ class Cell:
         """``like``: a meta tensor with the shape, strides and dtype of the elements."""
         self.call, self.like, self.recipe = call, like, recipe
         self.parent, self.run = parent, run
-        self.data: Tensor | None = None
+        self.data: Tensor | None = None  # the elements, once they are computed
         self.lse: Tensor | None = None  # log-sum-exp of each row, if ``gather`` has computed it
         call.cells.add(self)
 
@@ -169,7 +186,8 @@ class Cell:
         if self.data is None:
             parent, like = self.parent, self.like
             data = self.call.logits() if parent is None else self.run(parent.compute())
-            if data.stride() != like.stride():  # views are made from the strides of like
+            # The lazy tensor has promised the strides of ``like``, and views of it use them.
+            if data.stride() != like.stride():
                 data = data.new_empty_strided(like.shape, like.stride()).copy_(data)
             self.data, self.parent = data, None  # frees the parent's elements
         return self.data
@@ -181,6 +199,7 @@ class Cell:
     def changed(self, run: Change, **fields: Any) -> "Cell":
         """The result of an operation on each row.  ``fields``: new values of the recipe."""
         rows, changes = self.recipe.rows, (*self.recipe.changes, run)
+        # The result is a new contiguous tensor.  ``_rows_at`` reads the row numbers by its strides.
         rows = None if rows is None else rows.contiguous()
         recipe = self.recipe._replace(rows=rows, changes=changes, **fields)
         return Cell(self.call, run(self.like), recipe, self, run)
@@ -205,6 +224,7 @@ class LazyLogits(Tensor):
 
     def elements(self) -> Tensor:
         """The ordinary tensor with these logits: a view of this one in autograd's graph."""
+        # ``alias`` returns an ordinary tensor (__torch_dispatch__), because the elements exist.
         self.cell.call.compute()
         with torch._C.DisableTorchFunctionSubclass():
             return _aten.alias(self)
@@ -212,6 +232,7 @@ class LazyLogits(Tensor):
     def functions(self) -> list[str]:
         """The names of the autograd Functions between the head and this tensor."""
         node, number, names = self.grad_fn, self.output_nr, list[str]()
+        # Walk from this tensor towards the head's node (LazyHeadFunction), which has ``head_call``.
         while node is not None and getattr(node, "head_call", None) is not self.cell.call:
             edges = node.next_functions
             if isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -232,6 +253,7 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def _run(func: Any, args: Any, kwargs: Any) -> Any:
+        # In this order: a fused loss, a refusal, the elements; else torch's own function.
         first, handler = args[0] if args else kwargs.get("input"), HANDLERS.get(func)
         if handler is not None and isinstance(first, LazyLogits) and first.cell.call.can_fuse():
             rest = {name: value for name, value in kwargs.items() if name != "input"}
@@ -254,9 +276,9 @@ class LazyLogits(Tensor):
         kwargs, step = kwargs or {}, STEPS.get(func)
         first = args[0] if args else None
         if step and isinstance(first, LazyLogits) and not first.cell.call.is_computed:
-            made = step(func, first.cell, *args[1:], **kwargs)
-            if made is not None:
-                return tree_map_only(Cell, LazyLogits.make, made)
+            cells = step(func, first.cell, *args[1:], **kwargs)
+            if cells is not None:
+                return tree_map_only(Cell, LazyLogits.make, cells)
         if torch.Tag.inplace_view in func.tags:
             raise _refusal(func)
         # The operation needs elements.  It runs on ordinary tensors.  If it returns one of them (an
@@ -282,7 +304,8 @@ _OF_MEMORY = {
     Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.__dlpack__, torch.as_tensor,
     Tensor.__dlpack_device__, torch.asarray, torch.from_dlpack, Tensor.as_subclass,
 }  # fmt: skip
-# Functions that need the gradient of the logits.  A loss without logits never computes it.
+# Functions that need the gradient of the logits.  A loss without logits never computes it, so these
+# functions compute the elements, and the loss then runs on them.
 _OF_GRADIENTS = {
     Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
@@ -323,7 +346,8 @@ class LazyHeadFunction(Function):
         if dy is None:
             return None, *[None] * len(needs)
         refuse_by_torch_only([dy], "a lazy head", "optimize the model with loss=False")
-        if call.hs is None:  # dy comes from a Function that read no element, so compute h now
+        # h exists once the elements were computed.  A Function may return dy without reading them.
+        if call.hs is None:
             call.logits()
-        arguments = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.of_backend()
+        arguments = [dy], ctx.saved_tensors, call.hs, needs, call.head.seeds, call.backend_call()
         return None, *backend_backward(BackwardCall(*arguments))

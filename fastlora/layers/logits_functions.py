@@ -26,8 +26,8 @@ from .logits import (
     HeadCall,
     LazyHeadFunction,
     LazyLogits,
-    Record,
-    of_tensors,
+    Report,
+    map_tensors,
     tensors_of,
 )
 from .loss_seen import WITHOUT_LOGITS
@@ -49,21 +49,22 @@ def _handles(table: dict[Any, Any], *functions: Any) -> Callable[[Any], Any]:
 
 
 def lazy_logits(
-    head: Head, is_current: Callable[[], bool] = lambda: True, record: Record = None
+    head: Head, is_current: Callable[[], bool] = lambda: True, report: Report = None
 ) -> Tensor:
     """The lazy output of a head's call.  Autocast has cast x and the head's tensors already.
 
-    Autograd follows the tensors that require gradients now.  PEFT may freeze the head's tensors
-    before the loss runs, for example in ``disable_adapter()``.
+    A tensor gets a gradient if it requires one now, at the head's call.  Later changes of
+    ``requires_grad`` have no effect.  For example, PEFT's ``disable_adapter()`` may freeze the
+    head's tensors before the loss runs.
 
     This function is in this file so that its callers also load the handlers.
     """
-    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, record)
+    call = HeadCall(head._replace(x=head.x.contiguous()), is_current, report)
     return LazyHeadFunction.apply(call, *tensors_of(call.head))
 
 
-# Steps that select rows.  A single row is an ordinary tensor, so that a loop over the rows of a
-# matrix computes the elements once, and not one row at a time.
+# Steps that select rows.  A single row isn't lazy: to select it computes all elements.  So a loop
+# over the rows of a matrix runs one large product, and not a product for each row.
 
 
 _VIEWS = (
@@ -76,7 +77,7 @@ _VIEWS = (
 
 @_handles(STEPS, *_VIEWS)
 def _view(func: Any, cell: Cell, *args: Any) -> list[Cell] | Cell | None:
-    """Views that consist of whole rows."""
+    """Views that consist of whole rows [..., V].  ``likes``: meta tensors with their strides."""
     likes = func(cell.like, *args)
     found = [_rows_at(cell, like) for like in ([likes] if isinstance(likes, Tensor) else likes)]
     if None in found:
@@ -89,15 +90,17 @@ def _rows_at(cell: Cell, like: Tensor) -> Cell | None:
     *lead, V = like.shape
     if not lead or cell.like.shape[-1] != V or like.stride(-1) != 1:
         return None
+    # In elements: where the view starts in the parent's elements, a multiple of V.
     *strides, _ = like.stride()
     offset = like.storage_offset() - cell.like.storage_offset()
 
     def run(z: Tensor) -> Tensor:
         return z.as_strided(like.shape, like.stride(), z.storage_offset() + offset)
 
+    # All rows in their old order, such as view(-1, V): they need no numbers.
     if cell.recipe.rows is None and like.is_contiguous() and like.numel() == cell.like.numel():
         return cell.with_rows(like, None, run)
-    # The same view of the row numbers, where a row is one element in place of V.
+    # The same view of the row numbers.  A row is one number there, so strides are divided by V.
     rows = _rows_of(cell)
     strides = [stride // V for stride in strides]
     rows = rows.as_strided(lead, strides, rows.storage_offset() + offset // V)
@@ -119,7 +122,7 @@ def _index(func: Any, cell: Cell, *args: Any) -> Cell | None:
         rows = func(_rows_of(cell), *args).contiguous()
     except IndexError:  # an index of columns
         return None
-    if not rows.dim():
+    if not rows.dim():  # a single row
         return None
     # Copies, because the caller may change them before the elements are computed.
     args = tree_map_only(Tensor, Tensor.clone, args)
@@ -137,12 +140,17 @@ def _index_select(func: Any, cell: Cell, dim: int, index: Tensor) -> Cell | None
 
 @_handles(STEPS, _aten.mul.Tensor, _aten.div.Tensor)
 def _factor(func: Any, cell: Cell, other: Any) -> Cell | None:
+    """factor · s, with a number; or p · log p, with the lazy tensor of log p.
+
+    With a softcap: factor · (softcap · tanh(logit_scale · z / softcap)) = c · tanh(l · z / c),
+    where c = factor · softcap and l = factor · logit_scale.  c must be positive, as every softcap.
+    """
     form, settings, is_quotient = cell.recipe.form, cell.recipe.settings, func is _aten.div.Tensor
     if isinstance(other, LazyLogits):
         logp = other.cell
         if is_quotient or form != "probs" or cell.parent is not logp:
             return None
-        return logp.changed(lambda z: z.exp() * z, form="p_log_p")  # its sum is an entropy
+        return logp.changed(lambda z: z.exp() * z, form="p_log_p")  # its sum is -entropy
     if type(other) not in (int, float) or form != "logits" or (is_quotient and not other):
         return None
     factor, cap = 1.0 / other if is_quotient else float(other), settings.softcap
@@ -155,6 +163,7 @@ def _factor(func: Any, cell: Cell, other: Any) -> Cell | None:
 
 @_handles(STEPS, _aten.tanh.default)
 def _tanh(func: Any, cell: Cell) -> Cell | None:
+    """tanh(logit_scale · z): a softcap of 1.  A later factor c makes it c · tanh(…)."""
     form, settings = cell.recipe.form, cell.recipe.settings
     if form != "logits" or settings.softcap is not None:
         return None
@@ -169,6 +178,7 @@ def _clone(func: Any, cell: Cell, **options: Any) -> Cell:
 @_handles(STEPS, _aten._to_copy.default)
 def _float(func: Any, cell: Cell, **options: Any) -> Cell | None:
     """From 16 bits to float32.  The loss computes in float32, so other casts need elements."""
+    # Only ``dtype`` may be given, and ``memory_format``, which changes no number.
     given = {name for name, value in options.items() if value not in (None, False)}
     is_wider = cell.like.dtype in HALF_DTYPES and options.get("dtype") is torch.float32
     if given - {"memory_format"} != {"dtype"} or not is_wider or cell.recipe.form != "logits":
@@ -199,7 +209,11 @@ def _loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """The cross-entropy of a lazy tensor's logits by a fused loss, or NotImplemented."""
+    """The cross-entropy of a lazy tensor's logits by a fused loss, or NotImplemented.
+
+    The fused loss sends its gradients to x and the head's tensors, past every autograd Function
+    between the head and ``lazy``.  Only DDP's Function may be skipped so.
+    """
     call, recipe, functions = lazy.cell.call, lazy.cell.recipe, lazy.functions()
     if not isinstance(target, Tensor) or set(functions) - {_DDP}:
         return NotImplemented
@@ -208,13 +222,14 @@ def _loss(
     if reduction not in REDUCTIONS or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch raises its error
     call.check()
-    head = call.head if lazy.requires_grad else of_tensors(call.head, Tensor.detach)
+    head = call.head if lazy.requires_grad else map_tensors(call.head, Tensor.detach)
+    # torch's cross_entropy returns float32 under autocast.
     dtype = torch.float32 if autocast_is_on(lazy.device.type) else lazy.dtype
     with autocast_off(lazy.device.type):
         settings = recipe.settings._replace(label_smoothing=float(label_smoothing))
-        via = lazy if functions else None
+        via = lazy if functions else None  # DDP's node: the backward reaches it, with gradient None
         loss = head_loss(head, target, settings, reduction, ignore_index, recipe.rows, via)
-    call.say(WITHOUT_LOGITS)
+    call.report_once(WITHOUT_LOGITS)
     return loss.to(torch.promote_types(dtype, lazy.dtype))
 
 
@@ -225,6 +240,7 @@ def _cross_entropy(
     """torch passes all arguments, and those after the target by name."""
     if not (weight is size_average is reduce is None):
         return NotImplemented
+    # With more than 2 dimensions, cross_entropy's classes are dimension 1, not the last one.
     if lazy.dim() != 2 or lazy.cell.recipe.form != "logits":
         return NotImplemented
     return _loss(lazy, target, **options)
@@ -232,7 +248,7 @@ def _cross_entropy(
 
 @_handles(HANDLERS, Tensor.gather, torch.gather)
 def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any) -> Any:
-    """The log-probability of each target, or its float32 logit."""
+    """The log-probability of each target, -loss; or its logit in float32 or wider."""
     if others or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
     if not isinstance(index, Tensor) or index.shape != (*lazy.shape[:-1], 1):
@@ -240,6 +256,7 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
     is_logprob, target = lazy.cell.recipe.form == "logprobs", index.squeeze(-1)
     if not is_logprob and not _has_target_logits(lazy):
         return NotImplemented
+    # cross_entropy of each row: loss = lse - s[target] = -log_softmax(s)[target].
     loss = _loss(lazy, target, "none", _NO_INDEX)
     if loss is NotImplemented:
         return loss
@@ -247,21 +264,23 @@ def _gather(lazy: LazyLogits, dim: Any = None, index: Any = None, **others: Any)
 
 
 def _has_target_logits(lazy: LazyLogits) -> bool:
-    """Whether :func:`_target_logit` can compute them."""
+    """Whether :func:`_target_logit` can compute them: a dense head without adapters, not 16-bit."""
     (weight, _), adapters = lazy.cell.call.head.output
     is_wide = lazy.dtype not in HALF_DTYPES and lazy.cell.recipe.form == "logits"
     return is_wide and not adapters and not isinstance(weight, Quantized)
 
 
 def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
-    """The logit s of each target, which TRL's ``selective_log_softmax`` gathers in float32.
+    """The logit s of each target, s = x · weight[target] + bias[target], scaled and softcapped.
 
-    A row's loss is lse - s with lse = log Σ exp(s), so s gives lse, which the cell keeps for the
-    ``logsumexp`` that follows.  The difference s - lse is as precise as the loss, and its gradient
-    is the loss's: the gradients by s cancel exactly.
+    TRL's ``selective_log_softmax`` gathers s in float32, and then computes s - logsumexp.  A row's
+    loss is lse - s, where lse is its logsumexp.  So cell.lse = loss + s, for :func:`_logsumexp`.
+    Then TRL's difference is s - (loss + s) = -loss, with the loss's rounding error, and its
+    gradient is -d loss, because the gradients of the two s cancel exactly.
     """
     x, (weight, bias) = as_matrix(cell.call.head.x), cell.call.head.output.base
     with autocast_off(x.device.type):
+        # [..., 1, K] @ [..., K, 1]
         s = (x[_rows_of(cell)].unsqueeze(-2) @ weight[target].unsqueeze(-1)).squeeze(-1)
         if bias is not None:
             s = s + bias[target].unsqueeze(-1)
@@ -276,6 +295,7 @@ def _target_logit(cell: Cell, target: Tensor, loss: Tensor) -> Tensor:
 @_handles(HANDLERS, Tensor.logsumexp, torch.logsumexp)
 def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
     """The log-sum-exp of each row, if ``gather`` has computed it for the same rows or for more."""
+    # A parent with the same changes has the same s, and perhaps more rows.
     cell, needs = lazy.cell, torch.is_grad_enabled() and lazy.requires_grad
     changes = cell.recipe.changes
     while cell.lse is None and cell.parent is not None and cell.parent.recipe.changes == changes:
@@ -284,7 +304,8 @@ def _logsumexp(lazy: LazyLogits, dim: Any = None, keepdim: bool = False, **other
     if lse is None or lse.requires_grad != needs or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
     rows, known = _rows_of(lazy.cell), _rows_of(cell).flatten()
-    place = known.new_empty(as_matrix(cell.call.head.x).shape[0])  # of each row of x in lse
+    # lse.flatten()[i] belongs to row known[i] of z, so place[known[i]] = i.
+    place = known.new_empty(as_matrix(cell.call.head.x).shape[0])
     place[known] = torch.arange(len(known), dtype=torch.int64, device=known.device)
     found = lse.flatten()[place[rows]]
     return found.unsqueeze(-1) if keepdim else found
@@ -297,14 +318,18 @@ _REDUCTIONS = _aten.argmax.default, _aten.logsumexp.default, _aten.sum.dim_IntLi
 def _reduction(
     func: Any, cell: Cell, dim: Any = None, keepdim: bool = False, **options: Any
 ) -> Tensor | None:
-    """A number for each row: the argmax and the entropy that trainers log, for example."""
+    """A number for each row, over the last dimension: argmax, logsumexp, sum or mean.
+
+    For example, trainers log an entropy, which is -sum of "p_log_p".  Computed a block of rows at a
+    time, so the logits of all rows are never in memory.
+    """
     shape, head, rows = cell.like.shape, cell.call.head, cell.recipe.rows
     place = dim if isinstance(dim, list) else [dim]
     if place not in ([-1], [len(shape) - 1]) or 0 in shape:
         return None
-    lead = [1] * (len(shape) - 2)
+    lead = [1] * (len(shape) - 2)  # the functions' ``dim`` counts dimensions of the lazy tensor
 
-    def reduce(z: Tensor) -> Tensor:
+    def reduce(z: Tensor) -> Tensor:  # z: a block of the head's output, [rows, V]
         z = z.view(*lead, *z.shape)
         for run in cell.recipe.changes:
             z = run(z)

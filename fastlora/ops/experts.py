@@ -11,8 +11,11 @@ and token ``token``:
     y          = down[e](product)          [S, N]
     out[token] = Σ weight · y              [T, N], the sum over the token's k rows
 
-Order of the rows: row i has expert index.view(-1)[order[i]], routing weight
-weights.view(-1)[order[i]] and token order[i] // k (:mod:`.routing`).
+``order`` [S] sorts the rows by expert (:mod:`.routing`).  Row i has
+
+    expert           index.view(-1)[order[i]]
+    routing weight   weights.view(-1)[order[i]]
+    token            order[i] // k
 
 Saved for backward: the inputs, the dropout seeds, order, ends, pre, and h of both products.  The
 backward recomputes x[token] and product, and never needs y.  With dy = d out[token]:
@@ -106,8 +109,8 @@ def lora_experts(
         most = None  # rows of a part
         if backend.takes_experts_in_turn(device):  # few rows, so that they stay in cache
             most = min(rows_at_a_time(x), block_of_rows(device, up.base.weight.shape[1]))
-        # A flat list, because autograd tracks only tensors that are direct arguments of ``apply``.
-        # Each part of the experts slices the tensors of this list.
+        # Flat lists, because autograd tracks only tensors that are direct arguments of ``apply``.
+        # Each part of the experts slices the tensors of these lists.
         of_up, of_down = flatten([up], layouts[:1]), flatten([down], layouts[1:])
         call, parts = Call(layouts, dropout, backend), routing.parts(most)
         node = _Node(call, activate, dtype, routing, parts, seeds, len(of_up))
@@ -124,7 +127,8 @@ class LoRAExpertsFunction(torch.autograd.Function):
     def forward(ctx, node: "_Node", *inputs: Tensor) -> Tensor:
         """``inputs``: x, the routing weights, and the flat tensors of up and down."""
         out, results = node.forward(inputs)
-        # The backward reads the routing from the node; saved, tools see it among the saved tensors.
+        # The backward reads order and ends from the node.  They are saved also, so that tools that
+        # count saved tensors count them.
         order, ends, _ = node.routing
         ctx.save_for_backward(*inputs, *results, order, ends)
         ctx.node = node
@@ -165,7 +169,7 @@ class _Product(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """A call of the node without its tensors, which autograd saves.
+    """A call of the node without the tensors that autograd saves: ``inputs`` and results.
 
     ``inputs`` are x, the routing weights, and the flat tensors of up and down.
     """
@@ -205,6 +209,7 @@ class _Node(NamedTuple):
 
     def products(self, inputs: Sequence[Tensor], part: Part) -> tuple[_Product, _Product]:
         """The products of up and down for a part."""
+        # Views: every tensor of up and down has the experts as its first axis.
         tensors, products = [tensor[part.experts] for tensor in inputs[2:]], []
         for i, layout in enumerate(self.call.layouts):
             flat = tensors[self.split :] if i else tensors[: self.split]
@@ -241,22 +246,23 @@ class _Node(NamedTuple):
         """The gradients of ``inputs``; None for each input that needs none."""
         (x, weights, *_), routing = inputs, self.routing
         needs_weights = needs[1]
-        d_out, each = d_out.to(x.dtype), len(results) // len(self.parts)
+        d_out, per_part = d_out.to(x.dtype), len(results) // len(self.parts)  # pre and hs
         dx, d_weights = None, weights.new_zeros(routing.order.shape)
-        of_parts = []
+        # dx sums over the parts.  The experts' own gradients are joined: a part has some experts.
+        d_parts = []
         for i, part in enumerate(self.parts):
-            of_part = results[i * each : (i + 1) * each]
-            found = self._gradients_of_part(inputs, d_out, needs, part, of_part)
-            d_rows, d_row_weights, *d_tensors = found
+            own_results = results[i * per_part : (i + 1) * per_part]
+            gradients = self._gradients_of_part(inputs, d_out, needs, part, own_results)
+            d_rows, d_row_weights, *d_tensors = gradients
             if d_rows is not None:
                 dx = routing.added(dx, d_rows, part, x.dtype)
             if d_row_weights is not None:  # each row writes to its own entry of [T, k]
                 d_weights[routing.order[part.rows]] = d_row_weights.to(d_weights.dtype)
-            of_parts.append(d_tensors)
+            d_parts.append(d_tensors)
         return [
             None if dx is None else dx.to(x.dtype),
             d_weights.view(weights.shape) if needs_weights else None,
-            *(map(_joined, zip(*of_parts, strict=True)) if len(of_parts) > 1 else of_parts[0]),
+            *(map(_joined, zip(*d_parts, strict=True)) if len(d_parts) > 1 else d_parts[0]),
         ]
 
     def _gradients_of_part(
@@ -285,14 +291,18 @@ class _Node(NamedTuple):
         weighted = (product * row_weights).to(product.dtype)
         count = len(up_layout.scales)  # the first ``count`` of hs are up's
         down_hs = [(h * row_weights).to(h.dtype) for h in hs[count:]]
-        # This backward computes all gradients except d bias = Σ weight · dy.  In the others, the
-        # routing weights are a factor of product or h; in d bias, they must be a factor of dy, so a
-        # second backward below computes it.  d_product is dp of the module's docstring.
-        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's flat tensors
+        # This backward computes all gradients of down except d bias.  With the routing weights w:
+        #
+        #     d weight = dyᵀ (w · product)       d lora_b = dyᵀ (w · h)       d bias = Σ w · dy
+        #
+        # In d bias, w must be a factor of dy, so a second backward below computes it.  d_product is
+        # dp of the module's docstring, without w.
+        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's tensors, or None
         wanted = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
         d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
+            # The gradient of w: dy · y = dp · product + dy · bias, for each row.
             d_row_weights = torch.linalg.vecdot(d_product, product)
             if at is not None:
                 bias, rows = down.tensors[at], part.segments.of_rows(len(dy))

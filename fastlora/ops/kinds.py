@@ -7,23 +7,23 @@ launches.  All of these depend only on the *kind* of a call:
             requested backend)
 
 Facts are shape, strides, dtype, device … (:func:`.projection.facts_of`), never elements.
-:func:`key_of` makes the key of a kind.  With this
-cache, an optimized PEFT layer takes 0.95 × the host time of PEFT's layer, on the Triton backend
-(``make bench ARGS=host``, docs/kernels.md).
+:func:`key_of` makes the key of a kind.  With this cache, an optimized PEFT layer takes 0.95 × the
+host time of PEFT's layer, on the Triton backend (``make bench ARGS=host``, docs/kernels.md).
 
 Level 1, in each module: a dict from the key of x to a function (:mod:`fastlora.layers.guards`),
 which runs the call with the tensors that the module holds now.  A guard compares everything else:
 parameters, settings, hooks.  An entry is valid while the guard holds.
 
 Level 2, in this file: a dict from the key of all tensors to the call, for functions that are called
-without a module.  An entry is a :class:`Call`, or a record of several.
+without a module.  An entry is a :class:`Call`, or a record of several (of a gated MLP).
 
 * An entry depends on nothing outside of its key, so it is always valid.  A full cache drops its
   oldest entries.
-* ``Call.captured`` holds the captured launches of the call's forward.  They depend also on plans
-  and on verification.  So ``run_kernels`` (backends/triton/verification.py) puts the edition of the
-  plans in their keys, and caches launches only after verification.  kernels/replay.py caches the
-  other captured launches: of backwards, experts and many adapters.
+* ``Call.captured`` is a dict with the captured launches of the call's forward.  Launches also
+  depend on plans (kernels/plan.py) and on verification.  So ``run_kernels``
+  (backends/triton/verification.py) puts a count of the plans' changes in the dict's keys, and
+  caches launches only after verification.  kernels/replay.py caches the other captured launches: of
+  backwards, experts and many adapters.
 
 A new check of a call must add everything it reads to :func:`key_of` or ``facts_of``.  Otherwise a
 cached call skips the check when it would fail.
@@ -62,6 +62,7 @@ def key_of_x(x: Tensor) -> Hashable:
 
     None if the call can't be cached.
     """
+    # path_of(x) isn't NODE under compilation, torch.func, or for a tensor subclass (dispatch.py).
     try:
         return key_of([x], (torch.is_grad_enabled(),)) if path_of(x) == NODE else None
     except Exception:  # x is no tensor, is sparse, or came from a torch.func transform that ended
@@ -80,6 +81,7 @@ def key_of_outputs(
     The key is None if the call can't be cached.  ``dropout``: the probability, or for a gated MLP a
     tuple of all its settings.
     """
+    # Nothing is checked yet, so any class may come: errors here mean "not cached".
     try:
         layouts = layouts_of(outputs)
         inputs = [x, *flatten(outputs, layouts)]
@@ -88,7 +90,7 @@ def key_of_outputs(
         for layout in layouts:
             numbers += layout.scales
         key = key_of(inputs, (layouts, *numbers, *map(type, numbers)), backend)
-        hash(key)
+        hash(key)  # raises for a number that can't be a key, such as a list
         return key, inputs
     except Exception:  # a wrong class or a number that has no hash: the checks report it
         return None, []
@@ -103,6 +105,7 @@ def remember(
     key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int | None = None
 ) -> None:
     """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
+    # A dict keeps the order of insertion, so its first key is the oldest.
     calls = _calls if calls is None else calls
     with _changes:
         while len(calls) >= (most or _MOST) and key not in calls:

@@ -1,6 +1,7 @@
-"""The autograd node of a call on a backend: the whole road of a call whose kind is known.
+"""The autograd node of a call on a backend.  A call of a known kind (ops/kinds.py) starts here:
 
-    run_known → LoRALinearFunction → backend_forward, later backend_backward → the backend
+    run_known → LoRALinearFunction.forward  → backend_forward  → the backend
+                LoRALinearFunction.backward → backend_backward → the backend
 
 Gated MLPs, experts, losses and the registered op share ``backend_forward`` and
 ``backend_backward``.
@@ -24,7 +25,7 @@ from .few_rows import run_few_rows
 
 _SEEDS = -(2**63), 2**63 - 1  # the range of a seed: lowest, and highest + 1
 _ARGUMENTS = 3  # the node's arguments before ``inputs``: seeds, ends, call
-# Two next steps in errors.
+# The next step in errors of refuse_by_torch_only.
 _EACH = "call fastlora.lora_linear for each expert or adapter"
 _TRAIN_A = "lora_a and weight are frozen, so let lora_a require gradients"
 
@@ -47,7 +48,8 @@ def run_known(
     if call.is_few:
         return (run_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():
-        # Experts save their ends; the sorted ends of many adapters are fastlora's own tensor.
+        # The node saves the ends of experts, because the caller may write to that tensor.  The ends
+        # of many adapters belong to an AdapterMapping, which never changes them.
         ends = None if rows is None or rows.shares_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)
     return tuple(backend_forward(inputs, seeds, call)[0])
@@ -74,6 +76,7 @@ def backend_forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every output, with x's leading dimensions, and every h [M, r]."""
+    # Backends compute on matrices: x [..., K] as [M, K].
     x, *tensors = inputs
     ys, hs = call.backend.forward([as_matrix(x), *tensors], seeds, call)
     if x.dim() != 2:
@@ -85,6 +88,7 @@ def backend_forward(
 def backend_backward(given: BackwardCall) -> list[Tensor | None]:
     """The gradient of each input; None if the input needs none, or if its adapter has no rows."""
     x, *tensors = given.inputs
+    # A backward inside of an autocast block must compute in the forward's dtypes, without casts.
     if torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
             return backend_backward(given)
@@ -121,6 +125,7 @@ def _is_read(
 
     x is read for d weight = dyᵀ x and d lora_a = dhᵀ x, and h for d lora_b = dyᵀ h.
     """
+    # Cached, because every training call asks, and the answer depends only on the kind of call.
     wanted, reads_h = unflatten(needs[1:], layouts), []
     for _, adapters in wanted:
         needs_lora_b = [adapter.lora_b for adapter in adapters]
@@ -145,9 +150,11 @@ def as_matrix(x: Tensor) -> Tensor:
 def by_torch_only(dys: Sequence[Tensor | None]) -> bool:
     """Whether only torch's own operations can compute the gradients that a backward asks for.
 
-    These are gradients of gradients, and batches of gradients, which ``is_grads_batched`` and vmap
-    make.  Kernels, and code that writes into a buffer, don't support such tensors.
+    These are gradients of gradients (``create_graph=True``), and batches of gradients
+    (``is_grads_batched=True``, vmap).  Kernels have no gradient themselves, and code that writes
+    into a buffer can't take a batched tensor.
     """
+    # Autograd enables gradients in a backward only for create_graph.
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -176,8 +183,8 @@ class Function(torch.autograd.Function):
 class LoRALinearFunction(Function):
     """One node for all outputs of one x.
 
-    Saved for backward: the inputs, the seeds, and every h.  x is omitted if no lora_a and no weight
-    needs a gradient.  An h is omitted if its lora_b needs none.
+    Saved for backward: the inputs, the seeds, and every h = factor · (mask ∘ x) lora_aᵀ.  x is
+    omitted if no lora_a and no weight needs a gradient.  An h is omitted if its lora_b needs none.
     """
 
     @staticmethod
@@ -214,17 +221,20 @@ class LoRALinearFunction(Function):
         if call.rows is not None:
             refuse_by_torch_only(dys, "a call of experts or of many adapters", _EACH)
         if by_torch_only(dys):
+            # Run the formula as torch operations (ops/composite.py) and differentiate them.
             if not has_x:
                 if any(h is not None for h in hs):  # h depends on x, so its derivative needs x
                     refuse_by_torch_only(dys, "a layer that saves no x", _TRAIN_A)
+                # Without h, only dx is asked for, which depends on no element of x: zeros will do.
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
             function = partial(by_composite, seeds=seeds, call=call)
             gradients = by_autograd(function, inputs, needs, dys)
         else:
             gradients = backend_backward(BackwardCall(dys, inputs, hs, needs, seeds, call))
         if call.rows is not None and call.rows.of_banks:
-            # The last lora_a and lora_b are views of banks, by ``unbind``.  If no view has a
-            # gradient, because no row has an adapter, the bank's would be None instead of zeros.
+            # All lora_a are views of one bank, by ``unbind``, and so are all lora_b.  If no row has
+            # an adapter, no view has a gradient, and the bank's would be None.  A zero gradient for
+            # one view, the last, makes the bank's gradient zeros.
             for i in (-2, -1):
                 if needs[i] and gradients[i] is None:
                     gradients[i] = inputs[i].new_zeros(()).expand_as(inputs[i])

@@ -87,13 +87,15 @@ def get_peft_model(
     _check(model, peft_config)
     import peft
 
+    # A copy, because targets are resolved in it.  PEFT changes it, and keeps it in the model.
     config, base = deepcopy(peft_config), _base_of(model)
-    wanted = matched(base, config)
+    wanted = matched(base, config)  # layers that target_modules names
     options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage}
     options["autocast_adapter_dtype"] = autocast_adapter_dtype
     with _undone_on_error(model, adapter_name):
         with shown_dense(base, config):
             _check_names(base, peft_config, config)
+            # PEFT refuses dropout beside target_parameters: inject without it, and add it below.
             dropout = config.lora_dropout if config.target_parameters else 0.0
             if dropout:
                 config.lora_dropout = 0.0
@@ -112,7 +114,10 @@ def get_peft_model(
 
 
 def _add_dropout(base: nn.Module, adapter: str, p: float) -> None:
-    """Give every layer's adapter this dropout; PEFT's injection refuses it for experts' weights."""
+    """Set the dropout of every layer's adapter after PEFT's injection.
+
+    PEFT's injection refuses dropout for the weights of experts, so it runs with dropout 0.
+    """
     for name, layer in peft_layers(base):
         if adapter not in layer.lora_dropout:
             continue
@@ -137,18 +142,20 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     **settings: Any,
 ) -> Any:
-    """Load a LoRA adapter onto any base that fastlora reads; returns the PeftModel.
+    """Load a LoRA adapter onto any base that :func:`get_peft_model` takes; returns the PeftModel.
 
     ``folder``: a folder with PEFT's files, or a name on the Hugging Face hub.  ``model``: the base
     model; or a PeftModel, which gets another adapter.  ``is_trainable``: whether the adapter trains
-    on, as in ``PeftModel.from_pretrained``.  ``config``: only for a Trainer's checkpoint of a whole
-    model with adapters of fastlora 0.1 to 0.4, which doesn't hold it: the ``peft.LoraConfig`` that
-    it was trained with.  ``settings`` are those of :func:`fastlora.optimize`.
+    on, as in ``PeftModel.from_pretrained``.  ``settings`` are those of :func:`fastlora.optimize`.
 
-    Raises FileNotFoundError for a folder without the files, and ValueError if the files lack a
-    tensor of the adapter, have a tensor that doesn't belong to the model or has another shape
-    there, or have NaN or infinity.  Also raises the errors of :func:`get_peft_model`, but names of
-    the saved config may match nothing.  An error leaves the model unchanged.
+    ``config`` is only for a Trainer's checkpoint of a whole model that fastlora 0.1 to 0.4 trained.
+    Such a checkpoint has no config file, so give the ``peft.LoraConfig`` of its training.
+
+    Raises FileNotFoundError for a folder without the files.  Raises ValueError if a tensor of the
+    adapter is missing in the files, or if a tensor in them is unknown to the model, has another
+    shape than in the model, or has NaN or infinity.  Also raises the errors of
+    :func:`get_peft_model`, but names of the saved config may match nothing.  An error leaves the
+    model unchanged.
     """
     _check(model, config)
     if config is not None:
@@ -162,7 +169,8 @@ def load_adapter(
     import peft
     from peft.utils.save_and_load import load_peft_weights
 
-    if Path(folder).exists():  # PEFT would also open a pickle
+    # A local folder must have safetensors.  PEFT would also load a pickle, which can run code.
+    if Path(folder).exists():
         check_files(Path(folder))
         stored = read_json(path := Path(folder) / CONFIG)
         if not isinstance(stored, dict) or "peft_type" not in stored:
@@ -187,11 +195,13 @@ def load_adapter(
                 # Other shapes are an error below, which names one tensor.
                 options["ignore_mismatched_sizes"] = True
                 peft_model = load(model, os.fspath(folder), adapter_name, **options)
-            here = peft.get_peft_model_state_dict(
+            # The adapter's own tensors have other keys in its file than in the model's state dict.
+            expected = peft.get_peft_model_state_dict(
                 peft_model, adapter_name=adapter_name, save_embedding_layers=False
             )
-            _check_shapes(tensors, peft_model.state_dict() | here, folder)
+            _check_shapes(tensors, peft_model.state_dict() | expected, folder)
             loaded = peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        # Base weights are also "missing" in an adapter's file: only this adapter's tensors count.
         own = [key for key in loaded.missing_keys if f".{adapter_name}" in key]
         missing = [key for key in own if "lora_" in key or ".modules_to_save." in key]
         check_keys(folder, missing, loaded.unexpected_keys)
@@ -206,32 +216,35 @@ def _load_whole(base: nn.Module, folder: Path, adapter: str) -> None:
 
     These are NAME.lora_A of a layer, and NAME_lora_A of a weight of experts.
     """
-    here: dict[str, nn.Parameter] = {}
+    # ``expected``: key in the checkpoint -> the model's tensor.  The adapters' tensors come first.
+    expected: dict[str, nn.Parameter] = {}
     for name, layer in peft_layers(base):
         parameter = getattr(layer, "parameter_name", "")
         owner = name.replace(".base_layer", "")
         start = f"{owner}.{parameter}_lora_" if parameter else f"{owner}.lora_"
         for x, pair in (("A", layer.lora_A), ("B", layer.lora_B)):
             if adapter in pair:
-                here[start + x] = pair[adapter].weight
+                expected[start + x] = pair[adapter].weight
+    # Then all others, without PEFT's insertions into names.  original_module is PEFT's second copy
+    # of a module in modules_to_save.
     for name, tensor in base.named_parameters(remove_duplicate=False):
         if ".original_module." not in name and ".lora_" not in name:
-            here[name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")] = (
-                tensor
-            )
+            key = name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")
+            expected[key] = tensor
     stored = {key: path for path in folder.glob("*.safetensors") for key in read_header(path)}
     if not stored:
         raise FileNotFoundError(f"{folder} has no safetensors file: give a checkpoint's folder")
-    tensors = {key: read_tensors(path, [key])[key] for key, path in stored.items() if key in here}
+    known = {key: path for key, path in stored.items() if key in expected}
+    tensors = {key: read_tensors(path, [key])[key] for key, path in known.items()}
     _check_finite(tensors, folder)
-    there = {id(here[key]) for key in tensors}  # one key of a tied tensor is enough
-    missing = [key for key, tensor in here.items() if id(tensor) not in there]
+    found = {id(expected[key]) for key in tensors}  # one key of a tied tensor is enough
+    missing = [key for key, tensor in expected.items() if id(tensor) not in found]
     buffers = {name.replace(".base_layer", "") for name, _ in base.named_buffers()}
-    check_keys(folder, missing, [key for key in stored if key not in here.keys() | buffers])
-    _check_shapes(tensors, here, folder)
+    check_keys(folder, missing, [key for key in stored if key not in expected.keys() | buffers])
+    _check_shapes(tensors, expected, folder)
     with torch.no_grad():
         for key, value in tensors.items():
-            here[key].copy_(value)
+            expected[key].copy_(value)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], folder: Any) -> None:
@@ -240,10 +253,10 @@ def _check_finite(tensors: Mapping[str, Tensor], folder: Any) -> None:
         raise ValueError(f"{folder} has NaN or infinity in {some(broken)}: the adapter is broken")
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], here: Mapping[str, Tensor], folder: Any) -> None:
+def _check_shapes(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], folder: Any) -> None:
     """Raise ValueError if a tensor of an adapter's files has another shape than the model's."""
     for key, tensor in tensors.items():
-        shape, own = tuple(tensor.shape), tuple(here.get(key, tensor).shape)
+        shape, own = tuple(tensor.shape), tuple(model.get(key, tensor).shape)
         if shape != own:
             raise ValueError(
                 f"{key} has shape {shape} in {folder}, but {own} in the model: load the adapter "
@@ -271,32 +284,35 @@ def _check(model: Any, config: Any = None) -> None:
 
 @contextmanager
 def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
-    """Inside, PEFT can inject adapters by ``config`` over the packed weights of the model.
+    """Inside, packed weights of the model look dense, so that PEFT can inject adapters over them.
 
-    The targets in the config are resolved (:func:`.resolve_targets`), and stay so.
+    ``config`` is changed: targets such as "all-linear" are replaced by names of the model
+    (:func:`.resolve_targets`).  Raises ValueError if PEFT would read a packed weight's elements.
     """
     from peft.tuners import lora
 
     from .experts import run_packed
 
+    # PEFT's table of (a layer's class -> the class of its wrapper), for classes it doesn't know.
     before, custom, linear = config._custom_modules, dict[Any, Any](), linear_layers(model)
     with ExitStack() as undo:
         undo.callback(setattr, config, "_custom_modules", before)
-        read = []
+        packed_weights = []  # (module's name, weight's name, module)
         for owner, module in list(model.named_modules()):
             shapes = _packed_shapes(module)
-            # PEFT has initializations for bitsandbytes, and an error where it has none.
-            is_theirs = _is_peft_s(module) and not type(module).__module__.startswith(
+            # For bitsandbytes, PEFT either computes an initialization or raises its own error.  For
+            # its other packages it does neither, so their layers are checked below.
+            is_unchecked = _is_peft_s(module) and not type(module).__module__.startswith(
                 "bitsandbytes"
             )
-            names = [*shapes] or ["weight"] * is_theirs
-            read += [(owner.replace(".base_layer", ""), name, module) for name in names]
+            names = [*shapes] or ["weight"] * is_unchecked
+            packed_weights += [(owner.replace(".base_layer", ""), name, module) for name in names]
             if "weight" in shapes and not isinstance(module, nn.Linear):
                 custom[type(module)] = lora.Linear
             if shapes:
                 _show(module, shapes, undo)
         resolve_targets(model, config, linear)
-        for owner, name, module in read:
+        for owner, name, module in packed_weights:
             _refuse_reading(owner, name, module, config)
         if custom:
             config._custom_modules = {**custom, **(before or {})}
@@ -306,9 +322,9 @@ def shown_dense(model: nn.Module, config: Any) -> Iterator[None]:
 
 @contextmanager
 def shown_if_packed(model: nn.Module, config: Any) -> Iterator[bool]:
-    """:func:`shown_dense` for a model with packed weights that PEFT can't read, if it is LoRA's.
+    """:func:`shown_dense`, but only if ``config`` is a LoRA's and PEFT can't read some weights.
 
-    Yields whether it is such a model.
+    Yields whether that is so.
     """
     is_lora = hasattr(config, "_custom_modules") and not why_no_injection()
     is_packed = is_lora and any(_packed_shapes(module) for module in model.modules())
@@ -324,20 +340,26 @@ def _packed_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     if not (names := packed_names(module)) or read_module(module).reason:
         return {}
     is_transposed = lies_transposed(module)
+    # Experts: a stack [E, N, K] for each name; transformers may declare it as [E, K, N].
     shapes = {name: stack_in(module, name).shape for name in names}
     return {n: (E, K, N) if is_transposed else (E, N, K) for n, (E, N, K) in shapes.items()}
 
 
 def _is_peft_s(module: nn.Module) -> bool:
-    """Whether PEFT has a layer for this packed linear layer."""
+    """Whether PEFT has its own LoRA layer for this packed linear layer."""
     weight = type(module._parameters.get("weight")).__name__
     return type(module).__module__.startswith(_PEFT_PACKAGES) or weight in _PEFT_TENSORS
 
 
 def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> None:
-    """Raise ValueError if PEFT would compute or copy something from this packed weight.
+    """Raise ValueError if PEFT would read or copy the elements of this packed weight.
 
-    PEFT knows what to do with layers of its own packages, except for such an initialization.
+    It would for three settings.  Where PEFT has its own layer for the weight, only the first is
+    refused:
+
+    * an initialization that computes from the weight (not in _PLAIN_INITS), if it is a target;
+    * DoRA, if it is a target;
+    * ``modules_to_save``, which copies whole modules, if the module or one around it is named.
     """
     from peft.tuners.tuners_utils import check_target_module_exists as matches
 
@@ -346,8 +368,9 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
     if matches(config, owner) or f".{owner}.{name}".endswith(weights):
         reader = "" if init in _PLAIN_INITS else f"init_lora_weights={init!r}"
         reader = "use_dora=True" if config.use_dora and not is_peft_s else reader
-    around = [*accumulate(owner.split("."), "{}.{}".format)]
-    saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in around)]
+    # For owner "a.b.c", the names "a", "a.b" and "a.b.c": the module, and the modules around it.
+    outer = [*accumulate(owner.split("."), "{}.{}".format)]
+    saved = [one for one in config.modules_to_save or () if any(n.endswith(one) for n in outer)]
     reader = f"modules_to_save={saved}" if saved and not is_peft_s else reader
     if reader:
         weight: Any = module._parameters.get("weight")
@@ -361,17 +384,19 @@ def _refuse_reading(owner: str, name: str, module: nn.Module, config: Any) -> No
 
 
 def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitStack) -> None:
-    """Show packed weights as parameters of these shapes, until ``undo`` closes.
+    """Replace packed weights by parameters of these dense shapes, until ``undo`` closes.
 
-    They are float32, or of an ``Int8Linear``'s dtype, which PEFT then gives to an adapter.
-    Afterwards the weights are frozen, as PEFT freezes weights that it sees.
+    A parameter has one element in memory, expanded.  PEFT gives its dtype to the adapter: float32,
+    or the dtype of an ``Int8Linear``.  Afterwards the packed weights are frozen, as PEFT freezes
+    weights that it sees.
     """
     tensors = (*module.buffers(), *module.parameters())
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = module.format.dtype if isinstance(module, Int8Linear) else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
-    both: tuple[dict[str, Any], ...] = module._parameters, module._modules
-    for members in both:
+    tables: tuple[dict[str, Any], ...] = module._parameters, module._modules
+    # An ExitStack calls the last callback first: clear, then update with a copy from before.
+    for members in tables:
         undo.callback(members.update, dict(members))
         undo.callback(members.clear)
     for name, shape in shapes.items():
@@ -386,7 +411,7 @@ def _show(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], undo: ExitSt
 def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
     """Raise ValueError if a name in the config matches nothing in the model.
 
-    ``resolved``: the config with the targets that PEFT renamed.
+    ``resolved``: the config after :func:`.resolve_targets`.  A name that this replaced has matched.
     """
     modules = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
     weights = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
@@ -395,7 +420,9 @@ def _check_names(model: nn.Module, config: Any, resolved: Any) -> None:
     ):  # fmt: skip
         given = getattr(config, field) or ()
         kept: Any = getattr(resolved, field) or ()
+        # target_modules may be one regular expression in place of a list.
         is_regex = isinstance(kept, str)
+        # In a list, check only names that were not replaced, because a replaced name has matched.
         for wanted in [kept] if is_regex else [name for name in given if name in kept]:
             if not any(map(name_test(wanted if is_regex else [wanted]), names)):
                 ends = {name.rpartition(".")[2] for name in names} - {"", "weight", "bias"}
@@ -414,6 +441,7 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
     """
     layers = {n: m for n, m in peft_layers(base) if adapter in getattr(m, "lora_A", ())}
     around = bypassed(base)
+    # A module such as MultiheadAttention reads out_proj.weight itself, without calling out_proj.
     for name in layers.keys() & around.keys():
         outer = name.rpartition(".base_layer")[0]
         if outer not in layers:  # PEFT has a layer for a whole MultiheadAttention
@@ -423,6 +451,7 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
             )
     check_places(base, [layer.get_base_layer() for layer in layers.values()], ())
     owners = owners_of(base)
+    # Layers whose base weight is also the weight of another module.
     shared = [
         name for name, layer in layers.items()
         for weight in [layer.get_base_layer()._parameters.get("weight")]
@@ -445,19 +474,23 @@ def _check_layers(base: nn.Module, adapter: str, wanted: set[str]) -> None:
 
 @contextmanager
 def injected(model: nn.Module, config: Any, **settings: Any) -> Iterator[Any]:
-    """Inside, the model has adapters, and is optimized; yields the PeftModel."""
+    """Inside, the model has adapters and is optimized; afterwards it is as before.
+
+    Yields the PeftModel.
+    """
+    # _undone_on_error restores after every error: _Undo, or one of the caller's own code.
     with suppress(_Undo), _undone_on_error(model, "default"):
         yield get_peft_model(model, config, **settings)
         raise _Undo
 
 
 class _Undo(Exception):  # noqa: N818
-    """Ends :func:`injected` by the way of an error."""
+    """Raised at the end of :func:`injected`, so that ``_undone_on_error`` restores the model."""
 
 
 @contextmanager
 def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
-    """Removes the adapter from the model if the code inside raises an error.
+    """Restore the model if the code inside raises: its modules, classes, hooks and frozen state.
 
     Raises ValueError if the model has an adapter of this name already.
     """
@@ -470,9 +503,11 @@ def _undone_on_error(model: Any, adapter: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # First PEFT deletes the adapter from layers that had other adapters before.
         if hasattr(model, "delete_adapter"):
             with suppress(Exception):
                 model.delete_adapter(adapter)
+        # Put each module back under its old name in its old parent, in place of PEFT's wrapper.
         for name, module in reversed([*modules.items()]):
             outer, _, last = name.rpartition(".")
             if name:

@@ -4,6 +4,11 @@
     dh = factor · dy lora_b                dx = Σ dy weight + Σ mask ∘ (dh lora_a)
     d lora_a = dhᵀ (mask ∘ x)              d lora_b = dyᵀ h
 
+factor = scale / (1 - p), with dropout's probability p.  The sums of dx run over the outputs and
+their adapters.  The launchers are in kernels/: ``project`` computes h or dh, ``gemm_lowrank`` y or
+dx in one launch ("fused"), ``lowrank`` only its low-rank term (plans "in place"), and
+``weight_grad`` d lora_a or d lora_b.
+
 ``_forward`` and ``_backward`` are captured once for each kind of call and replayed later.  So they
 consist of torch operations and launches, and never read a tensor's elements on the host.
 """
@@ -34,6 +39,7 @@ def forward(
     if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
     settings = call.layouts, call.dropout, precision_of(x)
+    # None: the place of the ends, which only experts have (grouped.py).
     results = run_kernels(FORWARD, [*inputs, None, seeds], settings, call.captured)
     return results[:count], results[count:]
 
@@ -76,7 +82,8 @@ def _forward(
     plans = [_forward_plan(x, output, common) for output in outputs]
     in_8_bits = any([product_of(output.base.weight) == "int8" for output in outputs])
     codes_of_x = rounded(x, precision) if in_8_bits else None
-    # For all outputs or for none: if one output needs ``project``, it serves all for one read of x.
+    # For all outputs or for none: if one output needs ``project``, then that launch computes the h
+    # of all outputs from one read of x.
     in_one_launch = (
         seeds is None
         and codes_of_x is None
@@ -133,6 +140,7 @@ def _backward(
     all_rounded: list[_Rounded] = []  # for each output with 8-bit products
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
+    # One seed for each adapter, as for hs.
     seed_of_each = [None] * len(hs) if seeds is None else seeds.split(1)
     own_hs, own_seeds = per_adapter(hs, outputs), per_adapter(seed_of_each, outputs)
     for dy, output, need, *of_adapters in zip(dys, outputs, needs, own_hs, own_seeds, strict=True):
@@ -140,6 +148,7 @@ def _backward(
             gradients.append(no_gradients(output))
             continue
         base = base_gradients(dy, x, output.base, need.base)
+        # dx of 8-bit products: dy weight = (dy ∘ scale) codes, and dy ∘ scale is rounded to 8 bits.
         if needs_x and product_of(output.base.weight) == "int8":
             codes, scale = packed_of(output)
             all_rounded.append(_Rounded(*rounded(dy, precision, scale), codes))
@@ -167,6 +176,7 @@ def _backward(
 def _by_torch(
     tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor]:
+    # The same arguments and results as _forward.
     *inputs, ends, seeds = tensors
     ys, hs = torch_backend.forward(inputs, seeds, _torch_call(layouts, dropout, ends))
     return ys + hs
@@ -175,6 +185,7 @@ def _by_torch(
 def _backward_by_torch(
     tensors: Sequence[Tensor], layouts: tuple[Layout, ...], dropout: float, *settings: Any
 ) -> list[Tensor | None]:
+    # The same arguments and results as _backward.
     needs = settings[-1]
     inputs, (ends, seeds, *saved) = tensors[: len(needs)], tensors[len(needs) :]
     hs, dys = saved[: -len(layouts)], saved[-len(layouts) :]
@@ -246,7 +257,7 @@ def _y(
         options["preferred"] = plan.gemm
         if makes_h:
             (adapter,), (h,), (lora_b_t,) = adapters, hs, v
-            a, factor = adapter.lora_a.T, float(adapter.scale)
+            a, factor = adapter.lora_a.T, float(adapter.scale)  # this launch runs without dropout
             kernels.gemm_lowrank_few_rows(y, x, q, a, h, lora_b_t, factor, **options)
         else:
             kernels.gemm_lowrank(y, [x], [q], hs, v, **options)
@@ -326,8 +337,8 @@ def _dx(
             masked=masked, backward=True, packed=unpackable,
         )  # fmt: skip
         unpacks = plan.unpacks and unpackable
-        # A fused launch reads all weights at once.  If it can't read packed weights, their dense
-        # copies would all be in memory.  torch's products need one dense copy at a time.
+        # A fused launch reads all weights at once.  If it can't read packed weights, the dense
+        # copies of all of them would be in memory.  torch's products need one copy at a time.
         are_plain = all([isinstance(weight, Tensor) for weight in weights])
         if plan.fused and (unpacks or len(weights) == 1 or are_plain):
             by_torch = [pair for pair in used if not pair[1].adapters]

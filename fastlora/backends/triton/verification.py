@@ -1,14 +1,14 @@
 """Verification of compiled kernels: PyTorch's operations check their results before a first use.
 
-:func:`run_kernels` looks a call up in a cache.  The call is in one of three states:
+:func:`run_kernels` looks up the kind of the call in a cache.  The entry is one of three:
 
 * a captured call: its launches are replayed;
-* REFUSED: verification found a fault in its kernels, and PyTorch's operations run the call;
-* not in the cache: if its kernels weren't verified on this device yet, they are verified now.
+* REFUSED: its kernels have a fault or don't compile, and PyTorch's operations run the call;
+* none: the call is captured.  If its kernels weren't verified on this device yet, they are now.
 
-Verification runs the call with the kernels and with PyTorch, first on random numbers and then on
-the caller's own tensors.  The random numbers replace all operands except packed weights and
-integers.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
+Verification runs the call with the kernels and with PyTorch, first on random numbers (the *probe*)
+and then on the caller's own tensors.  The random numbers replace all operands except packed weights
+and integers.  If all results agree, the kernels run from then on.  If not, or if a kernel doesn't
 compile, the caller gets PyTorch's result and a warning, and the kernels are refused.
 
 The outcome holds for one kernel's code on one kind of device, with one version of the driver,
@@ -47,7 +47,8 @@ Run = Callable[[Sequence], list]  # takes tensors, and returns results
 VARIABLE = "FASTLORA_VERIFY"
 FIRST, ALWAYS, OFF = "first", "always", "off"
 _CHOSEN = os.environ.get(VARIABLE) or None
-_FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")  # of the files
+# The folder of the files with outcomes, and the fields of such a JSON file.
+_FOLDER, _FIELDS = "verification", ("kernel", "environment", "fault")
 
 # The number of runs on equal tensors, whose results must be bit-identical.  A fault that occurs in
 # a third of all runs passes 16 runs with probability 0.0015.
@@ -63,7 +64,8 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 #
 #   rows    random numbers, standard deviation 1: x, dy, h and biases
 #   factor  random numbers, standard deviation (columns) ** -0.5: weights and adapters
-#   exact   the x of 8-bit products: numbers whose rotation has no rounding error
+#   exact   the x of 8-bit products: numbers whose rotation has no rounding error (_exact_rows).
+#           A rotation multiplies each 64 columns by a Hadamard matrix (formats/rotated_int8.py)
 #   ends    the ends of experts: segments of equal length
 #   kept    nothing: packed weights, and other integers, such as the classes of a loss
 #
@@ -71,14 +73,14 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 # is zero, or a packed weight is zero or not finite, the call runs on PyTorch, and its kernels stay
 # unverified.  Each such call checks again.
 #
-# With "exact", kernels and PyTorch round x to equal codes, so their integer sums must be equal.
-# With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a result
-# may differ by _STEP.
+# With "exact", kernels and PyTorch round x to equal int8 codes, so their integer sums must be
+# equal.  With the caller's own x, rounding errors of the rotation may change a code by 1.  Then a
+# result may differ by _STEP.
 _ROWS, _FACTOR, _ENDS, _KEPT, _EXACT = "rows", "factor", "ends", "kept", "exact"
 _STEP = 2.0**-8  # allowed relative error of a result if one code of its row differs by 1
 
 
-REFUSED = "refused"  # in a cache of captured calls: PyTorch runs the calls of this kind
+REFUSED = "refused"  # in a cache, in place of a captured call: PyTorch runs calls of this kind
 # How often this process ran PyTorch's function in place of kernels, for measurements of kernels.
 fallbacks = 0
 # (a kernel's name and the hash of its code, environment) -> its fault, or "" if it is right
@@ -116,6 +118,8 @@ def run_kernels(
     the caller's cache for tensors with equal facts, so its keys leave the facts out.  Raises
     RuntimeError for a new kind of call inside a CUDA graph's capture.
     """
+    # The launches also depend on the plans: measured ones (``edition`` counts their changes), and
+    # plans or targets that tests and benchmarks force.
     key: Hashable = (function.run, settings, plan.forced, plan.edition, target.forced)
     if calls is None:
         calls = replay.calls
@@ -127,6 +131,8 @@ def run_kernels(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if call is REFUSED or (call is None and not function.covers(tensors, *settings)):
             return _fall_back(function, tensors, settings)
+        # An interceptor, or a profiler of launches, must see launches.  A replay hides them, so run
+        # the function itself, but for a profiler only kernels that are verified.
         may_run = call is not None or mode(device) == OFF
         if kernels.launch.interceptor or (may_run and replay.is_observed()):
             return list(function.run(tensors, *settings))
@@ -153,6 +159,7 @@ def _run_new(
         replay.remember(calls, key, REFUSED)
         _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
         return _fall_back(function, tensors, settings)
+    # For each kernel: "" if it is right, a text for a fault, None if it wasn't verified.
     faults = [_known().get((identity, setup)) for identity in call.identities]
     if when == OFF or (when == FIRST and all(fault == "" for fault in faults)):
         replay.remember(calls, key, call)
@@ -160,6 +167,7 @@ def _run_new(
     if any(faults):
         replay.remember(calls, key, REFUSED)
         return _fall_back(function, tensors, settings)
+    # Verify a block of rows at a time.  Such a function writes to its tensors and returns nothing.
     if 0 < function.most_rows < len(tensors[0]):
         for rows in slices(len(tensors[0]), function.most_rows):
             run_kernels(function, [t if t is None else t[rows] for t in tensors], settings)
@@ -173,6 +181,7 @@ def _run_new(
 
 
 def _fall_back(function: KernelFunction, tensors: Sequence, settings: tuple) -> list[Any]:
+    """The results by PyTorch, counted in ``fallbacks``."""
     global fallbacks
     fallbacks += 1
     return list(function.by_torch(tensors, *settings))
@@ -208,7 +217,7 @@ def _driver() -> str:
 
 
 def read_records() -> Records:
-    """The outcomes of all processes of this user.  Invalid files are skipped."""
+    """The outcomes that all processes of this user have written.  Invalid files are skipped."""
     records: Records = {}
     for text in files.read(files.cache_folder() / _FOLDER, "*.json").values():
         # RecursionError: a file with too many nested brackets.
@@ -228,7 +237,10 @@ def _known() -> Records:
 
 
 def _record(identities: Set[str], device: torch.device, fault: str) -> str:
-    """Record the outcome of kernels that have none yet, and return their names."""
+    """Record the outcome of kernels that have none yet, and return their names.
+
+    ``identities``: "name hash" of each kernel.  The text "of a call" stands for no name.
+    """
     setup, records, always = environment(device), _known(), mode(device) == ALWAYS
     new = [each for each in sorted(identities) if always or (each, setup) not in records]
     for identity in new:
@@ -258,15 +270,14 @@ def _verified(
 
     The fault is "" if the kernels are right, and None if nothing could be compared.
     """
-
-    places = [i for i in function.writes if tensors[i] is not None]
+    written = [i for i in function.writes if tensors[i] is not None]
 
     def on_copies(run: Callable, given: Sequence, *settings: Hashable) -> list:
         """The results of ``run``, and copies of the tensors that it writes to."""
         given = list(given)
-        for i in places:
+        for i in written:
             given[i] = _alike(given[i]).copy_(given[i])
-        return [*run(given, *settings), *[given[i] for i in places]]
+        return [*run(given, *settings), *[given[i] for i in written]]
 
     def by_torch(given: Sequence) -> list:
         return on_copies(function.by_torch, given, *settings)
@@ -274,6 +285,7 @@ def _verified(
     replayed, identities, fault = partial(replay.replay_call, call), set(call.identities), None
     with _disable_current_modes(), torch.no_grad():
         results, roles = by_torch(tensors), _roles(function, tensors, settings)
+        # Two comparisons: on the probe, then on the caller's tensors.
         try:
             if not _hides_faults(function, tensors, settings):
                 probe = _probe(tensors, roles)
@@ -297,14 +309,14 @@ def _verified(
                 _warn_of_fault(names, tensors[0].device, fault)
         # The runs above wrote to copies, because they also read these tensors.  Write the results
         # to the caller's tensors now.
-        count = len(results) - len(places)
-        for i, written in zip(places, results[count:], strict=True):
-            tensors[i].copy_(written)
+        count = len(results) - len(written)
+        for i, values in zip(written, results[count:], strict=True):
+            tensors[i].copy_(values)
         return results[:count], fault
 
 
 def _roles(function: KernelFunction, tensors: Sequence, settings: tuple) -> list[str]:
-    """The role of each tensor."""
+    """The role of each tensor: first x and the outputs' tensors by the layouts, then the others."""
     roles = list[str]()
     if function.has_layouts:
         layouts: Sequence[Layout] = settings[0]
@@ -325,7 +337,8 @@ def _roles(function: KernelFunction, tensors: Sequence, settings: tuple) -> list
         elif tensor is None or not tensor.is_floating_point():
             roles.append(_KEPT)
         else:
-            roles.append(_FACTOR if tensor.dim() == 3 else _ROWS)  # 3: banks of adapters
+            # 3 dimensions: a bank, the stacked lora_a or lora_b of many adapters.
+            roles.append(_FACTOR if tensor.dim() == 3 else _ROWS)
     return roles
 
 
@@ -339,7 +352,8 @@ def _hides_faults(function: KernelFunction, tensors: Sequence, settings: tuple) 
 
 
 def _fault_of_probe(by_kernels: Run, by_torch: Run, probe: Sequence, roles: list) -> str | None:
-    """The kernels' fault on random numbers, or ""; None if nothing can be compared."""
+    """The kernels' fault on the probe, or ""; None if nothing can be compared."""
+    # Two questions: does every run give the same bits, and are the results right?
     expected = by_torch(probe)
     if not _is_comparable(expected):
         return None
@@ -366,12 +380,13 @@ def _alike(tensor: Tensor, spread: float = 0.0, generator: Any = None) -> Tensor
 
 
 def _probe(tensors: Sequence, roles: Sequence[str]) -> list[Tensor | None]:
-    """Random tensors in place of these, except tensors with the role _KEPT."""
+    """Random tensors in place of these, by their roles; the same ones in every process."""
     probe: list[Tensor | None] = []
     for tensor, role in zip(tensors, roles, strict=True):
         if tensor is None or role == _KEPT or not tensor.numel():
             probe.append(tensor)
             continue
+        # Segments of equal length: ends[i] = (i + 1) · rows // segments.
         if role == _ENDS:
             numbers = torch.arange(1, len(tensor) + 1, dtype=torch.int64, device=tensor.device)
             probe.append((numbers * len(tensors[0]) // len(tensor)).to(tensor.dtype))
@@ -405,13 +420,14 @@ def compared(
 ) -> str:
     """The fault of the kernels' ``results``, or "".
 
-    ``right``: PyTorch's results.  Their errors determine the allowed errors (:func:`_worst`).  The
-    allowed relative rounding is max(step, eps of x's dtype).
+    ``right``: PyTorch's results in the same dtype.  ``truth``, below: PyTorch's results in a wider
+    dtype, which count as exact.  |right - truth| determines the error that kernels may have
+    (:func:`_worst`), with eps = max(step, eps of x's dtype).
     """
     x = tensors[0]
     assert x is not None
-    # PyTorch's results in a wider dtype count as exact.  There are none for 8-bit products of a
-    # float32 x, because in float64 PyTorch doesn't round to 8 bits.
+    # There is no truth for 8-bit products of a float32 x, because in float64 PyTorch doesn't round
+    # to 8 bits, nor if the wide tensors don't fit in memory.
     truth, pairs = None, zip(tensors, roles, strict=True)
     if x.dtype != torch.float32 or _EXACT not in roles:
         with contextlib.suppress(torch.OutOfMemoryError):
