@@ -257,7 +257,7 @@ class _Recorder(TorchFunctionMode):
         size, offsets = 0, {}
         for node in self.last_use:
             if node in self.buffers and node.users.keys() == {self.addresses[node]}:
-                offsets[node] = size
+                offsets[node] = size if self.buffers[node].nbytes else 0  # an empty one: address 0
                 size += -(-self.buffers[node].nbytes // _ALIGNED) * _ALIGNED
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
@@ -270,7 +270,7 @@ class _Recorder(TorchFunctionMode):
             self.last_use[workspace] = max(self.last_use.get(workspace, 0), self.last_use.pop(node))
 
     def _part(self, start: Node, offset: int, buffer: Tensor) -> Node:
-        if not INTERPRETED.value:  # an empty buffer has address 0
+        if not INTERPRETED.value:
             return self._call(add, [start if buffer.numel() else 0, offset])
         part = self._call(getitem, [start, slice(offset, offset + buffer.nbytes)])
         typed = self._call(Tensor.view, [part, buffer.dtype])
