@@ -3,7 +3,7 @@
 The Triton backend runs on tests/support/cuda_standin.py: layers have real sizes, because sizes
 decide launches, and each launch runs down to the driver, which launches nothing.  PEFT's layer,
 the base products and all other contestants are tiny and run on one thread, so that only calls
-take time.  The row "step" is a step of transformers' Trainer, with a Llama of 32 tiny layers.
+take time.  The row "trainer-step" is a step of transformers' Trainer: a Llama of 32 tiny layers.
 
 ``both`` is the measured CPU time of forward and backward, without the driver's time for launches.
 ``modeled`` is ``both`` plus ``LAUNCH`` for each launch of torch or Triton.
