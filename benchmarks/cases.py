@@ -128,7 +128,7 @@ class Case:
             return targets
         if self.table == "few":  # with dropout, only the masks are a gain
             quantities = ("both",) if self.dropout else ("forward", "inference", "both")
-            limit = 1.3 if self.dropout else 1.0
+            limit = 1.2 if self.dropout else 1.0
             return [(quantity, "fastlora/peft", limit) for quantity in quantities]
         targets = [("both", "fastlora/peft", 1.0)]
         if self.id in _OVER_FROZEN:

@@ -17,22 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..backends.dropout import mask_of_few_rows
+from ..backends.dropout import dropped_of_few_rows
 from ..backends.products import are_wide, cast
 from ..backends.protocol import Call
 from ..call.projection import Output
 from ..formats.format import Quantized
 
-# The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.13 × the time
-# of PEFT's layer, and 1.90 × with a node; without dropout 1.04 × and 1.29 × (``make bench
+# The limit for a layer or a gated MLP.  16 rows with 256 features and dropout take 1.04 × the time
+# of PEFT's layer, and 1.90 × with a node; without dropout 1.01 × and 1.29 × (``make bench
 # ARGS="-k few-16x256"``; with 0 here, it times the node).  More rows gain less.  The cost without a
 # node is that dropout saves its mask and the dropped x: 21 KiB instead of 17 for these 16 rows.
 MOST_ROWS = 32
 # The limit for a mixed batch.  It is higher, because this path runs only in evaluation: it saves
 # nothing for a backward, and it doesn't read the n adapters, which takes longer than a node.
 MOST_MIXED_ROWS = 64
-# torch.where takes 0.8 µs less with a tensor than with a number.
-_ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def has_few_rows(x: Tensor, mixed: bool = False) -> bool:
@@ -76,14 +74,12 @@ def run_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> 
     y = linear(rows, weight, cast(take(), weight.dtype) if layout.has_bias else None)
     for i, scale in enumerate(layout.scales):
         lora_a, lora_b = take(), take()
-        dropped, factor = rows, float(scale)
-        if numbers:
-            keep = mask_of_few_rows(numbers[i], rows.shape, call.dropout)
-            dropped, factor = torch.where(keep, rows, _ZERO), factor / (1.0 - call.dropout)
-        if lora_a.dtype == y.dtype:
-            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
-        else:  # a float32 adapter and a 16-bit x: multiply in float32
-            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
+        kept, factor = rows, float(scale)
+        if numbers:  # masked_fill takes less time than where or native_dropout, both ways
+            dropped = dropped_of_few_rows(numbers[i], rows.shape, call.dropout)
+            kept, factor = rows.masked_fill(dropped, 0.0), factor / (1.0 - call.dropout)
+        # x may have 16 bits, and the adapter 32.  addmm_'s backward would scale d lora_b [N, r].
+        y.add_(linear(linear(kept.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]
