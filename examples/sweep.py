@@ -57,8 +57,26 @@ def main() -> None:
         seed=options.seed,
     )
     print(found)
+    draw_losses(found, options.out / "losses.png")
     best = "best/, " if found.best else ""
     print(f"{best}adapters/, sweep.json and losses.png are in {options.out}")
+
+
+def draw_losses(found, picture: Path) -> None:
+    """Draw the held-out losses of all trials."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for outcome in found.outcomes:
+        steps, losses = zip(*outcome.losses, strict=True)
+        best = outcome is found.best
+        label = f"{outcome.trial.name}: {outcome.loss:.3f}"
+        axes.plot(steps, losses, marker="o", markersize=3, lw=2.5 if best else 1.2, label=label)
+    axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
 
 
 def parse_options() -> Namespace:

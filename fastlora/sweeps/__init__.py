@@ -74,11 +74,10 @@ def sweep(
     shuffling loader and dropout.
 
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
-    all numbers; ``losses.png`` if matplotlib is installed; and ``state.pt`` at each evaluation.
-    With ``resume`` an interrupted sweep continues from there, over the same base and data, and ends
-    with the same result.  A folder that already has a sweep is refused without ``resume`` or
-    ``replace``.  ``replace`` deletes the adapters and results in it when the new sweep writes its
-    first file.
+    all numbers; and ``state.pt`` at each evaluation.  With ``resume`` an interrupted sweep
+    continues from there, over the same base and data, and ends with the same result.  A folder that
+    already has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes its
+    ``adapters``, ``best`` and ``sweep.json`` when the new sweep writes its first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
     unchanged, also if the sweep fails.  Rows must be independent of each other, so batch norms stay
@@ -129,7 +128,7 @@ def sweep(
 
 
 def _finish(run: Training, state: State, folder: Path) -> Sweep:
-    """Write the final files: adapters, the table and the picture."""
+    """Write the final files: adapters and the table."""
     outcomes = []
     for i, (trial, adapters) in enumerate(zip(run.trials, state.adapters, strict=True)):
         rank = _write(run.model, trial, adapters, folder / record.ADAPTERS / trial.name)
@@ -146,12 +145,11 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     sweep = Sweep(tuple(outcomes), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
-        record.delete_adapter(folder / record.BEST)
     else:
         best = sweep.outcomes.index(sweep.best)
         _write(run.model, run.trials[best], state.adapters[best], folder / record.BEST)
     numbers = (json.dumps(sweep.as_dict(), indent=2) + "\n").encode()
-    write_whole(folder, {record.TABLE: numbers} | record.curves(sweep))
+    write_whole(folder, {record.TABLE: numbers})
     return sweep
 
 

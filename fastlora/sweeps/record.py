@@ -2,8 +2,8 @@
 
 import io
 import math
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..common.text import columns, shown
 from ..layers.modules import some
-from ..packing.files import CONFIG, WEIGHTS, write_whole
+from ..packing.files import write_whole
 from .trial import Trial
 
-FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
+FILE, TABLE = "state.pt", "sweep.json"
 ADAPTERS, BEST = "adapters", "best"
 
 
@@ -82,27 +82,10 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
 
 
 def delete(folder: Path) -> None:
-    """Delete the files of the folder's sweep; the next sweep overwrites its state file.
-
-    Only a sweep's files are deleted; a folder goes only if it is empty afterwards.
-    """
-    for adapter in [*(folder / ADAPTERS).glob("*"), folder / BEST]:
-        delete_adapter(adapter)
-    _delete_empty(folder / ADAPTERS)
-    for name in (TABLE, PICTURE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def delete_adapter(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():  # a link's target doesn't belong to the sweep
-        for name in (WEIGHTS, CONFIG):
-            (folder / name).unlink(missing_ok=True)
-        _delete_empty(folder)
-
-
-def _delete_empty(folder: Path) -> None:
-    with suppress(OSError):  # it isn't empty, or doesn't exist
-        folder.rmdir()
+    """Delete the results of the folder's sweep; the next sweep overwrites its state file."""
+    for name in (ADAPTERS, BEST):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / TABLE).unlink(missing_ok=True)
 
 
 def random_state() -> list[Tensor]:
@@ -145,7 +128,7 @@ class Sweep:
 
     ``best``: the trial with the lowest held-out loss among trials that ran all steps; None if no
     loss is finite.  ``folder`` holds its adapter in ``best/``, all adapters in ``adapters/NAME/``,
-    ``sweep.json`` and ``losses.png``.
+    and ``sweep.json``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -202,23 +185,3 @@ def _finite(number: float) -> float | None:
 def nan_last(loss: float) -> float:
     """A sort key that puts NaN last."""
     return math.inf if math.isnan(loss) else loss
-
-
-def curves(sweep: Sweep) -> dict[str, bytes]:
-    """A picture of the held-out losses, by file name; empty without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return {}
-    figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
-    axes = figure.add_subplot()
-    for outcome in sweep.outcomes:
-        steps, losses = zip(*outcome.losses, strict=True)
-        best = outcome is sweep.best
-        label = f"{outcome.trial.name}: {outcome.loss:.3f}"
-        axes.plot(steps, losses, marker="o", markersize=3, lw=2.5 if best else 1.2, label=label)
-    axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(content, format="png", dpi=120)
-    return {PICTURE: content.getvalue()}

@@ -173,7 +173,7 @@ def test_a_side_in_8_bits(compared):
         assert one[1] == pytest.approx(other[1], rel=0.01)
 
 
-def test_a_sweep_writes_its_table_and_adapters(inputs, tmp_path):
+def test_a_sweep_writes_its_table_picture_and_adapters(inputs, tmp_path):
     model_and_data, out = inputs[:4], tmp_path / "sweep"
     options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)
     script = SCRIPT.with_name("sweep.py")
@@ -182,6 +182,7 @@ def test_a_sweep_writes_its_table_and_adapters(inputs, tmp_path):
     trials = json.loads((out / "sweep.json").read_text())["trials"]
     assert len(trials) == 8
     assert f"are in {out}" in printed
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)
 
