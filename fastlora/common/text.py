@@ -21,10 +21,8 @@ def columns(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
     return [form.format(*row).rstrip() for row in rows]
 
 
-def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iterable:
-    """The items behind a progress bar, if there are as many, and tqdm is installed."""
-    if len(items) < least:
-        return items
+def bar(items: Sequence, what: str, unit: str) -> Iterable:
+    """The items behind a progress bar, if tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:

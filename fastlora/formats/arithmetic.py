@@ -11,10 +11,9 @@ from ..common.row_blocks import rows_at_a_time, slices
 _AT_ONCE = 2**18
 
 
-def place_for(out: Tensor, dtype: torch.dtype, dense: bool = False) -> Tensor:
-    """``out`` if it has this dtype (and is contiguous, with ``dense``); otherwise a new tensor."""
-    fits = out.dtype == dtype and (out.is_contiguous() or not dense)
-    return out if fits else torch.empty(out.shape, dtype=dtype, device=out.device)
+def place_for(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """``out`` if it has this dtype; otherwise a new tensor of its shape."""
+    return out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
 
 
 def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from ..layers.modules import (
     some,
 )
 from ..packing.checkpoints import check_keys
-from ..packing.files import CONFIG, WEIGHTS, check_files, read_header, read_json, read_tensors
+from ..packing.files import read_adapter, read_header, read_tensors
 from . import why_no_injection, why_nothing_changes
 from .optimized import optimize
 from .targets import is_linear, linear_layers, matched, peft_layers, resolve_targets
@@ -171,11 +171,7 @@ def load_adapter(
 
     # A local folder must have safetensors.  PEFT would also load a pickle, which can run code.
     if Path(folder).exists():
-        check_files(Path(folder))
-        stored = read_json(path := Path(folder) / CONFIG)
-        if not isinstance(stored, dict) or "peft_type" not in stored:
-            raise ValueError(f"{path} is not a PEFT config: it has no peft_type")
-        read_header(Path(folder) / WEIGHTS)
+        read_adapter(folder)
     config = peft.PeftConfig.from_pretrained(os.fspath(folder))
     _check(model, config)
     config.inference_mode = not is_trainable
