@@ -301,7 +301,8 @@ def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Seque
     scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
     if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
         return launcher.__call__, arguments
-    # A copy of the launcher, whose C function only records its arguments.
+    # Triton's launcher computes the C function's arguments from its own: it adds flags and the
+    # types of arguments.  So run a copy whose C function records its arguments and returns.
     recorded: list[tuple] = []
     spy = copy(launcher)
     spy.launch = lambda *c_arguments: recorded.append(c_arguments)

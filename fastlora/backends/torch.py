@@ -58,7 +58,7 @@ def forward(
     if rows is None:
         return forward_rows(x, outputs, _masks(x.shape, outputs, seeds, call.dropout))
     ys = [x.new_empty(len(x), output.base.weight.shape[-2]) for output in outputs]
-    widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
+    widths, dtype = widths_of_h(outputs, rows.has_one_base), h_dtype(x.dtype, x.device)
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
     last = 0
     for part, x_rows, *into in _parts(outputs, seeds, call, x, x, *ys):
@@ -84,7 +84,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         parts = [*map(OutputBackward, dys, outputs, thin, wanted, masks)]
         return [dx, *flatten(backward_rows(x, parts, dx), call.layouts)]
     gradients: list[Any] = [None] * len(tensors)
-    are_many, last = rows.shares_base, 0
+    are_many, last = rows.has_one_base, 0
     if not are_many:  # zeros, because experts without rows get a gradient of zeros
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     of_banks: bool = False
 
     @property
-    def shares_base(self) -> bool:
+    def has_one_base(self) -> bool:
         """Whether all segments use one base: many adapters, not experts."""
         return self.order is not None
 
@@ -126,7 +126,8 @@ def take(matrix: Tensor, share: Share, items: int) -> Tensor:
 class Numbers(NamedTuple):
     """Scale, rank and dropout of each adapter: lists, or tensors [n].
 
-    Under torch.compile the tensors may be symbolic, so their values can't be read.
+    Under torch.compile the tensors may be symbolic, so their values can't be read.  An eager call
+    reads and checks them (:meth:`on_host`), and uses the result.
     """
 
     scales: Tensor | list[float]

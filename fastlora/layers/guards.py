@@ -57,7 +57,7 @@ _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that nn.Module gives every module and that aren't guarded, because calls don't depend
 # on them, such as hooks on state dicts.
-_SILENT = {*vars(nn.Module()), _PLACE}.difference(
+_UNGUARDED = {*vars(nn.Module()), _PLACE}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
 _HOOK_OF_ACCELERATE = "_hf_hook"
@@ -204,7 +204,7 @@ class Guard:
             for name, value in entries.items():
                 if isinstance(value, Tensor):
                     places.append((entries, name))
-                elif name not in _SILENT:
+                elif name not in _UNGUARDED:
                     if by_name:
                         values.append((entries, name, value))
                     guard_contents(name, value, depth)
@@ -227,7 +227,7 @@ class Guard:
                 guard_dict(vars(value), depth - 1)
 
         # Only names and values: the module's own dict holds the guard, so storing it makes a cycle.
-        own = {name: value for name, value in vars(module).items() if name not in _SILENT}
+        own = {name: value for name, value in vars(module).items() if name not in _UNGUARDED}
         self._own_dict = [*own], [*own.values()], len(vars(module))
         for name, value in own.items():
             guard_contents(name, value, 0)

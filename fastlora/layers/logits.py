@@ -167,7 +167,10 @@ class Recipe(NamedTuple):
 
 
 class Cell:
-    """A node in the tree of a call's lazy tensors, and its elements once they are computed.
+    """One lazy tensor: a node in the tree of a call, and its elements once they are computed.
+
+    Example, ``logits[:, :-1]``: the parent is the cell of ``logits``, and ``run`` takes the slice.
+    Operations of views make new LazyLogits, and only cells refer to parents.
 
     elements = run(the parent's elements); without a parent, the output of the head.
     """

@@ -33,7 +33,7 @@ def run_composite(
     matrix = x.reshape(-1, x.shape[-1])
     items = rows.items(len(matrix))
     shapes = [output.base.weight.shape[-2] for output in outputs]
-    if rows.shares_base:
+    if rows.has_one_base:
         ys = list(_of_rows(matrix, [Output(output.base) for output in outputs], drop, None))
     else:
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]

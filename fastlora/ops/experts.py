@@ -297,20 +297,25 @@ class _Node(NamedTuple):
         #
         # In d bias, w must be a factor of dy, so a second backward below computes it.  d_product is
         # dp of the module's docstring, without w.
-        at, d_row_weights = layout.bias_at, None  # at: the bias's index in down's tensors, or None
-        wanted = [needs_pre or needs_weights, *[n and i != at for i, n in enumerate(needs_down)]]
+        bias_at, d_row_weights = layout.bias_at, None  # an index in down's tensors, or None
+        wanted = [
+            needs_pre or needs_weights,
+            *[n and i != bias_at for i, n in enumerate(needs_down)],
+        ]
         d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
             # The gradient of w: dy · y = dp · product + dy · bias, for each row.
             d_row_weights = torch.linalg.vecdot(d_product, product)
-            if at is not None:
-                bias, rows = down.tensors[at], part.segments.of_rows(len(dy))
+            if bias_at is not None:
+                bias, rows = down.tensors[bias_at], part.segments.of_rows(len(dy))
                 padded = torch.cat([bias, bias.new_zeros(1, dy.shape[1])])  # for rows of no expert
                 d_row_weights += torch.linalg.vecdot(dy, padded[rows].to(dy.dtype))
-        if at is not None and needs_down[at]:
-            only = [False, *[i == at for i in range(len(needs_down))]]
-            of_down[at] = down.backward(dy.mul_(row_weights), weighted, down_hs, only)[1 + at]
+        if bias_at is not None and needs_down[bias_at]:
+            only = [False, *[i == bias_at for i in range(len(needs_down))]]
+            of_down[bias_at] = down.backward(dy.mul_(row_weights), weighted, down_hs, only)[
+                1 + bias_at
+            ]
         del dy, product, weighted
         if not needs_pre:
             return [None, d_row_weights, *[None] * len(needs_up), *of_down]

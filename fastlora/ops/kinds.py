@@ -7,8 +7,9 @@ launches.  All of these depend only on the *kind* of a call:
             requested backend)
 
 Facts are shape, strides, dtype, device … (:func:`.projection.facts_of`), never elements.
-:func:`key_of` makes the key of a kind.  With this cache, an optimized PEFT layer takes 0.95 × the
-host time of PEFT's layer, on the Triton backend (``make bench ARGS=host``, docs/kernels.md).
+:func:`key_of` makes the key of a kind.  With this cache, an optimized PEFT layer takes 0.92 to
+1.13 × the host time of PEFT's layer, on the Triton backend (``make bench ARGS=host``,
+docs/kernels.md).
 
 Level 1, in each module: a dict from the key of x to a function (:mod:`fastlora.layers.guards`),
 which runs the call with the tensors that the module holds now.  A guard compares everything else:

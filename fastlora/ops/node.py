@@ -50,7 +50,7 @@ def run_known(
     if torch.is_grad_enabled():
         # The node saves the ends of experts, because the caller may write to that tensor.  The ends
         # of many adapters belong to an AdapterMapping, which never changes them.
-        ends = None if rows is None or rows.shares_base else rows.ends
+        ends = None if rows is None or rows.has_one_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)
     return tuple(backend_forward(inputs, seeds, call)[0])
 
@@ -198,7 +198,7 @@ class LoRALinearFunction(Function):
         """
         ys, hs = backend_forward(inputs, seeds, call)
         x, *tensors = inputs
-        one_h = call.rows is not None and call.rows.shares_base
+        one_h = call.rows is not None and call.rows.has_one_base
         saved_x, saved_hs = to_save(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
         ctx.save_for_backward(seeds, ends, saved_x, *tensors, *saved_hs)
         ctx.call = call

@@ -41,7 +41,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
 def _module_of(call: Call) -> Any:
     if call.rows is None:
         return layer
-    return many if call.rows.shares_base else experts
+    return many if call.rows.has_one_base else experts
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

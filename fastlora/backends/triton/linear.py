@@ -311,6 +311,7 @@ def _dx(
     """
     dx, is_filled = empty_like(x), False
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
+    # The outputs whose dy weight torch computes.  A fused launch below takes some of them, or all.
     by_torch = used
     u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
     seeds = _join([term.seed for term in terms], common.seeds) if terms else None

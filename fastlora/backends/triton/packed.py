@@ -88,7 +88,7 @@ def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call
     """The call with dense weights, in x's dtype, in place of formats that no kernel reads."""
     x, *flat = inputs
     outputs, layouts = [], []
-    of_experts = call.rows is not None and not call.rows.shares_base
+    of_experts = call.rows is not None and not call.rows.has_one_base
     for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
         if _is_for_torch(layout, of_experts) and isinstance(base.weight, Quantized):
             base = Base(base.weight.dense(x.dtype), base.bias)
