@@ -123,8 +123,10 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
 
 def _module_of(key: str) -> str:
     """The name of the module that this key's adapter belongs to."""
-    layer = re.split(r"(?:^|\.)lora_", name_of(key), maxsplit=1)[0]
-    return re.sub(r"(\.base_layer)+$", "", layer)
+    parts = re.split(r"(?:^|\.)lora_", name_of(key), maxsplit=1)[0].split(".")
+    while len(parts) > 1 and parts[-1] == "base_layer":
+        parts.pop()
+    return ".".join(parts)
 
 
 def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
