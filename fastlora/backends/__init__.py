@@ -85,6 +85,7 @@ def planned_backend(outputs: Sequence[Output]) -> tuple[str, str]:
     """
     weight = outputs[0].base.weight
     name, reasons = backend_name(device=weight.device), [""]
+    # Ends at the torch backend at the latest, which covers every call.
     while reason := _module(name).why_not(weight.dtype, weight.device, outputs):
         name = _module(name).HANDS_TO
         reasons.append(reason)

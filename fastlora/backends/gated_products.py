@@ -44,6 +44,7 @@ def _gelu(approximate: str) -> _Activation:
 
 
 def _relu_gradient(d_act: Tensor, gate: Tensor) -> Tensor:
+    # d_act where gate > 0, else 0
     return _ATEN.threshold_backward.grad_input(d_act, gate, 0, grad_input=d_act)
 
 
@@ -61,6 +62,7 @@ ACTIVATIONS = {
     "relu2": _Activation(
         lambda gate: torch.relu(gate).square(),
         lambda gate, out: _ATEN.relu.out(gate, out=out).square_(),
+        # relu²' = 2 gate where gate > 0, else 0
         lambda d_act, gate: _relu_gradient(d_act.mul_(gate).mul_(2.0), gate),
     ),
 }
@@ -87,14 +89,15 @@ def gated_backward(dy: Tensor, product: GatedProduct, d_gate: Tensor, d_up: Tens
     step, (_, apply, differentiate) = rows_at_a_time(gate), ACTIVATIONS[activation]
     act = _buffer(gate, step, wide)
     for rows in slices(len(gate), step):
-        some = act[: rows.stop - rows.start]
-        its_gate, its_dy = gate[rows].to(act.dtype), dy[rows].to(act.dtype)
-        apply(its_gate, some)
-        torch.mul(its_dy, some, out=some if wide else d_up[rows])
-        d_act = torch.mul(its_dy, up[rows], out=its_dy if wide else d_gate[rows])
-        differentiate(d_act, its_gate)
+        act_rows = act[: rows.stop - rows.start]
+        gate_rows, dy_rows = gate[rows].to(act.dtype), dy[rows].to(act.dtype)
+        apply(gate_rows, act_rows)
+        # d_up = dy ∘ act(gate) comes first: d_gate may be dy, which the next product overwrites.
+        torch.mul(dy_rows, act_rows, out=act_rows if wide else d_up[rows])
+        d_act = torch.mul(dy_rows, up[rows], out=dy_rows if wide else d_gate[rows])
+        differentiate(d_act, gate_rows)
         if wide:
-            d_up[rows].copy_(some)
+            d_up[rows].copy_(act_rows)
             d_gate[rows].copy_(d_act)
 
 

@@ -63,10 +63,12 @@ def add_dy_in_8_bits(dx: Tensor, pairs: Sequence[tuple[Tensor, Quantized]], beta
             (codes, scale), some = weight.tensors, dy[rows]
             quantized = quantize_rows(some, scale, SCRATCH.matrix_like(f"dy {i}", some, torch.int8))
             parts.append(_scaled(f"scaled dx {i}", *quantized, codes, place))
+        # All pairs yield the same blocks of rows, one after another.
         for (some, made), *others in zip(*parts, strict=True):
             for _, other in others:
                 made.add_(other)
             into, rotated = place[some], rotate_in(dx.dtype, made)
+            # beta is 0 or 1.
             into.add_(rotated) if beta else into.copy_(rotated)
 
 

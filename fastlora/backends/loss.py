@@ -54,12 +54,13 @@ def loss_of_rows(
     dx = x.new_empty(x.shape) if needs_x else None
     wants = needs_x or any([*wanted.base, *[need for a in wanted.adapters for need in a[:2]]])
     total = no_gradients(output)
-    for rows, z, hs, of_rows in _chunks(x, output, masks):
+    for rows, z, hs, masks_of_rows in _chunks(x, output, masks):
         row_upstream = None if upstream is None else upstream[rows]
         row_loss(LossRows(z, target[rows], losses[rows], settings, row_upstream, wants))
         if wants:
             dx_rows = None if dx is None else dx[rows]
-            asked = OutputBackward(z, output, hs, wanted, of_rows)
+            # row_loss has written g over z, and g is the dy of the head.
+            asked = OutputBackward(z, output, hs, wanted, masks_of_rows)
             (part,) = backward_rows(x[rows], [asked], dx_rows)
             total = added(total, part, wide)
     return losses, dx, total
@@ -83,9 +84,9 @@ def _chunks(
     step = _rows_of_chunk(M, V, x)
     buffer = x.new_empty(min(step, M), V)
     for rows in slices(M, step):
-        x_rows, (of_rows,) = x[rows], from_row([masks], rows.start)
-        (z,), hs = forward_rows(x_rows, [output], [of_rows], [buffer[: len(x_rows)]])
-        yield rows, z, hs, of_rows
+        x_rows, (masks_of_rows,) = x[rows], from_row([masks], rows.start)
+        (z,), hs = forward_rows(x_rows, [output], [masks_of_rows], [buffer[: len(x_rows)]])
+        yield rows, z, hs, masks_of_rows
 
 
 def _rows_of_chunk(M: int, V: int, x: Tensor) -> int:

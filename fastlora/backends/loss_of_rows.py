@@ -39,11 +39,13 @@ def _block_loss(rows: LossRows) -> None:
     if smoothing:
         loss = (1.0 - smoothing) * loss - smoothing * logprob.mean(-1, keepdim=True)
     if z_loss:
+        # logprob = s - lse, also for the largest s of a row.
         lse = logits.amax(-1, keepdim=True) - logprob.amax(-1, keepdim=True)
         loss = loss + z_loss * lse.square()
     losses.copy_(loss.squeeze(1))
     if not gradient:
         return
+    # d loss / d s = p · (1 + 2 z_loss · lse) - smoothing / V - (1 - smoothing) · onehot(target)
     g = logprob.exp_()
     if z_loss:
         g.mul_(1.0 + 2.0 * z_loss * lse)

@@ -62,14 +62,18 @@ def forward(
     hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
     last = 0
     for part, x_rows, *into in _parts(outputs, seeds, call, x, x, *ys):
+        # into: the part's rows of each y, as views, or as copies that put() writes back.
         _, thin = forward_rows(x_rows, part.outputs, part.masks, into, dtype)
+        # Columns of h beyond an adapter's rank stay 0.  The part of a shared base has no h, so this
+        # zip isn't strict.
         for h, of_part in zip(hs, thin, strict=False):
             h[part.place, : of_part.shape[1]] = of_part
         if part.rows is None:
             for y, y_rows in zip(ys, into, strict=True):
                 part.put(y, y_rows)
         last = max(last, part.place.stop)
-    for y in ys:  # rows after the last expert's belong to no expert
+    # Rows after the last expert's belong to no expert.  With a shared base, last is len(x).
+    for y in ys:
         y[last:].zero_()
     return ys, hs
 
@@ -108,6 +112,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
             if gradient is not None and are_many:
                 gradients[place] = _widened(gradient, tensors[place])
             elif gradient is not None:
+                # The stacked gradient is [E, …]; this is the part of expert e.
                 gradients[place][part.share.segment].copy_(gradient)
     if dx is not None:
         dx[last:].zero_()
@@ -151,6 +156,7 @@ class _Part(NamedTuple):
         """For each output, the part's rows of the h of each adapter."""
         left, thin = iter(hs), []
         for output in self.outputs:
+            # The order matters: zip stops at the end of the adapters without taking another h.
             pairs = zip(output.adapters, left, strict=False)
             thin.append([h if h is None else h[self.place, : len(a.lora_a)] for a, h in pairs])
         return thin
@@ -173,6 +179,7 @@ def _parts(
         adapters = _many_adapters(x, outputs, seeds, rows)
         return ((part, *part.take(*matrices)) for part in adapters)
     of_each, first = list(zip(*map(_apart, outputs), strict=True)), rows.first
+    # of_each[e]: the outputs of expert e.  The masks begin at the call's row 0, x at its ``first``.
     masks = _masks((first + len(x), x.shape[1]), outputs, seeds, call.dropout)
     parts, sizes = [], []
     for share in rows.shares_of(len(x)) if len(x) else ():

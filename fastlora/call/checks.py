@@ -60,6 +60,7 @@ def check_call(
             _check_adapter(features, weight.size(), adapter)
             check_scale(adapter.scale)
         if offsets is not None:
+            # After _check_base: the weight is [E, N, K], with E experts.
             _check_ends(x, weight.size()[0], offsets)
 
 
@@ -110,10 +111,12 @@ def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
         _check_packed(x, device, output.base.weight)
     for name, tensor in named_tensors(output):
         if tensor is None:
+            # Only a bias may be None.  For other names, check_tensor raises.
             if name != "bias":
                 check_tensor(name, tensor)
             continue
         if not is_plain(tensor):
+            # A plain tensor has data, so only other classes may be lazy or fake.
             check_tensor(name, tensor, x)
         if tensor.device != device:
             raise ValueError(
@@ -172,12 +175,14 @@ def _check_base(
             "or use torch.autocast"
         )
     shape = weight.size()
+    # [N, K]; with experts (stacked), [E, N, K].
     if len(shape) != 2 + stacked or shape[-1] != features or (stacked and 0 in shape):
         lead, rest = ("experts, ", ", each at least 1") if stacked else ("", "")
         raise ValueError(
             f"weight has shape {tuple(shape)}, but x has {features} features: "
             f"weight must be [{lead}out_features, {features}]{rest}"
         )
+    # With an adapter, _check_adapter reports a size of 0.
     if not adapters and 0 in shape:
         raise ValueError(f"weight has shape {tuple(shape)}, but each size must be at least 1")
     if bias is not None and bias.shape != shape[:-1]:
@@ -190,8 +195,10 @@ def _check_base(
 def _check_adapter(features: int, weight: Sequence[int], adapter: Adapter, name: str = "") -> None:
     """``weight``: its shape.  ``name``: a prefix for errors, such as "adapter 2: "."""
     lora_a, lora_b, _ = adapter
+    # lead: [E] for experts, else [].
     *lead, out_features, _ = weight
     shape = tuple(lora_a.shape)
+    # A vector has no rank.  With 0 here, the comparison of shapes below fails.
     rank = shape[-2] if len(shape) > 1 else 0
     owners = f"there are {lead[0]} experts, and " if lead else ""
     if shape != (*lead, rank, features):
@@ -242,6 +249,7 @@ def check_many(
     if x.is_nested:
         raise TypeError("x is nested, but must be one dense tensor: call this for each part")
     base, adapters = output
+    # The dropouts have checks of their own, in numbers_of.
     check_call(x, [Output(base, adapters[:1])], 0.0, training, autocast)
     for i, adapter in enumerate(adapters[1:], 1):
         # check_call checked the base.  lora_a takes its place here, because an Output needs one.
@@ -268,6 +276,7 @@ def _check_indices(
                 f"adapter_indices is on {tensor.device}, but x is on {x.device}: move them to one "
                 "device, or share a fastlora.AdapterMapping"
             )
+    # The shape must be a prefix of x's leading dimensions; a single index fits only a vector x.
     if (not shape and x.dim() > 1) or shape != x.shape[:-1][: len(shape)]:
         raise ValueError(
             f"adapter_indices has shape {shape}, but x has {tuple(x.shape)}: it must have the "
@@ -313,6 +322,7 @@ def numbers_of(
     TypeError or ValueError for values of other classes, numbers or sizes.
     """
     count = len(adapters)
+    # Numbers.on_host checks the values of scales and ranks, which a compiled call can't read.
     scales = _numbers("scales", scales, count, "alpha / r of each adapter")
     if isinstance(scales, Tensor) and scales.requires_grad:
         raise ValueError(

@@ -110,6 +110,7 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
         else:
             weight: Any = base.weight
             packed = isinstance(weight, Quantized)
+            # A flag or a gradient stands for all tensors of the weight, so it is repeated.
             flat += weight.tensors if packed else [weight] * layout.weights
             flat += [base.bias] if layout.has_bias else []
         for adapter in adapters:
@@ -170,6 +171,7 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
         if type(projection) is Projection:
             weight, lora_a, lora_b, bias, scale = projection
             adapter = Adapter(lora_a, lora_b, scale)
+            # Without a layer before it, the None stays, and check_tensors raises.
             if weight is None and outputs:
                 if bias is not None:
                     raise ValueError("a projection without a weight of its own can't have a bias")

@@ -49,6 +49,7 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
                 f"the model returned {type(output).__name__}, without a float tensor: let it "
                 "return the loss or the logits"
             )
+        # On the CPU, so that models on all devices get the same coefficients.
         draw = torch.Generator().manual_seed(_SEED)
         how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
         sums = [(y * torch.randn(y.shape, **how).to(y)).sum() for y in outputs.values()]

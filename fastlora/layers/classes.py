@@ -60,6 +60,7 @@ def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
         members = {"plain_class": kind, "__reduce_ex__": _reduce_ex, "_made_of": key}
         copied = () if prefix else ("__module__", "__qualname__", "__doc__")
         members |= {name: getattr(kind, name) for name in copied}
+        # setdefault: if another thread was faster, all modules get its class.
         _made.setdefault(key, type(prefix + kind.__name__, (mixin, kind), members))
     return _made[key]
 
@@ -103,6 +104,7 @@ def change_class(module: Any, new: Any) -> Any:
     return old
 
 
+# Cached, so that modules of one class still have one class afterwards.
 @cache
 def _over(cls: Any, old: Any, new: Any) -> Any:
     """``new`` if ``cls`` is ``old``; else a copy of ``cls`` with the base ``new`` for ``old``."""

@@ -72,6 +72,7 @@ def corrections(weight: Tensor, predicted: Tensor) -> Corrections | None:
         distance = (exact - predicted[some].view(torch.int32)).abs_().sub_(1)
         far.append((distance >= most).nonzero().flatten() + some.start)
         last = (exact >> shift).to(torch.uint8).bitwise_and_(3)
+        # Two bits of four values in a byte, the first value in the lowest bits.
         four = functional.pad(last, (0, -len(last) % 4)).view(-1, 4)
         parts.append(four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6)
     index = torch.cat(far)
@@ -82,6 +83,7 @@ def corrections(weight: Tensor, predicted: Tensor) -> Corrections | None:
         rebuilt = made.rebuild(predicted)
     except RuntimeError:
         return None
+    # As integers, because NaN != NaN, and -0.0 == 0.0.
     return made if torch.equal(rebuilt.view(torch.int16), weight.view(torch.int16)) else None
 
 

@@ -108,6 +108,7 @@ def read_module(base: Any, kind: Any = None) -> Experts:
         return Experts("experts of this version of transformers are not among the tested ones")
     name = getattr(base.config, "_experts_implementation", None)
     eager = name in (None, "eager")
+    # run: the function that computes a call in the end.
     run = forward
     # The forward under all decorators.  (FP8Experts' forward is decorated again for every layer.)
     while eager and hasattr(run, "__wrapped__"):
@@ -149,23 +150,25 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     act: Any = getattr(base, "act_fn", None)
     if not base.has_gate:
         return None if act is None else (act, _is_plain_function(act))
-    gate, is_own = base._apply_gate, "_apply_gate" in base.__dict__
-    function = None if is_own else kind._apply_gate
-    is_default = not is_own and (
+    gate, on_instance = base._apply_gate, "_apply_gate" in base.__dict__
+    function = None if on_instance else kind._apply_gate
+    is_default = not on_instance and (
         defined_in(function) == _INTERFACE
         or (
             is_class(kind, *_FP8)
             and all(getattr(base, name, None) is None for name in _OTHER_GATES)
         )
     )
+    # co_names: the globals and attributes that the forward's byte code uses.
     names = getattr(getattr(eager, "__code__", None), "co_names", ())
     if eager and not is_default and "_apply_gate" not in names:
         return None  # the class's forward computes its gate inline, without _apply_gate
+    # The default gate is act(gate) ∘ up, which backends compute by the activation's name.
     known = activation_of(act) if is_default else ""
     if known:
         return known, True
     other_parameters = {n for n in base._parameters if not _WEIGHT.fullmatch(n)}
-    repeats = not is_own and _is_transformers(function) and not other_parameters
+    repeats = not on_instance and _is_transformers(function) and not other_parameters
     return gate, repeats and (act is None or _is_plain_function(act))
 
 
@@ -204,8 +207,8 @@ def _held(module: nn.Module) -> list[str]:
 def _packed(module: nn.Module) -> dict[str, bool]:
     """For each name, whether the weight is packed.
 
-    The names are those of weights that fastlora packed, and of all weights of a class for packed
-    weights (FP8Experts, GgufExperts), where they may be dense.
+    It has the weights that fastlora packed.  In a class for packed weights (FP8Experts,
+    GgufExperts), it has all weights, which may also be dense.
     """
     found = dict.fromkeys(_held(module), True)
     names = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
@@ -215,6 +218,7 @@ def _packed(module: nn.Module) -> dict[str, bool]:
     for name in names:
         weight = getattr(module, name, None)
         if isinstance(weight, Tensor):
+            # The codes of FP8 and GGUF have 1 byte; a dense weight has at least 2.
             found[name] = weight.element_size() == 1
     return found
 
@@ -226,6 +230,7 @@ def sort_weights(module: nn.Module) -> None:
     """
     for name in read_module(module).names:
         if name in module._parameters:
+            # A dict puts a key that was removed and set again last.
             module._parameters[name] = module._parameters.pop(name)
 
 

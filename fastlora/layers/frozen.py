@@ -47,6 +47,7 @@ class Linear(Fast, nn.Linear):
         weight = slow_weight(self)
         is_own = not (why_not_here() or why_patched(nn.Linear))
         if weight is not None and is_own and fits_weight(input, weight):
+            # Only the torch backend has this product, so the call names it.
             output = Output(Base(weight, self.bias))
             return lora_linears(input, (output,), backend="torch")[0]
         return super().forward(input)
@@ -60,10 +61,12 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 def why_not_class(kind: type[nn.Module]) -> str:
     """Why a class may not compute x weightᵀ + bias, as a phrase ("a Conv2d, …"); "" if it does."""
+    # A subclass that inherits nn.Linear's forward computes the same.
     is_linear = getattr(kind, "forward", None) in (nn.Linear.forward, Linear.forward)
     patched = why_patched(kind)
     if is_linear or is_conv1d(kind) or is_class(kind, *_FALCON):
         return patched and f"a {kind.__name__} ({patched})"
+    # Other packages have classes named Linear, which only their module tells apart.
     name = kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"
     return f"a {name}, no torch.nn.Linear"
 
@@ -147,6 +150,7 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
         reason = f"{name} is on the meta device" if weight.device.type == "meta" else ""
     else:
         weight = tensor_of(base, "weight")
+        # Any matrix is supported.  With (0, 0), why_not_part reports other numbers of dimensions.
         shape = weight.shape if weight.dim() == 2 else (0, 0)
         reason = why_not_part(name, weight, shape, of)
         if is_conv1d(kind) and not reason:

@@ -39,6 +39,7 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        # fn may be a cast.  Its result for an empty tensor shows the new dtype.
         dtype = fn(torch.empty(0, dtype=self.format.dtype, device="cpu")).dtype
         self.format = replace(self.format, compute=name_of(dtype))
         return self

@@ -87,6 +87,7 @@ class LoRALinear(Recorded, nn.Linear):
             raise ValueError(f"the layer can't take an adapter: {reason}")
         warn_of(lora_alpha, r, tuple(linear.weight.shape))
         sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        # On meta: no memory, and no random numbers.  The lines below replace all tensors.
         layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
         layer.weight, layer.bias = linear.weight, linear.bias
         pair = new_adapter(linear.weight, r, dtype)
@@ -161,6 +162,7 @@ class LoRALinear(Recorded, nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
+        # With ``strict``, torch raises for the keys in ``missing``, so this list changes in place.
         adapter = {f"{prefix}lora_A", f"{prefix}lora_B"}
         if adapter <= set(missing):  # a checkpoint of the base model
             missing[:] = [key for key in missing if key not in adapter]
@@ -183,14 +185,14 @@ def replace_linears(
     """Make linear layers of the model :class:`LoRALinear`, in place; returns their names.
 
     ``targets``: a list of names or of their last parts; or a regular expression that must match the
-    whole name, of which only ``torch.nn.Linear`` layers count.  The layers change class, so their
+    whole name, and selects only ``torch.nn.Linear`` layers.  The layers change class, so their
     identity, hooks and state-dict keys stay.  Afterwards only lora_A and lora_B require gradients.
     Adapters of 16-bit layers are float32, as in PEFT; ``autocast_adapter_dtype=False`` keeps the
     layer's dtype.
 
-    Raises ValueError for invalid numbers, for a name that matches nothing, and for a layer that
-    can't take an adapter: any but a plain ``torch.nn.Linear`` with floating tensors, or one whose
-    parent reads its weight without calling it.  The model is then unchanged.
+    Raises ValueError for invalid numbers, names that match nothing, and layers that can't take an
+    adapter.  Such a layer isn't a plain ``torch.nn.Linear`` with floating tensors, or its parent
+    reads its weight without calling it.  The model is then unchanged.
     ``fastlora.get_peft_model`` takes quantized layers and other classes.
     """
     check_model(model)
@@ -203,6 +205,7 @@ def replace_linears(
         raise ValueError(f"targets is {shown(targets)}, but must name a layer")
     for target in [targets] if isinstance(targets, str) else targets:
         test = name_test(target if is_regex else [target])
+        # A regex selects among linear layers.  A name in a list must be one, which _why_not checks.
         matched = [n for n, m in named.items() if test(n) and (is_plain_linear(m) or not is_regex)]
         if not matched:
             ends = {name.rpartition(".")[2] for name, m in named.items() if is_plain_linear(m)}
@@ -216,10 +219,11 @@ def replace_linears(
             reason = f"the {around[name]} around it reads its weight without calling it"
         if reason:
             raise ValueError(f"{name} can't take an adapter: {reason}")
+    # All new tensors first: if memory runs out here, the model is unchanged.
     pairs = {}
     for module in chosen.values():
-        is_wide = module.weight.itemsize > 2 or not autocast_adapter_dtype
-        dtype = module.weight.dtype if is_wide else torch.float32
+        keeps_dtype = module.weight.itemsize > 2 or not autocast_adapter_dtype
+        dtype = module.weight.dtype if keeps_dtype else torch.float32
         pairs[module] = new_adapter(module.weight, r, dtype)
     model.requires_grad_(False)
     for module, pair in pairs.items():
@@ -231,6 +235,7 @@ def replace_linears(
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The lora_A and lora_B of each :class:`LoRALinear` of the model, by their state-dict keys."""
     layers = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    # If the model itself is the layer, its name is empty.
     keys = {f"{name}.{part}".lstrip(".") for name in layers for part in ("lora_A", "lora_B")}
     return {key: value for key, value in model.state_dict().items() if key in keys}
 

@@ -21,6 +21,7 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
     with torch.no_grad(), autocast_off(weight.device.type):
         left, right = left.to(wide), right.to(wide)
         for rows in slices(len(weight), rows_at_a_time(weight)):
+            # [rows, K] + scale · [rows, r] @ [r, K]
             merged[rows] = torch.addmm(weight[rows].to(wide), left[rows], right, alpha=scale)
     return merged
 

@@ -85,6 +85,7 @@ class GatedMLP(Fast, Recorded):
         (gate, up, down), (p, of_down) = record.outputs, record.dropouts
         inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside
         y, call = gated_call(inside, gate, up, down, record.activation, p, of_down, is_wide)
+        # run_gated casts neither x nor y, so a call with casts isn't reused.
         if call is None or inside is not x or is_wide:
             return y.to(dtypes.outside), None
         return y.to(dtypes.outside), partial(run_gated, call=call)
@@ -128,6 +129,7 @@ class GatedMLP(Fast, Recorded):
             reason = "its gate_proj and up_proj have different dropouts, and are training"
         if reason:
             return GatedRecord(reason)
+        # max, because a part without an adapter has dropout 0.
         return GatedRecord("", outputs, packed, (max(p[:2]), p[2]), activation)
 
     def read_part(self, linear: nn.Module) -> LinearRecord:

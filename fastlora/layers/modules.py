@@ -79,6 +79,7 @@ def left_out(model: nn.Module) -> list[str]:
             for part in parts_of_fsdp(module):
                 over_ranks |= part.sharded_param.device_mesh.size() > 1
                 cared.add(id(getattr(part, "_unsharded_param", None)))  # may remain after a call
+    # ds_id: ZeRO-3 sets it on the parameters that it shards.
     named = list(unwrap(model).named_parameters())
     if any(hasattr(p, "ds_id") for _, p in named):
         over_ranks |= distributed.is_initialized() and distributed.get_world_size() > 1
@@ -158,6 +159,7 @@ def name_test(names: str | Iterable[str]) -> Callable[[str], bool]:
     last parts.  Raises ValueError for an invalid expression.
     """
     if not isinstance(names, str):
+        # Dots on both sides, so that "proj" matches "a.proj", but not "a.q_proj".
         ends = tuple(f".{name}" for name in names)
         return lambda name: f".{name}".endswith(ends)
     try:

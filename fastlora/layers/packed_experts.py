@@ -50,6 +50,7 @@ class PackedExperts(nn.Module):
         reason = "its weights are parametrized" if is_changed else experts.reason
         if args and isinstance(args[0], Tensor):
             reason = reason or ("x is nested" if args[0].is_nested else why_only_torch())
+        # transformers passes x, index and weights by position.
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
             if runs_in_a_node(args, (up, down)):
@@ -94,6 +95,8 @@ def run_dense(
     parameters: Any = experts._parameters
     before = dict(parameters)
     try:
+        # nn.Module looks a name up in _parameters first, and in _modules last.  So each dense
+        # weight hides the PackedWeight of its name until the entries are restored.
         parameters.update(made, **weights)
         return forward(experts, *args, **named)
     finally:

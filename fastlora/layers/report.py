@@ -111,6 +111,7 @@ class Coverage:
         if not self.layers:
             return NO_LAYERS
         plans = Counter(layer.plan for layer in self.fast)
+        # The plans that remain after this line are names of backends.
         alone = [f"{plans.pop(plan)} {plan}" for plan in _BASE_ALONE if plan in plans]
         notes = [f"backend {plan}" for plan in sorted(plans)] + alone
         note = f" ({'; '.join(notes)})" if notes else ""
@@ -184,6 +185,7 @@ def _cover(name: str, layer: LoRALinear) -> LayerCoverage:
     elif layer.merged:
         plan = "merged"
     elif has_sharded(layer):
+        # Before read(), because a shard's shape between calls isn't the weight's.
         plan, reason = SHARDED, IN_THE_CALL
     else:
         plan, reason = planned_backend(layer.read().outputs)

@@ -32,18 +32,19 @@ def run_composite(
         return _of_rows(x, outputs, drop, None)
     matrix = x.reshape(-1, x.shape[-1])
     items = rows.items(len(matrix))
-    shapes = [output.base.weight.shape[-2] for output in outputs]
+    widths = [output.base.weight.shape[-2] for output in outputs]
     if rows.has_one_base:
         ys = list(_of_rows(matrix, [Output(output.base) for output in outputs], drop, None))
     else:
-        ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
+        ys = [matrix.new_zeros(len(matrix), width) for width in widths]
     numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.shares_of(len(matrix)) if len(matrix) else ():
         at = take(numbers.unsqueeze(1), share, items).flatten()  # the segment's row numbers
         parts = [rows.part(output, share.segment) for output in outputs]
         added = _of_rows(matrix[at], parts, drop, share)
+        # Not in place, because autograd and the transforms of torch.func follow these operations.
         ys = [y.index_add(0, at, more) for y, more in zip(ys, added, strict=True)]
-    return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, shapes, strict=True)])
+    return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, widths, strict=True)])
 
 
 def _of_rows(

@@ -57,6 +57,7 @@ def dora_linear(
         z, of_z = _linear(x, output, calls[0])
         return GainFunction.apply(z, gain, bias), (of_z, None)
     factor = 1.0 / (1.0 - p)
+    # drop(1) is 0 or 1 / (1 - p), so the comparison gives the keep mask.
     kept = x * (drop(torch.ones_like(x)) != 0)
     z, of_z = _linear(kept, Output(Base(weight), adapters), calls[0])
     y = GainFunction.apply(z, gain * factor, None)
@@ -105,10 +106,13 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
             # rows: a block of the weight in the wide dtype, [rows, K]
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             products.append(rows @ down.T)  # [rows, K] @ [K, r]
+        # ⟨w, ba⟩ = Σ up ∘ cross,  ‖ba‖² = Σ up ∘ square,  summed over r
         cross, square = torch.cat(products), up @ (down @ down.T)  # both [N, r]
         change = (up * square).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
+        # before = ‖w‖, after = √(‖w‖² + δ).  Rounding may make ‖w‖² + δ negative, hence the clamp.
         before = torch.cat(norms)
         after = before.square().add_(change).clamp_min_(0.0).sqrt_()
+        # Without this, a row that is zero before and after the merge would give 0 / 0.
         smallest = torch.finfo(wide).tiny
         return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
 
@@ -152,6 +156,8 @@ class GainFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         z, gain, bias = ctx.saved_tensors
         needs_z, needs_gain, needs_bias = ctx.needs_input_grad
+        # y = gain ∘ z + (1 - gain) ∘ bias, so
+        # d gain = Σ dy ∘ z - bias ∘ Σ dy,  d bias = (1 - gain) ∘ Σ dy,  summed over rows.
         dz = _multiply(dy, gain) if needs_z else None
         d_gain = _sum_of_products(dy, z) if needs_gain else None
         d_bias = None

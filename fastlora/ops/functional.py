@@ -217,4 +217,5 @@ def multi_lora_linear(
     if not training:
         numbers = numbers._replace(dropouts=[0.0] * len(output.adapters))
     rows = Many(adapter_indices, numbers, isinstance(lora_a, Tensor))
+    # 0.0, because ``numbers`` has a dropout for each adapter.
     return run_new(x, [output], 0.0, rows=rows)[0][0]

@@ -104,6 +104,7 @@ def gated_call(
     captures = key is not None and not autocast
     calls, draws = [], []
     for outputs, p in (((gate, up), dropout), ((down,), down_dropout)):
+        # One seed for each adapter; no entry for an output without an adapter or dropout.
         counts = [len(output.adapters) for output in outputs if output.adapters and p]
         captured: dict | None = {} if captures else None
         calls.append(Call(layouts_of(outputs), p if counts else 0.0, backend, captured=captured))
@@ -126,6 +127,7 @@ def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
     of_first, of_last = call.draws
     seeds = torch.cat([draw_seed(count, x.device) for count in of_first]) if of_first else None
     down_seeds = draw_seed(of_last[0], x.device) if of_last else None
+    # gate and up, [..., I] each.
     hidden = LoRALinearFunction.apply(seeds, None, call.first, *inputs[:split])
     return GatedLinearFunction.apply(down_seeds, call, *hidden, *inputs[split:])
 
@@ -146,8 +148,10 @@ class GatedLinearFunction(Function):
         product = last.backend.gated(middle)
         (y,), hs = last.backend.forward([product, *tensors], seeds, last)
         if gate.dim() != 2:
+            # resize_, not view: autograd forbids in-place changes of a view from a Function.
             y.resize_(*gate.shape[:-1], y.shape[-1])
         _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        # needs_input_grad follows forward's arguments: seeds, call, gate, up, tensors.
         needs = [of_gate or of_up, *needs]  # of the product and of down's tensors
         saved_product, saved_hs = to_save(product, hs, needs, last.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
@@ -174,10 +178,12 @@ class GatedLinearFunction(Function):
         given = BackwardCall([as_matrix(dy)], [product, *tensors], hs, needs, seeds, last)
         with autocast_off(dy.device.type):
             d_gate, *rest = last.backend.backward(given)
+            # So far, d_gate is the gradient of the product.  None: neither gate nor up needs one.
             if d_gate is None:
                 return (*nothing, None, None, *rest)
             # d_gate overwrites the gradient of the product, and d_up the recomputed product.
             last.backend.gated_backward(d_gate, middle, d_gate, product)
         if len(shape) != 2:
+            # product holds d_up now.
             d_gate, product = d_gate.view(shape), product.view(shape)
         return (*nothing, d_gate, product, *rest)

@@ -183,6 +183,7 @@ def _backward(ctx, dys, _):
     setting_tensors, rest = rest[: len(_TENSOR_SETTINGS)], rest[len(_TENSOR_SETTINGS) :]
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
     settings = ctx.settings._replace(**dict(zip(_TENSOR_SETTINGS, setting_tensors, strict=True)))
+    # For the argument ``tensors``, needs_input_grad has a list.
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     # No needed gradient reads an x that wasn't saved, but the op takes a tensor of its shape.
     x = tensors[0].new_empty(ctx.shape, dtype=ctx.dtype) if x is None else x

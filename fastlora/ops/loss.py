@@ -53,6 +53,7 @@ class Head(NamedTuple):
         """The mask of each adapter for these rows of x, int64 [count], or for all rows."""
         if self.seeds is None:
             return [None] * len(self.output.adapters)
+        # A head has at most one adapter, hence one seed.
         mask = DropoutMask(self.seeds, as_matrix(self.x).shape, self.dropout)
         return [mask if rows is None else mask.of_rows(rows)]
 
@@ -124,6 +125,8 @@ def linear_cross_entropy(
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type))
     _check_loss(x, target, settings, reduction, ignore_index)
     p = dropout if training and output.adapters else 0.0
+    # The node reads the target's values on the host.  A compiled or transformed call can't, nor
+    # can meta tensors.
     if not is_eager(x) or x.is_meta or not is_plain(target):
         return _composite(Head(x, output, p), target, settings, reduction, ignore_index)
     if autocast_is_on(x.device.type):
@@ -198,6 +201,7 @@ def _composite(
     head: Head, target: Tensor, settings: LossSettings, reduction: str, ignore_index: int
 ) -> Tensor:
     """The loss by torch's own operations, which form the logits."""
+    # z [..., V]; below, s [M, V], t [M] and losses [M].
     (z,) = run_composite(head.x, [head.output], torch_dropout(head.dropout))
     smoothing, softcap, logit_scale, z_loss = settings
     s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
@@ -208,6 +212,7 @@ def _composite(
     losses = functional.cross_entropy(s, t, reduction="none", **options)
     counts = t != ignore_index
     if z_loss:
+        # cross_entropy gives ignored rows 0, so this term is also 0 there.
         losses = losses + torch.where(counts, z_loss * s.logsumexp(-1).square(), 0.0)
     if reduction == "none":
         return losses.view(target.shape)
@@ -233,13 +238,16 @@ class _LossCall(NamedTuple):
         x, *tensors = inputs
         layouts, rows = layouts_of([self.head.output]), self.rows
         backend = find_backend(backend_name(self.head.backend, x.device))
+        # wanted: a bool for each tensor of the output, whether its gradient is needed.
         (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
+        # In the backward, self.head has an empty x, but the masks need the shape of this one.
         losses, dx, gradients = loss_of_rows(
             x if rows is None else x[rows], self.target, output,
             self.head._replace(x=x).masks(rows), self.settings, backend.row_loss, needs[0],
             wanted, upstream,
         )  # fmt: skip
         found = [dx, *flatten([gradients], layouts)]
+        # Without rows there is no chunk, so needed gradients of weight, bias and adapter are None.
         if not len(self.target):
             pairs = zip([x[:0], *tensors], needs, strict=True)
             found = [torch.zeros_like(tensor) if need else None for tensor, need in pairs]
@@ -268,6 +276,7 @@ def head_loss(
     """
     x, t = as_matrix(head.x), target.flatten().contiguous()
     rows, counts = None if rows is None else rows.flatten(), t != ignore_index
+    # kept: the places in the target of the rows that count, int64 [T]; None if all do.
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     if kept is not None:
         t, rows = t[kept], kept if rows is None else rows[kept]
@@ -279,6 +288,7 @@ def head_loss(
             raise ValueError(f"target has the class {wrong}, but the classes are 0 to {V - 1}")
     call = _LossCall(head._replace(x=x), t, rows, settings, reduction)
     inputs = x, *flatten([head.output], layouts_of([head.output]))
+    # ctx.needs_input_grad ignores no_grad, so there the node would compute gradients for nothing.
     if torch.is_grad_enabled():
         loss = LinearCrossEntropyFunction.apply(call, via, *inputs)
     else:
@@ -286,6 +296,7 @@ def head_loss(
     if reduction != "none":
         return loss
     if kept is not None:
+        # [T] to [M], with 0 in ignored rows.
         loss = loss.new_zeros(counts.shape).index_copy(0, kept, loss)
     return loss.view(target.shape)
 
@@ -321,10 +332,12 @@ class LinearCrossEntropyFunction(Function):
                 call = call._replace(target=target)
                 _, found = call.losses(inputs, ctx.needs_input_grad[2:], upstream)
         else:
+            # With "none", only dx [T, K] was saved: a number of upstream [T] for each row.
             factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
             found = [None if g is None else g * factor for g in saved]
         dx = found[0]
         if dx is not None and call.rows is not None:
+            # [T, K] to [M, K].  A row of x may have several entries in ``rows``, so they are added.
             found[0] = dx.new_zeros(ctx.like[0][0]).index_add_(0, call.rows, dx)
         pairs = zip(found, ctx.like, strict=True)
         return None, None, *[None if g is None else g.to(dtype) for g, (_, dtype) in pairs]

@@ -74,6 +74,7 @@ class Routing(NamedTuple):
         else:
             ends = self.ends.tolist()
             for e, end in enumerate(ends, 1):
+                # The part ends before expert e if e's rows would make it longer than ``most``.
                 if e == len(ends) or ends[e] - start > most:
                     segments = Rows(self.ends[first:e] - start, first=start)
                     parts.append(Part(slice(first, e), slice(start, end), segments))

@@ -52,6 +52,7 @@ def run_new(
             drops = bool(dropout) if numbers is None else any(numbers.dropouts)
             count = sum([len(layout.scales) for layout in layouts]) if drops else 0
             if path == OP:
+                # "": the op chooses a backend when it runs.
                 name = "" if backend is None else backend_name(backend)
                 if seeds is None and count:
                     seeds = draw_seed(count, x.device)
@@ -65,12 +66,14 @@ def run_new(
                 rows = rows._replace(shares=rows.shares_of(len(x)))
             name = backend_name(backend, x.device)
             few = rows is None and is_few(x, outputs, name)
+            # A call of few rows launches no kernels.
             captured: dict | None = {} if captures and not few else None
             call = Call(layouts, dropout, find_backend(name), rows, captured, few, count)
             # A tensor may come from a transform of torch.func that has ended.  Such a tensor has
             # no key, so a cached call has none.
             ys = run_known(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call, seeds)
             return ys, call._replace(autocasts=autocasts)
+    # A RuntimeError also, but these tensors' classes don't cause it.
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:

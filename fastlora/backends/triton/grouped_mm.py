@@ -20,10 +20,12 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes this weight.  (x and dy are copied if it doesn't take them.)"""
     if x.dtype == torch.float64 or len(weight) > _MOST_EXPERTS:
         return False
+    # unit: the elements in 16 bytes.  last: the strides of the weight's rows and columns.
     unit, last = _ALIGNMENT // x.element_size(), weight.stride()[1:]
     if any(size % unit for size in weight.shape[1:]) or weight.data_ptr() % _ALIGNMENT:
         return False
     rows, columns = weight.shape[1:]
+    # Row-major or column-major, and no two elements overlap.
     dense = last[0] >= columns if last[1] == 1 else last[0] == 1 and last[1] >= rows
     return dense and not max(last) % unit and not weight.stride(0) % unit
 

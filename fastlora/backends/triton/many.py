@@ -39,6 +39,7 @@ def forward(
         return torch_backend.forward(inputs, seeds, call)
     (output,) = unflatten(flat, call.layouts)
     count, base_call = _base_call(inputs, call)
+    # inputs[:count]: x and the base's tensors.  The adapters' tensors follow.
     (y,), _ = layer.forward(inputs[:count], None, base_call)
     width, places = _width(output), _places(x, rows)
     if not places.rows:
@@ -78,6 +79,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         settings = precision_of(x), need.lora_a, need.lora_b
         made = run_kernels(_ADDED_BACKWARD, tensors, settings)
         for place, i in enumerate(segments):
+            # place: the adapter's place in the banks, which have only adapters with rows.
             own = _cut(made, place, output.adapters[i], wanted.adapters[i])
             gradients[2 * i : 2 * i + 2] = own
     return [*base, *gradients]
@@ -85,6 +87,7 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
 
 def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
     """Return h [rows, r], and add h lora_bᵀ to y in place."""
+    # numbers: each segment's factor and dropout threshold, [segments].
     x, y, lora_a, lora_b, seeds, ends, order, *numbers = tensors
     of_each = kernels.SegmentNumbers(*numbers)
     shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
@@ -118,6 +121,7 @@ def _added_by_torch(tensors: Sequence[Tensor], _: str) -> list[Tensor]:
     for at, rows, factor, mask in _segments(x, *shared):
         output, y_rows = Output(NO_BASE, (Adapter(lora_a[at], lora_b[at], factor),)), y[rows]
         hs += forward_rows(x[rows], [output], [[mask]], [y_rows])[1]
+        # Without an order y_rows is a view, but with one it is a copy.
         y[rows] = y_rows
     return [torch.cat(hs)]
 
@@ -129,6 +133,7 @@ def _added_backward_by_torch(
     wanted, gradients, first = Output(Base(False), (Adapter(needs_a, needs_b),)), [], 0
     for at, rows, factor, mask in _segments(x, *shared):
         output, x_rows = Output(NO_BASE, (Adapter(lora_a[at], lora_b[at], factor),)), x[rows]
+        # h has the rows in sorted order, where the segments follow each other.
         h_rows = None if h is None else h[first : first + len(x_rows)]
         dx_rows = None if dx is None else dx[rows]
         part = OutputBackward(dy[rows], output, [h_rows], wanted, [mask])
@@ -157,8 +162,9 @@ def _segments(
     ):
         rows, mask = slice(first, end) if order is None else order[first:end].long(), None
         if seeds is not None:
+            # p 0 here, because the factor includes 1 / (1 - p).  A threshold is mask.least · 2¹⁶.
             mask = DropoutMask(seeds[at : at + 1], (end - first, x.shape[1]), 0.0)
-            mask.least = least >> 16  # of p, whose 1 / (1 - p) is part of the factor
+            mask.least = least >> 16
         yield at, rows, factor, mask
         first = end
 
@@ -168,6 +174,7 @@ def _covers(*_: object) -> bool:
     return True
 
 
+# writes: the place of y, or dx, in the list of tensors.
 _ADDED = KernelFunction(_added, _added_by_torch, _covers, writes=(1,))
 _ADDED_BACKWARD = KernelFunction(_added_backward, _added_backward_by_torch, _covers, writes=(1,))
 
@@ -207,6 +214,7 @@ def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
         share.items.start - share.place.start if isinstance(share.items, slice) else None
         for share in shares
     }
+    # shift: first item in x - first place in sorted order; None if a share's items are no slice.
     (shift, *others) = shifts or {0}
     # All shares are slices with the same shift: x is sorted, so a slice of x suffices.
     if shift is not None and not others:
@@ -253,6 +261,7 @@ def _bank(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     """Matrices [rows, columns] as one tensor [n, *shape]: a view if they already are one tensor."""
     first, whole = parts[0], all([part.shape == shape for part in parts])
     if whole and 1 in first.stride() and _lie_evenly(parts):
+        # The view begins where ``first`` does.  Its first stride is the distance between parts.
         step = parts[1].storage_offset() - first.storage_offset() if len(parts) > 1 else 0
         return first.as_strided((len(parts), *shape), (step, *first.stride()))
     if whole:
@@ -269,6 +278,7 @@ def _lie_evenly(parts: Sequence[Tensor]) -> bool:
     """Whether the parts share a storage, strides and dtype, and follow at equal distances."""
     kinds = {(part.untyped_storage().data_ptr(), part.stride(), part.dtype) for part in parts}
     steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(parts)}
+    # as_strided takes no negative stride.
     return len(kinds) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0
 
 
@@ -276,6 +286,7 @@ def _cut(
     made: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """One adapter's gradients, cut out of the banks' gradients, in its own shapes and dtypes."""
+    # [n, r, K] and [n, N, r], with the largest r
     d_lora_a, d_lora_b = made
     own_a = own_b = None
     if d_lora_a is not None and need.lora_a:

@@ -103,6 +103,7 @@ def use(rows: Iterable) -> None:
 
 def _by_kind(rows: Iterable) -> dict[Hashable, "kernels.plan.Row"]:
     """The rows by kind of call; the last row of a kind wins."""
+    # The key is the row without its plan, for which any fixed plan stands.
     return {replace(row, plan=kernels.plan.IN_PLACE): row for row in rows}
 
 
@@ -114,6 +115,7 @@ def keep(device: str, rows: Iterable) -> str:
     load()
     use(rows)
     path = path_of(device)
+    # load() comes first, so that the new file also has the rows that other processes wrote.
     text = as_text(device, [row for row in _rows.values() if row.device == device])
     return str(path) if cache.write(path, text) else ""
 

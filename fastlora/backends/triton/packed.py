@@ -38,6 +38,7 @@ def packed_of(weight: Quantized) -> "kernels.Packed":
     (format, tensors), (*lead, rows, columns) = weight, weight.shape
     coding, (codes, scales, *outer) = format.coding, format.coded(tensors)
     assert coding is not None
+    # block_rows 0 means all rows, but a block must not go on in the next expert.
     if lead:
         coding = coding._replace(block_rows=coding.block_rows or rows)
     if not coding.outer_block:
@@ -104,6 +105,7 @@ def of_dense(
     """Run the backward ``run`` with dense weights in place of formats that no kernel reads."""
     (needs_x, *needs), layouts = given.needs, given.call.layouts
     inputs, call = made_dense(given.inputs, given.call)
+    # In flat lists, a packed weight has an entry for each of its tensors, and a dense one has one.
     needs = [needs_x, *flatten(unflatten(needs, layouts), call.layouts)]
     dx, *gradients = run(given._replace(inputs=inputs, needs=needs, call=call))
     return [dx, *flatten(unflatten(gradients, call.layouts), layouts)]
@@ -111,6 +113,7 @@ def of_dense(
 
 def _is_for_torch(layout: Layout, of_experts: bool) -> bool:
     format = layout.format
+    # 8-bit products have launchers of their own, which read the codes.
     if format is None or format.product == "int8":
         return False
     return not has_kernel(format, of_experts)

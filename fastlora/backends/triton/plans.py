@@ -27,6 +27,7 @@ class PlanRunner:
         self.draw, self.sizes = torch.Generator(device).manual_seed(_SEED), sizes
         self.target, m, k = kernels.target_of(device), sizes.rows, sizes.features
         self.ranks = [r for ranks in sizes.ranks for r in ranks]
+        # The first axis of experts' tensors: (E,), or () without experts.
         bank = (sizes.experts,) * bool(sizes.experts)
 
         def random(*shape: int, dtype: torch.dtype = sizes.dtype, spread: float = 1.0) -> Tensor:
@@ -43,6 +44,7 @@ class PlanRunner:
         ]
         layouts = layouts_of(outputs)
         numbers: Any = {"dtype": torch.int64, "device": device}
+        # Equal segments: expert e ends at row (e + 1) · m // E.
         ends = torch.arange(1, sizes.experts + 1, **numbers) * m // max(1, sizes.experts)
         rows = Rows(ends.to(torch.int32)) if bank else None
         self.call = Call(layouts, sizes.dropout, torch_backend, rows)
@@ -101,6 +103,7 @@ class PlanRunner:
 
     def _by(self, backend: Any) -> Callable[[Sequence[Tensor]], list]:
         """The pass as a function of the tensors."""
+        # The backward computes dx and the adapters' gradients, but no gradient of a weight.
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
         needs = [True, *flatten(alike, self.call.layouts)]
 

@@ -39,5 +39,6 @@ def _covers(tensors: Sequence[Tensor], settings: LossSettings, gradient: bool) -
     return z.numel() > 0 and is_dense and not why_not(z.dtype, z.device, [Output(Base(z))])
 
 
+# writes: the places of the losses (2), and of z (0), in the list of tensors.
 _LOSSES = KernelFunction(_run, _by_torch, _covers, writes=(2,), most_rows=_FEW)
 _WITH_GRADIENT = _LOSSES._replace(writes=(0, 2))
