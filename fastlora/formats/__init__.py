@@ -8,14 +8,14 @@ imports the vendor's package: a model with such a layer has imported it.
 
 from torch import nn
 
-from . import bitsandbytes, float8, gguf, gptqmodel, hqq, rotated_int8, torchao
+from . import bitsandbytes, float8, gguf, gptqmodel, hqq, rotated_int8, stored, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
 __all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantized_weight", "vendor_of"]
 
 # mypy checks every vendor against the protocol.
 VENDORS: tuple[Vendor, ...] = (
-    bitsandbytes, torchao, float8, gguf, hqq, gptqmodel, rotated_int8
+    bitsandbytes, torchao, float8, gguf, hqq, gptqmodel, rotated_int8, stored
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantized
 from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
+from fastlora.formats.stored import Stored
 from fastlora.formats.torchao import Affine, Int4
 
 NEEDS_5 = "needs transformers 5"
@@ -150,6 +151,8 @@ def by_elements(weight: Quantized, dtype=torch.float32) -> Tensor:
         numbers = torch.where(halves > 7, halves - 16, halves).float()
         groups = torch.arange(format.columns) // format.group
         return numbers * scale.T[:, groups].float() + zero.T[:, groups].float()
+    if isinstance(format, Stored):
+        return tensors[0]
     if isinstance(format, Gguf):  # transformers computes it, in this dtype
         dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
@@ -188,6 +191,7 @@ MAKERS: dict[str, Callable[[], Quantized]] = {
     "mxfp4-many-parts": lambda: random_mxfp4(1100, 1024, torch.float8_e8m0fnu),
     "mxfp4-float32": lambda: random_mxfp4(8, 64, torch.float32),
     "nvfp4": lambda: random_nvfp4(9, 48),
+    "stored": lambda: Quantized(Stored(9, 13), (torch.randn(9, 13).bfloat16(),)),
     **{f"gguf-{kind}": partial(random_gguf, 7, 512, kind) for kind in KINDS},
     "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
 }

@@ -140,6 +140,20 @@ def _as_if_in(name: str) -> Callable[[type], type]:
     return move
 
 
+@_as_if_in("unsloth_zoo.cpu.ops")
+class Bf16StoredLinear(nn.Linear):
+    """A stand-in for Unsloth's layer of a CPU: the weight is cast to x's dtype in each call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def _stored(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    layer = Bf16StoredLinear(k, n, dtype=dtype)
+    layer.weight.data = layer.weight.data.bfloat16()
+    return layer
+
+
 def dequantize_gemm(qweight, qzeros, scales, bits, group_size):
     """GPTQ-Model's weight [in_features, out_features] of an AWQ layer."""
     shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
@@ -187,6 +201,7 @@ _MAKERS = {
     "hqq": _hqq,
     "gptq": _gptq,
     "awq": AwqTorchLinear,
+    "stored": _stored,
     "rotated-int8": _rotated_int8,
 }
 # Without "torchao-rounding", whose layers give no gradient, and fastlora's own.
