@@ -93,13 +93,13 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         pairs = zip(tensors, needs[1:], strict=True)
         gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
     # The positions in ``tensors`` of a part's tensors: with experts all, with adapters its own.
-    places: Sequence[int] = range(len(tensors))
-    numbers = unflatten(places, call.layouts) if are_many else []
+    positions: Sequence[int] = range(len(tensors))
+    all_positions = unflatten(positions, call.layouts) if are_many else []
     wants, dtype = wanted, h_dtype(x.dtype, x.device)
     matrices = x if reads_x(wanted) else None, dx, *dys
     for part, x_rows, dx_rows, *dy_rows in _parts(outputs, seeds, call, x, *matrices):
         if are_many:
-            wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
+            wants, positions = part.of(wanted), flatten(part.of(all_positions), call.layouts)
         last = max(last, part.place.stop)
         if x_rows is None:  # only the shape and dtype of x_rows are read, so a copy isn't needed
             x_rows = x[: part.place.stop - part.place.start]
@@ -108,12 +108,12 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
         of_part = backward_rows(x_rows, asked, dx_rows, float(adds), dtype)
         if part.rows is None and dx is not None:
             part.put(dx, dx_rows)
-        for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
+        for position, gradient in zip(positions, flatten(of_part, call.layouts), strict=True):
             if gradient is not None and are_many:
-                gradients[place] = _widened(gradient, tensors[place])
+                gradients[position] = _widened(gradient, tensors[position])
             elif gradient is not None:
                 # The stacked gradient is [E, …]; this is the part of expert e.
-                gradients[place][part.share.segment].copy_(gradient)
+                gradients[position][part.share.segment].copy_(gradient)
     if dx is not None:
         dx[last:].zero_()
     return [dx, *gradients]
@@ -210,19 +210,19 @@ def _many_adapters(
     alone, everything = [Output(output.base) for output in outputs], slice(0, len(x))
     yield _Part(alone, [[]] * len(alone), everything, everything, None)
     items = rows.items(len(x))
-    each = len(x) // max(1, items)  # rows of an item
+    per_item = len(x) // max(1, items)  # rows of an item
     assert rows.numbers is not None
-    for share in rows.shares_of(len(x)) if each else ():
-        at, place = share.segment, slice(share.place.start * each, share.place.stop * each)
+    for share in rows.shares_of(len(x)) if per_item else ():
+        at, place = share.segment, slice(share.place.start * per_item, share.place.stop * per_item)
         mask, p = None, 0.0 if seeds is None else rows.numbers.dropouts[at]
         if p and seeds is not None:
             shape = place.stop - place.start, x.shape[1]
             mask = DropoutMask(seeds[at : at + 1], shape, p)
-        there = None
+        rows_of_x = None
         if isinstance(share.items, slice):
-            there = slice(share.items.start * each, share.items.stop * each)
+            rows_of_x = slice(share.items.start * per_item, share.items.stop * per_item)
         parts = [rows.part(output, at) for output in outputs]
-        yield _Part(parts, [[mask]] * len(parts), place, there, share, items)
+        yield _Part(parts, [[mask]] * len(parts), place, rows_of_x, share, items)
 
 
 def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:

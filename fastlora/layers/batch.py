@@ -51,8 +51,8 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
             )
         # On the CPU, so that models on all devices get the same coefficients.
         draw = torch.Generator().manual_seed(_SEED)
-        how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
-        sums = [(y * torch.randn(y.shape, **how).to(y)).sum() for y in outputs.values()]
+        options: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
+        sums = [(y * torch.randn(y.shape, **options).to(y)).sum() for y in outputs.values()]
         return torch.stack(sums).sum(), outputs, False
     return loss.sum(), outputs, True
 

@@ -191,7 +191,7 @@ def needs_class(module: nn.Module) -> bool:
 
     True if a weight is a :class:`PackedWeight`, or is dense in a class for packed weights.
     """
-    return bool(_held(module)) or not all(_packed(module).values())
+    return bool(_packed_here(module)) or not all(_packed(module).values())
 
 
 def packed_names(module: nn.Module) -> list[str]:
@@ -199,7 +199,7 @@ def packed_names(module: nn.Module) -> list[str]:
     return [name for name, is_packed in _packed(module).items() if is_packed]
 
 
-def _held(module: nn.Module) -> list[str]:
+def _packed_here(module: nn.Module) -> list[str]:
     """The names of weights that fastlora packed."""
     return [name for name, part in module._modules.items() if isinstance(part, PackedWeight)]
 
@@ -210,7 +210,7 @@ def _packed(module: nn.Module) -> dict[str, bool]:
     It has the weights that fastlora packed.  In a class for packed weights (FP8Experts,
     GgufExperts), it has all weights, which may also be dense.
     """
-    found = dict.fromkeys(_held(module), True)
+    found = dict.fromkeys(_packed_here(module), True)
     names = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
     # The first condition is quick, and false for most modules.
     if "gate_up_type" in vars(module) and gguf.is_experts(plain_class_of(module)):

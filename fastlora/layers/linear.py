@@ -255,7 +255,7 @@ def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
 def new_adapter(weight: Any, r: int, dtype: torch.dtype) -> Pair:
     """New lora_A (kaiming-uniform) and lora_B (zero) of this dtype for a weight [out, in]."""
     N, K = weight.shape
-    how: Any = {"device": weight.device, "dtype": dtype}
-    lora_a, lora_b = nn.Parameter(torch.empty(r, K, **how)), nn.Parameter(torch.zeros(N, r, **how))
+    options: Any = {"device": weight.device, "dtype": dtype}
+    lora_a = nn.Parameter(torch.empty(r, K, **options))
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    return lora_a, lora_b
+    return lora_a, nn.Parameter(torch.zeros(N, r, **options))

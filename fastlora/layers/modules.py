@@ -64,21 +64,21 @@ def left_out(model: nn.Module) -> list[str]:
     the model.  Parameters that a wrapper was told to ignore aren't listed, nor are parameters with
     a hook on their gradient, because their owner handles both on purpose.
     """
-    cared: set[int] = set()  # ids of parameters that a wrapper averages or was told to ignore
+    handled: set[int] = set()  # ids of parameters that a wrapper averages or was told to ignore
     over_ranks = False
     for module in cast(Iterator[Any], model.modules()):
         if isinstance(module, DistributedDataParallel):
             over_ranks |= module.process_group.size() > 1
             ignored, inside = module.parameters_to_ignore, module.module.named_parameters()
-            cared |= {id(p) for p in module._module_parameters}
-            cared |= {id(p) for name, p in inside if name in ignored}
+            handled |= {id(p) for p in module._module_parameters}
+            handled |= {id(p) for name, p in inside if name in ignored}
         elif derived_from(type(module), *FSDP):
             over_ranks |= module.process_group.size() > 1
-            cared |= set(map(id, module._ignored_params))
+            handled |= set(map(id, module._ignored_params))
         elif derived_from(type(module), *FULLY_SHARDED):
             for part in parts_of_fsdp(module):
                 over_ranks |= part.sharded_param.device_mesh.size() > 1
-                cared.add(id(getattr(part, "_unsharded_param", None)))  # may remain after a call
+                handled.add(id(getattr(part, "_unsharded_param", None)))  # may remain after a call
     # ds_id: ZeRO-3 sets it on the parameters that it shards.
     named = list(unwrap(model).named_parameters())
     if any(hasattr(p, "ds_id") for _, p in named):
@@ -87,7 +87,7 @@ def left_out(model: nn.Module) -> list[str]:
         plain_name(name)
         for name, p in named
         if over_ranks and p.requires_grad and not (is_sharded(p) or hasattr(p, "ds_id"))
-        if not (id(p) in cared or p._backward_hooks or p._post_accumulate_grad_hooks)
+        if not (id(p) in handled or p._backward_hooks or p._post_accumulate_grad_hooks)
     ]
 
 

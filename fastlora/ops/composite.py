@@ -37,9 +37,9 @@ def run_composite(
         ys = list(_of_rows(matrix, [Output(output.base) for output in outputs], drop, None))
     else:
         ys = [matrix.new_zeros(len(matrix), width) for width in widths]
-    numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
+    row_numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.shares_of(len(matrix)) if len(matrix) else ():
-        at = take(numbers.unsqueeze(1), share, items).flatten()  # the segment's row numbers
+        at = take(row_numbers.unsqueeze(1), share, items).flatten()  # the segment's rows
         parts = [rows.part(output, share.segment) for output in outputs]
         added = _of_rows(matrix[at], parts, drop, share)
         # Not in place, because autograd and the transforms of torch.func follow these operations.

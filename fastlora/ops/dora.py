@@ -54,16 +54,16 @@ def dora_linear(
     """
     (weight, bias), adapters = output
     if drop is None:
-        z, of_z = _linear(x, output, calls[0])
-        return GainFunction.apply(z, gain, bias), (of_z, None)
+        z, z_call = _linear(x, output, calls[0])
+        return GainFunction.apply(z, gain, bias), (z_call, None)
     factor = 1.0 / (1.0 - p)
     # drop(1) is 0 or 1 / (1 - p), so the comparison gives the keep mask.
     kept = x * (drop(torch.ones_like(x)) != 0)
-    z, of_z = _linear(kept, Output(Base(weight), adapters), calls[0])
+    z, z_call = _linear(kept, Output(Base(weight), adapters), calls[0])
     y = GainFunction.apply(z, gain * factor, None)
     rest = torch.sub(x, kept, alpha=factor)  # x - xd
-    of_x, of_rest = _linear(rest, Output(Base(weight, bias)), calls[1])
-    return y + of_x, (of_z, of_rest)
+    of_rest, rest_call = _linear(rest, Output(Base(weight, bias)), calls[1])
+    return y + of_rest, (z_call, rest_call)
 
 
 def _linear(x: Tensor, output: Output[Tensor], call: Call | None) -> tuple[Tensor, Call | None]:

@@ -150,9 +150,9 @@ class GatedLinearFunction(Function):
         if gate.dim() != 2:
             # resize_, not view: autograd forbids in-place changes of a view from a Function.
             y.resize_(*gate.shape[:-1], y.shape[-1])
-        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
+        _, _, needs_gate, needs_up, *needs = ctx.needs_input_grad
         # needs_input_grad follows forward's arguments: seeds, call, gate, up, tensors.
-        needs = [of_gate or of_up, *needs]  # of the product and of down's tensors
+        needs = [needs_gate or needs_up, *needs]  # of the product and of down's tensors
         saved_product, saved_hs = to_save(product, hs, needs, last.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
         ctx.call, ctx.reads_product = call, saved_product is not None
@@ -161,8 +161,8 @@ class GatedLinearFunction(Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, _, of_gate, of_up, *needs = ctx.needs_input_grad
-        nothing, needs = (None, None), [of_gate or of_up, *needs]
+        _, _, needs_gate, needs_up, *needs = ctx.needs_input_grad
+        nothing, needs = (None, None), [needs_gate or needs_up, *needs]
         seeds, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:

@@ -246,12 +246,12 @@ class _LossCall(NamedTuple):
             self.head._replace(x=x).masks(rows), self.settings, backend.row_loss, needs[0],
             wanted, upstream,
         )  # fmt: skip
-        found = [dx, *flatten([gradients], layouts)]
+        flat = [dx, *flatten([gradients], layouts)]
         # Without rows there is no chunk, so needed gradients of weight, bias and adapter are None.
         if not len(self.target):
             pairs = zip([x[:0], *tensors], needs, strict=True)
-            found = [torch.zeros_like(tensor) if need else None for tensor, need in pairs]
-        return losses, found
+            flat = [torch.zeros_like(tensor) if need else None for tensor, need in pairs]
+        return losses, flat
 
     def reduced(self, losses: Tensor) -> Tensor:
         if self.reduction == "none":
@@ -330,14 +330,14 @@ class LinearCrossEntropyFunction(Function):
             *inputs, target = saved
             with autocast_off(upstream.device.type):
                 call = call._replace(target=target)
-                _, found = call.losses(inputs, ctx.needs_input_grad[2:], upstream)
+                _, gradients = call.losses(inputs, ctx.needs_input_grad[2:], upstream)
         else:
             # With "none", only dx [T, K] was saved: a number of upstream [T] for each row.
             factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
-            found = [None if g is None else g * factor for g in saved]
-        dx = found[0]
+            gradients = [None if g is None else g * factor for g in saved]
+        dx = gradients[0]
         if dx is not None and call.rows is not None:
             # [T, K] to [M, K].  A row of x may have several entries in ``rows``, so they are added.
-            found[0] = dx.new_zeros(ctx.like[0][0]).index_add_(0, call.rows, dx)
-        pairs = zip(found, ctx.like, strict=True)
+            gradients[0] = dx.new_zeros(ctx.like[0][0]).index_add_(0, call.rows, dx)
+        pairs = zip(gradients, ctx.like, strict=True)
         return None, None, *[None if g is None else g.to(dtype) for g, (_, dtype) in pairs]

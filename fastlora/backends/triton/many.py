@@ -65,9 +65,9 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
     base = layer.backward(BackwardCall([dy], inputs[:count], [], needs[:count], None, base_call))
     dx = base[0]
     places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
-    some = [wanted.adapters[i] for i in segments]
+    used = [wanted.adapters[i] for i in segments]
     # The kernels compute the gradients of whole banks, so one adapter's need computes all.
-    need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
+    need = Adapter(any([n.lora_a for n in used]), any([n.lora_b for n in used]))
     gradients: list[Tensor | None] = [None] * (len(inputs) - count)
     if places.rows and (needs[0] or need.lora_a or need.lora_b):
         lora_a, lora_b = _banks(output, rows)
@@ -77,10 +77,10 @@ def backward(given: BackwardCall) -> list[Tensor | None]:
             *_shared(places, rows, seeds),
         ]  # fmt: skip
         settings = precision_of(x), need.lora_a, need.lora_b
-        made = run_kernels(_ADDED_BACKWARD, tensors, settings)
+        of_banks = run_kernels(_ADDED_BACKWARD, tensors, settings)
         for place, i in enumerate(segments):
             # place: the adapter's place in the banks, which have only adapters with rows.
-            own = _cut(made, place, output.adapters[i], wanted.adapters[i])
+            own = _cut(of_banks, place, output.adapters[i], wanted.adapters[i])
             gradients[2 * i : 2 * i + 2] = own
     return [*base, *gradients]
 
@@ -196,20 +196,20 @@ class _Places(NamedTuple):
 
 def _places(x: Tensor, rows: Rows) -> _Places:
     """The places of a call's rows, cached in ``rows.memo`` for all layers and for the backward."""
-    each = len(x) // max(1, rows.items(len(x)))  # rows of an item
+    per_item = len(x) // max(1, rows.items(len(x)))  # rows of an item
     memo = {} if rows.memo is None else rows.memo
-    key = ("triton places", each, x.device)
+    key = ("triton places", per_item, x.device)
     if key not in memo:
-        memo[key] = _new_places(x, rows, each)
+        memo[key] = _new_places(x, rows, per_item)
     return memo[key]
 
 
-def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
-    # An item (a row or a sequence of x) has ``each`` rows; shares count items.
+def _new_places(x: Tensor, rows: Rows, per_item: int) -> _Places:
+    # An item (a row or a sequence of x) has ``per_item`` rows; shares count items.
     shares = rows.shares or []
-    ends = [share.place.stop * each for share in shares]
+    ends = [share.place.stop * per_item for share in shares]
     count = ends[-1] if ends else 0
-    there = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    ends_in_rows = torch.tensor(ends, dtype=torch.int32, device=x.device)
     shifts = {
         share.items.start - share.place.start if isinstance(share.items, slice) else None
         for share in shares
@@ -218,11 +218,11 @@ def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
     (shift, *others) = shifts or {0}
     # All shares are slices with the same shift: x is sorted, so a slice of x suffices.
     if shift is not None and not others:
-        return _Places(count, shift * each, there, None)
+        return _Places(count, shift * per_item, ends_in_rows, None)
     assert rows.order is not None
     items = rows.order[: shares[-1].place.stop].to(x.device, torch.int32)
-    numbers = torch.arange(each, dtype=torch.int32, device=x.device)
-    return _Places(count, 0, there, (items.unsqueeze(1) * each + numbers).flatten())
+    numbers = torch.arange(per_item, dtype=torch.int32, device=x.device)
+    return _Places(count, 0, ends_in_rows, (items.unsqueeze(1) * per_item + numbers).flatten())
 
 
 def _shared(places: _Places, rows: Rows, seeds: Tensor | None) -> list[Tensor | None]:
@@ -283,11 +283,11 @@ def _lie_evenly(parts: Sequence[Tensor]) -> bool:
 
 
 def _cut(
-    made: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
+    of_banks: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """One adapter's gradients, cut out of the banks' gradients, in its own shapes and dtypes."""
     # [n, r, K] and [n, N, r], with the largest r
-    d_lora_a, d_lora_b = made
+    d_lora_a, d_lora_b = of_banks
     own_a = own_b = None
     if d_lora_a is not None and need.lora_a:
         own_a = d_lora_a[place, : len(adapter.lora_a)].to(adapter.lora_a.dtype)
