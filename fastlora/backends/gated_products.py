@@ -73,6 +73,7 @@ def gated(product: GatedProduct) -> Tensor:
     gate, up, activation, wide = product
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     step, apply = rows_at_a_time(gate), ACTIVATIONS[activation].apply
+    # Without ``wide``, act(gate) is computed in y, and multiplied by up there.
     act = _buffer(gate, step, wide) if wide else y
     for rows in slices(len(gate), step):
         out = act[: rows.stop - rows.start] if wide else y[rows]

@@ -107,6 +107,7 @@ class Scratch(threading.local):
         """
         # A vector is a row, or with ``by_columns`` a column; ``distance`` is from one to the next.
         buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
+        # Each use has one gap, so equal shapes have equal strides.
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
         vectors, distance = (columns, rows + gap) if by_columns else (rows, columns + gap)

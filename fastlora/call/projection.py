@@ -153,6 +153,7 @@ def map_outputs(function: Callable[..., Any], first: Output, *others: Output) ->
     """
     base = Base(*map(function, first.base, *[output.base for output in others]))
     pairs = zip(first.adapters, *[output.adapters for output in others], strict=True)
+    # a[:2] leaves out the scale, which isn't a T.
     made = [(*map(function, *[a[:2] for a in pair]), pair[0].scale) for pair in pairs]
     return Output(base, tuple(starmap(Adapter, made)))
 

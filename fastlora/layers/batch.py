@@ -106,6 +106,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, before in buffers:
+                # Also drops buffers that the call has added.
                 module._buffers.clear()
                 for name, saved in before.items():
                     module._buffers[name] = None if saved is None else saved[0].copy_(saved[1])

@@ -192,6 +192,7 @@ def _gains(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear or why_not_plain(layer) or why_patched(nn.Linear):
         return False
     weight, bias = slow_weight(layer), layer.bias
+    # Autograd can't save a tensor of inference mode for the backward.
     if weight is None or weight.is_inference():
         return False
     return (bias is None or bias.dtype == weight.dtype) and are_wide(weight)

@@ -86,6 +86,7 @@ def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:
     dtype = dtype or next((each for each in beside if each in HALF_DTYPES), None)
     dense = weight.dense(dtype or torch.float32)
     kind = nn.Linear if dtype else AnyInputLinear
+    # On meta, because its weight is replaced at once.
     made = kind(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dense.dtype)
     made.weight = nn.Parameter(dense, requires_grad=False)
     if bias is not None:

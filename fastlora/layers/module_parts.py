@@ -162,6 +162,7 @@ def _name_of_function(function: Any) -> str:
     if function is functional.gelu:
         return "gelu"
     if type(function) is partial:
+        # Only partial(gelu, approximate=…) is known.
         is_gelu = function.func is functional.gelu and not function.args
         keywords = function.keywords
         return _gelu(keywords.get("approximate", "")) if is_gelu and len(keywords) == 1 else ""
@@ -192,5 +193,6 @@ def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
 
 def under(cls: type) -> type:
     """The class from which FSDP2 derived this one, or itself."""
+    # FSDP2's class has the bases FSDPModule and the module's own class.
     first, *bases = cls.__bases__
     return bases[0] if len(bases) == 1 and derived_from(first, *FULLY_SHARDED) else cls

@@ -40,6 +40,7 @@ def why_only_torch() -> str:
     """The reason if a mode of torch is active that supports only torch's own operations; or ""."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
+    # The level is -1 outside of forward_ad.dual_level().
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return "the call is being traced" if torch._C._get_tracing_state() is not None else ""

@@ -69,6 +69,7 @@ def run_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> 
     """
     (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # take() returns the next tensor: the bias, if any, then each lora_a and its lora_b.
     take = iter(rest).__next__
     numbers = [] if seeds is None else seeds.tolist()
     y = linear(rows, weight, cast(take(), weight.dtype) if layout.has_bias else None)

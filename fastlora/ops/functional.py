@@ -102,6 +102,7 @@ def linears(
 
     ``seeds``: of the adapters' dropout, int64; drawn if None.
     """
+    # An x that isn't a tensor has no path; the checks below report it.
     path, key = path_of(x) if isinstance(x, Tensor) else None, None
     if path == NODE:
         key, inputs = key_of_outputs(x, outputs, dropout, training, backend)

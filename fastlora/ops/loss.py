@@ -189,6 +189,7 @@ def _check_loss(
     smoothing, softcap, logit_scale, z_loss = settings
     finite = {"label_smoothing": smoothing, "logit_scale": logit_scale, "z_loss": z_loss}
     for name, value in (finite | ({} if softcap is None else {"softcap": softcap})).items():
+        # The comparison is also false for NaN.
         if not is_number(value) or not abs(value) < float("inf"):
             raise ValueError(f"{name} is {shown(value)}, but must be a finite number")
     if not 0.0 <= smoothing <= 1.0:

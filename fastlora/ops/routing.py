@@ -118,6 +118,7 @@ class Routing(NamedTuple):
         if weights is not None:
             rows.mul_(self.row_weights(weights, part))
         if total is None:
+            # [T, N], with T = S / k tokens
             total = rows.new_zeros(len(self.order) // self.k, rows.shape[1])
         # Deterministic: parts come only on a CPU, where index_add_ adds row by row, in order.
         return total.index_add_(0, self.tokens[part.rows], rows)

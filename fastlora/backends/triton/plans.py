@@ -63,6 +63,7 @@ class PlanRunner:
         In this order, kernels that all plans share are verified before the kernels of single tiles.
         """
         tiles = kernels.config.candidates("gemm_lowrank", self.target, self._fused_call())
+        # tiles[0] is the default, which the plan FUSED has.
         others = [kernels.Plan(fused=True, gemm=config) for config in tiles[1:]]
         return [kernels.plan.IN_PLACE, kernels.plan.FUSED, *others]
 
@@ -87,6 +88,7 @@ class PlanRunner:
         results = self.step(plan)()
         if verification.fallbacks > before:
             return str(said[-1].message) if said else "it doesn't run, and PyTorch runs instead"
+        # plain: roles, by which ``compared`` casts every tensor to a wider dtype.
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
         return verification.compared(by_torch, self.tensors, plain, results, right)
