@@ -88,7 +88,7 @@ class PlanRunner:
         results = self.step(plan)()
         if verification.fallbacks > before:
             return str(said[-1].message) if said else "it doesn't run, and PyTorch runs instead"
-        # plain: roles, by which ``compared`` casts every tensor to a wider dtype.
+        # plain: roles for which ``compared`` casts every tensor to a wider dtype.
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
         return verification.compared(by_torch, self.tensors, plain, results, right)
