@@ -92,6 +92,7 @@ def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
     for (weight, bias), adapters in outputs:
         packed = (weight.format, len(weight.tensors)) if isinstance(weight, Quantized) else ()
         scales = tuple([adapter.scale for adapter in adapters])
+        # The defaults of a Layout describe a dense weight.
         layouts.append(Layout(bias is not None, scales, *packed))
     return tuple(layouts)
 

@@ -68,6 +68,7 @@ def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
 def _reduce_ex(module: Any, protocol: Any) -> tuple:
     """The object's usual state, with :func:`class_over` as its constructor."""
     made: Any = module.plain_class.__reduce_ex__(module, protocol)
+    # made: (constructor, its arguments, state, …)
     return _blank, module._made_of, *made[2:]
 
 

@@ -50,6 +50,7 @@ class Corrections(NamedTuple):
             weight[some] = (exact << shift).view(torch.float32)
         stretches = torch.arange(len(counts), dtype=torch.int64, device=bits.device)
         stretches = stretches.repeat_interleave(counts)
+        # Summed from the left, in int64: places + 2¹⁵ would overflow int16.
         weight[stretches * 2**16 + places + 2**15] = values
         if not torch.equal(_total(weight), total):
             raise RuntimeError(

@@ -111,6 +111,7 @@ class LoRALinear(Recorded, nn.Linear):
                 )
             return super().forward(x)
         y = call_recorded(self, x)
+        # None would mean that the module's own forward must run, but this is that forward.
         assert y is not None
         return y
 

@@ -80,10 +80,12 @@ def run_dense(
     lost = [name for name in packed if weight_in(experts, name).device.type == "meta"]
     if lost and not all(x.is_meta for x in given):  # torch would compute without numbers
         raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
+    # x is the first floating argument, and the dense weights get its dtype.
     dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
     made = {name: dense_weight(experts, name, dtype) for name in packed if name not in weights}
     if gguf.is_experts(kind):  # its own forward is a GPU kernel for GGUF's blocks
         read = read_module(experts)
+        # A later dict wins: given weights before unpacked ones, and both before the module's own.
         dense = {name: getattr(experts, name) for name in read.names} | made | {**weights}
         up, down = (Output(Base(dense[name])) for name in read.names)
         if read.reason or named or not runs_in_a_node(args, (up, down)):

@@ -82,6 +82,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
             tensors, text = list(weight.tensors), weight.format.text
         else:
             tensors, text = [weight.detach()], ""
+        # Detached: the op has no derivative, and n is constant in DoRA's backward.
         op = torch.ops.fastlora.dora_norm
         return op(tensors, lora_a.detach(), lora_b.detach(), scale, text)
     return norm_of_rows(weight, lora_a, lora_b, scale)
@@ -176,8 +177,8 @@ def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_recorded(z):
         return (z * gain if shift is None else torch.addcmul(shift, z, gain)).to(z.dtype)
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    step, rows = rows_at_a_time(z), (-1, z.shape[-1])
-    for z_rows, y_rows in zip(z.reshape(rows).split(step), y.view(rows).split(step), strict=True):
+    step, shape = rows_at_a_time(z), (-1, z.shape[-1])
+    for z_rows, y_rows in zip(z.reshape(shape).split(step), y.view(shape).split(step), strict=True):
         if shift is None:
             torch.mul(z_rows, gain, out=y_rows)
         else:

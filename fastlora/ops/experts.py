@@ -141,6 +141,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         if d_out is None:
             return (None, *[None] * len(needs))
         saved = ctx.saved_tensors
+        # Saved: the inputs, the results, order and ends.
         inputs, results = saved[: len(needs)], saved[len(needs) : -2]
         refuse_by_torch_only([d_out], "a call of all experts", _EACH)
         with autocast_off(d_out.device.type):
@@ -305,7 +306,7 @@ class _Node(NamedTuple):
         d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
-            # The gradient of w: dy · y = dp · product + dy · bias, for each row.
+            # The gradient of each row's w: dy · y = dp · product + dy · bias.
             d_row_weights = torch.linalg.vecdot(d_product, product)
             if bias_at is not None:
                 bias, rows = down.tensors[bias_at], part.segments.of_rows(len(dy))

@@ -164,6 +164,7 @@ class GatedLinearFunction(Function):
         _, _, needs_gate, needs_up, *needs = ctx.needs_input_grad
         nothing, needs = (None, None), [needs_gate or needs_up, *needs]
         seeds, *saved = ctx.saved_tensors
+        # inputs: gate, up and down's tensors.  ``needs`` has one entry less: the product's.
         inputs, hs = saved[: len(needs) + 1], saved[len(needs) + 1 :]
         if dy is None:
             return (*nothing, *[None] * len(inputs))

@@ -73,6 +73,7 @@ class _Settings(NamedTuple):
         """The record for a backend, made anew whenever an op runs."""
         layouts, rows = self.layouts, None
         if self.order is not None and self.ends is not None:
+            # A call with many adapters has one output.
             (output,) = unflatten(tensors, layouts)
             numbers: Any = self.own_scales, self.own_ranks, self.own_dropouts
             on_host = Numbers(*numbers).on_host(output.adapters)
@@ -113,6 +114,7 @@ def call_registered(
     return tuple(torch.ops.fastlora.lora_linears(x, flatten(outputs, layouts), *settings)[0])
 
 
+# CompositeExplicitAutograd: one implementation for all devices.  Its autograd is registered below.
 @torch.library.impl(LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, tensors, *settings):
     settings = _Settings(*settings)
@@ -180,6 +182,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dys, _):
     x, *rest = ctx.saved_tensors
+    # In the order of _setup_context: x, the settings' tensors, the outputs' tensors, every h.
     setting_tensors, rest = rest[: len(_TENSOR_SETTINGS)], rest[len(_TENSOR_SETTINGS) :]
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
     settings = ctx.settings._replace(**dict(zip(_TENSOR_SETTINGS, setting_tensors, strict=True)))

@@ -258,6 +258,7 @@ class _LossCall(NamedTuple):
         if self.reduction == "none":
             return losses
         total = losses.sum()
+        # Without rows that count, the mean is 0 / 0 = NaN, as in torch.
         return total if self.reduction == "sum" else total / len(self.target)
 
 

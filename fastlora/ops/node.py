@@ -210,6 +210,7 @@ class LoRALinearFunction(Function):
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         call, needs = ctx.call, ctx.needs_input_grad[_ARGUMENTS:]
+        # Saved: seeds, ends, x (or None), the outputs' tensors, then every h (or None).
         seeds, _, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs)], saved[len(needs) :]
         nothing = (None,) * _ARGUMENTS

@@ -51,6 +51,7 @@ class Routing(NamedTuple):
     @property
     def places(self) -> Tensor:
         """The rows of each token, [T, k]."""
+        # The inverse permutation: places[order[i]] = i.
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(len(places), dtype=places.dtype, device=places.device)
         return places.view(-1, self.k)

@@ -42,6 +42,7 @@ def forward(
     # inputs[:count]: x and the base's tensors.  The adapters' tensors follow.
     (y,), _ = layer.forward(inputs[:count], None, base_call)
     width, places = _width(output), _places(x, rows)
+    # No row has an adapter.
     if not places.rows:
         return [y], [x.new_zeros(len(x), width)]
     lora_a, lora_b = _banks(output, rows)

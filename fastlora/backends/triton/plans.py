@@ -132,6 +132,7 @@ class PlanRunner:
     def _fused_call(self) -> "kernels.config.Call":
         """The call that the launch of a fused plan chooses its tiles for (``gemm_lowrank``)."""
         (call, _), s, ranks = self._choice(), self.sizes, self.ranks
+        # As in linear.py, y's launch also computes h only for one adapter without dropout.
         makes_h = not (s.backward or s.dropout or s.experts) and len(ranks) == 1
         turned = kernels.faults.races_when_turned(self.target, call.precision, call.itemsize)
         rows = (call.n, *(s.outs if s.backward else [s.features]))  # of operands, in elements

@@ -43,6 +43,7 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
         weight = output.base.weight
+        # 3 dimensions: the stacked weights of experts, [E, N, K].
         if weight.dim() == 3 and weight.shape[0] > _MOST_EXPERTS:
             return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
         if product_of(weight) == "int8":
