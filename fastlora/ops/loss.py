@@ -205,7 +205,9 @@ def _composite(
     # z [..., V]; below, s [M, V], t [M] and losses [M].
     (z,) = run_composite(head.x, [head.output], torch_dropout(head.dropout))
     smoothing, softcap, logit_scale, z_loss = settings
-    s = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(0, -2) * logit_scale
+    # reshape, not flatten(0, -2), which a vector z doesn't have.
+    z = z.reshape(-1, z.shape[-1])
+    s = z.to(torch.promote_types(z.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     t = target.flatten()

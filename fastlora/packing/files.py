@@ -15,6 +15,7 @@ from ..common.values import must
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of PEFT's keys
+_LONGEST_KEY = 1000  # characters; keys of real models have some 100
 
 
 _DTYPES = {
@@ -97,6 +98,12 @@ def read_header(path: Path) -> dict[str, Planned]:
     """
     with _opened(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        # Some patterns take a time that grows with the square of a key's length.
+        if len(longest := max(slices, key=len, default="")) > _LONGEST_KEY:
+            raise ValueError(
+                f"{path} is damaged: it has a key of {len(longest)} characters, "
+                f"{longest[:50]}…, and no key may have more than {_LONGEST_KEY}"
+            )
         facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
         return {k: Planned(shape, _DTYPES.get(name, name)) for k, (shape, name) in facts.items()}
 
