@@ -27,6 +27,7 @@ from ..call.rows import AdapterMapping, Share
 from ..layers.classes import Fast, change_classes
 from ..layers.guards import fits_weight
 from ..layers.module_parts import why_patched
+from ..layers.modules import has_sharded, some
 from ..ops.dispatch import autocast_is_on
 from ..ops.few_rows import skips_node
 from ..ops.functional import multi_lora_linear
@@ -115,6 +116,19 @@ def _mapping(names: tuple[str, ...], adapters: tuple[str, ...]) -> tuple[list[st
 
 
 _kept_mapping = lru_cache(maxsize=64)(_mapping)
+
+
+def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """Notes on layers with several adapters whose mixed batches run PEFT's forward."""
+    reasons: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if isinstance(layer, LoraLayer) and not has_sharded(layer):
+            names = list(layer._modules["lora_A"]._modules)
+            reason = read(layer, names, mixed=True).reason if len(names) > 1 else ""
+            if reason:
+                reasons.setdefault(reason, []).append(name)
+    what = "mixed batches (adapter_names) stay PEFT's in"
+    return tuple(f"{what} {len(n)}: {some(n)}: {reason}" for reason, n in reasons.items())
 
 
 class LoraModel(Fast, PeftModel):

@@ -16,6 +16,7 @@ from ..common.values import check_optimize
 from ..formats import bitsandbytes
 from ..layers import mlp
 from ..layers.classes import Fast, change_classes, own_classes
+from ..layers.experts_module import PackedWeight
 from ..layers.frozen import frozen_classes
 from ..layers.linear import LoRALinear
 from ..layers.modules import check_model, has_sharded, plain_name, unwrap
@@ -35,6 +36,10 @@ from .head import ASKED, cover_head, give_back_heads, make_lazy, own_heads
 from .learning import doubts, untrained_note
 from .targets import peft_layers
 
+_PASSED_OVER = (
+    "PEFT's target_parameters passes them over with a warning; fastlora.get_peft_model, or "
+    "fastlora.auto(), gives them adapters"
+)
 _LEFT = "left alone (gated_mlps=False)"
 
 
@@ -63,12 +68,19 @@ def cover_layers(model: nn.Module, layers: list[tuple[str, Any]], unreached: str
             shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
             unread.append(LayerCoverage(name, shape, 0, False, PEFT_FORWARD, version))
         return Coverage(tuple(unread), notes)
+    from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
+    adapted = {layer.get_base_layer() for _, layer in layers}
+    parts = [module.children() for module in model.modules() if module not in adapted]
+    count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
+    packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
+    first = filter(None, [untested(), packed])
+    others = wrapping_notes(layers) + mixed_notes(layers)
+    untrained = filter(None, [untrained_note(layers)])
     doubtful = doubts(unwrap(model), layers)
-    ours = untrained_note(layers), *notes_of(unwrap(model), layers)
-    said = (untested(), *notes, *wrapping_notes(layers), *doubtful, *ours)
-    return Coverage(records(model, layers, unreached), tuple(filter(None, said)))
+    said = (*first, *notes, *others, *doubtful, *untrained, *notes_of(unwrap(model), layers))
+    return Coverage(records(model, layers, unreached), said)
 
 
 def checked(model: nn.Module) -> nn.Module:

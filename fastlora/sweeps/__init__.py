@@ -76,8 +76,8 @@ def sweep(
     ``output_dir`` gets ``adapters/NAME`` and ``best``, each with PEFT's files; ``sweep.json`` with
     all numbers; and ``state.pt`` at each evaluation.  With ``resume`` an interrupted sweep
     continues from there, over the same base and data, and ends with the same result.  A folder that
-    already has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes its
-    ``adapters``, ``best`` and ``sweep.json`` when the new sweep writes its first file.
+    already has a sweep is refused without ``resume`` or ``replace``.  ``replace`` deletes the
+    adapters and results in it when the new sweep writes its first file.
 
     ``model`` may be a PeftModel, whose adapters are disabled meanwhile.  Afterwards the model is
     unchanged, also if the sweep fails.  Rows must be independent of each other, so batch norms stay
@@ -145,6 +145,7 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
     sweep = Sweep(tuple(outcomes), run.options.steps, sum(state.seconds), folder)
     if sweep.best is None:
         warnings.warn("no trial has a finite held-out loss, so there is no best one", stacklevel=3)
+        record.delete_adapter(folder / record.BEST)
     else:
         best = sweep.outcomes.index(sweep.best)
         _write(run.model, run.trials[best], state.adapters[best], folder / record.BEST)

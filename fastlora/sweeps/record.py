@@ -2,8 +2,8 @@
 
 import io
 import math
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.text import columns, shown
 from ..layers.modules import some
-from ..packing.files import write_whole
+from ..packing.files import CONFIG, WEIGHTS, write_whole
 from .trial import Trial
 
 FILE, TABLE = "state.pt", "sweep.json"
@@ -82,10 +82,26 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
 
 
 def delete(folder: Path) -> None:
-    """Delete the results of the folder's sweep; the next sweep overwrites its state file."""
-    for name in (ADAPTERS, BEST):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Delete the files of the folder's sweep; the next sweep overwrites its state file.
+
+    Only a sweep's files are deleted; a folder goes only if it is empty afterwards.
+    """
+    for adapter in [*(folder / ADAPTERS).glob("*"), folder / BEST]:
+        delete_adapter(adapter)
+    _delete_empty(folder / ADAPTERS)
     (folder / TABLE).unlink(missing_ok=True)
+
+
+def delete_adapter(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():  # a link's target doesn't belong to the sweep
+        for name in (WEIGHTS, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        _delete_empty(folder)
+
+
+def _delete_empty(folder: Path) -> None:
+    with suppress(OSError):  # it isn't empty, or doesn't exist
+        folder.rmdir()
 
 
 def random_state() -> list[Tensor]:

@@ -476,10 +476,12 @@ def test_a_tied_head_stays_tied(checkpoint, tmp_path):
     close(logits(model), logits(dense_of(folder)))
 
 
-def test_a_model_whose_packed_experts_peft_passed_over_is_optimized():
+def test_the_report_for_peft_explains_packed_experts():
     config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):
         model = peft.get_peft_model(packed_model("qwen3", "mxfp4"), config)
-    assert len(fastlora.coverage(fastlora.optimize(model)).fast) == 2
+    report = fastlora.coverage(fastlora.optimize(model))
+    assert len(report.fast) == 2
+    assert "2 modules of experts are packed: PEFT's target_parameters passes" in str(report)
     model = peft.get_peft_model(fp8_model(), config)  # PEFT has given these experts adapters
     assert not fastlora.coverage(fastlora.optimize(model)).not_fast

@@ -158,19 +158,21 @@ def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
     assert files_in(tmp_path) == before
 
 
+NOTES = ("notes.txt", "adapters/notes.txt", "adapters/mine/notes.txt", "best/notes.txt")
 OTHERS = [{"r": 3, "learning_rate": 1e-2, "name": "rank3"}]
 
 
 def test_a_replaced_sweep_s_files_go_and_nothing_else(tmp_path):
     swept(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    own = [tmp_path / "notes.txt", tmp_path / "elsewhere" / WEIGHTS]
-    for path in own:
-        path.write_text("mine")
+    for name in (*NOTES, f"elsewhere/{WEIGHTS}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "elsewhere")
     found = swept(tmp_path, configs=OTHERS, replace=True)
-    assert all(path.read_text() == "mine" for path in own)
-    assert os.listdir(tmp_path / "adapters") == ["rank3"]
+    assert (tmp_path / "elsewhere" / WEIGHTS).read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in NOTES)
+    assert sorted(os.listdir(tmp_path / "adapters")) == ["link", "mine", "notes.txt", "rank3"]
     assert json.loads((tmp_path / TABLE).read_text())["best"] == found.best.trial.name == "rank3"
     swept(tmp_path, configs=OTHERS, resume=True)
 
