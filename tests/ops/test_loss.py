@@ -275,4 +275,8 @@ def test_rows_of_any_layout():
     assert found == fastlora.linear_cross_entropy(target=target, **given)
     one = fastlora.linear_cross_entropy(given["x"][0, 0], given["weight"], target[0, 1])
     assert one.shape == ()
+    by_torch, _ = torch.func.vjp(
+        lambda x: fastlora.linear_cross_entropy(x, given["weight"], target[0, 1]), given["x"][0, 0]
+    )
+    torch.testing.assert_close(by_torch, one)
     assert fastlora.linear_cross_entropy(X[:0], W, T[:0], reduction="sum") == 0
