@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +42,7 @@ def files_of(folders: str, ending: str = ".py", without: tuple[str, ...] = ()) -
     command = ["git", "ls-files", *folders.split()]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / name for name in names.splitlines() if name.endswith(ending)]
-    outside = set(without).isdisjoint
-    return [path for path in paths if path.exists() and outside(path.relative_to(ROOT).parts)]
+    return [p for p in paths if p.exists() and {*without}.isdisjoint(p.relative_to(ROOT).parts)]
 
 
 def lines_of_code(path: Path) -> int:
@@ -69,9 +69,10 @@ def sentences_of(path: Path) -> Iterator[str]:
                     yield sentence
 
 
-def hard(sentences: Iterator[str]) -> tuple[int, list[str]]:
-    """The number of sentences, and the hard sentences among them."""
-    found = [*sentences]
+@cache  # "." has the files of the other folders
+def hard(path: Path) -> tuple[int, list[str]]:
+    """The number of a file's sentences, and the hard sentences among them."""
+    found = [*sentences_of(path)]
     return len(found), [s for s in found if any(re.search(habit, s) for habit in HABITS)]
 
 
@@ -113,14 +114,13 @@ def budget() -> dict[str, dict]:
 def measured(kind: str, folders: str) -> int:
     if kind == "lines":  # without the emulator of GPUs, the proofs, and suites of other projects
         return sum(map(lines_of_code, files_of(folders, without=("machine", "prove", "suites"))))
-    paths = files_of(folders) + files_of(folders, ".md")
-    counts = [hard(sentences_of(path)) for path in paths]
+    counts = [hard(path) for path in files_of(folders) + files_of(folders, ".md")]
     return round(1000 * sum(len(s) for _, s in counts) / max(1, sum(n for n, _ in counts)))
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(name, *hard(sentences_of(Path(name)))[1], sep="\n    ")
+        print(name, *hard(Path(name))[1], sep="\n    ")
     if not sys.argv[1:]:
         for kind, limits in budget().items():
             for folders, most in limits.items():

@@ -36,7 +36,7 @@ def test_the_budget_names_all_folders():
 def test_hard_sentences_are_found(text, marked, tmp_path):
     path = tmp_path / "some.py"
     path.write_text(text)
-    assert len(budget.hard(budget.sentences_of(path))[1]) == marked
+    assert len(budget.hard(path)[1]) == marked
 
 
 def test_lines_of_code_leave_out_comments_docstrings_and_blank_lines(tmp_path):

@@ -9,6 +9,7 @@ import pydoc_data.topics
 import re
 import runpy
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import transformers
 from models import randomize
 from pages import save_tiny_model
-from process import run_python
+from process import run_python, run_together
 from safetensors.torch import load_file
 
 import fastlora
@@ -149,7 +150,7 @@ def test_grpo(recipe, tiny, tmp_path, monkeypatch):
     peft.PeftModel.from_pretrained(base, tmp_path)
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,12 @@ def in_two(tiny, tmp_path_factory) -> Callable:
     def run(name: str, *flags: str) -> tuple[list[str], dict[str, torch.Tensor]]:
         sizes = "--steps=3", "--batch=2", "--length=16", "--data", folder / "text.txt"
         out = ("--model", tiny, "--out", folder / name, *sizes, *flags)
-        printed = run_python(*TORCHRUN, EXAMPLES / "several.py", *out, CUDA_VISIBLE_DEVICES="")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        group["WORLD_SIZE"] = "2"
+        ranks = [group | {"RANK": each, "LOCAL_RANK": each} for each in "01"]
+        printed, _ = run_together(RUN, ranks, EXAMPLES / "several.py", *out)
         return printed.splitlines(), adapter(folder / name)
 
     return run

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
+_TIMEOUT = 300.0  # the limit for one function in seconds; on an idle machine they take far less
 # Imported once, in the process from which the others are forked.
 _IMPORTS = [
     "peft.utils.other",
@@ -39,8 +40,17 @@ def forkserver() -> ForkServerContext:
 
 def run_forked(code: str, *arguments: object, **environment: str) -> str:
     """The output of ``code`` in a process of :func:`forkserver`, with these ``sys.argv[1:]``."""
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""), forkserver().Pool(1) as pool:
-        return pool.apply(_printed, (code, [*map(str, arguments)], environment))
+    return run_together(code, [environment], *arguments)[0]
+
+
+def run_together(code: str, environments: list[dict[str, str]], *arguments: object) -> list[str]:
+    """:func:`run_forked` in a process for each environment, all at the same time."""
+    tasks = [(code, [*map(str, arguments)], each) for each in environments]
+    with (
+        mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        forkserver().Pool(len(tasks), maxtasksperchild=1) as pool,
+    ):
+        return pool.starmap_async(_printed, tasks, chunksize=1).get(_TIMEOUT)
 
 
 def _printed(code: str, arguments: list[str], environment: dict[str, str]) -> str:
@@ -80,9 +90,6 @@ def run_without_interpreter(*arguments: str | Path) -> str:
     other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
     root = Path(__file__).parents[2]
     return run_python(*arguments, cwd=root, TRITON_INTERPRET=None, PYTHONPATH=other_triton)
-
-
-_TIMEOUT = 300.0  # the limit for one function in seconds; on an idle machine they take far less
 
 
 class Ranks:
