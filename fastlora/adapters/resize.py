@@ -107,6 +107,7 @@ _TITLES = ("layer", "rank", "effective rank", "rank after", "lost")
 
 def _ratio(layers: tuple[LayerSpectrum, ...] | list[LayerSpectrum]) -> float:
     whole = sum(float(layer.values.square().sum()) for layer in layers)
+    # ‖ΔW‖² = Σ σ².  The cut sets the values after the first r_after to zero.
     lost = sum(float(layer.values[:, layer.r_after :].square().sum()) for layer in layers)
     return math.sqrt(lost / whole) if whole else 0.0
 
@@ -141,11 +142,14 @@ def cut(
     if energy is not None:
         squares = values.square().sum(0)  # summed over experts, which share one rank
         tails = squares.flip(0).cumsum(0).flip(0)  # the loss of a cut before each value
+        # Keep each value without which more than a share of 1 - energy would be lost.
         rank = max(1, int((tails > (1.0 - energy) * tails[0]).sum()))
+    # A product [q, p] has min(r, p, q) singular values.
     new_r = r if rank is None or rank >= r else min(rank, values.shape[-1])
     spectrum = LayerSpectrum(name, r, new_r, values, experts * (p + q))
     scale = scaling_of(alpha, new_r, use_rslora)
     if new_r == r:
+        # This keeps scale · lora_B lora_A, which is zero if the scale is.
         return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), spectrum
     # Divide each singular value evenly between both factors; lora_b takes the scale's sign.
     root = (values[:, :new_r] / (abs(scale) or 1.0)).sqrt()

@@ -90,8 +90,10 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     for module in dict.fromkeys(map(_module_of, inside)):
         weights = config.weights_in(module)
         experts.update(weights)
+        # The adapted weights of an experts module, or a linear layer.
         names += weights or [module]
     pairs = pairs_of(names, experts)
+    # Keys of the file that no pair has, and keys of pairs that the file lacks.
     unlike = set(inside) ^ {key for pair in pairs.values() for key in pair}
     if not inside:
         raise ValueError(f"{path / WEIGHTS} has no lora_A and no lora_B: it holds no adapter")
@@ -141,6 +143,7 @@ def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     ):
         ((fields[default], _),) = Counter(values.values()).most_common(1)
         fields[field] = {
+            # PEFT matches (.*\.)?(pattern)$: with "^" it isn't the end of another name.
             f"^{re.escape(name)}": value
             for name, value in values.items()
             if value != fields[default]

@@ -103,12 +103,14 @@ def _measured(
             times = []
             for side in sides:
                 with side():
+                    # The first round warms up, and counts the kept bytes.
                     if not i:
                         kept.append(kept_bytes(model, batch) / tokens)
                     times.append(step_seconds(model, batch))
                     model.zero_grad()
             seconds.append(times)
     del seconds[0]  # it warmed up
+    # ratios[j][i]: side j's time divided by the frozen model's, in round i.
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     rank_costs = tuple(
         replace(cost, kept_bytes=size, step=median(steps))
@@ -161,6 +163,7 @@ def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
             stack.callback(setattr, x, "grad", None)
             stack.callback(x.requires_grad_, False)
         if embeddings is not None:
+            # The hook's arguments are (module, inputs, output).
             hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_(True))
             stack.callback(hook.remove)
         yield
@@ -187,6 +190,7 @@ def kept_bytes(model: nn.Module, batch: Any) -> int:
         loss = loss_and_outputs(call(model, batch))[0]
     # Lazy logits have nodes that the loss doesn't need.
     waiting = [tensor for weak in saved if (tensor := weak()) is not None]
+    # By address, so that a storage that several nodes save counts once.
     storages = {each.data_ptr(): each.nbytes() for tensor in waiting for each in _storages(tensor)}
     del loss  # it held the graph until here
     return sum(nbytes for address, nbytes in storages.items() if address not in of_model)

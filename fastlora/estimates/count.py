@@ -130,6 +130,7 @@ def _kib(size: float | None) -> str:
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The number of the model's parameters, and their memory."""
+    # By id, so that entries of packed tensors can be replaced by their dense sizes below.
     sizes: dict[Any, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for layer, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):  # packed tensors have other numbers of elements
@@ -157,6 +158,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 def _resident_bytes(model: nn.Module) -> int:
     """Bytes of the storages of all tensors."""
     storages = [tensor.untyped_storage() for tensor in tensors_of(model) if is_plain(tensor)]
+    # By the storage's own address, so that tied tensors and views count once.
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -169,6 +171,7 @@ def count_adapter(model: nn.Module, config: Any) -> tuple[int, RankCost]:
     ends = tuple(config.modules_to_save or ())
     saved = {module for name, module in model.named_modules() if ends and name.endswith(ends)}
     trained = {id(p): p for module in saved for p in module.parameters()}
+    # PEFT's "lora_only" trains the biases of adapted layers, "all" trains every bias.
     if config.bias != "none":
         layers = {f"{name}.bias" for name in targets}
         named = [(name, p) for name, p in model.named_parameters() if name.endswith("bias")]
@@ -176,6 +179,7 @@ def count_adapter(model: nn.Module, config: Any) -> tuple[int, RankCost]:
     count = sum(p.numel() for p in trained.values())
     size = sum(p.nbytes for p in trained.values())
     for target in targets.values():
+        # target.shapes: lora_A's and lora_B's.
         elements = sum(map(math.prod, target.shapes))
         count += elements
         size += target.dtype.itemsize * elements

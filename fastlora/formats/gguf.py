@@ -99,15 +99,18 @@ def _fields(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _q4_0(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # Bytes 0 and 1: d; 2 to 17: codes of 4 bits.  weight = d · (code - 8)
     codes = _fields(blocks[:, :, 2:], 4, 16).view(torch.int8).sub_(8)
     return codes, _half(blocks, 0, dtype)
 
 
 def _q4_1(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # Q4_1 adds its minimum: weight = d · code + m.  The minimum that it returns is -m.
     return _fields(blocks[:, :, 4:], 4, 16), _half(blocks, 0, dtype), -_half(blocks, 2, dtype)
 
 
 def _q8_0(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # Bytes 0 and 1: d; 2 to 33: codes int8.
     return blocks[:, :, 2:].view(torch.int8), _half(blocks, 0, dtype)
 
 
@@ -127,10 +130,12 @@ def _q3_k(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _q4_k(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # Bytes 0 to 3: the scales of factors and minima; 4 to 15: both; 16 to 143: codes of 4 bits.
     return _fields(blocks[:, :, 16:], 4, 32), *_six_bits(blocks, dtype)
 
 
 def _q5_k(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # As Q4_K, with the fifth bits of the codes in bytes 16 to 47.
     codes = _fields(blocks[:, :, 48:], 4, 32) | _fields(blocks[:, :, 16:48], 1, 32) << 4
     return codes, *_six_bits(blocks, dtype)
 
@@ -152,6 +157,7 @@ def _six_bits(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _q6_k(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # Bytes 0 to 127: low 4 bits of the codes; 128 to 191: high 2; 192 to 207: factors; then d.
     codes = _fields(blocks[:, :, :128], 4, 64) | _fields(blocks[:, :, 128:192], 2, 32) << 4
     factors = _half(blocks, 208, torch.float32) * blocks[:, :, 192:208].view(torch.int8)
     return codes.view(torch.int8).sub_(32), factors.to(dtype)

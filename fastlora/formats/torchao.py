@@ -53,6 +53,7 @@ class Affine(Format):
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, groups = tensors[0][first : first + len(out)], out
+        # Each is [n, columns / block_columns], or [1, …] if one block holds all n rows.
         numbers = [of_rows(each, first, len(out), self.block_rows) for each in tensors[1:]]
         if self.block_columns < self.columns:
             codes, groups = (x.unflatten(1, (-1, self.block_columns)) for x in (codes, out))
@@ -135,6 +136,7 @@ def _whole_numbers(weight: Any) -> PackedLayer:
     shifted = not _is_zero(weight)
     tensors = weight.qdata, weight.scale.view(rows // height, -1), weight.zero_point
     format = Affine(rows, columns, bits, height, width, shifted)
+    # Without ``shifted``, the format has no zero_point.
     return PackedLayer(Quantized(format, tensors[: len(format.names)]))
 
 

@@ -50,6 +50,7 @@ class _Stack(NamedTuple):
     def read(self, stored: Mapping[str, _Stored]) -> Quantized:
         tensors, device = [], _home(weight_in(self.module, self.parameter))
         for key, like in zip(self.shapes, self.weight.tensors, strict=True):
+            # uint8 in the file's shape: view the bytes in the format's dtype and shape.
             bits = stored[key].read(key).to(device, copy=True)
             tensors.append(bits.flatten().view(like.dtype).view(like.shape))
         return Quantized(self.weight.format, tuple(tensors))
@@ -112,6 +113,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     for each in model.modules():
         for store in cast(Any, (each._parameters, each._buffers)):
             for name, old in store.items():
+                # One on meta can't take data of a CPU: replace it.  Others stay the same objects.
                 if id(old) in values and old.is_meta:
                     store[name] = values[id(old)]
                 elif id(old) in values:
@@ -148,6 +150,7 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
         names = read_module(module).names
         for parameter in names:
             name = full_name(outer, parameter)
+            # The ends of keys after the weight's name: gpt-oss' "_blocks", fastlora's ".absmax" ….
             ends = {key.removeprefix(name) for key in stored if parameter and key.startswith(name)}
             is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
             if not is_gpt_oss and not any(end.startswith(".") for end in ends):
@@ -163,6 +166,7 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
             shapes = {f"{name}.{part}": tuple(tensor.shape) for part, tensor in bits.items()}
             if is_gpt_oss:  # its blocks have 32 values, two in a byte
                 blocks, scales = shapes.values()
+                # [E, N, K / 2] -> [E, N, K / 32, 16]
                 rows = (*blocks[:2], scales[2], MXFP4.block // 2)
                 shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
             stacks[name] = _Stack(module, parameter, shapes, weight)
@@ -188,6 +192,7 @@ def _fitting(
     }
     expected: dict[str, tuple] = {k: (tuple(each.shape), each.dtype) for k, each in state.items()}
     expected |= {k: (s, torch.uint8) for one in stacks.values() for k, s in one.shapes.items()}
+    # A packed linear layer fits itself here, and is checked when it is read.
     expected |= {key: tuple(stored[key].planned) for keys in linears.values() for key in keys}
     there = {id(tensor) for key, tensor in state.items() if key in stored}  # one key of tied ones
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
@@ -199,6 +204,7 @@ def _fitting(
             raise ValueError(
                 f"{path} has {key} of shape {one.planned.shape}, but the model's is {shape}"
             )
+        # Floating tensors are cast, so their dtype may be another; integers must have the same one.
         if one.planned.dtype not in (DTYPES if dtype in DTYPES else (dtype,)):
             raise ValueError(f"{path} has {key} of {one.planned.dtype}, but the model's is {dtype}")
     return {key: tensor for key, tensor in state.items() if key in stored}
@@ -217,6 +223,7 @@ def _missing_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor
         if not lost:
             continue
         copied = twin(module, type(module))
+        # On meta, so that _init_weights doesn't write to the model's parameters.
         for n, parameter in module._parameters.items():
             copied._parameters[n] = None if parameter is None else parameter.to("meta")
         for n, b in lost.items():
@@ -237,6 +244,7 @@ def _unmade(buffer: Tensor) -> float:
     """The marker of a buffer that isn't initialized yet."""
     if buffer.is_floating_point():
         return torch.nan
+    # A bool has no third value, so False counts as not initialized.
     return 0 if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min
 
 

@@ -50,6 +50,7 @@ def pack_linear(model: nn.Module, name: str, linear: Any, kind: str) -> nn.Modul
         packed = around[0]
     else:
         how: Any = {"quant_type": "nf4", "compress_statistics": False}
+        # The third argument of Linear4bit is ``bias``, the fourth ``compute_dtype``.
         sizes = linear.in_features, linear.out_features, False, linear.weight.dtype
         packed = theirs.Linear4bit(*sizes, **how, device="meta")
         dense, device = linear.weight.detach().cpu(), linear.weight.device
@@ -98,6 +99,7 @@ def read_linear(
     if name + _INT8[0] in tensors:
         if len(tensors) != len(_INT8):
             raise ValueError(f"the file has only {some(sorted(tensors))} of {called(name)}")
+        # A format has (rows, columns), which are (out, in).
         format = RotatedInt8(*sizes[::-1], name_of(matrix_of(linear).dtype))
         bits = tuple([tensors[name + end].to(device) for end in _INT8])
         packed: Any = Int8Linear(Quantized(format, bits))

@@ -186,6 +186,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             reason = "it is packed already"
         if module in wrapped:
             reason = "FSDP or DDP has it already: call fastlora.pack before wrapping the model"
+        # By id, as _held_by_others: a compiled module, or a tied parameter.
         held = [module, *[module._parameters.get(parameter) for parameter in names or ("weight",)]]
         if not others.isdisjoint(map(id, held)):
             reason = (
@@ -230,6 +231,7 @@ def _chosen(
         raise ValueError(f"the model has no dense {what}: {hint}")
     must(isinstance(modules, str | Sequence | Set), "modules", modules, "a list of names")
     chosen: dict[str, nn.Module] = {}
+    # Each entry of a list has its own test, so that the error names an entry without a match.
     for pattern in [modules] if isinstance(modules, str) else [(name,) for name in modules]:
         test = name_test(pattern)
         matched = {name: module for name, module in named.items() if name and test(name)}
@@ -268,6 +270,7 @@ def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
 
 def packed_on_meta(shape: Sequence[int], kind: str) -> Quantized:
     """A packed stack [E, N, K] on meta: its format, and its tensors' shapes and dtypes."""
+    # Pack one expert's matrix on meta, then put the axis of experts before each shape.
     count, *matrix = shape
     format, tensors = KINDS[kind](torch.empty(*matrix, dtype=torch.float32, device="meta"))
     return Quantized(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))

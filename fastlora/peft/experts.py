@@ -139,6 +139,7 @@ def _run_dense(outermost: Any, args: tuple, kwargs: dict) -> Tensor:
             factors = (lora_a.mT, lora_b.mT) if lies_transposed(base) else (lora_b, lora_a)
             left, right = (factor.to(x.dtype) for factor in factors)
             weight = weights.get(name, getattr(base, name))
+            # weight + scale · lora_B lora_A; of a weight [E, in, out], the transposed product.
             weights[name] = torch.baddbmm(weight, left, right, alpha=scale)
     return run_dense(base, weights, args, kwargs, _why(outermost))
 
@@ -153,8 +154,10 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
 def read_experts(outermost: PeftParamWrapper) -> ExpertsRecord:
     """The record of an experts module inside of PEFT's wrappers."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
+    # wrappers_in goes from the outermost wrapper to the innermost.
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
+    # The weights of experts have three dimensions, a router's has two.
     if len(getattr(base, innermost.parameter_name).shape) == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
         return ExpertsRecord(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
@@ -220,6 +223,7 @@ def _read_output(
     if reason := why_not_tensor(None if is_packed else weight, 3) or why_not_tensor(bias, 2):
         return f"one of its tensors {reason}"
     if experts.transposed and not is_packed:
+        # A view of the stored [E, in, out] as [E, out, in].
         weight = weight.mT
     if bias is not None and bias.shape != weight.shape[:2]:
         return f"its bias has shape {tuple(bias.shape)}"
@@ -240,6 +244,7 @@ def _read_adapter(
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
     reverse = _is_reverse(layer, experts.transposed)
+    # PEFT's in_features are lora_A's, also where lora_A is on the side of the outputs (reverse).
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # lora_A holds r rows for each expert

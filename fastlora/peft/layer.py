@@ -161,6 +161,7 @@ def fast_kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or why nothing would call its fast forward; or ""."""
+    # PEFT's classes, and the fast classes that they become.
     kinds: list[Any] = [kind for pair in fast_kinds().items() for kind in pair]
     kind: Any = under(type(layer))
     if getattr(kind, "lazy_over", kind) not in kinds:

@@ -66,6 +66,7 @@ def why_not_merged(layers: Layers) -> str:
         tensors = [*layer.parameters(), *base.parameters()]
         held, packed = _held(layer), is_packed(layer)
         if held is not None and layer.merged:
+            # A block inside of another one shares the merge, if it wants the same adapters.
             if set(layer.merged_adapters) == {a for a in layer.active_adapters if a in layer.r}:
                 continue
             reason = f"is merged with {layer.merged_adapters}: {_LEAVE}"
@@ -99,6 +100,7 @@ def bytes_of(model: nn.Module, layers: Layers, keep: str) -> int:
     for _, layer in active(layers):
         weight = layer.get_base_layer()._parameters.get(_weight_name(layer))
         if is_packed(layer):
+            # Only PEFT's ParamWrapper has num_experts.
             numbers = getattr(layer, "num_experts", 1) * layer.in_features * layer.out_features
             size += numbers * (around or torch.float32).itemsize
         elif weight is not None:
@@ -188,6 +190,7 @@ def _merge(
 ) -> ExitStack:
     """Merge by PEFT's ``merge``.  Closing the returned stack restores the layer."""
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        # The last callback runs first: a layer counts as merged until its weights are back.
         undo.callback(layer.merged_adapters.clear)
         undo.callback(layer._caches.clear)
         packed = is_packed(layer)
@@ -203,12 +206,14 @@ def _merge(
             original = base._parameters[place]
             if not packed:
                 _use_copies(base, (place, "bias"), undo)
+            # After the first merge, it is this file's ``merge``, which would call this again.
             own = vars(layer).get("merge")  # ms-swift's, for example, skips some layers
             is_theirs = own is not None and getattr(own, "__func__", None) is not merge
             run = own if is_theirs else partial(type(layer).merge, layer)
             run(safe_merge=safe_merge, adapter_names=adapter_names)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{name} can't be merged: {error}") from error
+        # Leaving the block closes ``undo``, so a layer that PEFT didn't merge is restored at once.
         if not layer.merged:
             return ExitStack()
         undo.callback(layer.register_forward_hook(_refuse_training).remove)
@@ -234,6 +239,7 @@ def _use(base: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in place of another one, with that one's device and dtype."""
     other = base._parameters[name]
     if other is not None and other is not parameter:
+        # The model may have been moved or cast while it was merged.
         merging.move(parameter, other.device, other.dtype)
         base._parameters[name] = parameter
 
@@ -296,6 +302,7 @@ def _keep_corrections(
         if made is not None:
             # autograd refuses a backward inside that needs the original, and accepts it afterwards
             undo.enter_context(torch.autograd._unsafe_preserve_version_counter(original))
+            # It runs before _use_copies' callback, which then finds the original in its place.
             undo.callback(_rebuild, original, made, predict)
             original.copy_(merged)
             base._parameters[name] = original
@@ -303,6 +310,7 @@ def _keep_corrections(
 
 def _rebuild(original: nn.Parameter, made: Corrections, predict: Callable) -> None:
     with torch.inference_mode(False), torch.no_grad():
+        # The model may have been cast while it was merged: predict from values of the first dtype.
         weight = made.rebuild(predict(original.to(made.values.dtype)))
         original.copy_(weight.view(original.shape))
 
@@ -325,6 +333,7 @@ def _predictor(layer: Any, base: nn.Module, name: str) -> Callable[[Tensor], Ten
         small.to(weight.device)
         place._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
         place._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().float())
+        # PEFT's unmerge empties both (DoRA's norms are in _caches), so each call gets copies.
         small.__dict__.update(merged_adapters=[*merged], _caches={**caches})
         with autocast_off(weight.device.type):
             type(small).unmerge(small)

@@ -101,6 +101,7 @@ def cover_gated_mlps(model: nn.Module, unreached: str) -> tuple[GatedMLPCoverage
             if not reason:
                 reason = IN_THE_CALL if has_sharded(module) else module.read().reason
         elif mlp.looks_gated(module) and any(hasattr(m, "lora_A") for m in module.children()):
+            # Fast layers mean that optimize has run, with gated_mlps=False.
             is_left = any(isinstance(each, Fast) for each in module.children())
             reason = mlp.why_not_block(module) or (_LEFT if is_left else unreached)
         else:
@@ -168,6 +169,7 @@ def optimize(
         nothing_is_fast = len(report.not_fast) == len(report.layers)
         if nothing_is_fast and not why_nothing_changes():
             warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+        # Without an error, drop the callbacks: pop_all moves them to a stack that nothing closes.
         undo.pop_all()
     return model
 
@@ -209,11 +211,13 @@ def _change(model: nn.Module, undo: ExitStack, base: Any, least: Any, **switches
                 undo.callback(inner.__dict__.__setitem__, ASKED, True)
             if switches["loss"] is None:
                 switches["loss"] = was_asked
+            # Heads first, because the class of a lazy head is derived from its fast class.
             undo.callback(change_classes, change_classes(own_heads(modules)))
             undo.callback(change_classes, change_classes(own_classes(modules)))
         classes = fast_classes(modules)
         if base is not None:
             convert(inner, layers, classes, least, undo)
+            # Again, because the converted bases change the reasons and notes.
             report = cover_layers(model, layers, unreached=reason)
         # Skip lora_A and lora_B.  In an inactive adapter they are also frozen, but their class must
         # stay torch's, because the LoRA layer reads their weights.
@@ -242,6 +246,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     inner = checked(model)
     modules = list(inner.modules())
+    # Heads first, as in _change.
     give_back_heads(modules)
     change_classes(own_classes(modules))
     for module in modules:

@@ -70,6 +70,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> LinearRecor
         return LinearRecord(patched)
     base, reason, part = layer._modules["base_layer"], "", None
     if is_hooked(base):
+        # transformers' tensor parallelism replaces the base's forward, which counts as a hook here.
         reason, part = part_of(layer, names, mixed)
         base = base if part is None else part.local(base)
         # Checked before reading a weight, because ZeRO-3 gathers it when it is read.
@@ -88,9 +89,11 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> LinearRecor
             what = "is no plain LoRA (DoRA, …)" if shift is None else "has a bias (lora_bias)"
             return LinearRecord(f"its adapter {name} {what}")
         if shift is not None:
+            # The base's bias of the call: bias + Σ scale · lora_B's bias.
             bias = shift if bias is None else bias + shift
         adapters.append(adapter)
         dropouts.append(_rate(drop))
+    # A call has one probability for all adapters, a mixed batch has one for each segment.
     if not mixed and len(set(dropouts)) > 1:
         return LinearRecord("its active adapters have different dropouts, and are training")
     if layer.lora_variant and not mixed:
@@ -98,6 +101,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> LinearRecor
         if reason:
             return LinearRecord(reason)
         if magnitude is not None:
+            # ``drop`` is of the only adapter, because _read_variant refuses several.
             variant = Dora(magnitude, drop, names[0])
             if not layer.training:
                 dropouts = [0.0]  # in PEFT's DoRA the layer's mode counts, not its dropout's

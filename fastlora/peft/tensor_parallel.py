@@ -66,9 +66,11 @@ class Part(NamedTuple):
     def run(self, x: Tensor, record: LinearRecord) -> tuple[Tensor, None]:
         """The layer's output for this rank's x.  No kind, because each call gathers a matrix."""
         ((weight, bias), adapters), p, whole = record.outputs[0], max(record.dropouts), self._whole
+        # colwise: this rank's terms of dx and d lora_A are summed over the ranks.
         if not self.is_rowwise:
             adapters = tuple([each._replace(lora_a=whole(each.lora_a)) for each in adapters])
             return linears(whole(x), (Output(Base(weight, bias), adapters),), p)[0][0], None
+        # rowwise: y and d lora_B are summed, and the bias is added once, after the sum.
         adapters = tuple([each._replace(lora_b=whole(each.lora_b)) for each in adapters])
         seeds = self.seeds(len(adapters), x.device) if p else None
         (y,), _ = linears(x, (Output(Base(weight, None), adapters),), p, seeds=seeds)
@@ -118,6 +120,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        # Each rank has the gradient of y whole.  In a second backward, its own gradient is summed.
         follows = torch.is_grad_enabled()
         return _Whole.apply(gradient, ctx.group) if follows else gradient, None
 
@@ -139,6 +142,7 @@ def part_of(layer: Any, names: list[str], mixed: bool = False) -> tuple[str, Par
         return "", None
     style, mesh = held["self"], held["mesh"]
     axis, size, world = _axis_of(style), mesh.size(), distributed.get_world_size()
+    # The half of the adapter that is sharded with the base's weight.
     half = "lora_A" if axis else "lora_B"
     halves = [modules[half]._modules[name] for name in names]
     if axis is None:

@@ -95,6 +95,7 @@ def sweep(
     must(callable(loss), "loss", loss, "a function of (logits, labels)", TypeError)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
     if eval_steps is None:
+        # options.check raises for steps of another type.
         eval_steps = max(1, steps // 4) if type(steps) is int else 1
     options = Options(
         steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed

@@ -151,6 +151,7 @@ class Training:
         Raises ValueError if the initial adapters have other held-out losses than in the state: then
         the base or the held-out data are others.
         """
+        # self.parameters are the initial adapters until they are loaded at the end.
         pairs = list(zip(self.parameters, state.adapters, strict=True))
         before = [losses[0][1] for losses in state.losses]
         if any(now.keys() != then.keys() for now, then in pairs) or not all(
@@ -171,6 +172,7 @@ class Training:
 
     def train(self, state: State, batches: Iterator[Batch], folder: Path, progress: bool) -> None:
         stops = self.options.rungs(len(self.trials))  # the number of trials to keep, by step
+        # The losses of the initial adapters, with which ``restored`` compares.
         if not state.losses[0]:
             self._evaluate(state)
         steps, clock = range(state.step + 1, self.options.steps + 1), HostClock(self.device)
@@ -192,6 +194,7 @@ class Training:
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
+        # The rows of stopped trials go to the others: k of n trials read ⌊n / k⌋ batches.
         taken = list(islice(batches, len(self.trials) // len(state.alive)))
         for batch in taken:
             state.batches, state.checksum = state.batches + 1, _checksum(batch, state.checksum)
@@ -207,6 +210,7 @@ class Training:
             for i in state.alive:
                 parameters = list(self.parameters[i].values())
                 nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        # zero_grad made the gradients of stopped trials None: AdamW skips them, decay included.
         self.optimizer.step()
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
@@ -238,6 +242,7 @@ class Training:
             for batch in self.held_out:
                 size = counted(batch["labels"], self.loss)
                 if size:
+                    # Σ size · loss / Σ size: the mean over the labels of all batches.
                     total += size * torch.stack(self._losses(trials, batch)).cpu().double()
                     weight += size
         return (total / max(weight, 1)).tolist()

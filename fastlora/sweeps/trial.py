@@ -94,6 +94,7 @@ def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
         for key in entry
         if any(not isinstance(e, Mapping) or e.get(key) != entry[key] for e in others)
     ]
+    # If no field differs, the rank makes the name.
     parts = [f"{_SHORT.get(key, key)}{_text(entry[key])}" for key in keys or ["r"] if key in entry]
     return "-".join(parts) or "trial"
 
@@ -131,6 +132,7 @@ class Options(NamedTuple):
     def rungs(self, trials: int) -> dict[int, int]:
         """The number of trials that continue after a step, by step; at equal intervals."""
         halvings = self._halvings(trials)
+        # Halving i leaves ⌈trials / 2ⁱ⁺¹⌉.
         return {
             self.steps * (i + 1) // (halvings + 1): -(-trials // 2 ** (i + 1))
             for i in range(halvings)
@@ -138,10 +140,12 @@ class Options(NamedTuple):
 
     def _halvings(self, trials: int) -> int:
         """The number of halvings until one trial is left."""
+        # ⌈log₂ trials⌉
         return (trials - 1).bit_length() if self.halving else 0
 
     def factor(self, step: int) -> float:
         """The factor of the learning rate in this step; the first step is 0."""
+        # No step has a rate of 0: the first has 1 / (warmup_steps + 1), and ``done`` stays below 1.
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         rest = max(1, self.steps - self.warmup_steps)

@@ -63,6 +63,7 @@ class TrialRows:
 
 @lru_cache(maxsize=64)
 def _mapping(owners: tuple[int, ...], members: tuple[int, ...]) -> AdapterMapping:
+    # -1: no adapter, for trials that don't target this layer.
     return AdapterMapping([members.index(i) if i in members else -1 for i in owners], len(members))
 
 
@@ -157,6 +158,7 @@ def attached(
 
 def new_pair(target: Target, trial: Trial) -> Pair:
     pair = new_adapter(target.weight, target.r, target.dtype)
+    # As in PEFT: False leaves lora_B random as nn.Linear's, "gaussian" draws N(0, 1 / r²).
     if trial.config.init_lora_weights is False:
         nn.init.kaiming_uniform_(pair[1], a=math.sqrt(5))
     elif trial.config.init_lora_weights == "gaussian":

@@ -169,6 +169,7 @@ def _measured(
     from ..backends.triton.plans import PlanRunner
 
     contest, steps = PlanRunner(product, device), dict[Any, Callable]()
+    # The first two plans, in place and fused, have the default tiles.
     for plan in contest.plans()[: 2 + _MOST_TILES]:
         if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
             break
@@ -187,6 +188,7 @@ def _measured(
     default, clock, before = contest.default(), clock_for(device), monotonic()
     medians(clock, steps, 1)  # warms up
     now = monotonic()
+    # As many rounds as the rest of the share allows, if each takes as long as the warm-up.
     left = int((start + share - now) / max(now - before, 1e-9))
     seconds = medians(clock, steps, min(max(left, _FEWEST), _ROUNDS))
     # The default plan wins unless another one is clearly faster.

@@ -50,6 +50,7 @@ def products_of(
         if gate in layers and up in layers:
             g, u = layers[gate], layers[up]
             both = replace(g, outs=g.outs + u.outs, ranks=g.ranks + u.ranks)
+            # One call needs equal fields, except for the outputs' sizes and the ranks.
             if replace(u, outs=g.outs, ranks=g.ranks) == g:
                 layers[gate] = layers[up] = both
     backward = [replace(sizes, backward=True) for sizes in (*layers.values(), *experts)]
@@ -95,4 +96,5 @@ def _sizes(
         dtype = dtype or weight.dtype
     ranks = tuple([adapter.lora_a.shape[-2] for adapter in adapters])
     dtypes = (dtype or torch.bfloat16, adapters[0].lora_a.dtype)
+    # Each token is a row of every expert that it uses.
     return Sizes(tokens * used, k, (n,), (ranks,), *dtypes, p, experts=experts)

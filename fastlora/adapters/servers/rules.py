@@ -107,6 +107,7 @@ def _item(key: str, header: Any, config: AdapterConfig) -> Item:
     module = re.sub(r"(\.base_layer)+$", "", name)
     weights, outside = config.weights_in(module), name.count(".base_layer")
     if kind == "lora" and outside < len(weights):
+        # PEFT nests wrappers: the last weight's is outermost, each inner one adds a .base_layer.
         return Item(weights[-1 - outside], "stack", header, key)
     return Item(name, kind, header, key)
 
@@ -155,6 +156,7 @@ def is_untargeted(item: Item, facts: Facts, words: list[str]) -> bool:
     """Whether target_modules is a list that lacks one of ``words``, or without words the item."""
     targets, stacked = facts.settings["target_modules"], _STACKED.get(item.last, item.last)
     lasts = {str(name).rpartition(".")[2] for name in targets or ()}
+    # SGLang stacks q, k and v, and gate and up: one of them in target_modules stands for all.
     lasts = {_STACKED.get(last, last) for last in lasts}
     return isinstance(targets, list) and not lasts.issuperset(words or [stacked])
 
@@ -260,5 +262,6 @@ def read_server(name: str) -> Server:
     must(name in SERVERS, "server", name, f"one of {', '.join(SERVERS)}")
     text = (Path(__file__).parent / f"{name}.json").read_text()
     sets = json.loads(text)["sets"]
+    # "@NAME" in the file stands for the words in sets[NAME].
     values = json.loads(re.sub(r"@(\w+)", lambda found: sets[found[1]], text))
     return Server(name=name, **values | {"rules": [Rule(**row) for row in values["rules"]]})
