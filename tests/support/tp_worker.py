@@ -151,9 +151,9 @@ def run_step(folder: Path, optimized: bool = True, mend: bool = False) -> Step:
     return step(mended(model) if mend else model)
 
 
-def run_with_own_random_states(folder: Path, optimized: bool) -> dict[str, Tensor]:
+def run_with_own_random_states(folder: Path) -> dict[str, Tensor]:
     """The gradients of the whole tensors in a step with another random state on each rank."""
-    model = load(folder, optimized=optimized)
+    model = load(folder)
     torch.manual_seed(dist.get_rank())
     model(input_ids=batch(), labels=batch()).loss.backward()
     return {name: p.grad for name, p in trained(model) if is_whole(name)}
@@ -172,13 +172,6 @@ def train_and_save(folder: Path, output: Path, checkpoints: bool = False) -> lis
         optimizer.zero_grad()
     model.save_pretrained(output)
     return losses
-
-
-def sample(folder: Path, optimized: bool = True) -> Tensor:
-    """The logits of a batch in evaluation."""
-    model = load(folder, optimized=optimized).eval()
-    with torch.no_grad():
-        return model(input_ids=batch()).logits
 
 
 def check(folder: Path) -> str:
