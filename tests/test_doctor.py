@@ -19,7 +19,6 @@ from fastlora.peft.layer import Linear as FastLinear
 from fastlora.version import __version__
 
 CPU = torch.device("cpu")
-DOCTOR = ("-m", "fastlora", "doctor")
 
 
 def examined(capsys, *arguments: str, status: int = 0) -> dict:

@@ -23,12 +23,6 @@ APPLIED = {
 }
 
 
-def leaves_of(x: Tensor, outputs: list[Output]) -> dict[str, Tensor]:
-    flat = flatten(outputs, layouts_of(outputs))
-    named = {"x": x} | {f"{i}": tensor for i, tensor in enumerate(flat)}
-    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-
-
 def layer_by_layer(x, gate, up, down, activation, p=0.0, linears=fastlora.lora_linears) -> Tensor:
     hidden = [linears(x, [output], dropout=p)[0] for output in (gate, up)]
     return linears(APPLIED[activation](hidden[0]) * hidden[1], [down], dropout=p)[0]

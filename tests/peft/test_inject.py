@@ -344,15 +344,6 @@ def test_a_whole_model_s_checkpoint_of_0_4_loads(tmp_path):
         load_adapter(packed_model("qwen3", "mxfp4"), tmp_path, config=config)
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    config = peft.LoraConfig(r=4, target_modules=["up"])
-    model = get_peft_model(Two("rotated-int8"), config)
-    model.save_pretrained(tmp_path, safe_serialization=True)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="doesn't open pickles"):
-        load_adapter(Two("rotated-int8"), tmp_path)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_packed_experts_are_dense_while_merged_and_get_their_bits_back(case):
     name, make = CASES[case]
