@@ -299,10 +299,8 @@ class _Node(NamedTuple):
         # In d bias, w must be a factor of dy, so a second backward below computes it.  d_product is
         # dp of the module's docstring, without w.
         bias_at, d_row_weights = layout.bias_at, None  # an index in down's tensors, or None
-        wanted = [
-            needs_pre or needs_weights,
-            *[n and i != bias_at for i, n in enumerate(needs_down)],
-        ]
+        without_bias = [need and i != bias_at for i, need in enumerate(needs_down)]
+        wanted = [needs_pre or needs_weights, *without_bias]
         d_product, *of_down = down.backward(dy, weighted, down_hs, wanted)
         if needs_weights:
             assert d_product is not None
@@ -314,9 +312,8 @@ class _Node(NamedTuple):
                 d_row_weights += torch.linalg.vecdot(dy, padded[rows].to(dy.dtype))
         if bias_at is not None and needs_down[bias_at]:
             only = [False, *[i == bias_at for i in range(len(needs_down))]]
-            of_down[bias_at] = down.backward(dy.mul_(row_weights), weighted, down_hs, only)[
-                1 + bias_at
-            ]
+            _, *of_bias = down.backward(dy.mul_(row_weights), weighted, down_hs, only)
+            of_down[bias_at] = of_bias[bias_at]
         del dy, product, weighted
         if not needs_pre:
             return [None, d_row_weights, *[None] * len(needs_up), *of_down]
