@@ -7,7 +7,6 @@ is captured (:mod:`.capture`), and every call of the kind is a replay.  Without 
 takes 4.8 to 6.3 times as long on the host (``make bench ARGS=host``).
 """
 
-import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -19,19 +18,8 @@ from . import launch
 from .capture import CapturedCall
 from .common import INTERPRETED
 
-_MOST = 1024  # calls in a cache; a layer's takes about 15 kB, and 24 kB for a group of three layers
 calls: dict[Hashable, Any] = {}
 _hooks = triton.knobs.runtime  # has the hooks of profilers
-_changes = threading.Lock()  # held while the oldest key is found and deleted
-
-
-def remember(cache: dict, key: Hashable, value: Any) -> None:
-    """Cache a captured call, or the state of a refused one.  A full cache drops its oldest."""
-    # A dict keeps the order of insertion, so its first key is the oldest.
-    with _changes:
-        while len(cache) >= _MOST and key not in cache:
-            del cache[next(iter(cache))]
-        cache[key] = value
 
 
 def replay_call(call: CapturedCall, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

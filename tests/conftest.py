@@ -104,7 +104,7 @@ def backend(request):
 def node(monkeypatch):
     """Calls of few rows also use the node."""
     monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds.calls", {})
 
 
 @pytest.fixture

@@ -341,14 +341,14 @@ def numbers_of(
 
 def _numbers(name: str, values: Any, count: int, what: str) -> Tensor | list:
     if isinstance(values, Tensor):
-        shape: Any = tuple(values.shape)
-        fits, dense = shape == (count,), values.layout is torch.strided
-        if fits and dense and not values.is_complex():
+        dense = values.layout is torch.strided
+        if values.shape == (count,) and dense and not values.is_complex():
             return values
+        shape = f"{tuple(values.shape)} ({values.dtype}, {values.layout})"
     elif isinstance(values, list | tuple):
-        shape, fits = f"({len(values)},)", len(values) == count
-        if fits:
+        if len(values) == count:
             return list(values)
+        shape = f"({len(values)},)"
     else:
         raise TypeError(f"{name} must be a list or a tensor, {what}, not {shown(values)}")
     raise ValueError(

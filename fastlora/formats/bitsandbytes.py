@@ -93,7 +93,8 @@ class FourBit(Format):
         uses the absmax of another block for them.
         """
         packed, block, columns = tensors[0], self.block, self.columns
-        if packed.device.type != "cpu" or columns % block or dtype not in FLOATS:
+        # In an odd block, a byte may hold codes of two blocks.
+        if packed.device.type != "cpu" or columns % block or block % 2 or dtype not in FLOATS:
             return None
         op = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
         if op is None or block >= _TOO_LARGE:

@@ -150,6 +150,7 @@ def _int4(weight: Any) -> PackedLayer | str:
 
 def _float8(weight: Any) -> PackedLayer:
     rows, columns = weight.shape
+    # Without block_size, the whole weight has one scale.
     height, width = map(int, weight.block_size or (rows, columns))
     format = Float8(rows, columns, name_of(weight.qdata.dtype), height, width)
     tensors = weight.qdata, weight.scale.view(-(-rows // height), -1)

@@ -226,6 +226,7 @@ class _Finder:
         def exec_module(module: Any) -> None:
             vars(loader).pop("exec_module", None)
             run(module)
+            # A loader may load other modules with the same function.
             if module.__name__ == _TUNERS and _settings is not None:
                 _wrap(module)
 

@@ -47,10 +47,11 @@ from ..call.projection import (
     layouts_of,
     unflatten,
 )
+from ..common.remembered import remember
 from ..formats import PackedLayer, vendor_of
 from ..formats.bitsandbytes import cast_bias
 from ..formats.format import Quantized
-from ..ops.kinds import key_of_x, remember
+from ..ops.kinds import key_of_x
 from .module_parts import plain_class_of
 
 _PLACE = "_fastlora_record"  # the name of a module's record in its __dict__
@@ -445,7 +446,7 @@ def call_recorded(module: Recorded, x: Tensor) -> Tensor | None:
     record = contents if isinstance(contents, Record) else guarded.now(contents)
     y, known = module.run_new(x, record)
     if key is not None and known is not None and guarded.guard is not None:
-        remember(key, known, guarded.calls, _MOST_CALLS)
+        remember(guarded.calls, key, known, _MOST_CALLS)
     return y
 
 

@@ -125,7 +125,7 @@ def _sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Ten
 def take_packed(module: Any, weights: Mapping[str, Quantized]) -> None:
     """Replace parameters of an experts module by these packed weights."""
     for name, weight in weights.items():
-        delattr(module, name)
+        delattr(module, name)  # torch refuses a module in the place of a parameter
         setattr(module, name, PackedWeight(weight))
     set_experts_class(module)
 

@@ -12,8 +12,10 @@ from ..backends import Call
 from ..call.checks import adapters_of, check_call, check_many, check_tensor, numbers_of
 from ..call.projection import Adapter, Base, Output, Projection, as_outputs, is_plain
 from ..call.rows import AdapterMapping, Many, Rows
+from ..common.remembered import remember
+from . import kinds
 from .dispatch import NODE, autocast_is_on, path_of
-from .kinds import call_of, key_of_outputs, remember
+from .kinds import key_of_outputs
 from .node import run_known
 from .run import run_new
 
@@ -106,7 +108,7 @@ def linears(
     path, key = path_of(x) if isinstance(x, Tensor) else None, None
     if path == NODE:
         key, inputs = key_of_outputs(x, outputs, dropout, training, backend)
-        if (known := call_of(key)) is not None:
+        if (known := kinds.calls.get(key)) is not None:
             return run_known(inputs, known, seeds), known
     if not is_plain(x):
         check_tensor("x", x)
@@ -115,7 +117,7 @@ def linears(
     captures = key is not None
     ys, call = run_new(x, outputs, p, backend, None, captures, seeds, path)
     if captures and call is not None:
-        remember(key, call)
+        remember(kinds.calls, key, call)
     return ys, call
 
 

@@ -24,8 +24,10 @@ from ..backends import BackwardCall, Call, GatedProduct, find_backend
 from ..backends.gated_products import ACTIVATIONS
 from ..call.checks import check_call
 from ..call.projection import Output, flatten, layouts_of
+from ..common.remembered import remember
+from . import kinds
 from .dispatch import autocast_inputs, autocast_is_on, autocast_off
-from .kinds import call_of, key_of_outputs, remember
+from .kinds import key_of_outputs
 from .node import (
     Function,
     LoRALinearFunction,
@@ -82,7 +84,7 @@ def gated_call(
     """
     rates = dropout, type(dropout), down_dropout, type(down_dropout)
     key, inputs = key_of_outputs(x, (gate, up, down), (GatedCall, *rates, activation, wide))
-    known = call_of(key)
+    known = kinds.calls.get(key)
     if known is not None:
         return run_gated(inputs, known), known
     if activation not in ACTIVATIONS:
@@ -117,7 +119,7 @@ def gated_call(
         # A tensor may come from a transform of torch.func that has ended.
         y = run_gated(unwrap_dead_wrappers(tuple(inputs)), call)
     if captures:
-        remember(key, call)
+        remember(kinds.calls, key, call)
     return y, call if captures else None
 
 

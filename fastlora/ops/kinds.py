@@ -31,7 +31,6 @@ cached call skips the check when it would fail.
 """
 
 from collections.abc import Hashable, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
@@ -41,9 +40,7 @@ from ..backends import asked_backend
 from ..call.projection import Output, facts_of, flatten, layouts_of
 from .dispatch import NODE, autocast_dtype, path_of
 
-_MOST = 1024  # entries; a new sequence length makes a new one
-_changes = Lock()  # protects insertion and the deletion of the oldest entry; lookups need no lock
-_calls: dict[Hashable, Any] = {}  # level 2
+calls: dict[Hashable, Any] = {}  # level 2; a new sequence length makes a new entry
 
 
 def key_of(
@@ -95,20 +92,3 @@ def key_of_outputs(
         return key, inputs
     except Exception:  # a wrong class or a number that has no hash: the checks report it
         return None, []
-
-
-def call_of(key: Hashable) -> Any:
-    """The cached call of this key, or None.  No call has the key None."""
-    return _calls.get(key)
-
-
-def remember(
-    key: Hashable, call: Any, calls: dict[Hashable, Any] | None = None, most: int | None = None
-) -> None:
-    """Cache a call that passed the checks; ``calls`` is a module's cache, or None for level 2."""
-    # A dict keeps the order of insertion, so its first key is the oldest.
-    calls = _calls if calls is None else calls
-    with _changes:
-        while len(calls) >= (most or _MOST) and key not in calls:
-            del calls[next(iter(calls))]
-        calls[key] = call

@@ -209,6 +209,7 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
         return "it has no active adapter, or several"
     if layer.lora_variant:
         return "its adapter is no plain LoRA"
+    # PEFT's num_experts is also 1 for a parameter of two dimensions, which is no stack of experts.
     return "it has only one expert" if layer.num_experts < 2 else ""
 
 

@@ -183,7 +183,8 @@ def why_not_pair(lora_a: nn.Module, lora_b: nn.Module, base: Tensor, shape: tupl
             return f"{name} is on {weight.device}, its base on {base.device}"
         if is_hooked(linear):
             return _why_hooked(linear, name)
-        # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case.
+        # float32 beside 16 bits is the usual case.  A narrower adapter is computed in the base's
+        # dtype, where PEFT casts x to the adapter's: the result is closer to the formula.
         if dtype not in (base.dtype, torch.float32) and not narrower:
             return f"{name} is {dtype}, its base {base.dtype}"
         if linear is lora_a:

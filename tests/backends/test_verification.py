@@ -41,7 +41,7 @@ def forget(monkeypatch, folder=None):
         monkeypatch.setenv("FASTLORA_CACHE", str(folder))
     monkeypatch.setattr(verification, "_records", {})
     monkeypatch.setattr(replay, "calls", {})
-    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds.calls", {})
 
 
 def group(dtype=torch.float32, zero_b=False, r=4, out=24):

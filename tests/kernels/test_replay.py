@@ -12,6 +12,7 @@ from kernel_cases import buffers_of
 
 import fastlora
 from fastlora.backends.triton import verification
+from fastlora.common import remembered
 from fastlora.kernels import launchers as kernels
 from fastlora.kernels import replay
 from fastlora.kernels.capture import CapturedCall
@@ -138,7 +139,7 @@ class Slow(dict):
 
 def test_threads_may_capture_calls_concurrently(monkeypatch):
     """Each thread evicts the oldest entry for its own new one."""
-    monkeypatch.setattr(replay, "_MOST", 2)
+    monkeypatch.setattr(remembered, "MOST", 2)
     captured = CapturedCall(lambda stream, x: [x], "", [], frozenset())
     monkeypatch.setattr(kernels, "capture_call", lambda *_: captured)
     calls = Slow()
@@ -168,13 +169,12 @@ def test_a_capture_keeps_no_tensor_of_the_caller():
 
 def test_the_oldest_captures_are_evicted(monkeypatch):
     monkeypatch.setattr(replay, "calls", {})
-    monkeypatch.setattr(replay, "_MOST", 4)
-    monkeypatch.setattr(kinds, "_calls", {})
-    monkeypatch.setattr(kinds, "_MOST", 4)
+    monkeypatch.setattr(kinds, "calls", {})
+    monkeypatch.setattr(remembered, "MOST", 4)
     one = projection()
     for rows in range(1, 8):
         step(torch.randn(rows, K, requires_grad=True), [one])
-    assert len(replay.calls) == len(kinds._calls) == 4
+    assert len(replay.calls) == len(kinds.calls) == 4
     with captured() as new:
         step(torch.randn(7, K, requires_grad=True), [one])
     assert not new

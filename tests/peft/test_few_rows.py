@@ -16,7 +16,7 @@ FEW = 32
 def _few(monkeypatch):
     monkeypatch.setattr("fastlora.ops.few_rows.MOST_ROWS", FEW)
     monkeypatch.setattr("fastlora.backends.products.FORCED", False)  # 16 bits are fast
-    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds.calls", {})
     torch.compiler.reset()
 
 

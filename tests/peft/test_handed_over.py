@@ -66,7 +66,7 @@ def records(monkeypatch):
     """The results of reading layers: one element each time a layer is read anew."""
     seen, read = [], peft_layer.read
     monkeypatch.setattr(peft_layer, "read", lambda *all: seen.append(read(*all)) or seen[-1])
-    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds.calls", {})
     return seen
 
 

@@ -240,7 +240,7 @@ class Case:
             put = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            put(kinds, "_calls", {})
+            put(kinds, "calls", {})
             put(products, "FORCED", self.wide)
             if self.node:
                 put(few_rows, "MOST_ROWS", 0)

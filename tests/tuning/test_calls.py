@@ -70,7 +70,7 @@ def asked_for(model, monkeypatch) -> set[tuple]:
 
     monkeypatch.setattr(kernels, "plan_for", plan_for)
     # a call with a known cache key chooses no plan
-    monkeypatch.setattr("fastlora.ops.kinds._calls", {})
+    monkeypatch.setattr("fastlora.ops.kinds.calls", {})
     with fastlora.use_backend("triton"), intercept(lambda launch: None):  # no kernel has to run
         model.train()
         model(input_ids=IDS, labels=IDS).loss.backward()

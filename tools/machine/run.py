@@ -61,7 +61,7 @@ def _forget() -> None:
     """Clear caches of calls that were resolved with other configurations."""
     config.chosen_config.cache_clear()
     replay.calls.clear()
-    kinds._calls.clear()
+    kinds.calls.clear()
 
 
 def results(case: Case, session: driver.Session) -> Results:

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...call.projection import Adapter, Base, Layout, Output, flatten, unflatten
 from ...common import cache_folder as files
+from ...common.remembered import remember
 from ...common.row_blocks import slices
 from ...formats.format import Quantized
 from .supported import kernels, user_level
@@ -156,16 +157,16 @@ def _run_new(
     except Exception as error:
         if when == OFF:
             raise
-        replay.remember(calls, key, REFUSED)
+        remember(calls, key, REFUSED)
         _warn_of_fault("of a call", device, f"{type(error).__name__}: {error}")
         return _fall_back(function, tensors, settings)
     # For each kernel: "" if it is right, a text for a fault, None if it wasn't verified.
     faults = [_known().get((identity, setup)) for identity in call.identities]
     if when == OFF or (when == FIRST and all(fault == "" for fault in faults)):
-        replay.remember(calls, key, call)
+        remember(calls, key, call)
         return replay.replay_call(call, tensors)
     if any(faults):
-        replay.remember(calls, key, REFUSED)
+        remember(calls, key, REFUSED)
         return _fall_back(function, tensors, settings)
     # Verify a block of rows at a time.  Such a function writes to its tensors and returns nothing.
     if 0 < function.most_rows < len(tensors[0]):
@@ -174,9 +175,9 @@ def _run_new(
         return []
     results, fault = _verified(function, call, tensors, settings)
     if fault:
-        replay.remember(calls, key, REFUSED)
+        remember(calls, key, REFUSED)
     elif fault == "" and when == FIRST:
-        replay.remember(calls, key, call)
+        remember(calls, key, call)
     return results
 
 
