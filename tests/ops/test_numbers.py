@@ -1,27 +1,29 @@
 """Every kind of call on both backends: y and every gradient against the float64 oracle.
 
 Most calls are drawn: sizes, layouts, dtypes, packed weights, trainable tensors, and environment.
-The tables below add cases that are drawn too rarely.
+`--hypothesis-profile=long` draws many others.  The tables below add cases that are drawn too rarely.
 """
 
 import pytest
 import torch
+from hypothesis import settings
 from marks import pairwise
 from random_calls import FORMATS, KINDS, Case, check
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 kinds = pytest.mark.parametrize("kind", KINDS)
 DROPOUTS = [0.0, 0.1]
+MORE = 25 if settings.get_current_profile_name() == "long" else 1
 
 
 @kinds
-@pytest.mark.parametrize("index", range(40))
+@pytest.mark.parametrize("index", range(40 * MORE))
 def test_drawn_calls(kind, index):
     check(Case(1, index, "torch", kind=kind))
 
 
 @kinds
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(6 * MORE))
 def test_drawn_calls_of_the_kernels(kind, index):
     check(Case(2, index, "triton", kind=kind, world="eager"))
 

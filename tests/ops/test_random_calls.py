@@ -1,7 +1,4 @@
-"""The fuzzer finds planted faults, and prints a command that reproduces each."""
-
-import runpy
-from pathlib import Path
+"""The check of random calls (test_numbers.py) finds planted faults."""
 
 import pytest
 import torch
@@ -9,9 +6,6 @@ from random_calls import Case, check
 
 from fastlora.backends import formula
 from fastlora.backends.dropout import DropoutMask
-
-main = runpy.run_path(str(Path(__file__).parents[1] / "fuzz.py"))["main"]
-
 
 through, product = formula._through_lora_a, formula.product
 ANOTHER = DropoutMask(torch.tensor([99]), (1000, 24), 0.3)
@@ -37,18 +31,3 @@ def test_mistakes_that_kernels_were_shipped_with_are_misses(name, monkeypatch):
     monkeypatch.setattr(place, attribute, wrong)
     with pytest.raises(AssertionError, match=said):
         check(case())
-
-
-def test_a_miss_is_a_line_that_finds_it_again(monkeypatch, capsys):
-    right = formula.thin_gradient
-    monkeypatch.setattr(formula, "thin_gradient", lambda dy, h: -right(dy, h))
-    assert main(["--seed", "11", "--count", "6", "--only", "layer f32-f32 eager"]) == 1
-    line = capsys.readouterr().out.splitlines()[0]
-    command, said = line.split("  # ")
-    assert "d_lora_b" in said
-    arguments = command.removeprefix("python -m tests.fuzz ").split()
-    assert main(arguments) == 1
-    assert capsys.readouterr().out.splitlines()[0] == line
-    monkeypatch.undo()
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("1 cases (layer 1), 0 missed")
