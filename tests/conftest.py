@@ -43,6 +43,8 @@ from triton.runtime import interpreter
 import fastlora
 from fastlora.backends import products
 
+# With Python's own thresholds, imports and compilers spend a tenth of their time in collections.
+gc.set_threshold(50_000, 20, 50)
 if DEVICE == "cpu":
     # Each launch, and each call of a device function, would replace triton.language's functions
     # again, which takes a third of the time.  Here they stay replaced.

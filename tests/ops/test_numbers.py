@@ -1,7 +1,8 @@
 """Every kind of call on both backends: y and every gradient against the float64 oracle.
 
 Most calls are drawn: sizes, layouts, dtypes, packed weights, trainable tensors, and environment.
-`--hypothesis-profile=long` draws many others.  The tables below add cases that are drawn too rarely.
+`--hypothesis-profile=long` draws many others.  The tables below add cases that are drawn too
+rarely.
 """
 
 import pytest
