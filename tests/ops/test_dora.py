@@ -46,16 +46,19 @@ def test_gradients_and_their_gradients(p):
     """The norm is passed in, because DoRA sends no gradient through it."""
     tensors = make((2, 3, 5), 4, 2, torch.float64, torch.float64, True)
     mask = (torch.rand(2, 3, 5) >= p).double() / (1 - p)
+    weight = tensors["weight"]
     norm = torch.rand(4, dtype=torch.float64) + 0.5
 
     def run(x, lora_a, lora_b, magnitude, bias):
         drop = (lambda x: x * mask) if p else None
-        weight = tensors["weight"]
-        return dora_linear(
-            x, weight, lora_a, lora_b, magnitude, bias=bias, scale=0.5, drop=drop, p=p, norm=norm
-        )
+        settings = {"scale": 0.5, "drop": drop, "p": p, "norm": norm}
+        return dora_linear(x, weight, lora_a, lora_b, magnitude, bias=bias, **settings)
 
     leaves = [tensors[name] for name in ("x", "lora_a", "lora_b", "magnitude", "bias")]
+    x, lora_a, lora_b, magnitude, bias = leaves
+    xd = x * mask
+    z = xd @ (weight + 0.5 * lora_b @ lora_a).T
+    torch.testing.assert_close(run(*leaves), magnitude / norm * z + (x - xd) @ weight.T + bias)
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves)
 
