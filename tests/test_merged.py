@@ -181,7 +181,9 @@ def test_blocks_of_several_threads_share_a_merge():
 
     def sample():
         for _ in range(20):
-            with sampler, fastlora.merged(model):
+            with sampler:
+                with fastlora.merged(model):
+                    pass
                 merged.append(all(layer.merged for layer in layers_of(model)))
 
     threads = [threading.Thread(target=sample) for _ in range(4)]

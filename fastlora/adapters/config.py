@@ -154,11 +154,6 @@ def config_of(values: Mapping[str, Any], source: str) -> AdapterConfig:
         raise ValueError(f"{source} doesn't hold a LoRA config: {error}") from None
 
 
-def unwrapped(layer: str) -> str:
-    """The name of the module inside: PEFT appends .base_layer for each wrapper around a wrapper."""
-    return re.sub(r"(\.base_layer)+$", "", layer)
-
-
 def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[str, str]]:
     """The keys of lora_A and lora_B in a file, by the name of the layer or of the experts' weight.
 

@@ -16,7 +16,7 @@ from ..layers.linear import scaling_of
 from ..layers.modules import called, some
 from ..packing import files
 from ..packing.files import CONFIG, WEIGHTS, name_of
-from .config import AdapterConfig, as_trained, from_peft, pairs_of, unwrapped
+from .config import AdapterConfig, as_trained, from_peft, pairs_of
 
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -125,7 +125,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
 
 def _module_of(key: str) -> str:
     """The name of the module that this key's adapter belongs to."""
-    return unwrapped(re.split(r"(?:^|\.)lora_", name_of(key), maxsplit=1)[0])
+    return re.split(r"(?:(?:^|\.)base_layer)*(?:^|\.)lora_", name_of(key), maxsplit=1)[0]
 
 
 def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:

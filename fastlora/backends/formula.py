@@ -142,8 +142,8 @@ def backward_rows(
         dx = beta · dx + Σ dy weight + Σ mask ∘ (dh lora_a)
         d lora_a = dhᵀ (mask ∘ x)       d lora_b = dyᵀ h       d weight = dyᵀ x       d bias = Σ dy
 
-    factor is scale / (1 - p).  dx is None if it isn't needed.  As in torch.addmm, beta 0 overwrites
-    dx without reading it.  ``dtype`` as in :func:`forward_rows`.
+    factor is scale / (1 - p).  At least one dy isn't None.  dx is None if it isn't needed.  As in
+    torch.addmm, beta 0 overwrites dx without reading it.  ``dtype`` as in :func:`forward_rows`.
     """
     if x.shape[0] == 1:  # as in the forward
         x = x.contiguous()
@@ -185,8 +185,6 @@ def _add_base_products(dx: Tensor, parts: Sequence[OutputBackward], beta: float)
     for dy, weight in dense:
         add_dy_weight(dx, dy, weight, beta)  # [M, N] @ [N, K]
         beta = 1.0
-    if not beta:  # nothing was written, because the loss uses no output
-        dx.zero_()
 
 
 def _wide_backward(
@@ -215,8 +213,7 @@ def _wide_backward(
             total[i] = added(total[i], part, torch.float32)  # d lora_a, d lora_b … of all blocks
             block_beta = 1.0
         if dx is not None and dx_rows is not None:
-            # block_beta 0: nothing was written to dx_rows, because the loss uses no output.
-            rows_of(dx, rows).copy_(dx_rows if block_beta else dx_rows.zero_())  # rounded once
+            rows_of(dx, rows).copy_(dx_rows)  # rounded once
     outputs = [part.output for part in parts]
     return [map_outputs(_in_dtype_of, *pair) for pair in zip(total, outputs, strict=True)]
 

@@ -12,6 +12,6 @@ def remember(calls: dict[Hashable, Any], key: Hashable, call: Any, most: int | N
     """Store the call under this key.  A cache with ``most`` entries (or MOST) drops its oldest."""
     # A dict keeps the order of insertion, so its first key is the oldest.
     with _changes:
-        while len(calls) >= (most or MOST) and key not in calls:
+        while len(calls) >= (most or MOST):
             del calls[next(iter(calls))]
         calls[key] = call

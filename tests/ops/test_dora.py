@@ -41,21 +41,24 @@ def make(shape, n, r, dtype, adapter_dtype, bias):
     return tensors
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+@pytest.mark.parametrize("p", [0.0, 0.6], ids="p{}".format)
 def test_gradients_and_their_gradients(p):
     """The norm is passed in, because DoRA sends no gradient through it."""
     tensors = make((2, 3, 5), 4, 2, torch.float64, torch.float64, True)
     mask = (torch.rand(2, 3, 5) >= p).double() / (1 - p)
+    weight = tensors["weight"]
     norm = torch.rand(4, dtype=torch.float64) + 0.5
 
     def run(x, lora_a, lora_b, magnitude, bias):
         drop = (lambda x: x * mask) if p else None
-        weight = tensors["weight"]
-        return dora_linear(
-            x, weight, lora_a, lora_b, magnitude, bias=bias, scale=0.5, drop=drop, p=p, norm=norm
-        )
+        settings = {"scale": 0.5, "drop": drop, "p": p, "norm": norm}
+        return dora_linear(x, weight, lora_a, lora_b, magnitude, bias=bias, **settings)
 
     leaves = [tensors[name] for name in ("x", "lora_a", "lora_b", "magnitude", "bias")]
+    x, lora_a, lora_b, magnitude, bias = leaves
+    xd = x * mask
+    z = xd @ (weight + 0.5 * lora_b @ lora_a).T
+    torch.testing.assert_close(run(*leaves), magnitude / norm * z + (x - xd) @ weight.T + bias)
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves)
 
@@ -132,7 +135,7 @@ def test_an_adapter_that_starts_at_zero_changes_nothing(dtype, adapter_dtype):
 def test_dora_saves_x_h_and_one_output(drop):
     """It saves no float32 copy of x or of the weight, and only one tensor of the output's size.
 
-    With dropout, it also saves x with zeros, and the mask as bool.
+    With dropout, it also saves x with zeros, and the mask as uint8.
     """
     tensors = make((64, 32), 48, 4, torch.bfloat16, torch.float32, True)
     call = partial(dora_linear, **tensors, scale=0.5, drop=drop, p=0.0 if drop is None else drop.p)

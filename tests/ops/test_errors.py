@@ -110,6 +110,7 @@ VALUE_ERRORS = {
             "a mapping of 2 adapters, but there are 3",
         ),
         "scales-few": ({"scales": [1.0]}, r"scales has shape \(1,\), but there are 3 adapters"),
+        "scales-sparse": ({"scales": ones(3).to_sparse()}, r"scales has shape \(3,\) .*sparse_coo"),
         "scales-trained": ({"scales": ones(3, requires_grad=True)}, "require a gradient"),
         "scales-nan": ({"scales": [1.0, float("nan"), 1.0]}, "scale is nan"),
         "ranks-zero": ({"ranks": [1, 0, 2]}, r"ranks\[1\] is 0, but must be a whole number from 1"),

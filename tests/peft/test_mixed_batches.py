@@ -91,6 +91,8 @@ def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
     assert not mixed_calls
     optimized(mlp())(rows(13), adapter_names=(NAMES * 4)[:13])
     assert mixed_calls == [3, 3]
+    with pytest.raises(ValueError, match="when DoRA is enabled"):
+        optimized(mlp(b={"use_dora": True}))(rows(12), adapter_names=NAMES * 3)
 
 
 @pytest.mark.parametrize("names", [["a"] * 4, ["a", "a", "b", "b"], NAMES], ids="-".join)

@@ -17,7 +17,7 @@ from ...common.text import shown
 from ...common.values import must
 from ...packing import files
 from ...packing.files import CONFIG
-from ..config import AdapterConfig, config_of, unwrapped
+from ..config import AdapterConfig, config_of
 
 SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
 # SGLang's names of layers that it stacks.
@@ -104,7 +104,8 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
 def _item(key: str, header: Any, config: AdapterConfig) -> Item:
     found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
     kind, name = next((kind, files.name_of(match[1])) for kind, match in found if match)
-    weights, outside = config.weights_in(unwrapped(name)), name.count(".base_layer")
+    module, *wrappers = name.split(".base_layer")
+    weights, outside = config.weights_in(module), len(wrappers)
     if kind == "lora" and outside < len(weights):
         # PEFT nests wrappers: the last weight's is outermost, each inner one adds a .base_layer.
         return Item(weights[-1 - outside], "stack", header, key)
