@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..call.projection import HALF_DTYPES, Base, Output
-from ..common.row_blocks import Dense, slices, source_of, widened
+from ..common.row_blocks import read_rows, slices, source_of, widened
 from ..formats.format import Quantized
 
 # For tests and measurements: True or False replaces :func:`is_slow`'s decision for this CPU.
@@ -178,13 +178,13 @@ def weight_rows(weight: Tensor | Quantized, dtype: torch.dtype) -> Iterable[tupl
     rows = _BLOCK // dtype.itemsize // max(1, columns)  # in one block
     rows = min(total, _MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
     source = source_of(weight)
-    if isinstance(source, Dense):
-        by_columns = is_by_columns(source.matrix)
+    if isinstance(source, Tensor):
+        by_columns = is_by_columns(source)
         buffer = SCRATCH.take("weight", rows, columns, by_columns=by_columns, gap=_GAP)
     else:  # no gap, because unpacking is faster into contiguous rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
     if rows == total:
-        return [(slice(0, total), source.read(0, buffer))]
+        return [(slice(0, total), read_rows(source, 0, buffer))]
     return widened(source, buffer)
 
 

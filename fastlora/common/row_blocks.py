@@ -6,7 +6,7 @@ The masked x of dropout and the float32 copy of a 16-bit weight are made block b
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,53 +32,24 @@ def slices(total: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
-class Source(Protocol):
-    """A matrix whose rows can be read in any dtype: a dense tensor, or a quantized weight."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def read(self, first: int, out: Tensor) -> Tensor:
-        """``len(out)`` rows from ``first`` on, in the dtype of ``out``.
-
-        They are written to ``out``, or are a view of the matrix; callers must not write to them.
-        """
-
-
-class HasSource(Protocol):
-    """A quantized weight."""
-
-    def source(self) -> Source: ...
-
-
-class Dense(NamedTuple):
-    """A plain tensor as a source."""
-
-    matrix: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.matrix.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def read(self, first: int, out: Tensor) -> Tensor:
-        rows = self.matrix[first : first + out.shape[0]]
-        return rows if rows.dtype == out.dtype else out.copy_(rows)
-
-
-def source_of(weight: Tensor | HasSource) -> Source:
-    """The weight as a source of rows."""
+def source_of(weight: Any) -> Any:
+    """The weight as a source of rows: a plain tensor, or a packed weight with a method ``read``."""
     # torch 2.13's copy from a negated float16 view to float32 loses the sign.
-    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight.source()
+    return weight.resolve_neg() if isinstance(weight, Tensor) else weight.source()
 
 
-def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def read_rows(source: Any, first: int, out: Tensor) -> Tensor:
+    """``len(out)`` rows of a source from ``first`` on, in the dtype of ``out``.
+
+    They are written to ``out``, or are a view of the source; callers must not write to them.
+    """
+    if not isinstance(source, Tensor):
+        return source.read(first, out)
+    rows = source[first : first + out.shape[0]]
+    return rows if rows.dtype == out.dtype else out.copy_(rows)
+
+
+def widened(source: Any, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield all rows in the buffer's dtype, a block at a time, each with its slice of the matrix.
 
     A block is valid until the next one is read, because all blocks share the buffer.
@@ -86,10 +57,10 @@ def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = buffer.shape[0]
     for rows in slices(source.shape[0], step):
         count = rows.stop - rows.start
-        yield rows, source.read(rows.start, buffer if count == step else buffer[:count])
+        yield rows, read_rows(source, rows.start, buffer if count == step else buffer[:count])
 
 
-def buffer_for(matrix: Tensor | Source, dtype: torch.dtype) -> Tensor:
+def buffer_for(matrix: Any, dtype: torch.dtype) -> Tensor:
     """A buffer of one block of rows, for :func:`widened`."""
     if not isinstance(matrix, Tensor):
         rows, columns = matrix.shape

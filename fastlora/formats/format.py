@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
-from ..common.row_blocks import Dense, Source, rows_at_a_time, slices
+from ..common.row_blocks import rows_at_a_time, slices
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of scales
 Expected = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name: shape and dtypes
@@ -147,7 +147,7 @@ def _value_of(word: str) -> Any:
 
 
 class Quantized(NamedTuple):
-    """A packed weight [N, K]; it implements :class:`.row_blocks.Source`, and never trains.
+    """A packed weight [N, K]; it never trains.
 
     It replaces the plain weight of a :class:`.projection.Base`.  For a stack [E, N, K] of experts
     ``format`` describes one expert, and each tensor has a leading dimension E.
@@ -176,12 +176,13 @@ class Quantized(NamedTuple):
         return self.tensors[0].device
 
     def read(self, first: int, out: Tensor) -> Tensor:
+        """Rows of the weight, as :func:`.row_blocks.read_rows` returns them."""
         made = self.format.make(self.tensors, first, len(out), out.dtype)
         return self.format.read(self.tensors, first, out) if made is None else made
 
-    def source(self) -> Source:
-        """A matrix that gives the weight's rows block by block."""
-        return self if self.format.by_rows else Dense(self.dense(torch.float32))
+    def source(self) -> "Quantized | Tensor":
+        """Itself if its rows can be dequantized block by block, else the whole dense weight."""
+        return self if self.format.by_rows else self.dense(torch.float32)
 
     def dim(self) -> int:
         return len(self.size())

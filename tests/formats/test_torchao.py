@@ -8,7 +8,7 @@ import vendor_layers
 from packed import by_elements, random_int4
 from torch import nn
 
-from fastlora.common.row_blocks import source_of
+from fastlora.common.row_blocks import read_rows, source_of
 from fastlora.formats import torchao as vendor
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import from_text
@@ -62,7 +62,7 @@ def test_packed_int4_has_the_numbers_of_its_definition(dtype):
     weight = random_int4(12, 32, 8, torch.bfloat16)
     expected = by_elements(weight).to(dtype)
     assert torch.equal(weight.dense(dtype), expected)
-    rows = source_of(weight).read(2, torch.empty(5, 32, dtype=dtype))
+    rows = read_rows(source_of(weight), 2, torch.empty(5, 32, dtype=dtype))
     assert torch.equal(rows, expected[2:7])
     assert from_text(weight.format.text) == weight.format
 
