@@ -40,7 +40,7 @@ from ..backends import asked_backend
 from ..call.projection import Output, facts_of, flatten, layouts_of
 from .dispatch import NODE, autocast_dtype, path_of
 
-calls: dict[Hashable, Any] = {}  # level 2; a new sequence length makes a new entry
+calls: dict[Hashable, Any] = {}  # level 2; no entry has the key None
 
 
 def key_of(

@@ -104,8 +104,8 @@ def read_facts(folder: str | os.PathLike, base: Any, max_lora_rank: int | None) 
 def _item(key: str, header: Any, config: AdapterConfig) -> Item:
     found = ((kind, re.fullmatch(form, key)) for kind, form in _KINDS.items())
     kind, name = next((kind, files.name_of(match[1])) for kind, match in found if match)
-    module, *wrappers = name.split(".base_layer")
-    weights, outside = config.weights_in(module), len(wrappers)
+    module = re.sub(r"(\.base_layer)+$", "", name)
+    weights, outside = config.weights_in(module), name.count(".base_layer")
     if kind == "lora" and outside < len(weights):
         # PEFT nests wrappers: the last weight's is outermost, each inner one adds a .base_layer.
         return Item(weights[-1 - outside], "stack", header, key)
